@@ -1,7 +1,4 @@
-"""Compilation by mode. In: a model and a configuration. Out: the model as it is, torch's own compilation of it, one piece, or many.
-
-Each mode is chosen here and nowhere else; what a mode does is done by the objects that it makes.
-"""
+"""Compilation by mode: the model as it is, torch's own compilation of it, one piece, or many."""
 
 from __future__ import annotations
 
@@ -55,31 +52,26 @@ def compile(
     """Compile ``model`` piecewise and stitch it, or as ``config.mode`` says.
 
     Args:
-        model: a module or function, captured whole.
-        example_args, example_kwargs: arguments to trace with, by shape and dtype only; nothing is run on their data. Every
-            dimension becomes dynamic unless some are marked with ``torch._dynamo.mark_dynamic`` or ``mark_unbacked``;
-            then only those do. Without example arguments the first call's arguments are used.
+        model: a module or function, traced whole.
+        example_args, example_kwargs: arguments to trace with, by shape and dtype only. Every dimension
+            becomes dynamic unless some are marked with ``torch._dynamo.mark_dynamic`` or
+            ``mark_unbacked``. Without them the first call's are used.
         splitting_ops: where to cut; None means every op registered with `splitting_op`.
         config: a `CompilationConfig`, or a dict of its fields.
-        runtime_config: the program's limits, a `RuntimeConfig` or a dict of its fields: the last batch range ends at its largest
-            batch, `StitchedModule.capture` goes by it, and its ranks are part of the cache's path. Without it the last range is
-            open-ended, and the rank is 0.
-        sizes: batch sizes whose traces are made now, where the first one does not serve them, and not when a call waits for
-            them. Needs example arguments.
-        artifact: a directory that ``StitchedModule.save`` writes. If what lies there fits the model, these arguments and this process, it is loaded and
-            nothing is traced or compiled; else the model is compiled and saved there, and a warning says why. Needs example arguments.
+        runtime_config: the program's limits, a `RuntimeConfig` or a dict of its fields.
+        sizes: batch sizes whose traces are made now, where the first one does not serve them.
+        artifact: a directory that ``StitchedModule.save`` writes. What lies there is loaded if it fits;
+            else the model is compiled and saved there.
         key_file: a secret that signs and verifies the artifact; see ``StitchedModule.save``.
 
     Returns:
-        A `StitchedModule`, called like ``model``. It serves inference: it runs without recording gradients. Modes ``NONE``
-        and ``STOCK_TORCH_COMPILE`` stitch nothing; what they return runs the model, and has no source to show. While torch's
-        compiler is switched off (``TORCH_COMPILE_DISABLE=1``, ``TORCHDYNAMO_DISABLE=1``, ``torch.compiler.set_stance``), the
+        A `StitchedModule`, called like ``model``. It serves inference: it records no gradients. Modes
+        ``NONE`` and ``STOCK_TORCH_COMPILE`` stitch nothing. While torch's compiler is switched off, the
         model runs as it is.
 
     Raises:
-        CaptureError: the model can't be captured as one graph, or has no dynamic dimension.
-        ConfigError: the configuration does not fit ``runtime_config``, such as a compile size beyond the largest batch, or
-            the model's weights have another dtype than it says.
+        CaptureError: the model can't be captured as one graph.
+        ConfigError: an argument or the configuration does not fit.
         SplitError: a splitting op is unknown or has no fake implementation.
         PieceCompileError: a compiler failed on a piece.
 
@@ -111,21 +103,17 @@ def load(
     *,
     key_file: str | os.PathLike[str] | None = None,
 ) -> StitchedModule:
-    """What ``StitchedModule.save`` wrote, for a model of this process: nothing is traced, compiled or run.
+    """What ``StitchedModule.save`` wrote, for a model of this process: nothing is traced or compiled.
 
     Args:
         path: the directory.
-        model: a model like the saved one: the same code, structure and settings, weights of the same names, shapes, dtypes, strides and devices. Their
-            values are its own.
-        key_file: a file with the secret that the artifact must be signed with; by default the one that ``PIECEWORK_CACHE_KEY_FILE`` names, if any.
+        model: a model like the saved one, whose weights' values are its own.
+        key_file: a file with the secret that the artifact must be signed with; by default the one that
+            ``PIECEWORK_CACHE_KEY_FILE`` names, if any.
 
     Raises:
-        ArtifactError: the artifact is missing, damaged, not signed by the key, or made for another model, torch, Python, piecework or machine. The first
-            difference is named, and nothing was loaded.
-
-    Example:
-        >>> stitched = piecework.load("model.artifact", model)
-        >>> stitched(torch.randn(7, 64))
+        ArtifactError: the artifact is missing, damaged, not signed by the key, or made for another
+            model, torch, Python, piecework or machine; nothing was loaded then.
     """
     require_model(model)
     found = Artifact.open(path, key_file)
@@ -194,7 +182,7 @@ def require_stitching(config: CompilationConfig | None) -> None:
 def take_if_it_fits(
     path: Place, key_file: str | os.PathLike[str] | None, take: Callable[[Artifact], None]
 ) -> bool:
-    """Give an artifact to ``take``, which raises `ArtifactError` for one that does not fit; False where none does, and a warning says why."""
+    """Give an artifact to ``take``; False where none fits, and a warning says why."""
     try:
         if not has_artifact(directory_of(path)):
             return False
@@ -229,31 +217,29 @@ def compile_with_mode(
 ) -> StitchedModule:
     """What ``piecework.compile`` returns for ``config.mode``.
 
-    ``NONE``: an `UnstitchedModule` that runs the model as it is. ``STOCK_TORCH_COMPILE``: one that runs what
-    ``torch.compile`` makes of it, with its guards and retraces. ``DYNAMO_TRACE_ONCE``: a `StitchedModule` of one piece;
-    the model is traced once, and piecework's checks stand in for Dynamo's guards. ``PIECEWORK_COMPILE``: the same, cut at
-    the splitting ops.
+    ``NONE``: an `UnstitchedModule` that runs the model as it is. ``STOCK_TORCH_COMPILE``: one that runs
+    what ``torch.compile`` makes of it. ``DYNAMO_TRACE_ONCE``: a `StitchedModule` of one piece.
+    ``PIECEWORK_COMPILE``: the same, cut at the splitting ops.
 
     Args:
         sizes: which dimensions are dynamic, where the shape type leaves that open.
-        around: entered for each trace; what it sets for the trace alone is no reason to refuse calls later.
-        as_it_is: what stands for ``model`` while torch's compiler is switched off; by default ``model`` itself.
+        around: entered for each trace; what it sets for the trace alone is no reason to refuse calls.
+        as_it_is: what stands for ``model`` while torch's compiler is switched off.
         kept: what another process needs to know to make ``around`` again; see `StitchedModule`.
-        deferred: refuse a compiler that there is not when something is compiled; what is loaded needs none.
+        deferred: a compiler that there is not is refused when something is compiled, not now.
         The others are those of ``piecework.compile``.
-
-    Raises:
-        ConfigError: an argument is of another kind, splitting ops are given in a mode that cuts nowhere, or something
-            does not fit the program's limits.
-        CaptureError, SplitError, PieceCompileError: as ``piecework.compile``.
     """
     require_model(model)
     config = CompilationConfig.given({} if config is None else config, "config")
     runtime = runtime_config
     if runtime is not None:
         runtime = RuntimeConfig.given(runtime, "runtime_config")
-        config = _within(config, runtime)
         _require_dtype(model, runtime.dtype)
+        settled = config.resolve(runtime)  # what is captured is settled by capture()
+        config = config.replace(
+            compile_sizes=settled.compile_sizes,
+            compile_ranges_endpoints=settled.compile_ranges_endpoints,
+        )
     if config.pass_config.fuse_attn_quant and splitting_ops is None:
         config = config.set_splitting_ops_for_v1(registry.names())
     _require_arguments(example_args, example_kwargs)
@@ -283,34 +269,16 @@ def compile_with_mode(
     return made
 
 
-def _within(config: CompilationConfig, runtime: RuntimeConfig) -> CompilationConfig:
-    """``config`` with the compile sizes and ranges that it has in this program; what is captured is settled by ``capture``."""
-    settled = config.resolve(runtime)
-    return config.replace(
-        compile_sizes=settled.compile_sizes,
-        compile_ranges_endpoints=settled.compile_ranges_endpoints,
-    )
-
-
 def _require_dtype(model: Callable[..., object], name: str) -> None:
-    """Refuse a dtype that none of the model's floating weights has; a model without any has nothing to say."""
-    if not name:
-        return
-    wanted = getattr(torch, name, None)
-    if not isinstance(wanted, torch.dtype):
-        raise ConfigError(
-            f"torch has no dtype {name!r}",
-            where="dtype",
-            hint="name one as torch does: float32, bfloat16, float16",
-        )
-    held = model.state_dict().values() if isinstance(model, torch.nn.Module) else ()
+    """Refuse a dtype that none of the model's floating weights has."""
+    held = model.state_dict().values() if name and isinstance(model, torch.nn.Module) else ()
     floating = (t.dtype for t in held if isinstance(t, torch.Tensor) and t.is_floating_point())
     found = sorted(set(map(str, floating)))
-    if found and str(wanted) not in found:
+    if found and f"torch.{name}" not in found:
         raise ConfigError(
             f"the program's dtype is {name}, and the model's weights are {', '.join(found)}",
             where="dtype",
-            hint=f"load the model as torch.{name}, or leave dtype out",
+            hint="load the model as that, or leave dtype out",
         )
 
 
@@ -321,16 +289,12 @@ def _require_arguments(args: object, kwargs: object) -> None:
             where="example_args",
             hint="a single argument x is passed as (x,)",
         )
-    if kwargs is not None and not isinstance(kwargs, Mapping):
+    named = isinstance(kwargs, Mapping) and all(isinstance(name, str) for name in kwargs)
+    if kwargs is not None and not named:
         raise ConfigError(
             f"example_kwargs must be a dict of arguments by name; got a {type(kwargs).__qualname__}",
             where="example_kwargs",
         )
-    for name in kwargs or ():
-        if not isinstance(name, str):
-            raise ConfigError(
-                f"the name of an argument must be text; got {name!r}", where="example_kwargs"
-            )
 
 
 def _require_no_cuts(
@@ -356,11 +320,7 @@ class ModeModule(StitchedModule):
 
     @property
     def shape_guards(self) -> ShapeGuards:
-        """The guards that each call evaluates.
-
-        Raises:
-            BindError: the configuration does not ask for them, or the model is not compiled yet.
-        """
+        """The guards that each call evaluates, where the configuration asks for them."""
         guards = self.traces[0].guards if self.traces else None
         if guards is None:
             raise NotThereError(
@@ -407,8 +367,7 @@ class UnstitchedModule(StitchedModule):
         self._serve_by(model if config.mode is CompilationMode.NONE else self._compile_and_call)
 
     def prepare(self, *args: object, **kwargs: object) -> None:
-        """Mode NONE: nothing to do. STOCK_TORCH_COMPILE: keep the marks on these arguments for torch, which compiles at
-        the first call."""
+        """Under STOCK_TORCH_COMPILE keep the marks on these arguments for torch, which compiles at the first call."""
         if self._call == self._compile_and_call:
             leaves = pytree.tree_leaves((args, kwargs))
             with tracing_shapes(self.config.dynamic_shapes_config.type, leaves):

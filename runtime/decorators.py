@@ -1,4 +1,4 @@
-"""Classes whose instances compile themselves. In: an ``nn.Module`` class and which dimensions are dynamic. Out: the same class, compiled per instance at its first call.
+"""Classes whose instances compile themselves at their first call.
 
 The class stays the class: no base is added, no source is changed, and a trace around it sees the plain model.
 """
@@ -88,26 +88,25 @@ def support_torch_compile(
 ) -> ModuleClass | Callable[[ModuleClass], ModuleClass]:
     """Let instances of a module class compile themselves at their first call.
 
-    An instance is traced once, with its first call's arguments; later calls run the stitched function. Its configuration is
-    ``compilation_config``: a keyword of the constructor (whether ``__init__`` names it or not), or an attribute of the
-    instance or the class, read at the first call. ``runtime_config``, the program's limits, is given in the same ways.
+    An instance's configuration is ``compilation_config``: a keyword of the constructor (whether
+    ``__init__`` names it or not), or an attribute of the instance or the class. ``runtime_config``, the
+    program's limits, is given in the same ways.
 
     Args:
         cls: the class, when the decorator is used without parentheses.
-        dynamic_arg_dims: parameter of ``forward`` → its dynamic dimension, or several; negative ones count from the end.
-            None infers them: the first dimension of every parameter annotated as a tensor, or as something that holds
-            tensors.
+        dynamic_arg_dims: parameter of ``forward`` → its dynamic dimension, or several. None infers them:
+            the first dimension of every parameter annotated as something that holds tensors.
         mark_unbacked_dims: the same for dimensions that must serve 0, 1 and every other size alike.
         enable_if: told the configuration at the first call; False runs the instance as it is.
-        repeated_layers: dotted names of the modules whose children share a trace where they are alike, for configurations
-            that don't say (`CompilationConfig.repeated_layers`).
+        repeated_layers: for configurations that don't say; see `CompilationConfig.repeated_layers`.
 
     Returns:
-        The class itself. A subclass inherits the support, and infers from its own ``forward``; decorating it again replaces
-        what it inherits. A decorated module inside another that is being compiled becomes part of that one.
+        The class itself. A subclass inherits the support, and infers from its own ``forward``. A
+        decorated module inside another that is being compiled becomes part of that one.
 
     Raises:
-        ConfigError: not a module class; no forward; a name that is no parameter of ``forward``; nothing declared and nothing annotated.
+        ConfigError: not a module class; no forward; a name that is no parameter of ``forward``; nothing
+            declared and nothing annotated.
 
     Example:
         >>> @piecework.support_torch_compile(dynamic_arg_dims={"x": 0})
@@ -133,8 +132,9 @@ def support_torch_compile(
             )
         # Found wrong here, the declaration is an error at import and not at the first request.
         dims_of(kind.forward, dynamic_arg_dims, mark_unbacked_dims, owner=kind)
-        support = Support(_own(dynamic_arg_dims), _own(mark_unbacked_dims), enable_if, layers)
-        setattr(kind, _SUPPORT, support)
+        # Copies: the caller's mappings may change.
+        mappings = (each and dict(each) for each in (dynamic_arg_dims, mark_unbacked_dims))
+        setattr(kind, _SUPPORT, Support(*mappings, enable_if, layers))
         _take_config_keyword(kind)
         if not hasattr(kind.__call__, _SUPPORT):
             kind.__call__ = _compiling_call(kind.__call__)  # type: ignore[method-assign]
@@ -145,12 +145,9 @@ def support_torch_compile(
 
 @short_errors
 def ignore_torch_compile(cls: ModuleClass) -> ModuleClass:
-    """Run instances of a class as they are, although a base class was decorated with `support_torch_compile`.
+    """Run instances of a class as they are, although a base class was decorated.
 
-    Its subclasses are ignored too, until one is decorated. Modules inside are not: a decorated one compiles by itself.
-
-    Raises:
-        ConfigError: not a module class.
+    Its subclasses are ignored too, until one is decorated; decorated modules inside are not.
     """
     _require_module_class(cls, "ignore_torch_compile")
     setattr(cls, _SUPPORT, Support(ignored=True))
@@ -159,32 +156,17 @@ def ignore_torch_compile(cls: ModuleClass) -> ModuleClass:
 
 @short_errors
 def stitched_of(model: torch.nn.Module) -> StitchedModule | None:
-    """What an instance of a decorated class was compiled to: its source, pieces and report.
-
-    Returns:
-        None before the first call, and where the instance runs unstitched (its mode, ``enable_if``, ignored, torch's
-        compiler switched off).
-    """
+    """What an instance of a decorated class was compiled to; None before its first call, and where it runs unstitched."""
     state = vars(model).get(_STATE)
     if not isinstance(state, _State) or state.model is not model:
         return None
     return None if isinstance(state.made, UnstitchedModule) else state.made
 
 
-def _own(dims: DimsByName | None) -> DimsByName | None:
-    """A copy, so that the caller's mapping may change."""
-    return None if dims is None else dict(dims)
-
-
 def _require_module_class(cls: object, decorator: str) -> None:
     if not (isinstance(cls, type) and issubclass(cls, torch.nn.Module)):
-        what = (
-            f"an object of {type(cls).__qualname__}"
-            if isinstance(cls, torch.nn.Module)
-            else repr(cls)
-        )
         raise ConfigError(
-            f"{decorator} decorates classes of torch.nn.Module; got {what}",
+            f"{decorator} decorates classes of torch.nn.Module; got {cls!r:.80}",
             hint="use piecework.compile for a function or an instance",
         )
 
@@ -229,7 +211,7 @@ def _wants(kind: type[torch.nn.Module], name: str) -> bool:
 
 
 class _State:
-    """What one instance was compiled to. It belongs to that instance only: a copy of the model gets a new one.
+    """What one instance was compiled to; a copy of the model gets a new one.
 
     Attributes:
         model: the instance; None until its first call.
@@ -324,14 +306,29 @@ def _compile(
     stock = config.mode is CompilationMode.STOCK_TORCH_COMPILE
     # What a subclass's own __call__ does around this one happens at each call, so it is not traced.
     whole = not stock and hasattr(type(model).__call__, _SUPPORT)
-    with set_on_compilation_complete(lambda: None):  # the instance does not hold it yet
-        traced = model if whole else plain
-        made = _compiled(model, support, config, state.tag, args, kwargs, traced, plain)
-    state.made, state.model = made, model
-    state.call = made
-    if (
-        not stock
-    ):  # told now that the instance holds what was compiled; torch compiles in the call that follows
+    dims = dims_of(
+        model.forward, support.dynamic_arg_dims, support.mark_unbacked_dims, owner=type(model)
+    )
+    arguments = inspect.signature(model.forward).bind(*args, **kwargs).arguments
+    shapes, sizes = config.dynamic_shapes_config.type, None
+    with ExitStack() as stack:
+        # The instance does not hold it yet.
+        stack.enter_context(set_on_compilation_complete(lambda: None))
+        if state.tag is not None and not model_tag_is_set():
+            stack.enter_context(use_model_tag(state.tag))
+        if shapes is DynamicShapesType.AUTO and not stock:
+            sizes = DeclaredDimensions(dims, model.forward)
+        else:
+            stack.enter_context(marked(dims, arguments, shapes))
+        state.made = compile_with_mode(
+            *(model if whole else plain, args, kwargs),
+            config=config,
+            runtime_config=_given(model, _RUNTIME, RuntimeConfig),
+            sizes=sizes,
+            as_it_is=plain,
+        )
+    state.model, state.call = model, state.made
+    if not stock:  # torch compiles in the call that follows
         compilation_complete()
 
 
@@ -346,42 +343,6 @@ def _without_decorator(
     plain.__qualname__ = type(model).__name__
     plain.__signature__ = inspect.signature(model.forward)  # type: ignore[attr-defined]
     return plain
-
-
-def _compiled(
-    model: torch.nn.Module,
-    support: Support,
-    config: CompilationConfig,
-    tag: ModelTag | None,
-    args: tuple[object, ...],
-    kwargs: Mapping[str, object],
-    traced: Callable[..., object],
-    as_it_is: Callable[..., object],
-) -> StitchedModule:
-    dims = dims_of(
-        model.forward,
-        support.dynamic_arg_dims,
-        support.mark_unbacked_dims,
-        owner=type(model),
-    )
-    arguments = inspect.signature(model.forward).bind(*args, **kwargs).arguments
-    shapes, runtime = config.dynamic_shapes_config.type, _given(model, _RUNTIME, RuntimeConfig)
-    stitches = config.mode is not CompilationMode.STOCK_TORCH_COMPILE
-    with ExitStack() as stack:
-        if tag is not None and not model_tag_is_set():
-            stack.enter_context(use_model_tag(tag))
-        sizes = None
-        if shapes is DynamicShapesType.AUTO and stitches:
-            sizes = DeclaredDimensions(dims, model.forward)
-        else:
-            stack.enter_context(marked(dims, arguments, shapes))
-        return compile_with_mode(
-            *(traced, args, kwargs),
-            config=config,
-            runtime_config=runtime,
-            sizes=sizes,
-            as_it_is=as_it_is,
-        )
 
 
 def _given(model: torch.nn.Module, name: str, kind: type[Settings]) -> Settings | None:

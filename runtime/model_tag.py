@@ -1,7 +1,4 @@
-"""Which part of a program is being compiled. In: a tag for the block, and whom to tell when it is compiled. Out: both, to whoever compiles inside it.
-
-Both belong to the running thread or task and end with the ``with`` block; nothing is kept at module level.
-"""
+"""Which part of a program is being compiled, and whom to tell when it is; both belong to the running thread or task."""
 
 from __future__ import annotations
 
@@ -50,9 +47,6 @@ def set_model_tag(tag: str, is_encoder: bool = False) -> AbstractContextManager[
         tag: up to 100 letters, digits, ``_``, ``.`` and ``-``; it becomes part of folder names.
         is_encoder: the last batch range is open-ended.
 
-    Raises:
-        ConfigError: the tag can't be part of a folder name.
-
     Example:
         >>> with set_model_tag("drafter"):
         ...     drafter = piecework.compile(draft_model, (tokens,))
@@ -84,17 +78,7 @@ def use_model_tag(tag: ModelTag) -> AbstractContextManager[object]:
 def set_on_compilation_complete(
     callback: Callable[[], object],
 ) -> AbstractContextManager[object]:
-    """Have ``callback()`` called each time that a model was compiled in the block, after its last piece.
-
-    What the callback raises leaves the call that compiled; the model is compiled nevertheless.
-
-    Raises:
-        ConfigError: ``callback`` can't be called.
-
-    Example:
-        >>> with set_on_compilation_complete(lambda: print("compiled")):
-        ...     model(tokens)
-    """
+    """Have ``callback()`` called each time that a model was compiled in the block, after its last piece."""
     if not callable(callback):
         raise ConfigError(
             f"a callback must be callable; got a {type(callback).__qualname__}",

@@ -1,7 +1,4 @@
-"""Operators to cut at. In: an annotated Python function. Out: a registered torch operator that the stitched code may call directly.
-
-The function is the implementation; nothing is compiled or captured here.
-"""
+"""Operators to cut at: annotated Python functions, registered with torch, that stitched code may call directly."""
 
 from __future__ import annotations
 
@@ -196,17 +193,11 @@ AnyOp = str | torch._ops.OpOverload | torch._ops.OpOverloadPacket | SplittingOp[
 
 @short_errors
 def declare_rows(op: AnyOp, rows: RowsOf | None) -> None:
-    """Say what an operator that piecework did not register does with the rows of a batch, so that batches may be padded around it.
+    """Say what an operator that piecework did not register does with the rows of a batch, as `splitting_op` does.
 
     Args:
         op: ``"namespace::name"``, the operator, or what ``torch.library.custom_op`` made.
-        rows: ``"independent"``, ``"context"``, or None to take it back; as for `splitting_op`.
-
-    Raises:
-        SplitError: ``op`` names no operator, or ``rows`` is another word.
-
-    Example:
-        >>> declare_rows("my::rotate", "independent")
+        rows: ``"independent"``, ``"context"``, or None to take it back.
     """
     registry.declare_rows(_name_of(op), rows)
 
@@ -217,13 +208,7 @@ def declare_full_graphs(op: AnyOp, graphs: GraphsOf | None) -> None:
 
     Args:
         op: as for `declare_rows`.
-        graphs: ``"never"``, ``"single_token_decode"``, ``"uniform_decode"``, ``"always"``, or None to take it back.
-
-    Raises:
-        SplitError: ``op`` names no operator, or ``graphs`` is another word.
-
-    Example:
-        >>> declare_full_graphs("my::attention", "uniform_decode")
+        graphs: as ``full_graphs`` of `splitting_op`, or None to take it back.
     """
     registry.declare_graphs(_name_of(op), graphs)
 
@@ -262,19 +247,18 @@ def splitting_op(
     Args:
         name: ``"namespace::name"``.
         mutates_args: parameters that the function writes into.
-        rows: what it does with the rows of a batch. ``"independent"``: row ``i`` of all that it returns or writes depends on row
-            ``i`` of its arguments alone. ``"context"``: it reads the batch's real size from the forward context, and touches no
-            row beyond it. Unless it says so, captured graphs serve exactly the captured sizes: nothing is padded around it.
-        full_graphs: which whole forwards may be one static graph with it inside: ``"never"``, ``"single_token_decode"``,
-            ``"uniform_decode"`` or ``"always"``, which is also what nothing means. A mode that asks for more is lowered.
+        rows: what it does with the rows of a batch. ``"independent"``: row ``i`` of all that it returns
+            or writes depends on row ``i`` of its arguments alone. ``"context"``: it reads the batch's
+            real size from the forward context, and touches no row beyond it.
+        full_graphs: which whole forwards may be one static graph with it inside: ``"never"``,
+            ``"single_token_decode"``, ``"uniform_decode"`` or ``"always"``, which nothing means too.
 
     Returns:
-        A decorator; the result is called like the function. If the function returns a value, give it a fake with
-        ``.register_fake``; one that returns nothing has a fitting fake already.
+        A decorator; the result is called like the function. If the function returns a value, give it a
+        fake with ``.register_fake``.
 
     Raises:
-        SplitError: the name is malformed or taken, an annotation is missing or unsupported, or ``mutates_args`` names no
-            parameter.
+        SplitError: the name is malformed or taken, or an annotation is missing or unsupported.
 
     Example:
         >>> @piecework.splitting_op("demo::attention", mutates_args=("out",))

@@ -1,13 +1,13 @@
-"""A model that runs stitched. In: a model and example arguments. Out: a callable like the model, with its source, graph and pieces to read.
+"""A model that runs stitched: called like the model, with its source, graph and pieces to read.
 
-The model's weights are shared, never copied; its Python code does not run again after the capture.
+The model's weights are shared, never copied; its Python code does not run again after the trace.
 """
 
 from __future__ import annotations
 
 import html
 import os
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,6 @@ from piecework.collector import collector_paused
 from piecework.errors import (
     ArtifactError,
     BindError,
-    ConfigError,
     InputError,
     StaticGraphError,
     short_errors,
@@ -33,7 +32,6 @@ from piecework.runtime import torch_compat
 from piecework.runtime.analysis.doubts import tell_of_gradients, tell_of_training
 from piecework.runtime.artifact.fit import made_with, require_made_so
 from piecework.runtime.artifact.load import Artifact
-from piecework.runtime.batch.descriptor import BatchDescriptor
 from piecework.runtime.batch.mode import CUDAGraphMode
 from piecework.runtime.call.edited import EditedSource
 from piecework.runtime.call.shared_module import SharedModule, model_name, require_model
@@ -47,35 +45,26 @@ from piecework.runtime.store.folder import Place
 from piecework.runtime.trace.errors import OPAQUE
 from piecework.runtime.trace.one_trace import ModelTrace
 from piecework.runtime.trace.sizes.example_sizes import SizePolicy
-from piecework.runtime.traces import observed
-from piecework.runtime.traces.captured import CapturedTraces
+from piecework.runtime.traces.captured import Captures
+from piecework.runtime.traces.observed import Observed, summary
 from piecework.runtime.traces.traced_model import TracedModel
 from piecework.runtime.traces.traces import Traces, inside, seen_into
 from piecework.runtime.watch.weights import refit
 
 if TYPE_CHECKING:
     from piecework.runtime.artifact.save import Part
-    from piecework.runtime.batch.coverage import Coverage
-    from piecework.runtime.call.shadow import Shadow
-    from piecework.runtime.graphs.plan.phase import CaptureWatcher
-    from piecework.runtime.graphs.serve.measured import Measurement
-    from piecework.runtime.graphs.serve.metrics import Metrics
-    from piecework.runtime.graphs.serve.model import CapturedModel
-    from piecework.runtime.graphs.serve.report import CallRow, MemoryReport
-    from piecework.runtime.observe.profile import Profile
 
 
 @short_methods
-class StitchedModule(SharedModule):
+class StitchedModule(Captures, Observed, SharedModule):
     """A compiled model; see `compile`.
 
     Attributes:
         model: the model that was given; it holds the weights.
         config: the configuration.
         runtime_config: the program's limits; None if they are not known.
-        as_it_is: what a call runs while torch's compiler is switched off: the model, unless something stands around it.
-        kept: what another process needs to know to make ``around`` again, as JSON data; None if that can't be told. Its "load" names what loads an artifact,
-            and "save" what saves it, where other modules serve the same model.
+        as_it_is: what a call runs while torch's compiler is switched off.
+        kept: what another process needs to know to make ``around`` again, as JSON data.
     """
 
     def __init__(
@@ -110,22 +99,17 @@ class StitchedModule(SharedModule):
         self._around = around
         self.kept = kept
         self._traces = Traces(model, new_backend, sizes, around, self.as_it_is, runtime_config)
-        self._graphs = CapturedTraces(self._traces, runtime_config)
         self._serve_by(self._prepare_and_call)
         self._example: tuple[tuple[object, ...], dict[str, object]] | None = None
 
     # --- use -------------------------------------------------------------------------------------
 
     def __call__(self, *args: object, **kwargs: object) -> Any:
-        """Run the model. Shapes may differ from the example's in dynamic dimensions only.
-
-        Under a grad mode that is on, it runs with it off. Under a dispatch or function mode, or after a splitting op was
-        given another kernel, it runs through the dispatcher and the public artifacts. While torch's compiler is switched
-        off, what is not compiled runs as it is (`piecework.runtime.torch_compat.switches`).
+        """Run the model, without gradients. Shapes may differ from the example's in dynamic dimensions only.
 
         Raises:
-            InputError: the arguments break what the trace assumed, a weight was replaced or moved since it was bound,
-                autocast is not as it was in the trace, or a ``torch.func`` transform or forward-mode differentiation is active.
+            InputError: the arguments break what the trace assumed, a weight was replaced or moved since it
+                was bound, autocast is not as it was in the trace, or a ``torch.func`` transform is active.
         """
         try:
             return self._call(*args, **kwargs)
@@ -156,7 +140,7 @@ class StitchedModule(SharedModule):
 
     def __repr__(self) -> str:
         """The model's name and what was made of it."""
-        return f"StitchedModule({observed.summary(self._traces)})"
+        return f"StitchedModule({summary(self._traces)})"
 
     def _repr_html_(self) -> str:
         """For notebooks: what `__repr__` says, the report, and the source to unfold."""
@@ -191,7 +175,7 @@ class StitchedModule(SharedModule):
         return self._call(*args, **kwargs)
 
     def _first_call(self, *args: object, **kwargs: object) -> object:
-        """The first call under a configuration that asks for captures: it is the last moment to say that there are none."""
+        """The first call under a configuration that asks for captures: the last moment to say that there are none."""
         first = self.traces[0]
         if not any(each.static for each in self.traces):
             tell(
@@ -206,20 +190,14 @@ class StitchedModule(SharedModule):
         return first.call(*args, **kwargs)
 
     def trace_ahead(self, sizes: Sequence[int]) -> None:
-        """Make the traces that batches of these sizes need, before a call waits for them.
-
-        Raises:
-            BindError: nothing is compiled yet.
-            PieceworkError: the model can't be traced for one of them.
-        """
+        """Make the traces that batches of these sizes need, before a call waits for them."""
         self._traces.require("trace to make others beside")
         self._traces.add_ahead(sizes)
 
     def prepare(self, *args: object, **kwargs: object) -> None:
-        """Capture, compile and stitch now, tracing with these arguments.
+        """Trace, compile and stitch now, with these arguments as the example.
 
-        While torch's compiler is switched off nothing is done, which is logged; these arguments are traced with at the first
-        call after that.
+        While torch's compiler is switched off nothing is done but to remember them.
         """
         with self._traces.lock:
             if self.traces:
@@ -249,34 +227,25 @@ class StitchedModule(SharedModule):
     def rebind(self) -> None:
         """Hold the weights that the model has now: call it after replacing a parameter or a submodule.
 
-        A call notices weights that were replaced, moved or converted, and raises `InputError`; see
-        `piecework.runtime.watch.weights` for how. Values changed in place (``load_state_dict``, an optimizer's step) are seen
-        without this.
+        A call notices weights that were replaced, moved or converted. Values changed in place
+        (``load_state_dict``, an optimizer's step) are seen without this.
 
         Raises:
-            BindError: there is nothing to rebind yet; a weight is missing, or has another dtype, device or shape than
-                the trace had. What was bound stays bound then.
-
-        Example:
-            >>> model.load_state_dict(state, assign=True)
-            >>> stitched.rebind()
+            BindError: a weight is missing, or has another dtype, device or shape than the trace had; what
+                was bound stays bound then.
         """
         self._traces.rebind()
 
     def refit(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Copy new values into the model's weights, where they lie: pieces and static graphs go on with them, nothing is bound or captured anew.
+        """Copy new values into the model's weights, where they lie: nothing is bound or captured anew.
 
-        All of it is checked before anything is copied. No call may run meanwhile: it would see some old weights and some new ones.
+        All is checked before anything is copied. No call may run meanwhile.
 
         Args:
             state: parameters and buffers by their names in ``model``, all or some of them.
 
         Raises:
-            BindError: the model has no weight of such a name, it has another shape or dtype, or one weight has two names and two
-                new values; nothing is changed then.
-
-        Example:
-            >>> stitched.refit(trained.state_dict())
+            BindError: the model has no such weight, or it has another shape or dtype.
         """
         copies = refit(self.model, state)
         with self._traces.changes.one("refit()"), torch.no_grad():
@@ -286,11 +255,7 @@ class StitchedModule(SharedModule):
     def accept_settings(self) -> None:
         """Stop refusing calls over attributes that are not as they were while the model was traced.
 
-        For who sets something for the trace alone, as the transformers integration sets the attention implementation: call it
-        after setting it back.
-
-        Raises:
-            BindError: the model is not compiled yet.
+        For who sets something for the trace alone: call it after setting it back.
         """
         self._traces.accept_settings()
 
@@ -298,7 +263,7 @@ class StitchedModule(SharedModule):
         """Run an edited version of the stitching source from now on.
 
         Args:
-            code: the edited text; it must keep the signature and the names of the generated one.
+            code: the edited text, with the signature and the names of the generated one.
 
         Returns:
             The text with its proof, or with its first difference from the graph: an edit may mean to differ.
@@ -315,21 +280,15 @@ class StitchedModule(SharedModule):
     def save(self, path: Place, *, key_file: str | os.PathLike[str] | None = None) -> None:
         """Write what was compiled to a directory, for ``piecework.load(path, model)`` in another process.
 
-        Every trace that there is goes with it, and the one that serves a batch of one, which is made now if no trace does. No weight is written; an edited
-        source is, marked as edited. An artifact that is there is replaced.
+        All traces go with it, and the one that serves a batch of one; no weight does.
 
         Args:
-            path: the directory.
-            key_file: a file with a secret (16 bytes or more) that signs the artifact; by default the one that
-                ``PIECEWORK_CACHE_KEY_FILE`` names, if any.
+            path: the directory; an artifact that is there is replaced.
+            key_file: a file with a secret (16 bytes or more) that signs the artifact; by default the one
+                that ``PIECEWORK_CACHE_KEY_FILE`` names, if any.
 
         Raises:
-            ArtifactError: something can't be told again in another process, which is named; or the directory can't be written.
-            BindError: the model is not compiled yet.
-
-        Example:
-            >>> piecework.compile(model, (x,)).save("model.artifact")
-            >>> stitched = piecework.load("model.artifact", model)  # in another process
+            ArtifactError: something can't be told again in another process, or the directory not be written.
         """
         from piecework.runtime.artifact.save import save
 
@@ -344,12 +303,7 @@ class StitchedModule(SharedModule):
 
     @contextmanager
     def saved(self) -> Iterator[Part]:
-        """What an artifact holds of this module, which does not change in the block.
-
-        Raises:
-            ArtifactError: nothing says in another process how it was made.
-            BindError: the model is not compiled yet.
-        """
+        """What an artifact holds of this module, which does not change in the block."""
         from piecework.runtime.artifact.save import Part
 
         self._traces.require("artifact")
@@ -375,12 +329,7 @@ class StitchedModule(SharedModule):
         return made_with(self.config, self.runtime_config, ops, sizes, self.kept)
 
     def take(self, artifact: Artifact) -> None:
-        """Serve calls by the traces of an artifact; for ``piecework.load``.
-
-        Raises:
-            ArtifactError: it does not fit this module's model.
-            RankError: another process would run something else.
-        """
+        """Serve calls by the traces of an artifact; for ``piecework.load``."""
         traces = self._traces
         with traces.lock:
             made = artifact.traces(self.model, self.config, traces.backends, self.as_it_is)
@@ -401,237 +350,8 @@ class StitchedModule(SharedModule):
     def forget(self) -> None:
         """Be as before anything was compiled; for an artifact that was taken and does not serve."""
         self._traces.forget()
-        self._graphs.again = None
+        self._again = None
         self._serve_by(self._prepare_and_call)
-
-    def capture(
-        self,
-        sizes: Iterable[int] | None = None,
-        *,
-        memory_budget: int | None = None,
-        progress: bool | CaptureWatcher = True,
-        estimate: bool = True,
-        **options: object,
-    ) -> StitchedModule:
-        """Capture the pieces, the whole forward, or both as static graphs, per batch size, and serve later calls from them.
-
-        A call is padded to the next captured size, replayed by emitted source (``static_graphs.source_for``), and trimmed; a
-        batch that no graph covers runs as before. Batches are padded only where every operator is known to keep rows apart, splitting
-        ops by what they say of themselves (``splitting_op(..., rows=...)``); else only batches of a captured size are replayed.
-
-        Args:
-            sizes: batch sizes; by default the configuration's ``cudagraph_capture_sizes``, or the usual steps.
-            memory_budget: bytes that the captures may take; sizes that don't fit are dropped.
-            progress: print the memory report and a progress bar; or a watcher of one's own.
-            estimate: measure a few captures first, for the memory report.
-            options: fields of `piecework.runtime.graphs.plan.options.CaptureOptions`, such as ``mode="FULL_AND_PIECEWISE"``;
-                ``runtime`` is what the model was compiled with by default.
-
-        Returns:
-            This module. While torch's compiler is switched off and nothing is compiled, nothing is captured either.
-
-        Raises:
-            StaticGraphError: the graph can't be captured, or a capture failed; what was captured before it serves. Or a splitting
-                op of this model calls it: a capture would write to the state of the request that is running.
-            KeyboardInterrupt: Ctrl-C, likewise.
-
-        Example:
-            >>> stitched = piecework.compile(model, (x,)).capture([1, 2, 4, 8])
-            >>> print(stitched.static_graphs.source_for(3))
-        """
-        self._graphs.capture(
-            sizes, memory_budget=memory_budget, progress=progress, estimate=estimate, **options
-        )
-        self._serve_by_captured()
-        return self
-
-    @property
-    def was_captured(self) -> bool:
-        """Whether `wake_up` knows what to capture."""
-        return self._graphs.again is not None
-
-    def sleep(self) -> None:
-        """Give the static graphs and their memory back, until `wake_up`. Calls run uncaptured meanwhile; one that is in a graph finishes there.
-
-        Weights stay where they are.
-
-        Example:
-            >>> stitched.sleep()
-            >>> train(model)  # in place
-            >>> stitched.wake_up()
-        """
-        self._graphs.sleep()
-
-    def wake_up(self) -> None:
-        """Capture again what the last `capture` did, after `sleep`, or after a `rebind` that gave the graphs up.
-
-        Raises:
-            BindError: nothing was captured before.
-            StaticGraphError: as `capture`.
-        """
-        self._graphs.wake_up()
-        self._serve_by_captured()
-
-    def measure(
-        self, sizes: Iterable[int] | None = None, *, seconds: float = 0.3, **options: object
-    ) -> Measurement:
-        """Capture, time each size eager, stitched and captured in one interleaved run, and keep the graphs that were worth it.
-
-        A graph that was slower than another way by more than 2% is given up; sizes for which the model itself was the fastest are run
-        stitched, and the measurement says so. Calls are made with zeros, in the context of a run on dummy inputs, and what they write
-        is put back. On a CPU static graphs are a stand-in for testing, and mostly slower than running uncaptured.
-
-        Args:
-            sizes, options: as for `capture`.
-            seconds: how long each size is timed.
-
-        Raises:
-            StaticGraphError: as `capture`.
-
-        Example:
-            >>> print(stitched.measure([1, 2, 4, 8]))
-        """
-        found = self._graphs.measure(sizes, seconds, options)
-        self._serve_by_captured()
-        return found
-
-    @property
-    def static_graphs(self) -> CapturedModel:
-        """The static graphs, after `capture`: coverage, memory, replay source.
-
-        Those of the first trace that has some; a batch of one may have a trace, and static graphs, of its own (`traces`).
-        """
-        return self._graphs.all()[0]
-
-    def dispatch(
-        self,
-        num_tokens: int,
-        uniform_decode: bool = False,
-        has_lora: bool = False,
-        num_active_loras: int = 0,
-        *,
-        valid_modes: Collection[CUDAGraphMode] | None = None,
-        invalid_modes: Collection[CUDAGraphMode] | None = None,
-        axes: Mapping[str, Hashable] | None = None,
-        query_len: int | None = None,
-    ) -> tuple[CUDAGraphMode, BatchDescriptor]:
-        """What a batch runs as now, for an engine that pads state of its own to the captured size and says both in the forward context.
-
-        Args:
-            num_tokens: the batch's own size.
-            The others are those of `CudagraphDispatcher.dispatch`; asked is the trace that serves this size.
-
-        Returns:
-            Mode and descriptor; NONE and the batch's own size where nothing is captured.
-
-        Example:
-            >>> mode, shape = stitched.dispatch(3)
-            >>> with set_forward_context(metadata_for(shape), cudagraph_runtime_mode=mode, batch_descriptor=shape):
-            ...     stitched(x)
-        """
-        return self._graphs.dispatch(
-            num_tokens,
-            uniform_decode,
-            has_lora,
-            num_active_loras,
-            valid_modes=valid_modes,
-            invalid_modes=invalid_modes,
-            axes=axes,
-            query_len=query_len,
-        )
-
-    def coverage(self, max_num_batched_tokens: int | None = None) -> Coverage:
-        """How each batch size runs: captured, padded or uncaptured, and why; a list of rows that prints as a table.
-
-        Args:
-            max_num_batched_tokens: the largest batch to list; by default one more than the largest captured size.
-
-        Raises:
-            BindError: nothing is captured.
-            ConfigError: ``max_num_batched_tokens`` is no positive whole number.
-        """
-        largest = max_num_batched_tokens
-        if largest is not None and not (isinstance(largest, int) and largest > 0):
-            raise ConfigError(
-                f"the largest batch to list must be a positive whole number; got {largest!r}",
-                where="max_num_batched_tokens",
-            )
-        return self._graphs.coverage(largest)
-
-    def call_report(self) -> list[CallRow]:
-        """What the calls since `capture` ran as, how many, and why; all of them where nothing is captured."""
-        return sorted(self._graphs.calls(), key=lambda row: -row.calls)
-
-    def memory_report(self) -> MemoryReport:
-        """What the static graphs were expected to take, and take."""
-        return self._graphs.memory_report()
-
-    def metrics(self, *, name: str | None = None, profile: Profile | None = None) -> Metrics:
-        """What calls ran as, their padding, what graphs hold, traces, and the process's counters; ``prometheus()`` of it is the text.
-
-        It reads what is counted anyway. Counts begin anew with each `capture`.
-
-        Args:
-            name: tells this model from others of the process; by default its class's.
-            profile: what `profile` gave, for the time of each piece.
-
-        Raises:
-            ConfigError: ``name`` is no text, or ``profile`` no profile.
-
-        Example:
-            >>> text = stitched.metrics().prometheus()
-        """
-        return observed.metrics(self._traces, name, profile)
-
-    def named_pieces(self) -> AbstractContextManager[None]:
-        """Show pieces and operators by name and layer in ``torch.profiler`` for the block; costs nothing outside it.
-
-        Example:
-            >>> with torch.profiler.profile() as profile, stitched.named_pieces():
-            ...     stitched(x)
-        """
-        return observed.named_pieces(self._traces)
-
-    def profile(self, *args: object, profiled_calls: int = 20, **kwargs: object) -> Profile:
-        """Where a forward spends its time: a row for each piece and each operator that is called straight, by torch's profiler.
-
-        Args:
-            args, kwargs: the model's.
-            profiled_calls: how many forwards are timed, without the profiler and with it.
-
-        Raises:
-            BindError: the model is not compiled yet.
-            ConfigError: ``profiled_calls`` is no positive number.
-
-        Example:
-            >>> print(stitched.profile(x))
-        """
-        return observed.profile(self._traces, lambda: self(*args, **kwargs), profiled_calls)
-
-    def shadow(self, *, every: int = 1) -> AbstractContextManager[Shadow]:
-        """Run the uncompiled graph of each piece beside it for the block, on the same inputs, and compare; calls get what the pieces computed.
-
-        Calls run uncaptured meanwhile, whatever is captured: graphs are left as they are and serve again after the block. The model can't
-        be changed in the block (`rebind`, `capture`, …).
-
-        Args:
-            every: compare each call of so many, the first one among them.
-
-        Returns:
-            What is found so far: the ``first`` piece that differs, all ``differences``, how many ``calls``, and pieces that are ``left_out``
-            since running them twice could show.
-
-        Raises:
-            BindError: the model is not compiled yet, or no piece of it can be run twice.
-            ConfigError: ``every`` is no positive number.
-            ArtifactError: the model was loaded from an artifact without graphs.
-
-        Example:
-            >>> with stitched.shadow() as found:
-            ...     stitched(x)
-            >>> print(found)
-        """
-        return observed.shadow(self._traces, every)
 
     # --- what was made ---------------------------------------------------------------------------
 
@@ -647,10 +367,7 @@ class StitchedModule(SharedModule):
 
     @property
     def entry(self) -> Callable[..., object]:
-        """The emitted function itself, with the model's own parameters; a call through it saves one Python call.
-
-        It serves the sizes of the first trace only.
-        """
+        """The emitted function behind a call, with the model's own parameters; it serves the first trace's sizes."""
         return self._traces.require("entry")[0].entry.call
 
     @property
@@ -680,10 +397,10 @@ class StitchedModule(SharedModule):
 
     @property
     def traces(self) -> tuple[TracedModel, ...]:
-        """The traces that serve calls, each with its entry, source and static graphs, in the order in which they were made.
+        """The traces that serve calls, in the order in which they were made.
 
-        There is one, unless calls came whose sizes need a trace of their own: 0 or 1 where the first one has more, or arguments
-        that are one tensor. What this module shows of itself (`source`, `pieces`, …) is the first one's.
+        There is one, unless calls came, or were asked for, that need another; `source`, `pieces` and the
+        like show the first.
         """
         return self._traces.made
 

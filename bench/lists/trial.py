@@ -51,8 +51,10 @@ class Options:
     stock: Literal["always", "if unequal"] = "always"
 
     def config(self) -> CompilationConfig:
-        shapes = {"dynamic_shapes_config": {"type": self.shapes}} if self.shapes else {}
-        return CompilationConfig.model_validate({"backend": self.backend, **shapes})
+        shapes = {"max_traces": 8, **({"type": self.shapes} if self.shapes else {})}
+        return CompilationConfig.model_validate(
+            {"backend": self.backend, "dynamic_shapes_config": shapes}
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -274,35 +274,20 @@ class MemoryLike:
     def tensor(self, old: torch.Tensor) -> torch.Tensor:
         """A tensor that stands for ``old``, in memory of its own or where what ``old`` lies in has its counterpart."""
         held = self._memory.get(storage_id(old))
-        made = _past_dispatcher(old, lambda where: _like(old, held, where))
+        made = _like(old, held)
         if held is None:
             self.is_like(old, made)
         return made
 
 
-def _like(old: torch.Tensor, held: torch.Tensor | None, device: torch.device | str) -> torch.Tensor:
+def _like(old: torch.Tensor, held: torch.Tensor | None) -> torch.Tensor:
     """A tensor with the sizes of ``old`` in the memory of ``held``, or in fresh memory of as many bytes."""
-    flat = torch.empty(0, dtype=old.dtype, device=device)
+    flat = torch.empty(0, dtype=old.dtype, device=old.device)
     if held is None:  # quicker than what computes the size again
         torch.ops.inductor.resize_storage_bytes_(flat, old.untyped_storage().nbytes())
     else:
         flat.set_(held.untyped_storage(), 0, (0,), (1,))
     return torch.as_strided(flat, old.shape, old.stride(), old.storage_offset())
-
-
-def _past_dispatcher(
-    fake: torch.Tensor, make: Callable[[torch.device | str], torch.Tensor]
-) -> torch.Tensor:
-    """What ``make(device)`` gives under the mode of ``fake``, without the mode's own work: that is some times as fast."""
-    from torch._subclasses.fake_tensor import FakeTensor, in_kernel_invocation_manager
-
-    device = fake.device
-    if type(fake) is not FakeTensor:
-        return make(device)
-    mode = fake.fake_mode
-    with in_kernel_invocation_manager(mode):
-        meta = make("meta")
-    return FakeTensor(mode, meta, device)
 
 
 def fake_mode_of(values: Iterable[object]) -> Any:

@@ -31,7 +31,7 @@ from piecework.runtime.trace.inputs import (
     UnreachableInput,
     leaf_names,
     leaf_sources,
-    refuse_texts_of_numbers,
+    refuse_offsets,
     rename,
     trace_back,
 )
@@ -45,23 +45,16 @@ from piecework.runtime.trace.results import (
     result_leaf,
     stand_ins,
 )
-from piecework.runtime.trace.side_effects import HINT, Snapshot, refuse_writes
+from piecework.runtime.trace.side_effects import refuse_writes
 from piecework.runtime.trace.sizes.dynamic_dims import unmarked_afterwards
-from piecework.runtime.trace.untold import (
-    PLACE_IN_AUTOGRAD,
-    refuse_globals,
-    refuse_offsets,
-    refuse_place_in_autograd,
-    refuse_views,
-)
 from piecework.runtime.watch.code import asks_strides
 from piecework.runtime.watch.places import readable, traced
 from piecework.runtime.watch.reachable import modules_of, tensors_of
 from piecework.runtime.watch.state import TracedState, TraceGuards
 from piecework.runtime.watch.weights import BoundWeights, Weight
 
-Check = Callable[[torch.fx.GraphModule, Mapping[int, object]], None]
-"""Raises if a graph with these fake arguments won't do."""
+#: What a tensor answers otherwise where it records gradients.
+_IN_AUTOGRAD = ("is_leaf", "grad_fn", "retains_grad", "_grad_fn", "_backward_hooks")
 
 
 @dataclass(slots=True)
@@ -111,7 +104,7 @@ class Attempt:
         args, kwargs: the example call.
         dynamic: what ``torch.compile`` is told of dimensions that are not marked.
         marks: entered for the trace; puts marks on the example's dimensions.
-        check: raises if what was traced won't do.
+        check: told what stood for the arguments; raises if that won't do.
         every_size: a trace that would serve sizes 0 and 1 with all others.
     """
 
@@ -119,7 +112,7 @@ class Attempt:
     kwargs: Mapping[str, object]
     dynamic: bool | None
     marks: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext
-    check: Check | None = None
+    check: Callable[[Mapping[int, object]], None] | None = None
     every_size: bool = False
 
 
@@ -141,7 +134,7 @@ def trace_once(model: Callable[..., object], attempt: Attempt, layers: RepeatedL
                 except UnreachableInput:  # then it is a constant like any other that the trace read
                     made = OpenTrace(*given, {"specialize_int": True}).run()
                 if attempt.check is not None:
-                    attempt.check(made.graph, made.fakes)
+                    attempt.check(made.fakes)
                 return made
             except Exception as error:
                 if not layers.gave_up(error):
@@ -214,18 +207,7 @@ class OpenTrace:
     def run(self) -> OpenTrace:
         """Run Dynamo. Raises as `trace_once`."""
         given = self._example
-        state_of_python = [*modules_of(given.model), ("args", list(given.args))]
-        before = Snapshot([*state_of_python, ("kwargs", dict(given.kwargs))])
-        try:
-            result, self._state = self._run_marked()
-        finally:
-            changed = before.restore()
-        if changed is not None:
-            raise CaptureError(
-                "forward changes Python state, which a captured graph would not do",
-                where=changed,
-                hint=HINT,
-            )
+        result, self._state = self._run_marked()
         counters.num_graphs_seen += 1
         tree, made = opened(result)
         del result
@@ -301,14 +283,9 @@ class OpenTrace:
         refuse_writes(gm, example_inputs, given.whole)
         self.inputs = trace_back(gm, example_inputs, leaves, names, given.sources, given.held)
         self.fakes = _fakes(leaves, given.sources)
-        if "specialize_int" not in self._settings and int in map(type, leaves):
-            refuse_texts_of_numbers(torch_compat.traced_code())
-        self._asks_grad = bool(torch_compat.trace_names("requires_grad", *PLACE_IN_AUTOGRAD))
+        self._asks_grad = bool(torch_compat.trace_names("requires_grad", *_IN_AUTOGRAD))
         self._asks_strides = asks_strides(torch_compat.traced_code())
-        refuse_place_in_autograd(leaves, names)
-        refuse_views()
         refuse_offsets(leaves, names)
-        refuse_globals(given.model, leaves, names)
         numbers_of(leaves, self.fakes)  # the trace must serve its own example
 
     def closed(self) -> ModelTrace:

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -131,62 +130,3 @@ def place_text(place: str, arguments: Mapping[str, str]) -> str:
         own = readable(place)
         return f"the global {own if own != place else start[1] + place[start.end() :]}"
     return place or "an object outside the graph"
-
-
-class Snapshot:
-    """The contents of modules' dictionaries and of plain containers in them, to undo what a trace changed all the same.
-
-    Dynamo is told to repeat no write; this is for a torch that does.
-
-    Args:
-        roots: named modules and arguments.
-    """
-
-    def __init__(self, roots: Iterable[tuple[str, object]]) -> None:
-        self._kept: list[tuple[str, object, object]] = []
-        seen: set[int] = set()
-        pending = list(roots)
-        while pending:
-            path, value = pending.pop()
-            if id(value) in seen:
-                continue
-            seen.add(id(value))
-            if isinstance(value, torch.nn.Module):
-                value = value.__dict__
-                seen.add(id(value))
-            kind = _KINDS.get(type(value))
-            if kind is None:
-                continue
-            self._kept.append((path, value, kind(value)))
-            if isinstance(value, Mapping):
-                pending += [(f"{path}.{key}".lstrip("."), each) for key, each in value.items()]
-            elif not isinstance(value, set):
-                pending += [(f"{path}[{i}]", each) for i, each in enumerate(value)]  # type: ignore[arg-type]
-
-    def restore(self) -> str | None:
-        """Put everything back; the path of the first container that had changed."""
-        first = None
-        for path, value, before in self._kept:
-            if not _is_as_before(value, before):
-                first = first or path
-                _put_back(value, before)
-        return first
-
-
-_KINDS: dict[type, Callable[..., object]] = {dict: dict, list: list, set: set, deque: list}
-
-
-def _is_as_before(value, before) -> bool:  # type: ignore[no-untyped-def]
-    if len(value) != len(before):
-        return False
-    if type(value) is set:
-        return bool(value == before)
-    if type(value) is dict:
-        pairs = zip(value.items(), before.items(), strict=True)
-        return all(a == b and x is y for (a, x), (b, y) in pairs)
-    return all(x is y for x, y in zip(value, before, strict=True))
-
-
-def _put_back(value, before) -> None:  # type: ignore[no-untyped-def]
-    value.clear()
-    value.extend(before) if type(value) in (list, deque) else value.update(before)

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
-import torch.fx
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.utils import _pytree as pytree
 
@@ -33,9 +32,8 @@ def attempts(
 ) -> Iterator[Attempt]:
     """The ways in which ``model`` is traced, one after another until what one of them gives is compiled.
 
-    A trace for every size comes first; where it fails, or can't be compiled, one for sizes of 2 and more (or the example's 0 or 1). No
-    size is fixed because the example's happens to equal another number. Where neither will do, fewer dimensions are dynamic,
-    if the policy has a narrower one.
+    A trace for every size comes first; where it fails, or can't be compiled, one for sizes of 2 and more (or the
+    example's 0 or 1). Where neither will do, fewer dimensions are dynamic, if the policy has a narrower one.
 
     Args:
         args, kwargs: example arguments; any pytree of tensors, numbers and None.
@@ -65,7 +63,7 @@ def _of_policy(
     sizes: SizePolicy,
     failures: Sequence[Exception],
 ) -> Iterator[Attempt]:
-    """For every size at once, then for sizes of 2 and more, of other example sizes where the example's would be fixed."""
+    """For every size at once, then for sizes of 2 and more, of another batch where the example's would be fixed."""
     dynamic = sizes.dynamic
     with sizes.every_size(args, kwargs) as marked:
         pass
@@ -82,10 +80,8 @@ def _of_policy(
     weights = {size for _, tensor in tensors_of(model).values() for size in tensor.shape}
     others = with_other_batch(args, kwargs, fixed.sizes, avoid=weights)
     if others is not None:
-        leaves = pytree.tree_leaves((tuple(args), dict(kwargs)))
-        check = partial(_require_free_and_serving, sizes, leaves)
+        check = partial(_require_free_and_serving, sizes, pytree.tree_leaves((args, kwargs)))
         yield Attempt(*others, dynamic, partial(sizes.larger_sizes, *others), check)
-        _log.info("the batch size is fixed: %s", failures[-1])
     yield Attempt(args, kwargs, dynamic, larger)
 
 
@@ -97,9 +93,7 @@ class FixedBatch(CaptureError):
         self.sizes = sizes
 
 
-def _require_free_batch(
-    policy: SizePolicy, gm: torch.fx.GraphModule, fakes: Mapping[int, object]
-) -> None:
+def _require_free_batch(policy: SizePolicy, fakes: Mapping[int, object]) -> None:
     sizes = [
         each.shape[0]
         for leaf, each in fakes.items()
@@ -111,17 +105,13 @@ def _require_free_batch(
 
 
 def _require_free_and_serving(
-    policy: SizePolicy,
-    leaves: Sequence[object],
-    gm: torch.fx.GraphModule,
-    fakes: Mapping[int, object],
+    policy: SizePolicy, leaves: Sequence[object], fakes: Mapping[int, object]
 ) -> None:
     """Raise if a trace with other sizes would not serve the arguments that it was made for."""
-    _require_free_batch(policy, gm, fakes)
+    _require_free_batch(policy, fakes)
     values = numbers_of(leaves, fakes)
     tensors = (fake for fake in fakes.values() if isinstance(fake, torch.Tensor))
-    sizes = [size for fake in tensors for size in fake.shape]
-    for text, _, holds in torch_compat.recorded_guards(sizes):
+    for text, _, holds in torch_compat.recorded_guards([n for each in tensors for n in each.shape]):
         if holds(values) is False:
             raise CaptureError(f"the model's code decides by the example's sizes: {text}")
 

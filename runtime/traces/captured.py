@@ -1,16 +1,16 @@
-"""What is captured of a model's traces. In: batch sizes and options. Out: static graphs of each trace that is captured, given up and captured again, and what they say together.
+"""What is captured of a model's traces: static graphs of each trace, given up and captured again, and what they say together.
 
 What one trace captures, and how it is served, is the business of `piecework.runtime.graphs`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Self
 
-from piecework.errors import ConfigError, NotThereError, RankError
+from piecework.errors import ConfigError, NotThereError, RankError, short_methods
 from piecework.runtime import torch_compat
 from piecework.runtime.batch.descriptor import BatchDescriptor
 from piecework.runtime.batch.mode import CUDAGraphMode
@@ -28,68 +28,53 @@ if TYPE_CHECKING:
     from piecework.runtime.graphs.serve.report import CallRow, MemoryReport
 
 
-class CapturedTraces:
-    """The static graphs of a model's traces; methods are those of `StitchedModule`.
+@short_methods
+class Captures:
+    """The part of a `StitchedModule` that captures its traces and serves them from static graphs."""
 
-    Attributes:
-        again: captures what the last `capture` did; None if there was none.
-        none_was_worth: the last that was asked for was measured, and no graph of it was kept.
-    """
+    _traces: Traces
+    runtime_config: RuntimeConfig | None
+    _again: Callable[[], object] | None = None  # what the last `capture` did
+    _none_was_worth = False  # the last that was asked for was measured, and no graph of it was kept
 
-    def __init__(self, traces: Traces, runtime_config: RuntimeConfig | None) -> None:
-        self._traces = traces
-        self._runtime_config = runtime_config
-        self.again: Callable[[], object] | None = None
-        self.none_was_worth = False
-
-    def all(self) -> list[CapturedModel]:
-        """The static graphs of each trace that has some, one at least.
-
-        Raises:
-            BindError: nothing is captured.
-        """
-        found = [each.static for each in self._traces.made if each.static is not None]
-        if not found:
-            raise self._nothing()
-        return found
-
-    def calls(self) -> list[CallRow]:
-        """What calls ran as: those of traces that have static graphs, or of all where none has.
-
-        Raises:
-            BindError: nothing is compiled.
-        """
-        made = self._traces.made
-        if not made:
-            raise self._nothing()
-        captured = [each for each in made if each.static is not None]
-        return [row for each in captured or made for row in each.calls()]
-
-    def _nothing(self) -> NotThereError:
-        if self.none_was_worth:
-            return NotThereError(
-                "nothing is captured: of the sizes that were measured, each was slower from a graph",
-                hint="capture(sizes) captures them nevertheless",
-            )
-        return NotThereError(
-            "nothing is captured",
-            where=None if self._traces.made else torch_compat.compiler_off(),
-            hint="call capture(sizes) first" if self.again is None else "call wake_up()",
-        )
+    def _serve_by_captured(self) -> None:
+        raise NotImplementedError
 
     def capture(
         self,
-        sizes: Iterable[int] | None,
+        sizes: Iterable[int] | None = None,
         *,
         memory_budget: int | None = None,
         progress: bool | CaptureWatcher = True,
         estimate: bool = True,
         **options: object,
-    ) -> None:
+    ) -> Self:
+        """Capture the pieces, the whole forward, or both as static graphs, per batch size, and serve calls from them.
+
+        A call is padded to the next captured size where that is declared (``pad=True``), replayed by
+        emitted source (``static_graphs.source_for``), and trimmed; other batches run as before.
+
+        Args:
+            sizes: batch sizes; by default the configuration's, or the usual steps.
+            memory_budget: bytes that the captures may take; sizes that don't fit are dropped.
+            progress: print the memory report and a progress bar; or a watcher of one's own.
+            estimate: measure a few captures first, for the memory report.
+            options: fields of `CaptureOptions`, such as ``mode="FULL_AND_PIECEWISE"``.
+
+        Returns:
+            This module.
+
+        Raises:
+            StaticGraphError: a graph can't be captured; what was captured before it serves.
+
+        Example:
+            >>> stitched = piecework.compile(model, (x,)).capture([1, 2, 4, 8])
+            >>> print(stitched.static_graphs.source_for(4))
+        """
         from piecework.runtime.graphs.plan.options import CaptureOptions
 
         if not self._traces.made and self._traces.switched_off():
-            return
+            return self
         self._traces.require("graph to capture")
         sizes = sizes_to_capture(sizes)
         if memory_budget is not None and (type(memory_budget) is not int or memory_budget < 0):
@@ -99,7 +84,7 @@ class CapturedTraces:
             )
         if type(progress) is not bool and not hasattr(progress, "started"):
             raise ConfigError(f"progress is True, False or a watcher; got {progress!r}")
-        runtime = options.setdefault("runtime", self._runtime_config)
+        runtime = options.setdefault("runtime", self.runtime_config)
         if runtime is not None:
             options["runtime"] = RuntimeConfig.given(runtime, "runtime")
         for each in self._traces.made:
@@ -107,8 +92,8 @@ class CapturedTraces:
         wish = CaptureOptions.given(options)
         wanted = None if sizes is None else list(sizes)
         with self._traces.changes.one("capture()"):
-            self.none_was_worth = False
-            before, self.again = self.again, partial(
+            self._none_was_worth = False
+            before, self._again = self._again, partial(
                 self.capture,
                 sizes,
                 memory_budget=memory_budget,
@@ -120,8 +105,10 @@ class CapturedTraces:
                 self._capture(wanted, wish, memory_budget, progress, estimate)
             except BaseException:
                 if not any(each.static for each in self._traces.made):
-                    self.again = before  # nothing is captured, and would not be by trying again
+                    self._again = before  # nothing is captured, and would not be by trying again
                 raise
+        self._serve_by_captured()
+        return self
 
     def _capture(
         self,
@@ -150,7 +137,13 @@ class CapturedTraces:
                 wanted, wish, memory_budget=memory_budget, progress=progress, estimate=estimate
             )
 
+    @property
+    def was_captured(self) -> bool:
+        """Whether `wake_up` knows what to capture."""
+        return self._again is not None
+
     def sleep(self) -> None:
+        """Give the static graphs and their memory back, until `wake_up`; calls run uncaptured meanwhile."""
         with self._traces.changes.one("sleep()"), self._traces.lock:
             made = self._traces.made
             platforms = [each.static.graphs.platform for each in made if each.static]
@@ -163,20 +156,31 @@ class CapturedTraces:
             each.give_up_graphs()
 
     def wake_up(self) -> None:
-        if self.again is None:
+        """Capture again what the last `capture` did, after `sleep` or a `rebind` that gave the graphs up."""
+        if self._again is None:
             raise self._nothing()
-        self.again()
+        self._again()
+        self._serve_by_captured()
 
     def measure(
-        self, sizes: Iterable[int] | None, seconds: float, options: dict[str, Any]
+        self, sizes: Iterable[int] | None = None, *, seconds: float = 0.3, **options: object
     ) -> Measurement:
+        """Capture, time each size eager, stitched and captured, and keep the graphs that were worth it.
+
+        A graph that was slower than another way by more than 2% is given up. Calls are made with zeros,
+        and what they write is put back.
+
+        Args:
+            sizes, options: as for `capture`.
+            seconds: how long each size is timed.
+        """
         from piecework.runtime.graphs.serve.measured import CAPTURED, Measurement
 
         made = self._traces.made
         if not isinstance(seconds, (int, float)) or not seconds > 0:
             raise ConfigError(f"seconds must be a positive number; got {seconds!r}")
         options.setdefault("progress", False)
-        if not all(runs_alone(each.program, self._runtime_config) for each in made):
+        if not all(runs_alone(each.program, self.runtime_config) for each in made):
             raise RankError(
                 "a model that several processes run together is not measured: each would call it as often as its own clock says",
                 hint="measure one share of the model alone, and capture the sizes that are worth it on all ranks",
@@ -187,38 +191,113 @@ class CapturedTraces:
         worth = found.worth_capturing
         if any(row.best != CAPTURED for row in rows):
             self._give_up()
-            self.again = None
+            self._again = None
             if worth:
                 self.capture(worth, **options)
-            self.none_was_worth = not worth
+            self._none_was_worth = not worth
+        self._serve_by_captured()
         return found
 
     def _device(self) -> str:
         held = (each.static.graphs for each in self._traces.made if each.static)
         return next((graphs.platform.device.type for graphs in held), "cpu")
 
+    @property
+    def static_graphs(self) -> CapturedModel:
+        """The static graphs of the first trace that has some: coverage, memory, replay source."""
+        return self._captured()[0]
+
+    def _captured(self) -> list[CapturedModel]:
+        """The static graphs of each trace that has some, one at least.
+
+        Raises:
+            BindError: nothing is captured.
+        """
+        found = [each.static for each in self._traces.made if each.static is not None]
+        if not found:
+            raise self._nothing()
+        return found
+
     def dispatch(
-        self, num_tokens: int, *kind: Any, **named: Any
+        self,
+        num_tokens: int,
+        uniform_decode: bool = False,
+        has_lora: bool = False,
+        num_active_loras: int = 0,
+        *,
+        valid_modes: Collection[CUDAGraphMode] | None = None,
+        invalid_modes: Collection[CUDAGraphMode] | None = None,
+        axes: Mapping[str, Hashable] | None = None,
+        query_len: int | None = None,
     ) -> tuple[CUDAGraphMode, BatchDescriptor]:
+        """What a batch runs as now, for an engine that pads state of its own to the captured size.
+
+        Args:
+            num_tokens: the batch's own size. The others are those of `CudagraphDispatcher.dispatch`.
+
+        Returns:
+            Mode and descriptor; NONE and the batch's own size where nothing is captured.
+        """
         require_whole_number(num_tokens)
+        kind = (uniform_decode, has_lora, num_active_loras)
         for each in self._traces.made:
             if each.static is not None and each.static.serves(num_tokens):
-                return each.static.dispatcher.dispatch(num_tokens, *kind, **named)
+                return each.static.dispatcher.dispatch(
+                    num_tokens,
+                    *kind,
+                    valid_modes=valid_modes,
+                    invalid_modes=invalid_modes,
+                    axes=axes,
+                    query_len=query_len,
+                )
         return CUDAGraphMode.NONE, BatchDescriptor(num_tokens)
 
-    def coverage(self, largest: int | None) -> Coverage:
+    def coverage(self, max_num_batched_tokens: int | None = None) -> Coverage:
+        """How each batch size runs: captured, padded or uncaptured, and why; rows that print as a table.
+
+        Args:
+            max_num_batched_tokens: the largest batch to list; by default one more than the largest captured.
+        """
+        largest = max_num_batched_tokens
+        if largest is not None and not (isinstance(largest, int) and largest > 0):
+            raise ConfigError(
+                f"the largest batch to list must be a positive whole number; got {largest!r}",
+                where="max_num_batched_tokens",
+            )
         from piecework.runtime.batch.coverage import Coverage
 
-        captured = self.all()
+        captured = self._captured()
         rows = [row for each in captured for row in each.coverage(largest)]
         why = next((each.unpadded for each in captured if each.unpadded), None)
         note = f"not padded: {why}" if why else ""
         return Coverage(sorted(rows, key=lambda row: row.first), note)
 
+    def call_report(self) -> list[CallRow]:
+        """What the calls since `capture` ran as, how many, and why; all of them where nothing is captured."""
+        made = self._traces.made
+        if not made:
+            raise self._nothing()
+        captured = [each for each in made if each.static is not None]
+        rows = [row for each in captured or made for row in each.calls()]
+        return sorted(rows, key=lambda row: -row.calls)
+
     def memory_report(self) -> MemoryReport:
-        first, *others = (each.memory_report() for each in self.all())
+        """What the static graphs were expected to take, and take."""
+        first, *others = (each.memory_report() for each in self._captured())
         for other in others:
             first = replace(
                 first, held={**other.held, **first.held}, dropped=(*first.dropped, *other.dropped)
             )
         return first
+
+    def _nothing(self) -> NotThereError:
+        if self._none_was_worth:
+            return NotThereError(
+                "nothing is captured: of the sizes that were measured, each was slower from a graph",
+                hint="capture(sizes) captures them nevertheless",
+            )
+        return NotThereError(
+            "nothing is captured",
+            where=None if self._traces.made else torch_compat.compiler_off(),
+            hint="call capture(sizes) first" if self._again is None else "call wake_up()",
+        )

@@ -255,7 +255,8 @@ class Traces:
                 return True
             leaves = pytree.tree_leaves((args, kwargs))
             shapes = tuple(getattr(leaf, "shape", None) for leaf in leaves)
-            if shapes in self._hopeless or self._by_themselves >= sizes.most_traces:
+            most = self.backend.config.dynamic_shapes_config.max_traces
+            if shapes in self._hopeless or self._by_themselves >= most:
                 return False
             self._hopeless.add(shapes)  # unless it gets a trace now
             _log.info("tracing the model again: %s", refused)

@@ -96,10 +96,17 @@ class DynamoJudge:
         return self._apart(variables) or self._failing(variables)
 
     def _apart(self, variables: Variables) -> str:
-        """Which two places that led to one object lead to two now."""
-        now = LookUps({"local": variables, "global": self._scope})
+        """Which two places that led to one object lead to two now, looked up as Dynamo's names say."""
+        scope = {"L": variables, "G": {**self._scope, **self._globals}}
         for each in self.guards:
-            if each.other is not None and now.at(each.place) is not now.at(each.other):
+            if each.other is None:
+                continue
+            names = (each.place.name, each.other.name)
+            try:
+                one, other = (eval(name, {**scope}) for name in names)
+            except Exception:  # noqa: BLE001 - whatever the user's attributes raise
+                one, other = True, False
+            if one is not other:
                 texts = (place_text(p, self._names) or "model" for p in (each.place, each.other))
                 return (
                     f"{' and '.join(texts)} {ONE_OBJECT} when the model was traced and are two now"

@@ -67,28 +67,6 @@ class PlainValue:
     text: str
     other: tuple[Step, ...] = ()
 
-    def as_json(self) -> list[object]:
-        """The value as lists, texts and numbers."""
-        return [
-            list(map(list, self.path)),
-            self.kind,
-            self.about,
-            self.text,
-            list(map(list, self.other)),
-        ]
-
-    @classmethod
-    def from_json(cls, data: Sequence[Any]) -> PlainValue:
-        """What `as_json` gave."""
-        path, kind, about, text, other = data
-        return cls(
-            tuple((str(k), key) for k, key in path),
-            kind,
-            about,
-            text,
-            tuple((str(k), key) for k, key in other),
-        )
-
     @property
     def of_arguments(self) -> bool:
         """Whether it is about the arguments of a call, and not about the model."""
@@ -409,13 +387,3 @@ def code_digest(code: types.CodeType) -> str:
             )
         )
     return told.hexdigest()[:32]
-
-
-def as_json(values: Iterable[PlainValue]) -> list[list[object]]:
-    """Plain values as JSON data."""
-    return [each.as_json() for each in values]
-
-
-def from_json(data: Iterable[Sequence[Any]]) -> tuple[PlainValue, ...]:
-    """What `as_json` gave."""
-    return tuple(map(PlainValue.from_json, data))

@@ -325,8 +325,10 @@ class BoundWeights:
         return None
 
 
-def unfit(old: torch.Tensor, new: torch.Tensor) -> str:
+def _unfit(old: torch.Tensor, new: torch.Tensor) -> str:
     """Why the values of ``new`` can't be copied to where ``old`` lies; "" if they can."""
+    if new.is_meta and not old.is_meta:
+        return "the new weight is on the meta device, which holds no data"
     for what, held, given in (
         ("", f"{old.dtype}{list(old.shape)}", f"{new.dtype}{list(new.shape)}"),
         ("made as ", *(_made_of(each)[0] for each in (old, new))),
@@ -336,7 +338,7 @@ def unfit(old: torch.Tensor, new: torch.Tensor) -> str:
     (_, mine), (_, theirs) = _made_of(old), _made_of(new)
     if mine.keys() != theirs.keys():
         return f"the weight is a {type(old).__qualname__}, the new one a {type(new).__qualname__}"
-    return next(filter(None, (unfit(each, theirs[name]) for name, each in mine.items())), "")
+    return next(filter(None, (_unfit(each, theirs[name]) for name, each in mine.items())), "")
 
 
 def _replaced(path: str) -> InputError:
@@ -398,37 +400,19 @@ def refit(
             hint="pass trained.state_dict()",
         )
     held = dict(own_tensors(model))
-    tied: dict[int, str] = {}
     for name, new in state.items():
-        if not isinstance(new, torch.Tensor):
-            raise BindError(
-                f"the new weight must be a tensor; got a {type(new).__qualname__}", where=name
-            )
-        old = held.get(name)
-        if old is None:
+        if name not in held:
             raise BindError(
                 "the model has no such weight",
                 where=name,
                 hint=did_you_mean(name, held) or "names are those of model.state_dict()",
             )
-        if new.is_meta and not old.is_meta:
-            raise BindError(
-                "the new weight is on the meta device, which holds no data",
-                where=name,
-                hint="load it where it has data, on the CPU for one",
-            )
-        difference = unfit(old, new)
-        if difference:
-            raise BindError(
-                difference, where=name, hint="compile the model again for weights of another kind"
-            )
-        first = tied.setdefault(id(old), name)
-        if new is not state[first] and not torch.equal(new, state[first]):
-            raise BindError(
-                f"it and {first} are one weight, and their new values differ",
-                where=name,
-                hint="give one of them",
-            )
+        if not isinstance(new, torch.Tensor):
+            problem = f"the new weight must be a tensor; got a {type(new).__qualname__}"
+        else:
+            problem = _unfit(held[name], new)
+        if problem:
+            raise BindError(problem, where=name, hint="compile the model again for other weights")
     own = {torch_compat.storage_id(each) for each in held.values()}
 
     def copies() -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -99,32 +99,6 @@ def test_a_tensor_that_takes_the_place_of_a_weight() -> None:
         torch.testing.assert_close(stitched(X, {"t": tensor}), expected, rtol=0, atol=0)
 
 
-GLOBAL = twos()
-LISTED = {"a": [twos()]}
-
-
-class AskingGlobals(nn.Module):
-    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        factor = 2.0 if t is GLOBAL else 3.0
-        factor = 5.0 if t is LISTED["a"][0] else factor
-        return x * factor + t
-
-
-@pytest.mark.parametrize("tensor", [GLOBAL, LISTED["a"][0]])
-def test_a_global_is_no_argument(tensor: torch.Tensor) -> None:
-    """Dynamo takes an argument that is also a global for one tensor with it, and guards nothing."""
-    model, config = AskingGlobals(), {"backend": "eager"}
-    with pytest.raises(
-        CaptureError, match=r"argument t is a tensor .* global name (GLOBAL|LISTED)"
-    ):
-        piecework.compile(model, (X, tensor), config=config)
-    stitched = piecework.compile(model, (X, twos()), config=config)
-    for _ in range(2):
-        assert torch.equal(stitched(X, twos()), X * 3 + 2)
-        with pytest.raises(InputError, match="argument t is the model's"):
-            stitched(X, tensor)
-
-
 NOBODY = twos()
 
 
@@ -152,20 +126,6 @@ def test_a_function_s_default_may_be_left_out_or_given() -> None:
     stitched = piecework.compile(_defaulted, (X, twos()), config={"backend": "eager"})
     for given in ((X,), (X, torch.ones(WIDTH)), (X,), (X, NOBODY)):
         assert torch.equal(stitched(*given), _defaulted(*given))
-
-
-class NamesOnly(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.GLOBAL = torch.ones(WIDTH)
-
-    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        return x * self.GLOBAL + t
-
-
-def test_an_attribute_of_a_global_s_name_is_none() -> None:
-    stitched = piecework.compile(NamesOnly(), (X, GLOBAL), config={"backend": "eager"})
-    assert torch.equal(stitched(X, GLOBAL), X + 2)
 
 
 def test_a_weight_that_was_replaced_is_let_go() -> None:

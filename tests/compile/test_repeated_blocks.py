@@ -225,7 +225,8 @@ def test_inside_of_vmap_nothing_is_cut() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return torch.vmap(lambda row: self.inner(row))(x) + 1
 
-    assert pieces(Mapped(), X) == (1, 1)
+    traces = {"max_traces": 4}  # vmap fixes its batch
+    assert pieces(Mapped(), X, dynamic_shapes_config=traces) == (1, 1)
     with pytest.raises(SplitError, match=r"inner\.blocks"):
         piecework.compile(Mapped(), (X,), config={**EAGER, "repeated_blocks": ["inner.blocks"]})
 

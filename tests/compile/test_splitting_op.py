@@ -91,7 +91,7 @@ def test_an_unannotated_function_is_refused() -> None:
 
 
 def test_mutates_args_must_name_parameters() -> None:
-    with pytest.raises(SplitError, match="no operator schema for .*nothing"):
+    with pytest.raises(SplitError, match=r"no operator schema for .*nothing"):
 
         @piecework.splitting_op("splitting_op_test::wrong_out", mutates_args=("nothing",))
         def wrong(x: torch.Tensor) -> None:
@@ -136,7 +136,7 @@ def test_what_hands_an_argument_back_is_refused_where_it_is_written_to(what: str
         piecework.compile(each, (x,), config=EAGER, splitting_ops=[name])
         for each in (written, read)
     )
-    for count in (4, 3, 1):
+    for count in (4, 1):
         x = torch.randn(count, 6)
         if "one row" in what and count > 1:
             torch.testing.assert_close(stitched(x), written(x))

@@ -125,8 +125,6 @@ def test_an_option_that_means_nothing_is_named(name: str) -> None:
         (lambda: piecework.support_torch_compile(config={}), "compilation_config={...}"),
         (lambda: piecework.support_torch_compile(mode=3), "compilation_config={...}"),
         (lambda: piecework.support_torch_compile(runtime_config={}), "to the instances"),
-        (lambda: piecework.splitting_op("a::b", fake_impl=None), "@op.register_fake"),
-        (lambda: piecework.splitting_op("a::b", device_types="cuda"), "register_kernel('cuda')"),
         (lambda: piecework.splitting_op("a::b", mutate_args=()), "did you mean mutates_args?"),
         (lambda: stitched().dispatch(3, uniform=True), "did you mean uniform_decode?"),
         (lambda: stitched().dispatch(), "it takes num_tokens"),

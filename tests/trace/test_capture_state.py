@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 import piecework
 from piecework.errors import CaptureError
-from piecework.runtime.trace.side_effects import Snapshot, place_text
+from piecework.runtime.trace.side_effects import place_text
 
 X = torch.randn(4, 3)
 KEPT = {"n": 0, "t": None}
@@ -255,24 +255,6 @@ def test_places_read_as_a_person_would_write_them() -> None:
     assert place_text("L['kwargs']['state'].n", names) == "its argument state.n"
     assert place_text("G['TOTAL']", names) == "the global TOTAL"
     assert place_text("", names) == "an object outside the graph"
-
-
-def test_a_snapshot_puts_back_what_containers_held() -> None:
-    model = Model(adds_in_place)
-    before = contents(model)
-    snapshot = Snapshot([("", model)])
-    assert snapshot.restore() is None
-    model.items.append(2)
-    model.nested["a"][0] = torch.ones(3)
-    model.names.clear()
-    model.queue.popleft()
-    model._buffers["count"] = torch.ones(3)
-    del model.last
-    model.new = 1
-    assert contents(model) != before
-    assert snapshot.restore() is not None
-    assert contents(model) == before
-    assert snapshot.restore() is None
 
 
 class PlainMode(TorchFunctionMode):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import piecework
-from piecework.errors import CaptureError, InputError, PieceworkError
+from piecework.errors import CaptureError, PieceworkError
 
 #: A trace answers for the stand-ins that it computes with; the first two are torch's own business, the third is deprecated.
 OF_STAND_INS = {"_has_symbolic_sizes_strides", "_python_dispatch", "storage_type()"}
@@ -108,18 +108,6 @@ def test_what_is_asked_of_any_tensor_is_answered_for_each_call(name: str) -> Non
     _check(name, torch.randn(4, 3))
     for kind in ("leaf", "parameter", "frozen", "expanded", "offset", "graded"):
         _check(name, _variants()[kind])
-
-
-@pytest.mark.parametrize("name", ["is_leaf", "grad_fn", "retains_grad"])
-def test_a_place_in_autograd_is_refused_by_name(name: str) -> None:
-    forward = _asking(name)
-    with pytest.raises(CaptureError, match=f"forward names {name}, and argument x records"):
-        piecework.compile(forward, (torch.randn(4, 3, requires_grad=True),))
-    stitched = piecework.compile(forward, (torch.randn(4, 3),), config={"backend": "eager"})
-    x = torch.randn(5, 3)
-    assert torch.equal(stitched(x), forward(x))
-    with pytest.raises(InputError, match="requires_grad=True"):
-        stitched(torch.randn(4, 3, requires_grad=True))
 
 
 def test_where_in_memory_an_argument_begins_is_refused_of_a_view() -> None:

@@ -10,7 +10,7 @@ import torch
 from models import EAGER
 
 import piecework
-from piecework.errors import CaptureError, InputError
+from piecework.errors import InputError
 from piecework.runtime import torch_compat
 
 READ: dict[str, Callable[[], object]] = {
@@ -83,16 +83,6 @@ def test_code_that_asks_whether_to_checkpoint_is_served_in_any_grad_mode() -> No
     model, x = Checkpointing().eval(), torch.randn(3)
     stitched = piecework.compile(model, (x,), config=EAGER)
     assert torch.equal(stitched(x), model(x))
-
-
-class Viewing(torch.nn.Module):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + 1 if x._base is None else x - 1
-
-
-def test_code_that_asks_what_a_tensor_is_a_view_of_is_refused() -> None:
-    with pytest.raises(CaptureError, match="_base"):
-        piecework.compile(Viewing(), (torch.randn(3),), config=EAGER)
 
 
 @pytest.fixture(params=sorted(READ))

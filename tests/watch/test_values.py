@@ -1,9 +1,8 @@
-"""Plain values that a trace read: told as text, compared with another model, carried as JSON."""
+"""Plain values that a trace read: told as text, compared with another model."""
 
 from __future__ import annotations
 
 import enum
-import json
 
 import pytest
 import torch
@@ -14,9 +13,7 @@ import piecework
 from piecework.runtime.watch.values import (
     PlainValue,
     Untellable,
-    as_json,
     differences,
-    from_json,
     plain_text,
 )
 
@@ -88,10 +85,6 @@ def test_what_the_trace_read_and_is_another_now_is_told(values, change, told) ->
 def test_a_global_that_the_trace_read_is_compared(values, monkeypatch) -> None:
     monkeypatch.setattr(f"{__name__}.SCALE", 3.0)
     assert any("SCALE was 2.0 and is 3.0 now" in text for text in differences(Model(), values))
-
-
-def test_values_survive_json(values) -> None:
-    assert from_json(json.loads(json.dumps(as_json(values)))) == values
 
 
 def test_what_another_process_could_not_look_up_is_said_to_be_untold() -> None:

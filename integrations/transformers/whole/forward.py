@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from piecework.integrations.protocol import with_traces
 from piecework.integrations.transformers.own.cache_state import CacheForm, held_by, rebuilt
 from piecework.runtime.compile import compile_with_mode
 from piecework.runtime.config.compilation import CompilationConfig
@@ -134,8 +135,6 @@ class WholeForward(nn.Module):
 class CallDimensions(AllDimensions):
     """Every size of a call may differ; none is traced without a number behind it, for attention is part of the graph."""
 
-    most_traces = 8
-
     @contextmanager
     def every_size(self, args: Sequence[object], kwargs: Mapping[str, object]) -> Iterator[int]:
         yield 0
@@ -163,7 +162,7 @@ def wholly(
     named = type(type(decoder).__name__, (WholeForward,), {})
     return compile_with_mode(
         named(decoder, forward, kind, cache_name, held),
-        config=config,
+        config=with_traces(config),
         sizes=CallDimensions(),
         kept=kept,
         deferred=True,

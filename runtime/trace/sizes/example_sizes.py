@@ -1,7 +1,4 @@
-"""What an example's sizes mean. In: example arguments. Out: marks on their dimensions for a trace, and the same arguments with another batch.
-
-A trace must not take a number of the example for one of the model. Tensors that are made here are traced by shape and dtype only.
-"""
+"""Which sizes of example arguments may differ in later calls, told to a trace by marks on their dimensions."""
 
 from __future__ import annotations
 
@@ -33,12 +30,10 @@ class SizePolicy(Protocol):
     Attributes:
         dynamic: what ``torch.compile`` is told of dimensions that are not marked.
         rows_in_one: the batch is the second dimension of ``[1, rows, …]``; see `piecework.runtime.analysis.unbacked`.
-        most_traces: how many traces calls may get by themselves: the example's, and one for its other sizes.
     """
 
     dynamic: bool | None = None
     rows_in_one: bool = False
-    most_traces: int = 2
 
     def every_size(self, args: Args, kwargs: Kwargs) -> AbstractContextManager[int]:
         """Marks for a trace that serves 0, 1 and every other size at once; yields how many there are."""
@@ -175,22 +170,13 @@ class KeptMarks(SizePolicy):
         return any(mark.dim == dim and mark.kind != "static" for mark in self._marks.get(leaf, ()))
 
 
-# --- other examples ----------------------------------------------------------------------------------
-
-
 def with_other_batch(
     args: Args, kwargs: Kwargs, sizes: Collection[int], avoid: Collection[int] = ()
 ) -> tuple[tuple[object, ...], dict[str, object]] | None:
-    """The arguments with another number in place of each of ``sizes``, wherever it is a tensor's first dimension.
+    """The arguments with another number in place of each of ``sizes``, wherever it is a first dimension.
 
-    The new numbers are found nowhere in the example's shapes. Values are zeros.
-
-    Args:
-        sizes: the numbers to replace.
-        avoid: further numbers that may not be taken, such as the sizes of weights.
-
-    Returns:
-        None if a tensor that would change lies in memory in no order that can be made again.
+    The new numbers are found nowhere in the example's shapes, nor in ``avoid``. Values are zeros.
+    None if a tensor that would change is no plain and contiguous one.
     """
     leaves, structure = pytree.tree_flatten((tuple(args), dict(kwargs)))
     tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
@@ -201,23 +187,10 @@ def with_other_batch(
         taken.add(instead[size])
     made: dict[int, torch.Tensor] = {}
     for tensor in tensors:
-        if tensor.dim() and tensor.size(0) in instead and id(tensor) not in made:
-            other = _like(tensor, instead[tensor.size(0)])
-            if other is None:
+        if tensor.dim() and tensor.size(0) in instead:
+            if type(tensor) is not torch.Tensor or not tensor.is_contiguous():
                 return None
-            made[id(tensor)] = other
+            shape = (instead[tensor.size(0)], *tensor.shape[1:])
+            zeros = torch.zeros(shape, dtype=tensor.dtype, device=tensor.device)
+            made.setdefault(id(tensor), zeros.requires_grad_(tensor.requires_grad))
     return pytree.tree_unflatten([made.get(id(leaf), leaf) for leaf in leaves], structure)  # type: ignore[return-value]
-
-
-def _like(tensor: torch.Tensor, size: int) -> torch.Tensor | None:
-    """Zeros of the kind and the order in memory of ``tensor``, with another first dimension."""
-    if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.layout is not torch.strided:
-        return None
-    order = sorted(range(tensor.dim()), key=lambda dim: (-tensor.stride(dim), dim))
-    if tensor.stride() != torch.empty_permuted(tensor.shape, order, device="meta").stride():
-        return None
-    shape = (size, *tensor.shape[1:])
-    found = torch.empty_permuted(shape, order, dtype=tensor.dtype, device=tensor.device).zero_()
-    if type(tensor) is torch.nn.Parameter:
-        return torch.nn.Parameter(found, requires_grad=tensor.requires_grad)
-    return found.requires_grad_(tensor.requires_grad)
