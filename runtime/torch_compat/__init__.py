@@ -20,7 +20,6 @@ from piecework.runtime.torch_compat.switches import *
 from piecework.runtime.torch_compat.tensors import *
 from piecework.runtime.torch_compat.trace.dynamo import *
 from piecework.runtime.torch_compat.trace.guards import *
-from piecework.runtime.torch_compat.trace.modules import *
 from piecework.runtime.torch_compat.trace.regions import *
 from piecework.runtime.torch_compat.trace.shape_record import *
 from piecework.runtime.torch_compat.trace.shapes import *

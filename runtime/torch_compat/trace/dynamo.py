@@ -302,3 +302,12 @@ class TraceContext:
                 env.frozen = False
                 stack.callback(setattr, env, "frozen", frozen)
             yield
+
+
+def forget_imports() -> None:
+    """Let Dynamo look modules up again, which it does once a process and name."""
+    from torch._dynamo import symbolic_convert
+
+    clear = getattr(getattr(symbolic_convert, "_import_module", None), "cache_clear", None)
+    if clear is not None:
+        clear()
