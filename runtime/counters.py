@@ -1,7 +1,4 @@
-"""What happened, in numbers. In: events of the runtime. Out: counters that a test or a user can read and expect changes of.
-
-Counting never decides anything: no code path reads a counter.
-"""
+"""What happened, in numbers that a test or a user can read and expect changes of; nothing is decided by them."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The private corners of torch that piecework uses: in, plain values; out, what torch makes of them.
-
-It never patches torch; what one of the supported versions or builds lacks is probed for, with a public way to fall back to. Every public name of the modules below is handed on.
-"""
+"""The private corners of torch that piecework uses, each with a probe and a public way to fall back to; torch is never patched."""
 
 # ruff: noqa: F403
 

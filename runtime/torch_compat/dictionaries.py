@@ -1,4 +1,4 @@
-"""Whether dictionaries were written. In: dictionaries. Out: a number per dictionary, and a test of all of them in one call into torch."""
+"""Whether dictionaries were written, and objects are of the same classes and attributes, each in one call into torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Processes that run one model together. In: names of process groups. Out: their ranks, and the store that all processes share; nothing where there is none."""
+"""Processes that run one model together: their ranks, and the store that they share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is switched on around a call. In: nothing. Out: probes for autocast, modes and transforms that cost a C call."""
+"""What is switched on around a call: probes for autocast, modes and transforms that cost a C call."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Operators in torch's registry. In: an operator. Out: whose it is, and which Python functions stand behind it."""
+"""Operators in torch's registry: whose one is, and which Python functions stand behind it."""
 
 from __future__ import annotations
 

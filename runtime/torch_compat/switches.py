@@ -1,6 +1,4 @@
-"""Torch's own switches for its compiler. In: nothing. Out: whether anything may be compiled now, and whether what is compiled may run.
-
-The switches are ``TORCH_COMPILE_DISABLE=1`` (``torch._dynamo.config.disable``), ``TORCHDYNAMO_DISABLE=1`` and
+"""Torch's own switches for its compiler: ``TORCH_COMPILE_DISABLE=1`` (``torch._dynamo.config.disable``), ``TORCHDYNAMO_DISABLE=1`` and
 ``torch.compiler.set_stance``; what each of them means here is what it means for ``torch.compile``.
 """
 

@@ -1,4 +1,4 @@
-"""Tensors and the memory they lie in. In: tensors, addresses, graphs whose capture failed. Out: storages, views, a fast check that tensors are as they were, an allocator fit for the next capture."""
+"""Tensors and the memory they lie in: storages, views, a fast check of metadata, an allocator fit for the next capture."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Nested containers. In: a pytree or its structure. Out: its parts, and containers put together again."""
+"""Nested containers: their parts, and containers put together again."""
 
 from __future__ import annotations
 

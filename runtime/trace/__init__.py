@@ -1,1 +1,1 @@
-"""From a model to one graph, by Dynamo. In: a callable and example arguments. Out: a `ModelTrace`: the graph, where its inputs come from, what the trace assumed. Entry points: `tracing.attempts`, `one_trace.trace_once`."""
+"""From a model to one graph, by Dynamo: `tracing.attempts` says what is tried, `one_trace.trace_once` tries it."""

@@ -1,7 +1,4 @@
-"""The arguments of a call, named. In: a model, the example arguments and what the trace made of each. Out: the entry's parameters.
-
-It looks at example arguments by structure only and keeps no tensor of them.
-"""
+"""The parameters of a model, each with what the trace made of its argument; example arguments are looked at by structure only."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""What a trace assumed of its inputs. In: the captured graph's inputs and their fake values. Out: one assumption per argument, symbols with ranges, and guards.
-
-It reads what tracing recorded and adds nothing to it; no example tensor is kept.
-"""
+"""What a trace assumed of its inputs: an assumption for each argument, symbols with ranges, and guards; no example tensor is kept."""
 
 from __future__ import annotations
 

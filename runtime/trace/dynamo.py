@@ -1,7 +1,4 @@
-"""Dynamo, run once. In: a function, its arguments and a backend. Out: what the function returns, traced whole.
-
-Nothing that the backend holds outlives the call.
-"""
+"""Dynamo, run once on a function and its arguments; nothing that the backend holds outlives the call."""
 
 from __future__ import annotations
 

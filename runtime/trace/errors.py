@@ -1,6 +1,6 @@
-"""Why a model can't be captured. In: what was raised while Dynamo traced. Out: a typed error with the user's own words and line.
+"""Why a model can't be captured: a typed error with the user's own words and line, of what was raised while Dynamo traced.
 
-It tells apart errors of piecework's own, of the model's code, and of Dynamo; each is chained, for who asks to see all of it.
+It tells apart errors of piecework's own, of the model's code, and of Dynamo.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Where a captured graph's inputs come from. In: a graph of Dynamo's and the example call. Out: an argument, a size of one, or a weight for each placeholder, which is named after it.
-
-It reads what the trace recorded; it decides nothing about the model.
-"""
+"""Where each placeholder of a traced graph comes from: an argument, a size of one, or a weight, which it is named after."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
-"""Layers that are alike, traced once. In: a model, and the names of the modules that hold its layers. Out: the graph that a trace of every layer would give.
+"""Layers that are alike, traced once as torch's nested compile regions, whose calls are then written out.
 
-The layers' classes are marked as torch's nested compile regions while Dynamo runs; torch traces a region again where what it
-guarded of the first does not hold of the next. The calls of regions are then written out, those that a user marked as well.
+Torch traces a region again where what it guarded of the first does not hold of the next.
 """
 
 from __future__ import annotations

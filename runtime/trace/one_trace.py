@@ -1,6 +1,6 @@
-"""One trace. In: a callable and example arguments. Out: an `OpenTrace`, whose graph is to be compiled, and then a `ModelTrace`: the graph, where each of its inputs comes from, and how its outputs make the result.
+"""One trace: an `OpenTrace`, whose graph is to be compiled, and then a `ModelTrace`.
 
-The model is traced by Dynamo and never run on data; its weights and its state are left as they were.
+The model is never run on data; its weights and its state are left as they were.
 """
 
 from __future__ import annotations

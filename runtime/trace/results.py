@@ -1,7 +1,4 @@
-"""How a graph's outputs make the model's result. In: a captured graph and the result that Dynamo's code packed from stand-ins. Out: where each leaf of it comes from.
-
-Nothing is computed: each output of the graph is stood in for by an object that is recognised again.
-"""
+"""How a graph's outputs make the model's result, told by stand-ins that are recognised in what Dynamo's code packed."""
 
 from __future__ import annotations
 

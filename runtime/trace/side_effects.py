@@ -1,7 +1,6 @@
-"""What a trace must not change. In: the model, its arguments, and what Dynamo recorded while it traced. Out: an error that names what the forward writes, and everything put back.
+"""What a trace must not change: whatever the forward keeps outside tensors would stop being kept.
 
-A captured graph runs no Python, so whatever the forward keeps outside tensors would stop being kept. Tensors written in place
-are part of the graph, and fine.
+Tensors written in place are part of the graph, and fine.
 """
 
 from __future__ import annotations

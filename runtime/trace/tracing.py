@@ -1,7 +1,4 @@
-"""Which trace of a model is tried after which. In: a callable and example arguments. Out: attempts, the one that would serve most sizes first.
-
-`piecework.runtime.trace.one_trace` makes each of them.
-"""
+"""Which trace of a model is tried after which: the one that would serve most sizes first."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The traces of a stitched model: one compiled, all of them together, what is captured of them, and what can be seen of them at work. Entry point: `traces.Traces`."""
+"""The traces of a stitched model: each compiled, all of them together, what is captured of them, and how they are watched at work."""

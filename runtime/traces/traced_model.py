@@ -1,7 +1,4 @@
-"""One trace of a model, compiled. In: a model and example arguments of one class of sizes. Out: its backend, its entry, and the static graphs captured of it.
-
-It serves the calls that its trace allows; which trace serves a call, and when another is made, is its owner's business.
-"""
+"""One trace of a model, compiled: its backend, its entry, and the static graphs captured of it."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""All traces of a model. In: a model, and calls that its traces refuse. Out: the trace that serves a call; another one, where sizes need it.
-
-A call that the trace of the call before it serves does not come here.
-"""
+"""All traces of a model: the one that serves a call that another refused, and one more where sizes need it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Splitting ops called past the dispatcher. In: the operators of a graph. Out: their Python functions, and whether these are still what the dispatcher would call.
+"""Splitting ops called past the dispatcher, and whether their functions are still what it would call.
 
 An operator whose function is not known, or is not alone in what it does, is left to the dispatcher.
 """

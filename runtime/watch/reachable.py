@@ -1,7 +1,4 @@
-"""What a callable holds. In: a module, a function, a method, a partial. Out: the modules that its code can reach, and their tensors.
-
-It follows attributes, closures, globals that the code names, and bound arguments; it runs nothing of the user's.
-"""
+"""The modules and tensors that a callable holds, by attributes, closures, globals that its code names, and bound arguments."""
 
 from __future__ import annotations
 

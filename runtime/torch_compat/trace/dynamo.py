@@ -1,4 +1,4 @@
-"""Capturing. In: example inputs, nodes, errors. Out: Dynamo's marks on them, its context, its sources, its failures told apart, its traces."""
+"""Dynamo's marks, context, sources, failures and trace events."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""What Dynamo guarded. In: the trace that is running. Out: each guard with the look-ups to what it guards, and Dynamo's own check of those that the caller wants kept.
-
-It says what a guard is about, and never what that means for a captured graph.
-"""
+"""What Dynamo guarded: each guard with the look-ups to what it guards, and Dynamo's own check of those that are kept."""
 
 from __future__ import annotations
 

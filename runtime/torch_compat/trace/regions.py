@@ -1,4 +1,4 @@
-"""Torch's nested compile regions. In: functions whose calls are alike, and a graph with calls of them. Out: marked functions, the calls, and guards for each module that was not traced itself."""
+"""Torch's nested compile regions: marked functions, the calls of them in a graph, and guards for each module that was not traced itself."""
 
 from __future__ import annotations
 

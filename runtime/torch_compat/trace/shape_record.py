@@ -1,7 +1,4 @@
-"""What a compiler finds out about sizes while it compiles. In: a trace's symbols before and after. Out: conditions as text, and those conditions put back.
-
-Compiled code is right only where they hold; the checks of a call are made of what the symbols' environment knows.
-"""
+"""What a compiler finds out about sizes while it compiles, as text, and put back; compiled code is right only where it holds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Symbolic sizes. In: sizes and fake tensors of a trace. Out: their expressions as text, their ranges and guards, numbers for symbols."""
+"""Symbolic sizes: their expressions as text, their ranges and guards, numbers for symbols."""
 
 from __future__ import annotations
 

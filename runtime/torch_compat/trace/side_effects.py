@@ -1,7 +1,4 @@
-"""What traced code writes outside its graph. In: the trace that is running. Out: each such write with its place, as Dynamo recorded it.
-
-Dynamo keeps these writes to repeat them after the graph; a capture wants to know them and to repeat none.
-"""
+"""What traced code writes outside its graph, as Dynamo recorded it to repeat it after the graph, which a capture does not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Watching operators run. In: functions to tell. Out: a block in which they are told of every operator that reaches the dispatcher, with its data."""
+"""A block in which functions are told of every operator that reaches the dispatcher, with its data."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Which parameters are tensors, by their annotations. In: a ``forward``. Out: the parameters whose annotation holds tensors, and the classes that it goes through.
-
-It evaluates annotations that are strings, and nothing else of the user's code.
-"""
+"""Which parameters of a ``forward`` hold tensors, by their annotations; those that are strings are evaluated."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Which dimensions of a forward's arguments are dynamic. In: annotations of ``forward`` or a declaration by name. Out: dimensions per parameter, and marks on the first call's tensors.
-
-Marks last only as long as the trace: the caller's tensors are left as they were.
-"""
+"""Which dimensions of a forward's arguments are dynamic, by annotations or a declaration; marks last only as long as the trace."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The shape guards of a trace, evaluated per call. In: a captured graph with where its inputs come from. Out: an error where Dynamo would have traced again.
-
-It is a debugging aid: it walks symbolic expressions, and it never retraces anything.
-"""
+"""The shape guards of a trace, evaluated per call: a debugging aid that fails where Dynamo would have traced again."""
 
 from __future__ import annotations
 
