@@ -32,6 +32,7 @@ from piecework.runtime.trace.inputs import (
     leaf_names,
     leaf_sources,
     refuse_offsets,
+    refuse_texts_of_numbers,
     rename,
     trace_back,
 )
@@ -283,6 +284,8 @@ class OpenTrace:
         refuse_writes(gm, example_inputs, given.whole)
         self.inputs = trace_back(gm, example_inputs, leaves, names, given.sources, given.held)
         self.fakes = _fakes(leaves, given.sources)
+        if "specialize_int" not in self._settings and int in map(type, leaves):
+            refuse_texts_of_numbers(torch_compat.traced_code())
         self._asks_grad = bool(torch_compat.trace_names("requires_grad", *_IN_AUTOGRAD))
         self._asks_strides = asks_strides(torch_compat.traced_code())
         refuse_offsets(leaves, names)

@@ -255,7 +255,7 @@ class Traces:
             most = self.backend.config.dynamic_shapes_config.max_traces
             if shapes in self._hopeless or self._by_themselves >= most:
                 return False
-            self._hopeless.add(shapes)  # unless it gets a trace now
+            self._hopeless.add(shapes)  # unless it gets a trace now that serves it
             _log.info("tracing the model again: %s", refused)
             start = time.perf_counter()
             try:
@@ -264,6 +264,8 @@ class Traces:
                 refused.add_note(f"A trace for these sizes is not to be had: {error}")
                 raise refused from error
             self._by_themselves += 1
+            if self.made[-1].entry.accepts(args, kwargs):
+                self._hopeless.discard(shapes)
             warn_of_another(
                 "the model was traced and compiled",
                 refused.message,

@@ -53,7 +53,7 @@ class Odd(Images):
 
 @pytest.fixture
 def config() -> CompilationConfig:
-    return CompilationConfig(backend=f"{HERE}:FixedImages")
+    return CompilationConfig(backend=f"{HERE}:FixedImages", dynamic_shapes_config={"max_traces": 8})
 
 
 def test_a_compiler_that_fails_with_all_sizes_unknown_gets_the_batch_alone(
@@ -114,7 +114,8 @@ def test_a_graph_break_stays_one() -> None:
 
 def test_a_model_that_looks_a_size_up() -> None:
     model = Odd().eval()
-    stitched = piecework.compile(model, (torch.randn(4, 3, 8, 8),), config={"backend": "eager"})
+    config = {"backend": "eager", "dynamic_shapes_config": {"max_traces": 8}}
+    stitched = piecework.compile(model, (torch.randn(4, 3, 8, 8),), config=config)
     for rows, height in ((4, 8), (1, 8), (5, 8), (4, 16), (2, 16)):
         images = torch.randn(rows, 3, height, 8)
         torch.testing.assert_close(stitched(images), model(images), rtol=0, atol=0)

@@ -14,6 +14,8 @@ from piecework.errors import CaptureError, PieceworkError
 
 #: A trace answers for the stand-ins that it computes with; the first two are torch's own business, the third is deprecated.
 OF_STAND_INS = {"_has_symbolic_sizes_strides", "_python_dispatch", "storage_type()"}
+#: Torch takes these for granted and guards nothing for them.
+OF_STAND_INS |= {"is_leaf", "grad_fn", "retains_grad", "_base", "_is_view()", "_backward_hooks"}
 
 ANSWERS = (type(None), bool, int, float, str, tuple, type, torch.dtype, torch.device, torch.layout)
 
