@@ -1,7 +1,4 @@
-"""Model libraries on top of the runtime. In: models of other libraries. Out: the same models, stitched.
-
-Each integration is a module of its own and is imported only when it is used.
-"""
+"""Models of other libraries, stitched; each integration is imported only when it is used."""
 
 from __future__ import annotations
 

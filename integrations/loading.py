@@ -1,6 +1,6 @@
-"""Models named on the command line: by a folder, a file such as ``config.json``, or ``module:factory``.
+"""Models named on the command line: by a folder, a ``config.json``, or ``module:factory``.
 
-It knows no kind of model: the integrations that there are say which of them a path is. Nothing heavy is imported before a name was looked at.
+Integrations say which of them a path is. Nothing heavy is imported before a name was looked at.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def require_model(spec: str) -> None:
 
 
 def _integrations() -> Iterator[Callable[[Path, int], LoadedModel | None]]:
-    """Every integration's ``load``: of packages beside this file, then those of other distributions."""
+    """Every integration's ``load``: those beside this file, then those of other distributions."""
     import piecework.integrations
 
     for each in pkgutil.iter_modules(piecework.integrations.__path__):
@@ -56,8 +56,8 @@ def load_model(spec: str, *, seed: int = 0) -> LoadedModel:
     """Load what ``spec`` names; nothing is downloaded.
 
     Args:
-        spec: a local model folder (weights are loaded if there are any), a ``config.json`` (random weights), or ``module:factory``
-            returning ``(module, example_inputs)``.
+        spec: a local model folder (weights are loaded if there are any), a ``config.json`` (random
+            weights), or ``module:factory`` returning ``(module, example_inputs)``.
         seed: of random weights and of the example prompt.
 
     Raises:
@@ -103,7 +103,7 @@ def _from_factory(spec: str, seed: int) -> LoadedModel:
 
 
 def _no_model(spec: str, module_name: str, error: BaseException) -> UsageError:
-    """What is wrong with a factory: it is not there, or its code fails, which its own traceback tells."""
+    """What is wrong with a factory: it is not there, or its code fails."""
     from piecework.integrations.protocol import first_line
 
     inner = traceback.extract_tb(error.__traceback__)[1:]  # from where the user's code begins

@@ -1,8 +1,9 @@
-"""A model and what to call it with, how two runs of it compare, and what integrations need to load one.
+"""A model and what to call it with, how two runs compare, and what integrations need to load one.
 
-An integration is a function ``load(path, seed)`` that gives a `LoadedModel` of a local folder or file, or None for one of another kind. A package of
-`piecework.integrations` with a module ``integration`` that has one is found by itself, as is what another distribution names in the
-entry points ``piecework.integrations``.
+An integration is a function ``load(path, seed)``: a `LoadedModel` of a local folder or file, or
+None for one of another kind. A package beside this file that has one in its module ``integration``
+is found by itself, as is what another distribution names in the entry points
+``piecework.integrations``.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from piecework.runtime.stitched import StitchedModule
 
 #: Positional and keyword arguments.
 Call = tuple[tuple[object, ...], dict[str, object]]
-#: Largest accepted difference of two runs, relative to the largest value (float32, another order of summation).
+#: Largest accepted difference of two runs, relative to the largest value.
 TOLERANCE = 1e-4
 
 
@@ -44,7 +45,7 @@ class Outcome:
 
     Attributes:
         tokens: generated token ids ``[new]``; None for a model that generates none.
-        values: what is compared: the logits ``[new, vocabulary]`` that chose the tokens, or the model's tensors.
+        values: what is compared: the logits ``[new, vocabulary]``, or the model's tensors.
     """
 
     tokens: torch.Tensor | None
@@ -53,7 +54,7 @@ class Outcome:
 
 @dataclass
 class LoadedModel:
-    """A model and what to call it with; a kind that is stitched or run in another way overrides what differs.
+    """A model and what to call it with; a kind that is run in another way overrides what differs.
 
     Attributes:
         name: for reports.
@@ -76,7 +77,9 @@ class LoadedModel:
     def of_calls(
         cls, model: torch.nn.Module, calls: Sequence[Call], config_text: str
     ) -> LoadedModel:
-        """A model that is traced with the first of ``calls``, in which tensors have equal first sizes only if both are the batch's."""
+        """A model that is traced with the first of ``calls``, whose equal first sizes are the
+        batch's.
+        """
         (args, kwargs), *more = calls
         rows = {k: v.size(0) for k, v in kwargs.items() if isinstance(v, torch.Tensor) and v.dim()}
         first, *others = rows
@@ -95,15 +98,15 @@ class LoadedModel:
         stitched.save(artifact)
 
     def warm(self, artifact: Path) -> StitchedModule:
-        """The stitched form by an artifact of a like model; raises `ArtifactError` where it does not fit."""
+        """The stitched form by an artifact; raises `ArtifactError` where it does not fit."""
         return load(artifact, self.module)
 
     def modules(self, stitched: StitchedModule) -> Sequence[StitchedModule]:
-        """The stitched modules that serve calls of the model by now, ``stitched`` among them."""
+        """The stitched modules that serve calls of the model by now."""
         return (stitched,)
 
     def run(self, new_tokens: int, stitched: StitchedModule | None = None) -> Outcome:
-        """Run the model, or its stitched form, on its example arguments: generate so many tokens, or make its calls."""
+        """Run the model, or its stitched form: generate so many tokens, or make its calls."""
         model = stitched or self.module
         calls = ((self.example_args, self.example_kwargs), *self.more_calls)
         with torch.no_grad():
@@ -112,13 +115,13 @@ class LoadedModel:
         return Outcome(None, values)
 
     def dry_context(self) -> Callable[..., AbstractContextManager[object]] | None:
-        """What runs on dummy inputs need around them while static graphs are captured (``context_for`` of ``capture``)."""
+        """What runs on dummy inputs need around them (``context_for`` of ``capture``)."""
         return None
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Whether two runs agree: the same tokens, and values within `TOLERANCE`, relative to the largest value."""
+    """Whether two runs agree: the same tokens, and values within `TOLERANCE`."""
 
     tokens_equal: bool
     difference: float
@@ -156,7 +159,7 @@ def compare(reference: Outcome, other: Outcome) -> Comparison:
 
 
 def first_line(error: BaseException) -> str:
-    """What a library's error says, in one line: its first one, and what follows a colon at its end."""
+    """What a library's error says, in one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     while len(lines) > 1 and lines[0].endswith(":"):
         lines[:2] = [f"{lines[0]} {lines[1]}"]
@@ -164,7 +167,7 @@ def first_line(error: BaseException) -> str:
 
 
 def with_weights(made: Any, path: Path, **options: object) -> torch.nn.Module:
-    """The model of a folder, by ``from_pretrained`` of a class of Hugging Face's; raises `UsageError` where it can't be loaded."""
+    """The model of a folder, by ``from_pretrained``; raises `UsageError` where it can't be loaded."""
     try:
         model: torch.nn.Module = made.from_pretrained(path, local_files_only=True, **options)
     except (OSError, ValueError, KeyError) as error:
@@ -177,7 +180,7 @@ def with_weights(made: Any, path: Path, **options: object) -> torch.nn.Module:
 
 @torch.no_grad()
 def add_noise(model: torch.nn.Module, seed: int) -> None:
-    """Add seeded normal noise of 0.02 to each parameter: models are often made with blocks that add nothing, of which any two runs agree."""
+    """Add seeded noise to each parameter: models are often made with blocks that add nothing."""
     generator = torch.Generator().manual_seed(seed)
     for weight in model.parameters():
         if weight.is_floating_point():
@@ -188,7 +191,7 @@ def add_noise(model: torch.nn.Module, seed: int) -> None:
 def with_seeded_weights(
     make: Callable[[], torch.nn.Module], name: str, file: Path, seed: int
 ) -> torch.nn.Module:
-    """What ``make`` makes of a config, with `add_noise`; raises `UsageError` where it can't be made."""
+    """What ``make`` makes, with `add_noise`; raises `UsageError` where it can't be made."""
     torch.manual_seed(seed)
     try:
         model = make()
@@ -202,7 +205,7 @@ def with_seeded_weights(
 
 
 def require_packages(names: Iterable[str], extra: str) -> None:
-    """Raise `UsageError` if one of these packages, which the extra ``extra`` installs, is missing."""
+    """Raise `UsageError` if one of these packages of an extra is missing."""
     missing = [name for name in names if find_spec(name) is None]
     if missing:
         raise UsageError(

@@ -1,1 +1,1 @@
-"""Hugging Face diffusers: in, a diffusion transformer; out, the model with example calls, to be compiled as any module."""
+"""Diffusion transformers of diffusers, compiled as any module is."""

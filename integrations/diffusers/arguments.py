@@ -1,4 +1,4 @@
-"""Example calls of a diffusion transformer. In: the model. Out: ways to call it, by number of rows, text tokens and padding, from its forward's parameters and its config.
+"""Example calls of a diffusion transformer, from its forward's parameters and its config.
 
 It knows arguments by name, and no class; whether a call runs is for the caller to try.
 """
@@ -29,7 +29,7 @@ _TEXT_WIDTHS = (
 
 
 def candidates(model: torch.nn.Module) -> Iterator[Ways]:
-    """Ways to call ``model``: with latents as images, as a row of patches, and as videos of both layouts."""
+    """Ways to call ``model``: with images, a row of patches, and videos of both layouts."""
     parameters = inspect.signature(model.forward).parameters
     chosen = [name for name in parameters if name in _Arguments.KNOWN]
     if not getattr(model.config, "guidance_embeds", False):

@@ -1,6 +1,5 @@
-"""Diffusion transformers of diffusers, for the command line. In: a local folder or a ``config.json`` with ``_class_name``. Out: a `LoadedModel` that is called once, a step of a denoising loop.
-
-Nothing is downloaded; random weights and example arguments are seeded.
+"""Diffusion transformers of diffusers for the command line, called once: a step of a denoising
+loop.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Hugging Face transformers: in, a model that is no causal decoder; out, the model, or the encoder of an encoder-decoder, with example calls, to be compiled as any module."""
+"""Models of transformers that are no causal decoders, compiled as any module is."""

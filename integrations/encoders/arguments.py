@@ -1,4 +1,4 @@
-"""Example calls of a model of transformers. In: the model. Out: ways to call it, by number of rows, tokens and padding, from its forward's parameters and its config.
+"""Example calls of a model of transformers, from its forward's parameters and its config.
 
 It knows arguments by name, and no family; whether a call runs is for the caller to try.
 """
@@ -37,7 +37,7 @@ class Size:
 
 Ways = Callable[[Size], Call]
 
-#: Calls that a compiled model has to answer as eager does: the example, then other rows, lengths and masks.
+#: Calls that a compiled model has to answer as eager does; the first is the example.
 SIZES = (
     Size(4),
     Size(1, TOKENS, "none"),
@@ -48,7 +48,7 @@ SIZES = (
 
 
 def example(ways: Ways) -> Call:
-    """The call to trace with. Of images alone the rows are dynamic: windows and pyramids of any height and width take torch minutes to trace."""
+    """The call to trace with; of images alone the rows are dynamic, or torch takes minutes."""
     args, kwargs = ways(SIZES[0])
     if all(name.startswith("pixel_") for name in kwargs):
         for value in kwargs.values():
@@ -57,7 +57,7 @@ def example(ways: Ways) -> Call:
 
 
 def padding_mask(size: Size) -> torch.Tensor:
-    """Ones where there are tokens, ``[rows, tokens]``; rows end, or begin, at two tokens before the longest one, one before, and there."""
+    """Ones where there are tokens, ``[rows, tokens]``; rows are up to two tokens shorter than that."""
     hidden = (2 - torch.arange(size.rows) % 3) * (size.padding != "none")
     mask = (torch.arange(size.tokens)[None] < size.tokens - hidden[:, None]).long()
     return mask.flip(1) if size.padding == "left" else mask
@@ -82,7 +82,7 @@ def first_that_runs(model: torch.nn.Module, ways: Iterable[Ways]) -> Ways:
 
 
 def candidates(model: torch.nn.Module) -> Iterator[Ways]:
-    """Ways to call ``model``, from its forward's parameters: with images of several sizes, or sound of several lengths."""
+    """Ways to call ``model``: with images of several sizes, or sound of several lengths."""
     names = list(inspect.signature(model.forward).parameters)
     required = [
         name
@@ -124,7 +124,7 @@ def _completed(wanted: Sequence[str], names: Sequence[str], config: Any) -> list
 
 
 class _Arguments:
-    """Makes each argument by its name, with ``n`` rows, equal at each call of a size; fewer rows are the first of more."""
+    """Makes each argument by its name, with ``n`` rows; fewer rows are the first of more."""
 
     def __init__(self, config: Any, image: int | None, sound: int, size: Size) -> None:
         self._text = getattr(config, "text_config", config)

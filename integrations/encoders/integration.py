@@ -1,6 +1,6 @@
-"""transformers' models that are called once, for the command line. In: a local folder or a ``config.json``. Out: a `LoadedModel`: an encoder, a vision or audio model, or the encoder of an encoder-decoder.
+"""Models of transformers that are called once, for the command line: text, vision, audio, encoders.
 
-Nothing is downloaded; random weights and example arguments are seeded. Causal LMs are left to `piecework.integrations.transformers`.
+Nothing is downloaded; random weights and example arguments are seeded.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from piecework.integrations.protocol import (
 
 
 def load(path: Path, seed: int) -> LoadedModel | None:
-    """The model of a local folder or ``config.json``; None for a causal LM, and for what is no model of transformers.
+    """The model of a folder or ``config.json``; None for a causal LM, or no model of transformers.
 
     Raises:
         UsageError: it can't be loaded.
@@ -81,7 +81,7 @@ def without_caches(config: Any) -> None:
 
 
 def example_calls(model: torch.nn.Module, file: Path, candidates: Iterable[Ways]) -> list[Call]:
-    """The call to trace ``model`` with, in the first way that runs, and those of other sizes and masks that it takes.
+    """The call to trace ``model`` with, in the first way that runs, and others that it takes.
 
     Raises:
         UsageError: it takes no arguments that are known here.

@@ -1,6 +1,5 @@
-"""Which integration a config of transformers is for. In: its fields. Out: whether its model is called once, as an encoder is, or generates; or an error that says what contradicts what.
-
-It goes by what the config says (``architectures``, ``is_decoder``, ``is_encoder_decoder``) and by transformers' own registries, and loads no model.
+"""Whether a model is called once, as an encoder is, or generates: by its config, and no model
+loaded.
 """
 
 from __future__ import annotations
@@ -20,8 +19,8 @@ def is_encoder(config: Any, architectures: Sequence[str], where: str) -> bool:
         where: for errors: the file.
 
     Raises:
-        UsageError: it generates text from images or sound, which nothing here serves; transformers has no class of such a name, or no
-            model of the family; or the fields contradict each other.
+        UsageError: it generates text from images or sound, transformers has no class of such a
+            name, or no model of the family, or the fields contradict each other.
     """
     import transformers
 
@@ -53,7 +52,7 @@ def is_encoder(config: Any, architectures: Sequence[str], where: str) -> bool:
 
 
 def has_decoder(config: Any) -> bool:
-    """Whether the model is an encoder-decoder that generates: its encoder is what is called once. A detector's decoder does not."""
+    """Whether the model is an encoder-decoder that generates, as a detector's decoder does not."""
     generates = (*_WITH_ENCODER, "CAUSAL_LM")
     return bool(getattr(config, "is_encoder_decoder", False)) and any(
         config.model_type in registered(task) for task in generates
@@ -61,7 +60,7 @@ def has_decoder(config: Any) -> bool:
 
 
 def registered(task: str) -> dict[str, Any]:
-    """A registry of transformers' auto classes: family → names of classes; {} for one that this version lacks."""
+    """A registry of transformers' auto classes, by family; {} for one that this version lacks."""
     from transformers.models.auto import modeling_auto
 
     return dict(getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES", {}))

@@ -1,6 +1,6 @@
-"""Hugging Face transformers: in, a causal LM; out, the same model with its decoder stitched, ready for ``generate()``.
+"""Causal LMs of transformers with their decoders stitched, ready for ``generate()``.
 
-It never patches transformers or changes the model's weights; ``unstitch`` gives back exactly the model that came in.
+Transformers is never patched, nor weights changed; ``unstitch`` gives back the model that came in.
 """
 
 from piecework.integrations.transformers.stitcher import (

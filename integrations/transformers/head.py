@@ -1,7 +1,4 @@
-"""The head of a causal LM in static graphs of its own. In: its module and what the decoder's graphs are captured for. Out: the same module, replaying for batches of those sizes.
-
-Without captured graphs the head stays as it is: it is one product, and compiling it would gain nothing.
-"""
+"""The head of a causal LM in static graphs of its own; without graphs it stays as it is."""
 
 from __future__ import annotations
 
@@ -30,7 +27,7 @@ class FlatHead(nn.Module):
 
 
 class HeadForward:
-    """Stands in for a head's ``forward``: any batch of hidden states, by the stitched head of one row of them.
+    """Stands in for a head's ``forward``: any batch, by the stitched head of one row of states.
 
     Args:
         head: the module; see `can_be_captured`.

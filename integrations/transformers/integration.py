@@ -1,7 +1,4 @@
-"""transformers' causal LMs for the command line, from a local folder or a ``config.json``; stitched in place, they generate tokens.
-
-Nothing is downloaded; random weights and the example prompt are seeded.
-"""
+"""Causal LMs of transformers for the command line: stitched in place, they generate tokens."""
 
 from __future__ import annotations
 

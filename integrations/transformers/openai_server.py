@@ -1,6 +1,6 @@
 """A stitched model behind transformers' own OpenAI-style server.
 
-Routes, generation, streams, cancels and refusals are those of ``transformers serve``; the hook is its manager of models, which has one, stitched before it serves.
+Routes, generation and refusals are its own; the hook is its manager of models, which has one.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from piecework.integrations.transformers.stitcher import stitched_module
 
 if TYPE_CHECKING:
     import uvicorn
-    from fastapi import FastAPI
 
 Make = Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]]
 _NEVER = -1
@@ -80,23 +79,8 @@ class StitchedModels(ModelManager):
         return "".join(each.prometheus() for each in found)
 
 
-def answer_errors(app: FastAPI) -> None:
-    """Have what an application refuses answered in the form that OpenAI's clients read."""
-    from fastapi.responses import JSONResponse
-    from starlette.exceptions import HTTPException
-
-    async def refused(_request: object, error: Exception) -> JSONResponse:
-        status = getattr(error, "status_code", 400)
-        kind = "invalid_request_error" if status < 500 else "server_error"
-        said = {"message": getattr(error, "detail", str(error)), "type": kind}
-        return JSONResponse({"error": said | {"param": None, "code": None}}, status)
-
-    for kind in (HTTPException, InputError):
-        app.add_exception_handler(kind, refused)
-
-
 def tokenizer_of(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in a model's folder; raises `UsageError` where there is none that can be read."""
+    """The tokenizer in a model's folder; raises `UsageError` where there is none."""
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
@@ -107,7 +91,7 @@ def tokenizer_of(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def bound_socket(host: str, port: int) -> socket.socket:
-    """A socket that is held but not listening yet, port 0 taking a free one; raises `UsageError` where the address can't be had."""
+    """A socket that is held, but not listening; raises `UsageError` where there is none to have."""
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -124,19 +108,20 @@ def bound_socket(host: str, port: int) -> socket.socket:
 def make_server(
     name: str, make: Make, *, batching: ContinuousBatchingConfig | None = None
 ) -> uvicorn.Server:
-    """The server of a model, which is made now; ``run(sockets=[bound_socket(…)])`` serves until a signal or ``should_exit``.
+    """The server of a model, which is made now; ``run(sockets=[…])`` serves until a signal.
 
     Args:
         name: what requests call the model.
         make: the stitched model, and its tokenizer.
-        batching: requests are computed together, by transformers' continuous batching; None: one after the other.
+        batching: requests are computed together; None: one after the other.
 
     Raises:
         UsageError: fastapi, uvicorn or openai is missing.
     """
     require_packages(("fastapi", "uvicorn", "openai"), "serve")
     import uvicorn
-    from fastapi.responses import PlainTextResponse
+    from fastapi.responses import JSONResponse, PlainTextResponse
+    from starlette.exceptions import HTTPException
     from transformers.cli.serving.chat_completion import ChatCompletionHandler
     from transformers.cli.serving.completion import CompletionHandler
     from transformers.cli.serving.response import ResponseHandler
@@ -157,6 +142,13 @@ def make_server(
         generation_state=state,
     )
 
-    answer_errors(app)
+    async def refused(_request: object, error: Exception) -> JSONResponse:
+        status = getattr(error, "status_code", 400)
+        kind = "invalid_request_error" if status < 500 else "server_error"
+        said = {"message": getattr(error, "detail", str(error)), "type": kind}
+        return JSONResponse({"error": said | {"param": None, "code": None}}, status)
+
+    for kind in (HTTPException, InputError):  # in the form that OpenAI's clients read
+        app.add_exception_handler(kind, refused)
     app.get("/metrics", response_class=PlainTextResponse)(models.metrics)
     return uvicorn.Server(uvicorn.Config(app, log_level="info"))

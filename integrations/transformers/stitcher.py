@@ -1,6 +1,7 @@
-"""stitch and unstitch: in, a causal LM of transformers; out, the same object, its decoder's forward replaced by a stitched one.
+"""Stitches a causal LM of transformers in place: its decoder's forward is replaced by a stitched
+one, served flat or whole.
 
-They never change weights, config or the LM head, and leave nothing behind when they refuse a model.
+Weights, config and LM head are never changed, and nothing is left behind when a model is refused.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import inspect
 import logging
 import os
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, TypeVar
@@ -18,15 +19,23 @@ import torch
 from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
-from piecework.errors import CaptureError, ConfigError, StaticGraphError, UsageError, short_errors
-from piecework.integrations.transformers.flat.admission import forget_layers
+from piecework.errors import (
+    ArtifactError,
+    CaptureError,
+    ConfigError,
+    StaticGraphError,
+    UsageError,
+    short_errors,
+)
+from piecework.integrations.transformers.flat.admission import admit, forget_layers
 from piecework.integrations.transformers.flat.way import FlatWay
 from piecework.integrations.transformers.head import HeadForward, can_be_captured
+from piecework.integrations.transformers.own.keeping import LOADER
 from piecework.integrations.transformers.own.probe import is_encoder_decoder
+from piecework.integrations.transformers.own.refusals import refuse_model
 from piecework.integrations.transformers.request.dry import dry_request
-from piecework.integrations.transformers.way import Way
-from piecework.integrations.transformers.ways import Served, chosen_way, served, way_of
-from piecework.integrations.transformers.whole.pair import PairWay
+from piecework.integrations.transformers.whole.admission import admit_whole
+from piecework.integrations.transformers.whole.way import WholeWay
 from piecework.runtime import torch_compat
 from piecework.runtime.artifact.load import Artifact
 from piecework.runtime.batch.mode import CUDAGraphMode
@@ -41,6 +50,7 @@ from piecework.runtime.store.folder import Place
 _log = logging.getLogger(__name__)
 
 Model = TypeVar("Model", bound=nn.Module)
+Way = FlatWay | WholeWay
 AUTO = "auto"
 #: The largest number of tokens that ``capture="auto"`` tries.
 AUTO_MAXIMUM = 64
@@ -58,32 +68,25 @@ def stitch(
     key_file: str | os.PathLike[str] | None = None,
     way: Literal["flat", "whole"] | None = None,
 ) -> Model:
-    """Stitch the decoder of a causal LM, or decoder and encoder of an encoder-decoder, in place and return the model.
+    """Stitch the decoder of a causal LM, and the encoder beside it, in place; return the model.
 
-    The flat way: the decoder is captured with every token of a batch in one row, so that one stitched function serves prefill
-    and decode of any batch. Attention stays the model's own implementation (``sdpa`` or ``eager``) behind the splitting
-    op ``piecework::attention``; KV cache and masks never enter the graph. A decoder that can't be served so is served whole, if
-    that is equal: its forward is captured as it is, attention in it, and what its cache holds comes and goes as tensors.
-    ``generate()`` works as before. `how_served` says which way it is.
+    Flat: every token of a batch in one row, attention behind the splitting op, so that one function
+    serves prefill and decode of any batch. A decoder that can't be served so is served whole, if that
+    is equal: its forward is captured as it is, and its cache's tensors come and go as arguments. While
+    torch's compiler is switched off, the decoder runs as it is, and is compiled after that.
 
     Args:
         model: a causal LM of transformers in eval mode, on its final device and in its final dtype.
-        config: a ``piecework.CompilationConfig``, or a dict of its fields; the default compiles pieces with Inductor.
-        capture: numbers of tokens to capture static graphs for, of the pieces and of the head; attention runs between them. "auto"
-            takes the usual steps up to ``AUTO_MAXIMUM``, measures them, and keeps those that were worth it.
-            ``stitched_module(model).coverage()`` says how each batch runs, ``call_report()`` what ran, and with how much padding.
-        max_cache_len: captures the decode steps of static caches of up to so many tokens whole too, attention among them, for the numbers of sequences
-            in ``capture``. The keys and values of one cache at a time are moved into memory that the graphs read, as much as a `StaticCache` of
-            ``max_num_seqs`` sequences takes. The mode is the configuration's ``cudagraph_mode``, FULL_AND_PIECEWISE if that is NONE. `how_served`
-            counts the steps of static caches that ran outside these graphs.
-        max_num_seqs: the most sequences of a decode step that is captured whole; by default the largest number in ``capture``.
-        artifact: a directory that `save` writes. If what lies there fits the model, the configuration and this process, it
-            is loaded, and nothing is run, traced or compiled; else the model is compiled and saved there, and a warning says why.
+        config: a ``piecework.CompilationConfig``, or a dict of its fields.
+        capture: numbers of tokens to capture static graphs for, of the pieces and of the head;
+            "auto" measures the usual steps up to ``AUTO_MAXIMUM``, and keeps what was worth it.
+        max_cache_len: captures decode steps of static caches of up to so many tokens whole too, for
+            the numbers of sequences in ``capture``, in memory of the graphs' own.
+        max_num_seqs: the most sequences of such a step; by default the largest of ``capture``.
+        artifact: a directory that `save` writes. What lies there is loaded if it fits the model, the
+            configuration and this process; else the model is compiled and saved there.
         key_file: a secret that signs and verifies the artifact; see ``StitchedModule.save``.
-        way: "flat" or "whole": that way, or a refusal. By default the first of them that serves the model.
-
-    While torch's compiler is switched off (``TORCH_COMPILE_DISABLE=1``, ``torch.compiler.set_stance``), the decoder runs as
-    it is, and is compiled at the first forward after that.
+        way: "flat" or "whole": that way, or a refusal; by default the first that serves the model.
 
     Raises:
         CaptureError: the model can't be stitched, and why; it is left as it was.
@@ -97,21 +100,21 @@ def stitch(
     """
     chosen = None if config is None else CompilationConfig.given(config, "config")
     sizes = _sizes(capture)
-    whole = _whole_steps(chosen, sizes, max_cache_len, max_num_seqs)
+    full = _full_mode(chosen, sizes, max_cache_len, max_num_seqs)
     decoder = _unstitched(model)
 
     taken: Way | None = None
 
     def take(found: Artifact) -> None:
         nonlocal taken
-        taken = way_of(found, model, decoder, chosen, way)
+        taken = _way_of(found, model, decoder, chosen, way)
 
     if artifact is not None:
         require_stitching(chosen)
         take_if_it_fits(artifact, key_file, take)
     loaded = taken is not None
     if taken is None:
-        taken = chosen_way(model, decoder, chosen, way)
+        taken = _chosen_way(model, decoder, chosen, way)
     if sizes is not None and taken.name != FlatWay.name:
         raise StaticGraphError(
             "a decoder that is served whole is not captured: its graphs would hold the memory of one cache",
@@ -123,34 +126,104 @@ def stitch(
     _serve_by(taken, model)
     try:
         if sizes is not None:
-            _capture(model, sizes, whole, measured=capture == AUTO, config=chosen)
+            limits = (max_num_seqs, max_cache_len)
+            _capture(model, sizes, full, limits, measured=capture == AUTO, config=chosen)
     except BaseException:
         unstitch(model)
         raise
     return model
 
 
+def _chosen_way(
+    model: nn.Module, decoder: nn.Module, config: CompilationConfig | None, wanted: str | None
+) -> Way:
+    """The first way that takes the decoder, compiled unless torch's compiler is off; ``wanted``
+    names the only one that may.
+
+    Raises:
+        CaptureError: none takes it, and why; the model is left as it was.
+        ConfigError: there is no way of that name.
+    """
+    if wanted not in (None, FlatWay.name, WholeWay.name):
+        hint = f"{FlatWay.name} or {WholeWay.name}"
+        raise ConfigError(f"there is no way {wanted!r}", where="way", hint=hint)
+    refuse_model(decoder)
+    if wanted == WholeWay.name:
+        return admit_whole(model, decoder, decoder.forward, config)
+    try:
+        return _flat_way(model, decoder, config)
+    except CaptureError as error:
+        if wanted is not None:
+            raise
+        refused = error
+    try:
+        way = admit_whole(model, decoder, decoder.forward, config)
+    except CaptureError as error:
+        raise CaptureError(
+            f"it can't be served flattened: {_said(refused)}; nor whole: {error.message}",
+            where=error.where or type(decoder).__name__,
+            hint=error.hint,
+        ) from error
+    way.not_flat = refused
+    return way
+
+
+def _said(error: CaptureError) -> str:
+    """A refusal without its hint."""
+    return error.message if error.where is None else f"{error.message} ({error.where})"
+
+
+def _flat_way(model: nn.Module, decoder: nn.Module, config: CompilationConfig | None) -> FlatWay:
+    forward = decoder.forward
+    serving = admit(model, decoder, forward)
+    try:
+        way = FlatWay(model, serving, forward, config)
+        if torch_compat.compiler_off() is None:
+            way.entry("input_ids")
+    except BaseException:
+        forget_layers(decoder)
+        raise
+    return way
+
+
+def _way_of(
+    found: Artifact,
+    model: nn.Module,
+    decoder: nn.Module,
+    config: CompilationConfig | None,
+    wanted: str | None = None,
+) -> Way:
+    """The way that an artifact is of, for a model like the one that was saved.
+
+    Raises:
+        ArtifactError: it is of something else or of another way than ``wanted``, or does not fit;
+            the model is left as it was.
+        CaptureError: the model is not fit, such as one in training mode.
+    """
+    kept = found.folder.facts.get("kept")
+    name = kept.get("way") if isinstance(kept, dict) and kept.get("load") == LOADER else None
+    ways = {each.name: each.of_artifact for each in (FlatWay, WholeWay)}
+    if name not in ways:
+        raise ArtifactError(
+            "the artifact is of no decoder of transformers",
+            where=type(model).__name__,
+            hint="piecework.load(path, model) loads what piecework.compile made",
+        )
+    if wanted not in (None, name):
+        raise ArtifactError(
+            f"the artifact is of the {name} way, and {wanted!r} is wanted",
+            hint=f"leave way out, say way={name!r}, or save it anew",
+        )
+    return ways[name](found, model, decoder, config)
+
+
 def _serve_by(way: Way, model: nn.Module) -> None:
-    way.decoder.forward = StitchedForward(way)
-    for each in _beside(way):
+    for each in way.ways():
         each.decoder.forward = StitchedForward(each)
-    # generate() compiles a model for static caches by itself, where this gives it something to compile.
-    model.get_compiled_call = _as_it_is(model)
-
-
-def _beside(way: Way) -> Sequence[Way]:
-    """The ways of modules that are stitched beside the decoder: of an encoder."""
-    return way.beside() if isinstance(way, PairWay) else ()
-
-
-def _as_it_is(model: nn.Module) -> Callable[[object], Callable[..., object]]:
-    """What stands in for transformers' ``get_compiled_call`` of a stitched model."""
+    # generate() compiles a model for static caches by itself, where this gives it something to
+    # compile.
     found = weakref.ref(model)
-
-    def get_compiled_call(compile_config: object) -> Callable[..., object]:
-        return found().__call__  # type: ignore[misc]
-
-    return get_compiled_call
+    model.get_compiled_call = lambda compile_config: found().__call__  # type: ignore[misc, union-attr]
 
 
 def _sizes(capture: object) -> list[int] | None:
@@ -165,25 +238,16 @@ def _sizes(capture: object) -> list[int] | None:
     return list(capture)
 
 
-@dataclass(frozen=True, slots=True)
-class _WholeSteps:
-    """What decode steps are captured whole: in which mode, of caches how long, of how many sequences."""
-
-    mode: CUDAGraphMode
-    max_cache_len: int
-    max_num_seqs: int
-
-
-def _whole_steps(
+def _full_mode(
     config: CompilationConfig | None,
     sizes: Sequence[int] | None,
     max_cache_len: int | None,
     max_num_seqs: int | None,
-) -> _WholeSteps | None:
-    """What was asked for; None if no decode step is to be captured whole.
+) -> CUDAGraphMode | None:
+    """The mode in which decode steps are captured whole; None if none is to be.
 
     Raises:
-        ConfigError: one thing without the other, or no number.
+        ConfigError: what was asked for does not fit together.
     """
     asked = CUDAGraphMode.NONE if config is None else config.cudagraph_mode
     for name, number in (("max_cache_len", max_cache_len), ("max_num_seqs", max_num_seqs)):
@@ -197,45 +261,48 @@ def _whole_steps(
                 hint="give max_cache_len, the longest static cache that such graphs serve",
             )
         return None
-    if sizes is None:
+    if sizes is None or asked is CUDAGraphMode.PIECEWISE:
         raise ConfigError(
-            "max_cache_len is for decode steps that are captured",
+            "max_cache_len is for decode steps that are captured whole",
             where="stitch",
-            hint="give capture, the numbers of tokens",
+            hint="give capture, the numbers of tokens, and no cudagraph_mode of PIECEWISE",
         )
-    if asked is CUDAGraphMode.PIECEWISE:
-        raise ConfigError(
-            "cudagraph_mode is PIECEWISE, and max_cache_len is for whole decode steps",
-            where="stitch",
-            hint="leave one of them out",
-        )
-    mode = CUDAGraphMode.FULL_AND_PIECEWISE if asked is CUDAGraphMode.NONE else asked
-    largest = max(sizes, default=1)
-    return _WholeSteps(mode, max_cache_len, min(max_num_seqs or largest, largest))
+    return CUDAGraphMode.FULL_AND_PIECEWISE if asked is CUDAGraphMode.NONE else asked
 
 
 def _capture(
     model: nn.Module,
     sizes: Sequence[int],
-    whole: _WholeSteps | None,
+    full: CUDAGraphMode | None,
+    limits: tuple[int | None, int | None],
     *,
     measured: bool,
     config: CompilationConfig | None,
 ) -> None:
-    """Capture the decoder's pieces, and the head, for these numbers of tokens."""
+    """Capture the decoder's pieces, and the head, for these numbers of tokens; in mode ``full``
+    decode steps whole too.
+
+    ``limits``: the most sequences of such a step, and the longest cache.
+    """
+    way = _required(_decoder_of(model)).way
     entry = stitched_module(model)
     if entry.traces and next(model.parameters()).device.type == "cpu":
         _log.warning(
             "static graphs on a CPU are a stand-in for testing, and slower than running uncaptured"
         )
     # Tokens meet in attention alone, which reads the request.
-    options: dict[str, object] = {"mode": CUDAGraphMode.PIECEWISE, "context_for": dry_request}
-    options["pad"] = True
-    way = _required(_decoder_of(model)).way
-    if whole is not None and entry.traces and isinstance(way, FlatWay):
-        static = way.static_decode(whole.max_num_seqs, whole.max_cache_len)
-        limits = RuntimeConfig(max_num_batched_tokens=max(sizes), max_num_seqs=whole.max_num_seqs)
-        options |= {"mode": whole.mode, "context_for": static.context_for, "runtime": limits}
+    options: dict[str, object] = {
+        "mode": CUDAGraphMode.PIECEWISE,
+        "context_for": dry_request,
+        "pad": True,
+    }
+    if full is not None and entry.traces and isinstance(way, FlatWay):
+        most, length = limits
+        largest = max(sizes, default=1)
+        most = min(most or largest, largest)
+        runtime = RuntimeConfig(max_num_batched_tokens=max(sizes), max_num_seqs=most)
+        static = way.static_decode(most, length or 1)
+        options |= {"mode": full, "context_for": static.context_for, "runtime": runtime}
     if measured:
         sizes = _worth(entry.measure(sizes, **options))
     else:
@@ -259,13 +326,13 @@ def _worth(found: Measurement) -> tuple[int, ...]:
 
 @short_errors
 def save(model: nn.Module, path: Place, *, key_file: str | os.PathLike[str] | None = None) -> None:
-    """Write what a stitched model is served by, for `load` in another process: of a decoder that is served whole every kind of call that came so far.
+    """Write what serves a stitched model, for `load`: if whole, the kinds of calls that came so far.
 
     Args:
         path, key_file: as of ``StitchedModule.save``.
 
     Raises:
-        ArtifactError: something can't be told again in another process, which is named; or the directory can't be written.
+        ArtifactError: something can't be told again in another process, or be written.
         UsageError: the model is not stitched.
 
     Example:
@@ -276,14 +343,14 @@ def save(model: nn.Module, path: Place, *, key_file: str | os.PathLike[str] | No
 
 @partial(short_errors, elsewhere=where_it_goes)
 def load(path: Place, model: Model, *, key_file: str | os.PathLike[str] | None = None) -> Model:
-    """Stitch the decoder of a causal LM in place by what `save` wrote: nothing is run, traced or compiled.
+    """Stitch a causal LM in place by what `save` wrote: nothing is run, traced or compiled.
 
     Args:
         path, key_file: as in ``piecework.load``.
-        model: a model like the saved one: the same classes, configuration and source, weights of the same names, shapes, dtypes and devices.
+        model: of the same classes, configuration, source and weights' signature as the saved one.
 
     Raises:
-        ArtifactError: the artifact is missing, damaged, or made for another model or process; the model is left as it was.
+        ArtifactError: it is missing, damaged, or made for another model or process.
         CaptureError: the model can't be stitched, and why.
         UsageError: the model is stitched already.
 
@@ -294,7 +361,7 @@ def load(path: Place, model: Model, *, key_file: str | os.PathLike[str] | None =
     decoder = _unstitched(model)
     found = Artifact.open(path, key_file)
     config = CompilationConfig.given(found.folder.facts["config"], "config")
-    _serve_by(way_of(found, model, decoder, config), model)
+    _serve_by(_way_of(found, model, decoder, config), model)
     return model
 
 
@@ -311,7 +378,7 @@ def unstitch(model: Model) -> Model:
     head = model.get_output_embeddings()  # type: ignore[operator]
     if head is not None and isinstance(head.__dict__.get("forward"), HeadForward):
         del head.forward
-    for way in (stitched.way, *_beside(stitched.way)):
+    for way in stitched.way.ways():
         if inspect.ismethod(way.forward) and way.forward.__func__ is type(way.decoder).forward:
             del way.decoder.forward
         else:
@@ -322,13 +389,12 @@ def unstitch(model: Model) -> Model:
 
 @short_errors
 def stitched_module(model: nn.Module, entry: str = "input_ids") -> StitchedModule:
-    """The stitched module behind a stitched model, with its ``.source``, ``.pieces`` and ``.report()``.
+    """The stitched module behind a model, with its ``.source``, ``.pieces`` and ``.report()``.
 
     Args:
         model: a stitched model.
-        entry: "input_ids", or "inputs_embeds" (compiled now if it was not needed before). Of a decoder that is served whole "input_ids"
-            is what serves prompts, and "decode" what serves one more token of each sequence; `how_served` has them all. "encoder" is that of
-            an encoder-decoder.
+        entry: "input_ids", or "inputs_embeds" (compiled now if need be); of a decoder that is served
+            whole what serves prompts, "decode" for one more token, "encoder" for that beside it.
 
     Raises:
         UsageError: the model is not stitched, or there is no such entry.
@@ -338,7 +404,7 @@ def stitched_module(model: nn.Module, entry: str = "input_ids") -> StitchedModul
 
 @short_errors
 def how_served(model: nn.Module) -> Served:
-    """Which way a stitched model is served, why, by which stitched modules, and what its own forward served instead.
+    """Which way a stitched model is served, why, by what, and what its own forward served.
 
     Raises:
         UsageError: the model is not stitched.
@@ -346,12 +412,44 @@ def how_served(model: nn.Module) -> Served:
     Example:
         >>> print(how_served(stitch(model)))
     """
-    return served(_required(_decoder_of(model)).way)
+    way = _required(_decoder_of(model)).way
+    not_flat = "" if way.not_flat is None else _said(way.not_flat)
+    static = way.serving.static if isinstance(way, FlatWay) else None
+    outside = {} if static is None else dict(static.outside)
+    return Served(way.name, not_flat, way.modules(), dict(way.as_it_is), outside)
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """How a stitched model is served.
+
+    Attributes:
+        way: "flat" or "whole".
+        not_flat: why the flat way did not take it, if it was asked.
+        modules: the stitched modules, by the calls that they serve.
+        as_it_is: how many calls the model's own forward served, by the reason.
+        outside: how many decode steps ran outside full graphs for static caches, by the reason.
+    """
+
+    way: str
+    not_flat: str
+    modules: Mapping[str, StitchedModule]
+    as_it_is: Mapping[str, int]
+    outside: Mapping[str, int]
+
+    def __str__(self) -> str:
+        because = f": {self.not_flat}" if self.not_flat else ""
+        lines = [f"{self.way}{because}"]
+        lines += [f"  {kind}: {made!r}" for kind, made in self.modules.items()]
+        lines += [f"  as it is, {n} calls: {why}" for why, n in self.as_it_is.items()]
+        lines += [f"  outside full graphs, {n} steps: {why}" for why, n in self.outside.items()]
+        return "\n".join(lines)
 
 
 @short_errors
 def sleep(model: nn.Module) -> None:
-    """Give the static graphs of a stitched model and their memory back, the head's too; calls run uncaptured until `wake_up`.
+    """Give the static graphs of a stitched model and their memory back, the head's too; calls run
+    uncaptured until `wake_up`.
 
     Raises:
         UsageError: the model is not stitched.
@@ -365,7 +463,8 @@ def sleep(model: nn.Module) -> None:
 
 @short_errors
 def wake_up(model: nn.Module) -> None:
-    """Capture again what was captured of a stitched model before `sleep`, or before its weights were rebound.
+    """Capture again what was captured of a stitched model before `sleep`, or before its weights
+    were rebound.
 
     Raises:
         UsageError: the model is not stitched.
@@ -379,19 +478,14 @@ def _captured_parts(model: nn.Module) -> list[StitchedModule]:
     stitched = _required(_decoder_of(model))
     head = model.get_output_embeddings()  # type: ignore[operator]
     forward = None if head is None else head.__dict__.get("forward")
-    parts = [
-        *stitched.way.modules().values(),
-        *([forward.stitched] if isinstance(forward, HeadForward) else []),
-    ]
+    parts = list(stitched.way.modules().values())
+    if isinstance(forward, HeadForward):
+        parts.append(forward.stitched)
     return [each for each in parts if each.was_captured]
 
 
 class StitchedForward:
-    """Stands in for a decoder's ``forward``: takes its arguments, and has them served.
-
-    Args:
-        way: how.
-    """
+    """Stands in for a decoder's ``forward``: takes its arguments, and has them served."""
 
     def __init__(self, way: Way) -> None:
         self.way = way
@@ -414,9 +508,9 @@ class StitchedForward:
         return self.way.serve(given)
 
     def switched_off(self, given: Mapping[str, object]) -> bool:
-        """Whether torch's compiler is off, so that the decoder runs as it is; each switch is logged once.
+        """Whether torch's compiler is off, which is logged once.
 
-        What is compiled already keeps running, as with ``torch.compile``, except in the stance ``force_eager``.
+        What is compiled keeps running, as with ``torch.compile``, except in ``force_eager``.
         """
         if self.way.is_compiled(given) and torch_compat.stance_name() != torch_compat.FORCE_EAGER:
             return False

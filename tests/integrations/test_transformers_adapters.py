@@ -195,15 +195,6 @@ def test_what_else_becomes_of_an_adapter_is_noticed(peft: Any, saved: Saved, ser
 
 
 @pytest.mark.nightly
-def test_disabled_and_enabled_again(saved: Saved, eager: Any, served: Any) -> None:
-    path = saved(1)
-    model = served(path)
-    with model.disable_adapter(), pytest.raises(InputError, match="_disable_adapters was False"):
-        generated(model, 2)
-    check(model, eager(path))
-
-
-@pytest.mark.nightly
 def test_rows_with_adapters_of_their_own_are_refused(saved: Saved, served: Any) -> None:
     model = served(saved(1))
     ids = torch.ones(2, 4, dtype=torch.long)
@@ -228,32 +219,6 @@ def test_an_adapter_put_on_a_stitched_model_is_noticed(peft: Any) -> None:
     expected = generated(wrapped, 2)
     stitch(plain, config=EAGER_PIECES, capture=SIZES)
     assert torch.equal(generated(wrapped, 2), expected)
-
-
-@pytest.mark.nightly
-def test_swaps_between_calls_of_threads(peft: Any, saved: Saved, eager: Any, served: Any) -> None:
-    """A swap writes in place, so no call may run meanwhile; between calls any thread may swap, and any thread sees it."""
-    paths = [saved(1), saved(2)]
-    expected = [generated(eager(path), 2) for path in paths]
-    model, turn = served(paths[0]), threading.Lock()
-    now, wrong = 0, []
-
-    def serve() -> None:
-        for _ in range(6):
-            with turn:
-                if not torch.equal(generated(model, 2), expected[now]):
-                    wrong.append(now)
-
-    threads = [threading.Thread(target=serve) for _ in range(2)]
-    for each in threads:
-        each.start()
-    for number in range(6):
-        with turn:
-            now = (number + 1) % 2
-            swap(peft, model, paths[now])
-    for each in threads:
-        each.join()
-    assert not wrong
 
 
 def test_a_swap_that_runs_beside_calls_leaves_the_new_adapter(

@@ -11,7 +11,7 @@ from small_llms import scatter
 from torch import nn
 
 from piecework.bench.causal_lms import encoder_decoders, try_family
-from piecework.errors import CaptureError, InputError, StaticGraphError
+from piecework.errors import CaptureError, InputError
 from piecework.integrations.transformers import (
     how_served,
     load,
@@ -177,12 +177,6 @@ def test_a_model_that_generates_from_sound_is_refused() -> None:
     with pytest.raises(CaptureError, match="generates from input_features") as raised:
         stitch(model, config=EAGER_PIECES)
     assert "encoder_outputs" in raised.value.hint
-
-
-@pytest.mark.nightly
-def test_nothing_is_captured_of_a_pair() -> None:
-    with pytest.raises(StaticGraphError, match="whole is not captured"):
-        stitch(build("t5"), config=EAGER_PIECES, capture=[1, 2])
 
 
 def test_what_is_refused(models: tuple[nn.Module, nn.Module]) -> None:

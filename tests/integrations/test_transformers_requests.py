@@ -279,10 +279,10 @@ def test_unstitch_restores_the_model() -> None:
         ({"is_causal": False}, "is_causal"),
         ({"position_ids": torch.zeros(3, 2, 9, dtype=torch.long)}, "position_ids"),
         ({"past_key_values": ((torch.zeros(1), torch.zeros(1)),)}, "past_key_values"),
-        ({"position_ids": torch.arange(9)[None] / 2}, "between tokens"),
-        ({"position_ids": [[*range(9)]]}, "position_ids is a list"),
+        ({"position_ids": torch.arange(9)[None] / 2}, "a tensor of integers"),
+        ({"position_ids": [[*range(9)]]}, "position_ids is list"),
         ({"inputs_embeds": torch.zeros(2, 9, 32)}, "exactly one"),
-        ({"input_ids": torch.ones(2, 9)}, "must be integers"),
+        ({"input_ids": torch.ones(2, 9)}, "of integers"),
         ({"input_ids": [[1, 2, 3]]}, "input_ids is a list"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -310,29 +310,6 @@ def test_gradients_training_and_autocast_are_refused(pair: Pair) -> None:
     frozen = copy.deepcopy(pair.eager).requires_grad_(False)
     stitch(frozen, config=EAGER_PIECES)
     assert frozen(pair.ids).logits.shape == (2, 9, 97)
-
-
-def test_continuous_batching_equals_eager() -> None:
-    """generate_batch packs all sequences into one row and keeps their KV in pages; both are request state."""
-    eager = build("llama")
-    stitched = stitch(copy.deepcopy(eager), config=EAGER_PIECES)
-    generator = torch.Generator().manual_seed(8)
-    prompts = [torch.randint(1, 97, (n,), generator=generator).tolist() for n in (5, 9, 3)]
-    pages = transformers.ContinuousBatchingConfig(
-        page_size=8, num_blocks=16, max_batch_tokens=32, max_requests_per_batch=4
-    )
-    how = transformers.GenerationConfig(max_new_tokens=6, do_sample=False, pad_token_id=0)
-
-    def answers(model: torch.nn.Module) -> list[list[int]]:
-        with counters.expect(num_graphs_seen=0):
-            done = model.generate_batch(
-                prompts, generation_config=how, continuous_batching_config=pages
-            )
-        return [done[key].generated_tokens for key in sorted(done)]
-
-    ours, theirs = answers(stitched), answers(eager)
-    assert all(len(tokens) == 6 for tokens in theirs)
-    assert ours == theirs
 
 
 def test_two_threads_share_one_stitched_model(pair: Pair) -> None:

@@ -73,29 +73,6 @@ def test_a_right_model_has_no_difference_and_the_same_tokens(
     assert found.first is None, str(found)
 
 
-def test_it_begins_between_two_tokens(wrong: torch.nn.Module) -> None:
-    """The block is entered and left while generate() runs, from what it calls after each step."""
-    alone = generated(wrong)
-    module = stitched_module(wrong)
-    seen = []
-
-    class Looking(transformers.LogitsProcessor):
-        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-            step = input_ids.shape[1] - 6
-            if step == 2:
-                self.block = module.shadow()
-                self.found = self.block.__enter__()
-            if step == 4:
-                self.block.__exit__(None, None, None)
-                seen.append(self.found)
-            return scores
-
-    tokens = generated(wrong, logits_processor=transformers.LogitsProcessorList([Looking()]))
-    assert torch.equal(tokens, alone)
-    [found] = seen
-    assert found.calls == 2 and found.first is not None and "layers.0" in found.first.modules
-
-
 @pytest.mark.parametrize("captured", [False, True])
 def test_the_wrong_piece_is_named_while_generate_runs(
     captured: bool, wrong: torch.nn.Module

@@ -296,7 +296,7 @@ REFUSED = {
     "attentions": ({"output_attentions": True}, "output_attentions"),
     "hidden states": ({"output_hidden_states": True}, "output_hidden_states"),
     "something unknown": ({"head_bias": 1.0}, "head_bias"),
-    "no token ids": ({"input_ids": torch.ones(2, 3)}, "must be integers"),
+    "no token ids": ({"input_ids": torch.ones(2, 3)}, "of integers"),
     "a cache of another class": ({"past_key_values": Strange()}, "Strange"),
     "caches of two": (
         {
@@ -313,17 +313,6 @@ REFUSED = {
 def test_calls_that_are_refused(pair: Pair, given: dict[str, object], reason: str) -> None:
     with torch.no_grad(), pytest.raises(InputError, match=reason):
         pair.stitched.transformer(**{"input_ids": IDS, **given})
-
-
-def test_training_gradients_and_autocast(pair: Pair) -> None:
-    with pytest.raises(InputError, match="gradients"):
-        pair.stitched(IDS)
-    with torch.no_grad(), torch.autocast("cpu"), pytest.raises(InputError, match="autocast"):
-        pair.stitched(IDS)
-    pair.stitched.train()
-    with torch.no_grad(), pytest.raises(InputError, match="training"):
-        pair.stitched(IDS)
-    pair.stitched.eval()
 
 
 class NeedsData(nn.Module):

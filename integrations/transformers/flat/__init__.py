@@ -1,1 +1,1 @@
-"""The flat way. In: a decoder whose tokens are flattened into one row. Out: its forwards, with attention behind one splitting op."""
+"""The flat way: the tokens of a batch in one row, with attention behind one splitting op."""

@@ -1,6 +1,6 @@
-"""The traced forward: in, the tokens of a whole batch in one row and their positions; out, their last hidden states.
+"""The traced forward: last hidden states of the tokens of a whole batch in one row.
 
-It never sees a KV cache, a mask or the batch's shape; those belong to the request behind the splitting op.
+Cache, mask and the batch's shape belong to the request behind the splitting op.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class FlatForward(nn.Module):
     def __init__(self, decoder: nn.Module, forward: Callable[..., object]) -> None:
         super().__init__()
         self.model = decoder
-        # Unbound where it is the decoder's own, so that weights are traced, and named, by way of ``self.model``.
+        # Unbound where it is the decoder's own, so that weights are named by way of ``self.model``.
         own = inspect.ismethod(forward) and forward.__self__ is decoder
         self._function = forward.__func__ if own else None
         self._bound = None if own else forward
@@ -70,7 +70,7 @@ ENTRIES = {"input_ids": FlatIdsForward, "inputs_embeds": FlatEmbedsForward}
 
 @contextmanager
 def as_traced(decoder: nn.Module) -> Iterator[None]:
-    """Let the decoder's modules behave for the block as the graph has them: attention and rope stay outside."""
+    """Let the decoder's modules behave as the graph has them: attention and rope stay outside."""
     with through_piecework(decoder), frozen_ropes(decoder):
         yield
 
@@ -88,10 +88,7 @@ def example_inputs(decoder: nn.Module, entry: str) -> dict[str, torch.Tensor]:
 
 
 class TokenDimension(SizePolicy):
-    """Which dimension of a flattened forward's arguments is dynamic: the tokens', the second of each.
-
-    What leaves a piece goes to the attention operator, which takes it in any order in memory.
-    """
+    """Of a flattened forward's arguments the tokens' dimension is dynamic, the second of each."""
 
     rows_in_one = True
 
@@ -121,13 +118,10 @@ def flattened(
     config: CompilationConfig | None,
     kept: Mapping[str, object],
 ) -> StitchedModule:
-    """The decoder's flattened forward, to be captured whole and stitched, or taken from an artifact.
+    """The decoder's flattened forward, to be captured and stitched, or taken from an artifact.
 
     Args:
-        decoder: an admitted decoder, whose attention modules carry their layer names.
-        forward: its original forward, bound.
         entry: what the tokens come as, "input_ids" or "inputs_embeds".
-        config: for ``piecework.compile``.
         kept: what another process needs to know to serve it.
     """
     # The class's name labels the model in the emitted banner and in the report.
@@ -144,17 +138,13 @@ def flattened(
 
 
 def compile_forward(made: StitchedModule, decoder: nn.Module, entry: str) -> None:
-    """Capture and compile what `flattened` made.
-
-    Raises:
-        CaptureError: the model's forward can't be captured as one graph; the message has Dynamo's reason.
-    """
+    """Compile what `flattened` made; raises `CaptureError` where it is no one graph."""
     with torch.no_grad():
         made.prepare(*example_inputs(decoder, entry).values())
 
 
 def _splitting_ops(config: CompilationConfig | None) -> list[object] | None:
-    """The user's own ops with attention; None is every registered op, attention among them."""
+    """The user's own ops with attention; None is every registered op."""
     if config is None or config.splitting_ops is None:
         return None
     return [*config.splitting_ops, attention]

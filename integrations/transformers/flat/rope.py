@@ -1,7 +1,4 @@
-"""Rotary frequencies that change with the length: in, a request's positions; out, the frequencies updated before it runs.
-
-They never change inside the graph, which reads them as a buffer; transformers' own code decides their values.
-"""
+"""Rotary frequencies that change with the length, updated by transformers' code before a forward."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ from torch import nn
 
 @dataclass(frozen=True, slots=True)
 class ChangingRope:
-    """A rotary embedding whose type, ``dynamic`` or ``longrope``, depends on the longest position of a forward.
+    """A rotary embedding that depends on the longest position (``dynamic`` or ``longrope``).
 
     Attributes:
         module: the rotary embedding.
@@ -30,7 +27,7 @@ class ChangingRope:
     captured: torch.Tensor
 
     def update(self, position_ids: torch.Tensor, dtype: torch.dtype) -> None:
-        """Let the module choose its frequencies for these positions, as its forward does at every call."""
+        """Let the module choose its frequencies for these positions, as its forward does."""
         longest = position_ids.amax().view(1, 1)
         like = torch.empty(0, dtype=dtype, device=position_ids.device)
         self.module(
@@ -59,7 +56,7 @@ def changing_ropes(decoder: nn.Module) -> tuple[ChangingRope, ...]:
 
 @contextmanager
 def frozen_ropes(decoder: nn.Module) -> Iterator[None]:
-    """Keep every rotary embedding from changing its frequencies for the block; it uses those that it has."""
+    """Keep every rotary embedding from changing its frequencies for the block."""
     before = [(rope.module, rope.module.rope_type) for rope in changing_ropes(decoder)]
     try:
         for module, rope_type in before:
@@ -74,7 +71,7 @@ def frozen_ropes(decoder: nn.Module) -> Iterator[None]:
 
 
 def _types_of(module: nn.Module) -> dict[str | None, str]:
-    """Layer type → rope type; one entry under None where the module has a single one, none where it has none."""
+    """Layer type → rope type; under None where the module has a single one."""
     rope_type = module.__dict__.get("rope_type")
     if isinstance(rope_type, str):
         return {None: rope_type}

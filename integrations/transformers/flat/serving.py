@@ -1,6 +1,7 @@
-"""One forward of a stitched decoder: in, the arguments that transformers calls it with; out, the output that it expects back.
+"""One forward of a decoder that is served flat, from transformers' arguments to its output.
 
-It never decides how the tokens are computed: that is the ``run`` it is given, eager while a model is checked, stitched after.
+The tokens are computed by the ``run`` that it is given: eager while a model is tried, stitched
+after.
 """
 
 from __future__ import annotations
@@ -18,9 +19,14 @@ from transformers.masking_utils import create_causal_mask, create_masks_for_gene
 
 from piecework.errors import InputError
 from piecework.integrations.transformers.flat.rope import ChangingRope
-from piecework.integrations.transformers.own.refusals import INERT, refuse_call, tokens_of
-from piecework.integrations.transformers.own.settings import RECORDED, ConfigReader, Settings
-from piecework.integrations.transformers.request.rows import CacheRows
+from piecework.integrations.transformers.own.refusals import (
+    INERT,
+    RECORDED,
+    ConfigReader,
+    Settings,
+    refuse_call,
+    tokens_of,
+)
 from piecework.integrations.transformers.request.state import (
     AttentionLayer,
     Masks,
@@ -31,7 +37,7 @@ from piecework.integrations.transformers.request.state import (
 )
 from piecework.integrations.transformers.request.static_decode import StaticDecode, StaticStep
 from piecework.integrations.transformers.request.static_mask import StaticMasks
-from piecework.integrations.transformers.request.step import DecodeStep, masks_by_type
+from piecework.integrations.transformers.request.step import CacheRows, DecodeStep, masks_by_type
 
 Run = Callable[[str, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -43,7 +49,7 @@ _TAKEN = (
     "past_key_values",
     "use_cache",
 )
-# What continuous batching passes along for its attention functions, and for the sampling behind the head.
+# What continuous batching passes along, for its attention functions and for the sampling.
 _PAGED = (
     "cache",
     "cu_seq_lens_q",
@@ -68,12 +74,12 @@ class Serving:
 
     Attributes:
         decoder: the module whose forward is replaced.
-        dtype, device: of its embeddings when it was admitted, and so of everything that is captured.
+        dtype, device: of its embeddings when it was admitted.
         layers: its attention layers by name.
         ropes: its rotary embeddings that change with the length.
         position_rule: how it numbers tokens by default.
         create_masks: transformers' function that makes this model's masks.
-        masks_see_positions: whether its masks separate sequences that ``position_ids`` pack into one row.
+        masks_see_positions: whether its masks separate packed sequences.
         output_class: what its forward returns.
         settings: what its config says.
         rows: where the rows of the caches lie that it has served.
@@ -100,17 +106,21 @@ class Serving:
 
         Args:
             given: the arguments of the decoder's forward, by name.
-            run: takes the entry's name, the flattened tokens and their positions; gives the hidden states [1, rows, hidden].
+            run: the entry's name, flattened tokens and positions → hidden states [1, rows, hidden].
 
         Raises:
             InputError: the arguments ask for what a stitched decoder can't give.
         """
         settings = self.settings.now()
-        self._refuse_unserved(given, settings)
-        entry, tokens = self._tokens(given)
+        known = _KNOWN if given.get("cache") is None else _KNOWN_PAGED
+        strange = [name for name, v in given.items() if v is not None and name not in known]
+        refuse_call(self.decoder, given, settings, strange)
+        entry, tokens = tokens_of(self.decoder, given, self.dtype, self.device)
+        if entry == "input_ids":
+            tokens = tokens.long()
         request = self._request(given, tokens, settings)
         rows = request.batch * request.tokens
-        # Contiguous, as they were traced: a slice of the prompt or positions shared by all rows are not.
+        # Contiguous, as they were traced.
         flat = tokens.reshape(1, rows, *tokens.shape[2:]).contiguous()
         positions = request.position_ids.reshape(1, rows).contiguous()
         step = request.step if isinstance(request.step, StaticStep) else None
@@ -131,8 +141,7 @@ class Serving:
             last_hidden_state=hidden.view(request.batch, request.tokens, hidden.shape[-1]),
             past_key_values=request.cache,
         )
-        asked = given.get("return_dict")
-        return output if (settings.return_dict if asked is None else asked) else output.to_tuple()
+        return settings.returned(output, given)
 
     def _request(
         self, given: Mapping[str, object], tokens: torch.Tensor, settings: Settings
@@ -151,7 +160,7 @@ class Serving:
         if by_step and settings.sees_all and self._nothing_masked(attention_mask, cache):
             masks = None
         else:
-            # Before the forward: their sizes depend on the cache as it is before these tokens enter it.
+            # Before the forward: their sizes are those of the cache before these tokens enter it.
             packing = asked if self.masks_see_positions else None
             make = partial(
                 *(make_masks, self.create_masks, self.decoder, tokens),
@@ -183,7 +192,7 @@ class Serving:
         )
 
     def _nothing_masked(self, attention_mask: object, cache: Cache | None) -> bool:
-        """Whether one token of each sequence sees all of a cache that grows, and transformers makes no mask for it."""
+        """Whether one token of each sequence sees all of a growing cache, without a mask."""
         if type(cache) is not DynamicCache or self.create_masks not in _CAUSAL:
             return False
         if attention_mask is None:
@@ -192,15 +201,6 @@ class Serving:
             return False
         # What lies behind the end of a mask is hidden.
         return attention_mask.shape[1] > cache.get_seq_length() and bool(attention_mask.all())
-
-    def _refuse_unserved(self, given: Mapping[str, object], settings: Settings) -> None:
-        known = _KNOWN if given.get("cache") is None else _KNOWN_PAGED
-        strange = [name for name, v in given.items() if v is not None and name not in known]
-        refuse_call(self.decoder, given, settings, strange)
-
-    def _tokens(self, given: Mapping[str, object]) -> tuple[str, torch.Tensor]:
-        entry, tokens = tokens_of(self.decoder, given, self.dtype, self.device)
-        return entry, tokens.long() if entry == "input_ids" else tokens
 
     def _cache(self, given: Mapping[str, object], settings: Settings) -> Cache | None:
         cache = given.get("past_key_values")
@@ -216,29 +216,18 @@ class Serving:
         return cache
 
     @staticmethod
-    def _checked_positions(position_ids: object, batch: int, length: int) -> torch.Tensor:
-        if not isinstance(position_ids, torch.Tensor):
-            raise InputError(
-                f"position_ids is a {type(position_ids).__name__}, not a tensor",
-                where="position_ids",
-            )
-        if (
-            position_ids.ndim != 2
-            or position_ids.shape[1] != length
-            or position_ids.shape[0] not in (1, batch)
-        ):
-            raise InputError(
-                f"position_ids has shape {tuple(position_ids.shape)}; expected [{batch}, {length}]",
-                where="position_ids",
-            )
-        given, position_ids = position_ids, position_ids.long()
-        if given.is_floating_point() and not torch.equal(given, position_ids.to(given.dtype)):
-            raise InputError(
-                "position_ids lie between tokens, and the stitched forward takes integers",
-                where="position_ids",
-                hint="unstitch(model) for this call",
-            )
-        return position_ids if len(position_ids) == batch else position_ids.expand(batch, length)
+    def _checked_positions(given: object, batch: int, length: int) -> torch.Tensor:
+        """Position ids of [batch, length]."""
+        if isinstance(given, torch.Tensor) and given.shape in ((1, length), (batch, length)):
+            whole = given.long()
+            if not given.is_floating_point() or torch.equal(given, whole.to(given.dtype)):
+                return whole if len(whole) == batch else whole.expand(batch, length)
+        shown = tuple(given.shape) if isinstance(given, torch.Tensor) else type(given).__name__
+        raise InputError(
+            f"position_ids is {shown}; expected a tensor of integers, [{batch}, {length}]",
+            where="position_ids",
+            hint="unstitch(model) for positions between tokens",
+        )
 
 
 def make_masks(
@@ -249,10 +238,7 @@ def make_masks(
     cache: Cache | None,
     position_ids: torch.Tensor | None = None,
 ) -> Masks:
-    """The masks of all layers, made by transformers' own ``create``; a mask for each layer type is taken as it is.
-
-    Must run before the forward's tokens enter ``cache``: sizes and offsets are those of the cache as it is now.
-    """
+    """The masks of all layers by transformers' ``create``, before the tokens enter ``cache``."""
     if isinstance(attention_mask, Mapping):
         return attention_mask
     dtype = decoder.get_input_embeddings().weight.dtype

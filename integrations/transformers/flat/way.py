@@ -1,25 +1,32 @@
-"""The flat way. In: a decoder that `admit` took. Out: forwards of it by a stitched function of one row of tokens, with attention behind a splitting op.
-
-What a forward needs beside that function is `Serving`'s business.
-"""
+"""The flat way: a decoder's forwards by a stitched function of one row of tokens."""
 
 from __future__ import annotations
 
+import importlib
 import os
 import threading
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
 
-from piecework.errors import CaptureError, UsageError
-from piecework.integrations.transformers.flat.admission import forget_layers
+from piecework.errors import ArtifactError, CaptureError, UsageError
+from piecework.integrations.transformers.flat.admission import (
+    forget_layers,
+    mask_makers,
+    refuse_at_sight,
+)
 from piecework.integrations.transformers.flat.forward import ENTRIES, compile_forward, flattened
-from piecework.integrations.transformers.flat.keeping import kept_of, serving_of
+from piecework.integrations.transformers.flat.rope import changing_ropes
 from piecework.integrations.transformers.flat.serving import Serving
-from piecework.integrations.transformers.own.probe import Forward
+from piecework.integrations.transformers.own.keeping import AGAIN, kept_of, require_like
+from piecework.integrations.transformers.own.probe import Forward, embedding_of
+from piecework.integrations.transformers.own.refusals import ConfigReader
+from piecework.integrations.transformers.request.attention import LAYER_NAME, register
+from piecework.integrations.transformers.request.state import AttentionLayer, PositionRule
 from piecework.integrations.transformers.request.static_decode import StaticDecode, static_decode
 from piecework.runtime.artifact.load import Artifact
 from piecework.runtime.config.compilation import CompilationConfig
@@ -31,7 +38,7 @@ _SAVED = "input_ids"
 
 
 class FlatWay:
-    """A decoder served flattened; see `piecework.integrations.transformers.way.Way`.
+    """A decoder served flattened.
 
     Args:
         model: what was stitched.
@@ -55,7 +62,11 @@ class FlatWay:
         self._entries: dict[str, StitchedModule] = {}
         self._compiling = threading.Lock()
 
+    def ways(self) -> list[FlatWay]:
+        return [self]
+
     def serve(self, given: Mapping[str, object]) -> object:
+        """One forward, its arguments by name."""
         return self.serving.serve(given, self._run)
 
     def is_compiled(self, given: Mapping[str, object]) -> bool:
@@ -84,7 +95,7 @@ class FlatWay:
             return self._entries[name]
 
     def static_decode(self, largest: int, length: int) -> StaticDecode:
-        """Have decode steps of static caches served from memory that full graphs can hold; see `static_decode`."""
+        """Have decode steps of static caches served from memory that full graphs can hold."""
         static = static_decode(
             self.entry("input_ids"),
             self.serving.layers,
@@ -114,7 +125,7 @@ class FlatWay:
         """
         kept, forward = found.folder.facts["kept"], decoder.forward
         try:
-            way = cls(model, serving_of(kept, model, decoder, forward), forward, config)  # type: ignore[arg-type]
+            way = cls(model, _serving_of(kept, model, decoder, forward), forward, config)  # type: ignore[arg-type]
             made = way._flattened(_SAVED)
             made.require_made_so(found, (), {})
             made.take(found)
@@ -125,7 +136,63 @@ class FlatWay:
         return way
 
     def _flattened(self, name: str) -> StitchedModule:
-        for rope in self.serving.ropes:
+        serving = self.serving
+        for rope in serving.ropes:
             rope.hold()
-        kept = kept_of(self._model, self.serving, name)
+        makers, output = mask_makers(self._model), serving.output_class
+        layers = [
+            [each.name, each.layer_idx, each.layer_type, sorted(each.passed)]
+            for each in serving.layers.values()
+        ]
+        kept = kept_of(
+            self._model,
+            self.decoder,
+            way=self.name,
+            entry=name,
+            layers=layers,
+            position_rule=serving.position_rule.name,
+            masks=next(key for key, made in makers.items() if made == serving.create_masks),
+            masks_see_positions=serving.masks_see_positions,
+            output=[output.__module__, output.__qualname__],  # type: ignore[attr-defined]
+        )
         return flattened(self.decoder, self.forward, name, self._config, kept)
+
+
+def _serving_of(
+    kept: Mapping[str, Any], model: nn.Module, decoder: nn.Module, forward: Forward
+) -> Serving:
+    """The serving that an artifact tells of; attention modules carry their layer names then."""
+    refuse_at_sight(decoder, forward)
+    require_like(kept, model, decoder)
+    layers = [_layer(decoder, *each) for each in kept["layers"]]
+    register()
+    for each in layers:
+        setattr(each.module, LAYER_NAME, each.name)
+    module, name = kept["output"]
+    return Serving(
+        decoder=decoder,
+        dtype=embedding_of(decoder).dtype,
+        device=embedding_of(decoder).device,
+        layers={each.name: each for each in layers},
+        ropes=changing_ropes(decoder),
+        position_rule=PositionRule[kept["position_rule"]],
+        create_masks=mask_makers(model)[kept["masks"]],
+        masks_see_positions=kept["masks_see_positions"],
+        output_class=getattr(importlib.import_module(module), name),
+        settings=ConfigReader(decoder.config),
+    )
+
+
+def _layer(
+    decoder: nn.Module, name: str, index: int, layer_type: str | None, passed: list[str]
+) -> AttentionLayer:
+    try:
+        module = decoder.get_submodule(name)
+    except AttributeError as error:
+        raise ArtifactError(f"the model has no {name}", hint=AGAIN) from error
+    now = getattr(module, "layer_idx", None)
+    if now != index:
+        raise ArtifactError(
+            f"{name} is layer {now}; when the model was saved it was {index}", hint=AGAIN
+        )
+    return AttentionLayer(name, module, index, layer_type, frozenset(passed))

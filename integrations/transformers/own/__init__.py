@@ -1,1 +1,1 @@
-"""The model's own forward. In: a decoder and its config. Out: what a call of it may ask for, what it is tried on, and whether another forward gives the same."""
+"""What both ways share: probes, refusals, keeping, a cache taken apart."""

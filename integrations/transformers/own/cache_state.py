@@ -1,6 +1,6 @@
-"""A KV cache as tensors. In: a cache of transformers. Out: its form, which is hashable, and its tensors and growing counts; a cache of that form around other ones; and what a forward made of it, put back.
+"""A KV cache taken apart into its form and its tensors, rebuilt around others, and put back.
 
-It knows no kind of layer: whatever a layer holds in its attributes is a tensor, a count, or part of the form. What holds anything else is refused.
+It knows no kind of layer: what a layer holds is a tensor, a count, or part of the form, or refused.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ CACHE = "cache"
 # What of a pair of caches a forward sets: by layer, whether it holds the encoder's states.
 _FILLED = "is_updated"
 
-#: What an attribute is: a leaf by number, one whose length is a count, a table of others, a cache of a pair by its form, or a value that is part of the form.
+#: What an attribute is: a leaf or a count by its number, a table, a cache by its form, or a value.
 Part = tuple[str, object]
 Attributes = tuple[tuple[str, Part], ...]
 
@@ -34,7 +34,7 @@ class CacheForm:
     Attributes:
         kind: the cache's class.
         own: its attributes beside the layers.
-        layers: of each layer its class and its attributes; none of a pair, whose caches are among its attributes.
+        layers: of each its class and attributes; none of a pair, whose caches are attributes.
         is_filled: whether any layer holds states of tokens.
     """
 
@@ -50,8 +50,8 @@ class TakenApart:
 
     Attributes:
         form: without the leaves.
-        leaves: its tensors, as a graph takes them, and for each growing count an empty one of that length.
-        lent: of leaves that are copies or other views, by identity, the tensor that the cache holds.
+        leaves: its tensors, and for each growing count an empty one of that length.
+        lent: of leaves that are copies or views, by identity, the tensor that the cache holds.
     """
 
     form: CacheForm
@@ -66,7 +66,7 @@ def take_apart(cache: Cache, counts: Set[str]) -> TakenApart:
         counts: names of attributes of layers, integers that grow from call to call.
 
     Raises:
-        InputError: it is a cache of another class, or holds something that is neither a tensor nor a plain value.
+        InputError: it is of another class, or holds what is neither a tensor nor a plain value.
     """
     leaves: list[torch.Tensor] = []
     form = _form(cache, leaves, counts)
@@ -105,7 +105,7 @@ def _part(name: str, value: object, leaves: list[torch.Tensor], counts: Set[str]
         leaves.append(value)
         return _LEAF, len(leaves) - 1
     if kind is int and name in counts:
-        # As the size of a tensor: of an integer a trace may take the number for granted, of a size it says what it took.
+        # As the size of a tensor: of an integer a trace may take the number for granted.
         leaves.append(torch.empty(value, 0))  # type: ignore[call-overload]
         return _COUNT, len(leaves) - 1
     if kind is dict:
@@ -121,7 +121,7 @@ def _part(name: str, value: object, leaves: list[torch.Tensor], counts: Set[str]
 
 
 def _plain(tensor: torch.Tensor, lent: dict[int, torch.Tensor]) -> torch.Tensor:
-    """``tensor`` as graphs take it: contiguous, and without torch's own marks, which would bind a trace to this very tensor."""
+    """``tensor`` as graphs take it: contiguous, and without marks that bind a trace to it."""
     if not tensor.is_contiguous():
         plain = tensor.contiguous()
     elif vars(tensor):
@@ -133,7 +133,7 @@ def _plain(tensor: torch.Tensor, lent: dict[int, torch.Tensor]) -> torch.Tensor:
 
 
 def rebuilt(form: CacheForm, leaves: Sequence[torch.Tensor]) -> Cache:
-    """A cache of ``form`` around ``leaves``; traced by Dynamo, in front of the model's forward."""
+    """A cache of ``form`` around ``leaves``; traced by Dynamo."""
     layers = []
     for kind, attributes in form.layers:
         layer = object.__new__(kind)
@@ -162,10 +162,10 @@ def _value(part, leaves):  # type: ignore[no-untyped-def]
 
 
 def held_by(cache: Cache, names: Sequence[str]) -> list[dict[str, object]]:
-    """What each layer of ``cache`` holds, and at the end what a pair of caches sets; traced by Dynamo, behind the model's forward.
+    """What each layer of ``cache`` holds, and at the end what a pair sets; traced by Dynamo.
 
     Args:
-        names: all attributes that layers may have; Dynamo of torch 2.11 can't list those of an object.
+        names: all attributes that layers may have; Dynamo of torch 2.11 can't list them.
     """
     held = [
         {name: getattr(layer, name) for name in names if hasattr(layer, name)}
@@ -177,19 +177,14 @@ def held_by(cache: Cache, names: Sequence[str]) -> list[dict[str, object]]:
 
 
 def layers_of(cache: object) -> list[object]:
-    """The layers of a cache; of a pair those of the decoder's tokens, then those of the encoder's states."""
+    """The layers of a cache; of a pair the decoder's, then the encoder's."""
     if isinstance(cache, EncoderDecoderCache):
         return [*cache.self_attention_cache.layers, *cache.cross_attention_cache.layers]
     return list(getattr(cache, "layers", ()))
 
 
 def put_back(cache: Cache, taken: TakenApart, held: Sequence[Mapping[str, object]]) -> None:
-    """Let the layers of ``cache`` hold what a forward on `rebuilt` made of it.
-
-    Args:
-        taken: what it was before.
-        held: of the rebuilt one, afterwards.
-    """
+    """Let a cache hold what a forward on the `rebuilt` one, which ``held`` is of, made of it."""
     if isinstance(cache, EncoderDecoderCache):
         *of_layers, own = held
         cache.is_updated.update(own[_FILLED])  # type: ignore[arg-type]

@@ -1,35 +1,36 @@
-"""The few tokens that a model is tried on: in, a decoder; out, the tokens, the distance of two results, and refusals for errors.
+"""The few tokens that a model is tried on, and whether two results on them are the same.
 
 It never decides what a model is fit for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
+from transformers.cache_utils import Cache
 from transformers.configuration_utils import PreTrainedConfig
 
+from piecework.closeness import tolerance_of
 from piecework.errors import CaptureError, InputError
+from piecework.integrations.transformers.own.cache_state import take_apart
 
 #: A decoder's own forward, bound.
 Forward = Callable[..., object]
-
-# How far the flattened forward may be from the model's own, as the norm of the difference over the norm. Both run the
-# same kernels on the same numbers of rows, so this is room for another summation order and for little else.
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+HINT = "leave this model unstitched"
 
 # The probe's rows have three tokens, so a window of two cuts one off.
 _PROBE_WINDOW = 2
 
-# What a foreign model may raise when it is run in a way that it was not written for.
-_MODEL_ERRORS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError)
+#: What a foreign model may raise when it is run in a way that it was not written for.
+MODEL_ERRORS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError)
 
 
 def probe_tokens(decoder: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two rows of three tokens, the first padded on the left: ids and attention mask, both [2, 3]."""
+    """Ids and attention mask of two rows of three tokens, the first padded on the left."""
     embedding = embedding_of(decoder)
     ids = (torch.arange(1, 7, device=embedding.device) * 11) % embedding.shape[0]
     mask = torch.ones(2, 3, dtype=torch.long, device=embedding.device)
@@ -42,18 +43,6 @@ def embedding_of(decoder: nn.Module) -> torch.Tensor:
     return decoder.get_input_embeddings().weight
 
 
-def one_more(mask: torch.Tensor) -> torch.Tensor:
-    """The attention mask of the next token: one more column, attended."""
-    return torch.cat([mask, mask.new_ones(mask.shape[0], 1)], dim=1)
-
-
-def distance(got: torch.Tensor, expected: torch.Tensor) -> float:
-    """The norm of the difference over the norm of ``expected``, which must be finite."""
-    require_finite(expected)
-    expected = expected.double()
-    return float((got.double() - expected).norm() / expected.norm().clamp_min(1e-30))
-
-
 def require_finite(hidden: torch.Tensor) -> None:
     if not bool(hidden.isfinite().all()):
         raise CaptureError(
@@ -62,31 +51,96 @@ def require_finite(hidden: torch.Tensor) -> None:
         )
 
 
-def tolerance(hidden: torch.Tensor) -> float:
-    """The largest distance at which two results of this dtype count as equal."""
-    return _TOLERANCE.get(hidden.dtype, 1e-2)
+def distance(got: torch.Tensor, expected: torch.Tensor) -> float:
+    """The norm of the difference over that of ``expected``; infinite where one alone is undefined."""
+    if not expected.is_floating_point():
+        return 0.0 if torch.equal(got, expected) else float("inf")
+    both = expected.isfinite() & got.isfinite()
+    same = (got == expected) | (got.isnan() & expected.isnan())
+    if not bool((both | same).all()):
+        return float("inf")
+    zero = expected.new_zeros((), dtype=torch.double)
+    want = torch.where(both, expected.double(), zero)
+    apart = torch.where(both, got.double() - expected.double(), zero).norm()
+    return float(apart / want.norm().clamp_min(1e-6))
+
+
+def limit_of(dtype: torch.dtype, *, compiled: bool = False) -> float:
+    """The largest `distance` at which two results count as equal.
+
+    For what a compiler made, which leaves out roundings, it is the package's tolerance. Without a
+    compiler
+    it is a fifth of that: the same operators run, but kernels get another number of rows at once,
+        and a
+    CPU's may add in another order for that.
+    """
+    return tolerance_of(dtype) if compiled else tolerance_of(dtype) / 5
+
+
+def require_same_output(
+    got: Mapping[str, object], expected: Mapping[str, object], *, compiled: bool
+) -> None:
+    """Compare all fields but caches; raises `CaptureError` where one is missing or differs."""
+    if got.keys() != expected.keys():
+        raise CaptureError(
+            f"compiled whole, its forward returns {', '.join(sorted(got))}; its own returns {', '.join(sorted(expected))}",
+            hint=HINT,
+        )
+    for name, value in expected.items():
+        if isinstance(value, Cache) or isinstance(got[name], Cache):
+            continue
+        ours, theirs = pytree.tree_leaves(got[name]), pytree.tree_leaves(value)
+        if len(ours) != len(theirs):
+            raise CaptureError(f"compiled whole, its {name} has another structure", hint=HINT)
+        for mine, their in zip(ours, theirs, strict=True):
+            _require_same(name, mine, their, compiled)
+
+
+def require_same_cache(got: Cache, expected: Cache, counts: Set[str], *, compiled: bool) -> None:
+    """Compare what two caches hold; raises `CaptureError` where it differs."""
+    ours, theirs = take_apart(got, counts), take_apart(expected, counts)
+    if ours.form != theirs.form:
+        raise CaptureError("compiled whole, it leaves a cache of another form", hint=HINT)
+    for mine, their in zip(ours.leaves, theirs.leaves, strict=True):
+        _require_same("cache", mine, their, compiled)
+
+
+def _require_same(name: str, got: object, expected: object, compiled: bool) -> None:
+    if isinstance(expected, torch.Tensor) and isinstance(got, torch.Tensor):
+        forms = [(each.shape, each.dtype, each.device) for each in (got, expected)]
+        if forms[0] == forms[1]:
+            apart = distance(got, expected)
+            if apart <= limit_of(expected.dtype, compiled=compiled):
+                return
+            why = f"differs from the model's own by {apart:.1e} of its norm"
+        else:
+            ours, theirs = (f"{tuple(each.shape)} of {each.dtype}" for each in (got, expected))
+            why = f"is {ours}; its own is {theirs}"
+    elif type(got) is type(expected) and got == expected:
+        return
+    else:
+        why = f"is {got!r}; its own is {expected!r}"
+    raise CaptureError(f"compiled whole, its {name} {why}", hint=HINT)
 
 
 @contextmanager
 def as_refusal(decoder: nn.Module, how: str) -> Iterator[None]:
-    """Turn what a model raises on the probe into a refusal; piecework's own errors pass."""
+    """Turn what a model raises on the probe into a refusal."""
     try:
         yield
     except InputError as error:
-        raise CaptureError(
-            error.message, where=error.where, hint="leave this model unstitched"
-        ) from error
-    except _MODEL_ERRORS as error:
+        raise CaptureError(error.message, where=error.where, hint=HINT) from error
+    except MODEL_ERRORS as error:
         raise CaptureError(
             f"run {how} on a few tokens it raises {type(error).__name__}: {error}",
             where=type(decoder).__name__,
-            hint="leave this model unstitched",
+            hint=HINT,
         ) from error
 
 
 @contextmanager
 def narrow_windows(decoder: nn.Module) -> Iterator[None]:
-    """Shrink attention windows below the probe's length for the block, so that windowed masks differ from full ones."""
+    """Shrink attention windows below the probe's length, so that their masks differ from full ones."""
     config = decoder.config.get_text_config()
     wide = {
         name: value
@@ -103,7 +157,7 @@ def narrow_windows(decoder: nn.Module) -> Iterator[None]:
 
 
 def field_of(config: PreTrainedConfig, name: str) -> object:
-    """A field of ``config``, None where it has none or where it differs from layer to layer."""
+    """A field of ``config``; None without one, or where layers differ."""
     try:
         return getattr(config, name, None)
     except RuntimeError:  # raised for a field of the layers that is asked of the whole

@@ -1,44 +1,97 @@
-"""What no stitched decoder serves. In: the arguments of a forward, and the decoder. Out: its tokens; or a typed error that says what to do instead.
-
-It knows neither of the two ways to serve: what holds for both is said here, once.
-"""
+"""What both ways read of a decoder's config and of a call, and what neither serves."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers.configuration_utils import PreTrainedConfig
 
 from piecework.errors import CaptureError, InputError
-from piecework.integrations.transformers.own.settings import RECORDED, Settings
 
-#: Without meaning inside the decoder: for the output, the head or the loss, or for generate(), which hands on what its way of decoding does not take.
+#: Without meaning inside the decoder: for the output, the head, the loss, or generate().
 INERT = (
     *("return_dict", "cache_position", "logits_to_keep", "num_items_in_batch"),
     *("tokenizer", "assistant_tokenizer", "assistant_model", "streamer"),
 )
 
 
-def refuse_model(decoder: nn.Module) -> None:
-    """Refuse a model that can't be stitched in any way, as far as that can be told without running it.
+_UNSTITCH = "unstitch(model) for this call"
+RECORDED = ("output_attentions", "output_hidden_states", "output_router_logits")
+# Without any of these, all layers attend to all that came before.
+_NARROWER = ("layer_types", "sliding_window", "attention_chunk_size")
 
-    Raises:
-        CaptureError: the model is not fit, and why.
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What serving needs of a config.
+
+    Attributes:
+        implementation: the name of its attention function.
+        use_cache, return_dict: defaults of a call.
+        recorded: intermediate values that it asks for.
+        sees_all: each token attends to all before it, in every layer.
     """
-    where = type(decoder).__name__
+
+    implementation: str
+    use_cache: bool
+    return_dict: bool
+    recorded: frozenset[str]
+    sees_all: bool
+
+    @classmethod
+    def of(cls, config: PreTrainedConfig) -> Settings:
+        return cls(
+            implementation=config._attn_implementation,
+            use_cache=getattr(config, "use_cache", False),
+            return_dict=getattr(config, "return_dict", True),
+            recorded=frozenset(name for name in RECORDED if getattr(config, name, False)),
+            sees_all=config.get_text_config() is config
+            and getattr(config, "is_causal", True) is True
+            and not any(_differs_or_set(config, name) for name in _NARROWER),
+        )
+
+    def returned(self, output: object, given: Mapping[str, object]) -> object:
+        """``output``, or a tuple of it where the call asks for that."""
+        asked = given.get("return_dict")
+        return output if (self.return_dict if asked is None else asked) else output.to_tuple()  # type: ignore[attr-defined]
+
+
+def _differs_or_set(config: PreTrainedConfig, name: str) -> bool:
+    try:
+        return getattr(config, name, None) is not None
+    except RuntimeError:  # raised for a field that differs from layer to layer
+        return True
+
+
+class ConfigReader:
+    """Reads the settings of one config, again only when it was written."""
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        self._config = config
+        self._read: tuple[dict[str, object], Settings] | None = None
+
+    def now(self) -> Settings:
+        held, read = vars(self._config), self._read
+        if read is None or held != read[0]:
+            before = dict(held)
+            self._read = read = (before, Settings.of(self._config))
+        return read[1]
+
+
+def refuse_model(decoder: nn.Module) -> None:
+    """Raise `CaptureError` for a model that can be stitched in no way."""
     if decoder.training:
         raise CaptureError(
-            "the model is in training mode", where=where, hint="call model.eval() first"
+            "the model is in training mode",
+            where=type(decoder).__name__,
+            hint="call model.eval() first",
         )
-    _refuse_looping_experts(decoder)
-
-
-def _refuse_looping_experts(decoder: nn.Module) -> None:
-    """The eager experts loop over those that were hit, which depends on the tokens; two other implementations don't."""
+    # The eager experts loop over those that were hit; two other implementations don't.
     experts = getattr(decoder.config, "_experts_implementation", None)
-    selectable = getattr(decoder, "_can_set_experts_implementation", lambda: False)
-    if experts == "eager" and selectable():
+    if experts == "eager" and getattr(decoder, "_can_set_experts_implementation", bool)():
         raise CaptureError(
             "its experts are run by a loop whose length depends on the tokens",
             where="config._experts_implementation",
@@ -49,33 +102,20 @@ def _refuse_looping_experts(decoder: nn.Module) -> None:
 def refuse_call(
     decoder: nn.Module, given: Mapping[str, object], settings: Settings, strange: Sequence[str]
 ) -> None:
-    """Refuse a forward that asks for more than hidden states and a cache.
-
-    Args:
-        given: the arguments of the decoder's forward, by name.
-        strange: names of those that the way to serve does not carry.
-
-    Raises:
-        InputError: intermediate values are asked for, something is given that can't be carried, or the model is in training mode.
-    """
+    """Raise `InputError` where a forward asks for more than hidden states and a cache."""
+    where = type(decoder).__name__
     for name in RECORDED:
         asked = given.get(name)
         if asked or (asked is None and name in settings.recorded):
-            raise InputError(
-                f"{name} is asked for, and a stitched model keeps no intermediate values",
-                where=type(decoder).__name__,
-                hint="unstitch(model) for this call",
-            )
+            why = f"{name} is asked for, and a stitched model keeps no intermediate values"
+            raise InputError(why, where=where, hint=_UNSTITCH)
     if strange:
-        raise InputError(
-            f"a stitched model does not take {', '.join(sorted(strange))}",
-            where=type(decoder).__name__,
-            hint="unstitch(model) for this call",
-        )
+        names = ", ".join(sorted(strange))
+        raise InputError(f"a stitched model does not take {names}", where=where, hint=_UNSTITCH)
     if decoder.training:
         raise InputError(
             "a stitched model is for inference, and this one is in training mode",
-            where=type(decoder).__name__,
+            where=where,
             hint="call model.eval()",
         )
 
@@ -83,13 +123,14 @@ def refuse_call(
 def tokens_of(
     decoder: nn.Module, given: Mapping[str, object], dtype: torch.dtype, device: torch.device
 ) -> tuple[str, torch.Tensor]:
-    """The tokens of a forward, and the argument that they come as.
+    """The argument that the tokens of a forward come as, and the tokens.
 
     Args:
         dtype, device: of the decoder's embeddings when it was stitched.
 
     Raises:
-        InputError: there are none or two, they are empty or no ids, gradients or autocast are on, or the model was moved or cast.
+        InputError: there are none or two, they are empty or no ids, gradients or autocast are on,
+            or the model was moved or cast.
     """
     ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
     if (ids is None) == (embeds is None):
@@ -98,45 +139,42 @@ def tokens_of(
             where="input_ids",
             hint="as in model(input_ids)",
         )
+    where = type(decoder).__name__
     weight = decoder.get_input_embeddings().weight
     if weight.dtype != dtype or weight.device != device:
         raise InputError(
             f"the model was stitched as {dtype} on {device} and is {weight.dtype} on {weight.device} now",
-            where=type(decoder).__name__,
+            where=where,
             hint="unstitch(model), then stitch it where it shall run",
         )
     entry, tokens = ("input_ids", ids) if embeds is None else ("inputs_embeds", embeds)
-    ranks = 2 if embeds is None else 3
     if not isinstance(tokens, torch.Tensor):
         raise InputError(
             f"{entry} is a {type(tokens).__name__}, not a tensor",
             where=entry,
             hint="""tokenizer(text, return_tensors="pt") gives tensors""",
         )
-    if tokens.ndim != ranks or 0 in tokens.shape:
+    ranks = 2 if embeds is None else 3
+    whole = not tokens.is_floating_point() and tokens.dtype is not torch.bool
+    if tokens.ndim != ranks or 0 in tokens.shape or (embeds is None and not whole):
+        kind = " of integers" if embeds is None else ""
         raise InputError(
-            f"{entry} has shape {tuple(tokens.shape)}; expected {ranks} dimensions, none of them empty",
+            f"{entry} is {tuple(tokens.shape)} of {tokens.dtype}; expected {ranks} dimensions{kind}, none of them empty",
             where=entry,
             hint="the first dimension is the batch, the second the tokens: unsqueeze(0) for one sequence",
-        )
-    if embeds is None and (tokens.is_floating_point() or tokens.dtype is torch.bool):
-        raise InputError(
-            f"input_ids are {tokens.dtype}, and must be integers",
-            where=entry,
-            hint="pass what the tokenizer gave; embeddings are inputs_embeds",
         )
     if torch.is_grad_enabled() and (
         tokens.requires_grad or any(p.requires_grad for p in decoder.parameters())
     ):
         raise InputError(
             "gradients are enabled, and a stitched model computes none",
-            where=type(decoder).__name__,
+            where=where,
             hint="call it under torch.no_grad(), or unstitch(model) to train",
         )
     if torch.is_autocast_enabled(tokens.device.type):
         raise InputError(
             "autocast is enabled, and a stitched model keeps the dtypes that it was captured with",
-            where=type(decoder).__name__,
+            where=where,
             hint="leave the autocast block, or load the model in the dtype you want before stitching",
         )
     return entry, tokens

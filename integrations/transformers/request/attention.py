@@ -1,7 +1,4 @@
-"""Attention as a splitting op: in, the query, key and value of all tokens of a batch, flattened; out, the attended values.
-
-It never computes attention itself: the op's body calls the model's own implementation on the request's shapes.
-"""
+"""Attention as a splitting op, whose body calls the model's own implementation."""
 
 from __future__ import annotations
 
@@ -22,8 +19,7 @@ from piecework.integrations.transformers.request.state import (
 from piecework.runtime.batch.forward_context import current_forward_context
 from piecework.runtime.splitting_op import splitting_op
 
-# The name under which transformers finds our attention function. It has no mask function registered, which is
-# how transformers learns that the traced forward shall make no masks.
+# By this name transformers finds our attention function, and no mask function: none are made.
 IMPLEMENTATION = "piecework"
 LAYER_NAME = "_piecework_layer_name"
 SPLITTING_OP = "piecework::attention"
@@ -60,11 +56,13 @@ def attention(
     """Attend over the running request and write into ``out``.
 
     Args:
-        query: [1, heads, rows, dim]; ``key`` and ``value``: [1, kv heads, rows, dim]. The rows are the tokens of
-            every batch row, one batch row after the other, and maybe padding behind them.
+        query: [1, heads, rows, dim]; ``key`` and ``value``: [1, kv heads, rows, dim]. The rows are
+            the tokens of every batch row, one batch row after the other, and maybe padding behind
+            them.
         out: [1, rows, heads, value dim], written.
         layer_name: which layer attends; its cache slot, mask and module come from the request.
-        scaling, softcap, sliding_window, is_causal, s_aux: as the model passes them to its attention function.
+        scaling, softcap, sliding_window, is_causal, s_aux: as the model passes them to its
+            attention function.
     """
     request = current_request()
     layer = request.layers[layer_name]
@@ -88,7 +86,7 @@ def attention(
 
 
 def _by_row(flat: torch.Tensor, batch: int, tokens: int) -> torch.Tensor:
-    """[1, heads, rows, dim] seen as [batch, heads, tokens, dim], strided as the model's own eager forward has it."""
+    """[1, heads, rows, dim] seen as [batch, heads, tokens, dim], strided as eagerly."""
     if batch == 1 and flat.shape[2] == tokens:
         return flat
     heads, dim = flat.shape[1], flat.shape[3]
@@ -117,7 +115,7 @@ def attention_function(
 
 @dataclass(frozen=True, slots=True)
 class Discovery:
-    """The request of a dry run: notes which modules attend, and refuses what the splitting op could not reproduce."""
+    """The request of a dry run: notes which modules attend, and refuses what the op can't carry."""
 
     names: dict[torch.nn.Module, str]
     layer_types: Sequence[str] | None
@@ -126,39 +124,26 @@ class Discovery:
     def see(
         self, module: torch.nn.Module, attention_mask: object, kwargs: dict[str, object]
     ) -> None:
-        """Take note of one call of the attention function.
-
-        Raises:
-            CaptureError: the call carries something that the splitting op can't.
-        """
+        """Take note of one call; raises `CaptureError` for one that the splitting op can't carry."""
         name = self.names.get(module, type(module).__name__)
-        if any(layer.module is module for layer in self.found):
-            raise CaptureError(
-                "attention runs twice in this module in one forward, so its cache slot is not its own",
-                where=name,
-                hint="stitch(model) may serve it whole",
-            )
         known = (*_LITERALS, *_TENSORS, *_INERT, "dropout")
         unknown = sorted(
             key for key, value in kwargs.items() if key not in known and value is not None
         )
-        if attention_mask is not None:
-            unknown.append("attention_mask")
-        if kwargs.get("dropout"):
-            unknown.append("dropout")
-        if unknown:
-            raise CaptureError(
-                f"attention is called with {', '.join(unknown)}, which the splitting op can't carry",
-                where=name,
-                hint="stitch(model) may serve it whole",
-            )
+        unknown += ["attention_mask"] if attention_mask is not None else []
+        unknown += ["dropout"] if kwargs.get("dropout") else []
         index = getattr(module, "layer_idx", None)
-        if not isinstance(index, int):
-            raise CaptureError(
-                "the attention module has no layer_idx, so its cache slot is unknown",
-                where=name,
-                hint="stitch(model) may serve it whole",
+        why = None
+        if any(layer.module is module for layer in self.found):
+            why = "attention runs twice in this module in one forward, so its cache slot is not its own"
+        elif unknown:
+            why = (
+                f"attention is called with {', '.join(unknown)}, which the splitting op can't carry"
             )
+        elif not isinstance(index, int):
+            why = "the attention module has no layer_idx, so its cache slot is unknown"
+        if why is not None:
+            raise CaptureError(why, where=name, hint="stitch(model) may serve it whole")
         self.found.append(
             AttentionLayer(name, module, index, self._layer_type(index), frozenset(kwargs))
         )
@@ -182,7 +167,7 @@ def register() -> None:
 
 @contextmanager
 def through_piecework(model: torch.nn.Module) -> Iterator[None]:
-    """Let the modules of ``model`` find ``attention_function`` for the block, and their own again afterwards."""
+    """Let the modules of ``model`` find ``attention_function`` for the block."""
     register()
     before = [(config, config._attn_implementation) for config in _configs_of(model)]
     try:
@@ -195,7 +180,7 @@ def through_piecework(model: torch.nn.Module) -> Iterator[None]:
 
 
 def _configs_of(model: torch.nn.Module) -> list[PreTrainedConfig]:
-    """The configs that the modules of ``model`` hold, outer ones first: setting one's implementation sets its parts'."""
+    """The configs of the modules, outer ones first: setting one's implementation sets its parts'."""
     found: dict[int, PreTrainedConfig] = {}
     for module in model.modules():
         config = getattr(module, "config", None)

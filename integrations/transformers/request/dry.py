@@ -1,7 +1,4 @@
-"""Requests without content, for capturing static graphs. In: a mode and a batch shape. Out: a forward context in which a stitched decoder runs on dummy tokens.
-
-Its attention reads and writes no cache and computes nothing; captured pieces hold no attention, so they are the same.
-"""
+"""Requests without content, for capturing static graphs: attention computes nothing in them."""
 
 from __future__ import annotations
 

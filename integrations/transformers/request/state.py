@@ -1,7 +1,4 @@
-"""The state of one request behind the splitting op: in, a forward's batch, cache and masks; out, what each layer attends to.
-
-It never touches the graph: nothing here is traced, so none of it can become an input of a piece.
-"""
+"""The state of one request behind the splitting op; nothing of it is traced."""
 
 from __future__ import annotations
 
@@ -103,11 +100,11 @@ class RequestState:
     Attributes:
         layers: the attention layers by name.
         batch: rows of the request; ``tokens``: tokens of each row in this forward.
-        implementation: the registered attention function, or None for each modeling module's own eager one.
+        implementation: the registered attention function; None for the modeling file's eager one.
         masks: made before the first cache update, one for all layers or one per layer type.
         cache: the request's KV cache, or None.
         position_ids: as the request has them, [batch, tokens].
-        paged: what continuous batching gives its attention functions, its paged cache among it; else empty.
+        paged: what continuous batching gives its attention functions; else empty.
         step: the forward as a decode step, if it is one.
     """
 
@@ -129,7 +126,7 @@ class RequestState:
         value: torch.Tensor,
         arguments: Mapping[str, object],
     ) -> torch.Tensor:
-        """Attention of the request's rows: [batch, heads, tokens, dim] in, [batch, tokens, heads, dim] out."""
+        """Attention of [batch, heads, tokens, dim], as [batch, tokens, heads, dim]."""
         if self.cache is not None:
             key, value = self.cache.update(key, value, layer.layer_idx)
         function = self.implementation or eager_attention_of(layer.module)
@@ -146,7 +143,7 @@ def request_context(state: object, *, in_full_graphs: bool | None = None) -> For
     """Make ``state`` the request of a block, keeping whatever an engine set around it.
 
     Args:
-        in_full_graphs: whether full graphs may serve it, which hold the memory of one cache and serve no other request; None where there are none.
+        in_full_graphs: whether full graphs may serve it; None where there are none.
 
     Raises:
         InputError: the context asks for a full graph, which can't serve this request.
@@ -166,11 +163,7 @@ def request_context(state: object, *, in_full_graphs: bool | None = None) -> For
 
 
 def current_request() -> RequestState:
-    """The request of the running forward.
-
-    Raises:
-        InputError: the splitting op was called outside a stitched model's forward.
-    """
+    """The request of the running forward; raises `InputError` outside of one."""
     state = get_forward_context().state.get(STATE_KEY)
     if not isinstance(state, RequestState):
         raise InputError(
@@ -182,10 +175,8 @@ def current_request() -> RequestState:
 
 
 def eager_attention_of(module: torch.nn.Module) -> AttentionFunction:
-    """The ``eager_attention_forward`` that the modeling file of ``module`` falls back to.
-
-    Raises:
-        CaptureError: that file has none.
+    """The ``eager_attention_forward`` of a module's modeling file; raises `CaptureError` without
+    one.
     """
     for cls in type(module).__mro__:
         found = getattr(sys.modules.get(cls.__module__), "eager_attention_forward", None)
@@ -199,10 +190,8 @@ def eager_attention_of(module: torch.nn.Module) -> AttentionFunction:
 
 
 def registered_attention(implementation: str) -> AttentionFunction | None:
-    """The function registered under ``implementation``; None for "eager".
-
-    Raises:
-        CaptureError: transformers has no such implementation.
+    """The function registered by a name; None for "eager"; raises `CaptureError` for an unknown
+    one.
     """
     if implementation == "eager":
         return None

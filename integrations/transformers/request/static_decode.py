@@ -1,7 +1,8 @@
-"""Decode steps in full graphs. In: one new token of every sequence of a batch, and a `StaticCache`. Out: the same step in memory that keeps its address, attention among what is captured.
+"""Decode steps of static caches in full graphs, in memory that keeps its address.
 
-A cache is moved into that memory at its first step and stays there while anybody holds its tensors; a second one meanwhile is served
-outside full graphs. No graph holds a length: each layer reads its own, on the device.
+A cache is moved into that memory at its first step and stays while anybody holds its tensors; a
+second one is served outside full graphs meanwhile. No graph holds a length: layers read it on the
+device.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ from piecework.runtime.stitched import StitchedModule
 
 @dataclass(frozen=True, slots=True)
 class LayerShape:
-    """What one attention layer stores: keys [batch, heads, length, dim], values [batch, heads, length, value_dim]."""
+    """What one attention layer stores of each sequence: [heads, length, dim] and value_dim."""
 
     heads: int
     dim: int
@@ -89,17 +90,17 @@ class StaticDecode:
         self._order = platform_for(device).call_order()
 
     def _wait(self) -> None:
-        """Come after the step before, on the device too: masks, caches and counts are copied here before the call that reads them waits."""
+        """Come after the step before, on the device too, which reads masks, caches and counts."""
         if self._order is not None:
             self._order()
 
-    # --- capture -----------------------------------------------------------------------------------
+    # --- capture ----------------------------------------------------------------------------------
 
     @contextmanager
     def context_for(
         self, mode: CUDAGraphMode, descriptor: BatchDescriptor
     ) -> Iterator[ForwardContext | None]:
-        """The context of a run on dummy tokens, the ``context_for`` of a capture: of a decode step in this memory, or of a `dry_request`."""
+        """The ``context_for`` of a capture: a decode step in this memory, or a `dry_request`."""
         if not descriptor.uniform:
             with dry_request(mode, descriptor) as context:
                 yield context
@@ -141,14 +142,11 @@ class StaticDecode:
             if self.step is not None and not self.step.is_held():
                 self.step = None
 
-    # --- serving -----------------------------------------------------------------------------------
+    # --- serving ----------------------------------------------------------------------------------
 
     def take(self, cache: Cache, batch: int, masks: LayerMasks) -> StaticStep | None:
-        """The step of a cache, moved here if it was elsewhere, with its masks in place; None, and counted, where it can't be.
-
-        Args:
-            batch: how many sequences have a new token.
-            masks: of the request by layer type.
+        """The step of a cache, moved here if need be, with its masks; None, and counted, if it
+        can't.
 
         Raises:
             InputError: the cache is full.
@@ -204,13 +202,7 @@ class StaticDecode:
 
 
 class StaticStep:
-    """Keys, values, lengths and masks of the decode steps of one cache; the ``step`` of a request whose attention is captured.
-
-    Args:
-        shapes: of the layers, by their slots.
-        kinds: the layers' types.
-        largest, length, device: as of `StaticDecode`.
-    """
+    """Keys, values, lengths and masks of the decode steps of one cache."""
 
     def __init__(
         self,
@@ -249,7 +241,7 @@ class StaticStep:
         out: torch.Tensor,
         scaling: float | None,
     ) -> None:
-        """As `DecodeStep.attend`, for as many sequences as there are rows; nothing is stored in a dry run."""
+        """As `DecodeStep.attend`, for as many sequences as there are rows."""
         rows = query.shape[2]
         if rows > self._largest:  # padding of captured pieces
             rows = self._largest
@@ -277,7 +269,7 @@ class StaticStep:
 
     @contextmanager
     def counts_of_nothing(self) -> Iterator[None]:
-        """Let runs on dummy tokens in the block store them at the first place: the cache that lies here may be full."""
+        """Let runs on dummy tokens store them at the first place: the cache may be full."""
         with torch.inference_mode(False), torch.no_grad():
             before = self._counts.clone()
             self._counts.zero_()
@@ -288,7 +280,7 @@ class StaticStep:
                 self._counts.copy_(before)
 
     def put_masks(self, masks: LayerMasks, batch: int, room: int) -> str:
-        """Copy the masks of a request, [batch or 1, 1, 1, room], into place; why not, if they are of another form."""
+        """Copy the masks of a request into place; why not, if they are of another form."""
         if masks.keys() != self._masks.keys():
             return "masks for other kinds of layers"
         for mask in masks.values():
@@ -300,11 +292,7 @@ class StaticStep:
         return ""
 
     def require_room(self, cache: StaticCache) -> None:
-        """Refuse a step behind the end of the cache.
-
-        Raises:
-            InputError: it is full.
-        """
+        """Raise `InputError` for a step behind the end of the cache."""
         if self._counts._version != self._version:  # somebody else counted: a prompt, a reset
             self._most, self._version = int(self._counts.max()), self._counts._version
         room = cache.layers[0].max_cache_len
@@ -315,7 +303,7 @@ class StaticStep:
                 hint="make it with a larger max_cache_len",
             )
 
-    # --- whose memory it is ------------------------------------------------------------------------
+    # --- whose memory it is -----------------------------------------------------------------------
 
     def holds(self, cache: StaticCache, batch: int) -> bool:
         """Whether a cache that was moved in still lies here, and has so many sequences."""
@@ -355,7 +343,7 @@ class StaticStep:
         self._version = -1
 
     def _clear_masks(self) -> None:
-        """A sequence that nobody asks for attends to the first place, so that its result is a number."""
+        """What nobody asks for attends to the first place, so that its result is a number."""
         for mask in self._masks.values():
             mask.fill_(-torch.inf)
             mask[..., 0] = 0
@@ -369,16 +357,8 @@ def static_decode(
     largest: int,
     length: int,
 ) -> StaticDecode:
-    """The memory for a stitched decoder.
-
-    Args:
-        made: its stitched function.
-        layers: its attention layers by name.
-        config: its config.
-        largest, length: the most sequences of a step, the longest cache.
-
-    Raises:
-        StaticGraphError: its attention can't be in a graph, and why.
+    """The memory for a stitched decoder; raises `StaticGraphError` where its attention can't be in
+    it.
     """
     implementation = config._attn_implementation
     if registered_attention(implementation) is not sdpa_attention_forward:

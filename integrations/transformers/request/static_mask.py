@@ -1,6 +1,7 @@
-"""Masks of decode steps over static caches. In: a static cache, and what a caller says of its tokens. Out: the mask that transformers makes of it, by three operators on the device.
+"""Masks of decode steps over static caches, by three operators on the device.
 
-transformers' own is made beside the first of each kind and compared; where they differ, its own is taken from then on.
+Transformers' own is made beside the first of each kind; where they differ, it is taken from then
+on.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from piecework.integrations.transformers.request.state import Masks
 
 
 class StaticMasks:
-    """Makes the masks of one new token a sequence, where each sees all that came before it and is not hidden."""
+    """Makes the masks of one new token a sequence, where each sees all that came before it and is
+    not hidden.
+    """
 
     def __init__(self) -> None:
         self._places: dict[tuple[int, torch.device], torch.Tensor] = {}
@@ -69,7 +72,7 @@ class StaticMasks:
 
 
 def _plain_layer(cache: Cache | None) -> StaticLayer | None:
-    """The first layer of a static cache whose layers are all plain ones of one length, and hold something."""
+    """The first layer of a static cache of plain layers of one length that hold something."""
     if type(cache) is not StaticCache:
         return None
     first, *others = cache.layers

@@ -1,20 +1,23 @@
-"""Decode steps. In: one new token of every sequence of a batch, and its cache. Out: each layer's attention, with what all layers share settled once a forward.
+"""Decode steps: one new token of every sequence, with what all layers share settled once a forward.
 
-Only transformers' own `sdpa` is done here, by the same torch operator on the same values; requests of any other kind are left to `RequestState.attend`.
+Only transformers' own `sdpa` is done here; other requests are left to `RequestState.attend`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
 from typing import Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
-from piecework.integrations.transformers.request.rows import CacheRows
+#: Room in a new buffer beyond the rows that there are: a quarter of them, and so many at least.
+LEAST_ROOM = 64
 
 LayerMasks = Mapping[str | None, torch.Tensor | None]
+Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 class Step(Protocol):
@@ -57,12 +60,7 @@ class DecodeStep:
     )
 
     def __init__(
-        self,
-        batch: int,
-        cache: Cache,
-        rows: CacheRows,
-        masks: LayerMasks,
-        dtype: torch.dtype,
+        self, batch: int, cache: Cache, rows: CacheRows, masks: LayerMasks, dtype: torch.dtype
     ) -> None:
         self._batch, self._cache, self._dtype = batch, cache, dtype
         self._rows = rows.of(cache)
@@ -82,7 +80,7 @@ class DecodeStep:
         out: torch.Tensor,
         scaling: float | None,
     ) -> None:
-        """Store the new keys and values, attend, and write into ``out``; shapes as of the splitting op."""
+        """Store the new keys and values, attend, and write into ``out``."""
         layout = (query.shape, query.stride(), key.shape, out.shape, out.stride())
         if layout != self._layout:
             if query.shape[2] != self._batch:
@@ -106,7 +104,7 @@ class DecodeStep:
 def without_padding(
     batch: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, out: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The rows of a captured batch that are a request's, of each tensor; those behind are nobody's, and finite in ``out``."""
+    """The rows of a captured batch that are a request's; those behind are finite in ``out``."""
     out[:, batch:].zero_()
     query, key, value = (each[:, :, :batch] for each in (query, key, value))
     return query, key, value, out[:, :batch]
@@ -115,7 +113,7 @@ def without_padding(
 def packed(
     shape: Sequence[int], strides: Sequence[int], shared: int
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Size and strides of [1, heads, batch, dim] as [batch, kv heads, heads of each, dim]: the heads that share keys are so many queries of one."""
+    """Size and strides of [1, heads, batch, dim] as [batch, kv heads, heads of each, dim]."""
     _, heads, batch, dim = shape
     _, of_head, of_row, of_dim = strides
     each = heads // shared
@@ -123,12 +121,7 @@ def packed(
 
 
 def masks_by_type(masks: object, kinds: Set[str | None]) -> LayerMasks | None:
-    """The masks of a request whose sequences have one new token each, by layer type; None if they are not of the usual form.
-
-    Args:
-        masks: of the request, one for all layers or one for each layer type.
-        kinds: the layers' types.
-    """
+    """The masks of a request by layer type; None if they are not of the usual form."""
     if not isinstance(masks, Mapping):
         masks = dict.fromkeys(kinds, masks)
     elif not kinds <= masks.keys():
@@ -148,3 +141,149 @@ def additive(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | No
         return mask
     hidden = torch.full(mask.shape, -torch.inf, dtype=dtype, device=mask.device)
     return hidden.masked_fill_(mask, 0)
+
+
+# --- where the rows of a cache lie ----------------------------------------------------------------
+
+
+class GrowingRows:
+    """The rows of a `DynamicLayer` in buffers with room; its ``keys`` and ``values`` are views.
+
+    A row is written once, behind all that any view shows, so whoever holds earlier keys keeps what
+    they saw. Where the layer holds other tensors than the last step left there (it was cropped,
+    reordered, replaced, or grew by several tokens), they are copied to new buffers first.
+    """
+
+    __slots__ = ("_buffers", "_capacity", "_keys", "_layer", "_length", "_places", "_values")
+
+    def __init__(self, layer: DynamicLayer) -> None:
+        self._layer = layer
+        self._keys = self._values = None
+        self._length = self._capacity = 0
+
+    def append(
+        self, key: torch.Tensor, value: torch.Tensor, indices: dict[int, torch.Tensor]
+    ) -> Pair | None:
+        """The layer's keys and values with those of one more token; None where they don't fit.
+
+        Args:
+            key, value: [1, kv heads, batch, dim].
+            indices: number of a row → an index tensor of it, shared by all layers of a forward.
+        """
+        layer, length = self._layer, self._length
+        if (
+            layer.keys is not self._keys
+            or layer.values is not self._values
+            or length == self._capacity
+        ):
+            if not self._move(key, value):
+                return None
+            length = self._length
+        index = indices.get(length)
+        if index is None:
+            index = indices[length] = torch.full((1,), length, device=key.device)
+        (keys, batch, heads, dim, strides), (values, _, _, value_dim, value_strides) = self._buffers
+        places, value_places = self._places
+        places.index_copy_(0, index, key)
+        value_places.index_copy_(0, index, value)
+        self._length = length = length + 1
+        self._keys = layer.keys = keys.as_strided((batch, heads, length, dim), strides)
+        self._values = layer.values = values.as_strided(
+            (batch, heads, length, value_dim), value_strides
+        )
+        return self._keys, self._values
+
+    def _move(self, key: torch.Tensor, value: torch.Tensor) -> bool:
+        """Copy the rows to new buffers with room; False where rows like these can't follow them."""
+        held = (self._layer.keys, self._layer.values)
+        if not all(map(_continues, (key, value), held)) or held[0].shape[2] != held[1].shape[2]:
+            return False
+        self._length = length = held[0].shape[2]
+        self._capacity = length + max(LEAST_ROOM, length // 4)
+        grown = []
+        for rows in held:
+            batch, heads, _, dim = rows.shape
+            buffer = rows.new_empty((batch, heads, self._capacity, dim))
+            buffer.narrow(2, 0, length).copy_(rows)
+            grown.append((buffer, batch, heads, dim, buffer.stride()))
+        self._buffers = tuple(grown)
+        self._places = tuple(buffer.transpose(0, 2) for buffer, *_ in grown)
+        return True
+
+
+class FixedRows:
+    """The rows of a `StaticLayer`, which says itself where the next one goes."""
+
+    __slots__ = ("_keys", "_layer", "_one", "_places", "_values")
+
+    def __init__(self, layer: StaticLayer) -> None:
+        self._layer = layer
+        self._keys = self._values = self._places = None
+
+    def append(
+        self, key: torch.Tensor, value: torch.Tensor, indices: dict[int, torch.Tensor]
+    ) -> Pair | None:
+        """As `GrowingRows.append`; keys and values are of the layer's whole length."""
+        layer = self._layer
+        if self._places is None or layer.keys is not self._keys or layer.values is not self._values:
+            held = (layer.keys, layer.values)
+            inference = torch.is_inference_mode_enabled()
+            if not all(map(_continues, (key, value), held)):
+                return None
+            if not inference and any(each.is_inference() for each in held):
+                return None
+            self._keys, self._values = held
+            self._places = layer.keys.transpose(0, 2), layer.values.transpose(0, 2)
+            self._one = torch.ones_like(layer.cumulative_length)
+        places, value_places = self._places
+        index = layer.cumulative_length
+        places.index_copy_(0, index, key)
+        value_places.index_copy_(0, index, value)
+        index.add_(self._one)
+        return self._keys, self._values
+
+
+Rows = GrowingRows | FixedRows
+_KINDS = {DynamicLayer: GrowingRows, StaticLayer: FixedRows}
+
+
+class CacheRows:
+    """The rows of each cache that a decoder has served, of transformers' plain layers alone."""
+
+    def __init__(self) -> None:
+        self._held: WeakKeyDictionary[Cache, tuple[bool, list[tuple[object, Rows | None]]]] = (
+            WeakKeyDictionary()
+        )
+
+    def of(self, cache: Cache) -> list[Rows | None]:
+        """Its layers' rows; None for another kind, and none at all of a cache with its own update."""
+        own = type(cache).update is not Cache.update or "update" in vars(cache)
+        if own or getattr(cache, "offloading", True):
+            return []
+        # What was made in inference mode can't be written to outside of it.
+        inference = torch.is_inference_mode_enabled()
+        made_so, known = self._held.get(cache, (inference, []))
+        if made_so and not inference:
+            known = []
+        if [layer for layer, _ in known] != cache.layers:
+            known = [(layer, _rows_of(layer)) for layer in cache.layers]
+            made_so = inference
+        self._held[cache] = (made_so or inference, known)
+        return [rows for _, rows in known]
+
+
+def _rows_of(layer: object) -> Rows | None:
+    kind = _KINDS.get(type(layer))
+    return None if kind is None or "update" in vars(layer) else kind(layer)
+
+
+def _continues(new: torch.Tensor, rows: torch.Tensor | None) -> bool:
+    """Whether ``new``, [1, heads, batch, dim], can follow rows of [batch, heads, rows, dim]."""
+    return (
+        rows is not None
+        and rows.ndim == 4
+        and (rows.shape[0], rows.shape[1], rows.shape[3])
+        == (new.shape[2], new.shape[1], new.shape[3])
+        and rows.dtype == new.dtype
+        and rows.device == new.device
+    )

@@ -1,1 +1,1 @@
-"""The whole way. In: a decoder that the flat way refuses. Out: its forwards, each kind of call compiled as a whole, its cache among what goes in and comes out."""
+"""The whole way: a decoder's own forward, its cache's tensors as arguments."""

@@ -1,7 +1,4 @@
-"""Admission to the whole way. In: a decoder that the flat way refused. Out: the way to serve it whole, with what generation needs compiled, or a typed error that says why not.
-
-It runs the model on a few tokens, as it is, rebuilt around tensors, and compiled, and compares all of it.
-"""
+"""Admission to the whole way: a model is tried as it is, rebuilt around tensors, and compiled."""
 
 from __future__ import annotations
 
@@ -19,20 +16,27 @@ from transformers.utils import ModelOutput
 from piecework.errors import CaptureError
 from piecework.integrations.transformers.own.cache_state import layers_of, take_apart
 from piecework.integrations.transformers.own.probe import (
+    HINT,
     Forward,
     as_refusal,
     embedding_of,
+    is_encoder_decoder,
     narrow_windows,
     require_finite,
+    require_same_output,
 )
-from piecework.integrations.transformers.own.sameness import require_same_output
+from piecework.integrations.transformers.own.refusals import refuse_model
 from piecework.integrations.transformers.whole.forward import CallKind, Habits, WholeForward
-from piecework.integrations.transformers.whole.way import UNROLLED, WholeWay
+from piecework.integrations.transformers.whole.way import (
+    UNROLLED,
+    WholeWay,
+    encoder_of,
+    held_names,
+)
 from piecework.runtime import torch_compat
 from piecework.runtime.config.compilation import CompilationConfig
 
-_HINT = "leave this model unstitched"
-# Prompts that are tried: sequences and tokens of each. Each makes three tokens more, which is the prompt's forward and two steps.
+# Prompts that are tried: sequences, and tokens of each. Each makes three tokens more.
 _SIZES = ((2, 3), (3, 5), (2, 8))
 _STEPS = 3
 Given = dict[str, object]
@@ -41,14 +45,32 @@ Given = dict[str, object]
 def admit_whole(
     model: nn.Module, decoder: nn.Module, forward: Forward, config: CompilationConfig | None
 ) -> WholeWay:
-    """Prove on a few tokens that the decoder can be served whole, and compile what generation needs.
+    """Prove that a decoder can be served whole, and its encoder, and compile what generation needs.
 
-    While torch's compiler is switched off nothing is compiled; kinds of calls are when they first come after that.
+    An encoder that can't be served stays as it is. Nothing is compiled while torch's compiler is
+    off.
 
     Raises:
-        CaptureError: the model is not fit, and why.
+        CaptureError: the decoder is not fit, and why.
         PieceCompileError: as ``piecework.compile``.
     """
+    way = _admitted(model, decoder, forward, config)
+    if is_encoder_decoder(decoder):
+        encoder = encoder_of(model, decoder)
+        try:
+            if encoder is None:
+                way.encoder = "no encoder was found beside the decoder"
+            else:
+                refuse_model(encoder)
+                way.encoder = _admitted(model, encoder, encoder.forward, config)
+        except CaptureError as error:
+            way.encoder = error.message
+    return way
+
+
+def _admitted(
+    model: nn.Module, decoder: nn.Module, forward: Forward, config: CompilationConfig | None
+) -> WholeWay:
     with torch.no_grad():
         with as_refusal(decoder, "as it is"):
             calls = _generations(model, decoder, forward)
@@ -58,7 +80,10 @@ def admit_whole(
             _require_stateless(way, calls)
         with narrow_windows(decoder), as_refusal(decoder, "around tensors of its cache"):
             for given in _generations(model, decoder, forward):
-                _require_same_uncompiled(way, given)
+                kind, own = way.call_of(given).kind, way.own_result(given)
+                held = held_names(own[1])
+                run = WholeForward(decoder, forward, kind, habits.cache_name, held)
+                way.require_same(run, given, own, compiled=False)
         if torch_compat.compiler_off() is None:
             with as_refusal(decoder, "compiled whole"):
                 _compile(way, calls)
@@ -66,31 +91,24 @@ def admit_whole(
 
 
 def _require_stateless(way: WholeWay, calls: Sequence[Given]) -> None:
-    """Refuse a forward whose results depend on earlier calls otherwise than through its cache."""
+    """Refuse a forward that keeps state elsewhere than in its cache."""
     for given in calls:
-        first, again = way.own_result(given), way.own_result(given)
+        (first, _), (again, _) = way.own_result(given), way.own_result(given)
         try:
-            require_same_output(again.output, first.output, compiled=False)  # type: ignore[arg-type]
+            require_same_output(again, first, compiled=False)
         except CaptureError as error:
             raise CaptureError(
                 "called again with the same arguments its forward gives another result: it keeps state in its modules, outside its cache",
                 where=type(way.decoder).__name__,
-                hint=_HINT,
+                hint=HINT,
             ) from error
 
 
-def _require_same_uncompiled(way: WholeWay, given: Given) -> None:
-    kind = way.kind_of(given)
-    own = way.own_result(given)
-    run = WholeForward(way.decoder, way.forward, kind, way.habits.cache_name, own.held)
-    way.require_same(run, given, own, compiled=False)
-
-
 def _compile(way: WholeWay, calls: Sequence[Given]) -> None:
-    """Compile for the first call of each kind. What it made must serve the others: where each of them takes another trace, the kind is left to the model's own forward."""
+    """Compile for the first call of each kind, which must serve the others without a trace of each."""
     seen: Counter[CallKind] = Counter()
     for given in calls:
-        kind = way.kind_of(given)
+        kind = way.call_of(given).kind
         if way.is_left(kind):
             continue
         seen[kind] += 1
@@ -99,17 +117,18 @@ def _compile(way: WholeWay, calls: Sequence[Given]) -> None:
             stitched = way.compile(kind, given)
         else:
             way.require_same(stitched, given, way.own_result(given), compiled=True)
-        # Another trace may be for windows that are full, where layers count tokens, or for the single token that a decoder
-        # beside an encoder begins with: the third call tells.
+        # Another trace may be for full windows, or for the one token that a decoder beside an
+        # encoder
+        # begins with: the third call tells.
         enough = len(_SIZES) if way.habits.counts or way.habits.is_pair else 2
         if seen[kind] == enough and len(stitched.traces) == enough:
             if not way.habits.makes_cache or (kind.cache is not None and kind.cache.is_filled):
-                raise CaptureError(UNROLLED, where=type(way.decoder).__name__, hint=_HINT)
+                raise CaptureError(UNROLLED, where=type(way.decoder).__name__, hint=HINT)
             way.leave_tokens(kind)
 
 
 def _generations(model: nn.Module, decoder: nn.Module, forward: Forward) -> list[Given]:
-    """What ``generate`` calls the decoder with for a few tokens, of several batches and lengths, all with padding on the left."""
+    """What ``generate`` calls the decoder with, for several batches with padding on the left."""
     if not isinstance(model, GenerationMixin):
         raise CaptureError(
             "it has no generate(), by which a decoder that is served whole is tried",
@@ -162,7 +181,7 @@ def _habits(decoder: nn.Module, forward: Forward, calls: Sequence[Given]) -> Hab
         raise CaptureError(
             f"its forward returns a {type(output).__name__}",
             where=type(decoder).__name__,
-            hint=_HINT,
+            hint=HINT,
         )
     tokens = first.get("attention_mask")
     seen = tokens.bool() if isinstance(tokens, torch.Tensor) and tokens.ndim == 2 else ...
@@ -172,7 +191,7 @@ def _habits(decoder: nn.Module, forward: Forward, calls: Sequence[Given]) -> Hab
         raise CaptureError(
             f"its forward returns {', '.join(sorted(made))}, and takes no one cache of that name",
             where=type(decoder).__name__,
-            hint=_HINT,
+            hint=HINT,
         )
     if not made:
         name = "past_key_values" if "past_key_values" in accepted else None

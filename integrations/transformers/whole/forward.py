@@ -1,6 +1,6 @@
-"""The traced forward of a decoder as a whole. In: tokens, masks and what a KV cache holds, all of them tensors. Out: the fields of its output, and what the cache holds afterwards.
+"""The traced forward of a whole decoder: of tokens, masks and what a cache holds, all tensors.
 
-Batch and tokens stay as they are, and attention is part of the graph, which is cut between repeated blocks.
+Attention is part of the graph, which is cut between repeated blocks.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ Form = tuple[torch.dtype, int] | tuple[tuple[str, tuple[torch.dtype, int] | None
 
 @dataclass(frozen=True, slots=True)
 class CallKind:
-    """What calls have in common that one trace, or traces that differ in sizes alone, can serve.
+    """What calls have in common that traces which differ in sizes alone can serve.
 
     Attributes:
         tensors: the tensor arguments and tables of such, by name.
         flags: the others.
         cache: the form of the cache; None without one.
-        one: whether there is one sequence, and one token of each. Such calls come in numbers, and have traces of their own.
+        one: whether there is one sequence, and one token of each; such have traces of their own.
         implementation: the attention function's name.
     """
 
@@ -82,15 +82,7 @@ class Habits:
 
 
 class WholeForward(nn.Module):
-    """The decoder's own forward, of calls of one kind.
-
-    Args:
-        decoder: the module whose weights and layers are traced.
-        forward: its original forward, bound.
-        kind: of the calls.
-        cache_name: the argument that a cache comes as.
-        held: the attributes that its layers have afterwards.
-    """
+    """The decoder's forward for one kind of call; ``held``: what the cache's layers have then."""
 
     def __init__(
         self,
@@ -102,7 +94,7 @@ class WholeForward(nn.Module):
     ) -> None:
         super().__init__()
         self.model = decoder
-        # Unbound where it is the decoder's own, so that weights are traced, and named, by way of ``self.model``.
+        # Unbound where it is the decoder's own, so that weights are named by way of ``self.model``.
         own = inspect.ismethod(forward) and forward.__self__ is decoder
         self._function = forward.__func__ if own else None
         self._bound = None if own else forward
@@ -112,7 +104,7 @@ class WholeForward(nn.Module):
         self.held = tuple(held)
 
     def forward(self, given: Given, leaves: Sequence[torch.Tensor]) -> tuple[Fields, bool, Held]:
-        """The fields of the output beside its cache, whether that is one of them, and what it holds."""
+        """The output's fields beside its cache, whether that is one of them, and what it holds."""
         arguments = {**given, **self._flags, "return_dict": True}
         cache = None
         if self._form is not None:
@@ -133,7 +125,7 @@ class WholeForward(nn.Module):
 
 
 class CallDimensions(AllDimensions):
-    """Every size of a call may differ; none is traced without a number behind it, for attention is part of the graph."""
+    """Every size of a call may differ, and has a number behind it in a trace."""
 
     @contextmanager
     def every_size(self, args: Sequence[object], kwargs: Mapping[str, object]) -> Iterator[int]:
@@ -152,12 +144,7 @@ def wholly(
     config: CompilationConfig | None,
     kept: Mapping[str, object],
 ) -> StitchedModule:
-    """The decoder's forward for calls of ``kind``, to be captured and stitched at its first call, or taken from an artifact.
-
-    Args:
-        kept: what another process needs to know of the decoder.
-        The others are those of `WholeForward`.
-    """
+    """The forward for calls of ``kind``, stitched at its first call, or taken from an artifact."""
     # The class's name labels the model in the emitted banner and in the report.
     named = type(type(decoder).__name__, (WholeForward,), {})
     return compile_with_mode(

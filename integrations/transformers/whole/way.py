@@ -1,6 +1,6 @@
-"""The whole way. In: a decoder that the flat way refused. Out: forwards of it by stitched functions of the whole forward, one for each kind of call, each compared with the model's own before it serves.
+"""The whole way: one stitched forward for each kind of call, compared with the model's own first.
 
-A kind of call that can't be compiled, or would differ, is served by the model's own forward, and counted.
+A kind that can't be compiled, or would differ, is served by the model's own forward, and counted.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ import logging
 import os
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,18 +27,24 @@ from piecework.integrations.transformers.own.cache_state import (
     put_back,
     take_apart,
 )
-from piecework.integrations.transformers.own.outside import require_same_outside
-from piecework.integrations.transformers.own.probe import Forward, embedding_of
+from piecework.integrations.transformers.own.keeping import SAVER, kept_of, require_like
+from piecework.integrations.transformers.own.probe import (
+    HINT,
+    Forward,
+    embedding_of,
+    require_same_cache,
+    require_same_output,
+)
 from piecework.integrations.transformers.own.refusals import (
     INERT,
+    RECORDED,
+    ConfigReader,
+    Settings,
     refuse_call,
     refuse_model,
     tokens_of,
 )
-from piecework.integrations.transformers.own.sameness import require_same_cache, require_same_output
-from piecework.integrations.transformers.own.settings import RECORDED, ConfigReader, Settings
 from piecework.integrations.transformers.whole.forward import CallKind, Form, Given, Habits, wholly
-from piecework.integrations.transformers.whole.keeping import KINDS, KeptKind, KeptWay, kept_of
 from piecework.runtime import torch_compat
 from piecework.runtime.artifact.load import Artifact
 from piecework.runtime.artifact.save import Part, save_together
@@ -48,31 +55,22 @@ from piecework.runtime.store.folder import Place
 
 _log = logging.getLogger(__name__)
 
-#: A kind of call that needs more traces than this is left to the model's own forward, for each length seems to need one of its own.
+#: A kind of call that needs more traces seems to need one for each length, and is left as it is.
 MAX_TRACES = 6
 UNROLLED = "a graph of it holds for one length alone, and each other one would be compiled anew"
 _OTHER = "no graph of it serves these sizes or strides"
 
-#: So many kinds of calls are compiled; further ones are served by the model's own forward.
+#: So many kinds of calls are compiled.
 MAX_KINDS = 32
+
+ENCODER = "encoder"
+#: The file of an artifact that holds the kinds of calls: JSON has no classes and dtypes.
+_KINDS = "kinds.pickle"
 
 # Told apart by name: what a call asks of its output, and whether of a cache.
 _SETTLED = ("use_cache", *INERT, *RECORDED)
 
 Run = Callable[..., tuple[dict[str, object], bool, list[dict[str, object]]]]
-
-
-@dataclass(frozen=True, slots=True)
-class OwnResult:
-    """What the model's own forward gives: its output, and the cache as it is afterwards."""
-
-    output: object
-    cache: object
-
-    @property
-    def held(self) -> tuple[str, ...]:
-        """The attributes that the layers of the cache have."""
-        return tuple(sorted({name for layer in layers_of(self.cache) for name in vars(layer)}))
 
 
 @dataclass(slots=True)
@@ -84,7 +82,7 @@ class Call:
     cache: Cache | None
     taken: TakenApart | None
 
-    def run(self, run: Run, habits: Habits) -> tuple[dict[str, object], Cache | None]:
+    def run(self, run: Run, habits: Habits) -> dict[str, object]:
         """The output's fields, the cache among them if it is one."""
         leaves = [] if self.taken is None else self.taken.leaves
         fields, returned, held = run(self.tensors, leaves)
@@ -92,11 +90,11 @@ class Call:
             put_back(self.cache, self.taken, held)
         if returned and habits.cache_name is not None:
             fields[habits.cache_name] = self.cache
-        return fields, self.cache
+        return fields
 
 
 class WholeWay:
-    """A decoder served whole; see `piecework.integrations.transformers.way.Way`.
+    """A decoder served whole, and the encoder beside it if there is one.
 
     Args:
         model: what was stitched.
@@ -107,7 +105,8 @@ class WholeWay:
 
     Attributes:
         not_flat: why it is not served flat, if that was tried.
-        as_it_is: calls that the model's own forward served, by the reason.
+        encoder: serves the encoder beside it, or says why its own forward does.
+        own_calls: calls that the decoder's own forward served, by the reason.
     """
 
     name = "whole"
@@ -120,12 +119,13 @@ class WholeWay:
         habits: Habits,
         config: CompilationConfig | None,
     ) -> None:
-        self._model = model
         self.decoder = decoder
         self.forward = forward
         self.habits = habits
         self.not_flat: CaptureError | None = None
-        self.as_it_is: Counter[str] = Counter()
+        self.encoder: WholeWay | str | None = None
+        self.own_calls: Counter[str] = Counter()
+        self._model = model
         self._config = config
         self._accepted = frozenset(inspect.signature(forward).parameters)
         weight = embedding_of(decoder)
@@ -139,7 +139,7 @@ class WholeWay:
     # --- calls -----------------------------------------------------------------------------------
 
     def serve(self, given: Mapping[str, object]) -> object:
-        """One forward.
+        """One forward, its arguments by name.
 
         Raises:
             InputError: the arguments ask for what a stitched decoder can't give.
@@ -153,28 +153,27 @@ class WholeWay:
             return self._own(given, stitched)
         try:
             with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
-                fields, _ = call.run(stitched, self.habits)
+                fields = call.run(stitched, self.habits)
         except InputError as error:
             if error.refused_by is None:  # else its arguments were, before anything ran
                 raise
             return self._own(given, _OTHER)
         if len(stitched.traces) > MAX_TRACES:
             self._leave(call.kind, UNROLLED)
-        output = self.habits.output_class(**fields)
-        asked = given.get("return_dict")
-        return output if (settings.return_dict if asked is None else asked) else output.to_tuple()  # type: ignore[attr-defined]
+        return settings.returned(self.habits.output_class(**fields), given)
 
     def _own(self, given: Mapping[str, object], why: str) -> object:
         with self._counting:
-            self.as_it_is[why] += 1
+            self.own_calls[why] += 1
         return self.forward(**given)
 
-    def call_of(self, given: Mapping[str, object], settings: Settings) -> Call:
+    def call_of(self, given: Mapping[str, object], settings: Settings | None = None) -> Call:
         """What ``given`` asks for.
 
         Raises:
             InputError: it asks for what a stitched decoder can't give.
         """
+        settings = settings or self._settings.now()
         cache_name = self.habits.cache_name
         tensors: Given = {}
         flags: dict[str, bool] = {}
@@ -247,17 +246,13 @@ class WholeWay:
         self._kinds[kind] = why
 
     def leave_tokens(self, kind: CallKind) -> None:
-        """Let the model's own forward serve calls of ``kind``, and all others that are of one token, or of more than one, as it is."""
+        """Let the model's own forward serve ``kind``, and all others of one token, or of several."""
         self._leave(kind, UNROLLED)
         self._unrolled.add(kind.one[1])
 
     def is_left(self, kind: CallKind) -> bool:
-        """Whether calls of ``kind`` are left to the model's own forward because of their number of tokens."""
+        """Whether calls of ``kind`` are left as they are for their number of tokens."""
         return kind.one[1] in self._unrolled
-
-    def kind_of(self, given: Mapping[str, object]) -> CallKind:
-        """What kind of call ``given`` is."""
-        return self.call_of(given, self._settings.now()).kind
 
     def serving(self, kind: CallKind) -> StitchedModule | None:
         """What was compiled for ``kind``."""
@@ -265,25 +260,27 @@ class WholeWay:
         return None if isinstance(made, str) else made
 
     def compile(self, kind: CallKind, given: Mapping[str, object]) -> StitchedModule:
-        """Capture and compile the forward for calls of ``kind``, of which ``given`` is one, and compare it with the model's own.
+        """Compile for calls of ``kind``, of which ``given`` is one, and compare with the model's
+        own.
 
         Raises:
-            CaptureError: it can't be captured, or gives another result; the other errors of ``piecework.compile``.
+            CaptureError: it can't be captured, or gives another result.
         """
         own = self.own_result(given)
-        stitched = self._wholly(kind, own.held, kept_of(self._model, self.decoder))
+        kept = kept_of(self._model, self.decoder, save=SAVER, way=self.name)
+        stitched = self._wholly(kind, held_names(own[1]), kept)
         self.require_same(stitched, given, own, compiled=True)
         self._kinds[kind] = stitched
         return stitched
 
     def _wholly(
-        self, kind: CallKind, held: Sequence[str], kept: Mapping[str, object]
+        self, kind: CallKind, held: tuple[str, ...], kept: Mapping[str, object]
     ) -> StitchedModule:
         name = self.habits.cache_name
         return wholly(self.decoder, self.forward, kind, name, held, self._config, kept)
 
-    def own_result(self, given: Mapping[str, object]) -> OwnResult:
-        """What the model's own forward gives. ``given`` is left as it is."""
+    def own_result(self, given: Mapping[str, object]) -> tuple[Any, object]:
+        """The model's own output, and the cache afterwards; ``given`` is left as it is."""
         own = self._copied(given)
         with torch.no_grad():
             output = self.forward(**{**own, "return_dict": True})
@@ -291,36 +288,75 @@ class WholeWay:
         cache = None if name is None else own.get(name)
         if cache is None and name is not None:
             cache = output.get(name)  # type: ignore[attr-defined]
-        return OwnResult(output, cache)
+        return output, cache
 
     def _copied(self, given: Mapping[str, object]) -> dict[str, object]:
         name = self.habits.cache_name
         return {key: copy.deepcopy(value) if key == name else value for key, value in given.items()}
 
     def require_same(
-        self, run: Run, given: Mapping[str, object], own: OwnResult, *, compiled: bool
+        self, run: Run, given: Mapping[str, object], own: tuple[Any, object], *, compiled: bool
     ) -> None:
-        """Raise `CaptureError` where ``run`` gives another result, or leaves another cache, than ``own``. ``given`` is left as it is."""
+        """Raise `CaptureError` where ``run`` gives another result or cache than ``own``."""
         with torch.no_grad():
-            call = self.call_of(self._copied(given), self._settings.now())
-            fields, cache = call.run(run, self.habits)
-        expected, theirs = own.output, own.cache
+            call = self.call_of(self._copied(given))
+            fields = call.run(run, self.habits)
+        expected, theirs = own
         compiled = compiled and getattr(self._config, "backend", None) != "eager"
         if type(expected) is not self.habits.output_class:
-            raise CaptureError(
-                f"its forward returns a {type(expected).__name__}, and returned a {self.habits.output_class.__name__} before",
-                where=type(self.decoder).__name__,
-                hint="leave this model unstitched",
-            )
+            self._refuse(f"its forward returns a {type(expected).__name__}, unlike before")
         require_same_output(fields, expected, compiled=compiled)
-        if cache is not None and isinstance(theirs, Cache):
-            require_same_cache(cache, theirs, self.habits.counts, compiled=compiled)
-        elif cache is not theirs:
-            raise CaptureError(
-                f"its own forward makes {'no' if theirs is None else 'a'} cache, unlike before",
-                where=type(self.decoder).__name__,
-                hint="leave this model unstitched",
-            )
+        if call.cache is not None and isinstance(theirs, Cache):
+            require_same_cache(call.cache, theirs, self.habits.counts, compiled=compiled)
+        elif call.cache is not theirs:
+            made = "no" if theirs is None else "a"
+            self._refuse(f"its own forward makes {made} cache, unlike before")
+
+    def _refuse(self, why: str) -> None:
+        raise CaptureError(why, where=type(self.decoder).__name__, hint=HINT)
+
+    # --- what is there ---------------------------------------------------------------------------
+
+    def ways(self) -> list[WholeWay]:
+        """This one, and that of the encoder if it has one."""
+        return [self, self.encoder] if isinstance(self.encoder, WholeWay) else [self]
+
+    @property
+    def as_it_is(self) -> Counter[str]:
+        """Calls that the model's own forwards served, by the reason."""
+        own, *encoder = (each.own_calls for each in self.ways())
+        return own + Counter({f"{ENCODER}: {why}": n for c in encoder for why, n in c.items()})
+
+    def entry(self, name: str) -> StitchedModule:
+        """The first kind of call that was compiled; for ``decode`` of one token with a past."""
+        if name == ENCODER and isinstance(self.encoder, WholeWay):
+            return self.encoder.entry("input_ids")
+        for kind, made in list(self._kinds.items()):
+            if not isinstance(made, str) and (
+                name == "input_ids" or (name == "decode" and kind.is_step)
+            ):
+                return made
+        why = f": {self.encoder}" if name == ENCODER and self.encoder else ""
+        raise UsageError(
+            f"there is no entry {name!r}{why}",
+            where="entry",
+            hint="input_ids or decode, once it ran",
+        )
+
+    def is_compiled(self, given: Mapping[str, object]) -> bool:
+        """Whether calls like this one run what is compiled already."""
+        return bool(self._kinds)
+
+    def modules(self) -> dict[str, StitchedModule]:
+        """What is compiled, by the calls that it serves."""
+        found: dict[str, StitchedModule] = {}
+        for each in self.ways():
+            of = "" if each is self else f"{ENCODER}: "
+            for kind, made in list(each._kinds.items()):
+                if not isinstance(made, str):
+                    name = f"{of}{kind.describe()}"
+                    found[name if name not in found else f"{name} ({len(found)})"] = made
+        return found
 
     # --- artifacts -------------------------------------------------------------------------------
 
@@ -328,42 +364,40 @@ class WholeWay:
         """Write what serves every kind of call that came so far.
 
         Raises:
-            ArtifactError: as `StitchedModule.save`.
+            ArtifactError: nothing is compiled, or as `StitchedModule.save`.
         """
         with ExitStack() as stack:
-            found, parts = self.kept(stack)
-            values, settings = {KINDS: found.values()}, parts[0].settings  # alike in all parts
-            save_together(place, parts, settings, values, key_file=key_file)
+            parts: list[Part] = []
+            values = [each._values(stack, parts) for each in self.ways()]
+            if len(values) == 1 and self.encoder is not None:
+                values.append(self.encoder)
+            settings = parts[0].settings  # alike in all parts
+            save_together(place, parts, settings, {_KINDS: values}, key_file=key_file)
 
-    def kept(self, stack: ExitStack) -> tuple[KeptWay, list[Part]]:
-        """What an artifact says of the kinds of calls that came so far, and their modules, which are held still until ``stack`` ends.
-
-        Raises:
-            ArtifactError: there is none, or as `StitchedModule.save`.
+    def _values(self, stack: ExitStack, parts: list[Part]) -> object:
+        """What was found out; the modules are put to ``parts``, and held still until ``stack``
+        ends.
         """
         stack.enter_context(self._compiling)
-        kinds, parts = [], []
+        kinds: list[object] = []
+        before = len(parts)
         for kind, made in self._kinds.items():
             if isinstance(made, str):
-                kinds.append(KeptKind(kind, (), made))
+                kinds.append((kind, (), made))
             else:
-                kinds.append(KeptKind(kind, made.model.held, None))
+                kinds.append((kind, made.model.held, None))
                 parts.append(stack.enter_context(made.saved()))
-        if not parts:
+        if len(parts) == before:
             raise ArtifactError(
                 "nothing is compiled", where=type(self.decoder).__name__, hint="call it first"
             )
         refused = self.not_flat
         not_flat = None if refused is None else (refused.message, refused.where, refused.hint)
-        return KeptWay(self.habits, kinds, frozenset(self._unrolled), not_flat), parts
+        return self.habits, kinds, frozenset(self._unrolled), not_flat
 
     @classmethod
     def of_artifact(
-        cls,
-        found: Artifact,
-        model: nn.Module,
-        decoder: nn.Module,
-        config: CompilationConfig | None,
+        cls, found: Artifact, model: nn.Module, decoder: nn.Module, config: CompilationConfig | None
     ) -> WholeWay:
         """The way that `save` wrote, for a model like the one that it was admitted for.
 
@@ -371,66 +405,58 @@ class WholeWay:
             ArtifactError: it does not fit.
             CaptureError: the model is not fit, such as one in training mode.
         """
-        was = KeptWay.of_values(from_bytes(found.folder.read(KINDS), KINDS))
-        return cls.of_kept(was, iter(found.parts()), model, decoder, config)
+        values: Any = from_bytes(found.folder.read(_KINDS), _KINDS)
+        parts = iter(found.parts())
+        way = cls._of_values(values[0], parts, model, decoder, config)
+        if values[1:] and isinstance(values[1], str):
+            (way.encoder,) = values[1:]
+        elif values[1:]:
+            encoder = encoder_of(model, decoder)
+            if encoder is None:
+                raise ArtifactError(
+                    "the artifact is of a model with an encoder", where=type(model).__name__
+                )
+            way.encoder = cls._of_values(values[1], parts, model, encoder, config)
+        return way
 
     @classmethod
-    def of_kept(
+    def _of_values(
         cls,
-        was: KeptWay,
+        values: Any,
         parts: Iterator[Artifact],
         model: nn.Module,
         decoder: nn.Module,
         config: CompilationConfig | None,
     ) -> WholeWay:
-        """The way of which `kept` said ``was``.
-
-        Args:
-            parts: its modules; those that follow are left.
-
-        Raises:
-            ArtifactError: it does not fit.
-            CaptureError: the model is not fit, such as one in training mode.
-        """
         refuse_model(decoder)
-        kept = kept_of(model, decoder)
-        way = cls(model, decoder, decoder.forward, was.habits, config)
-        way._unrolled = set(was.unrolled)
-        if was.not_flat is not None:
-            message, where, hint = was.not_flat
+        habits, kinds, unrolled, not_flat = values
+        way = cls(model, decoder, decoder.forward, habits, config)
+        way._unrolled = set(unrolled)
+        if not_flat is not None:
+            message, where, hint = not_flat
             way.not_flat = CaptureError(message, where=where, hint=hint)
-        for each in was.kinds:
-            if each.why is not None:
-                way._kinds[each.kind] = each.why
+        for kind, held, why in kinds:
+            if why is not None:
+                way._kinds[kind] = why
                 continue
-            part, made = next(parts), way._wholly(each.kind, each.held, kept)
-            require_same_outside(part.folder.facts["kept"]["of"], kept["of"])  # type: ignore[index, arg-type]
+            part = next(parts)
+            require_like(part.folder.facts["kept"], model, decoder)  # type: ignore[arg-type]
+            made = way._wholly(kind, held, part.folder.facts["kept"])  # type: ignore[arg-type]
             made.require_made_so(part, (), {})
             made.take(part)
-            way._kinds[each.kind] = made
+            way._kinds[kind] = made
         return way
 
-    def entry(self, name: str) -> StitchedModule:
-        """The stitched module behind ``input_ids``: the first kind of call that was compiled; behind ``decode``: the first of one token with a past."""
-        for kind, made in list(self._kinds.items()):
-            if not isinstance(made, str) and (
-                name == "input_ids" or (name == "decode" and kind.is_step)
-            ):
-                return made
-        raise UsageError(
-            f"there is no entry {name!r}", where="entry", hint="input_ids or decode, once it ran"
-        )
 
-    def is_compiled(self, given: Mapping[str, object]) -> bool:
-        return bool(self._kinds)
+def held_names(cache: object) -> tuple[str, ...]:
+    """The attributes that the layers of a cache have."""
+    return tuple(sorted({name for layer in layers_of(cache) for name in vars(layer)}))
 
-    def modules(self) -> dict[str, StitchedModule]:
-        found: dict[str, StitchedModule] = {}
-        for kind, made in list(self._kinds.items()):
-            if not isinstance(made, str):
-                name = kind.describe()
-                found[name if name not in found else f"{name} ({len(found)})"] = made
-        return found
+
+def encoder_of(model: nn.Module, decoder: nn.Module) -> nn.Module | None:
+    """The encoder beside a decoder; None if transformers knows none."""
+    found = model.get_encoder()  # type: ignore[operator]
+    return None if found is decoder or found is model else found
 
 
 def _is_table(value: Mapping[object, object]) -> bool:

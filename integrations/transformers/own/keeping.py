@@ -1,13 +1,11 @@
-"""What an admission depends on. In: a model and its decoder. Out: JSON data, and the first difference from what it was when the model was saved.
-
-It runs nothing.
-"""
+"""What an artifact says of an admitted model, and whether another one is like it."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import transformers
 from torch import nn
@@ -16,7 +14,7 @@ from piecework.errors import ArtifactError
 from piecework.runtime.artifact.fit import files_of
 from piecework.runtime.store.surroundings import source_factors, tree_digest
 
-#: Fields of a configuration that say where a model came from or are read in each call, and the dtype, which the weights are compared by.
+#: Fields that say where a model came from, are read in each call, or are compared by the weights.
 _NO_EFFECT = (
     *("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"),
     *("use_cache", "return_dict", "output_hidden_states", "output_attentions"),
@@ -25,8 +23,14 @@ LOADER, SAVER = (f"piecework.integrations.transformers.{name}" for name in ("loa
 AGAIN = "build the model as it was saved, or stitch it with artifact=path, which compiles it again"
 
 
-def outside(model: nn.Module, decoder: nn.Module) -> dict[str, object]:
-    """What an admission depends on, other than what the traces compare."""
+def kept_of(model: nn.Module, decoder: nn.Module, **found: object) -> dict[str, Any]:
+    """As JSON reads it back: what an admission depends on, and what it found."""
+    kept = {"load": LOADER, "of": _outside(model, decoder), **found}
+    data: dict[str, Any] = json.loads(json.dumps(kept, default=repr))
+    return data
+
+
+def _outside(model: nn.Module, decoder: nn.Module) -> dict[str, object]:
     config = {k: v for k, v in decoder.config.to_dict().items() if k not in _NO_EFFECT}
     kinds = [type(model), type(decoder)]
     return {
@@ -40,19 +44,13 @@ def outside(model: nn.Module, decoder: nn.Module) -> dict[str, object]:
     }
 
 
-def as_json(found: Mapping[str, object]) -> dict[str, object]:
-    """As it is read back; what JSON does not know counts by its text."""
-    data: dict[str, object] = json.loads(json.dumps(found, default=repr))
-    return data
-
-
-def require_same_outside(before: Mapping[str, object], now: Mapping[str, object]) -> None:
-    """Raise `ArtifactError` at the first difference from what `outside` said when the model was saved."""
-    found = as_json(now)
-    for name in sorted(before.keys() | found.keys()):
-        if before.get(name) != found.get(name):
+def require_like(kept: Mapping[str, Any], model: nn.Module, decoder: nn.Module) -> None:
+    """Raise `ArtifactError` at the first difference from the saved model."""
+    before, now = kept["of"], kept_of(model, decoder)["of"]
+    for name in sorted(before.keys() | now.keys()):
+        if before.get(name) != now.get(name):
             raise ArtifactError(
-                f"{name} was {_shown(before.get(name))} when the model was saved and is {_shown(found.get(name))} now",
+                f"{name} was {_shown(before.get(name))} when the model was saved and is {_shown(now.get(name))} now",
                 hint=AGAIN,
             )
 
