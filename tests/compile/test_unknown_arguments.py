@@ -21,8 +21,15 @@ RESULTS = {"OpReport", "Proof", "SplitItem", "StitchedSource"}
 HELD = (type(piecework.counters), SplittingOp)
 
 
+TRACES = "piecework.runtime.traces"  # parts of a stitched module
+
+
 def methods_of(kind: type) -> Iterator[tuple[str, Callable[..., object]]]:
-    for name, each in vars(kind).items():
+    parts = [each for each in kind.__bases__ if each.__module__.startswith(f"{TRACES}.")]
+    for name, each in {
+        **{k: v for part in parts for k, v in vars(part).items()},
+        **vars(kind),
+    }.items():
         if inspect.isfunction(each) and (name == "__init__" or not name.startswith("_")):
             yield f"{kind.__name__}.{name}", each
 
