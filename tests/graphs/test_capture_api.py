@@ -265,7 +265,7 @@ def test_the_command_line_shows_coverage_and_memory(tmp_path: Path) -> None:
     assert spans[-1] == (9, 9, "NONE") and spans[0] == (2, 2, "PIECEWISE")
     assert [each["tokens"] for each in said["memory"]["graphs"]] == [8, 4, 2]
     shown = invoke("coverage", folder, "--sizes", "2,4")
-    assert shown.exit_code == 0 and "What runs captured" in shown.output
+    assert shown.exit_code == 0 and "batch  tokens  mode" in shown.output
     assert "static graphs hold" in shown.output
     counted = invoke("coverage", folder, "--sizes", "8", "--mode", "FULL", "--tokens", 1, "--json")
     assert counted.exit_code == 0, counted.output
