@@ -1,7 +1,8 @@
-"""Context variables. In: a variable and a value. Out: a block in which the running thread or task has that value."""
+"""Blocks that put back what they change: a context variable, Python's random numbers."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -18,3 +19,13 @@ def set_for(variable: ContextVar[Any], value: T) -> Iterator[T]:
         yield value
     finally:
         variable.reset(token)
+
+
+@contextmanager
+def own_random_numbers() -> Iterator[None]:
+    """What the block draws of Python's random numbers, the caller's go on without: importing rich draws one."""
+    before = random.getstate()
+    try:
+        yield
+    finally:
+        random.setstate(before)

@@ -30,15 +30,6 @@ Call = tuple[tuple[object, ...], dict[str, object]]
 TOLERANCE = 1e-4
 
 
-def with_traces(config: CompilationConfig | None) -> CompilationConfig:
-    """A configuration with traces for as many lengths as torch would compile, if it says nothing of them."""
-    config = config or CompilationConfig()
-    shapes = config.dynamic_shapes_config
-    if "max_traces" in shapes.model_fields_set:
-        return config
-    return config.replace(dynamic_shapes_config=shapes.replace(max_traces=8))
-
-
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """One run.
@@ -90,7 +81,6 @@ class LoadedModel:
 
     def stitch(self, config: CompilationConfig) -> StitchedModule:
         """The stitched form of the model; some kinds are stitched in place."""
-        config = with_traces(config)
         return compile_model(self.module, self.example_args, self.example_kwargs, config=config)
 
     def save(self, stitched: StitchedModule, artifact: Path) -> None:

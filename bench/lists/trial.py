@@ -51,7 +51,7 @@ class Options:
     stock: Literal["always", "if unequal"] = "always"
 
     def config(self) -> CompilationConfig:
-        shapes = {"max_traces": 8, **({"type": self.shapes} if self.shapes else {})}
+        shapes = {"type": self.shapes} if self.shapes else {}
         return CompilationConfig.model_validate(
             {"backend": self.backend, "dynamic_shapes_config": shapes}
         )

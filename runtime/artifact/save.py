@@ -188,8 +188,8 @@ def _require_savable(trace: TracedModel) -> None:
         ),
         (
             inner is not None,
-            f"weight {inner and inner.path}, of which no other process can tell whether it has the same",
-            "compile the model in each process, or hold quantised weights as plain tensors",
+            f"weight {inner and inner.path}, which is a tensor of several,",
+            "no other process can tell whether it has the same: compile the model in each, or hold quantised weights as plain tensors",
         ),
     ):
         if wrong:

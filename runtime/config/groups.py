@@ -227,7 +227,7 @@ class DynamicShapesConfig(FrozenModel):
         False, description="Keep Dynamo's shape guards and fail where one would recompile."
     )
     max_traces: Annotated[int, ignored("each trace is what it is, however many there are")] = Field(
-        2,
+        8,
         ge=1,
         description="How many traces calls may get by themselves under `auto`: the example's, and others for sizes that it "
         "does not serve; what `piecework.compile(sizes=...)` and `capture` ask for does not count.",

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
-from piecework.scope import set_for
+from piecework.scope import own_random_numbers, set_for
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -97,13 +97,15 @@ class StepBar:
     def _screen(self) -> Console:
         # Made when there is something to show: a service that loads an artifact does without rich.
         if self._console is None:
-            from rich.console import Console
+            with own_random_numbers():
+                from rich.console import Console
 
             self._console = Console(stderr=True)
         return self._console
 
     def _draw(self) -> Progress:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+        with own_random_numbers():
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
         self._bar = Progress(
             TextColumn(f"{self._verb} {{task.description}}"),

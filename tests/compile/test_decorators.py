@@ -304,7 +304,7 @@ def test_a_mapping_is_a_configuration_too() -> None:
     same(model, torch.randn(4))
     with pytest.raises(ConfigError, match="no_such_field"):
         TakesAny(compilation_config={"no_such_field": 1})
-    with pytest.raises(ConfigError, match="got a int"):
+    with pytest.raises(ConfigError, match="got 3"):
         TakesAny(compilation_config=3)
 
 
@@ -315,7 +315,7 @@ def test_the_attribute_is_read_at_the_first_call() -> None:
     assert stitched_of(model) is None
     model = Model()
     model.compilation_config = "eager"
-    with pytest.raises(ConfigError, match="got a str"):
+    with pytest.raises(ConfigError, match="got 'eager'"):
         model(torch.randn(4, 8))
 
 

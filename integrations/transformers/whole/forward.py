@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from piecework.integrations.protocol import with_traces
 from piecework.integrations.transformers.own.cache_state import CacheForm, held_by, rebuilt
 from piecework.runtime.compile import compile_with_mode
 from piecework.runtime.config.compilation import CompilationConfig
@@ -149,7 +148,7 @@ def wholly(
     named = type(type(decoder).__name__, (WholeForward,), {})
     return compile_with_mode(
         named(decoder, forward, kind, cache_name, held),
-        config=with_traces(config),
+        config=config,
         sizes=CallDimensions(),
         kept=kept,
         deferred=True,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from rich.console import Console
-from rich.progress import TextColumn, TimeRemainingColumn
-
 from piecework.runtime.graphs.plan.phase import CaptureOutcome, format_bytes, text_of
 from piecework.runtime.observe.progress import StepBar
+from piecework.scope import own_random_numbers
+
+with own_random_numbers():
+    from rich.console import Console
+    from rich.progress import TextColumn, TimeRemainingColumn
 
 
 class CaptureProgress:

@@ -13,7 +13,6 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-from rich.console import Console
 
 from piecework.codegen.replay.plan import ReplaySource
 from piecework.errors import PieceworkError, StaticGraphError, short_errors
@@ -49,7 +48,7 @@ from piecework.runtime.graphs.plan.phase import (
     capture_graphs,
     text_of,
 )
-from piecework.runtime.graphs.plan.progress import CaptureProgress
+from piecework.runtime.graphs.plan.progress import CaptureProgress, Console
 from piecework.runtime.graphs.serve.calls import Calls, Step
 from piecework.runtime.graphs.serve.graphs import CapturedGraphs
 from piecework.runtime.graphs.serve.replay import STAGE
