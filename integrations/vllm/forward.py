@@ -23,7 +23,7 @@ import torch.fx
 from piecework.codegen.graph.origin import value_of
 from piecework.errors import ArtifactError
 from piecework.runtime import torch_compat
-from piecework.runtime.store.folder import key_of
+from piecework.runtime.store.files import signing_key
 from piecework.runtime.torch_compat.dictionaries import dict_guard
 
 # --- what is kept ------------------------------------------------------------------------------------
@@ -48,7 +48,7 @@ def require_sealed(file: str | os.PathLike[str]) -> None:
 
 
 def _digest(data: bytes) -> bytes:
-    key = key_of(None)
+    key = signing_key()
     digest = hashlib.sha256(data) if key is None else hmac.new(key, data, hashlib.sha256)
     return digest.digest()
 

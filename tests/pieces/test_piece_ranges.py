@@ -202,7 +202,7 @@ def test_sizes_named_after_the_capture_sizes() -> None:
     """They are compiled once they are known, and are an error before."""
     model, x = nn.Linear(8, 8), torch.randn(4, 8)
     config = CompilationConfig(backend="eager", compile_sizes=["cudagraph_capture_sizes", 3])
-    with pytest.raises(ConfigError, match="not chosen yet"):
+    with pytest.raises(ConfigError, match="not settled yet"):
         piecework.compile(model, (x,), config=config)
     stitched = piecework.compile(
         model, (x,), config=config.replace(cudagraph_capture_sizes=[1, 2], cudagraph_mode="FULL")
