@@ -56,7 +56,8 @@ class Engine:
                     process.kill()
                 time.sleep(0.1)
             code = process.wait(timeout=900)
-            found = json.loads(out.read_text()) if out.exists() else {}
+            text = out.read_text() if out.exists() else ""
+            found = json.loads(text or "{}")
             return {**found, "log": log.read_text(), "exit": code}
 
         return finish
