@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
-from piecework.errors import ArtifactError, ConfigError
+from piecework.errors import ConfigError, PieceworkError
 
 #: vLLM's versions that the tests ran with.
 VERSIONS = ("0.32.0",)
@@ -178,7 +178,7 @@ def _checking(original: Callable[..., Any]) -> Callable[..., Any]:
         if model.compilation_config.backend == NAME and os.path.exists(path):
             try:
                 require_sealed(path)
-            except (ArtifactError, OSError) as error:
+            except (PieceworkError, OSError) as error:
                 if envs.VLLM_FORCE_AOT_LOAD:
                     raise
                 _log.warning("Compiling model again due to a load failure: %s", error)
