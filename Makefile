@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DEMO := $(VENV)/.demo
 ELSEWHERE := tests/graphs tests/compile/test_compiler_switches.py tests/integrations/test_transformers_capture.py
 
 .PHONY: demo test test-elsewhere test-vllm golden review bench lint docs format clean
@@ -12,7 +13,13 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $(STAMP)
 
-demo: $(STAMP)
+# What the demo needs and no more; pip shows what it does, since torch takes minutes.
+$(DEMO): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	test -e $(STAMP) || $(BIN)/python -m pip install --constraint constraints.txt --editable '.[transformers]'
+	touch $@
+
+demo: $(DEMO)
 	$(BIN)/piecework demo
 
 test: $(STAMP)
