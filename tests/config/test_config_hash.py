@@ -85,7 +85,7 @@ def changed(config, path):
     if rest:
         group = getattr(config, name)
         value = getattr(group, rest[0])
-        other = (not value) if isinstance(value, bool) else {"auto": "unbacked", 2: 3}[value]
+        other = (not value) if isinstance(value, bool) else {"auto": "unbacked", 8: 9}[value]
         return config.replace(**{name: group.replace(**{rest[0]: other})})
     return config.replace(**{name: OTHER[name]})
 
