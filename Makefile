@@ -25,9 +25,9 @@ demo: $(DEMO)
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
-# A sample on other kernels: plain instructions, products that round by their shape.
+# A sample on other kernels: plain instructions, products that round by their shape. Inductor's own cache does not tell instructions apart.
 test-elsewhere: $(STAMP)
-	ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=SSE4_2 ONEDNN_MAX_CPU_ISA=SSE41 \
+	TORCHINDUCTOR_CACHE_DIR='$(CURDIR)/$(VENV)/elsewhere' ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=SSE4_2 ONEDNN_MAX_CPU_ISA=SSE41 \
 	$(BIN)/python -m pytest -n 2 --dist worksteal -q -p other_kernels $(ELSEWHERE)
 
 # An engine needs vLLM's own torch and transformers, so an environment of its own. torchvision and the like don't fit that torch.
