@@ -1,42 +1,19 @@
-"""Dynamic dimensions: what annotations say, what a declaration may say, and how the first call's tensors are marked."""
+"""Dynamic dimensions: which parameters have them, what a declaration may say, and how the first call's tensors are marked."""
 
 from __future__ import annotations
 
-import collections.abc
 import dataclasses
-import typing
-from collections.abc import Mapping, Sequence
-from typing import (
-    TYPE_CHECKING,
-    Annotated,
-    Any,
-    Generic,
-    NamedTuple,
-    NewType,
-    Optional,
-    TypeVar,
-    Union,
-)
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch import nn
 
 from piecework.errors import ConfigError, InputError
 from piecework.runtime.config.groups import DynamicShapesType
-from piecework.runtime.trace.sizes.annotations import read_annotations
 from piecework.runtime.trace.sizes.dynamic_dims import dims_of, marked
 
 if TYPE_CHECKING:
     from nowhere import Hidden
-
-Tokens = torch.Tensor
-MaybeTokens = Optional[Tokens]  # noqa: UP045
-Positions = NewType("Positions", torch.Tensor)
-AnyTensor = TypeVar("AnyTensor", bound=torch.Tensor)
-Item = TypeVar("Item")
 
 
 @dataclasses.dataclass
@@ -58,164 +35,18 @@ class OnlyInit:
         self.scale = scale
 
 
-class Box(Generic[Item]):
-    item: Item
-
-    def __init__(self, item: Item) -> None:
-        self.item = item
-
-
-class Pair(NamedTuple):
-    left: torch.Tensor
-    right: int
-
-
-class Fields(typing.TypedDict):
-    hidden: torch.Tensor
-
-
-class Linked:
-    next: Linked | None
-    value: torch.Tensor
-
-
-class Settings:
-    width: int
-    names: list[str]
-
-
-class Derived(Intermediate):
-    pass
-
-
-def held(annotation: object) -> bool:
-    def forward(self: object, x: object) -> None: ...
-
-    forward.__annotations__ = {"x": annotation}
-    return "x" in read_annotations(forward).tensors
-
-
-@pytest.mark.parametrize(
-    "annotation",
-    [
-        torch.Tensor,
-        nn.Parameter,
-        torch.FloatTensor,
-        torch.LongTensor,
-        Optional[torch.Tensor],  # noqa: UP045
-        Union[torch.Tensor, int],  # noqa: UP007
-        torch.Tensor | None,
-        list[torch.Tensor],
-        tuple[torch.Tensor, ...],
-        Sequence[torch.Tensor],
-        dict[str, torch.Tensor],
-        Mapping[str, list[torch.Tensor | None]],
-        typing.List[torch.Tensor],  # noqa: UP006
-        Annotated[torch.Tensor, "tokens"],
-        Tokens,
-        MaybeTokens,
-        Positions,
-        AnyTensor,
-        Intermediate,
-        Derived,
-        Plain,
-        OnlyInit,
-        Box[torch.Tensor],
-        Pair,
-        Fields,
-        Linked,
-        Optional[Intermediate],  # noqa: UP045
-        "torch.Tensor",
-        "torch.Tensor | None",
-        "list[Tokens]",
-        "Plain | None",
-        "Optional['Intermediate']",
-        "Mapping[str, 'Positions']",
-    ],
-    ids=str,
-)
-def test_annotations_that_hold_tensors(annotation: object) -> None:
-    assert held(annotation)
-
-
-@pytest.mark.parametrize(
-    "annotation",
-    [
-        int,
-        str,
-        None,
-        bool | None,
-        list[int],
-        dict[str, float],
-        Any,
-        object,
-        type[torch.Tensor],
-        collections.abc.Callable[[torch.Tensor], torch.Tensor],
-        typing.Callable[..., torch.Tensor],
-        typing.Literal["torch.Tensor"],
-        torch.dtype,
-        torch.device,
-        nn.Module,
-        nn.Linear,
-        Settings,
-        Box[int],
-        "int | None",
-        "Sequence[str]",
-        TypeVar("Free"),
-    ],
-    ids=str,
-)
-def test_annotations_that_hold_none(annotation: object) -> None:
-    assert not held(annotation)
-
-
-@given(st.integers(0, 6), st.data())
-@settings(deadline=None, max_examples=60)
-def test_nesting_keeps_what_the_leaf_says(depth: int, data: st.DataObject) -> None:
-    leaf = data.draw(st.sampled_from([torch.Tensor, int, str, nn.Parameter]))
-    annotation: Any = leaf
-    for _ in range(depth):
-        wrap = data.draw(
-            st.sampled_from(
-                [
-                    lambda a: list[a],
-                    lambda a: dict[str, a],
-                    lambda a: tuple[a, ...],
-                    lambda a: Optional[a],  # noqa: UP045
-                    lambda a: Annotated[a, 1],
-                ]
-            )
-        )
-        annotation = wrap(annotation)
-    assert held(annotation) == issubclass(leaf, torch.Tensor)
-
-
-def test_a_name_for_type_checkers_only_is_left_to_the_first_call() -> None:
+def test_annotated_parameters_are_dynamic_where_the_first_call_passes_tensors() -> None:
     def forward(
-        self: object, x: torch.Tensor, y: Hidden, z: list[Hidden] | None, n: int
+        self: object, x: torch.Tensor, y: Hidden, z: list[Hidden] | None, n: int, free=None
     ) -> None: ...
 
-    reading = read_annotations(forward)
-    assert (reading.tensors, reading.unknown) == ({"x"}, {"y", "z"})
     dims = dims_of(forward)
     assert set(dims.dynamic) == {"x", "y", "z"}
-    x, y = torch.randn(4, 8), torch.randn(4)
-    with marked(dims, {"x": x, "y": y, "z": None, "n": 3}):
-        assert marks(x) == marks(y) == {0}
+    x, y, free = torch.randn(4, 8), torch.randn(4), torch.randn(4)
+    with marked(dims, {"x": x, "y": y, "z": None, "n": 3, "free": free}):
+        assert marks(x) == marks(y) == {0} and not marks(free)
     with marked(dims, {"x": x, "y": "text", "z": ["more"], "n": 3}):
         assert marks(x) == {0}
-
-
-def test_names_of_the_enclosing_function_and_class_are_found() -> None:
-    local = torch.Tensor
-
-    class Model(nn.Module):
-        Alias = torch.Tensor | None
-
-        def forward(self, x: Alias, y: local) -> None:
-            _ = local
-
-    assert set(dims_of(Model.forward, owner=Model).dynamic) == {"x", "y"}
 
 
 def test_a_wrapped_forward_is_read_through() -> None:

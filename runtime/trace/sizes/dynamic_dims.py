@@ -1,22 +1,25 @@
-"""Which dimensions of a forward's arguments are dynamic, by annotations or a declaration; marks last only as long as the trace."""
+"""Which dimensions of a forward's arguments are dynamic, by a declaration or all that holds tensors; marks last only as long as the trace."""
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 from piecework.errors import ConfigError, InputError
 from piecework.runtime import torch_compat
 from piecework.runtime.config.groups import DynamicShapesType
 from piecework.runtime.trace.inputs import leaves_of
-from piecework.runtime.trace.sizes.annotations import Reading, read_annotations, register_containers
 
 Dims = int | Sequence[int]
 DimsByName = Mapping[str, Dims]
+_NO_TENSORS = (int, float, bool, str, None, "int", "float", "bool", "str", "None")
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,14 +31,12 @@ class DynamicDims:
         dynamic: parameter → dimensions; negative ones count from the end.
         unbacked: parameter → dimensions without a hint; they win over ``dynamic``.
         declared: the dimensions were given by name, so they must exist; inferred ones may be absent.
-        containers: classes that an annotation names and that hold tensors in attributes.
     """
 
     where: str
     dynamic: Mapping[str, tuple[int, ...]]
     unbacked: Mapping[str, tuple[int, ...]]
     declared: bool
-    containers: tuple[type, ...] = ()
 
 
 def dims_of(
@@ -45,29 +46,25 @@ def dims_of(
     *,
     owner: type | None = None,
 ) -> DynamicDims:
-    """The dynamic dimensions of ``forward``: as declared, or the first one of each parameter annotated as tensors.
-
-    An annotation counts when it is a tensor type, or a union, container, alias or class that holds tensors. One that
-    can't be evaluated (a name imported for type checkers only) counts too: what the first call passes decides.
+    """The dynamic dimensions of ``forward``: as declared, or the first one of each annotated parameter that the first call passes tensors for.
 
     Args:
         forward: a function or method.
         dynamic: parameter → one dimension or several.
         unbacked: the same for dimensions without a hint, in addition.
-        owner: the class that ``forward`` belongs to, for errors and for names in annotations.
+        owner: the class that ``forward`` belongs to.
 
     Raises:
         ConfigError: a name is no parameter, a dimension is no int, or nothing is declared or annotated.
     """
     where = f"{owner.__qualname__}.forward" if owner is not None else forward.__qualname__
     parameters = _parameters_of(forward, owner)
-    reading = read_annotations(forward, owner)
     if dynamic is None:
         chosen: dict[str, tuple[int, ...]] = {
-            name: (0,) for name in parameters if reading.counts(name)
+            name: (0,) for name, each in parameters.items() if _may_hold_tensors(each)
         }
         if not chosen and not unbacked:
-            raise _nothing_dynamic(where, parameters, reading)
+            raise _nothing_dynamic(where, parameters)
     else:
         chosen = _declared(dynamic, parameters, where, "dynamic_arg_dims")
         if not chosen and not unbacked:
@@ -79,8 +76,11 @@ def dims_of(
         chosen,
         _declared(unbacked or {}, parameters, where, "mark_unbacked_dims"),
         declared=dynamic is not None,
-        containers=reading.containers,
     )
+
+
+def _may_hold_tensors(parameter: inspect.Parameter) -> bool:
+    return parameter.annotation is not parameter.empty and parameter.annotation not in _NO_TENSORS
 
 
 def _parameters_of(
@@ -95,11 +95,9 @@ def _parameters_of(
     return found
 
 
-def _nothing_dynamic(
-    where: str, parameters: Mapping[str, inspect.Parameter], reading: Reading
-) -> ConfigError:
+def _nothing_dynamic(where: str, parameters: Mapping[str, inspect.Parameter]) -> ConfigError:
     listed = ", ".join(parameters) or "none"
-    bare = [name for name in parameters if name not in reading.annotated]
+    bare = [name for name, each in parameters.items() if each.annotation is each.empty]
     has = "has" if len(bare) == 1 else "have"
     reason = f"; {', '.join(bare)} {has} no annotation" if bare else ""
     return ConfigError(
@@ -217,7 +215,7 @@ def _copied(value: object) -> object:
 
 
 def _marks(dims: DynamicDims, arguments: Mapping[str, object], all_unbacked: bool) -> list[Mark]:
-    register_containers(list(arguments.values()), dims.containers)
+    _register_holders([arguments.get(name) for name in (*dims.dynamic, *dims.unbacked)])
     found: dict[tuple[int, int], Mark] = {}
     for unbacked, table in ((False, dims.dynamic), (True, dims.unbacked)):
         for name, wanted in table.items():
@@ -279,3 +277,56 @@ def _tensors_in(value: object, name: str) -> list[tuple[str, torch.Tensor]]:
     return [
         (name + suffix, leaf) for suffix, leaf in leaves_of(value) if isinstance(leaf, torch.Tensor)
     ]
+
+
+# --- classes that hold tensors -------------------------------------------------------------------------
+
+
+def _register_holders(values: list[object]) -> None:
+    """Make objects with tensors among their attributes visible to torch's pytree: a dataclass is its fields, another object its attributes.
+
+    The registration stays for the process: without it a call could not be told from another by its tensors.
+    """
+    while values:  # a registered class may hold others
+        leaves = pytree.tree_leaves(values)
+        kinds = {type(leaf) for leaf in leaves if _holds_tensors(leaf)}
+        values = [leaf for leaf in leaves if type(leaf) in kinds]
+        for kind in kinds:
+            _register(kind)
+
+
+def _holds_tensors(value: object) -> bool:
+    if isinstance(value, (torch.Tensor, torch.nn.Module, type)) or callable(value):
+        return False
+    held = [getattr(value, name) for name in _attribute_names(value)]
+    return any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(held))
+
+
+def _register(kind: type) -> None:
+    def children(value: object) -> tuple[list[object], tuple[str, ...]]:
+        names = _attribute_names(value)
+        return [getattr(value, name) for name in names], names
+
+    def with_keys(value: object) -> tuple[list[tuple[Any, object]], tuple[str, ...]]:
+        found, names = children(value)
+        return list(zip(map(pytree.GetAttrKey, names), found, strict=True)), names
+
+    def rebuilt(found: Iterable[object], names: tuple[str, ...]) -> object:
+        value: object = object.__new__(kind)
+        for name, child in zip(names, found, strict=True):
+            object.__setattr__(value, name, child)
+        return value
+
+    pytree.register_pytree_node(
+        kind,
+        children,
+        rebuilt,
+        serialized_type_name=f"{kind.__module__}.{kind.__qualname__}",
+        flatten_with_keys_fn=with_keys,
+    )
+
+
+def _attribute_names(value: object) -> tuple[str, ...]:
+    if dataclasses.is_dataclass(value):
+        return tuple(f.name for f in dataclasses.fields(value) if hasattr(value, f.name))
+    return tuple(sorted(getattr(value, "__dict__", ())))
