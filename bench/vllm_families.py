@@ -55,6 +55,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Qwen3": {},
     "Mistral": {},
     "Gemma": {},
+    "Gemma3Text": {"query_pre_attn_scalar": 32, "sliding_window": 64},
     "Gemma2": {"query_pre_attn_scalar": 32, "sliding_window": 64},
     "Phi": {**_HEADS, "partial_rotary_factor": 0.5},
     "Phi3": {"rope_scaling": None, "original_max_position_embeddings": 512},
@@ -87,7 +88,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Olmoe": _EXPERTS,
     "GraniteMoe": _EXPERTS,
     "GPTBigCode": _GPT,
-    "Mpt": {"d_model": 64, "n_heads": 2, "n_layers": 4, "max_seq_len": 512, "expansion_ratio": 2},
     "Persimmon": _HEADS,
     "Apertus": {},
     "HunYuanDenseV1": {},
@@ -101,7 +101,10 @@ def checkpoint(family: str, folder: Path) -> Path:
     import torch
     import transformers
 
-    config = getattr(transformers, f"{family}Config")(**{**SMALL, **FAMILIES[family]})
+    kind = getattr(transformers, f"{family}Config")
+    given = {**SMALL, **FAMILIES[family]}
+    fixed = {name for name in given if isinstance(getattr(kind, name, None), property)}
+    config = kind(**{name: value for name, value in given.items() if name not in fixed})
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config)
     for each in model.parameters():

@@ -25,15 +25,9 @@ _log = logging.getLogger("vllm.piecework")
 
 
 class EngineBackend:
-    """The Dynamo backend of one model of an engine.
+    """The Dynamo backend of one model of an engine, which vLLM calls ``prefix``, or by its model tag.
 
-    Args:
-        vllm_config: the engine's configuration; ``additional_config["piecework"]`` holds fields of `CompilationConfig`.
-        prefix: what vLLM calls this model; its model tag if empty.
-        is_encoder: the last batch range is open-ended.
-
-    Attributes:
-        program: what was made of the graph.
+    The last batch range of an encoder is open-ended.
     """
 
     def __init__(self, vllm_config: Any, prefix: str = "", is_encoder: bool = False) -> None:
@@ -42,7 +36,6 @@ class EngineBackend:
         self.vllm_config = vllm_config
         self.prefix = prefix or backends.model_tag
         self.is_encoder = is_encoder or backends.model_is_encoder
-        self.program: Program | None = None
 
     def __call__(
         self, graph: torch.fx.GraphModule, example_inputs: Sequence[object], **_: object
@@ -55,18 +48,14 @@ class EngineBackend:
         compilation_counter.num_graphs_seen += 1
         backend = new_backend(graph, self.vllm_config, self.prefix, self.is_encoder)
         arguments, paths = places(graph), name_inputs(graph)
-        before = _counted()
-        with (
-            aot_settings_unset()
-        ):  # the pieces are the same, and kept as the same, with AOT compile
-            self.program = program = backend.prepare(graph, bound_names(graph, paths))
+        before = counters.snapshot()
+        with aot_settings_unset():  # pieces are the same, and kept as the same, with AOT compile
+            program = backend.prepare(graph, bound_names(graph, paths))
         _count(program, before)
         _log.info("[%s] %s", self.prefix, program.report())
         call = called(program, paths, self.vllm_config)
         return Served(program, paths, arguments, self.prefix, self.is_encoder, call)
 
-
-# --- vLLM's counters ---------------------------------------------------------------------------------
 
 _SAME = (
     "num_inductor_compiles",
@@ -74,10 +63,6 @@ _SAME = (
     "num_compiled_artifacts_saved",
     "num_compiled_artifacts_loaded",
 )
-
-
-def _counted() -> dict[str, int]:
-    return {name: getattr(counters, name) for name in _SAME}
 
 
 def _count(program: Program, before: Mapping[str, int]) -> None:
@@ -88,5 +73,6 @@ def _count(program: Program, before: Mapping[str, int]) -> None:
     theirs.num_piecewise_graphs_seen += len(program.items)
     theirs.num_piecewise_capturable_graphs_seen += pieces
     theirs.num_backend_compilations += pieces * ranges
-    for name, now in _counted().items():
-        setattr(theirs, name, getattr(theirs, name) + now - before[name])
+    for name in _SAME:
+        more = getattr(counters, name) - before[name]
+        setattr(theirs, name, getattr(theirs, name) + more)

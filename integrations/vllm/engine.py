@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from piecework.runtime.config.compilation import CompilationConfig, RuntimeConfi
 from piecework.runtime.pieces.backend import PieceworkBackend
 from piecework.runtime.pieces.bound_call import BoundCall
 from piecework.runtime.pieces.program import Program
+from piecework.runtime.pieces.ranks import require_agreement
+from piecework.runtime.pieces.report import Report
 from piecework.runtime.splitting_op import registry
 
 #: Splitting operators whose whole work one Python function of vLLM's does: they need no dispatcher.
@@ -49,28 +51,30 @@ def called(program: Program, paths: Sequence[str | None], vllm_config: Any) -> B
 
     Raises:
         ConfigError: vLLM is to copy inputs in front of captured pieces.
+        RankError: another tensor-parallel rank would do something else, or is gone.
     """
-    config = vllm_config.compilation_config
+    from vllm.compilation.backends import wrap_with_cudagraph_if_needed as wrapped
+
+    config, last = vllm_config.compilation_config, len(program.submod_lists[0]) - 1
     if config.cudagraph_mode.has_piecewise_cudagraphs() and config.cudagraph_copy_inputs:
         raise ConfigError(
             "inputs are staged by vLLM's model runner here, which keeps them in place",
             where="cudagraph_copy_inputs",
             hint="leave it out",
         )
-    lists = [_wrapped(each, vllm_config) for each in program.submod_lists]
+    lists = [
+        [wrapped(each, vllm_config, config, i == 0, i == last) for i, each in enumerate(pieces)]
+        for pieces in program.submod_lists
+    ]
+    require_agreement(program, settings(vllm_config, False)[1])
+    config._piecework[program.name] = program
     return BoundCall(program, paths, lists)
 
 
-def _wrapped(
-    pieces: Sequence[Callable[..., object]], vllm_config: Any
-) -> list[Callable[..., object]]:
-    from vllm.compilation.backends import wrap_with_cudagraph_if_needed
-
-    config, last = vllm_config.compilation_config, len(pieces) - 1
-    return [
-        wrap_with_cudagraph_if_needed(each, vllm_config, config, i == 0, i == last)
-        for i, each in enumerate(pieces)
-    ]
+def reports(worker: Any) -> dict[str, Report]:
+    """What a rank of an engine runs, by vLLM's names of its models: for ``llm.collective_rpc(reports)``."""
+    programs = worker.vllm_config.compilation_config._piecework
+    return {name: program.report() for name, program in programs.items()}
 
 
 def splitting_ops(config: Any, graph: torch.fx.GraphModule) -> list[str]:
@@ -87,7 +91,6 @@ def settings(vllm_config: Any, is_encoder: bool) -> tuple[CompilationConfig, Run
     """
     theirs, parallel = vllm_config.compilation_config, vllm_config.parallel_config
     largest = vllm_config.scheduler_config.max_num_batched_tokens
-    own = _own_options(vllm_config)
     fields: dict[str, object] = {
         "inductor_compile_config": dict(theirs.inductor_compile_config),
         "compile_sizes": [each for each in theirs.compile_sizes or () if isinstance(each, int)],
@@ -96,7 +99,7 @@ def settings(vllm_config: Any, is_encoder: bool) -> tuple[CompilationConfig, Run
         ],
         "cache_dir": cache_root(theirs),
         "debug_dump_path": theirs.debug_dump_path,
-        **own,
+        **_own_options(vllm_config),
     }
     runtime = RuntimeConfig(
         max_num_batched_tokens=largest,
@@ -115,9 +118,8 @@ def cache_root(config: Any) -> Path:
     """Where pieces are kept: in vLLM's cache folder, or the one that the user named."""
     from vllm import envs
 
-    if config.cache_dir:
-        return Path(config.cache_dir) / "piecework"
-    return Path(envs.VLLM_CACHE_ROOT) / "torch_compile_cache" / "piecework"
+    root = config.cache_dir or Path(envs.VLLM_CACHE_ROOT) / "torch_compile_cache"
+    return Path(root) / "piecework"
 
 
 def _own_options(vllm_config: Any) -> Mapping[str, object]:

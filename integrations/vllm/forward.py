@@ -6,6 +6,7 @@ Dynamo's code does so in each call, which is a sixth of a decode step of a small
 
 from __future__ import annotations
 
+import dataclasses
 import dis
 import hashlib
 import hmac
@@ -120,6 +121,7 @@ class Forward:
 
     def save_compiled_function(self, path: str) -> None:
         """Keep it, with a digest."""
+        _drop_closure(self._compiled._artifacts)
         self._compiled.save_compiled_function(path)
         seal(path)
 
@@ -148,6 +150,18 @@ class Forward:
         else:
             self._model, self._unwritten = model, unwritten
         return result
+
+
+def _drop_closure(artifacts: Any) -> None:
+    """Leave out what the traced function closes over, unless Dynamo's code reads it.
+
+    A decorated forward closes over the bare one, which pickle can't find by its name.
+    """
+    env = artifacts.runtime_env
+    steps = dis.get_instructions(env.bytecode)
+    if not any(step.opcode in dis.hasfree or step.opname == "MAKE_FUNCTION" for step in steps):
+        empty = tuple(types.CellType(None) for _ in env.closure or ())
+        artifacts.runtime_env = dataclasses.replace(env, closure=empty or None)
 
 
 def _problem(code: Any) -> str:

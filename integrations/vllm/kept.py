@@ -52,15 +52,14 @@ class Served(SerializableCallable):
         return self.run(*args)
 
     @classmethod
-    def serialize_compile_artifacts(cls, compiled_fn: Served) -> bytes:
+    def serialize_compile_artifacts(cls, fn: Served) -> bytes:
         """What the engine keeps: texts, kernels and plan, with their digest; no graph, no weight.
 
         Raises:
             ArtifactError: something can't be told again in another process; vLLM says so and starts without it next time.
         """
-        kept = compiled_fn.program
+        kept = fn.program
         data = kept if isinstance(kept, bytes) else program_to_bytes(kept)
-        fn = compiled_fn
         return pickle.dumps((data, fn.paths, fn.places, fn.prefix, fn.is_encoder))
 
     @classmethod

@@ -113,7 +113,7 @@ def _settling(original: Callable[..., None]) -> Callable[..., None]:
         if config.mode == CompilationMode.DYNAMO_TRACE_ONCE:
             config.mode = CompilationMode.VLLM_COMPILE  # one trace too, and with its static graphs
         with _as_inductor(config):
-            config._piecework = True
+            vars(config).setdefault("_piecework", {})  # what was compiled, by name
             original(self)
         if config.mode == CompilationMode.NONE:
             _log.info("piecework: vLLM compiles nothing here (enforce_eager, LoRA on the CPU, …)")
@@ -137,7 +137,7 @@ def _keeping_mode(original: Callable[..., None]) -> Callable[..., None]:
         from vllm.config import CompilationMode
 
         config = vllm_config.compilation_config
-        if not getattr(config, "_piecework", False):
+        if not hasattr(config, "_piecework"):
             return original(cls, vllm_config)
         before = config.mode
         sizes = config.cudagraph_capture_sizes

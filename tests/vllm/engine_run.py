@@ -92,6 +92,16 @@ def stand_in_graphs() -> Counter[str]:
     return seen
 
 
+def cut_elsewhere_on_rank_1() -> None:
+    """As if another piecework ran there."""
+    import torch
+
+    from piecework.integrations.vllm import engine
+
+    cuts = engine.splitting_ops
+    engine.splitting_ops = lambda *args: cuts(*args)[torch.distributed.get_rank() :]
+
+
 def run(what: dict[str, Any]) -> dict[str, Any]:
     graphs = stand_in_graphs() if what.get("graphs") else None
     from vllm import LLM, SamplingParams
@@ -131,7 +141,20 @@ def run(what: dict[str, Any]) -> dict[str, Any]:
         "custom_ops": config.custom_ops,
         "counters": {name: value for name, value in vars(compilation_counter).items() if value},
         "graphs": dict(graphs or {}),
+        "ranks": llm.collective_rpc(of_a_rank) if what.get("ranks") else [],
         **measured(llm, what.get("measure", [])),
+    }
+
+
+def of_a_rank(worker: Any) -> dict[str, Any]:
+    """What a rank runs, and its counters."""
+    from vllm.compilation.counter import compilation_counter
+
+    from piecework.integrations.vllm.engine import reports
+
+    return {
+        "reports": {name: str(report) for name, report in reports(worker).items()},
+        "counters": {name: value for name, value in vars(compilation_counter).items() if value},
     }
 
 
@@ -163,6 +186,9 @@ def measured(llm: Any, sizes: list[int]) -> dict[str, Any]:
     runner._model_forward = forward
     return {"forward ms": found}
 
+
+if os.environ.get("RANKS_DIFFER"):  # each rank is a process that imports this file
+    cut_elsewhere_on_rank_1()
 
 if __name__ == "__main__":
     for name, value in ENVIRONMENT.items():

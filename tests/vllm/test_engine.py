@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 OURS = {"backend": "piecework"}
@@ -134,13 +137,61 @@ def test_eager_is_left_alone(engine, tmp_path, eager):
     assert "num_graphs_seen" not in found["counters"]
 
 
-def test_tensor_parallel(engine, tmp_path, eager):
-    """Two ranks, in processes of the engine's."""
-    found = engine(
-        cache=tmp_path,
-        compilation_config=OURS,
-        engine={"tensor_parallel_size": 2},
-        environ={"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "0|1"},
-    )
+APART = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "0|1",
+    "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # functions go to the ranks
+}
+
+
+TWO = {"compilation_config": OURS, "environ": APART, "engine": {"tensor_parallel_size": 2}}
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("ranks")
+
+
+def test_tensor_parallel(engine, ranks, eager):
+    """Two ranks, in processes of the engine's: what is equal is compiled by one of them, and kept for the next start."""
+    found = engine(cache=ranks, ranks=True, **TWO)
     assert found["exit"] == 0, found["log"][-5000:]
     assert found["tokens"] == eager["tokens"]
+    counters = Counter()
+    for rank in found["ranks"]:
+        assert "5 pieces, 3 unique" in rank["reports"]["backbone"]
+        counters.update(rank["counters"])
+    assert (
+        counters["num_inductor_compiles"] == 4
+    )  # the first piece has the rank's part of the vocabulary
+    assert counters["num_compiled_artifacts_loaded"] == 2
+
+
+def test_tensor_parallel_warm(engine, ranks, eager):
+    warm = engine(cache=ranks, ranks=True, **TWO)
+    assert warm["tokens"] == eager["tokens"], warm["log"][-5000:]
+    for rank in warm["ranks"]:
+        assert rank["counters"] == {"num_models_seen": 1, "num_aot_artifacts_loaded": 1}
+
+
+def test_ranks_that_would_do_something_else_do_not_start(engine, tmp_path):
+    found = engine(cache=tmp_path, **{**TWO, "environ": {**APART, "RANKS_DIFFER": "1"}})
+    assert found["exit"] != 0
+    assert "would do something else than rank" in found["log"]
+
+
+def test_a_rank_that_dies_ends_the_engine(engine, tmp_path):
+    """While the other one compiles, or waits for it."""
+    killed = []
+
+    def kill() -> bool:
+        if not killed and list(tmp_path.rglob(".locks")):
+            for each in psutil.Process().children(recursive=True):
+                if "Worker_TP1" in "".join(each.cmdline()):
+                    each.kill()
+                    killed.append(time.monotonic())
+        return False
+
+    found = engine.start(cache=tmp_path, **TWO)(kill)
+    assert found["exit"] != 0, found["log"][-5000:]
+    assert killed and time.monotonic() - killed[0] < 120

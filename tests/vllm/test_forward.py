@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -67,6 +71,28 @@ def model_class(**more) -> type:
             return x * self.factor if more.get("factor") else x
 
     return Model
+
+
+def decorated(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """As transformers' decoders are: pickle finds the decorated forward where the bare one says that it is."""
+
+    @functools.wraps(forward)
+    def wrapper(self, *args, **kwargs):
+        return forward(self, *args, **kwargs)
+
+    return wrapper
+
+
+class Decorated(nn.Module):
+    def __init__(self, *, vllm_config, prefix: str = "") -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer() for _ in range(3))
+
+    @decorated
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
 
 
 @pytest.fixture
@@ -139,6 +165,19 @@ def test_it_is_kept_and_whole(model, tmp_path, monkeypatch):
     other.load_state_dict(model.state_dict())
     torch.testing.assert_close(other(x), expected)
     assert not other.was_aot_compile_fn_loaded_from_disk
+
+
+@torch.inference_mode()
+def test_a_decorated_forward_is_kept(tmp_path, monkeypatch):
+    """As vLLM serves what it has no code of its own for; its own compiler traces those at each start."""
+    model, x = made(tmp_path, monkeypatch, Decorated), torch.randn(4, 8)
+    expected = model(x)
+    again = made(tmp_path, monkeypatch, Decorated)
+    again.load_state_dict(model.state_dict())
+    torch.testing.assert_close(again(x), expected)
+    assert again.was_aot_compile_fn_loaded_from_disk
+    again.layers[1].linear.weight = nn.Parameter(torch.randn(8, 8), requires_grad=False)
+    same(again, x)
 
 
 def test_a_key_signs_it(tmp_path, monkeypatch):
