@@ -50,9 +50,10 @@ def list_command(cache_dir: CacheDir = None, as_json: AsJson = False) -> None:
         entries = upkeep.list_entries(root)
     if as_json:
         total = sum(entry.bytes for entry in entries)
-        _print_json(
-            {"root": str(root), "bytes": total, "entries": [_entry_data(e) for e in entries]}
-        )
+        rows = [{**each._asdict(), **each.identity._asdict()} for each in entries]
+        for row in rows:
+            del row["identity"]
+        _print_json({"root": str(root), "bytes": total, "entries": rows})
         return
     if not entries:
         typer.echo(f"{root}: no entries")
@@ -94,7 +95,7 @@ def explain(
     with typed_errors():
         if key is not None and factors is not None:
             raise UsageError("a key and --factors exclude each other", hint="give one of them")
-        keys = {name: each.factors for name, each in upkeep.saved_keys(_root(cache_dir)).items()}
+        keys = upkeep.saved_keys(_root(cache_dir))
         if factors is not None:
             current = _read_factors(factors)
         elif keys:
@@ -110,10 +111,7 @@ def explain(
     differences = () if found is None else found[1]
     nearest = None if found is None else found[0].hash
     if as_json:
-        rows = [
-            {"group": d.group, "name": d.name, "cached": d.cached, "current": d.current}
-            for d in differences
-        ]
+        rows = [each._asdict() for each in differences]
         _print_json({"current": current.hash, "nearest": nearest, "differences": rows})
     elif nearest is None:
         typer.echo(f"{current.hash[:12]}: there is no other key to compare it with")
@@ -141,7 +139,7 @@ def verify(
     """Check every byte of every entry against its manifest. Exit code 1 if something is damaged; nothing is changed."""
     with typed_errors():
         root = _root(cache_dir)
-        result = upkeep.verify(root, _read_key(hmac_key_file))
+        result = upkeep.verify(root, signing_key(hmac_key_file))
     if as_json:
         findings = [each._asdict() for each in result.findings]
         _print_json({"root": str(root), **result._asdict(), "findings": findings})
@@ -237,28 +235,6 @@ def _read_factors(path: Path) -> KeyFactors:
         return KeyFactors.from_json(path.read_bytes(), str(path))
     except OSError as error:
         raise CacheError(f"cannot be read: {error.strerror}", where=str(path)) from error
-
-
-def _read_key(path: Path | None) -> bytes | None:
-    if path is None:
-        return signing_key()
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UsageError(f"the key cannot be read: {error.strerror}", where=str(path)) from error
-
-
-def _entry_data(entry: upkeep.EntrySummary) -> dict[str, object]:
-    identity = entry.identity
-    return {
-        "key": identity.key,
-        "rank": identity.rank,
-        "dp_rank": identity.dp_rank,
-        "tag": identity.tag,
-        "artifacts": entry.artifacts,
-        "bytes": entry.bytes,
-        "last_used": entry.last_used,
-    }
 
 
 def _size(count: float) -> str:

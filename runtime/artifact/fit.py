@@ -20,7 +20,7 @@ from piecework.runtime.artifact.values import operator_named
 from piecework.runtime.config.compilation import CompilationConfig, RuntimeConfig
 from piecework.runtime.store.digest import digest_of
 from piecework.runtime.store.operators import operator_content
-from piecework.runtime.store.piece_operators import operator_facts
+from piecework.runtime.store.surroundings import operator_facts
 from piecework.runtime.trace.sizes.example_sizes import SizePolicy
 
 _RECOMPILE = "compile the model again; with artifact=path this happens by itself"

@@ -24,7 +24,7 @@ from piecework.runtime.analysis.writes import operator_calls, unwritten_outputs,
 from piecework.runtime.compilers.eager import uncompiled
 from piecework.runtime.pieces.program import Program
 from piecework.runtime.splitting_op import registry
-from piecework.runtime.store.piece_operators import SELF_CONTAINED
+from piecework.runtime.store.surroundings import SELF_CONTAINED
 
 _Piece = Callable[..., object]
 

@@ -23,8 +23,7 @@ from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.counters import counters
 from piecework.runtime.passes import PostGradPassManager, pass_context
 from piecework.runtime.store.digest import digest_of, text_of
-from piecework.runtime.store.piece_operators import operator_facts
-from piecework.runtime.store.surroundings import settings_factors
+from piecework.runtime.store.surroundings import operator_facts, settings_factors
 
 _log = logging.getLogger(__name__)
 

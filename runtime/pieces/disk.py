@@ -20,8 +20,8 @@ from piecework.runtime.counters import counters
 from piecework.runtime.store.entry import CacheEntry, open_entry
 from piecework.runtime.store.factors import KeyFactors, content_key
 from piecework.runtime.store.files import cache_disabled, signing_key
-from piecework.runtime.store.piece_operators import operator_facts
 from piecework.runtime.store.surroundings import (
+    operator_facts,
     settings_factors,
     source_factors,
     surroundings,

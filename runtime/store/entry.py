@@ -1,8 +1,8 @@
-"""A compilation's pieces on disk: each compiled once by all processes, and given out only if every byte is right.
+"""A compilation's pieces on disk: each compiled once by all processes, given out if every byte is right.
 
-An entry is ``<root>/<hash>/rank_<rank>_<dp_rank>/<tag>/`` with an index, ``artifacts/<sha256>.bin`` and texts for people.
-Bytes are there before the index names them, and the index is replaced in one step: a reader needs no lock, and a killed
-writer leaves a sound entry. A disk that is full, read-only or damaged costs a warning and a compilation.
+An entry is ``<root>/<hash>/rank_<rank>_<dp_rank>/<tag>/`` with an index, ``artifacts/<sha256>.bin``
+and texts for people. A killed writer leaves a sound entry, and a disk that is full, read-only or
+damaged costs a warning and a compilation.
 """
 
 from __future__ import annotations
@@ -31,18 +31,9 @@ from piecework.runtime.store.files import (
     make_directory,
     read_regular,
     resolve_root,
-    sync_directory,
     write_atomic,
 )
-from piecework.runtime.store.manifest import (
-    Damaged,
-    Record,
-    encode,
-    read_manifest,
-    read_recorded,
-    record_of,
-    records_of,
-)
+from piecework.runtime.store.manifest import Damaged, Record, Sealed
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -50,12 +41,11 @@ T = TypeVar("T")
 INDEX_NAME = "piecework_compile_cache.py"
 ARTIFACTS_DIRECTORY = "artifacts"
 QUARANTINE_DIRECTORY = ".quarantine"
-FORMAT = 2
 COMPILE_LOCK_SECONDS = 3600.0
 _CHANGE_LOCK_SECONDS = 60.0
 _TOUCH_SECONDS = 3600.0
 _READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
-_TROUBLE = (OSError, LockTimeout, CacheError, UnsafeFile)
+_TROUBLE = (OSError, LockTimeout, CacheError, UnsafeFile, Damaged)
 
 
 class CacheResult(NamedTuple):
@@ -137,7 +127,7 @@ class CacheEntry:
         self.identity = identity
         self.directory = root.joinpath(*identity.parts)
         self._factors_json = factors_json
-        self._key = hmac_key
+        self._sealed = Sealed(INDEX_NAME, f"cache entry {identity}", place_of, hmac_key)
         self._lock_timeout_s = lock_timeout_s
         self._read_only = False
         self._warned: set[str] = set()
@@ -160,27 +150,23 @@ class CacheEntry:
     def records(self) -> dict[str, Record]:
         """What the index lists; nothing where there is none. Raises `Damaged`."""
         try:
-            facts = read_manifest(self.directory / INDEX_NAME, self._key)
+            return self._sealed.read(self.directory).files
         except FileNotFoundError:
             return {}
-        if facts.get("format") != FORMAT or facts.get("entry") != str(self.identity):
-            raise Damaged("it was made for another entry, or in another format", INDEX_NAME)
-        return records_of(facts, "pieces", INDEX_NAME)
 
     def read(self, record: Record) -> bytes:
         """The bytes of an artifact. Raises `Damaged`."""
-        file = f"{ARTIFACTS_DIRECTORY}/{record.digest}.bin"
-        return read_recorded(self.directory / file, record, file)
+        return self._sealed.read_file(self.directory, "", record)
 
     def _settled(self, read: Callable[[], T]) -> T | None:
-        """Run ``read``; what looks damaged is looked at again under the lock, and moved away if it still does."""
+        """Run ``read``; what looks damaged is read again under the lock, and moved away if it still does."""
         try:
             return read()
-        except Damaged as error:
-            damage = error
         except OSError as error:
             self._warn("unreadable", f"it cannot be read ({error}); compiling instead")
             return None
+        except Damaged as error:
+            damage = error
         try:
             with self.changing():
                 try:
@@ -208,9 +194,9 @@ class CacheEntry:
                 where = "deleted"
         self._warn("damage", f"{damage}; {where}, compiling again")
         if damage.file != INDEX_NAME:
-            kept = {n: r for n, r in self.records().items() if r.digest != source.stem}
+            kept = {n: r for n, r in self.records().items() if place_of(n, r) != damage.file}
             with contextlib.suppress(OSError):  # then the next reader finds the artifact missing
-                self._write_index(kept)
+                self._sealed.write(self.directory, {}, kept, {})
 
     # --- writing -------------------------------------------------------------------------------------
 
@@ -225,8 +211,8 @@ class CacheEntry:
     def get_or_compile(self, name: str, compile_fn: Callable[[], bytes]) -> CacheResult:
         """The bytes of ``name``; if there are none, one of all processes and threads compiles them.
 
-        The others wait for it and load. An exception of ``compile_fn`` goes to its caller, nothing is saved, and the
-        next in the line tries. Where saving is impossible each one compiles for itself.
+        The others wait for it and load. An exception of ``compile_fn`` goes to its caller, nothing is
+        saved, and the next in the line tries. Where saving is impossible each one compiles for itself.
         """
         if (data := self.get(name)) is not None:
             return CacheResult(data, compiled=False, saved=True)
@@ -249,7 +235,7 @@ class CacheEntry:
         def refuse() -> None:
             record = self.records().get(name)
             if record is not None:
-                raise Damaged(reason, f"{ARTIFACTS_DIRECTORY}/{record.digest}.bin")
+                raise Damaged(reason, place_of(name, record))
 
         self._settled(refuse)
 
@@ -266,37 +252,20 @@ class CacheEntry:
                     records = {}
                 folder = self.directory / ARTIFACTS_DIRECTORY
                 make_directory(folder, inside=self.root)
-                for path in (
-                    each
-                    for at in (self.directory, folder)
-                    for each in at.glob(f"{TEMPORARY_PREFIX}*")
-                ):
-                    path.unlink(missing_ok=True)  # of killed writers
+                for at in (self.directory, folder):
+                    for path in at.glob(f"{TEMPORARY_PREFIX}*"):
+                        path.unlink(missing_ok=True)  # of killed writers
                 for name, data in {FACTORS_NAME: self._factors_json, **texts}.items():
-                    self._write(name, data)
-                for name, data in added.items():
-                    records[name] = record_of(data)
-                    self._write(f"{ARTIFACTS_DIRECTORY}/{records[name].digest}.bin", data)
+                    with contextlib.suppress(OSError, UnsafeFile):
+                        if read_regular(self.directory / name, len(data)) == data:
+                            continue
+                    write_atomic(self.directory / name, data)
                 if added:
-                    sync_directory(folder)
-                    self._write_index(records)
+                    self._sealed.write(self.directory, added, records, {})
                 return True
-        except (*_TROUBLE, Damaged) as error:
+        except _TROUBLE as error:
             self._cannot_save(error)
             return False
-
-    def _write(self, file: str, data: bytes) -> None:
-        """Write a file unless it holds just that."""
-        path = self.directory / file
-        with contextlib.suppress(OSError, UnsafeFile):
-            if read_regular(path, len(data)) == data:
-                return
-        write_atomic(path, data)
-
-    def _write_index(self, records: Mapping[str, Record]) -> None:
-        facts = {"format": FORMAT, "entry": str(self.identity), "pieces": records}
-        write_atomic(self.directory / INDEX_NAME, encode(facts, self._key))
-        sync_directory(self.directory)
 
     # --- locks, checks and warnings ------------------------------------------------------------------
 
@@ -329,3 +298,8 @@ class CacheEntry:
         level = logging.INFO if kind in self._warned else logging.WARNING
         self._warned.add(kind)
         logger.log(level, "compile cache %s: %s", self.directory, text)
+
+
+def place_of(name: str, record: Record) -> str:
+    """Where an artifact lies in its entry, whatever it is called."""
+    return f"{ARTIFACTS_DIRECTORY}/{record.digest}.bin"

@@ -1,7 +1,7 @@
-"""The key of the cache. In: what emitted code depends on, as texts by group and name. Out: their hash, and the differences between two.
+"""The key of the cache: what emitted code depends on, as texts by group and name, their hash, and differences.
 
-It imports no torch and reads nothing by itself; `piecework.runtime.store.surroundings` lists what counts. A factor belongs here if and only if changing
-it can change what is compiled. Paths do not: sources count by content.
+It imports no torch; `piecework.runtime.store.surroundings` lists what counts. A factor belongs here
+if and only if changing it can change what is compiled. Paths do not: sources count by content.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from piecework.errors import CacheError
 
@@ -18,12 +19,10 @@ FACTORS_NAME = "cache_key_factors.json"
 MAX_FACTORS_BYTES = 16 << 20
 GROUPS = ("versions", "device", "environment", "torch", "config", "sources", "signing")
 _FORMAT = 2
-_HASH_DIGITS = 32
 _DIGEST = re.compile(r"(sha256:)?[0-9a-f]{32,}")
 
 
-@dataclass(frozen=True, slots=True)
-class Difference:
+class Difference(NamedTuple):
     """A factor that two keys disagree on; None where one of them lacks it."""
 
     group: str
@@ -32,14 +31,10 @@ class Difference:
     current: str | None
 
     def __str__(self) -> str:
-        title = f"{self.group}: {self.name}"
-        if self.cached is None:
-            return f"{title} is new ({_short(self.current)})"
-        if self.current is None:
-            return f"{title} is gone (was {_short(self.cached)})"
-        if _DIGEST.fullmatch(self.cached) and _DIGEST.fullmatch(self.current):
-            return f"{title} has changed"
-        return f"{title}: {_short(self.cached)} -> {_short(self.current)}"
+        was, now = ("none" if each is None else each for each in (self.cached, self.current))
+        if _DIGEST.fullmatch(was) and _DIGEST.fullmatch(now):
+            return f"{self.group}: {self.name} has changed"
+        return f"{self.group}: {self.name}: {was:.80} -> {now:.80}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +51,7 @@ class KeyFactors:
     @property
     def hash(self) -> str:
         """The name of the key's directory: 32 hexadecimal digits of SHA-256 over all factors."""
-        return hashlib.sha256(self.to_json()).hexdigest()[:_HASH_DIGITS]
+        return hashlib.sha256(self.to_json()).hexdigest()[:32]
 
     def signed_with(self, key: bytes) -> KeyFactors:
         """With the key that signs the entry, so that signed and unsigned entries, or two keys', never meet."""
@@ -71,30 +66,15 @@ class KeyFactors:
 
     @classmethod
     def from_json(cls, raw: bytes, where: str = FACTORS_NAME) -> KeyFactors:
-        """What `to_json` wrote.
-
-        Raises:
-            CacheError: it is anything else.
-        """
+        """What `to_json` wrote; raises `CacheError` for anything else."""
         try:
-            body = json.loads(raw.decode("ascii"))
-            groups = body["factors"] if body["format"] == _FORMAT else None
-            texts = [
-                text
-                for group in groups.values()
-                for pair in group.items()
-                for text in pair
-                if not isinstance(text, str)
-            ]
-            if texts or not groups.keys() <= set(GROUPS):
-                raise ValueError("a factor is not text")
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise CacheError(
-                f"not a file of key factors ({type(error).__name__}: {error})",
-                where=where,
-                hint=f"such files are written as {FACTORS_NAME}",
-            ) from error
-        return cls(groups)
+            key = cls(json.loads(raw)["factors"])
+            if key.to_json() == raw and all(map(_are_texts, key.groups.values())):
+                return key
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            pass
+        hint = f"such files are written as {FACTORS_NAME}"
+        raise CacheError("not a file of key factors", where=where, hint=hint)
 
     def differences(self, cached: KeyFactors) -> tuple[Difference, ...]:
         """Every factor in which these, the current ones, differ from ``cached``, in order."""
@@ -107,6 +87,10 @@ class KeyFactors:
         return tuple(found)
 
 
+def _are_texts(group: Mapping[str, object]) -> bool:
+    return all(isinstance(text, str) for text in group.values())
+
+
 def content_key(*parts: str | bytes) -> str:
     """SHA-256 over the parts and their lengths, which never run together: a name for something by its content."""
     digest = hashlib.sha256()
@@ -115,10 +99,3 @@ def content_key(*parts: str | bytes) -> str:
         data = b"s" + part.encode("utf-8", "surrogatepass") if is_text else b"b" + part
         digest.update(len(data).to_bytes(8, "big") + data)
     return digest.hexdigest()
-
-
-def _short(value: str | None) -> str:
-    text = value or ""
-    if _DIGEST.fullmatch(text):
-        return text.removeprefix("sha256:")[:12]
-    return text if len(text) <= 80 else f"{text[:77]}..."

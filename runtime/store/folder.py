@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -22,22 +22,16 @@ from piecework.runtime.store.files import (
     check_directory,
     locked,
     read_regular,
-    sync_directory,
-    write_atomic,
 )
 from piecework.runtime.store.manifest import (
     MAX_MANIFEST_BYTES,
     Damaged,
     Record,
-    decode,
-    encode,
-    read_recorded,
-    record_of,
-    records_of,
+    Sealed,
+    verified,
 )
 
 Place = str | os.PathLike[str]
-FORMAT = 2
 KIND = "piecework artifact"
 MANIFEST = "manifest.json"
 #: What the manifest says of each of several modules that were saved together.
@@ -55,7 +49,7 @@ class Folder:
     Attributes:
         name: where it is, for errors.
         facts: what the manifest says besides the files.
-        files: file name → its bytes, exactly those that were saved. They are held, so that nothing that happens to the directory later matters.
+        files: name → bytes, exactly those that were saved; what happens to the directory later does not matter.
     """
 
     name: str
@@ -63,21 +57,20 @@ class Folder:
     files: Mapping[str, bytes]
 
     def read(self, name: str) -> bytes:
-        """The bytes of a file.
-
-        Raises:
-            ArtifactError: the manifest lists none of that name.
-        """
+        """The bytes of a file; raises `ArtifactError` if the manifest lists none of that name."""
         data = self.files.get(name)
         if data is None:
-            raise ArtifactError(
-                "the manifest lists no such file", where=f"{self.name}/{name}", hint=_AGAIN
-            )
+            where = f"{self.name}/{name}"
+            raise ArtifactError("the manifest lists no such file", where=where, hint=_AGAIN)
         return data
 
     def text(self, name: str) -> str:
-        """The same as text."""
         return self.read(name).decode("utf-8")
+
+    def table(self, name: str) -> Mapping[str, str]:
+        """What the manifest says of ``name``, as texts by name."""
+        found = self.facts.get(name)
+        return found if isinstance(found, dict) else {}
 
     def parts(self) -> tuple[Folder, ...]:
         """The same as one artifact for each module that was saved in it with others."""
@@ -108,15 +101,9 @@ def directory_of(place: Place) -> Path:
     if not isinstance(place, (str, os.PathLike)) or not os.fspath(place):
         raise ConfigError(f"an artifact lies in a directory; got {place!r}")
     if "://" in os.fspath(place):
-        raise ArtifactError(
-            "an artifact lies in a directory, and this is a URL",
-            where=str(place),
-            hint="copy the directory to or from there, with its own tools or fsspec's",
-        )
+        why = "an artifact lies in a directory, and this is a URL"
+        raise ArtifactError(why, where=str(place), hint="copy the directory with tools of its own")
     return Path(os.path.abspath(place))
-
-
-# --- a directory -------------------------------------------------------------------------------------
 
 
 def has_artifact(path: Path) -> bool:
@@ -124,10 +111,23 @@ def has_artifact(path: Path) -> bool:
     return os.path.lexists(path / MANIFEST)
 
 
+def _sealed(key: bytes | None) -> Sealed:
+    def place(name: str, record: Record) -> str:
+        if not _NAME.fullmatch(name):
+            raise Damaged(f"it names a file outside the artifact, {name!r}", MANIFEST)
+        pure = PurePosixPath(name)
+        return str(pure.with_name(f"{pure.stem}.{record.digest[:16]}{pure.suffix}"))
+
+    return Sealed(MANIFEST, KIND, place, key)
+
+
+# --- a directory -------------------------------------------------------------------------------------
+
+
 def write_folder(
     path: Path, files: Mapping[str, bytes], facts: Mapping[str, object], key: bytes | None
 ) -> None:
-    """Write an artifact, in place of one that is there. A process that is killed leaves the old one, or none where there was none.
+    """Write an artifact, in place of one that is there; a killed process leaves the old one, or none.
 
     Raises:
         ArtifactError: there is something else, or it can't be written.
@@ -136,14 +136,12 @@ def write_folder(
         _require_free(path)
         path.mkdir(parents=True, exist_ok=True, mode=0o755)
         with locked(path, "save", _LOCK_SECONDS):
-            manifest, records = _manifest(files, facts, key)
-            places = {_place(path, name, records[name]): data for name, data in files.items()}
-            for place, data in places.items():
-                place.parent.mkdir(parents=True, exist_ok=True, mode=0o755)
-                write_atomic(place, data, 0o644)
-            write_atomic(path / MANIFEST, manifest, 0o644)
-            sync_directory(path)
-            _remove_others(path, {path / MANIFEST, *places})
+            for name in files:
+                (path / name).parent.mkdir(parents=True, exist_ok=True, mode=0o755)
+            sealed = _sealed(key)
+            made = sealed.write(path, files, {}, facts, 0o644)
+            listed = {path / sealed.place(name, each) for name, each in made.files.items()}
+            _remove_others(path, {path / MANIFEST, *listed})
     except (OSError, CacheError, LockTimeout, UnsafeFile) as error:
         full = isinstance(error, OSError) and error.errno in FULL_DISK
         why = "the disk is full" if full else str(getattr(error, "strerror", None) or error)
@@ -151,20 +149,6 @@ def write_folder(
         raise ArtifactError(
             f"the artifact can't be written: {why}", where=str(path), hint=hint
         ) from error
-
-
-def _manifest(
-    files: Mapping[str, bytes], facts: Mapping[str, object], key: bytes | None
-) -> tuple[bytes, dict[str, Record]]:
-    records = {name: record_of(data) for name, data in files.items()}
-    whole = {**facts, "kind": KIND, "format": FORMAT, "files": records}
-    return encode(whole, key), records
-
-
-def _place(path: Path, name: str, record: Record) -> Path:
-    """Where a file lies: its name with a part of its digest in it."""
-    pure = PurePosixPath(name)
-    return path / pure.with_name(f"{pure.stem}.{record.digest[:16]}{pure.suffix}")
 
 
 def _require_free(path: Path) -> None:
@@ -205,19 +189,15 @@ def open_folder(path: Path, key: bytes | None, tries: int = _TRIES) -> Folder:
         ArtifactError: there is none, it is damaged, of another format, not signed with the key, or others could write it.
     """
     if not path.is_dir():
-        raise ArtifactError(
-            "there is no artifact here", where=str(path), hint="stitched.save(path) makes one"
-        )
-    raw = b""
+        hint = "stitched.save(path) makes one"
+        raise ArtifactError("there is no artifact here", where=str(path), hint=hint)
+    sealed, raw = _sealed(key), b""
     try:
         check_directory(Path(os.path.realpath(path)))
         raw = read_regular(path / MANIFEST, MAX_MANIFEST_BYTES)
-        return _verified(
-            str(path),
-            raw,
-            key,
-            lambda name, each: read_recorded(_place(path, name, each), each, name),
-        )
+        listed = sealed.decode(raw)
+        files = {n: sealed.read_file(path, n, record) for n, record in listed.files.items()}
+        return Folder(str(path), listed.facts, files)
     except (OSError, UnsafeFile, CacheError, Damaged) as error:
         with contextlib.suppress(OSError, UnsafeFile):
             if tries and read_regular(path / MANIFEST, MAX_MANIFEST_BYTES) != raw:
@@ -230,37 +210,9 @@ def _damaged(where: object, reason: str) -> ArtifactError:
     return ArtifactError(
         f"the artifact is damaged or not to be trusted: {reason}",
         where=str(where),
-        hint=f"copy the directory whole, or {_AGAIN}; its files belong to this user or root alone, and an "
-        "edited source is saved by use_edited() and save()",
+        hint=f"copy the directory whole, or {_AGAIN}, with the same key; its files belong to this user or root "
+        "alone, and an edited source is saved by use_edited() and save()",
     )
-
-
-def _verified(
-    name: str, raw: bytes, key: bytes | None, read: Callable[[str, Record], bytes]
-) -> Folder:
-    facts = decode(raw, None, MANIFEST)
-    found = facts.pop("kind", None), facts.pop("format", None)
-    if found != (KIND, FORMAT):
-        raise ArtifactError(
-            f"this is no artifact of format {FORMAT}; it is {found[0]!r} of format {found[1]!r}",
-            where=name,
-            hint=f"{_AGAIN}; what piecework compile makes holds one in its folder 'artifact'",
-        )
-    if key is not None:
-        try:
-            decode(raw, key, MANIFEST)
-        except Damaged as error:
-            raise ArtifactError(
-                "the artifact is not signed with the key that was given",
-                where=name,
-                hint="save it with the same key; whoever lacks the key could have written it",
-            ) from error
-    records = records_of(facts, "files", MANIFEST)
-    del facts["files"]
-    for each in records:
-        if not _NAME.fullmatch(each):
-            raise Damaged(f"it names a file outside the artifact, {each!r}", MANIFEST)
-    return Folder(name, facts, {each: read(each, record) for each, record in records.items()})
 
 
 # --- one bytes ---------------------------------------------------------------------------------------
@@ -268,24 +220,20 @@ def _verified(
 
 def packed(files: Mapping[str, bytes], facts: Mapping[str, object], key: bytes | None) -> bytes:
     """An artifact as one ``bytes``: the length of the manifest, the manifest, and the files in its order."""
-    manifest, records = _manifest(files, facts, key)
-    return b"".join([len(manifest).to_bytes(8, "big"), manifest, *map(files.get, sorted(records))])  # type: ignore[arg-type]
+    manifest = _sealed(key).encode({name: Record.of(data) for name, data in files.items()}, facts)
+    held = [data for _, data in sorted(files.items())]
+    return b"".join([len(manifest).to_bytes(8, "big"), manifest, *held])
 
 
 def unpacked(data: bytes, key: bytes | None) -> Folder:
     """What `packed` made, verified as `open_folder` does; raises as it does."""
-    start = 8 + int.from_bytes(data[:8], "big")
-    position = start
-
-    def read(name: str, record: Record) -> bytes:
-        nonlocal position
-        found = data[position : position + record.size]
-        position += record.size
-        if record_of(found) != record:
-            raise Damaged("its SHA-256 is not the one that was saved", name)
-        return found
-
+    position = 8 + int.from_bytes(data[:8], "big")
+    files: dict[str, bytes] = {}
     try:
-        return _verified("<bytes>", data[8:start], key, read)
+        listed = _sealed(key).decode(data[8:position])
+        for name, record in sorted(listed.files.items()):
+            end = position + record.size
+            files[name], position = verified(data[position:end], record, name), end
     except Damaged as error:
         raise _damaged("<bytes>", str(error)) from error
+    return Folder("<bytes>", listed.facts, files)

@@ -1,4 +1,4 @@
-"""Operators as far as compiled code depends on them. In: an operator. Out: what decides the code that calls it, as values for `piecework.runtime.store.digest`."""
+"""Operators that torch does not bring: what compiled code depends on of them, as values for digests."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ _HINT = "register it with torch.library.custom_op and register_fake, or with pie
 def operator_content(op: object, *, with_body: bool = True) -> list[object]:
     """What code that calls ``op`` may depend on.
 
-    It calls the operator by its name, so it stays right when the body changes. What is looked at while compiling counts: the schema, the tags (they decide
-    layouts and folding), the fake implementation, and the body where the compiler may run it.
+    It calls the operator by its name, so it stays right when the body changes. What is looked at while
+    compiling counts: the schema, the tags (they decide layouts and folding), the fake implementation,
+    and the body where the compiler may run it.
 
     Args:
         with_body: count its body where the compiler may run or decompose it.
@@ -35,9 +36,8 @@ def operator_content(op: object, *, with_body: bool = True) -> list[object]:
         return [name]
     found = torch_compat.python_kernels(op)
     if op._schema.returns and found.fake is None:
-        raise Unidentifiable(
-            f"the fake implementation of {op} can't be read", where=str(op), hint=_HINT
-        )
+        why = f"the fake implementation of {op} can't be read"
+        raise Unidentifiable(why, where=str(op), hint=_HINT)
     tags = sorted(str(each) for each in op.tags)
     facts = [name, str(op._schema), tags, torch_compat.kinds_of_kernels(op), found.fake]
     if with_body and (torch.Tag.pointwise in op.tags or not torch_compat.is_opaque_to_inductor(op)):

@@ -1,28 +1,29 @@
-"""What decides compiled code besides its graph, and how it was set. In: this process, source files, graphs. Out: texts by group and name, for keys and for saved programs alike.
+"""What decides compiled code besides its graph, as texts by group and name, for keys and saved programs alike.
 
-`surroundings` is the one list: a factor that is added there counts for the compile cache, for artifacts and when they are loaded. Nothing that can't be told is left
-out: it is an error.
+`surroundings` is the one list: a factor that is added there counts for the compile cache, for artifacts
+and when they are loaded. Nothing that can't be told is left out: it is an error.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import itertools
 import linecache
 import os
 import platform
 import re
 import sys
 import sysconfig
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 
 import torch
 import torch.fx
+from torch._ops import HigherOrderOperator
 
 from piecework.codegen.graph.origin import value_of
-from piecework.errors import ArtifactError, CacheError
+from piecework.codegen.graph.schemas import every_node, overloads_of
+from piecework.errors import ArtifactError, CacheError, Unidentifiable
 from piecework.runtime import torch_compat
 from piecework.runtime.store.digest import canonical, digest_of, text_of
 from piecework.runtime.store.factors import KeyFactors, content_key
@@ -50,23 +51,10 @@ def surroundings(*graphs: torch.fx.GraphModule, settings: Mapping[str, str]) -> 
     }
 
 
-def _none(saved: str, here: str) -> str:
-    return ""
-
-
-def _lacking(saved: str, here: str) -> str:
-    """What code needs that is not here."""
-    return " ".join(sorted(set(saved.split()) - set(here.split())))
-
-
-#: Factors that a saved program need not share: what each call looks at by itself, what decides speed alone, and what must be here at least.
-_AT_LOAD: dict[tuple[str, str], Callable[[str, str], str]] = {
-    ("device", "threads"): _none,
-    ("torch", "autocast"): _none,
-    ("torch", "torch's options"): _none,  # those that are not at their defaults are named
-    ("device", "cpu_features"): _lacking,
-    ("device", "cuda"): _lacking,
-}
+#: Factors that a saved program need not share: each call looks at them, or they decide speed alone.
+_FREE = {("device", "threads"), ("torch", "autocast"), ("torch", "torch's options")}
+#: Factors of which everything that was there must be here, and there may be more.
+_AT_LEAST = {("device", "cpu_features"), ("device", "cuda")}
 
 
 def require_same_surroundings(saved: Factors) -> None:
@@ -75,27 +63,26 @@ def require_same_surroundings(saved: Factors) -> None:
     Raises:
         Unidentifiable: torch is set to something that has no stable form.
     """
-    here = {group: dict(each) for group, each in _here(saved).items()}
+    here = {**surroundings(settings=settings_factors(every=False))}
+    if "cuda" in saved.get("device", {}) and torch.cuda.is_available():
+        each = map(torch.cuda.get_device_capability, range(torch.cuda.device_count()))
+        here["device"] = {**here["device"], "cuda": _cuda(each)}
     for difference in KeyFactors(here).differences(KeyFactors(saved)):
-        group, name = difference.group, difference.name
-        was, now = difference.cached or "", difference.current or ""
-        wrong = _AT_LOAD.get((group, name), lambda saved, here: here or "not set")(was, now)
-        if wrong:
-            lacks = (group, name) in _AT_LOAD
-            what = f"this machine lacks {wrong}" if lacks else f"and here it is {wrong}"
-            raise ArtifactError(
-                f"the artifact was made with {name} {was or 'not set'}, {what}",
-                where=group,
-                hint="compile the model again; with artifact=path this happens by itself",
-            )
-
-
-def _here(saved: Factors) -> Factors:
-    found = surroundings(settings=settings_factors(every=False))
-    if "cuda" not in saved.get("device", {}) or not torch.cuda.is_available():
-        return found
-    each = map(torch.cuda.get_device_capability, range(torch.cuda.device_count()))
-    return {**found, "device": {**found["device"], "cuda": _cuda(each)}}
+        place = difference.group, difference.name
+        was, now = (each or "" for each in (difference.cached, difference.current))
+        lacking = " ".join(sorted(set(was.split()) - set(now.split())))
+        if place in _FREE or (place in _AT_LEAST and not lacking):
+            continue
+        what = (
+            f"this machine lacks {lacking}"
+            if place in _AT_LEAST
+            else f"and here it is {now or 'not set'}"
+        )
+        raise ArtifactError(
+            f"the artifact was made with {difference.name} {was or 'not set'}, {what}",
+            where=difference.group,
+            hint="compile the model again; with artifact=path this happens by itself",
+        )
 
 
 def processes() -> dict[str, int]:
@@ -233,6 +220,53 @@ def settings_factors(*, every: bool = True) -> dict[str, str]:
     return found | {name: digest_of(each, f"torch.{name}") for name, each in passes.items()}
 
 
+# --- operators ---------------------------------------------------------------------------------------
+
+# Higher-order operators that hold all they do as subgraphs and literals. Others look things up in
+# tables of the process, as those for Triton kernels do.
+SELF_CONTAINED = frozenset(
+    {
+        *("associative_scan", "auto_functionalized", "auto_functionalized_v2", "cond"),
+        *("flex_attention", "invoke_subgraph", "map_impl", "out_dtype", "scan", "while_loop"),
+        *("wrap", "wrap_with_autocast", "wrap_with_set_grad_enabled"),
+    }
+)
+
+
+def operator_facts(graph: torch.fx.GraphModule) -> tuple[str, str]:
+    """What the compiled form of a piece depends on besides its structure.
+
+    Returns:
+        The content of each operator that is not torch's, with what its fake says of the results; and
+        why the compiled form holds for this process only, "" if it does not.
+    """
+    lines: list[str] = []
+    for node in every_node(graph):
+        higher = node.target if isinstance(node.target, HigherOrderOperator) else None
+        if higher is not None and higher.name() not in SELF_CONTAINED:
+            return "", f"{higher.name()} may depend on this process"
+        for op in overloads_of(node.target):
+            if torch_compat.is_torch_operator(op):
+                continue
+            if not torch_compat.is_opaque_to_inductor(op):
+                return "", f"{op} is compiled with its body"
+            try:
+                identity = digest_of(op, str(op))
+            except Unidentifiable as error:
+                return "", error.message
+            value = value_of(node)
+            many = value if isinstance(value, (tuple, list)) else [value]
+            results = ", ".join(map(_signature, many))
+            lines.append(f"{op} {op._schema} {identity} -> {results}")
+    return "\n".join(lines), ""
+
+
+def _signature(value: object) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"{value.dtype} {value.device} {tuple(value.shape)} {value.stride()}"
+    return str(value)
+
+
 # --- sources -----------------------------------------------------------------------------------------
 
 _FRAME_FILE = re.compile(r'^\s*File "([^"\n]+)", line \d+', re.MULTILINE)
@@ -264,15 +298,16 @@ def source_factors(files: Iterable[str | os.PathLike[str]]) -> dict[str, str]:
         CacheError: a source cannot be read, so that a change of it would go unseen.
     """
     modules = {getattr(each, "__file__", None): name for name, each in [*sys.modules.items()]}
-    named: set[tuple[str, str]] = set()
+    named: dict[str, set[str]] = {}  # scripts of one name in two folders both count
     for file in filter(is_foreign, set(map(os.fspath, files))):
         name = modules.get(file, "__main__")  # which is another one in another process
-        named.add((_module_name(file) if name == "__main__" else name, sha256(_source(file))))
-    found: dict[str, str] = {}
-    for name, digest in sorted(named):  # scripts of one name in two folders both count
-        numbers = (f"{name}#{number}" if number > 1 else name for number in itertools.count(1))
-        found[next(each for each in numbers if each not in found)] = digest
-    return found
+        name = _module_name(file) if name == "__main__" else name
+        named.setdefault(name, set()).add(sha256(_source(file)))
+    return {
+        f"{name}#{number}" if number else name: digest
+        for name, digests in sorted(named.items())
+        for number, digest in enumerate(sorted(digests))
+    }
 
 
 def _module_name(file: str) -> str:
@@ -290,17 +325,15 @@ def _module_name(file: str) -> str:
 
 def _source(file: str) -> bytes:
     try:
-        data = Path(file).read_bytes() if os.path.exists(file) else None
+        if os.path.exists(file):
+            return Path(file).read_bytes()
+        found = "".join(linecache.getlines(file)).encode()
+        why = "" if found else "it is in no file"
     except OSError as error:
+        why = str(error.strerror)
+    if why:
         raise CacheError(
-            f"a traced source file cannot be read ({error.strerror}), so that its changes would go unseen",
-            where=file,
-            hint="switch the cache off for this model",
-        ) from error
-    found = "".join(linecache.getlines(file)).encode() if data is None else data
-    if data is None and not found:
-        raise CacheError(
-            "a traced function has no source, so that its changes would go unseen",
+            f"a traced function has no source, so that its changes would go unseen: {why}",
             where=file,
             hint="put it into a file, or switch the cache off for this model",
         )

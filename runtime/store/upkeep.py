@@ -1,7 +1,7 @@
 """Looking after a whole cache: its entries, why a key misses, what is damaged, and less of it.
 
-Only `collect` removes anything. It never takes an entry that somebody is changing, and whoever has one open that is
-removed compiles again. No link is followed.
+Only `collect` removes anything. It never takes an entry that somebody is changing, and whoever has
+one open that is removed compiles again. No link is followed.
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ import re
 import shutil
 import stat
 import time
-from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 from piecework.errors import CacheError
 from piecework.runtime.store.entry import (
@@ -24,6 +23,7 @@ from piecework.runtime.store.entry import (
     QUARANTINE_DIRECTORY,
     CacheEntry,
     Identity,
+    place_of,
 )
 from piecework.runtime.store.factors import (
     FACTORS_NAME,
@@ -40,13 +40,11 @@ from piecework.runtime.store.files import (
     read_regular,
     resolve_root,
 )
-from piecework.runtime.store.manifest import Damaged, Record
+from piecework.runtime.store.manifest import Damaged
 
-T = TypeVar("T")
 # A lock that nobody has taken for so long is nobody's.
 LOCK_AGE_SECONDS = 7 * 24 * 3600.0
-_KEY = re.compile(r"[0-9a-f]{32}")
-_RANK = re.compile(r"rank_([0-9]{1,7})_([0-9]{1,7})")
+_ENTRY = re.compile(r"([0-9a-f]{32})/rank_([0-9]{1,7})_([0-9]{1,7})/([^/]+)")
 
 
 class EntrySummary(NamedTuple):
@@ -96,38 +94,26 @@ class CollectionReport(NamedTuple):
 def list_entries(root: str | os.PathLike[str]) -> tuple[EntrySummary, ...]:
     """All entries, the one used last first."""
     real = resolve_root(root)
-    found = [_summary(real, identity) for identity in _identities(real)]
+    found = []
+    for identity in _identities(real):
+        directory = real.joinpath(*identity.parts)
+        sizes = _file_sizes(directory)
+        artifacts = sum(1 for path in sizes if path.parent.name == ARTIFACTS_DIRECTORY)
+        try:
+            last_used = os.lstat(directory / INDEX_NAME).st_mtime
+        except OSError:
+            last_used = 0.0
+        found.append(EntrySummary(identity, sum(sizes.values()), artifacts, last_used))
     return tuple(sorted(found, key=lambda entry: (-entry.last_used, str(entry.identity))))
-
-
-def _summary(real: Path, identity: Identity) -> EntrySummary:
-    directory = real.joinpath(*identity.parts)
-    sizes = _file_sizes(directory)
-    artifacts = sum(1 for path in sizes if path.parent.name == ARTIFACTS_DIRECTORY)
-    try:
-        last_used = os.lstat(directory / INDEX_NAME).st_mtime
-    except OSError:
-        last_used = 0.0
-    return EntrySummary(identity, sum(sizes.values()), artifacts, last_used)
 
 
 def _identities(real: Path) -> Iterator[Identity]:
     """The entries below a resolved root, by the names of their directories."""
-    for key in _directories(real):
-        for rank in _directories(key) if _KEY.fullmatch(key.name) else ():
-            numbers = _RANK.fullmatch(rank.name)
-            for tag in _directories(rank) if numbers else ():
-                if numbers:
-                    yield Identity(key.name, int(numbers[1]), int(numbers[2]), tag.name)
-
-
-def _directories(path: Path) -> list[Path]:
-    try:
-        with os.scandir(path) as found:
-            names = [item.name for item in found if item.is_dir(follow_symlinks=False)]
-    except OSError:
-        return []
-    return [path / name for name in sorted(names)]
+    for path in sorted(real.glob("*/rank_*/*")):
+        named = _ENTRY.fullmatch(path.relative_to(real).as_posix())
+        linked = any(each.is_symlink() for each in (path, *path.parents[:2]))
+        if named and path.is_dir() and not linked:
+            yield Identity(named[1], int(named[2]), int(named[3]), named[4])
 
 
 def _file_sizes(directory: Path) -> dict[Path, int]:
@@ -146,22 +132,13 @@ def _file_sizes(directory: Path) -> dict[Path, int]:
 # --- why a key misses --------------------------------------------------------------------------------
 
 
-class SavedKey(NamedTuple):
-    """A key that the cache has entries for, and when one of them was last used (seconds since the epoch)."""
-
-    factors: KeyFactors
-    last_used: float
-
-
-def saved_keys(root: str | os.PathLike[str]) -> dict[str, SavedKey]:
+def saved_keys(root: str | os.PathLike[str]) -> dict[str, KeyFactors]:
     """Every readable key in the cache by its hash, the one used last first. Damaged ones are left to `verify`."""
     real = resolve_root(root)
-    found: dict[str, SavedKey] = {}
+    found: dict[str, KeyFactors] = {}
     for entry in list_entries(real):
-        if entry.identity.key not in found:
-            with contextlib.suppress(OSError, UnsafeFile, CacheError):
-                factors = _factors(real, entry.identity)
-                found[factors.hash] = SavedKey(factors, entry.last_used)
+        with contextlib.suppress(OSError, UnsafeFile, CacheError):
+            found.setdefault(entry.identity.key, _factors(real, entry.identity))
     return found
 
 
@@ -186,44 +163,38 @@ def nearest(
 
 
 def verify(root: str | os.PathLike[str], hmac_key: bytes | None = None) -> Verification:
-    """Check every byte of every entry against its index; with ``hmac_key`` indices of signed entries must carry its signature."""
+    """Check every byte of every entry against its index.
+
+    Args:
+        hmac_key: what the indices of signed entries must be signed with; None looks at no signature.
+    """
     real = resolve_root(root)
     findings: list[Finding] = []
+    sizes: list[int] = []
     identities = list(_identities(real))
-    sizes = [size for each in identities for size in _sizes(real, each, hmac_key, findings)]
+    for identity in identities:
+
+        @contextlib.contextmanager
+        def noting(file: str, entry: str = str(identity)) -> Iterator[None]:
+            try:
+                yield
+            except Damaged as damage:
+                findings.append(Finding(entry, damage.file, damage.reason))
+            except (OSError, UnsafeFile, CacheError) as error:
+                findings.append(Finding(entry, file, str(error)))
+
+        if not (real.joinpath(*identity.parts) / INDEX_NAME).exists():
+            continue  # a writer was killed before it kept anything
+        signed = False
+        with noting(FACTORS_NAME):
+            signed = "signing" in _factors(real, identity).groups
+        entry = CacheEntry(real, identity, hmac_key=hmac_key if signed else None)
+        with noting(INDEX_NAME):
+            entry.check_directories()
+            for record in sorted({*entry.records().values()}):
+                with noting(place_of("", record)):
+                    sizes.append(len(entry.read(record)))
     return Verification(len(identities), len(sizes), sum(sizes), tuple(findings))
-
-
-def _sizes(
-    real: Path, identity: Identity, hmac_key: bytes | None, findings: list[Finding]
-) -> list[int]:
-    """The sizes of an entry's artifacts that are right; what is damaged is added to ``findings``."""
-    if not (real.joinpath(*identity.parts) / INDEX_NAME).exists():
-        return []  # a writer was killed before it kept anything
-
-    def tried(file: str, read: Callable[[], T]) -> T | None:
-        try:
-            return read()
-        except Damaged as damage:
-            findings.append(Finding(str(identity), damage.file, damage.reason))
-        except (OSError, UnsafeFile, CacheError) as error:
-            findings.append(Finding(str(identity), file, str(error)))
-        return None
-
-    factors = tried(FACTORS_NAME, lambda: _factors(real, identity))
-    signed = factors is not None and "signing" in factors.groups
-    entry = CacheEntry(real, identity, hmac_key=hmac_key if signed else None)
-
-    def records() -> set[Record]:
-        entry.check_directories()
-        return set(entry.records().values())
-
-    found = sorted(tried(INDEX_NAME, records) or ())
-    return [
-        each.size
-        for each in found
-        if tried(f"{ARTIFACTS_DIRECTORY}/{each.digest}.bin", partial(entry.read, each)) is not None
-    ]
 
 
 # --- less of it --------------------------------------------------------------------------------------
@@ -238,8 +209,8 @@ def collect(
 ) -> CollectionReport:
     """Remove entries unused for longer than ``max_age_s``, then the longest unused until ``max_bytes`` are left.
 
-    Also removes what only takes space: artifacts that no index names, files of killed writers, locks that nobody uses, and what has been in quarantine for
-    longer than ``max_age_s`` (all of it when no age is given).
+    Also removes what only takes space: artifacts that no index names, files of killed writers, locks
+    that nobody uses, and what has been in quarantine for longer than ``max_age_s`` (or any time).
 
     Raises:
         CacheError: the directory is unsafe, or cannot be changed.
@@ -248,10 +219,19 @@ def collect(
         real = resolve_root(root)
         now = time.time()
         entries = list_entries(real)
-        chosen = _choose(entries, now, max_bytes, max_age_s)
+        chosen: list[EntrySummary] = []
+        total, is_full = 0, False
+        for entry in entries:  # the one used last first: what is beyond the size goes
+            is_old = max_age_s is not None and now - entry.last_used > max_age_s
+            too_much = max_bytes is not None and total + entry.bytes > max_bytes
+            is_full = is_full or (not is_old and too_much)
+            if is_old or is_full:
+                chosen.append(entry)
+            else:
+                total += entry.bytes
         removed = [each for each in chosen if dry_run or _remove_entry(real, each.identity)]
         kept = [each for each in entries if each not in removed]
-        inside = [_sweep_entry(real, each.identity, dry_run) for each in kept]
+        inside = [size for each in kept for size in _sweep_entry(real, each.identity, dry_run)]
         aside = _sweep_aside(real, now, max_age_s, dry_run)
     except OSError as error:
         raise CacheError(
@@ -263,29 +243,11 @@ def collect(
         removed=tuple(str(each.identity) for each in removed),
         busy=tuple(str(each.identity) for each in chosen if each not in removed),
         removed_bytes=sum(each.bytes for each in removed),
-        leftover_files=len(aside) + sum(map(len, inside)),
-        leftover_bytes=sum(aside) + sum(map(sum, inside)),
+        leftover_files=len(aside) + len(inside),
+        leftover_bytes=sum(aside) + sum(inside),
         kept_entries=len(kept),
-        kept_bytes=sum(each.bytes for each in kept) - sum(map(sum, inside)),
+        kept_bytes=sum(each.bytes for each in kept) - sum(inside),
     )
-
-
-def _choose(
-    entries: tuple[EntrySummary, ...], now: float, max_bytes: int | None, max_age_s: float | None
-) -> list[EntrySummary]:
-    """``entries`` come with the one used last first; what is beyond the size goes, once the old ones are gone."""
-    chosen: list[EntrySummary] = []
-    total, is_full = 0, False
-    for entry in entries:
-        is_old = max_age_s is not None and now - entry.last_used > max_age_s
-        is_full = is_full or (
-            not is_old and max_bytes is not None and total + entry.bytes > max_bytes
-        )
-        if is_old or is_full:
-            chosen.append(entry)
-        else:
-            total += entry.bytes
-    return chosen
 
 
 def _remove_entry(real: Path, identity: Identity) -> bool:
@@ -303,16 +265,16 @@ def _remove_entry(real: Path, identity: Identity) -> bool:
 
 
 def _sweep_entry(real: Path, identity: Identity, dry_run: bool) -> list[int]:
-    """Remove the files of one entry that its index does not need; their sizes. An entry in use, or damaged, is left alone."""
+    """Remove what an entry's index does not need; the sizes. One that is in use, or damaged, is left alone."""
     entry = CacheEntry(real, identity)
     try:
         with entry.changing(0.0):
-            needed = {record.digest for record in entry.records().values()}
+            needed = {entry.directory / place_of(*each) for each in entry.records().items()}
             found = {
                 path: size
                 for path, size in _file_sizes(entry.directory).items()
                 if path.name.startswith(TEMPORARY_PREFIX)
-                or (path.parent.name == ARTIFACTS_DIRECTORY and path.stem not in needed)
+                or (path.parent.name == ARTIFACTS_DIRECTORY and path not in needed)
             }
             for path in () if dry_run else found:
                 path.unlink(missing_ok=True)

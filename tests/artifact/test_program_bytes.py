@@ -78,5 +78,5 @@ def test_a_key_is_asked_for(made, tmp_path, monkeypatch):
     secret.write_bytes(b"0123456789abcdef")
     secret.chmod(0o600)
     monkeypatch.setenv("PIECEWORK_CACHE_KEY_FILE", str(secret))
-    with pytest.raises(ArtifactError, match="not signed"):
+    with pytest.raises(ArtifactError, match="signature"):
         program_from_bytes(made["data"], CONFIG)

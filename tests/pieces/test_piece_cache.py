@@ -207,16 +207,18 @@ def test_autocast_around_a_model_is_not_the_model_without_it(own_compile_cache: 
 def test_what_has_no_stable_form_switches_the_cache_off_with_a_warning(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    def reads_outside(graph: torch.fx.Graph) -> None:
-        os.environ.get("ANYTHING")
+    lock = threading.Lock()
 
-    cache = opened(inductor_passes={"post_grad_custom_post_pass": reads_outside})
+    def locked(graph: torch.fx.Graph) -> None:
+        lock.locked()
+
+    cache = opened(inductor_passes={"post_grad_custom_post_pass": locked})
     assert cache.entry is None
     (record,) = (each for each in caplog.records if each.name.startswith("piecework"))
     assert "inductor_passes.post_grad_custom_post_pass" in record.getMessage()
     assert "uuid()" in record.getMessage()
     caplog.clear()
-    with inductor_patch("post_grad_custom_pre_pass", reads_outside):
+    with inductor_patch("post_grad_custom_pre_pass", locked):
         assert opened().entry is None
     assert len([each for each in caplog.records if each.name.startswith("piecework")]) == 1
 

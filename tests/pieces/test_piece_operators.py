@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import piecework
-from piecework.runtime.store.piece_operators import operator_facts
+from piecework.runtime.store.surroundings import operator_facts
 
 NAMESPACE = "piece_operators_test"
 

@@ -105,7 +105,7 @@ def test_directory_of_root_is_read_by_others_without_saving(open_directory: Path
 # --- full --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size_k", [4, 40, 64, 132])
+@pytest.mark.parametrize("size_k", [40, 132])
 def test_full_disk(tmp_path: Path, size_k: int) -> None:
     """A tmpfs that is full before, while or after the first artifact is written."""
     disk, copy = tmp_path / "disk", tmp_path / "copy"
@@ -129,7 +129,7 @@ def test_full_disk(tmp_path: Path, size_k: int) -> None:
     assert again["compiled"] == [not saved for saved in outcome["saved"]]  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("limit", [0, 300, 20_000, 35_000])
+@pytest.mark.parametrize("limit", [0, 20_000])
 def test_files_may_not_grow(tmp_path: Path, limit: int) -> None:
     """The kernel refuses a write half-way through a file (EFBIG); what was written of it is gone again."""
     root = tmp_path / "cache"
@@ -145,7 +145,7 @@ def test_files_may_not_grow(tmp_path: Path, limit: int) -> None:
 # --- directories that others control -----------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", [0o770, 0o707, 0o1777])
+@pytest.mark.parametrize("mode", [0o770, 0o707])
 def test_root_that_others_can_write_is_refused(tmp_path: Path, mode: int) -> None:
     root = tmp_path / "cache"
     root.mkdir()
@@ -199,7 +199,7 @@ def test_directory_of_another_user_is_refused(tmp_path: Path) -> None:
 # --- links -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("depth", [1, 2, 3, 4])
+@pytest.mark.parametrize("depth", [1, 4])
 def test_link_out_of_the_tree_is_refused(tmp_path: Path, depth: int) -> None:
     """Each directory of an entry in turn is a link to a perfectly good one elsewhere."""
     root = tmp_path / "cache"
