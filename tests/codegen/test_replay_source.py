@@ -20,19 +20,12 @@ from piecework.codegen.replay.proof import verify_replay
 from piecework.errors import EmitError
 from piecework.golden.cases import Case, import_graph
 from piecework.runtime.batch.forward_context import set_forward_context
-from piecework.runtime.graphs.plan.phase import frozen_garbage
 from piecework.runtime.graphs.serve import replay as captured_module
 
 CASES = Path(__file__).parent.parent.parent / "golden" / "cases"
 
 
 stack = import_graph(Case("captured_replay", CASES / "captured_replay"))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def imports_are_no_garbage():
-    with frozen_garbage():
-        yield
 
 
 @pytest.fixture(scope="module")

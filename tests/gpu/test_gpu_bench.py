@@ -22,13 +22,6 @@ from piecework.bench.gpu.parts import PARTS, step_targets
 from piecework.bench.gpu.rows import QUICK, Rows, checked, host_seconds, times
 from piecework.cli import app
 from piecework.errors import PieceworkError
-from piecework.runtime.graphs.plan.phase import frozen_garbage
-
-
-@pytest.fixture(autouse=True, scope="module")
-def imports_are_no_garbage():
-    with frozen_garbage():
-        yield
 
 
 def lines(folder: Path) -> list[dict[str, object]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import io
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -23,7 +24,7 @@ from piecework.runtime.graphs.plan.estimate import (
     estimate_memory,
     fit_budget,
 )
-from piecework.runtime.graphs.plan.phase import FailurePolicy, capture_graphs, frozen_garbage
+from piecework.runtime.graphs.plan.phase import FailurePolicy, capture_graphs
 from piecework.runtime.graphs.plan.progress import CaptureProgress
 
 NONE, PIECEWISE, FULL = CUDAGraphMode.NONE, CUDAGraphMode.PIECEWISE, CUDAGraphMode.FULL
@@ -195,17 +196,35 @@ def fail_at(tokens, piece):
     return run
 
 
-def test_garbage_is_frozen_only_inside():
-    gc.unfreeze()
+class Cycle:
+    def __init__(self):
+        self.itself = self
+
+
+class Littering(Model):
+    """Leaves garbage that only a collection finds before each run, and tells inside of it what is still there."""
+
+    def dummy(self, descriptor):
+        self.litter.append(weakref.ref(Cycle()))
+        return super().dummy(descriptor)
+
+    def attention(self, x):
+        self.found += [each() for each in self.litter]
+        return super().attention(x)
+
+
+def test_garbage_is_collected_before_each_capture():
+    model = Littering(mode=PIECEWISE, sizes=(1, 2, 4))
+    old = Cycle()
+    model.litter, model.found = [weakref.ref(old)], []
+    gc.collect()  # so that it is among the oldest
+    del old
+    gc.disable()
     try:
-        with frozen_garbage():
-            assert gc.get_freeze_count() > 0
-            with frozen_garbage():
-                pass
-            assert gc.get_freeze_count() > 0
-        assert gc.get_freeze_count() == 0
+        model.capture()
     finally:
-        gc.freeze()
+        gc.enable()
+    assert model.found and not any(model.found)
 
 
 def test_progress_on_plain_output():

@@ -260,7 +260,7 @@ def _record(
     key = (request.name, request.mode, request.descriptor)
     with named, graphs.one_capture(*key, staged_bytes=staged_bytes) as graph:
         if request.collect_garbage:
-            gc.collect()
+            gc.collect(1 if graphs.in_phase else 2)  # a phase begins with a full collection
             graphs.platform.release_cached_memory()
         try:
             output = graph.capture(runnable, args, kwargs, weak_output=request.weak_output)

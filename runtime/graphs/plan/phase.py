@@ -8,8 +8,8 @@ from __future__ import annotations
 import enum
 import gc
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -143,7 +143,7 @@ def capture_graphs(
     """Capture every descriptor, largest first, and close capturing.
 
     Each is run ``warmups`` times uncaptured and then once in its mode; the wrappers inside capture.
-    Garbage that exists beforehand is frozen, so that the collections between captures are short.
+    Garbage is collected once, and before each capture what became garbage since.
 
     Args:
         forward: runs the model once on (dummy) inputs of the descriptor's shape.
@@ -188,7 +188,8 @@ def capture_graphs(
             dispatcher.give_up(*key)  # type: ignore[union-attr]
 
     try:
-        with graphs.capturing(), frozen_garbage():
+        with graphs.capturing():
+            gc.collect()
             while left:
                 key = left[0]
                 if affordable is not None and not affordable(key):
@@ -257,23 +258,6 @@ def _capture(
         tuple(f"{r.name}: {r.eager_reason}" for r in records if r.eager_reason is not None),
         error,
     )
-
-
-@contextmanager
-def frozen_garbage() -> Iterator[None]:
-    """Collect once, then keep what exists out of every collection inside the block.
-
-    Does nothing where the process froze its garbage already, so that it stays frozen afterwards.
-    """
-    if gc.get_freeze_count():
-        yield
-        return
-    gc.collect()
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 def format_bytes(nbytes: int) -> str:
