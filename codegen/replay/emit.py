@@ -1,16 +1,19 @@
-"""From stitching source to replay source. In: a `StitchedSource`, its graph, and what was captured of each piece. Out: a straight-line function that replays one descriptor.
+"""From stitching source to replay source: a straight-line function that replays one descriptor.
 
-Nothing is executed, and no tensor is touched; every place where the text relies on memory staying put is checked against the capture.
+Nothing is executed, and no tensor is touched.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import assert_never
 
 import torch.fx
 
+from piecework.codegen.graph.origin import results_of
+from piecework.codegen.graph.structure import new_placeholder
 from piecework.codegen.plan import ir
 from piecework.codegen.plan.literals import is_inline_literal, literal_text
 from piecework.codegen.plan.liveness import deletion
@@ -18,10 +21,8 @@ from piecework.codegen.plan.names import NameTable, is_identifier
 from piecework.codegen.plan.one_line import call_text, targets_text
 from piecework.codegen.plan.render import const_rows, render, table_rows
 from piecework.codegen.replay.plan import (
-    Buffer,
     Frozen,
     Held,
-    HeldBack,
     HeldBuffer,
     HeldInput,
     HeldOutput,
@@ -34,10 +35,31 @@ from piecework.codegen.replay.plan import (
     Staged,
 )
 from piecework.codegen.replay.proof import ReplayProof, verify_replay
-from piecework.codegen.stitch.source import StitchedSource
+from piecework.codegen.stitch.lower import LowerOptions
+from piecework.codegen.stitch.source import StitchedSource, generate_source
 from piecework.errors import EmitError
 
 REPLAY_NAME = "replay"
+WHOLE = "whole_forward"
+
+
+def whole_forward(
+    split_gm: torch.fx.GraphModule, source: StitchedSource
+) -> tuple[torch.fx.GraphModule, StitchedSource]:
+    """The forward as one piece, for a full graph: ``return whole_forward(<parameters>)``, and its source.
+
+    Weights that ``source`` holds as names of its module are no parameters here either.
+    """
+    graph = torch.fx.Graph()
+    inputs = [new_placeholder(graph, each.name) for each in source.module.entry.parameters]
+    call, results = graph.call_module(WHOLE, tuple(inputs)), []
+    for index, each in enumerate(results_of(split_gm.graph)):
+        name = each.name if isinstance(each, torch.fx.Node) else None
+        element = (call, index)
+        results.append(graph.create_node("call_function", operator.getitem, element, name=name))
+    graph.output(tuple(results))
+    whole_gm = torch.fx.GraphModule({WHOLE: split_gm}, graph)
+    return whole_gm, generate_source(whole_gm, LowerOptions(submods=(WHOLE,), emit_del=False))
 
 
 def generate_replay(
@@ -45,8 +67,8 @@ def generate_replay(
 ) -> tuple[ReplaySource, ReplayProof]:
     """Emit the replay function of one captured descriptor and prove it against the stitching graph.
 
-    The function takes the tuple of inputs that are staged, and returns what ``execution_fn`` returns for the captured
-    size: static memory, which the next replay overwrites.
+    The function takes the inputs that are staged, and returns what ``execution_fn`` returns for the
+    captured size: static memory, which the next replay overwrites.
 
     Raises:
         EmitError: the capture does not fit the graph: a piece reads memory that is not its operand's.
@@ -79,11 +101,9 @@ class _Planner:
         self.held: dict[str, Held] = {}
         self.stage = self.names.claim("stage")
         self.inputs = self.names.claim("inputs")
-        self.buffers: dict[tuple[int, int], str] = {}
-        self.numbers: dict[str, object] = (
-            {}
-        )  # results of pieces that follow from the captured sizes
-        self.outputs: dict[str, HeldOutput] = {}  # and whose they are
+        # Results of pieces that follow from the captured sizes, and whose they are.
+        self.numbers: dict[str, object] = {}
+        self.outputs: dict[str, HeldOutput] = {}
         self.live: set[str] = set()
 
     def module(self) -> ir.Module:
@@ -135,14 +155,18 @@ class _Planner:
         if leaves is None:
             why = "a piece takes a container or a keyword, which has no replay form"
             raise EmitError(why, where=submod)
-        for number, buffer in enumerate(facts.buffers):
-            yield self._fill(index, number, buffer, leaves)
+        staged = [(n, each) for n, each in enumerate(facts.reads) if isinstance(each, Staged)]
+        reads = _reads(stmt, piece, facts, leaves)
+        buffers = {leaf: self._buffer(index, leaf) for leaf, _ in staged}
+        for leaf, name in buffers.items():
+            note = f"fresh tensor: address policy {self.facts.policy!r} stages it for {submod}"
+            yield _copy(name, leaves[leaf], note)
         replay = self.names.claim(f"replay_{index}")
         self.held[replay] = HeldReplay(index)
-        yield _call(replay, (), _reads(stmt, piece, facts, leaves))
-        for number, buffer in enumerate(facts.buffers):
-            if buffer.writes_back:
-                yield self._bring_back(index, number, buffer, leaves)
+        yield _call(replay, (), reads)
+        for leaf, each in staged:
+            if each.writes_back:
+                yield _copy(leaves[leaf], buffers[leaf], f"{submod} changed it in place")
         for element, target in enumerate(stmt.targets):
             output = facts.output(element if stmt.unpack else None)
             held = HeldOutput(index, element if stmt.unpack else None)
@@ -151,37 +175,15 @@ class _Planner:
             else:
                 self.held[target] = held
 
-    def _fill(
-        self, index: int, number: int, buffer: Buffer, leaves: tuple[str, ...]
-    ) -> ir.Statement:
+    def _buffer(self, index: int, leaf: int) -> str:
         submod = self.source.submod_names[index]
         if self.facts.policy != "copy":
             raise EmitError(
                 f"address policy {self.facts.policy!r} stages nothing, and {submod} has buffers"
             )
-        values = tuple(leaves[leaf] for leaf in buffer.leaves)
-        note = f"fresh tensor: address policy {self.facts.policy!r} stages it for {submod}"
-        if buffer.plain:
-            name = self.names.claim(f"{submod}_in_{buffer.leaves[0]}")
-            target = _copy(name, values[0], note)
-        else:
-            name = self.names.claim(f"stage_{submod}_in_{buffer.leaves[0]}")
-            target = _call(name, values, note)
-        self.held[name] = HeldBuffer(index, number)
-        self.buffers[index, number] = name
-        return target
-
-    def _bring_back(
-        self, index: int, number: int, buffer: Buffer, leaves: tuple[str, ...]
-    ) -> ir.Statement:
-        submod = self.source.submod_names[index]
-        values = tuple(leaves[leaf] for leaf in buffer.leaves)
-        note = f"{submod} changed it in place"
-        if buffer.plain:
-            return _copy(values[0], self.buffers[index, number], note)
-        name = self.names.claim(f"bring_back_{submod}_in_{buffer.leaves[0]}")
-        self.held[name] = HeldBack(index, number)
-        return _call(name, values, note)
+        name = self.names.claim(f"{submod}_in_{leaf}")
+        self.held[name] = HeldBuffer(index, leaf)
+        return name
 
 
 def _reads(
@@ -247,7 +249,7 @@ def _rows(plan: _Planner) -> Iterator[str]:
                 outputs.setdefault(piece, []).append(name)
             case HeldStage():
                 yield f"{name}: copies {', '.join(plan.facts.staged)} into persistent buffers"
-            case HeldBuffer(piece) | HeldBack(piece):
+            case HeldBuffer(piece):
                 yield f"{name}: static buffer of {submods[piece]}"
             case HeldReplay(piece):
                 eager = plan.facts.pieces[piece].eager_reason is not None

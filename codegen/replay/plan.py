@@ -1,6 +1,6 @@
-"""What was captured of each piece, as far as its replay is concerned. In: nothing; this is the vocabulary between the runtime and `emit`.
+"""What was captured of each piece, as far as its replay is concerned: the words that the runtime and `emit` share.
 
-All classes are frozen; a place is any value that is equal for equal memory, and is never looked into.
+A place is any value that is equal for equal memory, and is never looked into.
 """
 
 from __future__ import annotations
@@ -11,17 +11,15 @@ from typing import Literal
 
 from piecework.codegen.plan import ir
 
+Policy = Literal["copy", "refuse", "eager"]
+"""What becomes of a fresh tensor that enters a captured piece; only ``copy`` stages it."""
+
 # --- how a captured piece reads one leaf of its arguments --------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class InPlace:
-    """The graph reads a tensor where it was at capture.
-
-    Attributes:
-        place: that memory and its layout.
-        owner: who keeps the memory there, in words, such as ``weight`` or ``persistent buffer 'x'``.
-    """
+    """A tensor, where it was at capture; ``owner`` keeps it there, such as ``weight``."""
 
     place: Hashable
     owner: str
@@ -29,13 +27,9 @@ class InPlace:
 
 @dataclass(frozen=True, slots=True)
 class Staged:
-    """The graph reads a static buffer of its own, which must be filled before each replay.
+    """A static buffer that is filled before each replay, and copied back if the piece changes it."""
 
-    Attributes:
-        buffer: which of the piece's `Buffer`s.
-    """
-
-    buffer: int
+    writes_back: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,25 +39,7 @@ class Frozen:
     value: object
 
 
-Policy = Literal["copy", "refuse", "eager"]
-"""What becomes of a fresh tensor that enters a captured piece; only ``copy`` has buffers."""
-
 Read = InPlace | Staged | Frozen
-
-
-@dataclass(frozen=True, slots=True)
-class Buffer:
-    """A static buffer for arguments that nothing keeps in place.
-
-    Attributes:
-        leaves: the argument leaves that it holds; several share memory.
-        plain: one tensor without gaps or overlap, so ``copy_`` fills it; otherwise a bound function does.
-        writes_back: the piece changes the argument, so it is copied back after a replay.
-    """
-
-    leaves: tuple[int, ...]
-    plain: bool
-    writes_back: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,13 +48,11 @@ class PieceFacts:
 
     Attributes:
         reads: one per leaf of its arguments.
-        buffers: its static buffers.
-        outputs: places of its results, `Frozen` for a number; a bare one if it returns no tuple or list.
+        outputs: places of its results, `Frozen` for a number; a bare one if it returns no tuple.
         eager_reason: why it runs uncaptured in this shape, if so; the rest is empty then.
     """
 
     reads: tuple[Read, ...] = ()
-    buffers: tuple[Buffer, ...] = ()
     outputs: Hashable = ()
     eager_reason: str | None = None
 
@@ -98,10 +72,10 @@ class ReplayFacts:
         title: mode and descriptor, such as ``PIECEWISE 8 tokens``.
         tokens: the captured size.
         policy: the address policy.
-        staged: parameters of the stitching function that are copied into persistent buffers, in order.
+        staged: parameters of the stitching function that are copied into persistent buffers.
         sizes: parameters that are numbers, frozen at the captured size.
         places: where the other parameters and the bound weights are, by name.
-        numbers: numbers of the stitching graph that follow from the captured sizes, by the name of their node.
+        numbers: what follows from the captured sizes, by the name of its node.
         pieces: one per entry of ``__vllm_submods__``.
         banner: further lines for the header.
     """
@@ -130,10 +104,10 @@ class HeldOutput:
 
 @dataclass(frozen=True, slots=True)
 class HeldBuffer:
-    """Buffer ``buffer`` of piece ``piece``: the tensor itself, or the functions that fill it and bring it back."""
+    """The static buffer of one leaf of a piece's arguments."""
 
     piece: int
-    buffer: int
+    leaf: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,15 +129,7 @@ class HeldInput:
     name: str
 
 
-@dataclass(frozen=True, slots=True)
-class HeldBack:
-    """What brings buffer ``buffer`` of piece ``piece`` back, where ``copy_`` can't."""
-
-    piece: int
-    buffer: int
-
-
-Held = HeldOutput | HeldBuffer | HeldReplay | HeldStage | HeldInput | HeldBack
+Held = HeldOutput | HeldBuffer | HeldReplay | HeldStage | HeldInput
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
-"""Proves replay source as stitching source is: it is run on the same tokens, and a replay stands for the call of its piece.
+"""Proves replay source by running it on tokens: a replay stands for the call of its piece.
 
-What each captured piece reads is held against its operands, place by place. The planning of the replay is not relied on.
+What each captured piece reads is held against its operands, place by place.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from piecework.codegen.replay import plan
 from piecework.codegen.stitch.source import StitchedSource, linkage_of
 from piecework.errors import EmitError
 
-_Buffer = tuple[int, int]  # a piece, and the number of one of its buffers
+_Buffer = tuple[int, int]  # a piece, and the leaf of its arguments that is staged
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +29,8 @@ class ReplayProof:
     Attributes:
         stitched: the text, with replays for calls of pieces, against the graph.
         replays: pieces that are replayed.
-        operands: operands of replayed pieces that were found where the graph reads them, or staged.
-        vouched: operands that operators between the pieces make, whose memory only the first checked replay knows.
+        operands: operands that were found where the graph reads them, or staged.
+        vouched: operands that operators make, whose memory only the first checked replay knows.
     """
 
     stitched: Proof
@@ -48,8 +48,8 @@ def verify_replay(
     """Prove that ``replay`` runs what ``split_gm`` says, on the memory that was captured.
 
     Raises:
-        EmitError: a piece is missing, out of order or without its staged operands, an operator has other operands, or a
-            captured piece reads memory that is not its operand's.
+        EmitError: a piece is missing, out of order or without its staged operands, an operator has
+            other operands, or a captured piece reads memory that is not its operand's.
     """
     return _ReplayRun(replay, source, split_gm, facts).proof()
 
@@ -82,8 +82,8 @@ class _ReplayRun(TextRun):
         }
         self.inputs = Token("inputs")
         self.staged = not facts.staged
-        self.filled: dict[_Buffer, tuple[object, ...]] = {}
-        self.due: dict[_Buffer, tuple[object, ...]] = {}
+        self.filled: dict[_Buffer, object] = {}
+        self.due: dict[_Buffer, object] = {}
         self.replays = self.operands = self.vouched = 0
 
     def proof(self) -> ReplayProof:
@@ -134,19 +134,13 @@ class _ReplayRun(TextRun):
     # --- what is recorded --------------------------------------------------------------------------
 
     def called(self, line: int, target: object, /, *args: object, **kwargs: object) -> object:
-        if kwargs and isinstance(target, (plan.HeldStage, plan.HeldBuffer, plan.HeldBack)):
-            self.refuse(line, "the runtime's own functions take no keywords")
         match target:
             case plan.HeldStage():
-                if self.staged or self.next or args != (self.inputs,):
+                if kwargs or self.staged or self.next or args != (self.inputs,):
                     self.refuse(line, "something else than the inputs is staged, or later")
                 self.staged = True
             case plan.HeldReplay(piece):
                 return self._replayed(line, piece, *args, **kwargs)
-            case plan.HeldBuffer(piece, number):
-                self.filled[piece, number] = args
-            case plan.HeldBack(piece, number):
-                self._brought_back(line, (piece, number), args)
             case _:
                 return super().called(line, target, *args, **kwargs)
         return None
@@ -156,16 +150,13 @@ class _ReplayRun(TextRun):
     ) -> object:
         copies = name == "copy_" and len(args) == 1 and not kwargs
         if copies and isinstance(value, plan.HeldBuffer):
-            self.filled[value.piece, value.buffer] = args
+            self.filled[value.piece, value.leaf] = args[0]
         elif copies and isinstance(args[0], plan.HeldBuffer):
-            self._brought_back(line, (args[0].piece, args[0].buffer), (value,))
+            if self.due.pop((args[0].piece, args[0].leaf), None) != value:
+                self.refuse(line, "something is brought back that the piece did not change")
         else:
             return super().called_method(line, value, name, *args, **kwargs)
         return None
-
-    def _brought_back(self, line: int, key: _Buffer, values: tuple[object, ...]) -> None:
-        if self.due.pop(key, None) != values:
-            self.refuse(line, "something is brought back that the piece did not change")
 
     # --- one piece ---------------------------------------------------------------------------------
 
@@ -187,17 +178,15 @@ class _ReplayRun(TextRun):
         if len(leaves) != len(facts.reads):
             why = f"captured with {len(facts.reads)} operands, the graph has {len(leaves)}"
             self.refuse(line, why)
-        for number, buffer in enumerate(facts.buffers):
-            expected = tuple(leaves[leaf] for leaf in buffer.leaves)
-            if self.filled.pop((piece, number), None) != expected:
-                self.refuse(line, f"operands {list(buffer.leaves)} are not staged before it")
-            if buffer.writes_back:
-                self.due[piece, number] = expected
         for index, (leaf, read) in enumerate(zip(leaves, facts.reads, strict=True)):
-            why = f"operand {index} has no buffer"
+            why = ""
             match read:
-                case plan.Staged(buffer=number):
-                    holds = index in facts.buffers[number].leaves
+                case plan.Staged(writes_back=changed):
+                    key = piece, index
+                    holds = key in self.filled and self.filled.pop(key) == leaf
+                    why = f"operand {index} is not staged before it"
+                    if changed:
+                        self.due[key] = leaf
                 case plan.InPlace() if isinstance(leaf, Token) and leaf in self.places:
                     holds = self.places[leaf] == read.place
                     why = f"operand {index} is {leaf.name}, and the capture reads other memory ({read.owner})"

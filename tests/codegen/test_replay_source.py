@@ -116,12 +116,12 @@ def proved(stitched, facts: ReplayFacts, change: Callable[[str], str] = str):
         (
             "    submod_2_in_1.copy_(fresh_default)\n",
             "",
-            r"operands \[1\] are not staged before it",
+            "operand 1 is not staged before it",
         ),
         (
             "submod_2_in_1.copy_(fresh_default)",
             "submod_2_in_1.copy_(left)",
-            "are not staged before it",
+            "is not staged before it",
         ),
         (
             "submod_2_in_1.copy_(fresh_default)",
@@ -146,7 +146,7 @@ def proved(stitched, facts: ReplayFacts, change: Callable[[str], str] = str):
         ("def replay(inputs):", "def replay(inputs, *more):", "takes other parameters"),
         ("def replay(inputs):", "def replay(stage):", "takes other parameters"),
         ("def replay(inputs):", "@print\ndef replay(inputs):", "decorators and annotations"),
-        ("stage(inputs)", "stage(inputs, more=1)", "take no keywords"),
+        ("stage(inputs)", "stage(inputs, more=1)", "something else than the inputs"),
         (
             "submod_2_in_1.copy_(fresh_default)",
             "submod_2_in_1.copy_(fresh_default, more=print())",

@@ -11,9 +11,8 @@ import torch
 import torch.fx
 
 from piecework.codegen.plan.render import line_map
-from piecework.codegen.replay.emit import REPLAY_NAME, generate_replay
+from piecework.codegen.replay.emit import REPLAY_NAME, generate_replay, whole_forward
 from piecework.codegen.replay.plan import (
-    Buffer,
     Frozen,
     Held,
     HeldBuffer,
@@ -29,7 +28,6 @@ from piecework.codegen.replay.plan import (
     Staged,
 )
 from piecework.codegen.replay.proof import ReplayProof
-from piecework.codegen.replay.whole import whole_forward
 from piecework.codegen.stitch.bind import execute_source
 from piecework.codegen.stitch.source import StitchedSource
 from piecework.runtime.call.profile_names import layer_by_line, named_globals
@@ -146,17 +144,16 @@ class ReplayMaker:
 def _facts_of(call: CapturedCall) -> PieceFacts:
     if call.graph is None:
         return PieceFacts(eager_reason=call.eager_reason or "it was not captured")
-    buffer_of = {copy.leaf: number for number, copy in enumerate(call.copies)}
+    writes_back = {copy.leaf: copy.writes_back for copy in call.copies}
     reads: list[Read] = []
     for leaf, slot in enumerate(call.slots):
-        if leaf in buffer_of:
-            reads.append(Staged(buffer_of[leaf]))
+        if leaf in writes_back:
+            reads.append(Staged(writes_back[leaf]))
         elif slot.placement is not None and slot.origin is not None:
             reads.append(InPlace(slot.placement, slot.origin.value))
         else:
             reads.append(Frozen(slot.value))
-    buffers = tuple(Buffer((copy.leaf,), True, copy.writes_back) for copy in call.copies)
-    return PieceFacts(tuple(reads), buffers, _places_of(call.output))
+    return PieceFacts(tuple(reads), _places_of(call.output))
 
 
 def _places_of(output: object) -> Hashable:
@@ -183,7 +180,7 @@ def _bound(
         case HeldOutput(piece, element):
             output = calls[piece].output
             return output if element is None else output[element]  # type: ignore[index]
-        case HeldBuffer(piece, buffer):
-            return calls[piece].copies[buffer].static
+        case HeldBuffer(piece, leaf):
+            return next(each.static for each in calls[piece].copies if each.leaf == leaf)
         case _:
             raise AssertionError(f"nothing is bound to {what}")
