@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from piecework.runtime.graphs.memory.addresses import AddressBook as AddressBook
     from piecework.runtime.graphs.memory.addresses import AddressPolicy as AddressPolicy
     from piecework.runtime.graphs.memory.addresses import ValueOrigin as ValueOrigin
+    from piecework.runtime.graphs.memory.captured_call import CUDAGraphOptions as CUDAGraphOptions
     from piecework.runtime.graphs.memory.owner import StaticGraphs as StaticGraphs
     from piecework.runtime.graphs.memory.wrapper import CUDAGraphEntry as CUDAGraphEntry
-    from piecework.runtime.graphs.memory.wrapper import CUDAGraphOptions as CUDAGraphOptions
     from piecework.runtime.graphs.memory.wrapper import CUDAGraphWrapper as CUDAGraphWrapper
     from piecework.runtime.graphs.memory.wrapper import (
         wrap_with_cudagraph_if_needed as wrap_with_cudagraph_if_needed,

@@ -251,7 +251,7 @@ class TracedModel:
                     CAPTURED: partial(self._dry, mode, descriptor, self.call),
                 }
                 calls = {name: partial(way, *args, **kwargs) for name, way in ways.items()}
-                with static.captures.without_traces(descriptor):
+                with static.without_traces(descriptor):
                     yield measured(size, calls, static.graphs.platform.device, seconds=seconds)
         static.count_anew()
 
@@ -265,7 +265,7 @@ class TracedModel:
     ) -> None:
         """A call on dummy arguments in the context of a captured size."""
         assert self.static is not None
-        with torch.no_grad(), self.static.captures.context_for(mode, descriptor):
+        with torch.no_grad(), self.static.context_for(mode, descriptor):
             call(*args, **kwargs)
 
     def forget_given_up(self) -> None:

@@ -152,7 +152,7 @@ def test_partitions_replay_and_do_not_run(monkeypatch: pytest.MonkeyPatch) -> No
     expected = model(x)
     torch.testing.assert_close(stitched(x), expected)
     assert ran == [0, 1, 2]
-    wrappers = stitched.static_graphs.captures.partitions.wrappers.values()  # type: ignore[attr-defined]
+    wrappers = stitched.static_graphs.partitions.values()  # type: ignore[attr-defined]
     calls = [each.call for w in wrappers for each in w.concrete_cudagraph_entries.values()]
     assert len(calls) == PARTITIONS
     for call in calls:

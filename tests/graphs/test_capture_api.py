@@ -103,7 +103,7 @@ def test_replays_run_and_not_the_pieces() -> None:
     names = stitched.source.submod_names
     assert names
     calls: list[str] = []
-    for wrapper in stitched.static_graphs.captures._wrapped[0]:
+    for wrapper in stitched.static_graphs._wrapped[0]:
         entry = next(iter(wrapper.concrete_cudagraph_entries.values()))
         wrapper.runnable = lambda *args, name=wrapper.name: calls.append(name)
         assert entry.call.graph.captured

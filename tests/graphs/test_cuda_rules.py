@@ -373,7 +373,8 @@ def test_a_capture_waits_for_the_call_that_has_the_memory_and_not_for_ever(on_cu
 def test_memory_is_not_given_back_while_another_thread_captures_into_it():
     graphs, order = StaticGraphs("cpu", lazy=True), []
     other = threading.Thread(target=lambda: (graphs.clear_all_graphs(), order.append("cleared")))
-    with graphs.one_capture("it", CUDAGraphMode.FULL, BatchDescriptor(4)) as graph:
+    record = owner.CaptureRecord("it", CUDAGraphMode.FULL, BatchDescriptor(4))
+    with graphs.one_capture(record) as graph:
         other.start()
         graph.capture(lambda x: x + 1, (torch.ones(4),), {})
         time.sleep(0.1)

@@ -11,23 +11,22 @@ from piecework.runtime.batch.forward_context import set_forward_context
 from piecework.runtime.batch.mode import CUDAGraphMode
 from piecework.runtime.graphs.device.weak_ref import view_of_storage
 from piecework.runtime.graphs.memory.addresses import AddressBook, ValueOrigin
-from piecework.runtime.graphs.memory.captured_call import CapturedCall, CaptureRequest
-from piecework.runtime.graphs.memory.owner import StaticGraphs
+from piecework.runtime.graphs.memory.captured_call import CapturedCall, CUDAGraphOptions
+from piecework.runtime.graphs.memory.owner import CaptureRecord, StaticGraphs
 from piecework.runtime.graphs.memory.wrapper import CUDAGraphWrapper
 
 PIECEWISE = CUDAGraphMode.PIECEWISE
 DESCRIPTOR = BatchDescriptor(4)
 
 
-def request(**options):
-    return CaptureRequest("submod_2", PIECEWISE, DESCRIPTOR, **options)
+RECORD = CaptureRecord("submod_2", PIECEWISE, DESCRIPTOR)
 
 
 def captured(runnable, *args, graphs=None, policy="copy", **options):
     """A captured call with nothing vouched for, and the owner."""
     graphs = graphs or StaticGraphs("cpu", address_policy=policy)
     graphs.is_open = True
-    call, _ = CapturedCall.make(runnable, args, {}, request(**options), graphs)
+    call, _ = CapturedCall.make(runnable, args, {}, RECORD, CUDAGraphOptions(**options), graphs)
     graphs.is_open = False
     return call
 
@@ -343,7 +342,8 @@ def test_none_and_nested_arguments():
         lambda pair, mask, *, extra: pair["x"] + extra[0],
         ({"x": x}, None),
         {"extra": [y, 3]},
-        request(),
+        RECORD,
+        CUDAGraphOptions(),
         graphs,
     )
     with pytest.raises(StaticGraphError, match="argument 1 was None, is a tensor"):

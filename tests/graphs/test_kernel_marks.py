@@ -87,7 +87,7 @@ class Stitched:
 
     def graphs(self) -> dict[tuple[str, int], object]:
         """The graphs that are replayed, by piece and size."""
-        captures = self.stitched.static_graphs.captures
+        captures = self.stitched.static_graphs
         return {
             (wrapper.name, descriptor.num_tokens): entry.call.graph.require_captured()
             for wrapper in (*captures._wrapped[0], captures._whole[0])

@@ -8,47 +8,44 @@ from __future__ import annotations
 import gc
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 
 from piecework.errors import StaticGraphError
-from piecework.runtime.batch.descriptor import BatchDescriptor
-from piecework.runtime.batch.mode import CUDAGraphMode
 from piecework.runtime.graphs.device.contract import StaticGraph
-from piecework.runtime.graphs.device.weak_ref import weak_ref_tensors
+from piecework.runtime.graphs.device.weak_ref import (
+    owns_plain_memory,
+    view_of_storage,
+    weak_ref_tensors,
+)
 from piecework.runtime.graphs.memory.addresses import AddressPolicy, Placement, ValueOrigin
-from piecework.runtime.graphs.memory.copies import StagedCopy, stage_fresh
-from piecework.runtime.graphs.memory.owner import StaticGraphs
+from piecework.runtime.graphs.memory.owner import CaptureRecord, StaticGraphs
 from piecework.runtime.torch_compat import flatten_tree, unflatten_tree
 
-Runnable = Callable[..., object]
+Memory = Callable[[int, int, torch.device], torch.Tensor]
 
 # Python values that are the same when they are equal; any other object must be the very same one.
 _SCALARS = (bool, int, float, complex, str, bytes)
 
 
 @dataclass(frozen=True, slots=True)
-class CaptureRequest:
-    """What is captured, for whom.
+class CUDAGraphOptions:
+    """How one wrapper captures.
 
     Attributes:
-        collect_garbage: collect and hand back cached memory first (once per descriptor is enough).
-        weak_output: let go of the output inside the capture (the last piece of a forward).
+        debug_log_enable: log each capture of this wrapper.
+        gc_disable: don't collect garbage first; only the first piece of a forward needs to.
+        weak_ref_output: let go of the output inside the capture; right for the last piece, whose
+            output no other piece reads.
         mutated_args: leaves of the arguments that the callable changes in place.
     """
 
-    name: str
-    mode: CUDAGraphMode
-    descriptor: BatchDescriptor
-    collect_garbage: bool = True
-    weak_output: bool = False
+    debug_log_enable: bool = True
+    gc_disable: bool = False
+    weak_ref_output: bool = False
     mutated_args: frozenset[int] = frozenset()
-
-    @property
-    def where(self) -> str:
-        return f"{self.name}, {self.mode.name} {self.descriptor.describe()}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,25 +53,29 @@ class InputSlot:
     """One leaf of the captured arguments: a tensor at its place, or a frozen Python value.
 
     Attributes:
-        origin: who owns a tensor's memory; None for a Python value.
-        name: the registered name of that memory, if any.
+        origin, name: who owns a tensor's memory, and its name; None for a Python value.
         placement: what a replay expects; None for a Python value.
         value: the Python value; None for a tensor.
+        static: the buffer that a fresh tensor is copied into before each replay.
+        writes_back: the piece changes it, so the caller's tensor is updated after a replay.
     """
 
+    index: int
     origin: ValueOrigin | None
     name: str | None
     placement: Placement | None
     value: object
+    static: torch.Tensor | None = None
+    writes_back: bool = False
 
-    def describe(self, index: int) -> str:
+    def describe(self) -> str:
         if self.origin is None:
-            return f"argument {index}"
+            return f"argument {self.index}"
         kind = self.origin.value if self.name is None else f"{self.origin.value} {self.name!r}"
-        return f"argument {index} ({kind})"
+        return f"argument {self.index} ({kind})"
 
-    def mismatch(self, leaf: object, *, staged: bool) -> str | None:
-        """Why ``leaf`` can't take this slot, or None; a ``staged`` one may lie elsewhere."""
+    def mismatch(self, leaf: object) -> str | None:
+        """Why ``leaf`` can't take this slot, or None; what is staged may lie elsewhere."""
         if self.placement is None:
             alike = type(self.value) is type(leaf) and type(leaf) in _SCALARS
             if self.value is leaf or (alike and self.value == leaf):
@@ -84,7 +85,31 @@ class InputSlot:
         if not isinstance(leaf, torch.Tensor):
             return f"was a tensor, is a {type(leaf).__name__}"
         now = Placement.of(leaf)
-        return None if staged and self.placement.same_layout(now) else self.placement.differs(now)
+        staged = self.static is not None and self.placement.same_layout(now)
+        return None if staged else self.placement.differs(now)
+
+    def stage(self, leaves: Sequence[object]) -> None:
+        """Copy the argument's present contents into the buffer."""
+        self.static.copy_(self._source(leaves))  # type: ignore[union-attr]
+
+    def bring_back(self, leaves: Sequence[object]) -> None:
+        """Copy what the piece wrote back into the caller's tensor."""
+        if self.writes_back:
+            self._source(leaves).copy_(self.static)  # type: ignore[arg-type]
+
+    def _source(self, leaves: Sequence[object]) -> torch.Tensor:
+        """The argument as it is now, laid out as at capture (``copy_`` would broadcast)."""
+        now, static = leaves[self.index], self.static
+        assert static is not None
+        layout = (static.shape, static.stride(), static.dtype)
+        if isinstance(now, torch.Tensor) and (now.shape, now.stride(), now.dtype) == layout:
+            return now
+        what = Placement.of(now).describe() if isinstance(now, torch.Tensor) else repr(now)
+        was = Placement.of(static).describe()
+        raise StaticGraphError(
+            f"argument {self.index} was captured as {was}, and is {what} now",
+            hint="pad inputs to the captured shape before calling",
+        )
 
 
 def _nothing_captured() -> None:
@@ -96,10 +121,10 @@ class CapturedCall:
     """A captured callable with its inputs' slots, or the reason why it runs uncaptured.
 
     Attributes:
+        where: what was captured, for errors.
         graph: the static graph; None where the policy chose to run eagerly.
         output: the static output, weakly referenced.
         slots: the leaves of the arguments.
-        copies: fresh inputs that are staged before each replay.
         eager_reason: why nothing was captured, if so.
         checked: the arguments of a replay were checked once.
         trusted: checked, and nothing has to be copied: a replay may skip looking at the arguments.
@@ -108,11 +133,10 @@ class CapturedCall:
         flat: the arguments are their own leaves.
     """
 
-    request: CaptureRequest
+    where: str
     graph: StaticGraph | None
     output: object
     slots: tuple[InputSlot, ...]
-    copies: tuple[StagedCopy, ...]
     eager_reason: str | None = None
     checked: bool = False
     trusted: bool = False
@@ -120,14 +144,16 @@ class CapturedCall:
     replay: Callable[[], None] = _nothing_captured
     on_first_replay: Callable[[], None] = _nothing_captured
     flat: bool = False
+    copies: tuple[InputSlot, ...] = ()
 
     @classmethod
     def make(
         cls,
-        runnable: Runnable,
+        runnable: Callable[..., object],
         args: tuple[object, ...],
         kwargs: Mapping[str, object],
-        request: CaptureRequest,
+        record: CaptureRecord,
+        options: CUDAGraphOptions,
         graphs: StaticGraphs,
     ) -> tuple[CapturedCall, object]:
         """Capture, replay once, and return the call with its output held strongly.
@@ -139,49 +165,55 @@ class CapturedCall:
             StaticGraphError: capturing is closed, the callable failed, an input is on another
                 device, or a fresh one is refused.
         """
-        graphs.require_open(request.where)
-        graphs.require_unused(request.mode, request.descriptor, request.where)
+        key, where = (record.mode, record.descriptor), record.where
+        graphs.require_open(where)
+        graphs.require_unused(*key, where)
         leaves, spec = flatten_tree((args, dict(kwargs)))
-        slots = tuple(_slot(n, leaf, request, graphs) for n, leaf in enumerate(leaves))
+        slots = [_slot(n, leaf, record, graphs) for n, leaf in enumerate(leaves)]
         fresh = [i for i, slot in enumerate(slots) if slot.origin is ValueOrigin.FRESH]
         if fresh and graphs.address_policy is not AddressPolicy.COPY:
-            what = slots[fresh[0]].describe(fresh[0])
+            what = slots[fresh[0]].describe()
             if graphs.address_policy is AddressPolicy.REFUSE:
                 raise StaticGraphError(
                     f"{what} enters a captured piece, and nothing keeps its address",
-                    where=request.where,
+                    where=where,
                     hint="let the splitting op write into an out-buffer, or use address policy "
                     "'copy' or 'eager'",
                 )
             reason = f"{what} enters it"
-            graphs.note_eager(request.name, request.mode, request.descriptor, reason)
-            return cls(request, None, None, slots, (), reason), runnable(*args, **kwargs)
-        memory = partial(graphs.staging_memory, (request.name, id(runnable)))
+            graphs.records.append(replace(record, eager_reason=reason))
+            return cls(where, None, None, tuple(slots), reason), runnable(*args, **kwargs)
         before = graphs.staging_bytes
-        copies, staged = stage_fresh(leaves, fresh, request.mutated_args, memory)
-        static_args, static_kwargs = unflatten_tree(staged, spec)
-        for copy in copies:
-            copy.stage(leaves)
-        added = graphs.staging_bytes - before
-        graph, output = _record(runnable, static_args, static_kwargs, request, graphs, added)
+        memory = partial(graphs.staging_memory, (record.name, id(runnable)))
+        buffers = _buffers_for(leaves, fresh, options.mutated_args, memory)
+        for n, buffer in buffers.items():
+            slots[n] = replace(slots[n], static=buffer, writes_back=n in options.mutated_args)
+            slots[n].stage(leaves)
+        held = [buffers.get(n, leaf) for n, leaf in enumerate(leaves)]
+        static_args, static_kwargs = unflatten_tree(held, spec)
+        record = replace(record, staged_bytes=graphs.staging_bytes - before)
+        graph, output = _record(runnable, static_args, static_kwargs, record, options, graphs)
         call = cls(
-            request,
+            where,
             graph,
             weak_ref_tensors(output),
-            slots,
-            copies,
+            tuple(slots),
             always_check=graphs.check_addresses,
             replay=graph.replay_function(),
-            on_first_replay=partial(graphs.mark_in_use, request.mode, request.descriptor),
+            on_first_replay=partial(graphs.mark_in_use, *key),
             flat=not kwargs and len(leaves) == len(args) and all(map(operator.is_, leaves, args)),
+            copies=tuple(slots[n] for n in buffers),
         )
         call._replay(leaves)
         tensors = [leaf for leaf in flatten_tree(call.output)[0] if isinstance(leaf, torch.Tensor)]
-        graphs.addresses.register_captured(request.name, tensors, request.descriptor)
+        graphs.addresses.register_captured(record.name, tensors, record.descriptor)
         return call, output
 
     def __call__(
-        self, runnable: Runnable, args: tuple[object, ...], kwargs: Mapping[str, object]
+        self,
+        runnable: Callable[..., object],
+        args: tuple[object, ...],
+        kwargs: Mapping[str, object],
     ) -> object:
         """Replay for these arguments, or run ``runnable`` where the policy said so."""
         if self.graph is None:
@@ -207,14 +239,14 @@ class CapturedCall:
         if len(leaves) != len(self.slots):
             raise StaticGraphError(
                 f"captured with {len(self.slots)} arguments, called with {len(leaves)}",
-                where=self.request.where,
+                where=self.where,
             )
-        for index, (slot, leaf) in enumerate(zip(self.slots, leaves, strict=True)):
-            difference = slot.mismatch(leaf, staged=slot.origin is ValueOrigin.FRESH)
+        for slot, leaf in zip(self.slots, leaves, strict=True):
+            difference = slot.mismatch(leaf)
             if difference is not None:
                 raise StaticGraphError(
-                    f"{slot.describe(index)} {difference}; a replay would read stale memory",
-                    where=self.request.where,
+                    f"{slot.describe()} {difference}; a replay would read stale memory",
+                    where=self.where,
                     hint="write new values in place, register the buffer, or capture again",
                 )
 
@@ -227,15 +259,15 @@ class CapturedCall:
         self.eager_reason = "the graph was reset"
 
 
-def _slot(index: int, leaf: object, request: CaptureRequest, graphs: StaticGraphs) -> InputSlot:
-    book, descriptor = graphs.addresses, request.descriptor
+def _slot(index: int, leaf: object, record: CaptureRecord, graphs: StaticGraphs) -> InputSlot:
+    book, descriptor = graphs.addresses, record.descriptor
     if not isinstance(leaf, torch.Tensor):
-        return InputSlot(None, None, None, leaf)
+        return InputSlot(index, None, None, None, leaf)
     if not graphs.platform.computes_on(leaf.device):
         raise StaticGraphError(
             f"argument {index} is on {leaf.device}, and the graph on {graphs.platform.device}: "
             "what is done with it would be done once, at the capture",
-            where=request.where,
+            where=record.where,
             hint="give the callable tensors of one device, or run it uncaptured",
         )
     origin = book.classify(leaf, descriptor)
@@ -245,31 +277,73 @@ def _slot(index: int, leaf: object, request: CaptureRequest, graphs: StaticGraph
         book.register_persistent(f"parameter {index}", leaf, origin)
     if leaf.numel() == 0:
         origin = ValueOrigin.PERSISTENT  # nothing is read from it, wherever it is
-    return InputSlot(origin, book.name_of(leaf, descriptor), Placement.of(leaf), None)
+    return InputSlot(index, origin, book.name_of(leaf, descriptor), Placement.of(leaf), None)
+
+
+def _buffers_for(
+    leaves: list[object], fresh: Sequence[int], mutated: frozenset[int], memory: Memory
+) -> dict[int, torch.Tensor]:
+    """A static buffer for each leaf at ``fresh``, in bytes of ``memory``.
+
+    Raises:
+        StaticGraphError: a leaf is not dense memory, or is changed and shares memory with another.
+    """
+    buffers: dict[int, torch.Tensor] = {}
+    owners: dict[int, list[int]] = {}
+    for number, index in enumerate(fresh):
+        leaf = leaves[index]
+        if not isinstance(leaf, torch.Tensor) or not owns_plain_memory(leaf) or _overlaps(leaf):
+            raise StaticGraphError(
+                f"argument {index} is not dense memory, so it can't be in a static buffer",
+                hint="make it contiguous before the piece, or run this piece uncaptured",
+            )
+        sharing = owners.setdefault(leaf.untyped_storage().data_ptr(), [])
+        sharing.append(index)
+        if len(sharing) > 1 and not mutated.isdisjoint(sharing):
+            raise StaticGraphError(
+                f"arguments {sharing[0]} and {index} share memory that the piece changes, and "
+                "would have a static buffer each",
+                hint="clone one before the piece, or use address policy 'eager'",
+            )
+        size = leaf.element_size()
+        last = sum((n - 1) * step for n, step in zip(leaf.shape, leaf.stride(), strict=True))
+        held = memory(number, (last + 1) * size, leaf.device).untyped_storage()
+        before = int(leaf.storage_offset()) * size
+        buffers[index] = view_of_storage(held, like=leaf, byte_shift=before)
+    return buffers
+
+
+def _overlaps(tensor: torch.Tensor) -> bool:
+    """Whether two elements may have one place, which ``copy_`` can't write."""
+    last = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride <= last:
+            return True
+        last += (size - 1) * stride
+    return False
 
 
 def _record(
-    runnable: Runnable,
+    runnable: Callable[..., object],
     args: tuple[object, ...],
     kwargs: Mapping[str, object],
-    request: CaptureRequest,
+    record: CaptureRecord,
+    options: CUDAGraphOptions,
     graphs: StaticGraphs,
-    staged_bytes: int,
 ) -> tuple[StaticGraph, object]:
-    named = torch.profiler.record_function(f"capture {request.where}")
-    key = (request.name, request.mode, request.descriptor)
-    with named, graphs.one_capture(*key, staged_bytes=staged_bytes) as graph:
-        if request.collect_garbage:
+    named = torch.profiler.record_function(f"capture {record.where}")
+    with named, graphs.one_capture(record) as graph:
+        if not options.gc_disable:
             gc.collect(1 if graphs.in_phase else 2)  # a phase begins with a full collection
             graphs.platform.release_cached_memory()
         try:
-            output = graph.capture(runnable, args, kwargs, weak_output=request.weak_output)
+            output = graph.capture(runnable, args, kwargs, weak_output=options.weak_ref_output)
         except StaticGraphError as error:
-            raise StaticGraphError(error.message, where=request.where, hint=error.hint) from error
+            raise StaticGraphError(error.message, where=record.where, hint=error.hint) from error
         except Exception as error:
             raise StaticGraphError(
                 f"the capture failed: {type(error).__name__}: {error}",
-                where=request.where,
+                where=record.where,
                 hint="run this batch shape uncaptured to see whether the piece itself fails",
             ) from error
     return graph, output

@@ -7,7 +7,8 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 
@@ -40,6 +41,18 @@ class CaptureRecord:
     staged_bytes: int = 0
     eager_reason: str | None = None
     driver_bytes: int = 0
+
+    @property
+    def where(self) -> str:
+        return f"{self.name}, {self.mode.name} {self.descriptor.describe()}"
+
+
+class GraphHolder(Protocol):
+    """Whoever keeps captures by descriptor; the owner tells it what to forget."""
+
+    def discard(self, mode: CUDAGraphMode, descriptor: BatchDescriptor) -> None: ...
+
+    def clear_graphs(self) -> None: ...
 
 
 class _SharedPool:
@@ -197,31 +210,24 @@ class StaticGraphs:
         self._holders.add(holder)
 
     @contextmanager
-    def one_capture(
-        self, name: str, mode: CUDAGraphMode, descriptor: BatchDescriptor, *, staged_bytes: int = 0
-    ) -> Iterator[StaticGraph]:
+    def one_capture(self, record: CaptureRecord) -> Iterator[StaticGraph]:
         """A new graph to capture into, measured and recorded; captures never nest or overlap."""
-        where = f"{name}, {mode.name} {descriptor.describe()}"
         with self.capture_lock:
-            self.require_open(where)
+            self.require_open(record.where)
             if self._busy_with is not None:
                 raise StaticGraphError(
                     f"a capture inside the capture of {self._busy_with}",
-                    where=where,
+                    where=record.where,
                     hint="nest FULL outside PIECEWISE, and let the context's mode pick one",
                 )
-            self._busy_with = name
+            self._busy_with = record.name
             before, driver = self.pool.nbytes, self.pool.driver_bytes
             try:
                 yield self.platform.new_graph(self.pool, marked=not self.unmarked)
             finally:
                 self._busy_with = None
-            record = CaptureRecord(
-                *(name, mode, descriptor),
-                nbytes=self.pool.nbytes - before,
-                staged_bytes=staged_bytes,
-                driver_bytes=self.pool.driver_bytes - driver,
-            )
+            took, driver = self.pool.nbytes - before, self.pool.driver_bytes - driver
+            record = replace(record, nbytes=took, driver_bytes=driver)
             self.records.append(record)
             if self._on_capture is not None:
                 self._on_capture(record)
@@ -242,12 +248,6 @@ class StaticGraphs:
         self._staging[piece, number] = found
         self.staging_bytes += nbytes
         return found
-
-    def note_eager(
-        self, name: str, mode: CUDAGraphMode, descriptor: BatchDescriptor, reason: str
-    ) -> None:
-        """Record that a piece runs uncaptured in this shape."""
-        self.records.append(CaptureRecord(name, mode, descriptor, eager_reason=reason))
 
     @property
     def nbytes(self) -> int:
@@ -287,13 +287,3 @@ class StaticGraphs:
         self.records.clear()
         if not any(owner.records for owner in self._shared.owners):
             self.pool.clear()
-
-
-class GraphHolder:
-    """Whoever keeps captures by descriptor; the owner tells it what to forget."""
-
-    def discard(self, mode: CUDAGraphMode, descriptor: BatchDescriptor) -> None:
-        raise NotImplementedError
-
-    def clear_graphs(self) -> None:
-        raise NotImplementedError

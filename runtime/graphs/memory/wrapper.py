@@ -14,29 +14,11 @@ from piecework.runtime.batch.descriptor import BatchDescriptor
 from piecework.runtime.batch.forward_context import ForwardContext, current_forward_context
 from piecework.runtime.batch.mode import CUDAGraphMode
 from piecework.runtime.config.compilation import CompilationConfig
-from piecework.runtime.graphs.memory.captured_call import CapturedCall, CaptureRequest
-from piecework.runtime.graphs.memory.owner import GraphHolder, StaticGraphs
+from piecework.runtime.graphs.memory.captured_call import CapturedCall, CUDAGraphOptions
+from piecework.runtime.graphs.memory.owner import CaptureRecord, StaticGraphs
 from piecework.runtime.torch_compat import flatten_tree
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class CUDAGraphOptions:
-    """How one wrapper captures.
-
-    Attributes:
-        debug_log_enable: log each capture of this wrapper.
-        gc_disable: don't collect garbage first; only the first piece of a forward needs to.
-        weak_ref_output: let go of the output inside the capture; right for the last piece, whose
-            output no other piece reads.
-        mutated_args: leaves of the arguments that the callable changes in place.
-    """
-
-    debug_log_enable: bool = True
-    gc_disable: bool = False
-    weak_ref_output: bool = False
-    mutated_args: frozenset[int] = frozenset()
 
 
 @dataclass(slots=True)
@@ -54,7 +36,7 @@ class CUDAGraphEntry:
 
 
 @dataclass(eq=False)
-class CUDAGraphWrapper(GraphHolder):
+class CUDAGraphWrapper:
     """Runs ``runnable`` as a static graph whenever the context's mode is this wrapper's mode.
 
     Without a context, on another mode, when the context skips graphs, or while somebody else
@@ -157,17 +139,10 @@ class CUDAGraphWrapper(GraphHolder):
         if graphs.is_open and entry.num_finished_warmup < warmups:
             entry.num_finished_warmup += 1
             return self.runnable(*args, **kwargs)
-        request = CaptureRequest(
-            self.name,
-            self.runtime_mode,
-            descriptor,
-            collect_garbage=not options.gc_disable,
-            weak_output=options.weak_ref_output,
-            mutated_args=options.mutated_args,
-        )
-        entry.call, output = CapturedCall.make(self.runnable, args, kwargs, request, graphs)
+        record = CaptureRecord(self.name, self.runtime_mode, descriptor)
+        entry.call, output = CapturedCall.make(self.runnable, args, kwargs, record, options, graphs)
         if options.debug_log_enable and not graphs.in_phase:
-            _log.debug("captured %s", request.where)
+            _log.debug("captured %s", record.where)
         return output
 
     def discard(self, mode: CUDAGraphMode, descriptor: BatchDescriptor) -> None:

@@ -1,13 +1,13 @@
 """What is captured of one stitched model: its pieces, its whole forward, its static inputs.
 
-When captures happen, and which of them serves a call, is decided in `model` and `calls`.
+When captures happen, and which of them serves a call, is decided in `model`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from types import FunctionType
 
@@ -15,7 +15,10 @@ import torch
 import torch.fx
 
 from piecework.codegen.plan.ir import Origin
+from piecework.codegen.replay.emit import whole_forward
+from piecework.codegen.replay.plan import ReplayFacts
 from piecework.codegen.stitch.bind import filename_of
+from piecework.codegen.stitch.source import StitchedSource
 from piecework.errors import StaticGraphError
 from piecework.runtime import torch_compat
 from piecework.runtime.analysis.writes import mutations_in, written_inputs
@@ -29,30 +32,60 @@ from piecework.runtime.batch.mode import CUDAGraphMode
 from piecework.runtime.call.entry import Entry
 from piecework.runtime.call.execution import by_path_of
 from piecework.runtime.call.profile_names import by_statement
-from piecework.runtime.compilers.partitions import partitions_taken_by
+from piecework.runtime.compilers.partitions import Partition, partitions_taken_by
 from piecework.runtime.counters import counters
 from piecework.runtime.graphs.device.marks import kernels_of
-from piecework.runtime.graphs.memory.addresses import ValueOrigin
+from piecework.runtime.graphs.memory.addresses import Placement, ValueOrigin
 from piecework.runtime.graphs.memory.captured_call import CapturedCall
 from piecework.runtime.graphs.memory.owner import CaptureRecord, StaticGraphs
 from piecework.runtime.graphs.memory.wrapper import CUDAGraphOptions, CUDAGraphWrapper
 from piecework.runtime.graphs.plan.batch_reader import FixedBatch, batch_shape, passed_inputs
 from piecework.runtime.graphs.plan.captured_values import (
     capture_device,
+    numbers_of,
     require_sizes_only,
     sizes_of,
 )
 from piecework.runtime.graphs.plan.options import CaptureOptions, full_graphs_of, plan_capture
 from piecework.runtime.graphs.plan.phase import Key, plain_context
 from piecework.runtime.graphs.serve.arguments import CapturedInputs
-from piecework.runtime.graphs.serve.calls import Step
-from piecework.runtime.graphs.serve.partitioned import Partitions
-from piecework.runtime.graphs.serve.replay import Replay, ReplayMaker
+from piecework.runtime.graphs.serve.replay import Replay, facts_of, make_replay
 from piecework.runtime.graphs.serve.writes import DryWrites
 from piecework.runtime.pieces.program import Program
 from piecework.runtime.watch.weights import Weight
 
-_FULL = CUDAGraphMode.FULL
+_FULL, _PIECES = CUDAGraphMode.FULL, CUDAGraphMode.PIECEWISE
+
+
+@dataclass(eq=False, slots=True)
+class Step:
+    """How calls of one kind are served.
+
+    Attributes:
+        call: takes the tensor arguments, returns the static results; None runs uncaptured.
+        padded: the captured size.
+        bring_back: copies written arguments back, if there are any.
+        calls: how many were served.
+        count: their batch size, where that is known.
+    """
+
+    call: Callable[..., object] | None
+    padded: int
+    mode: CUDAGraphMode
+    descriptor: BatchDescriptor
+    reason: str = ""
+    bring_back: Callable[..., None] | None = None
+    calls: int = 0
+    count: int = 0
+
+    @classmethod
+    def uncaptured(cls, reason: str) -> Step:
+        return cls(None, 0, CUDAGraphMode.NONE, BatchDescriptor(0), reason)
+
+    @property
+    def padding(self) -> int:
+        """Rows that were computed for nobody, over all calls."""
+        return self.calls * (self.padded - self.count) if self.call is not None else 0
 
 
 class CapturedGraphs:
@@ -69,7 +102,7 @@ class CapturedGraphs:
         written_weights: paths of the weights that the graph writes to.
         forward: the stitching function of that execution.
         dry_writes: puts back what runs on dummy inputs write.
-        partitions: what is captured where Inductor cut the model itself, else None.
+        partitions: those that Inductor cut itself and ran so far, with what captures each; or None.
         counting: captures are counted now.
     """
 
@@ -110,14 +143,12 @@ class CapturedGraphs:
             on_capture=self._count,
             memory_of=options.memory_of,
         )
-        self.partitions = Partitions(self.graphs) if cut_inside else None
+        self.partitions: dict[Partition, CUDAGraphWrapper] | None = {} if cut_inside else None
         for inputs in self._inputs.values():
             inputs.register(self.graphs)
         self.weights = by_path_of(entry.weights)
         self.graphs.addresses.register_weights(self.weights)
-        self._maker = ReplayMaker(
-            self.shape, program, self.weights, self.graphs.address_policy.value
-        )
+        self._whole_source: tuple[torch.fx.GraphModule, StitchedSource] | None = None
         weights = list(self.weights.values())
         kept = [each for inputs in self._inputs.values() for each in inputs.written_outside]
         self.written_weights = self._written_weights()
@@ -126,22 +157,30 @@ class CapturedGraphs:
         self._wrapped = [self._wrap(submods, n) for n, submods in enumerate(program.submod_lists)]
         self._whole = [self._wrap_whole(number) for number in range(len(program.submod_lists))]
         self.replays: dict[Key, Replay] = {}
-        if self.partitions is not None:
-            self._meet(self.partitions)
-
-    def _meet(self, partitions: Partitions) -> None:
-        """Run once, which meets the partitions and captures nothing."""
-        pieces = self.dispatcher.cudagraph_keys[CUDAGraphMode.PIECEWISE]
-        if pieces:
+        pieces = self.dispatcher.cudagraph_keys[_PIECES]
+        if cut_inside and pieces:
+            # A run captures nothing, and meets the partitions.
             smallest = min(pieces, key=lambda each: each.num_tokens)
             with self.context_for(CUDAGraphMode.NONE, smallest):
                 self.dummy(smallest)
-            if not partitions.wrappers:
+            if not self.partitions:
                 raise StaticGraphError(
                     "Inductor made no partitions of this model's code",
                     where="use_inductor_graph_partition",
                     hint="it makes them for GPUs only; without that option the graph is cut before",
                 )
+
+    def run_partition(self, partition: Partition, values: tuple[object, ...]) -> object:
+        """Capture, replay or run a partition of Inductor's code, as the forward context says."""
+        assert self.partitions is not None
+        wrapper = self.partitions.get(partition)
+        if wrapper is None:
+            first, last = partition.index == 0, partition.index == partition.count - 1
+            options = CUDAGraphOptions(first, not first, last)
+            name = f"partition {partition.index} of {partition.count}"
+            wrapper = CUDAGraphWrapper(partition.run, None, _PIECES, options, self.graphs, name)
+            self.partitions[partition] = wrapper
+        return wrapper(*values)
 
     def _captured_names(self) -> list[str]:
         """The submodules that are captured: the pieces, and all where a whole forward is."""
@@ -180,9 +219,7 @@ class CapturedGraphs:
             is_first, is_last = index == 0, index == len(submods) - 1
             options = CUDAGraphOptions(is_first, not is_first, is_last, written)
             name += f" of range {number}" if number else ""
-            made.append(
-                CUDAGraphWrapper(submod, None, CUDAGraphMode.PIECEWISE, options, self.graphs, name)
-            )
+            made.append(CUDAGraphWrapper(submod, None, _PIECES, options, self.graphs, name))
         return made
 
     def _wrap_whole(self, number: int) -> CUDAGraphWrapper:
@@ -298,7 +335,7 @@ class CapturedGraphs:
             yield
 
     def _run(self, flat: Sequence[object], number: int) -> object:
-        inside = nullcontext() if self.partitions is None else partitions_taken_by(self.partitions)
+        inside = nullcontext() if self.partitions is None else partitions_taken_by(self)
         with inside:
             return self._whole[number](*flat)
 
@@ -358,13 +395,32 @@ class CapturedGraphs:
     def _emit(self, mode: CUDAGraphMode, descriptor: BatchDescriptor) -> Callable[..., object]:
         size, inputs = descriptor.num_tokens, self.inputs_of(descriptor)
         number, others = self._range_of(size), self.others(descriptor)
-        views, stage = inputs.views(size), inputs.stager(size)
-        symbols = sizes_of(self._parameters, self._flat(views, descriptor))
-        whole = mode is _FULL
-        wrapped = [self._whole[number]] if whole else self._wrapped[number]
+        views, shape, program = inputs.views(size), self.shape, self._program
+        wrapped, pieces = self._wrapped[number], program.submod_lists[number]
+        split_gm, source = program.split_gm, program.source
+        if mode is _FULL:
+            self._whole_source = self._whole_source or whole_forward(split_gm, source)
+            (split_gm, source), wrapped, pieces = self._whole_source, [self._whole[number]], []
         calls = [_captured(each, descriptor) for each in wrapped]
-        pieces = () if whole else self._program.submod_lists[number]
-        made = self._maker.make(calls, pieces, views, stage, others, symbols, whole=whole)
+        names = [parameter.name for parameter in source.module.entry.parameters]
+        held = {row.name: self.weights[row.path] for row in source.module.bound}
+        held |= {names[at]: self.weights[path] for at, path in shape.weights.items()}
+        staged = tuple(names[each.position] for each in shape.staged)
+        held |= dict(zip(staged, views, strict=True))
+        sizes = dict.fromkeys((names[position] for position in shape.sizes), size)
+        facts = ReplayFacts(
+            title=f"{mode.name} {descriptor.describe()}",
+            tokens=size,
+            policy=self.graphs.address_policy.value,  # type: ignore[arg-type]
+            staged=staged,
+            sizes=sizes | {names[at]: others[label] for at, label in shape.numbers.items()},
+            places={name: Placement.of(tensor) for name, tensor in held.items()},
+            pieces=tuple(map(facts_of, calls)),
+            numbers=numbers_of(split_gm, sizes_of(self._parameters, self._flat(views, descriptor))),
+            banner=(f"model: {program.name}",),
+        )
+        stage = inputs.stager(size)
+        made = make_replay(split_gm, source, facts, calls, pieces, stage, held)
         self.replays[mode, descriptor] = made
         return made.call
 

@@ -18,8 +18,9 @@ from piecework.codegen.replay.plan import ReplaySource
 from piecework.errors import PieceworkError, StaticGraphError, short_errors
 from piecework.runtime import torch_compat
 from piecework.runtime.batch.coverage import CoverageRow, coverage
-from piecework.runtime.batch.descriptor import BatchKind
+from piecework.runtime.batch.descriptor import PLAIN, BatchDescriptor, BatchKind
 from piecework.runtime.batch.dispatcher import Reason
+from piecework.runtime.batch.forward_context import ForwardContext, current_forward_context
 from piecework.runtime.batch.mode import CUDAGraphMode
 from piecework.runtime.call.entry import Entry
 from piecework.runtime.call.execution import by_path_of
@@ -49,8 +50,7 @@ from piecework.runtime.graphs.plan.phase import (
     text_of,
 )
 from piecework.runtime.graphs.plan.progress import CaptureProgress, Console
-from piecework.runtime.graphs.serve.calls import Calls, Step
-from piecework.runtime.graphs.serve.graphs import CapturedGraphs
+from piecework.runtime.graphs.serve.graphs import CapturedGraphs, Step
 from piecework.runtime.graphs.serve.replay import STAGE
 from piecework.runtime.graphs.serve.report import CallRow, MemoryReport, careful_rows
 from piecework.runtime.graphs.serve.writes import acting_unseen
@@ -60,13 +60,22 @@ from piecework.runtime.splitting_op import HOW_TO_DECLARE
 from piecework.runtime.watch.weights import BoundWeights
 
 _log = logging.getLogger(__name__)
+# Why calls run uncaptured whatever their size.
+_ALWAYS = {
+    "shared": "an argument that is written to shares memory with another",
+    "busy": "another call is using the graphs, in a thread or around this one",
+    "inside": "somebody else captures this call, and a replay can't be captured",
+    "skipped": "the forward context skips graphs",
+    "told": "the forward context says mode NONE for this descriptor",
+    "empty": "the batch is empty",
+    "unequal": "a size that was declared to equal the batch size doesn't",
+}
 
 
-class CapturedModel:
+class CapturedModel(CapturedGraphs):
     """A stitched model with static graphs; stands where its entry calls ``execution_fn``.
 
     Attributes:
-        captures: what is captured; what users read of it is here too.
         unpadded: why no batch is padded to a captured size; None if batches are.
         report: what the last capture phase did; None if it was stopped.
         failures: descriptors whose checked replay failed, with the reason.
@@ -80,12 +89,7 @@ class CapturedModel:
         options: CaptureOptions,
         fixed: FixedBatch | None = None,
     ) -> None:
-        self._entry, self._program, self.options = entry, program, options
-        self.captures = captures = CapturedGraphs(entry, program, sizes, options, fixed)
-        self.shape, self.sizes, self.graphs = captures.shape, captures.sizes, captures.graphs
-        self.dispatcher, self.replays = captures.dispatcher, captures.replays
-        self.static_inputs, self.pieces_for = captures.static_inputs, captures.pieces_for
-        self._weights, self._forward = captures.weights, captures.forward
+        super().__init__(entry, program, sizes, options, fixed)
         self.unpadded: str | None = None
         self.report: CaptureReport | None = None
         self.estimate: MemoryEstimate | None = None
@@ -100,17 +104,18 @@ class CapturedModel:
         self._is_capturing = self.graphs.platform.is_capturing
         self._retired = False
         # A launch costs a GPU's host more than all else about a copy.
-        several = sum(not rule.is_count for rule in self.shape.results) > 1
+        rules = self.shape.results
+        several = sum(not rule.is_count for rule in rules) > 1
         on_gpu = self.graphs.platform.device.type != "cpu"
         self._copies_together = on_gpu and several and options.clone_outputs
-        self._same = [
-            (number, rule)
-            for number, rule in enumerate(self.shape.results)
-            if rule.argument is not None or rule.earlier is not None
-        ]
+        is_another = (n for n, e in enumerate(rules) if (e.argument, e.earlier) != (None, None))
+        self._same = [(number, rules[number]) for number in is_another]
         self._order, self._join = self.graphs.call_order, options.join
         self._raises = FailurePolicy.parse(options.on_failure) is FailurePolicy.RAISE
-        self._calls = Calls(self.shape, self.dispatcher, self._ready, options)
+        first = self.shape.dynamic[0]
+        self._batch_at = (first.position, first.dim)
+        self._asks = bool(self.shape.others or self.shape.equal) or options.kind_of is not None
+        self.count_anew()
 
     # --- capture -----------------------------------------------------------------------------------
 
@@ -118,7 +123,7 @@ class CapturedModel:
         self, *, memory_budget: int | None, progress: bool | CaptureWatcher, estimate: bool
     ) -> None:
         """Capture, largest first, and serve from then on what was captured, also after a stop."""
-        lowered, split_gm = self.captures.lowered, self._program.split_gm
+        lowered, split_gm = self.lowered, self._program.split_gm
         between = [i.submod_name for i in self._program.items if i.is_splitting_graph]
         try:
             if lowered:
@@ -133,7 +138,7 @@ class CapturedModel:
             with self.graphs.alone():
                 self._capture(memory_budget, progress, estimate)
         finally:
-            self.captures.dry_writes.forget()
+            self.dry_writes.forget()
             if self._retired:
                 self._free()
 
@@ -141,27 +146,25 @@ class CapturedModel:
         self, memory_budget: int | None, progress: bool | CaptureWatcher, estimate: bool
     ) -> None:
         console = Console(stderr=True)
+        on_cuda = self.graphs.platform.device.type == "cuda"
         warmups = self.options.warmups
         if warmups is None:
-            on_cuda = self.graphs.platform.device.type == "cuda"
             warmups = max(self._program.config.cudagraph_num_of_warmups, int(on_cuda))
         around = self.options.around or nullcontext
+        measures = estimate or memory_budget is not None
+        how = {"warmups": warmups, "context_for": self.context_for}
         try:
-            measures = estimate or memory_budget is not None
-            how = f"{warmups} warm-ups" + ", an estimate" * measures
-            keys = map(text_of, self._planned())
-            require_agreement(self._program, self.options.runtime, (how, *keys))
+            planned = [
+                f"{warmups} warm-ups" + ", an estimate" * measures,
+                *map(text_of, self._planned()),
+            ]
+            require_agreement(self._program, self.options.runtime, planned)
             self._settle_padding()
             if measures:
                 try:
                     with around():
-                        self.estimate = estimate_memory(
-                            self.captures.dummy,
-                            self.dispatcher.get_capture_descs(),
-                            self.graphs,
-                            warmups=warmups,
-                            context_for=self.captures.context_for,
-                        )
+                        descs = self.dispatcher.get_capture_descs()
+                        self.estimate = estimate_memory(self.dummy, descs, self.graphs, **how)
                 except PieceworkError:
                     if self._raises or memory_budget is not None:
                         raise
@@ -173,23 +176,22 @@ class CapturedModel:
         except BaseException:
             self.release()
             raise
-        self.captures.counting = True
+        self.counting = True
         try:
             with around():
                 self.report = capture_graphs(
-                    self.captures.dummy,
+                    self.dummy,
                     self.dispatcher.get_capture_descs(),
                     self.graphs,
-                    warmups=warmups,
-                    context_for=self.captures.context_for,
                     dispatcher=self.dispatcher,
                     on_failure=self.options.on_failure,
                     raise_interrupt=self.options.raise_interrupt,
                     watcher=CaptureProgress(console) if progress is True else progress or None,
-                    affordable=self._affordable(memory_budget),
+                    affordable=partial(self._affordable, memory_budget),
+                    **how,
                 )
         finally:
-            self.captures.counting = False
+            self.counting = False
             self._make_ready(list(self.graphs.bytes_by_descriptor()))
         for each in self.report.outcomes:
             _log.info("capture: %s", each.text)
@@ -203,13 +205,13 @@ class CapturedModel:
     def _keep_in_common(self) -> tuple[Key, ...]:
         """Give up what not every process has that runs this model with this one, and return it."""
         planned = self._planned()
-        common = self._in_common([text_of(key) for key in planned])
+        common = self._in_common([*map(text_of, planned)])
         alone = tuple(key for key in planned if text_of(key) not in common)
         for key in alone:
             self._ready.pop(key, None)
             self._give_up(key)
         if alone:
-            self._calls.forget()
+            self._forget_steps()
             _log.warning("capture: other ranks do not have %s", ", ".join(map(text_of, alone)))
         return alone
 
@@ -249,7 +251,7 @@ class CapturedModel:
         if computed is not None:
             return NotPadded(Reason.NOT_EXACT, computed)
         if pad is None:
-            shown = mixing(split_gm, self.shape, self.captures.written_weights)
+            shown = mixing(split_gm, self.shape, self.written_weights)
             if shown is not None:
                 return shown
         elif reads_context(split_gm):
@@ -273,26 +275,20 @@ class CapturedModel:
         if not planned:
             return None
         smallest = min(planned, key=lambda each: each.num_tokens)
-        others = self.captures.others(smallest)
-        run = partial(self.captures.run_uncaptured, smallest)
+        others = self.others(smallest)
+        run = partial(self.run_uncaptured, smallest)
         return padded_difference(self.shape, self.sizes, others, self.options.pads, run)
 
-    def _affordable(self, budget: int | None) -> Callable[[Key], bool] | None:
+    def _affordable(self, budget: int | None, key: Key) -> bool:
         """Whether a capture still fits the budget, in view of what the captures before it took."""
-        estimate = self.estimate
-        if budget is None or estimate is None:
-            return None
-
-        def fits(key: Key) -> bool:
-            held = self.graphs.nbytes
-            step = estimate.models[kind_of(*key)].step(key[1].num_tokens)
-            text = text_of(key)
-            if self._in_common([text] if held == 0 or held + step <= budget else []) >= {text}:
-                return True
-            self.dropped = (*self.dropped, key)
-            return False
-
-        return fits
+        if budget is None or self.estimate is None:
+            return True
+        held, text = self.graphs.nbytes, text_of(key)
+        step = self.estimate.models[kind_of(*key)].step(key[1].num_tokens)
+        if self._in_common([text] if held == 0 or held + step <= budget else []) >= {text}:
+            return True
+        self.dropped = (*self.dropped, key)
+        return False
 
     def _make_ready(self, captured: Sequence[Key]) -> None:
         """Check and bind what was captured; what a stop or a failure leaves undone is given up."""
@@ -301,7 +297,7 @@ class CapturedModel:
             while waiting:
                 key = waiting[0]
                 try:
-                    self._ready[key] = self.captures.step_of(*key)
+                    self._ready[key] = self.step_of(*key)
                 except PieceworkError as error:
                     self.failures[key] = error
                     self._give_up(key)
@@ -311,7 +307,7 @@ class CapturedModel:
         finally:
             for key in waiting:
                 self._give_up(key)
-            self._calls.forget()
+            self._forget_steps()
             self._entry.capture(self)
 
     def _give_up(self, key: Key) -> None:
@@ -325,7 +321,7 @@ class CapturedModel:
             for descriptor in group:
                 self.dispatcher.give_up(mode, descriptor)
         self._ready.clear()
-        self._calls.forget()
+        self._forget_steps()
         self._free()
 
     def _free(self) -> None:
@@ -348,41 +344,35 @@ class CapturedModel:
         Graphs on the CPU run on the tensors themselves, so there it is looked at only with
         ``check_addresses``, or where torch does it quickly.
         """
-        tensors = [part for each in self._weights.values() for part in plain_parts(each)]
+        tensors = [part for each in self.weights.values() for part in plain_parts(each)]
         in_place, quick = torch_compat.places_guard(tensors)
         needed = self.graphs.platform.device.type != "cpu" or self.options.check_addresses
         return in_place if tensors and (needed or quick) else None
-
-    def _moved(self) -> StaticGraphError:
-        changes = self.graphs.addresses.changed_weights(self._weights)
-        return StaticGraphError(
-            f"weight {next(iter(changes), '')} was moved after the capture, which reads its old place",
-            where="weights",
-            hint="load new values in place (param.copy_), or rebind and capture again",
-        )
 
     # --- serving -----------------------------------------------------------------------------------
 
     def __call__(self, *flat: object, **submods: object) -> object:
         """What the entry calls in place of ``execution_fn``."""
-        step, count = self._calls.step_for(flat)
+        step, count = self._step_for(flat)
         call = step.call
         if call is None:
             step.calls += 1
-            return self._forward(*flat, **submods)
+            return self.forward(*flat, **submods)
         if self._is_capturing():
-            self._calls.always["inside"].calls += 1
-            return self._forward(*flat, **submods)
+            self._always["inside"].calls += 1
+            return self.forward(*flat, **submods)
         for position, path in self.shape.weights.items():
-            if flat[position] is not self._weights[path]:
-                raise _replaced(path)
+            if flat[position] is not self.weights[path]:
+                raise _stale(path, "replaced")
         if self._in_place is not None and not self._in_place():
-            raise self._moved()
+            raise _stale(
+                next(iter(self.graphs.addresses.changed_weights(self.weights)), ""), "moved"
+            )
         inputs = [flat[each.position] for each in self.shape.staged]
         bring_back = step.bring_back
-        if bring_back is not None and self.captures.inputs_of(step.descriptor).shares_what_is_written(inputs):  # type: ignore[arg-type]
-            self._calls.always["shared"].calls += 1
-            return self._forward(*flat, **submods)
+        if bring_back is not None and self.inputs_of(step.descriptor).shares_what_is_written(inputs):  # type: ignore[arg-type]
+            self._always["shared"].calls += 1
+            return self.forward(*flat, **submods)
         mine = object()
         user = self._user
         try:
@@ -404,8 +394,8 @@ class CapturedModel:
                 pass
             if self._retired:
                 self._free()
-        self._calls.always["busy"].calls += 1
-        return self._forward(*flat, **submods)
+        self._always["busy"].calls += 1
+        return self.forward(*flat, **submods)
 
     def _trimmed(self, outputs: object, flat: Sequence[object], count: int, padded: int) -> object:
         assert isinstance(outputs, (tuple, list))
@@ -425,6 +415,86 @@ class CapturedModel:
             same = trimmed[rule.earlier] if rule.argument is None else flat[rule.argument]  # type: ignore[index]
             trimmed[number] = same
         return tuple(trimmed)
+
+    # --- which graph serves a call --------------------------------------------------------------
+
+    def _step_for(self, flat: Sequence[object]) -> tuple[Step, int]:
+        """What serves a call, and its batch size."""
+        position, dim = self._batch_at
+        count: int = flat[position].shape[dim]  # type: ignore[attr-defined]
+        context = current_forward_context()
+        if context is None and not self._asks:
+            step = self._steps.get(count)
+            return (self._find(count, PLAIN, count) if step is None else step), count
+        return self._asked(count, context, flat), count
+
+    def _asked(self, count: int, context: ForwardContext | None, flat: Sequence[object]) -> Step:
+        if any(each.of(flat) != count for each in self.shape.equal):
+            return self._always["unequal"]
+        kind = PLAIN
+        if context is not None:
+            if context.skip_cuda_graphs:
+                return self._always["skipped"]
+            if context.batch_descriptor is not None:
+                return self._chosen(count, context.cudagraph_runtime_mode, context.batch_descriptor)
+            kind = context.batch or kind
+        if self.options.kind_of is not None and kind is PLAIN:
+            kind = self.options.kind_of(**{e.name: flat[e.position] for e in self.shape.staged})
+        if self.shape.others:
+            sizes = tuple((other.label, other.of(flat)) for other in self.shape.others)
+            kind = replace(kind, axes=(*kind.axes, *sizes))
+        key: object = count if kind is PLAIN else (count, kind)
+        step = self._steps.get(key)
+        return self._find(count, kind, key) if step is None else step
+
+    def _find(self, count: int, kind: BatchKind, key: object) -> Step:
+        """Ask the dispatcher, which may be strict, and remember the answer."""
+        if count < 1:
+            return self._always["empty"]
+        found = self.dispatcher.explain(count, kind)
+        ready = self._ready.get((found.mode, found.descriptor))
+        step = (
+            Step.uncaptured(found.reason.value)
+            if ready is None
+            else replace(ready, reason=found.reason.value, count=count)
+        )
+        self._steps[key] = step
+        return step
+
+    def _chosen(self, count: int, mode: CUDAGraphMode, descriptor: BatchDescriptor) -> Step:
+        """The step that the caller chose by itself, if it is captured and large enough."""
+        if mode is CUDAGraphMode.NONE:
+            return self._always["told"]
+        key = (mode, descriptor, count)
+        step = self._steps.get(key)
+        if step is not None:
+            return step
+        ready = self._ready.get((mode, descriptor))
+        exact = self.dispatcher.exact and count != descriptor.num_tokens
+        if ready is None or count > descriptor.num_tokens or exact:
+            what = "is not captured" if ready is None else f"can't serve a batch of {count}"
+            raise StaticGraphError(
+                f"the forward context asks for {mode.name} {descriptor.describe()}, which {what}",
+                where="forward context",
+                hint="take mode and descriptor from stitched.dispatch(size), or set neither",
+            )
+        self._steps[key] = step = replace(ready, reason="the forward context chose it", count=count)
+        return step
+
+    def _forget_steps(self) -> None:
+        """Ask again from now on: what is captured has changed. Counts stay."""
+        self._finished += [step for step in tuple(self._steps.values()) if step.calls]
+        self._steps.clear()
+
+    def _rows(self) -> Iterator[CallRow]:
+        """The counts so far, one row for each graph and reason."""
+        totals: dict[tuple[str, str, str], tuple[int, int]] = {}
+        for step in (*self._finished, *self._steps.values(), *self._always.values()):
+            graph = "" if step.call is None else step.descriptor.describe()
+            key = (step.mode.name, graph, step.reason)
+            calls, padding = totals.get(key, (0, 0))
+            totals[key] = calls + step.calls, padding + step.padding
+        return (CallRow(*key, *counts) for key, counts in totals.items() if counts[0])
 
     # --- what it says ------------------------------------------------------------------------------
 
@@ -446,12 +516,14 @@ class CapturedModel:
 
     def calls(self) -> list[CallRow]:
         """What the calls since the capture ran as, and why, most frequent first."""
-        rows = [*self._calls.rows(), *careful_rows(self._entry.careful_calls)]
+        rows = [*self._rows(), *careful_rows(self._entry.careful_calls)]
         return sorted(rows, key=lambda row: (-row.calls, row.mode, row.graph, row.reason))
 
     def count_anew(self) -> None:
         """Leave what ran so far out of `calls`: it was no call of the user's."""
-        self._calls = Calls(self.shape, self.dispatcher, self._ready, self.options)
+        self._steps: dict[object, Step] = {}
+        self._finished: list[Step] = []
+        self._always = {name: Step.uncaptured(reason) for name, reason in _ALWAYS.items()}
 
     def memory_report(self) -> MemoryReport:
         """What the captures were expected to take, and take."""
@@ -473,7 +545,7 @@ class CapturedModel:
     @short_errors
     def source_for(self, size: int, kind: BatchKind | None = None) -> ReplaySource:
         """The replay source that serves a batch of ``size``, a plain one by default."""
-        if self.captures.partitions is not None:
+        if self.partitions is not None:
             raise StaticGraphError(
                 "there is no replay source: Inductor cut this model, and its code calls the replays",
                 where="use_inductor_graph_partition",
@@ -505,9 +577,9 @@ def _copied(values: list[object]) -> list[object]:
     return copied
 
 
-def _replaced(path: str) -> StaticGraphError:
+def _stale(path: str, how: str) -> StaticGraphError:
     return StaticGraphError(
-        f"weight {path} was replaced after the capture",
+        f"weight {path} was {how} after the capture, which reads its old place",
         where="weights",
         hint="load new values in place (param.copy_), or rebind and capture again",
     )
