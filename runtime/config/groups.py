@@ -88,7 +88,7 @@ def _passes_by_name(value: Mapping[str, Any]) -> dict[str, str]:
     return {slot: qualified_name(each) for slot, each in value.items()}
 
 
-def _parsed_by(parse: Callable[[Any], enum.Enum]) -> BeforeValidator:
+def parsed_by(parse: Callable[[Any], enum.Enum]) -> BeforeValidator:
     def validate(value: Any) -> enum.Enum:
         try:
             return parse(value)
@@ -167,7 +167,7 @@ _BY_NAME = PlainSerializer(lambda value: value.name, when_used="json")
 
 ModeField = Annotated[
     CompilationMode,
-    _parsed_by(CompilationMode.parse),
+    parsed_by(CompilationMode.parse),
     _BY_NAME,
     WithJsonSchema(
         {
@@ -180,7 +180,7 @@ ModeField = Annotated[
 ]
 CUDAGraphModeField = Annotated[
     CUDAGraphMode,
-    _parsed_by(CUDAGraphMode.parse),
+    parsed_by(CUDAGraphMode.parse),
     _BY_NAME,
     WithJsonSchema({"type": "string", "enum": list(CUDAGraphMode.__members__)}),
 ]

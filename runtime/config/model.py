@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -25,6 +25,7 @@ def ignored(reason: str) -> Any:
 class FrozenModel(BaseModel):
     """A frozen pydantic model whose errors are one ConfigError listing every problem."""
 
+    explained_by: ClassVar[str] = "`piecework config schema` describes every field"
     model_config = ConfigDict(
         extra="forbid",
         frozen=True,
@@ -157,13 +158,15 @@ def digest(factors: Mapping[str, str]) -> str:
     return hashlib.sha256(text_of(dict(factors)).encode()).hexdigest()
 
 
-def report(subject: str, problems: Sequence[ConfigProblem]) -> ConfigError:
+def report(
+    subject: str, problems: Sequence[ConfigProblem], hint: str = FrozenModel.explained_by
+) -> ConfigError:
     """One error that lists every problem of ``subject``, one a line."""
     count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
     lines = "".join(f"\n  {each.field or subject}: {each.message}" for each in problems)
     return ConfigError(
         f"{count} in {subject}:{lines}",
-        hint="`piecework config schema` describes every field",
+        hint=hint,
         problems=tuple(problems),
     )
 
@@ -182,4 +185,4 @@ def _config_error(model: type[FrozenModel], error: ValidationError) -> ConfigErr
         else:
             message = f"{detail['msg'][0].lower()}{detail['msg'][1:]}, got {detail['input']!r:.80}"
         problems.append(ConfigProblem(".".join([*path, name]), message))
-    return report(model.__name__, problems)
+    return report(model.__name__, problems, model.explained_by)

@@ -89,7 +89,7 @@ class Captures:
             options["runtime"] = RuntimeConfig.given(runtime, "runtime")
         for each in self._traces.made:
             each.entry.require_idle("capture()")
-        wish = CaptureOptions.given(options)
+        wish = CaptureOptions(**options)
         wanted = None if sizes is None else list(sizes)
         with self._traces.changes.one("capture()"):
             self._none_was_worth = False

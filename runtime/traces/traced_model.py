@@ -45,8 +45,7 @@ if TYPE_CHECKING:
     from piecework.runtime.batch.descriptor import BatchDescriptor
     from piecework.runtime.batch.mode import CUDAGraphMode
     from piecework.runtime.call.shadow import Shadow
-    from piecework.runtime.graphs.plan.batch_reader import FixedBatch
-    from piecework.runtime.graphs.plan.batch_shape import BatchShape
+    from piecework.runtime.graphs.plan.batch_shape import BatchShape, FixedBatch
     from piecework.runtime.graphs.plan.options import CaptureOptions
     from piecework.runtime.graphs.plan.phase import CaptureWatcher
     from piecework.runtime.graphs.serve.measured import MeasuredSize
@@ -209,16 +208,16 @@ class TracedModel:
             or not self.program.config.stitching_config.check_inputs
         ):
             return None  # without checks, nothing tells which trace serves a call
-        from piecework.runtime.graphs.plan.batch_reader import batch_shape
+        from piecework.runtime.graphs.plan.batch_shape import batch_shape
 
-        shape = batch_shape(self.entry.captured, self.program, options.same_as_batch)
+        shape = batch_shape(self.entry.captured, self.program, options.other_sizes)
         return None if shape.low < 2 else self._call_of(1, shape, options)
 
     def call_of(self, size: int, options: CaptureOptions) -> Call:
         """A call with a batch of ``size``, zeros in all tensors."""
-        from piecework.runtime.graphs.plan.batch_reader import batch_shape
+        from piecework.runtime.graphs.plan.batch_shape import batch_shape
 
-        shape = batch_shape(self.entry.captured, self.program, options.same_as_batch)
+        shape = batch_shape(self.entry.captured, self.program, options.other_sizes)
         return self._call_of(size, shape, options)
 
     def _call_of(self, size: int, shape: BatchShape, options: CaptureOptions) -> Call:
@@ -280,7 +279,7 @@ class TracedModel:
 
     def batch_of_one(self) -> FixedBatch:
         """Where a trace of a single row has its batch, as this one has a larger one."""
-        from piecework.runtime.graphs.plan.batch_reader import FixedBatch, batch_dims
+        from piecework.runtime.graphs.plan.batch_shape import FixedBatch, batch_dims
 
         return FixedBatch(1, batch_dims(self.entry.captured, self.program))
 

@@ -81,11 +81,11 @@ OF_OTHERS = {
     "CompilationCounter.expect": (expect, "no counter named nonsense"),
     "StitchedModule.capture": (
         lambda: stitched().capture([4], nonsense=1),
-        "capture has no option 'nonsense'",
+        "nonsense: is not a field of this configuration",
     ),
     "StitchedModule.measure": (
         lambda: stitched().measure([4], nonsense=1),
-        "capture has no option 'nonsense'",
+        "nonsense: is not a field of this configuration",
     ),
     "StitchedModule.prepare": (
         lambda: piecework.compile(nn.Linear(8, 8).eval()).prepare(torch.randn(4, 8), nonsense=1),

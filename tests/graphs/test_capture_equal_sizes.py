@@ -7,7 +7,7 @@ import torch
 from models import EAGER
 
 import piecework
-from piecework.errors import ConfigError, StaticGraphError
+from piecework.errors import ConfigError
 
 
 def masked(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -23,13 +23,17 @@ def stitched(sizes: str = "backed") -> piecework.StitchedModule:
 
 
 @torch.no_grad()
-def test_a_size_that_only_equals_the_examples_batch_has_to_be_explained() -> None:
-    made = stitched()
-    with pytest.raises(StaticGraphError, match=r"as large as the batch .*mask\.0") as caught:
-        made.capture([2, 4], progress=False)
-    assert "{'mask.0': 'batch'}" in caught.value.hint
-    x, mask = torch.randn(3, 8), torch.randn(3, 8)
-    torch.testing.assert_close(made(x, mask), masked(x, mask))
+def test_a_size_that_only_equals_the_examples_batch_is_taken_for_it() -> None:
+    """A call in which it doesn't runs uncaptured."""
+    made = stitched().capture([2, 4], progress=False)
+    for rows, longer in ((3, 3), (2, 2), (2, 3)):
+        x, mask = torch.randn(rows, 8), torch.randn(longer, 8)
+        torch.testing.assert_close(made(x, mask), masked(x, mask))
+    assert sorted((row.mode, row.calls) for row in made.call_report()) == [
+        ("NONE", 1),
+        ("PIECEWISE", 1),
+        ("PIECEWISE", 1),
+    ]
 
 
 @pytest.mark.parametrize("said", [{}, {"mask.0": "batch"}])

@@ -6,17 +6,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Generic, Protocol, TypeVar
+from typing import Any
 
 import torch
 
 from piecework.errors import StaticGraphError
 
-P = TypeVar("P")
-T = TypeVar("T")
 
-
-class StaticGraph(Generic[P, T]):
+class StaticGraph:
     """One captured callable, or none yet.
 
     - ``capture`` runs the callable's Python once. Outputs and mutated inputs hold what they should
@@ -27,9 +24,9 @@ class StaticGraph(Generic[P, T]):
       from the same pool.
     """
 
-    def __init__(self, pool: P) -> None:
+    def __init__(self, pool: Any) -> None:
         self._pool = pool
-        self._held: T | None = None
+        self._held: Any = None
 
     @property
     def captured(self) -> bool:
@@ -64,7 +61,7 @@ class StaticGraph(Generic[P, T]):
         args: tuple[object, ...],
         kwargs: Mapping[str, object],
         weak: bool,
-    ) -> tuple[T, object]:
+    ) -> tuple[object, object]:
         """What a replay needs, and the output."""
         raise NotImplementedError
 
@@ -76,7 +73,7 @@ class StaticGraph(Generic[P, T]):
         """The quickest callable that replays, to be bound once; invalid after ``reset``."""
         raise NotImplementedError
 
-    def require_captured(self) -> T:
+    def require_captured(self) -> Any:
         """What was captured; a `StaticGraphError` if nothing was."""
         if self._held is None:
             raise StaticGraphError("nothing was captured", hint="call capture() first")
@@ -87,55 +84,53 @@ class StaticGraph(Generic[P, T]):
         self._held = None
 
 
-class GraphPool(Protocol):
-    """The memory that the static graphs of one owner share."""
+class GraphPool:
+    """The memory that the static graphs of one owner share.
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes held for outputs (and, on CUDA, for intermediates and the graphs themselves)."""
-        ...
+    Attributes:
+        nbytes: what is held for outputs (and, on CUDA, for intermediates and the graphs themselves).
+        driver_bytes: of these, what the driver took for graphs, told in coarse steps.
+    """
 
-    @property
-    def driver_bytes(self) -> int:
-        """Of these, what the driver took for graphs: told in coarse steps."""
-        ...
+    nbytes: int
+    driver_bytes: int
 
     def clear(self) -> None:
         """Give the memory back; every graph of the pool must have been reset."""
-        ...
+        raise NotImplementedError
 
 
-class GraphPlatform(Protocol):
-    """How graphs are made on one device."""
+class GraphPlatform:
+    """How graphs are made on one device; by default work is done there when a call returns.
 
-    @property
-    def device(self) -> torch.device: ...
+    Attributes:
+        unmarked: why kernels inside graphs can't carry what they stand for; "" where they can.
+    """
 
-    @property
-    def unmarked(self) -> str:
-        """Why kernels inside graphs can't carry what they stand for; "" where they can."""
-        ...
+    device: torch.device
+    unmarked: str
 
-    def new_pool(self) -> GraphPool: ...
+    def new_pool(self) -> GraphPool:
+        raise NotImplementedError
 
-    def new_graph(self, pool: GraphPool, *, marked: bool = False) -> StaticGraph:
+    def new_graph(self, pool: Any, *, marked: bool = False) -> StaticGraph:
         """A graph; ``marked``: its kernels carry the statement that they were captured for."""
-        ...
+        raise NotImplementedError
 
     def computes_on(self, device: torch.device) -> bool:
         """Whether a graph records work on ``device``; elsewhere it is done once, at the capture."""
-        ...
+        return device == self.device
 
     def is_capturing(self) -> bool:
         """Whether somebody captures what this thread does now; a replay would be an error."""
-        ...
+        raise NotImplementedError
 
     def call_order(self) -> Callable[[], None] | None:
         """Lets a call that uses the graphs come after the one before on the device, if need be."""
-        ...
+        return None
 
     def release_cached_memory(self) -> None:
         """Hand back what the device's allocator only caches, so that the pool can have it."""
-        ...
 
-    def synchronize(self) -> None: ...
+    def synchronize(self) -> None:
+        """Wait until the device has done what was queued."""

@@ -21,7 +21,7 @@ from piecework.runtime.batch.forward_context import (
     current_forward_context,
     override_forward_context,
 )
-from piecework.runtime.graphs.device.contract import StaticGraph
+from piecework.runtime.graphs.device.contract import GraphPlatform, GraphPool, StaticGraph
 from piecework.runtime.graphs.device.weak_ref import (
     owns_plain_memory,
     plain_parts,
@@ -38,8 +38,8 @@ _ALIGNMENT = 64
 _CAPTURING: contextvars.ContextVar[bool] = contextvars.ContextVar("capturing", default=False)
 
 
-class CpuGraphPlatform:
-    """Static graphs on the CPU, where work is done when a call returns."""
+class CpuGraphPlatform(GraphPlatform):
+    """Static graphs on the CPU."""
 
     device = torch.device("cpu")
     unmarked = "graphs on the CPU hold no kernels"
@@ -56,17 +56,8 @@ class CpuGraphPlatform:
     def is_capturing(self) -> bool:
         return _CAPTURING.get()
 
-    def call_order(self) -> None:
-        return None
 
-    def release_cached_memory(self) -> None:
-        pass
-
-    def synchronize(self) -> None:
-        pass
-
-
-class CpuGraphPool:
+class CpuGraphPool(GraphPool):
     """Blocks of output memory; one is free again when the last tensor over it is gone."""
 
     driver_bytes = 0
@@ -76,7 +67,7 @@ class CpuGraphPool:
         self._free: list[torch.Tensor] = []
 
     @property
-    def nbytes(self) -> int:
+    def nbytes(self) -> int:  # type: ignore[override]
         return sum(block.nbytes for block in self._blocks)
 
     def clear(self) -> None:
@@ -118,7 +109,7 @@ class _Recording(NamedTuple):
     copies: Mapping[int, torch.Tensor]
 
 
-class CpuStaticGraph(StaticGraph[CpuGraphPool, _Recording]):
+class CpuStaticGraph(StaticGraph):
     """A callable re-run on the inputs of its capture, its results copied to the outputs of then.
 
     Inputs outside the pool are held, where a CUDA graph would read freed memory: the error is the

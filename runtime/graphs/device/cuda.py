@@ -2,25 +2,48 @@
 
 from __future__ import annotations
 
+import contextvars
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from types import MappingProxyType
 
 import torch
 
 from piecework.collector import collector_paused
 from piecework.errors import StaticGraphError
 from piecework.runtime import torch_compat
-from piecework.runtime.graphs.device.contract import StaticGraph
-from piecework.runtime.graphs.device.marks import marked_as_the_statement
+from piecework.runtime.graphs.device.contract import GraphPlatform, GraphPool, StaticGraph
 from piecework.runtime.graphs.device.weak_ref import weak_ref_tensors
+from piecework.scope import set_for
 
 # torch takes one capture in a process, and who waits for a device meanwhile makes it invalid.
 _TURN = threading.RLock()
+# What kernels are captured for: they carry its name, layer and line.
+_STATEMENT: contextvars.ContextVar[Mapping[str, object]] = contextvars.ContextVar(
+    "statement", default=MappingProxyType({})
+)
 
 
-class CudaGraphPlatform:
+@contextmanager
+def kernels_of(what: str, layer: str, line: int, graph: str) -> Iterator[None]:
+    """Mark what is captured in the block as the work of one statement.
+
+    Args:
+        what: the piece or the operator that it calls.
+        layer: its module; inside a statement that calls a shared function, that statement's counts.
+        line: where it is in the emitted source.
+        graph: mode and batch of what is captured.
+    """
+    layer = str(_STATEMENT.get().get("layer") or layer)
+    name = f"{what} {layer}".strip()
+    statement = {"name": name, "layer": layer, "line": line, "graph": graph}
+    with set_for(_STATEMENT, statement), torch_compat.mark_kernels(statement):
+        yield
+
+
+class CudaGraphPlatform(GraphPlatform):
     """Static graphs on one CUDA device.
 
     Raises:
@@ -51,11 +74,8 @@ class CudaGraphPlatform:
         return CudaStaticGraph(pool, marked=marked)
 
     @property
-    def unmarked(self) -> str:
+    def unmarked(self) -> str:  # type: ignore[override]
         return torch_compat.why_kernels_unmarked()
-
-    def computes_on(self, device: torch.device) -> bool:
-        return device == self.device
 
     def is_capturing(self) -> bool:
         return torch.cuda.is_current_stream_capturing()
@@ -91,7 +111,7 @@ class _CallOrder:
             self._number, self._stream = number, stream
 
 
-class CudaGraphPool:
+class CudaGraphPool(GraphPool):
     """A private memory pool with one stream, which all captures into it use, and nothing else does.
 
     Blocks of the caching allocator belong to a stream, so captures share memory only on the same
@@ -151,12 +171,12 @@ class CudaGraphPool:
         return [(each["address"], each["total_size"]) for each in here]
 
     @property
-    def nbytes(self) -> int:
+    def nbytes(self) -> int:  # type: ignore[override]
         """What the captures so far took from the device, graphs included."""
         return self._abandoned_bytes + self._segment_bytes + self.driver_bytes
 
     @property
-    def driver_bytes(self) -> int:
+    def driver_bytes(self) -> int:  # type: ignore[override]
         """Of these, what the driver took for graphs, which the device tells in coarse steps."""
         return max(0, self._driver_bytes)
 
@@ -194,7 +214,7 @@ class CudaGraphPool:
         return int(total - free - torch.cuda.memory_reserved(self.device))
 
 
-class CudaStaticGraph(StaticGraph[CudaGraphPool, "torch.cuda.CUDAGraph"]):
+class CudaStaticGraph(StaticGraph):
     """One ``torch.cuda.CUDAGraph``; ``marked``: its kernels carry their statement in traces."""
 
     def __init__(self, pool: CudaGraphPool, *, marked: bool = False) -> None:
@@ -222,7 +242,7 @@ class CudaStaticGraph(StaticGraph[CudaGraphPool, "torch.cuda.CUDAGraph"]):
                     graph.capture_begin(pool=self._pool.handle, capture_error_mode="thread_local")
                     begun = True
                     self._pool.probe()
-                    with marked_as_the_statement():
+                    with torch_compat.mark_kernels(_STATEMENT.get()):
                         output = runnable(*args, **kwargs)
                     output = weak_ref_tensors(output) if weak else output
                     graph.capture_end()

@@ -1,15 +1,29 @@
-"""How a stitched graph depends on its batch size: what is staged, frozen, trimmed and served."""
+"""How a stitched graph depends on its batch size: what is staged, frozen, trimmed and served.
+
+The batch size is the first dynamic dimension of the inputs, and every other one that has its symbol.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import torch.fx
 
 from piecework.codegen.entry.checks import range_text
+from piecework.codegen.entry.plan import Symbol
+from piecework.codegen.graph.origin import results_of, value_of
 from piecework.codegen.plan.size_text import evaluate, symbols_in
+from piecework.errors import ConfigError, StaticGraphError
+from piecework.runtime import torch_compat
+from piecework.runtime.analysis.writes import held_by_source, mutations_in, refuse_mutations
+from piecework.runtime.pieces.program import Program
+from piecework.runtime.trace.inputs import Argument, GraphInput, Layout, Size
+from piecework.runtime.trace.one_trace import ModelTrace
+from piecework.runtime.watch.weights import Weight
+
+Asked = Mapping[str, Sequence[int] | str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +116,6 @@ class BatchShape:
         low, high: batch sizes that the trace allows; None where there is no bound.
         guards: further conditions on sizes, as Python text over the symbols.
         symbol: what they call the batch size.
-        example: the batch size of the example, if that is known.
     """
 
     names: tuple[str, ...]
@@ -118,7 +131,6 @@ class BatchShape:
     high: int | None
     guards: tuple[str, ...]
     symbol: str
-    example: int | None = None
 
     @property
     def dynamic(self) -> tuple[StagedInput, ...]:
@@ -141,3 +153,267 @@ class BatchShape:
             if symbols_in(guard) <= values.keys() and not evaluate(guard, values):
                 return f"the trace requires {guard}"
         return None
+
+
+@dataclass(frozen=True, slots=True)
+class FixedBatch:
+    """A batch size that a trace has as a number; ``dims``: flattened argument → its dimension."""
+
+    size: int
+    dims: Mapping[int, int]
+
+
+def batch_dims(captured: ModelTrace, program: Program) -> dict[int, int]:
+    """The batch dimension of each flattened argument that has one."""
+    found = {}
+    nodes = captured.graph.graph.find_nodes(op="placeholder")
+    for node, each in zip(nodes, captured.inputs, strict=True):
+        symbols = [torch_compat.symbol_of(n) for n in getattr(value_of(node), "shape", ())]
+        if isinstance(each, Argument) and program.batch.symbol in symbols:
+            found[each.leaf] = symbols.index(program.batch.symbol)
+    return found
+
+
+def batch_shape(
+    captured: ModelTrace, program: Program, asked: Asked, fixed: FixedBatch | None = None
+) -> BatchShape:
+    """Read ``captured`` for capturing static graphs.
+
+    Args:
+        asked: the values of other sizes by label, or ``"batch"`` where one equals the batch size;
+            so does a dimension 0 of which nothing is said, if it did in the example.
+        fixed: the batch size, if the trace has it as a number.
+
+    Raises:
+        StaticGraphError: a piece writes to a weight, or an input can't be in a static buffer.
+    """
+    if fixed is None and program.batch.symbol is None:
+        raise StaticGraphError(
+            "no input has a dynamic batch dimension, so there is nothing to capture sizes of",
+            where="capture",
+            hint="mark the batch dimension with torch._dynamo.mark_dynamic and compile again",
+        )
+    return _Reader(captured, program, asked, fixed).read()
+
+
+def passed_inputs(
+    captured: ModelTrace, program: Program
+) -> Iterator[tuple[torch.fx.Node, GraphInput]]:
+    """The placeholders that are arguments of ``execution_fn``: all but weights its source holds."""
+    bound = {row.path for row in program.source.module.bound}
+    nodes = program.split_gm.graph.find_nodes(op="placeholder")
+    for node, each in zip(nodes, captured.inputs, strict=True):
+        if not (isinstance(each, Weight) and each.path in bound):
+            yield node, each
+
+
+class _Reader:
+    """Goes through the inputs and results of one graph."""
+
+    def __init__(
+        self,
+        captured: ModelTrace,
+        program: Program,
+        asked: Asked,
+        fixed: FixedBatch | None,
+    ) -> None:
+        self.captured, self.program, self.fixed = captured, program, fixed
+        self.symbol = program.batch.symbol if fixed is None else None
+        nodes = program.split_gm.graph.find_nodes(op="placeholder")
+        self.pairs = list(zip(nodes, captured.inputs, strict=True))
+        self.known = {each.name: each for each in captured.assumptions.symbols()}
+        self.others: dict[str, OtherSize] = {}
+        self.equal: dict[str, OtherSize] = {}
+        self.symbols = {self.symbol} if self.symbol else set[str]()
+        self.example = self._example()
+        self.symbols |= self._equal_ones(asked)
+
+    def read(self) -> BatchShape:
+        written = self._written()
+        names = tuple(each.name for each in self.program.source.module.entry.parameters)
+        passed = list(passed_inputs(self.captured, self.program))
+        staged, sizes, numbers, weights = [], [], {}, {}
+        for position, (node, each) in enumerate(passed):
+            fake, name = value_of(node), names[position]
+            if isinstance(each, Weight):
+                weights[position] = each.path
+            elif isinstance(each, Layout):
+                raise _not_dense(self._owner(each))
+            elif isinstance(fake, torch.Tensor):
+                staged.append(self._staged(position, name, each, fake, node.name in written))
+            elif torch_compat.symbol_of(fake) in self.symbols:
+                sizes.append(position)
+                self._note_equal(self._label(each), fake, position, None)
+            elif torch_compat.symbols_of(fake):
+                numbers[position] = self._other(self._label(each), fake, position, None)
+            else:
+                raise StaticGraphError(
+                    f"is a {type(fake).__name__} that is passed per call, which a graph freezes",
+                    where=f"input {name}",
+                    hint="make it a constant of the model, or a tensor",
+                )
+        if all(each.dim is None for each in staged):
+            raise StaticGraphError(
+                "the graph reads the batch size alone, and no tensor of the batch",
+                where="capture",
+                hint="there is nothing to replay; don't capture this model",
+            )
+        if self.fixed is None:
+            batch = self.known.get(self.captured.assumptions.name_of(self.symbol or ""))
+        else:
+            batch = Symbol("", self.fixed.size, self.fixed.size)
+        return BatchShape(
+            names=names,
+            staged=tuple(staged),
+            sizes=tuple(sizes),
+            numbers=numbers,
+            others=tuple(self.others.values()),
+            equal=tuple(self.equal.values()),
+            weights=weights,
+            results=tuple(self._results(passed)),
+            symbols=frozenset(self.symbols),
+            low=max(1, (batch.low if batch is not None else None) or 1),
+            high=None if batch is None else batch.high,
+            guards=self.captured.assumptions.guards(),
+            symbol="" if batch is None else batch.name,
+        )
+
+    def _example(self) -> int | None:
+        shapes = (getattr(value_of(node), "shape", ()) for node, _ in self.pairs)
+        sizes = (size for shape in shapes for size in shape)
+        batch = (n for n in sizes if self.symbol and torch_compat.symbol_of(n) == self.symbol)
+        return next(map(torch_compat.example_of, batch), None)
+
+    # --- inputs ------------------------------------------------------------------------------------
+
+    def _staged(
+        self, position: int, name: str, each: Argument | Size, fake: torch.Tensor, written: bool
+    ) -> StagedInput:
+        empty = any(type(size) is int and size == 0 for size in fake.shape)
+        if not (empty or torch_compat.is_traced_contiguous(fake)):
+            raise _not_dense(each.name)
+        found: list[int] = []
+        if self.fixed is not None and isinstance(each, Argument) and each.leaf in self.fixed.dims:
+            found.append(self.fixed.dims[each.leaf])
+        others: dict[int, str] = {}
+        for dim, size in enumerate(fake.shape):
+            if torch_compat.symbol_of(size) in self.symbols:
+                found.append(dim)
+                self._note_equal(f"{each.name}.{dim}", size, position, dim)
+            elif torch_compat.symbols_of(size):
+                others[dim] = self._other(f"{each.name}.{dim}", size, position, dim)
+        if len(found) > 1:
+            raise StaticGraphError(
+                f"has the batch size in dimensions {found}; one can be padded",
+                where=f"input {each.name}",
+                hint="compute the larger tensor inside a splitting op",
+            )
+        return StagedInput(position, name, fake, next(iter(found), None), others, written)
+
+    def _label(self, each: Argument | Size) -> str:
+        """An integer argument is named by itself, a size by its tensor."""
+        return each.name if isinstance(each, Argument) else f"{self._owner(each)}.{each.dim}"
+
+    def _owner(self, each: Size | Layout) -> str:
+        arguments = (a for a in self.captured.inputs if isinstance(a, Argument))
+        return next((a.name for a in arguments if a.leaf == each.leaf), each.name)
+
+    def _equal_ones(self, asked: Asked) -> set[str]:
+        """The symbols of other sizes that equal the batch size."""
+        found: dict[str, object] = {}
+        for node, each in self.pairs:
+            value = value_of(node)
+            if isinstance(each, (Weight, Layout)):
+                continue
+            if isinstance(value, torch.Tensor):
+                found |= {f"{each.name}.{dim}": size for dim, size in enumerate(value.shape)}
+            else:
+                found[self._label(each)] = value
+        same = {label for label, said in asked.items() if said == "batch"}
+        dynamic = {label for label, size in found.items() if torch_compat.symbol_of(size)}
+        # A trace of one batch size may have the others that equal it as numbers too.
+        wrong = sorted(same.difference(dynamic if self.fixed is None else found))
+        if wrong:
+            raise ConfigError(
+                f"no dynamic size {wrong[0]!r}",
+                where="other_sizes",
+                hint=f"there are: {', '.join(sorted(dynamic)) or 'none'}",
+            )
+        firsts = {label for label in dynamic - asked.keys() if label.endswith(".0")}
+        if self.example is not None:
+            same |= {n for n in firsts if torch_compat.example_of(found[n]) == self.example}
+        return {s for label in same if (s := torch_compat.symbol_of(found[label])) is not None}
+
+    def _note_equal(self, label: str, size: object, position: int, dim: int | None) -> None:
+        """Remember where a call has a size that must equal the batch size."""
+        symbol = torch_compat.symbol_of(size)
+        if symbol is not None and symbol != self.symbol:
+            name = self.captured.assumptions.name_of(symbol)
+            self.equal.setdefault(symbol, OtherSize(label, (label,), name, position, dim))
+
+    def _other(self, label: str, size: object, position: int, dim: int | None) -> str:
+        """The label of a size beside the batch size; the first place that has it names it."""
+        symbol = torch_compat.symbol_of(size)
+        row = self.known.get(self.captured.assumptions.name_of(symbol or ""))
+        if symbol is None or row is None:
+            raise StaticGraphError(
+                "has a size that is computed from several, which can't be staged",
+                where=f"input {label}",
+                hint="pass sizes that don't depend on each other",
+            )
+        before = self.others.get(symbol)
+        if before is None:
+            example = torch_compat.example_of(size)
+            self.others[symbol] = OtherSize(
+                label, (label,), row.name, position, dim, row.low, row.high, example
+            )
+            return label
+        labels = tuple(dict.fromkeys((*before.labels, label)))
+        # A number is read faster than a shape.
+        place = (position, None) if dim is None else (before.position, before.dim)
+        self.others[symbol] = replace(before, labels=labels, position=place[0], dim=place[1])
+        return before.label
+
+    # --- results -----------------------------------------------------------------------------------
+
+    def _results(self, passed: list[tuple[torch.fx.Node, GraphInput]]) -> Iterator[ResultRule]:
+        arguments = {id(value_of(node)): number for number, (node, _) in enumerate(passed)}
+        earlier: dict[int, int] = {}
+        for index, node in enumerate(results_of(self.program.split_gm.graph)):
+            value = value_of(node) if isinstance(node, torch.fx.Node) else node
+            if not isinstance(value, torch.Tensor):
+                is_count = torch_compat.symbol_of(value) in self.symbols
+                yield ResultRule(
+                    is_count=is_count, computed=not is_count and self._has_batch(value)
+                )
+                continue
+            held = [d for d, size in enumerate(value.shape) if self._has_batch(size)]
+            if any(torch_compat.symbol_of(value.shape[d]) not in self.symbols for d in held):
+                yield ResultRule(computed=True)
+                continue
+            first = earlier.setdefault(id(value), index)
+            yield ResultRule(
+                dims=tuple(held),
+                argument=arguments.get(id(value)),
+                earlier=None if first == index else first,
+            )
+
+    def _has_batch(self, size: object) -> bool:
+        return not self.symbols.isdisjoint(torch_compat.symbols_of(size))
+
+    def _written(self) -> frozenset[str]:
+        """The arguments that the graph writes to; a piece that writes to weights is refused."""
+        split_gm, pieces = self.program.split_gm, self.program.source.submod_names
+        held = {node.name: each.path for node, each in self.pairs if isinstance(each, Weight)}
+        refuse_mutations(mutations_in(split_gm, pieces, held or held_by_source(split_gm)))
+        every = [item.submod_name for item in self.program.items]
+        arguments = {n.name: n.name for n, each in self.pairs if isinstance(each, Argument)}
+        return frozenset(each.path for each in mutations_in(split_gm, every, arguments))
+
+
+def _not_dense(name: str) -> StaticGraphError:
+    return StaticGraphError(
+        "was traced strided or inside a larger tensor, and its static buffer is dense",
+        where=f"input {name}",
+        hint="trace with contiguous example arguments",
+    )

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import itertools
-import reprlib
+import math
+import numbers
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, fields
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Annotated, ClassVar, Literal, NamedTuple, get_args
 
 import torch
 import torch.fx
+from pydantic import Field, InstanceOf
 
 from piecework.codegen.graph.origin import nodes_of
-from piecework.errors import ConfigError, StaticGraphError, did_you_mean
+from piecework.errors import ConfigError, StaticGraphError
 from piecework.runtime.batch.descriptor import BatchKind
 from piecework.runtime.batch.dispatcher import CudagraphDispatcher
 from piecework.runtime.batch.keys import LoraCases
@@ -25,58 +26,22 @@ from piecework.runtime.batch.sizes import (
     require_positive_sizes,
 )
 from piecework.runtime.config.compilation import CompilationConfig, RuntimeConfig
+from piecework.runtime.config.groups import CUDAGraphModeField, parsed_by
+from piecework.runtime.config.model import FrozenModel
 from piecework.runtime.graphs.memory.addresses import AddressPolicy
 from piecework.runtime.graphs.memory.owner import StaticGraphs
 from piecework.runtime.graphs.plan.batch_shape import BatchShape
 from piecework.runtime.graphs.plan.phase import ContextFor, FailurePolicy
-from piecework.runtime.graphs.stage.slots import Number
 from piecework.runtime.splitting_op import GraphsOf, registry
 
 _ORDER: tuple[GraphsOf, ...] = get_args(GraphsOf)
+_Switch = Annotated[bool, Field(strict=True)]
+_Count = Annotated[int, Field(strict=True, ge=0)]
+_Policy = Annotated[AddressPolicy, parsed_by(AddressPolicy.parse)]
+_OnFailure = Annotated[FailurePolicy, parsed_by(FailurePolicy.parse)]
 
 
-def _maybe(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: value is None or fits(value)
-
-
-def _mapping_of(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, Mapping) and all(map(fits, value.values()))
-
-
-def _is_a(*kinds: type) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, kinds)
-
-
-_SWITCH = ("True or False", lambda value: type(value) is bool)
-_ANYTHING = ("anything", lambda value: True)  # checked where it is read
-# What each option must be that is no switch.
-_KINDS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
-    **dict.fromkeys(
-        ("kind_of", "join", "around", "context_for"), ("a function, or None", _maybe(callable))
-    ),
-    "pad": ("True, False or None", _maybe(lambda value: type(value) is bool)),
-    "runtime": ("a RuntimeConfig, or None", _maybe(_is_a(RuntimeConfig))),
-    "axes": (
-        "a dict of lists of values",
-        _mapping_of(lambda each: isinstance(each, Sequence) and type(each) is not str),
-    ),
-    "other_sizes": ("a dict of lists of sizes", _is_a(Mapping)),
-    "warmups": ("a number of runs, or None", _maybe(lambda v: type(v) is int and v >= 0)),
-    "max_padding_factor": (
-        "a number of at least 1, or None",
-        _maybe(lambda v: type(v) in (int, float) and 1 <= v < float("inf")),
-    ),
-    "memory_of": (
-        "the static_graphs.graphs of a captured model, or None",
-        _maybe(_is_a(StaticGraphs)),
-    ),
-    "pads": ("a dict of numbers", _mapping_of(_is_a(bool, int, float, complex))),
-    "static": ("a dict of tensors", _mapping_of(_is_a(torch.Tensor))),
-}
-
-
-@dataclass(frozen=True, slots=True)
-class CaptureOptions:
+class CaptureOptions(FrozenModel):
     """How a stitched model is captured.
 
     Attributes:
@@ -117,64 +82,32 @@ class CaptureOptions:
         mark_kernels: let kernels inside CUDA graphs carry layer and emitted line in traces.
     """
 
-    mode: CUDAGraphMode | str | None = None
+    explained_by: ClassVar[str] = "help(piecework.runtime.CaptureOptions) says what each option is"
+
+    mode: CUDAGraphModeField | None = None
     runtime: RuntimeConfig | None = None
     lora_counts: tuple[int, ...] = ()
-    axes: Mapping[str, Sequence[Hashable]] = field(default_factory=dict)
-    other_sizes: Mapping[str, Sequence[int] | Literal["batch"]] = field(default_factory=dict)
+    axes: Mapping[str, tuple[Hashable, ...]] = {}
+    other_sizes: Mapping[str, tuple[int, ...] | Literal["batch"]] = {}
     kind_of: Callable[..., BatchKind] | None = None
-    address_policy: AddressPolicy | str = AddressPolicy.COPY
-    warmups: int | None = None
-    on_failure: FailurePolicy | str = FailurePolicy.RAISE
-    raise_interrupt: bool = True
-    max_padding_factor: float | None = None
-    clone_outputs: bool = True
-    strict: bool = False
+    address_policy: _Policy = AddressPolicy.COPY
+    warmups: _Count | None = None
+    on_failure: _OnFailure = FailurePolicy.RAISE
+    raise_interrupt: _Switch = True
+    max_padding_factor: Annotated[float, Field(strict=True, ge=1, lt=math.inf)] | None = None
+    clone_outputs: _Switch = True
+    strict: _Switch = False
     join: Callable[[], object] | None = None
     around: Callable[[], AbstractContextManager[object]] | None = None
     memory_of: StaticGraphs | None = None
-    pads: Mapping[str, Number] = field(default_factory=dict)
-    static: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    poison: bool = False
-    pad: bool | None = None
+    pads: Mapping[str, InstanceOf[numbers.Number]] = {}
+    static: Mapping[str, torch.Tensor] = {}
+    poison: _Switch = False
+    pad: _Switch | None = None
     context_for: ContextFor | None = None
-    put_back: bool = True
-    check_addresses: bool = False
-    mark_kernels: bool = True
-
-    @classmethod
-    def given(cls, options: Mapping[str, object]) -> CaptureOptions:
-        """The options that a caller gave by name; a `ConfigError` where there is no such option."""
-        known = [each.name for each in fields(cls)]
-        for name in options:
-            if name not in known:
-                raise ConfigError(
-                    f"capture has no option {name!r}",
-                    hint=did_you_mean(name, known) or f"use one of {', '.join(known)}",
-                )
-        return cls(**options)  # type: ignore[arg-type]
-
-    def __post_init__(self) -> None:
-        for each in fields(self):
-            value = getattr(self, each.name)
-            rest = _SWITCH if type(each.default) is bool else _ANYTHING
-            says, fits = _KINDS.get(each.name, rest)
-            if not fits(value):
-                got = reprlib.repr(value)  # a tensor would fill the screen
-                raise ConfigError(f"{each.name} must be {says}; got {got}", where="capture")
-
-    @property
-    def same_as_batch(self) -> frozenset[str]:
-        """Labels of the sizes that were declared to equal the batch size."""
-        words = {k: v for k, v in self.other_sizes.items() if isinstance(v, str)}
-        for label, word in words.items():
-            if word != "batch":
-                raise ConfigError(
-                    f"{label} is {word!r}",
-                    where="other_sizes",
-                    hint="give the values to capture, or 'batch'",
-                )
-        return frozenset(words)
+    put_back: _Switch = True
+    check_addresses: _Switch = False
+    mark_kernels: _Switch = True
 
 
 class CapturePlan(NamedTuple):
@@ -208,7 +141,7 @@ def plan_capture(
     """
     runtime = options.runtime
     lens = (1,) if runtime is None else tuple(runtime.query_lens)
-    asked = config.cudagraph_mode if options.mode is None else CUDAGraphMode.parse(options.mode)
+    asked = config.cudagraph_mode if options.mode is None else options.mode
     if asked is CUDAGraphMode.NONE:
         if options.mode is not None:
             hint = "don't call capture()"
@@ -240,7 +173,7 @@ def plan_capture(
         max_num_seqs=max(chosen) if runtime is None else runtime.max_num_seqs,
         uniform_decode_query_len=lens,
         decode_multiple_of=runtime.tensor_parallel_size if parallel else 1,
-        lora=LoraCases(adapters, config.cudagraph_specialize_lora, tuple(options.lora_counts)),
+        lora=LoraCases(adapters, config.cudagraph_specialize_lora, options.lora_counts),
         axes={**options.axes, **values},
         strict=options.strict,
         max_padding_factor=options.max_padding_factor,
@@ -365,14 +298,6 @@ def _other_values(
     for other in shape.others:
         where, example = f"input {other.label}", other.example
         if other.label not in found and example is not None:
-            if example == shape.example and other.label.endswith(".0"):
-                raise StaticGraphError(
-                    "was as large as the batch in the example, and may differ from it",
-                    where=where,
-                    hint=f"if it never does, pass other_sizes={{{other.label!r}: 'batch'}}; if it "
-                    f"may, the values to capture, such as other_sizes={{{other.label!r}: "
-                    f"[{example}]}}",
-                )
             found[other.label] = (example,)
         if not found.get(other.label):
             argument, dot, dim = other.label.rpartition(".")

@@ -34,12 +34,12 @@ from piecework.runtime.call.execution import by_path_of
 from piecework.runtime.call.profile_names import by_statement
 from piecework.runtime.compilers.partitions import Partition, partitions_taken_by
 from piecework.runtime.counters import counters
-from piecework.runtime.graphs.device.marks import kernels_of
+from piecework.runtime.graphs.device.cuda import kernels_of
 from piecework.runtime.graphs.memory.addresses import Placement, ValueOrigin
 from piecework.runtime.graphs.memory.captured_call import CapturedCall
 from piecework.runtime.graphs.memory.owner import CaptureRecord, StaticGraphs
 from piecework.runtime.graphs.memory.wrapper import CUDAGraphOptions, CUDAGraphWrapper
-from piecework.runtime.graphs.plan.batch_reader import FixedBatch, batch_shape, passed_inputs
+from piecework.runtime.graphs.plan.batch_shape import FixedBatch, batch_shape, passed_inputs
 from piecework.runtime.graphs.plan.captured_values import (
     capture_device,
     numbers_of,
@@ -115,7 +115,7 @@ class CapturedGraphs:
         fixed: FixedBatch | None = None,
     ) -> None:
         self._entry, self._program, self.options = entry, program, options
-        self.shape = batch_shape(entry.captured, program, options.same_as_batch, fixed)
+        self.shape = batch_shape(entry.captured, program, options.other_sizes, fixed)
         between = [item.submod_name for item in program.items if item.is_splitting_graph]
         said = full_graphs_of(program.split_gm, between)
         plan = plan_capture(self.shape, program.config, sizes, options, said)

@@ -25,7 +25,7 @@ from piecework.runtime.batch.mode import CUDAGraphMode
 from piecework.runtime.call.entry import Entry
 from piecework.runtime.call.execution import by_path_of
 from piecework.runtime.graphs.device.weak_ref import plain_parts
-from piecework.runtime.graphs.plan.batch_reader import FixedBatch
+from piecework.runtime.graphs.plan.batch_shape import FixedBatch
 from piecework.runtime.graphs.plan.estimate import (
     MemoryEstimate,
     estimate_memory,
@@ -111,7 +111,7 @@ class CapturedModel(CapturedGraphs):
         is_another = (n for n, e in enumerate(rules) if (e.argument, e.earlier) != (None, None))
         self._same = [(number, rules[number]) for number in is_another]
         self._order, self._join = self.graphs.call_order, options.join
-        self._raises = FailurePolicy.parse(options.on_failure) is FailurePolicy.RAISE
+        self._raises = options.on_failure is FailurePolicy.RAISE
         first = self.shape.dynamic[0]
         self._batch_at = (first.position, first.dim)
         self._asks = bool(self.shape.others or self.shape.equal) or options.kind_of is not None
