@@ -50,7 +50,7 @@ class CoverageRow:
 
 
 class Coverage(list[CoverageRow]):
-    """Rows of a coverage table, which prints as one; ``note`` says what the rows leave open, as why nothing is padded."""
+    """Rows of a coverage table, which prints as one; ``note`` says why nothing is padded, if so."""
 
     def __init__(self, rows: Iterable[CoverageRow], note: str = "") -> None:
         super().__init__(rows)
@@ -75,11 +75,7 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
 
 
 def coverage(dispatcher: CudagraphDispatcher, max_num_batched_tokens: int) -> list[CoverageRow]:
-    """One row per run of batch sizes that are treated alike, for every kind of batch; together they cover all.
-
-    Args:
-        dispatcher: asked without ``strict``, so that gaps are rows and not errors.
-        max_num_batched_tokens: the largest batch of the engine.
+    """One row per run of batch sizes that are treated alike, for every kind of batch.
 
     Example:
         >>> d = CudagraphDispatcher(CUDAGraphMode.PIECEWISE, [1, 4], max_num_seqs=4)
@@ -89,11 +85,10 @@ def coverage(dispatcher: CudagraphDispatcher, max_num_batched_tokens: int) -> li
     rows: list[CoverageRow] = []
     separate = dispatcher.cudagraph_mode.separate_routine()
     decodes = (0, *dispatcher.decode_sizes) if separate else (0,)
-    cases = dispatcher.cases
     # Every distinct question about adapters: none, and each captured number.
-    loras = [(False, 0), *(key for key in cases.lora.captured() if key[0])]
-    for step, lora, axes in itertools.product(decodes, loras, cases.every_axes()):
-        largest = min(max_num_batched_tokens, cases.max_num_seqs * step)
+    loras = [(False, 0), *(key for key in dispatcher.lora.captured() if key[0])]
+    for step, lora, axes in itertools.product(decodes, loras, dispatcher.every_axes()):
+        largest = min(max_num_batched_tokens, dispatcher.max_num_seqs * step)
         sizes = range(step, largest + 1, step) if step else range(1, max_num_batched_tokens + 1)
         batch = BatchKind(step > 0, *lora, axes, query_len=step or None)
         for size in sizes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import itertools
 import math
 from bisect import bisect_left
 from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
@@ -10,14 +11,6 @@ from dataclasses import dataclass
 
 from piecework.errors import ConfigError, InputError, StaticGraphError
 from piecework.runtime.batch.descriptor import PLAIN, Axes, BatchDescriptor, BatchKind
-from piecework.runtime.batch.keys import (
-    CAPTURING,
-    CapturedCases,
-    LoraCases,
-    capture_order,
-    has_decode_graphs,
-    uniform_descriptor,
-)
 from piecework.runtime.batch.mode import CUDAGraphMode
 from piecework.runtime.batch.sizes import (
     decode_sizes,
@@ -26,6 +19,7 @@ from piecework.runtime.batch.sizes import (
     require_whole_number,
 )
 
+_CAPTURING = (CUDAGraphMode.PIECEWISE, CUDAGraphMode.FULL)
 #: Axes whose captured values are the most that a batch may have.
 BOUNDS = frozenset({"max_query_len"})
 
@@ -80,6 +74,49 @@ class Dispatch:
     is_fallback: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class LoraCases:
+    """What is captured for adapters.
+
+    Attributes:
+        enabled: adapters may be active.
+        specialize: batches without adapters have graphs of their own.
+        counts: numbers of active adapters to capture for, ascending; none: one graph for any.
+
+    Example:
+        >>> LoraCases(enabled=True, counts=(1, 4)).key(True, 3)
+        (True, 4)
+    """
+
+    enabled: bool = False
+    specialize: bool = True
+    counts: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if list(self.counts) != sorted(set(self.counts)) or any(n < 1 for n in self.counts):
+            raise ConfigError(
+                f"numbers of active adapters must ascend from 1, not {list(self.counts)}",
+                where="LoraCases.counts",
+            )
+
+    def captured(self) -> tuple[tuple[bool, int], ...]:
+        """The (has_lora, num_active_loras) pairs that get graphs."""
+        if not self.enabled:
+            return ((False, 0),)
+        active = tuple((True, count) for count in self.counts) or ((True, 0),)
+        return ((False, 0), *active) if self.specialize else active
+
+    def key(self, has_lora: bool, num_active_loras: int) -> tuple[bool, int] | None:
+        """The captured pair that a batch runs in, or None."""
+        if not has_lora and (not self.enabled or self.specialize):
+            return (False, 0)
+        if not self.enabled:
+            return None
+        if not self.counts:
+            return (True, 0)
+        return next(((True, n) for n in self.counts if n >= num_active_loras), None)
+
+
 class CudagraphDispatcher:
     """The captured shapes of one model, and which of them a batch runs as.
 
@@ -87,15 +124,16 @@ class CudagraphDispatcher:
         mode: what decode and mixed batches use.
         capture_sizes: sizes in tokens.
         max_num_seqs: most requests in a batch; decode graphs never exceed it.
-        uniform_decode_query_len: tokens of each request in a decode batch; several where drafts differ in width, and the
-            widest is meant where a batch does not say which.
+        uniform_decode_query_len: tokens of each request in a decode batch; several where drafts
+            differ in width, and the widest is meant where a batch does not say which.
         decode_multiple_of: ranks that the tokens of a decode batch are cut over.
         lora: which cases are captured for adapters.
-        axes: further axes of the descriptor, each with the values to capture; the first is the default. A batch runs in a graph of its
-            own value; in ``max_query_len``, in one of the next larger value, and of the largest where it doesn't say.
+        axes: further axes of the descriptor, each with the values to capture; the first is the
+            default. A batch runs in a graph of its own value; in ``max_query_len``, in one of the
+            next larger value, and of the largest where it doesn't say.
         strict: a fall-back to NONE that nobody asked for is an error.
         exact: why nothing is padded, if so: a batch then runs captured only in its own size.
-        max_padding_factor: a batch runs in no graph of more than so many times its tokens; None: in the next larger one, however large.
+        max_padding_factor: a batch runs in no graph of more than so many times its tokens.
 
     Attributes:
         cudagraph_keys: what is captured, by mode.
@@ -124,8 +162,12 @@ class CudagraphDispatcher:
     ) -> None:
         self.capture_sizes = require_positive_sizes(capture_sizes)
         self.bs_to_padded_graph_size = padded_sizes(self.capture_sizes)
-        values = {name: tuple(each) for name, each in (axes or {}).items()}
-        self.cases = CapturedCases(max_num_seqs, lora or LoraCases(), values)
+        self.axes = {name: tuple(each) for name, each in (axes or {}).items()}
+        self.lora, self.max_num_seqs = lora or LoraCases(), max_num_seqs
+        if max_num_seqs < 1:
+            raise ConfigError(f"a batch of {max_num_seqs} requests", where="max_num_seqs")
+        if not all(self.axes.values()):
+            raise ConfigError("every axis needs at least one value", where="axes")
         self.strict, self.exact = strict, exact
         self.max_padding_factor = math.inf if max_padding_factor is None else max_padding_factor
         self._decode_multiple_of = decode_multiple_of
@@ -148,24 +190,62 @@ class CudagraphDispatcher:
             query_len: decode_sizes(
                 self.capture_sizes,
                 query_len,
-                max_num_seqs=self.cases.max_num_seqs,
+                max_num_seqs=self.max_num_seqs,
                 multiple_of=self._decode_multiple_of,
             )
             for query_len in sorted(set(lens))
         }
-        self.cudagraph_keys = self.cases.keys(cudagraph_mode, self.capture_sizes, self.decode_sizes)
+        self.cudagraph_keys: dict[CUDAGraphMode, set[BatchDescriptor]] = {
+            each: set() for each in _CAPTURING
+        }
+        for lora, axes in itertools.product(self.lora.captured(), self.every_axes()):
+            self._add_keys(lora, axes)
         self._known: dict[tuple[int | bool, ...], tuple[CUDAGraphMode, BatchDescriptor]] = {}
+
+    def every_axes(self) -> list[Axes]:
+        """Every combination of values of the axes."""
+        names = sorted(self.axes)
+        values = itertools.product(*(self.axes[name] for name in names))
+        return [tuple(zip(names, each, strict=True)) for each in values]
+
+    def _add_keys(self, lora: tuple[bool, int], axes: Axes) -> None:
+        """Capture every size in these cases."""
+        mixed = self.cudagraph_mode.mixed_mode()
+        if mixed in _CAPTURING:
+            keys = (self._mixed_key(mixed, size, lora, axes) for size in self.capture_sizes)
+            self.cudagraph_keys[mixed].update(keys)
+        if self._has_decode_graphs():
+            self.cudagraph_keys[CUDAGraphMode.FULL].update(
+                BatchDescriptor(size, size // query_len, True, *lora, axes)
+                for query_len, sizes in self.decode_sizes.items()
+                for size in sizes
+            )
+
+    def _mixed_key(
+        self, mode: CUDAGraphMode, size: int, lora: tuple[bool, int], axes: Axes
+    ) -> BatchDescriptor:
+        """The key of any batch of ``size`` tokens.
+
+        A full graph holds attention, which is captured for as many requests as there can be.
+        """
+        reqs = min(size, self.max_num_seqs) if mode is CUDAGraphMode.FULL else None
+        return BatchDescriptor(size, reqs, False, *lora, axes)
+
+    def _has_decode_graphs(self) -> bool:
+        """Whether uniform decode batches have graphs of their own."""
+        mode = self.cudagraph_mode
+        return mode.separate_routine() and mode.decode_mode() is CUDAGraphMode.FULL
 
     def get_capture_descs(self) -> list[tuple[CUDAGraphMode, list[BatchDescriptor]]]:
         """What to capture, PIECEWISE before FULL, largest first."""
         return [
-            (mode, sorted(keys, key=capture_order))
+            (mode, sorted(keys, key=_capture_order))
             for mode, keys in self.cudagraph_keys.items()
             if keys
         ]
 
     def give_up(self, mode: CUDAGraphMode, descriptor: BatchDescriptor) -> None:
-        """Never dispatch to this key again: its capture failed, was interrupted or does not fit in memory."""
+        """Never dispatch to this key again."""
         self.cudagraph_keys[mode].discard(descriptor)
         self._known.clear()
 
@@ -207,7 +287,7 @@ class CudagraphDispatcher:
     def explain(
         self, num_tokens: int, kind: BatchKind = PLAIN, *, strict: bool | None = None
     ) -> Dispatch:
-        """How a batch runs: FULL on an exact key, else a relaxed key (FULL, then PIECEWISE), else NONE.
+        """How a batch runs: FULL on an exact key, else a relaxed one (FULL, PIECEWISE), else NONE.
 
         Args:
             num_tokens: tokens of the batch, unpadded.
@@ -216,16 +296,16 @@ class CudagraphDispatcher:
 
         Raises:
             InputError: no tokens, an undeclared axis, or NONE is left out and nothing else fits.
-            StaticGraphError: ``strict``, and the batch falls back to NONE although its mode promises a graph.
+            StaticGraphError: ``strict``, and its mode promises a graph that there is not.
         """
         require_whole_number(num_tokens)
-        allowed = frozenset((CUDAGraphMode.NONE, *CAPTURING)) - kind.invalid_modes
+        allowed = frozenset((CUDAGraphMode.NONE, *_CAPTURING)) - kind.invalid_modes
         extra = self._extra(dict(kind.axes))
         query_len = kind.query_len or self.uniform_decode_query_len
         # What is no whole number of requests can't be a decode batch, whatever the caller says.
         uniform_decode = kind.uniform_decode and num_tokens % query_len == 0
         adapters = (kind.has_lora, kind.num_active_loras)
-        lora = self.cases.lora.key(*adapters)
+        lora = self.lora.key(*adapters)
         if lora is None:
             own = BatchDescriptor(num_tokens, None, False, *adapters, extra)
             return self._uncaptured(own, Reason.NO_LORA, uniform_decode, allowed, strict)
@@ -243,7 +323,7 @@ class CudagraphDispatcher:
         if excluded:
             reason = Reason.EXCLUDED
         elif considered:
-            known = all(value in self.cases.axes[name] for name, value in extra)
+            known = all(value in self.axes[name] for name, value in extra)
             reason = Reason.NOT_CAPTURED if known else Reason.AXIS
         elif not self._promises_graph(uniform_decode):
             reason = Reason.MODE
@@ -257,15 +337,17 @@ class CudagraphDispatcher:
     ) -> Iterator[tuple[CUDAGraphMode, BatchDescriptor]]:
         """The keys that a batch could run as, best first, whether captured or not.
 
-        The larger sizes follow the nearest one, for the case that it was given up. A ``query_len`` of 0 is no decode batch.
+        The larger sizes follow the nearest one, for the case that it was given up. A ``query_len``
+        of 0 is no decode batch.
         """
-        if query_len and has_decode_graphs(self.cudagraph_mode):
+        if query_len and self._has_decode_graphs():
             for size in self._fitting(self.decode_sizes.get(query_len, ()), num_tokens):
-                yield CUDAGraphMode.FULL, uniform_descriptor(size, query_len, lora, extra)
+                key = BatchDescriptor(size, size // query_len, True, *lora, extra)
+                yield CUDAGraphMode.FULL, key
         mixed = self.cudagraph_mode.mixed_mode()
-        if mixed in CAPTURING:
+        if mixed in _CAPTURING:
             for size in self._fitting(self.capture_sizes, num_tokens):
-                yield mixed, self.cases.mixed(mixed, size, lora, extra)
+                yield mixed, self._mixed_key(mixed, size, lora, extra)
 
     def _fitting(self, sizes: Sequence[int], num_tokens: int) -> Sequence[int]:
         first = bisect_left(sizes, num_tokens)
@@ -276,7 +358,7 @@ class CudagraphDispatcher:
 
     def _promises_graph(self, uniform: bool) -> bool:
         mode = self.cudagraph_mode
-        return (mode.decode_mode() if uniform else mode.mixed_mode()) in CAPTURING
+        return (mode.decode_mode() if uniform else mode.mixed_mode()) in _CAPTURING
 
     def _uncaptured(
         self,
@@ -294,7 +376,7 @@ class CudagraphDispatcher:
                 where=where,
                 hint="allow NONE, or capture this shape",
             )
-        # Decode batches are bounded by max_num_seqs, so one that is too large is a size nobody listed.
+        # Decode batches are bounded by max_num_seqs: one that is too large is a size nobody listed.
         fallback = self._promises_graph(uniform) and (
             reason in _FALLBACKS or (uniform and reason is Reason.TOO_LARGE)
         )
@@ -307,7 +389,7 @@ class CudagraphDispatcher:
         return Dispatch(CUDAGraphMode.NONE, descriptor, 0, reason, fallback)
 
     def _extra(self, given: Mapping[str, Hashable]) -> Axes:
-        axes = self.cases.axes
+        axes = self.axes
         unknown = sorted(set(given) - set(axes))
         if unknown:
             raise InputError(
@@ -316,6 +398,12 @@ class CudagraphDispatcher:
                 hint=f"declared axes: {', '.join(sorted(axes)) or 'none'}",
             )
         return tuple((name, _captured_value(name, axes[name], given)) for name in sorted(axes))
+
+
+def _capture_order(key: BatchDescriptor) -> tuple[object, ...]:
+    """Larger ones first: smaller ones reuse their memory."""
+    sizes = (-key.num_tokens, -(key.num_reqs or 0), -key.num_active_loras)
+    return (sizes, not key.has_lora, repr(key.extra))
 
 
 def _captured_value(

@@ -19,10 +19,7 @@ LARGEST = 1 << 24
 def default_max_capture_size(
     max_num_seqs: int, max_num_batched_tokens: int, decode_query_len: int = 1
 ) -> int:
-    """The largest size captured when nobody names one: ``min(2 * max_num_seqs * query_len, 512, max tokens)``.
-
-    Twice the decode batch leaves room for small mixed batches.
-    """
+    """The largest size captured when nobody names one: twice the decode batch, within bounds."""
     return min(2 * max_num_seqs * decode_query_len, WORTH_CAPTURING, max_num_batched_tokens)
 
 
@@ -31,11 +28,8 @@ def default_capture_sizes(
 ) -> tuple[int, ...]:
     """1, 2, 4, then by 8 to 256, then by 16 up to ``maximum``, and ``maximum`` itself.
 
-    Args:
-        maximum: no size exceeds it.
-        max_num_seqs: most requests in a batch. The same steps are taken in requests as well, up to it and with it, so that
-            the largest decode batch, the one a busy program runs, is met exactly.
-        decode_query_lens: tokens of one request in a decode batch, each way that there is; 1 by default.
+    The same steps are taken in requests, up to ``max_num_seqs`` and with it, for each length of a
+    request in ``decode_query_lens``: the decode batch of a busy program is met exactly.
 
     Example:
         >>> default_capture_sizes(20)
@@ -70,11 +64,8 @@ def resolve_capture_sizes(
     """The sizes to capture, ascending, from what the user gave and what the engine can reach.
 
     Args:
-        sizes: the user's list, ascending, or None for the default steps; an empty list captures nothing.
-        max_size: the user's ``max_cudagraph_capture_size``, or None. Alone it truncates the default steps.
-        max_num_seqs: most requests in a batch.
-        max_num_batched_tokens: most tokens in a batch.
-        decode_query_lens: query tokens of one request in a decode batch, each way that there is.
+        sizes: the user's list, ascending; None: the default steps; an empty list captures nothing.
+        max_size: the user's ``max_cudagraph_capture_size``; alone it truncates the default steps.
 
     Raises:
         ConfigError: sizes can't be reached; all of them are named.
@@ -121,15 +112,7 @@ def require_positive_sizes(sizes: Iterable[int]) -> tuple[int, ...]:
 def decode_sizes(
     sizes: Sequence[int], query_len: int, *, max_num_seqs: int, multiple_of: int = 1
 ) -> tuple[int, ...]:
-    """The sizes that uniform decode batches are captured in: whole numbers of requests that cover ``sizes``.
-
-    Other batches keep ``sizes`` as they are: only a batch of which every request has ``query_len`` tokens is a multiple of it.
-
-    Args:
-        sizes: the capture sizes.
-        query_len: tokens per request.
-        max_num_seqs: a batch of more requests does not occur.
-        multiple_of: ranks that the tokens are cut over.
+    """The sizes of uniform decode batches: whole numbers of requests that cover ``sizes``.
 
     Example:
         >>> decode_sizes((1, 2, 4, 8), 3, max_num_seqs=8)
@@ -148,16 +131,10 @@ def decode_sizes(
 def adjust_sizes_for_spec_decode(
     sizes: Sequence[int], query_len: int, *, max_size: int, tensor_parallel_size: int = 1
 ) -> tuple[int, ...]:
-    """Round sizes up to what a speculative decode batch can be; what then exceeds ``max_size`` is rounded down.
+    """Round sizes up to what a speculative decode batch can be; beyond ``max_size``, down.
 
-    A uniform batch holds ``query_len`` tokens per request (one plus the speculated ones), so only multiples
-    of it are ever run. Where the sequence dimension is cut across ranks the multiple must suit both.
-
-    Args:
-        sizes: the sizes so far.
-        query_len: tokens per request.
-        max_size: no rounded size may exceed it.
-        tensor_parallel_size: ranks that the tokens are cut over (1 if they are not).
+    A uniform batch holds ``query_len`` tokens per request, so only multiples of it are ever run.
+    Where the tokens are cut over ranks the multiple must suit both.
 
     Raises:
         ConfigError: ``query_len`` is not positive, or not even one multiple fits.
@@ -187,10 +164,6 @@ def adjust_sizes_for_spec_decode(
 
 def padded_sizes(sizes: Iterable[int], maximum: int | None = None) -> tuple[int | None, ...]:
     """The padding table: entry ``n`` is the smallest captured size of at least ``n``, or None.
-
-    Args:
-        sizes: captured sizes in any order.
-        maximum: last index of the table; the largest captured size by default.
 
     Example:
         >>> padded_sizes([1, 4], 5)
@@ -223,11 +196,7 @@ def require_whole_number(num_tokens: object) -> None:
 
 
 def sizes_to_capture(sizes: object) -> tuple[int, ...] | None:
-    """Sizes to capture, ascending; anything that is no list of positive whole numbers is refused.
-
-    Raises:
-        ConfigError: it is something else.
-    """
+    """Sizes to capture, ascending; a `ConfigError` where it is no list of them."""
     if sizes is None:
         return None
     if isinstance(sizes, (str, bytes)) or not isinstance(sizes, Iterable):

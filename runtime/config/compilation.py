@@ -219,65 +219,50 @@ class CompilationConfig(FrozenModel):
         mode, captures = self.mode, self.cudagraph_mode
         sizes, largest = self.cudagraph_capture_sizes, self.max_cudagraph_capture_size
         pieces = captures.requires_piecewise_compilation()
-        capturing = captures is not CUDAGraphMode.NONE
+        capturing, partitions = (
+            captures is not CUDAGraphMode.NONE,
+            self.use_inductor_graph_partition,
+        )
         found = max(sizes or (), default=0)
-        for fields, wrong, message in (
-            (
-                "use_inductor_graph_partition, backend",
-                self.use_inductor_graph_partition and self.backend != "inductor",
-                f"only Inductor partitions a graph, and the backend is {self.backend!r}",
-            ),
-            (
-                "use_inductor_graph_partition, mode",
-                self.use_inductor_graph_partition and mode is CompilationMode.NONE,
-                "mode NONE compiles nothing, so Inductor has nothing to partition",
-            ),
-            (
-                "cudagraph_mode, mode",
-                capturing and mode is CompilationMode.NONE,
-                f"mode NONE traces nothing, so there is nothing that {captures} could capture; "
-                "use PIECEWORK_COMPILE, with backend 'eager' to compile nothing",
-            ),
-            (
-                "cudagraph_mode, mode",
-                pieces and mode in _WHOLE,
-                f"{captures} captures pieces, and mode {mode} makes none; use PIECEWORK_COMPILE, "
-                f"or cudagraph_mode {captures.without_piecewise()}",
-            ),
-            (
-                "cudagraph_mode, splitting_ops",
-                pieces and self.splitting_ops == (),
-                f"{captures} captures the pieces between splitting ops, and splitting_ops is "
-                "empty; use FULL to capture the whole graph",
-            ),
-            (
-                "cudagraph_capture_sizes, max_cudagraph_capture_size",
-                sizes is not None and largest not in (None, found),
-                f"the largest listed size is {found} and the maximum {largest}; "
-                "give only one of the two",
-            ),
-            (
-                "cudagraph_mode, cudagraph_capture_sizes",
-                capturing and sizes == (),
-                f"{captures} captures, and no size is listed; use mode NONE, or leave the list out",
-            ),
-            (
-                "cudagraph_mode, max_cudagraph_capture_size",
-                capturing and largest == 0,
-                f"{captures} captures, and the largest size is 0; use mode NONE",
-            ),
-        ):
-            if wrong:
-                yield ConfigProblem(fields, message)
+        if partitions and self.backend != "inductor":
+            why = f"only Inductor partitions a graph, and the backend is {self.backend!r}"
+            yield ConfigProblem("use_inductor_graph_partition, backend", why)
+        if partitions and mode is CompilationMode.NONE:
+            why = "mode NONE compiles nothing, so Inductor has nothing to partition"
+            yield ConfigProblem("use_inductor_graph_partition, mode", why)
+        if capturing and mode is CompilationMode.NONE:
+            why = f"mode NONE traces nothing, so there is nothing that {captures} could capture"
+            hint = "use PIECEWORK_COMPILE, with backend 'eager' to compile nothing"
+            yield ConfigProblem("cudagraph_mode, mode", f"{why}; {hint}")
+        if pieces and mode in _WHOLE:
+            why = f"{captures} captures pieces, and mode {mode} makes none"
+            hint = f"use PIECEWORK_COMPILE, or cudagraph_mode {captures.without_piecewise()}"
+            yield ConfigProblem("cudagraph_mode, mode", f"{why}; {hint}")
+        if pieces and self.splitting_ops == ():
+            why = (
+                f"{captures} captures the pieces between splitting ops, and splitting_ops is empty"
+            )
+            hint = "use FULL to capture the whole graph"
+            yield ConfigProblem("cudagraph_mode, splitting_ops", f"{why}; {hint}")
+        if sizes is not None and largest not in (None, found):
+            why = f"the largest listed size is {found} and the maximum {largest}"
+            names = "cudagraph_capture_sizes, max_cudagraph_capture_size"
+            yield ConfigProblem(names, f"{why}; give only one of the two")
+        if capturing and sizes == ():
+            why = (
+                f"{captures} captures, and no size is listed; use mode NONE, or leave the list out"
+            )
+            yield ConfigProblem("cudagraph_mode, cudagraph_capture_sizes", why)
+        if capturing and largest == 0:
+            why = f"{captures} captures, and the largest size is 0; use mode NONE"
+            yield ConfigProblem("cudagraph_mode, max_cudagraph_capture_size", why)
         # A batch that may run uncaptured keeps its own size, so that any size is reached.
         if sizes and captures.mixed_mode() is not CUDAGraphMode.NONE:
             below = (n for n in self.compile_sizes if isinstance(n, int) and n < found)
             if idle := ", ".join(str(size) for size in below if size not in sizes):
-                yield ConfigProblem(
-                    "compile_sizes, cudagraph_capture_sizes",
-                    f"no batch runs in {idle}: they are padded; compile captured sizes, or sizes "
-                    f"above {found}",
-                )
+                why = f"no batch runs in {idle}: they are padded"
+                hint = f"compile captured sizes, or sizes above {found}"
+                yield ConfigProblem("compile_sizes, cudagraph_capture_sizes", f"{why}; {hint}")
 
     # --- choices settled; each returns a copy ----------------------------------------------------
 

@@ -308,38 +308,22 @@ class RuntimeConfig(FrozenModel):
 
     def conflicts(self) -> Iterator[ConfigProblem]:
         widest, tokens = self.uniform_decode_query_len, self.max_num_batched_tokens
-        wider = [n for n in self.further_decode_query_lens if n > widest]
-        for fields, wrong, message in (
-            (
-                "further_decode_query_lens, uniform_decode_query_len",
-                bool(wider),
-                f"{', '.join(map(str, wider))} is more than {widest}, the widest",
-            ),
-            (
-                "uniform_decode_query_len, max_num_batched_tokens",
-                widest > tokens,
-                f"a request of {widest} tokens does not fit in {tokens}",
-            ),
-            (
-                "rank, world_size",
-                self.rank >= self.world_size,
-                f"rank {self.rank} of {self.world_size}",
-            ),
-            (
-                "dp_rank, data_parallel_size",
-                self.dp_rank >= self.data_parallel_size,
-                f"replica {self.dp_rank} of {self.data_parallel_size}",
-            ),
-            (
-                "world_size, tensor_parallel_size",
-                bool(self.world_size % self.tensor_parallel_size),
-                f"{self.world_size} ranks are no multiple of {self.tensor_parallel_size}",
-            ),
-            (
-                "max_num_seqs, max_num_batched_tokens",
-                self.max_num_seqs > tokens,
-                f"{self.max_num_seqs} requests of at least one token do not fit in {tokens} tokens",
-            ),
-        ):
-            if wrong:
-                yield ConfigProblem(fields, message)
+        ranks, replicas, seqs = self.world_size, self.data_parallel_size, self.max_num_seqs
+        wider = ", ".join(str(n) for n in self.further_decode_query_lens if n > widest)
+        if wider:
+            names = "further_decode_query_lens, uniform_decode_query_len"
+            yield ConfigProblem(names, f"{wider} is more than {widest}, the widest")
+        if widest > tokens:
+            names = "uniform_decode_query_len, max_num_batched_tokens"
+            yield ConfigProblem(names, f"a request of {widest} tokens does not fit in {tokens}")
+        if self.rank >= ranks:
+            yield ConfigProblem("rank, world_size", f"rank {self.rank} of {ranks}")
+        if self.dp_rank >= replicas:
+            names = "dp_rank, data_parallel_size"
+            yield ConfigProblem(names, f"replica {self.dp_rank} of {replicas}")
+        if ranks % self.tensor_parallel_size:
+            why = f"{ranks} ranks are no multiple of {self.tensor_parallel_size}"
+            yield ConfigProblem("world_size, tensor_parallel_size", why)
+        if seqs > tokens:
+            why = f"{seqs} requests of at least one token do not fit in {tokens} tokens"
+            yield ConfigProblem("max_num_seqs, max_num_batched_tokens", why)

@@ -17,8 +17,7 @@ from piecework.runtime.batch.coverage import (
     require_coverage,
 )
 from piecework.runtime.batch.descriptor import BatchDescriptor, BatchKind
-from piecework.runtime.batch.dispatcher import CudagraphDispatcher, Reason
-from piecework.runtime.batch.keys import LoraCases
+from piecework.runtime.batch.dispatcher import CudagraphDispatcher, LoraCases, Reason
 from piecework.runtime.batch.mode import CUDAGraphMode
 from piecework.runtime.config.compilation import CompilationConfig, RuntimeConfig
 

@@ -176,7 +176,10 @@ def test_sizes_that_equal_the_batch_size_are_checked_at_every_call() -> None:
         "padded to the next captured size": 1,
         "a size that was declared to equal the batch size doesn't": 2,
     }
-    for wrong, why in (({"y.1": "batch"}, "no dynamic size 'y.1'"), ({"y.0": "all"}, "should be 'batch'")):
+    for wrong, why in (
+        ({"y.1": "batch"}, "no dynamic size 'y.1'"),
+        ({"y.0": "all"}, "should be 'batch'"),
+    ):
         with pytest.raises(ConfigError, match=why):
             stitched.capture([4], progress=False, other_sizes=wrong)
 

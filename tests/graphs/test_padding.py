@@ -208,7 +208,7 @@ def test_nothing_is_padded_where_the_caller_says_so(warned: list[str]) -> None:
     module = captured(lambda x: x + 1, pad=False)
     row = next(row for row in module.coverage(8) if row.first <= 5 <= row.last)
     assert row.reason is Reason.UNPADDED and not row.is_fallback and not warned
-    with pytest.raises(ConfigError, match="pad: .* boolean"):
+    with pytest.raises(ConfigError, match=r"pad: .* boolean"):
         captured(lambda x: x + 1, pad="yes")
 
 

@@ -17,8 +17,7 @@ from pydantic import Field, InstanceOf
 from piecework.codegen.graph.origin import nodes_of
 from piecework.errors import ConfigError, StaticGraphError
 from piecework.runtime.batch.descriptor import BatchKind
-from piecework.runtime.batch.dispatcher import CudagraphDispatcher
-from piecework.runtime.batch.keys import LoraCases
+from piecework.runtime.batch.dispatcher import CudagraphDispatcher, LoraCases
 from piecework.runtime.batch.mode import CUDAGraphMode
 from piecework.runtime.batch.sizes import (
     WORTH_CAPTURING,
