@@ -170,11 +170,6 @@ def _overloads(target: object) -> tuple[OpOverload, ...]:
 
 def _identity(op: OpOverload) -> str:
     """Its body may change: code calls it by its name. What decides its results' shapes may not."""
-    if op.namespace == "piecework_named":
-        raise ArtifactError(
-            f"{op} takes layer names as inputs, and is made anew in each process",
-            hint="use the eager compiler, or keep layer names out of operators' arguments",
-        )
     try:
         return digest_of(operator_content(op, with_body=False), str(op))
     except Unidentifiable as error:

@@ -3,29 +3,31 @@
 from __future__ import annotations
 
 import hashlib
-import logging
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 import torch.fx
 
 from piecework.codegen.graph.origin import value_of
-from piecework.errors import CaptureError, Unidentifiable
+from piecework.errors import CaptureError, ConfigError, Unidentifiable
 from piecework.runtime import torch_compat
 from piecework.runtime.analysis.writes import written_aliases
 from piecework.runtime.batch.ranges import Range
 from piecework.runtime.compilers.eager import left_uncompiled
-from piecework.runtime.compilers.inductor_options import InductorOptions
 from piecework.runtime.compilers.interface import CompiledPiece
 from piecework.runtime.compilers.partitions import wrap_partition
 from piecework.runtime.config.compilation import CompilationConfig
+from piecework.runtime.config.model import thaw
 from piecework.runtime.counters import counters
 from piecework.runtime.passes import PostGradPassManager, pass_context
+from piecework.runtime.splitting_op import registry
 from piecework.runtime.store.digest import digest_of, text_of
 from piecework.runtime.store.surroundings import operator_facts, settings_factors
 
-_log = logging.getLogger(__name__)
+#: Stands beside the real names where partitions are wrapped. Inductor's partitioning depends on whether a wrapper is set,
+#: which its cache key does not show; this name is in the key and matches no operator.
+_WRAPPED = "piecework::partitions_are_wrapped"
 
 
 class _Inductor:
@@ -35,41 +37,45 @@ class _Inductor:
         config: the resolved configuration; its options and passes are settled here.
 
     Attributes:
-        options: Inductor's options per batch range.
-        wrap_partition: turns each partition (function, index, count) into what is called in its place. With
-            ``use_inductor_graph_partition`` that is a `Partition`, which a captured model replays; None leaves partitions
-            as they are.
+        passes: the passes that run on every piece; their report says what matched.
+        wraps: whether each partition becomes a `Partition`, which a captured model replays.
 
     Raises:
-        ConfigError: as `InductorOptions`.
+        ConfigError: Inductor has no option or pass slot of a name, a pass can't be imported, or options contradict the
+            graph partition.
     """
 
     name = "inductor"
-    calls_custom_ops_as_they_are = True
 
     def __init__(self, config: CompilationConfig | None = None) -> None:
-        self.options = InductorOptions(config or CompilationConfig())
-        self.wrap_partition: PartitionWrapper | None = None
-        if self.options.config.use_inductor_graph_partition:
-            self.wrap_partition = wrap_partition
-
-    @property
-    def passes(self) -> PostGradPassManager:
-        """The passes that run on every piece; their report says what matched."""
-        return self.options.passes
+        self._config = config = config or CompilationConfig()
+        self.passes = PostGradPassManager.from_config(config)
+        self.wraps = config.use_inductor_graph_partition
+        self._always = thaw(config.inductor_compile_config) | self.passes.inductor_options(config)
+        self._single_size = {k: thaw(v) for k, v in config.single_size_inductor_config.items()}
+        _require_options(config)
 
     def compute_hash(self, config: CompilationConfig) -> str:
-        options = digest_of(InductorOptions(config).identity(), "inductor_compile_config")
-        wrapped = self.wrap_partition is not None
-        text = f"{self.name} {torch.__version__} {torch_compat.inductor_key()} {options} {wrapped}"
+        options = {**config.inductor_compile_config, "single size": self._single_size}
+        passes = [each.uuid() for each in self.passes.passes]
+        found = digest_of([options, passes, _partition_ops(config)], "inductor_compile_config")
+        text = f"{self.name} {torch.__version__} {torch_compat.inductor_key()} {found}"
         return hashlib.sha256(text.encode()).hexdigest()
 
     def options_for(
         self, compile_range: Range | None, graph: torch.fx.GraphModule | None = None
     ) -> dict[str, object]:
-        """Inductor's options for one batch range, complete; for one piece, where its graph is given."""
-        wraps = self.wrap_partition is not None
-        options = self.options.for_range(compile_range, wraps_partitions=wraps)
+        """Inductor's options for one batch range, complete; for one piece, where its graph is given.
+
+        A single size gets those of ``single_size_inductor_config`` on top.
+        """
+        # A piece holds no CUDA graphs of its own, whatever the environment tells Inductor: it is captured as it is.
+        options = {"triton.cudagraphs": False, **self._always}
+        if compile_range is not None and compile_range.is_single_size():
+            options |= self._single_size
+        if self.wraps:
+            options["graph_partition"] = True
+            options["custom_should_partition_ops"] = [*_partition_ops(self._config), _WRAPPED]
         if graph is not None and self.facts_for(graph) is None:
             # Inductor's own caches know operators by name alone, and would give out another body's code.
             options["force_disable_caches"] = True
@@ -94,17 +100,59 @@ class _Inductor:
 
     def partitions_wrapped(self) -> AbstractContextManager[None]:
         """While active, partitions of compiled and of loaded code are wrapped; what was set before comes back."""
-        if self.wrap_partition is None:
-            return nullcontext()
-        return torch_compat.partition_wrapper(self.wrap_partition)
+        return torch_compat.partition_wrapper(wrap_partition) if self.wraps else nullcontext()
 
     def realign(self, compiled: Callable[..., object]) -> None:
         """Where partitions are wrapped, do what Inductor then leaves undone: inputs at odd addresses are copied."""
-        if self.wrap_partition is not None:
+        if self.wraps:
             torch_compat.realign_inputs(compiled)
 
+    @contextmanager
+    def _compiling(
+        self,
+        graph: torch.fx.GraphModule,
+        example_inputs: Sequence[object],
+        compile_range: Range | None,
+    ) -> Iterator[dict[str, object]]:
+        """Inductor's options, while it may run on ``graph``."""
+        _require_sizes(graph, example_inputs)
+        counters.num_inductor_compiles += 1
+        facts = self.facts_for(graph) or ""
+        with self.partitions_wrapped(), pass_context(compile_range, facts):
+            yield self.options_for(compile_range, graph)
 
-PartitionWrapper = Callable[[Callable[..., object], int, int], Callable[..., object]]
+
+def _partition_ops(config: CompilationConfig) -> list[str]:
+    """Where Inductor cuts the code itself."""
+    if not config.use_inductor_graph_partition:
+        return []
+    return list(registry.names() if config.splitting_ops is None else config.splitting_ops)
+
+
+def _require_options(config: CompilationConfig) -> None:
+    for field in ("inductor_compile_config", "single_size_inductor_config", "inductor_passes"):
+        unknown = [n for n in getattr(config, field) if not torch_compat.has_inductor_option(n)]
+        if unknown:
+            raise ConfigError(
+                f"this torch's Inductor has no option {', '.join(map(repr, unknown))}",
+                where=f"{field}.{unknown[0]}",
+                hint="torch._inductor.list_options() lists them",
+            )
+    given = {**config.inductor_compile_config, **config.single_size_inductor_config}
+    cuts = config.use_inductor_graph_partition
+    for name, clashes in (
+        ("triton.cudagraphs", given.get("triton.cudagraphs")),
+        ("graph_partition", cuts and "graph_partition" in given),
+        ("custom_should_partition_ops", cuts and "custom_should_partition_ops" in given),
+        ("cpp_wrapper", cuts and given.get("cpp_wrapper")),
+    ):
+        if clashes:
+            raise ConfigError(
+                "a piece can't hold CUDA graphs of Inductor's: capture makes them; and use_inductor_graph_partition sets "
+                "how code is cut, without a C++ wrapper",
+                where=f"inductor_compile_config.{name}",
+                hint="leave the option out",
+            )
 
 
 class InductorStandaloneAdaptor(_Inductor):
@@ -119,8 +167,6 @@ class InductorStandaloneAdaptor(_Inductor):
     ) -> CompiledPiece:
         if written_aliases(graph):
             return left_uncompiled(graph)
-        _require_sizes(graph, example_inputs)
-        counters.num_inductor_compiles += 1
         single = compile_range is not None and compile_range.is_single_size()
         if single and not _has_symbols(example_inputs):
             shapes = "from_example_inputs"
@@ -128,13 +174,9 @@ class InductorStandaloneAdaptor(_Inductor):
             shapes = "from_tracing_context"
         else:
             shapes = "from_graph"
-        facts = self.facts_for(graph) or ""
-        with self.partitions_wrapped(), pass_context(compile_range, facts):
+        with self._compiling(graph, example_inputs, compile_range) as options:
             artifact = torch_compat.standalone_compile(
-                graph,
-                example_inputs,
-                dynamic_shapes=shapes,
-                config_patches=self.options_for(compile_range, graph),
+                graph, example_inputs, dynamic_shapes=shapes, config_patches=options
             )
             self.realign(artifact)
         return _piece(artifact, graph)
@@ -175,15 +217,10 @@ class InductorAdaptor(_Inductor):
     ) -> CompiledPiece:
         if written_aliases(graph):
             return left_uncompiled(graph)
-        _require_sizes(graph, example_inputs)
-        counters.num_inductor_compiles += 1
-        facts = self.facts_for(graph) or ""
-        with self.partitions_wrapped(), pass_context(compile_range, facts):
+        single = compile_range is not None and compile_range.is_single_size()
+        with self._compiling(graph, example_inputs, compile_range) as options:
             compiled = torch_compat.compile_fx(
-                graph,
-                example_inputs,
-                own_shapes=compile_range is not None and compile_range.is_single_size(),
-                config_patches=self.options_for(compile_range, graph),
+                graph, example_inputs, own_shapes=single, config_patches=options
             )
             self.realign(compiled)
         return CompiledPiece(compiled, indirect_because="compile_fx gives no artifact")

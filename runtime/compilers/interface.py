@@ -35,9 +35,7 @@ class CompilerInterface(Protocol):
     """A compiler of pieces; see `make_compiler`.
 
     A compiler may also have ``to_bytes(piece) -> bytes | None`` and ``from_bytes(data, graph) -> CompiledPiece``; then
-    what it makes is kept in the compile cache. One that runs graph passes has ``passes``, a `PostGradPassManager`. One with
-    ``calls_custom_ops_as_they_are = True`` may be given operators that stand for others, so that pieces which differ only
-    in a layer's name are one program (`piecework.runtime.pieces.layer_names`).
+    what it makes is kept in the compile cache. One that runs graph passes has ``passes``, a `PostGradPassManager`.
 
     Attributes:
         name: what ``CompilationConfig.backend`` calls it.

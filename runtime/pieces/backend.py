@@ -177,19 +177,7 @@ class PieceworkBackend:
         runtime = self.runtime_config
         place = {} if runtime is None else {"rank": runtime.rank, "dp_rank": runtime.dp_rank}
         dump = Dump.open(self.config, self.prefix or "model", **place)
-        making = Compilation(
-            graph,
-            dump,
-            self.prefix or "model",
-            self.config,
-            self.compiler_manager,
-            self.declared_ops,
-            self.range_table,
-            runtime,
-            self.tag,
-            self.trace,
-            self.batch_of_first,
-        )
+        making = Compilation(self, graph, dump)
         try:
             self._program = making.run(bound or {}, tried)
         except NotAdmitted:

@@ -7,9 +7,8 @@ import functools
 import hashlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal, assert_never
+from typing import Literal, Protocol, assert_never
 
 import torch
 import torch.fx
@@ -36,7 +35,6 @@ from piecework.runtime.config.compilation import CompilationConfig, RuntimeConfi
 from piecework.runtime.counters import counters
 from piecework.runtime.observe import trace
 from piecework.runtime.observe.dump import Dump, config_text
-from piecework.runtime.pieces.layer_names import share_layer_names
 from piecework.runtime.pieces.manager import CompilerManager
 from piecework.runtime.pieces.parallel import compile_ahead, different_pieces
 from piecework.runtime.pieces.piecewise import PiecewiseBackend, PiecewiseCompileInterpreter
@@ -65,33 +63,42 @@ class Trace(enum.Enum):
     ANOTHER = "another"
 
 
-@dataclass(eq=False)
+class Backend(Protocol):
+    """What a compilation needs of the backend that it belongs to; see `backend.PieceworkBackend`."""
+
+    prefix: str
+    config: CompilationConfig
+    compiler_manager: CompilerManager
+    declared_ops: Sequence[SplittingOpLike] | None
+    range_table: RangeTable | None
+    runtime_config: RuntimeConfig | None
+    tag: str
+    trace: Trace
+    batch_of_first: tuple[str, int] | None
+
+
 class Compilation:
-    """What a piece asks of its backend, and what is made so far.
+    """One graph on its way through a backend, and what a piece asks of it.
 
     Attributes:
         graph: what was traced.
         name: a label for the model.
         splitting_ops: where to cut; None: at every operator that is registered for it.
-        range_table: batch ranges and single sizes that were asked for; then those among them that the trace serves.
-        trace: which of the model's traces this is.
-        batch_of_first: the input that the first trace has its batch size in, and its dimension.
+        range_table: the batch ranges and single sizes among those asked for that the trace serves.
+        batch: where the graph has its batch size.
+        phases: seconds per phase.
+        backends: submodule name → its compiled forms.
     """
 
-    graph: torch.fx.GraphModule
-    dump: Dump
-    name: str
-    config: CompilationConfig
-    compiler_manager: CompilerManager
-    splitting_ops: Sequence[SplittingOpLike] | None
-    range_table: RangeTable | None
-    runtime_config: RuntimeConfig | None
-    tag: str
-    trace: Trace
-    batch_of_first: tuple[str, int] | None = None
-    phases: dict[str, float] = field(default_factory=dict)
-    backends: dict[str, PiecewiseBackend] = field(default_factory=dict)
-    batch: Batch = field(default_factory=Batch)
+    def __init__(self, backend: Backend, graph: torch.fx.GraphModule, dump: Dump) -> None:
+        self.graph, self.dump, self._backend = graph, dump, backend
+        self.name = backend.prefix or "model"
+        self.config, self.splitting_ops = backend.config, backend.declared_ops
+        self.compiler_manager = backend.compiler_manager
+        self.range_table = backend.range_table
+        self.phases: dict[str, float] = {}
+        self.backends: dict[str, PiecewiseBackend] = {}
+        self.batch = Batch()
 
     @property
     def batch_symbol(self) -> str | None:
@@ -105,7 +112,7 @@ class Compilation:
         graph, manager = self.graph, self.compiler_manager
         self.dump.captured(graph)
         _check_custom_ops(self.config, graph)
-        self.batch = _batch_of(graph, self.batch_of_first)
+        self.batch = _batch_of(graph, self._backend.batch_of_first)
         self.range_table = self._fitting_ranges()
         ops = [*self._splitting_ops(), *recurrent_layers(graph.graph)]
         split_gm, items = self._split(ops)
@@ -142,8 +149,6 @@ class Compilation:
                 blocks=self._blocks(),
                 module=torch_compat.graph_module,
             )
-            if self.compiler_manager.may_share_names():
-                share_layer_names(split_gm, items)
         _log.info(
             "%s: traced %d nodes, batch size %s; %d pieces, cut at %s",
             self.name,
@@ -169,7 +174,7 @@ class Compilation:
         """Fill ``backends`` with the pieces' compiled forms."""
         inputs = list(map(value_of, split_gm.graph.find_nodes(op="placeholder")))
         self.compiler_manager.initialize_cache(
-            self.graph, inputs, tag=self.tag, runtime_config=self.runtime_config
+            self.graph, inputs, tag=self._backend.tag, runtime_config=self._backend.runtime_config
         )
         manager, progress = self.compiler_manager, self.compiler_manager.progress
         requests = different_pieces(
@@ -222,7 +227,7 @@ class Compilation:
 
     def _fitting_ranges(self) -> RangeTable | None:
         """The ranges without sizes that other traces serve; those that none does are refused."""
-        table, which = self.range_table, self.trace
+        table, which = self.range_table, self._backend.trace
         if table is None:
             return None
         if self.batch.symbol is None and which is not Trace.ANOTHER:
@@ -250,7 +255,11 @@ class Compilation:
         """The one size that a trace without a batch symbol serves, where the first trace tells it."""
         index, dim = self.batch.input
         value = value_of(self.graph.graph.find_nodes(op="placeholder")[index])
-        if self.batch_of_first is None or dim is None or not isinstance(value, torch.Tensor):
+        if (
+            self._backend.batch_of_first is None
+            or dim is None
+            or not isinstance(value, torch.Tensor)
+        ):
             return None
         size = value.shape[dim]
         return RangeTable([Range(size, size)]) if type(size) is int and size else None
@@ -267,7 +276,7 @@ class Compilation:
             return () if inside else registry.names()
         require_registered(ops)
         missing = SplittingOps(ops).missing_from(self.graph.graph)
-        if missing and self.trace is not Trace.ANOTHER:
+        if missing and self._backend.trace is not Trace.ANOTHER:
             tell(
                 SplitError(
                     f"splitting ops that are named and not in the graph: {', '.join(missing)}",

@@ -12,7 +12,7 @@ import torch
 import torch.fx
 
 from piecework.codegen.graph.origin import SymbolNames, origin_of_piece, value_of
-from piecework.codegen.graph.structure import Structure, structure_of
+from piecework.codegen.graph.structure import Structure
 from piecework.errors import ConfigError, PieceCompileError, PieceworkError
 from piecework.runtime import torch_compat
 from piecework.runtime.batch.ranges import Range, file_name
@@ -144,57 +144,31 @@ class CompilerManager:
         if self.progress is not None and result.succeeded:
             self.progress.compiled(result.name, result.seconds, "in a worker")
 
-    def may_share_names(self) -> bool:
-        """Whether pieces may be made equal by handing them names as inputs (`share_layer_names`).
-
-        The compiler must call custom operators as they are, and no user's pass may be looking for them.
-        """
-        opaque = getattr(self.compiler, "calls_custom_ops_as_they_are", False)
-        return bool(opaque) and not self.config.inductor_passes
-
     def compute_hash(self) -> str:
         """Everything about the compiler that changes its output."""
         return self.compiler.compute_hash(self.config)
 
-    def _misbehaves(self, how: str) -> ConfigError:
-        return ConfigError(
-            f"compiler {self.compiler.name!r}: {how}",
+    def _checked(self, piece: object, method: str) -> CompiledPiece:
+        """What the compiler returned, if it kept to its interface."""
+        if isinstance(piece, CompiledPiece):
+            return piece
+        kind = "None" if piece is None else f"a {type(piece).__qualname__}"
+        raise ConfigError(
+            f"compiler {self.compiler.name!r}: {method} returned {kind}, not a CompiledPiece",
             where="backend",
             hint="see piecework.runtime.compilers.CompilerInterface",
         )
-
-    def _compile_checked(
-        self,
-        graph: torch.fx.GraphModule,
-        example_inputs: Sequence[object],
-        compile_range: Range | None,
-    ) -> CompiledPiece:
-        """Run the compiler on a piece, and see that it kept to its interface."""
-        before = _content(graph)
-        piece = self.compiler.compile(graph, example_inputs, self.config, compile_range)
-        if not isinstance(piece, CompiledPiece):
-            raise self._misbehaves(f"compile returned {_kind(piece)}, not a CompiledPiece")
-        if _content(graph) != before:
-            raise self._misbehaves("compile changed the graph that it was given; it must copy it")
-        return piece
 
     def to_bytes(self, piece: CompiledPiece) -> bytes | None:
         """What the cache keeps of a piece; None, with a warning, where the compiler can't give it."""
         try:
             return self.compiler.to_bytes(piece)
         except Exception as error:  # noqa: BLE001 - the piece is compiled and can be used
+            why, name = _first_line(error), self.compiler.name
             _log.warning(
-                "compiler %r: to_bytes failed: %s; the piece is used and not kept",
-                self.compiler.name,
-                _first_line(error),
+                "compiler %r: to_bytes failed: %s; the piece is used and not kept", name, why
             )
             return None
-
-    def _from_bytes(self, data: bytes, graph: torch.fx.GraphModule) -> CompiledPiece:
-        piece = self.compiler.from_bytes(data, graph)
-        if not isinstance(piece, CompiledPiece):
-            raise self._misbehaves(f"from_bytes returned {_kind(piece)}, not a CompiledPiece")
-        return piece
 
     def compile(
         self,
@@ -262,7 +236,8 @@ class CompilerManager:
                 file_name(submod_name, compile_range),
                 lambda: graph.print_readable(print_output=False),
             )
-            return self._compile_checked(graph, example_inputs, compile_range)
+            piece = self.compiler.compile(graph, example_inputs, self.config, compile_range)
+            return self._checked(piece, "compile")
 
         if self.cache is None:
             return compile_now(), False
@@ -272,7 +247,7 @@ class CompilerManager:
             compile_range,
             compile_now,
             self.to_bytes,
-            lambda data: self._from_bytes(data, graph),
+            lambda data: self._checked(self.compiler.from_bytes(data, graph), "from_bytes"),
         )
 
     def _failure(
@@ -316,12 +291,6 @@ def _slot(
     return structure.key, compile_range, id(env)
 
 
-def _content(graph: torch.fx.GraphModule) -> tuple[object, ...]:
-    """A graph and the values recorded for its inputs. A compiler may find out more about a size; it may not exchange it."""
-    inputs = graph.graph.find_nodes(op="placeholder")
-    return structure_of(graph).key, tuple(id(value_of(node)) for node in inputs)
-
-
 def _own_failure(error: BaseException | None) -> PieceCompileError | None:
     """The failure of a pass of ours or the user's, which a compiler may have wrapped in an error of its own."""
     seen: set[int] = set()
@@ -331,10 +300,6 @@ def _own_failure(error: BaseException | None) -> PieceCompileError | None:
         seen.add(id(error))
         error = error.__cause__ or error.__context__
     return None
-
-
-def _kind(value: object) -> str:
-    return "None" if value is None else f"a {type(value).__qualname__}"
 
 
 def _first_line(error: BaseException) -> str:

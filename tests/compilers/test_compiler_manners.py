@@ -49,15 +49,6 @@ class Nothing(Polite):
         return None
 
 
-class Rewriting(Polite):
-    def compile(self, graph, *rest):  # type: ignore[no-untyped-def]
-        for node in graph.graph.nodes:
-            if node.op == "call_function" and "relu" in str(node.target):
-                node.target = torch.sigmoid
-        graph.recompile()
-        return CompiledPiece(graph.forward)
-
-
 class OnlyToBytes(Polite):
     to_bytes = Keeping.to_bytes
 
@@ -103,7 +94,6 @@ def own_warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
     [
         (BareFunction, "compile returned a method, not a CompiledPiece"),
         (Nothing, "compile returned None, not a CompiledPiece"),
-        (Rewriting, "changed the graph that it was given"),
         (OnlyToBytes, "has no from_bytes"),
         (WithArgument, "can't be made without arguments: TypeError"),
     ],

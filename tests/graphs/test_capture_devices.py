@@ -103,7 +103,7 @@ def test_graphs_of_inductors_own_inside_pieces_are_refused(field):
 
 
 def test_and_off_whatever_the_environment_says():
-    from piecework.runtime.compilers.inductor_options import InductorOptions
+    from piecework.runtime.compilers import InductorStandaloneAdaptor
 
-    options = InductorOptions(piecework.CompilationConfig()).for_range(None)
+    options = InductorStandaloneAdaptor(piecework.CompilationConfig()).options_for(None)
     assert options["triton.cudagraphs"] is False
