@@ -28,7 +28,6 @@ from piecework.runtime.stitched import StitchedModule
 from piecework.runtime.store.folder import Place, directory_of, has_artifact
 from piecework.runtime.trace.sizes.dynamic_dims import set_mark, unmarked_afterwards
 from piecework.runtime.trace.sizes.example_sizes import SizePolicy
-from piecework.runtime.trace.sizes.shape_guards import ShapeGuards
 from piecework.runtime.traces.traces import inside
 
 _log = logging.getLogger(__name__)
@@ -310,25 +309,13 @@ def _require_no_cuts(
 
 
 class ModeModule(StitchedModule):
-    """A `StitchedModule` that is traced with the configured shape type and, on request, evaluates the trace's guards."""
+    """A `StitchedModule` that is traced with the configured shape type."""
 
     def _prepare(self, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         """Compile with the configured shapes; then tell `set_on_compilation_complete`'s callback."""
         with tracing_shapes(self.config.dynamic_shapes_config.type, (args, kwargs)):
             super()._prepare(args, kwargs)
         compilation_complete()
-
-    @property
-    def shape_guards(self) -> ShapeGuards:
-        """The guards that each call evaluates, where the configuration asks for them."""
-        guards = self.traces[0].guards if self.traces else None
-        if guards is None:
-            raise NotThereError(
-                "no shape guards are kept",
-                where="dynamic_shapes_config.evaluate_guards",
-                hint="set it, and compile the model",
-            )
-        return guards
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from piecework.runtime.pieces.ranks import Together
 from piecework.runtime.pieces.report import Report
 from piecework.runtime.trace.inputs import Argument, Layout, Size
 from piecework.runtime.watch.state import SavedState
+from piecework.runtime.watch.values import Path
 
 STITCHED, ENTRY, CAREFUL, EDITED = "stitched.py", "entry.py", "careful.py", "edited.py"
 STATE, GRAPHS = "state.pickle", "graphs.pickle"
@@ -39,7 +40,7 @@ class SavedWeight:
     device: torch.device
     shape: tuple[int, ...]
     stride: tuple[int, ...]
-    source: str
+    way: Path
     names: frozenset[str]
 
 

@@ -48,10 +48,10 @@ from piecework.runtime.store.surroundings import (
 )
 from piecework.runtime.trace.one_trace import ModelTrace
 from piecework.runtime.traces.traced_model import NewBackend, TracedModel
-from piecework.runtime.watch.places import traced
+from piecework.runtime.watch.places import LookUps
 from piecework.runtime.watch.reachable import modules_of, own_tensors
 from piecework.runtime.watch.state import TracedState
-from piecework.runtime.watch.values import import_starts
+from piecework.runtime.watch.values import Places, import_starts
 from piecework.runtime.watch.weights import BoundWeights, Traced, Weight
 
 _HINT = "load it with the model that it was saved of, or compile again: with artifact=path this happens by itself"
@@ -177,7 +177,7 @@ def _weights(saved: SavedTrace, model: Callable[..., object]) -> BoundWeights:
     held = {
         f"{prefix}{name}": tensor for prefix, root in roots for name, tensor in own_tensors(root)
     }
-    found = [Weight(each.path, _tensor(each, held, model), each.source) for each in saved.weights]
+    found = [Weight(each.path, _tensor(each, held, model), each.way) for each in saved.weights]
     for each, weight in zip(saved.weights, found, strict=True):
         shape = torch.Size(each.shape)
         was = Traced(each.path, each.dtype, each.layout, each.device, shape, each.stride)
@@ -220,9 +220,8 @@ def _tensor(
     saved: SavedWeight, held: Mapping[str, torch.Tensor], model: Callable[..., object]
 ) -> torch.Tensor:
     tensor: Any = held.get(saved.path)
-    if tensor is None:
-        way = traced(saved.source, model)
-        tensor = None if way is None else way.tensor()
+    if tensor is None and saved.way:
+        tensor = LookUps({"local": {"model": model}}).at(Places().of(saved.way))
     if not isinstance(tensor, torch.Tensor):
         raise ArtifactError(
             f"the model has no weight {saved.path}", where="the weights' signature", hint=_HINT
@@ -234,6 +233,6 @@ def _inputs(saved: SavedTrace, weights: BoundWeights) -> Iterator[object]:
     for each in saved.inputs:
         if isinstance(each, WeightInput):
             held = saved.weights[each.index]
-            yield Weight(held.path, weights.tensors[each.index], held.source)
+            yield Weight(held.path, weights.tensors[each.index], held.way)
         else:
             yield each

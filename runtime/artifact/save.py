@@ -170,14 +170,9 @@ def _require_savable(trace: TracedModel) -> None:
             f"compiler {trace.program.compiler!r}",
             "use inductor or eager",
         ),
-        (
-            config.dynamic_shapes_config.evaluate_guards,
-            "dynamic_shapes_config.evaluate_guards",
-            "leave it out",
-        ),
         (config.use_inductor_graph_partition, "use_inductor_graph_partition", "leave it out"),
         (
-            not config.stitching_config.check_inputs,
+            not trace.entry.made.plan.checks,
             "stitching_config.check_inputs=False",
             "leave it on",
         ),
@@ -270,13 +265,10 @@ def _require_no_weights(consts: Sequence[object], trace: TracedModel) -> None:
 
 def _weights(trace: TracedModel) -> tuple[SavedWeight, ...]:
     weights = trace.entry.weights
-    sources = weights.sources
-    pairs = zip(weights.traced, weights.names(), strict=True)
+    rows = zip(weights.traced, weights.taken, weights.names(), strict=True)
     return tuple(
-        SavedWeight(
-            w.path, w.dtype, w.layout, w.device, tuple(w.shape), w.stride, sources[w.path], names
-        )
-        for w, names in pairs
+        SavedWeight(w.path, w.dtype, w.layout, w.device, tuple(w.shape), w.stride, way, names)
+        for w, way, names in rows
     )
 
 

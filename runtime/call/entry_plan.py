@@ -104,7 +104,7 @@ def _plan_entry(
         # A model without weights has modes of its own to watch all the same.
         binds=bool(bound) or not weights,
         watches_arguments=watches_arguments,
-        checks=levers.check_inputs,
+        checks=levers.check_inputs or program.config.dynamic_shapes_config.evaluate_guards,
         asks_grad_mode=state.asks_grad_mode,
     )
 

@@ -224,7 +224,8 @@ class DynamicShapesConfig(FrozenModel):
         "`unbacked`: no hint, so nothing can be specialised; `backed_size_oblivious`: a hint, but sizes 0 and 1 are not special.",
     )
     evaluate_guards: Flag = Field(
-        False, description="Keep Dynamo's shape guards and fail where one would recompile."
+        False,
+        description="Check each call's sizes against Dynamo's shape guards, also where `check_inputs` is off.",
     )
     max_traces: Annotated[int, ignored("each trace is what it is, however many there are")] = Field(
         8,

@@ -18,6 +18,7 @@ from piecework.errors import CaptureError
 from piecework.runtime import torch_compat
 from piecework.runtime.watch.code import models_code
 from piecework.runtime.watch.places import readable
+from piecework.runtime.watch.values import Path
 from piecework.runtime.watch.weights import Weight, out_of_reach
 
 
@@ -192,8 +193,13 @@ def trace_back(
     names: Sequence[str],
     sources: Mapping[str, int],
     held: dict[int, tuple[str, torch.Tensor]],
+    path_of: Callable[[torch.fx.Node], Path],
 ) -> tuple[GraphInput, ...]:
-    """Where each placeholder of ``gm`` comes from."""
+    """Where each placeholder of ``gm`` comes from.
+
+    Args:
+        path_of: how the model's code reached a tensor that is an input.
+    """
     by_identity: dict[int, int] = {}
     for index, leaf in enumerate(leaves):
         if isinstance(leaf, torch.Tensor):
@@ -209,7 +215,7 @@ def trace_back(
             if id(example) not in held:
                 _refuse_unknown_holder(source, leaves, names, sources)
             path, tensor = held.get(id(example), (readable(source), example))
-            found.append(Weight(path, tensor, source))
+            found.append(Weight(path, tensor, path_of(node)))
         else:
             found.append(None)
     tensors = [

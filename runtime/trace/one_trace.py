@@ -49,9 +49,10 @@ from piecework.runtime.trace.results import (
 from piecework.runtime.trace.side_effects import refuse_writes
 from piecework.runtime.trace.sizes.dynamic_dims import unmarked_afterwards
 from piecework.runtime.watch.code import asks_strides
-from piecework.runtime.watch.places import readable, traced
+from piecework.runtime.watch.places import place_text
 from piecework.runtime.watch.reachable import modules_of, tensors_of
 from piecework.runtime.watch.state import TracedState, TraceGuards
+from piecework.runtime.watch.values import Places
 from piecework.runtime.watch.weights import BoundWeights, Weight
 
 #: What a tensor answers otherwise where it records gradients.
@@ -272,17 +273,21 @@ class OpenTrace:
         gm = self._layers.write_out(gm)
         as_eager(gm.graph)
         self.graph = gm
-        self._look(gm, example_inputs)
+        self._look(guards, gm, example_inputs)
         rename(gm, self.inputs)
         self._context = torch_compat.TraceContext.running()
         self._standing_in = stand_ins(gm)
         return returning(self._standing_in)
 
-    def _look(self, gm: torch.fx.GraphModule, example_inputs: list[object]) -> None:
+    def _look(
+        self, guards: TraceGuards, gm: torch.fx.GraphModule, example_inputs: list[object]
+    ) -> None:
         """Note where the graph's inputs come from, and refuse what it would do otherwise than the model."""
         given, leaves, names = self._example, self._example.leaves, self._example.names
         refuse_writes(gm, example_inputs, given.whole)
-        self.inputs = trace_back(gm, example_inputs, leaves, names, given.sources, given.held)
+        self.inputs = trace_back(
+            gm, example_inputs, leaves, names, given.sources, given.held, guards.path_of
+        )
         self.fakes = _fakes(leaves, given.sources)
         if "specialize_int" not in self._settings and int in map(type, leaves):
             refuse_texts_of_numbers(torch_compat.traced_code())
@@ -297,7 +302,7 @@ class OpenTrace:
         assumptions = self._assumptions(graph)
         found = _found(self.inputs, results, given.held)
         known = {id(each.tensor) for each in found}
-        found += _only_looked_at(given.model, state, known, given.held)
+        found += _only_looked_at(state, known, given.held)
         own = given.held.keys() | {id(tensor) for _, tensor in state.tensors}
         state.tensors.clear()  # who rebinds replaces them
         return ModelTrace(
@@ -344,20 +349,14 @@ def _found(
 
 
 def _only_looked_at(
-    model: Callable[..., object],
-    state: TracedState,
-    known: set[int],
-    held: Mapping[int, tuple[str, torch.Tensor]],
+    state: TracedState, known: set[int], held: Mapping[int, tuple[str, torch.Tensor]]
 ) -> list[Weight]:
     """Tensors of the model that the trace saw and the graph does not read: their shape may be in it."""
     found: dict[int, Weight] = {}
-    for place, tensor in state.tensors:
-        if id(tensor) in known:
-            continue
-        way = traced(place.name, model)
-        if id(tensor) in held or (way is not None and way.tensor() is tensor):
-            path = held.get(id(tensor), (readable(place.name), tensor))[0]
-            found.setdefault(id(tensor), Weight(path, tensor, place.name))
+    for way, tensor in state.tensors:
+        if id(tensor) not in known and (id(tensor) in held or way):
+            path = held[id(tensor)][0] if id(tensor) in held else place_text(Places().of(way))
+            found.setdefault(id(tensor), Weight(path, tensor, way))
     return list(found.values())
 
 

@@ -112,20 +112,12 @@ def refuse_writes(
     raise error if len(error.stores) == len(writes) else error.refusal()
 
 
-_ARGUMENT = re.compile(r"L\['(?:args|kwargs)'\]\[(?:\d+|'[^']*')\]")
-
-
 def place_text(place: str, arguments: Mapping[str, str]) -> str:
     """A place as a person would call it: ``the model's own state: calls`` for ``L['model'].calls``."""
     place = re.sub(r"\.__dict__\['(\w+)'\]", r".\1", place)
+    own = readable(place, arguments)
     if place.startswith("L['model']"):
-        return f"the model's own state: {readable(place)}"
-    start = _ARGUMENT.match(place)
-    if start is not None:
-        name = arguments.get(start.group(), start.group())
-        return f"its argument {name}{place[start.end() :]}"
-    start = re.match(r"G\['(\w+)'\]", place)
-    if start is not None:
-        own = readable(place)
-        return f"the global {own if own != place else start[1] + place[start.end() :]}"
-    return place or "an object outside the graph"
+        return f"the model's own state: {own}"
+    if place.startswith(("L['args']", "L['kwargs']")):
+        return f"its argument {own}"
+    return f"the global {own}" if place.startswith("G[") else own or "an object outside the graph"

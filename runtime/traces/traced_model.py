@@ -37,7 +37,6 @@ from piecework.runtime.trace.layers import RepeatedLayers
 from piecework.runtime.trace.one_trace import OpenTrace, trace_once
 from piecework.runtime.trace.side_effects import Settled
 from piecework.runtime.trace.sizes.example_sizes import KeptMarks, SizePolicy
-from piecework.runtime.trace.sizes.shape_guards import ShapeGuards
 from piecework.runtime.trace.tracing import FixedBatch, attempts
 from piecework.runtime.watch.weights import Weight
 
@@ -69,7 +68,6 @@ class TracedModel:
         settings: how torch was set; None where that has no stable form.
         as_marked: its dynamic dimensions are those that somebody marked.
         rows_in_one: as in `SizePolicy`.
-        guards: the trace's shape guards, where the configuration asks to evaluate them.
         static: the static graphs, after `capture_graphs`.
         call: what serves a call.
     """
@@ -82,13 +80,11 @@ class TracedModel:
     settings: dict[str, str] | None
     as_marked: bool
     rows_in_one: bool
-    guards: ShapeGuards | None = None
     static: CapturedModel | None = None
     call: Callable[..., object] = field(init=False)
 
     def __post_init__(self) -> None:
-        entry, guards = self.entry, self.guards
-        self.call = entry.call if guards is None else _guarded(guards, entry)
+        self.call = self.entry.call
 
     def refused(self, error: BaseException) -> bool:
         """Whether ``error`` is this trace's refusal of a call's arguments, made before anything ran."""
@@ -203,10 +199,7 @@ class TracedModel:
 
     def call_of_one(self, options: CaptureOptions) -> Call | None:
         """A call with a batch of one, which this trace does not serve; None if it does, or has no batch at all."""
-        if (
-            self.program.batch.symbol is None
-            or not self.program.config.stitching_config.check_inputs
-        ):
+        if self.program.batch.symbol is None or not self.entry.made.plan.checks:
             return None  # without checks, nothing tells which trace serves a call
         from piecework.runtime.graphs.plan.batch_shape import batch_shape
 
@@ -333,7 +326,11 @@ def trace_model(
         tracing = time.perf_counter() - start - sum(made.phases.values())
         program = replace(made, phases={"capture": tracing, **made.phases}, layers=layers.text)
         entry = Entry(traced.closed(), program, as_it_is)
-        return _served(model, as_it_is, backend, program, entry, settings, as_marked, rows_in_one)
+        if backend.compiler_manager.cache is not None:
+            backend.compiler_manager.cache.write_entry(entry.source.code)
+        return TracedModel(
+            model, as_it_is, backend, program, entry, settings, as_marked, rows_in_one
+        )
     settled.put_back()
     raise _clearest(failures)
 
@@ -343,26 +340,6 @@ def _clearest(failures: Sequence[CaptureError | PieceCompileError]) -> Exception
     plain = [each for each in failures if not isinstance(each, (FixedBatch, NotAdmitted))]
     last = [each for each in plain if not torch_compat.data_dependent(each)]
     return (last or plain or list(failures))[0]
-
-
-def _served(
-    model: Callable[..., object],
-    as_it_is: Callable[..., object],
-    backend: PieceworkBackend,
-    program: Program,
-    entry: Entry,
-    settings: dict[str, str] | None,
-    as_marked: bool,
-    rows_in_one: bool,
-) -> TracedModel:
-    guards = None
-    if program.config.dynamic_shapes_config.evaluate_guards:
-        guards = ShapeGuards(entry.captured.graph, entry.captured.inputs)
-    if backend.compiler_manager.cache is not None:
-        backend.compiler_manager.cache.write_entry(entry.source.code)
-    return TracedModel(
-        model, as_it_is, backend, program, entry, settings, as_marked, rows_in_one, guards
-    )
 
 
 def _settings() -> dict[str, str] | None:
@@ -389,16 +366,3 @@ def _tried(traced: OpenTrace, rows_in_one: bool) -> EverySize | None:
     pairs = zip(placeholders, traced.inputs, strict=True)
     weights = {node.name: each.tensor for node, each in pairs if isinstance(each, Weight)}
     return EverySize(symbols, weights, rows_in_one)
-
-
-def _guarded(guards: ShapeGuards, entry: Entry) -> Callable[..., object]:
-    def guarded_call(*args: object, **kwargs: object) -> object:
-        if torch_compat.stance_name() != torch_compat.FORCE_EAGER:
-            try:
-                guards.check(args, kwargs)
-            except InputError as error:
-                error.outdated = entry
-                raise
-        return entry.call(*args, **kwargs)
-
-    return guarded_call

@@ -69,20 +69,18 @@ class ClassWatch:
         """The look-ups whose results would change with the classes."""
         steps: dict[tuple[int, object], Step] = {}
         for kind in self._methods:
-            steps[id(kind), "mro"] = Step.of(kind, "__mro__", kind.__qualname__, "attribute")
+            steps[id(kind), "mro"] = Step.of(kind, "__mro__", "attribute")
             for each in kind.__mro__:
                 if each.__flags__ & HEAP_TYPE:
                     held = torch_compat.class_dict(each)
                     steps[id(each), "dict"] = (
-                        Step.of(each, None, each.__qualname__, "class")
+                        Step.of(each, None, "class")
                         if held is None
-                        else Step.of(held, None, each.__qualname__, "keys", holder=each)
+                        else Step.of(held, None, "keys", holder=each)
                     )
         for function in self._functions:
             for name in _STATE:
-                steps[id(function), name] = Step.of(
-                    function, name, function.__qualname__, "attribute"
-                )
+                steps[id(function), name] = Step.of(function, name, "attribute")
         return list(steps.values())
 
     def difference(self) -> str:

@@ -8,56 +8,23 @@ from __future__ import annotations
 import re
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from piecework.runtime import torch_compat
 from piecework.runtime.torch_compat import Guarded, Place
-from piecework.runtime.watch.places import LookUps, place_text
+from piecework.runtime.watch.places import LookUps, place_text, readable
 from piecework.runtime.watch.values import OBJECTS, Places, PlainValue, difference
 
 Variables = Mapping[str, object]
 ONE_OBJECT = "were one object"
+_NOISE = re.compile(r"___(?=\w)|\.? ?Guard failed on a parameter, consider using .*")
 _BY_IDENTITY = {*OBJECTS, "TYPE_MATCH"}
 
 
-class Judge(Protocol):
-    """Says what of some guards does not hold.
-
-    Attributes:
-        guards: what it looks at.
-    """
-
-    guards: Sequence[Guarded]
-
-    def difference(self, variables: Variables) -> str:
-        """What doesn't hold of these variables of the traced function; "" if all does."""
-
-    def about(self, guards: Sequence[Guarded]) -> Judge:
-        """One that looks at these, and at little else if it can."""
-
-    def less_failing(self, variables: Variables) -> Judge:
-        """One that doesn't look at what fails now."""
-
-
-class NoJudge:
-    """Of a trace that relied on nothing."""
-
-    guards: Sequence[Guarded] = ()
-
-    def difference(self, variables: Variables) -> str:
-        return ""
-
-    def about(self, guards: Sequence[Guarded]) -> Judge:
-        return self
-
-    def less_failing(self, variables: Variables) -> Judge:
-        return self
-
-
 class DynamoJudge:
-    """Dynamo's own guards.
+    """Dynamo's own guards: says what of them does not hold.
 
     Args:
         root: those of them that are asked, as torch checks them; None if there are none.
@@ -90,6 +57,7 @@ class DynamoJudge:
         ]
 
     def difference(self, variables: Variables) -> str:
+        """What doesn't hold of these variables of the traced function; "" if all does."""
         for place, held in self._alive:
             if held() is None:
                 return f"{place_text(place, self._names)} is another than when the model was traced"
@@ -120,12 +88,14 @@ class DynamoJudge:
         return self._readable(text) if text else ""
 
     def about(self, guards: Sequence[Guarded]) -> Judge:
+        """One that looks at these, and at little else if it can."""
         return self  # torch's tree has inner nodes that no guard's name tells of
 
     def less_failing(self, variables: Variables) -> Judge:
-        found: Judge = self
+        """One that doesn't look at what fails now."""
+        found = self
         dropped: set[str] = set()
-        while isinstance(found, DynamoJudge) and (text := found._text(variables)):
+        while text := found._text(variables):
             names = [place.name for each in found.guards for place in _on_the_ways(each)]
             failing = max((name for name in names if name and name in text), key=len, default="")
             if not failing or failing in dropped:
@@ -147,7 +117,7 @@ class DynamoJudge:
             for name in gone:
                 self._globals.pop(name, None)
 
-    def _part(self, root: Any, left: set[int]) -> Judge:
+    def _part(self, root: Any, left: set[int]) -> DynamoJudge:
         guards = [each for each in self.guards if id(each) in left]
         part = DynamoJudge(root, guards, self._names, self._scope, self._installed, self._globals)
         places = {place for each in part.guards for place in _on_the_ways(each)}
@@ -157,10 +127,7 @@ class DynamoJudge:
     def _readable(self, text: str) -> str:
         """A guard's text as a person would write it: ``rate was 2.0 when the model was traced (return x * self.rate, model.py:12)``."""
         text, _, comment = text.partition("#")
-        for name, own in sorted(self._names.items(), key=lambda pair: -len(pair[0])):
-            text = text.replace(name, own)
-        for pattern, told in _PLAINER:
-            text = pattern.sub(told, text)
+        text = _NOISE.sub("", readable(text, self._names))
         where = comment.partition("(HINT")[0].strip()
         line, _, at = where.partition("# ")
         about = f"{line.strip()}, {at.strip().rpartition('/')[2]}" if at else line.strip()
@@ -171,18 +138,6 @@ class DynamoJudge:
             else f"what held when the model was traced holds no longer: {text.strip()}"
         )
         return f"{told} ({about})" if about else told
-
-
-_PLAINER = (
-    (re.compile(r"L\['model'\]\."), ""),
-    (re.compile(r"L\['model'\]"), "model"),
-    (re.compile(r"G\['__import_([A-Za-z0-9_]+)'\]"), lambda m: m[1].replace("_dot_", ".")),
-    (re.compile(r"G\['(\w+)'\]"), r"\1"),
-    (re.compile(r"(?:\b|\.)_(?:parameters|buffers|modules)\['(\w+)'\]"), r".\1"),
-    (re.compile(r"(?<![\w\]])\.(?=\w)"), ""),
-    (re.compile(r"___(?=\w)"), ""),
-    (re.compile(r"\.? ?Guard failed on a parameter, consider using .*"), ""),
-)
 
 
 def _weakly(value: object) -> weakref.ref[object] | None:
@@ -244,3 +199,6 @@ class ValueJudge:
         if not text and held is not None and held() is not now.at(guard.place):
             return f"{place_text(guard.place, self._names)} is another than when it was loaded"
         return text
+
+
+Judge = DynamoJudge | ValueJudge

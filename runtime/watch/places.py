@@ -1,22 +1,19 @@
-"""Where a model holds a tensor, as look-ups that can be repeated."""
+"""Where something lies, what lies there now, and the look-ups on the way, which can be watched."""
 
 from __future__ import annotations
 
-import ast
+import re
 import sys
 import types
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
-
-import torch
 
 from piecework.runtime.torch_compat import Place
 
 StepKind = Literal["entry", "attribute", "item", "keys", "items", "members", "type", "class"]
-Key = tuple[Literal["attribute", "item"], object]
 
 _TABLES = ("_parameters", "_buffers", "_modules")
 _WHOLE = ("keys", "items", "class")
@@ -31,27 +28,21 @@ class Step:
         kind: ``"entry"`` of a dictionary (an instance's attributes are one), an ``"attribute"`` that is no entry, a computed ``"item"``;
             the ``"keys"`` of a dictionary with what they hold, in order; the ``"items"`` of a list, the ``"members"`` of a set, the
             ``"type"`` of an object, or what a ``"class"`` holds.
-        path: what errors call it.
         holder: the object whose attributes ``owner`` holds, if it is such a dictionary.
     """
 
     owner: object
     key: object
     value: object
-    path: str
     kind: StepKind = "entry"
     holder: object = None
 
     @classmethod
     def of(
-        cls, owner: object, key: object, path: str, kind: StepKind = "entry", holder: object = None
+        cls, owner: object, key: object, kind: StepKind = "entry", holder: object = None
     ) -> Step:
         """The look-up with what it finds now."""
-        return cls(owner, key, found_at(owner, key, kind), path, kind, holder)
-
-    def again(self) -> Step:
-        """The look-up with what it finds now."""
-        return Step.of(self.owner, self.key, self.path, self.kind, self.holder)
+        return cls(owner, key, found_at(owner, key, kind), kind, holder)
 
     def parts(self) -> tuple[object, ...]:
         """The objects that were found."""
@@ -93,119 +84,6 @@ def found_at(owner: Any, key: object, kind: str) -> object:
             return (*owner.__dict__, *owner.__dict__.values())
 
 
-@dataclass(frozen=True, slots=True)
-class Way:
-    """How to get from an object to a tensor.
-
-    Attributes:
-        start: a module, a function, or what else holds it.
-        keys: attributes and items, in order.
-        path: what errors call the tensor.
-    """
-
-    start: object
-    keys: tuple[Key, ...]
-    path: str
-
-    def walk(self) -> list[Step]:
-        """The look-ups of now; empty if they lead nowhere."""
-        steps: list[Step] = []
-        value = self.start
-        for number, (kind, key) in enumerate(self.keys):
-            rest = _text(self.keys[number + 1 :])
-            steps += _steps(value, kind, key, self.path.removesuffix(rest))
-            value = steps[-1].value
-            if value is NOTHING:
-                return []
-        return steps
-
-    def tensor(self) -> object:
-        """What is at the end of the way now; None if it leads nowhere."""
-        steps = self.walk()
-        return steps[-1].value if steps else None
-
-
-def named(root: torch.nn.Module, path: str, prefix: str) -> Way:
-    """The way to a parameter or buffer by its dotted name."""
-    keys: tuple[Key, ...] = tuple(("attribute", name) for name in path.split("."))
-    return Way(root, keys, f"{prefix}{path}")
-
-
-def traced(source: str, model: object) -> Way | None:
-    """The way that Dynamo's name of a tensor describes, such as ``L['model'].tables[0]``; None for what is no plain look-up."""
-    found = parsed(source)
-    if found is None:
-        return None
-    root, keys = found
-    (_, first), rest = keys[0], _without_tables(keys[1:])
-    if (root, first) == ("L", "model"):
-        return Way(model, rest, _text(rest).lstrip("."))
-    module = imported(str(first)) if root == "G" else None
-    return None if module is None else Way(module, rest, module.__name__ + _text(rest))
-
-
-def parsed(source: str) -> tuple[str, list[Key]] | None:
-    """Dynamo's name of a value as the dictionary that it starts in (``L`` or ``G``) and the look-ups from there."""
-    keys: list[Key] = []
-    try:
-        node: ast.expr = ast.parse(source, mode="eval").body
-    except SyntaxError:
-        return None
-    while not isinstance(node, ast.Name):
-        if isinstance(node, ast.Attribute):
-            keys.insert(0, ("attribute", node.attr))
-        elif isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
-            keys.insert(0, ("item", node.slice.value))
-        else:
-            return None
-        node = node.value
-    return (node.id, keys) if keys else None
-
-
-def readable(source: str) -> str:
-    """Dynamo's name of a tensor as a person would write it: ``tables[0]`` for ``L['model'].tables[0]``."""
-    way = traced(source, None)
-    return source if way is None else way.path
-
-
-def _without_tables(keys: Sequence[Key]) -> tuple[Key, ...]:
-    """``_parameters['weight']`` is the attribute ``weight``."""
-    found: list[Key] = []
-    for kind, key in keys:
-        if kind == "item" and found and found[-1] in [("attribute", name) for name in _TABLES]:
-            found[-1] = ("attribute", key)
-        else:
-            found.append((kind, key))
-    return tuple(found)
-
-
-def _text(keys: Sequence[Key]) -> str:
-    return "".join(f".{key}" if kind == "attribute" else f"[{key!r}]" for kind, key in keys)
-
-
-def _steps(owner: object, kind: str, key: object, path: str) -> Iterator[Step]:
-    """The look-ups that ``owner.key`` or ``owner[key]`` is made of."""
-    if kind == "item":
-        entry = type(owner) is dict and key in owner
-        yield Step(owner, key, _item(owner, key), path, "entry" if entry else "item")
-        return
-    held = getattr(owner, "__dict__", None)
-    computed = hasattr(getattr(type(owner), str(key), None), "__set__")  # a property, a slot
-    if type(held) is dict and not computed:
-        if key in held:
-            yield Step(held, key, held[key], path, holder=owner)
-            return
-        for table in _TABLES if isinstance(owner, torch.nn.Module) else ():
-            values = held[table]
-            if values.get(key) is not None:
-                where = f"{path.rpartition('.')[0]}.{table}".lstrip(".")
-                yield Step(held, key, NOTHING, path, holder=owner)
-                yield Step(held, table, values, where, holder=owner)
-                yield Step(values, key, values[key], path)
-                return
-    yield Step(owner, key, getattr(owner, str(key), NOTHING), path, "attribute")
-
-
 def _item(owner: object, key: object) -> object:
     try:
         return owner[key]  # type: ignore[index]
@@ -213,7 +91,7 @@ def _item(owner: object, key: object) -> object:
         return NOTHING
 
 
-# --- places of guards ---------------------------------------------------------------------------------
+# --- places -------------------------------------------------------------------------------------------
 
 MISSING = object()
 
@@ -239,6 +117,8 @@ class LookUps:
     def _look(self, place: Place) -> object:
         if place.kind == "import":
             return sys.modules.get(str(place.key), MISSING)
+        if place.kind == "root":
+            return place.key
         if place.base is None:
             return self._starts.get(place.kind, {}).get(str(place.key), MISSING)
         base = self.at(place.base)
@@ -284,6 +164,8 @@ def place_text(place: Place, names: Mapping[str, str] | None = None) -> str:
 
 def _place_text(place: Place, base: str) -> str:
     key = place.key
+    if place.kind == "root":
+        return place.name
     if place.base is None:
         if (place.kind, key) == ("local", "model"):
             return ""
@@ -312,3 +194,26 @@ def imported(alias: str) -> types.ModuleType | None:
         if alias == f"__import_{name.replace('.', '_dot_')}":
             return module
     return None
+
+
+_PLAINER = (
+    (re.compile(r"L\['model'\]\."), ""),
+    (re.compile(r"L\['model'\]"), "model"),
+    (re.compile(r"G\['__import_([A-Za-z0-9_]+)'\]"), lambda m: m[1].replace("_dot_", ".")),
+    (re.compile(r"G\['(\w+)'\]"), r"\1"),
+    (re.compile(r"(?:\b|\.)_(?:parameters|buffers|modules)\['(\w+)'\]"), r".\1"),
+    (re.compile(r"(?<![\w\]])\.(?=\w)"), ""),
+)
+
+
+def readable(text: str, names: Mapping[str, str] | None = None) -> str:
+    """Dynamo's names in a text as a person would write them: ``tables[0]`` for ``L['model'].tables[0]``.
+
+    Args:
+        names: those of arguments → their own.
+    """
+    for name, own in sorted((names or {}).items(), key=lambda pair: -len(pair[0])):
+        text = text.replace(name, own)
+    for pattern, told in _PLAINER:
+        text = pattern.sub(told, text)
+    return text

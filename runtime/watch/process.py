@@ -68,30 +68,33 @@ def _text(name: str, value: object) -> str:
     return str(value).removeprefix("torch.") if name != _AUTOCAST else "another"
 
 
-def module_hooks() -> Iterator[Step]:
-    """The look-ups of torch's hooks for every module; Dynamo guards none of them."""
+def _hooks() -> dict[str, Step]:
+    """torch's hooks for every module, by the name of their table; Dynamo guards none of them."""
     held = vars(torch.nn.modules.module)
-    for name, value in held.items():
-        if name.startswith("_global_") and isinstance(value, dict):
-            yield Step.of(held, name, name)
-            yield Step.of(value, None, name, "keys")
+    tables = (name for name in held if name.startswith("_global_") and isinstance(held[name], dict))
+    return {name: Step.of(held[name], None, "keys") for name in tables}
 
 
 class ModuleHooks:
     """torch's hooks for every module, as they were."""
 
     def __init__(self) -> None:
-        self._seen = {step.path: (step, step.seen()) for step in module_hooks() if step.key is None}
+        self._seen = _hooks()
+
+    def steps(self) -> Iterator[Step]:
+        """The look-ups whose results would change with the hooks."""
+        for name, step in _hooks().items():
+            yield from (step, Step.of(vars(torch.nn.modules.module), name))
 
     def difference(self) -> str:
         """Which of them are others; "" if none are."""
-        for path, (step, seen) in self._seen.items():
-            if step.again().seen() != seen:
+        for name, step in _hooks().items():
+            if step.seen() != self._seen[name].seen():
                 return (
-                    f"torch.nn.modules.module.{path} has other hooks than when the model was traced"
+                    f"torch.nn.modules.module.{name} has other hooks than when the model was traced"
                 )
         return ""
 
     def present(self) -> str:
-        """Which of them there are; "" if there are none."""
-        return next((path for path, (step, _) in self._seen.items() if step.value), "")
+        """Which of them there were; "" if there were none."""
+        return next((name for name, step in self._seen.items() if step.value), "")

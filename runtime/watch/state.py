@@ -20,18 +20,20 @@ from piecework.runtime.torch_compat import Guarded, GuardReader, Place
 from piecework.runtime.watch.class_watch import ClassWatch, digest_of, function_of
 from piecework.runtime.watch.code import asks_autocast, asks_grad_mode
 from piecework.runtime.watch.guards import CALLS, GuardSorter, SortedGuards, every_place
-from piecework.runtime.watch.judge import ONE_OBJECT, DynamoJudge, Judge, NoJudge, ValueJudge
-from piecework.runtime.watch.places import LookUps, Step, place_text, traced
-from piecework.runtime.watch.process import ModuleHooks, ProcessState, module_hooks
+from piecework.runtime.watch.judge import ONE_OBJECT, DynamoJudge, Judge, ValueJudge
+from piecework.runtime.watch.places import LookUps, Step, place_text
+from piecework.runtime.watch.process import ModuleHooks, ProcessState
 from piecework.runtime.watch.reachable import leads_to, tensors_of
 from piecework.runtime.watch.steps import Steps
 from piecework.runtime.watch.values import (
+    Path,
     PlainValue,
     PlainValues,
     agreeing,
     class_name,
     differences,
     plain_values,
+    weight_path,
 )
 
 _PACKAGE = __name__.partition(".")[0]
@@ -72,13 +74,17 @@ class TraceGuards:
         self._asks_tensors = bool(torch_compat.trace_names(*_ASKS_TENSORS))
         torch_compat.leave_guards_untimed()
 
+    def path_of(self, node: torch.fx.Node) -> Path:
+        """How to find again the tensor of the model that a graph's input is."""
+        place = self.reader.place_of(node)
+        return () if place is None else weight_path(place, LookUps(self._starts))
+
     def _sort(self, guards: Sequence[Guarded]) -> list[bool]:
         now, local = LookUps(self._starts), self._starts["local"]
         held = tensors_of(self._model) if callable(self._model) else {}
 
         def is_weight(place: Place, tensor: torch.Tensor) -> bool:
-            way = None if id(tensor) in held else traced(place.name, self._model)
-            return id(tensor) in held or (way is not None and way.tensor() is tensor)
+            return id(tensor) in held or bool(weight_path(place, now))
 
         arguments = (local["args"], local["kwargs"])
         sorter = GuardSorter(now, arguments, self._ordered, is_weight, self._asks_tensors)
@@ -97,6 +103,7 @@ class TraceGuards:
             CaptureError: this torch does not show its guards.
         """
         found, root = self._sorted, torch_compat.kept_guards(code)
+        now = LookUps(self._starts)
         if found is None or (root is None and found.kept):
             raise CaptureError(
                 "this torch does not show what its trace relied on, so nobody could tell that it changed",
@@ -104,27 +111,24 @@ class TraceGuards:
             )
         names = dict(names)
         local: Any = self._starts["local"]
-        on_model: Judge = NoJudge()
-        on_arguments: Judge = NoJudge()
         scope = self._globals(found)
         held = self._starts["global"]
         installed = {name: held[name] for name in held if name.startswith("__builtins_dict__")}
-        if found.on_model:
-            part = None if root is None else torch_compat.guards_where(root, _is_no_argument)
-            on_model = DynamoJudge(part, found.on_model, names, scope, installed, held)
-        if found.on_arguments:
-            part = None if root is None else torch_compat.guards_where(root, _is_no_models)
-            on_arguments = DynamoJudge(part, found.on_arguments, names, scope, installed, held)
+
+        def judge(guards: Sequence[Guarded], wanted: Callable[[str], bool]) -> Judge:
+            part = torch_compat.guards_where(root, wanted) if guards and root is not None else None
+            return DynamoJudge(part, guards, names, scope, installed, held)
+
         return TracedState(
             _model=local["model"],
-            judge=on_model,
-            arguments=on_arguments,
+            judge=judge(found.on_model, _is_no_argument),
+            arguments=judge(found.on_arguments, _is_no_models),
             starts={"local": {"model": local["model"]}, "global": scope},
             code=self._code,
             names=names,
             places=(len(local["args"]), tuple(local["kwargs"])),
             plain=self._plain,
-            tensors=found.tensors,
+            tensors=[(weight_path(place, now), each) for place, each in found.tensors],
             watched=found.watched,
             asks_grad_mode=found.asks_grad_mode or asks_grad_mode(self._code),
             process=ProcessState(asks_autocast=asks_autocast(self._code)),
@@ -206,7 +210,7 @@ class TracedState:
         names: Dynamo's names of arguments → their own.
         places: how many arguments were positional, and the order of the others.
         plain: what another process can compare.
-        tensors: the model's tensors that the trace looked at, by place, whether the graph reads them or not; none once it is over.
+        tensors: the model's tensors that the trace looked at, whether the graph reads them or not, each with its path; none once it is over.
         watched: places of those that are no weights: of a closure, a class.
         asks_grad_mode: the model's code asks whether gradients are recorded.
         process: torch's global state.
@@ -222,7 +226,7 @@ class TracedState:
     places: tuple[int, tuple[str, ...]]
     plain: PlainValues
     process: ProcessState
-    tensors: list[tuple[Place, torch.Tensor]] = field(default_factory=list)
+    tensors: list[tuple[Path, torch.Tensor]] = field(default_factory=list)
     watched: list[Place] = field(default_factory=list)
     asks_grad_mode: bool = False
     classes: ClassWatch = field(init=False)
@@ -265,7 +269,7 @@ class TracedState:
         return cls(
             _model=model,
             judge=judge,
-            arguments=ValueJudge(given, {}, saved.names) if given else NoJudge(),
+            arguments=ValueJudge(given, {}, saved.names),
             starts={"local": variables},
             code=code,
             names=saved.names,
@@ -277,8 +281,8 @@ class TracedState:
 
     # --- the model's side -----------------------------------------------------------------------------
 
-    def look(self) -> tuple[list[Step], Callable[[], bool] | None]:
-        """How to see that anything changed.
+    def look(self, weights: Iterable[Place]) -> tuple[list[Step], Callable[[], bool] | None]:
+        """How to see that anything changed, or where ``weights`` lie.
 
         Returns:
             The look-ups that tell, while none is touched, that everything holds but what the second says in every call;
@@ -286,7 +290,13 @@ class TracedState:
         """
         # What was noted first serves once as it is: what changed since is seen as a change.
         steps, self._first = self._first or self._steps(), None
-        found = [*steps.found.values(), *self.classes.steps(), *module_hooks(), *self._call_steps()]
+        steps.watch(weights)
+        found = [
+            *steps.found.values(),
+            *self.classes.steps(),
+            *self._hooks.steps(),
+            *self._call_steps(),
+        ]
         if not steps.blind:
             return found, None
         return found, partial(_holds, self.judge.about(steps.blind), self.starts["local"])
@@ -338,11 +348,9 @@ class TracedState:
         if not isinstance(self._model, torch.nn.Module):
             return []
         held = self._model.__dict__
-        steps = [Step.of(held, name, name, holder=self._model) for name in CALLS]
+        steps = [Step.of(held, name, holder=self._model) for name in CALLS]
         tables = (held.get(name) for name in CALLS[1:])
-        return steps + [
-            Step.of(each, None, "hooks", "keys") for each in tables if isinstance(each, dict)
-        ]
+        return steps + [Step.of(each, None, "keys") for each in tables if isinstance(each, dict)]
 
     def _of_call(self) -> str:
         now = self._own_call()

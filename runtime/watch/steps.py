@@ -1,4 +1,4 @@
-"""Where a write into what guards are about would be seen.
+"""Where a write into what guards are about, or on the way to a weight, would be seen.
 
 Dictionaries, lists, sets, slots, cells, functions and the classes of objects are watched where look-ups go through them. What can't change needs nothing; where a
 look-up runs code of the user's, its guard is asked in every call.
@@ -9,14 +9,14 @@ from __future__ import annotations
 import sys
 import types
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
 from piecework.code_objects import HEAP_TYPE
 from piecework.runtime.torch_compat import Guarded, Place
 from piecework.runtime.watch.guards import places_of
-from piecework.runtime.watch.places import MISSING, LookUps, Step, StepKind, place_text
+from piecework.runtime.watch.places import MISSING, LookUps, Step, StepKind
 from piecework.runtime.watch.values import CONSTANTS, OBJECTS
 
 _TABLES = ("_parameters", "_buffers", "_modules")
@@ -54,6 +54,14 @@ class Steps:
             if not (all(ways) and self._end(guard)):
                 self.blind.append(guard)
 
+    def watch(self, places: Iterable[Place]) -> None:
+        """Watch the ways to places; what can't be watched is looked up in each comparison."""
+        for place in places:
+            while not self._way(place) and place.base is not None:
+                kind: StepKind = "attribute" if place.kind == "attribute" else "item"
+                self._add(self._now.at(place.base), place.key, kind)
+                place = place.base
+
     # --- ways -----------------------------------------------------------------------------------------
 
     def _way(self, place: Place) -> bool:
@@ -76,82 +84,82 @@ class Steps:
     def _look(self, base: object, place: Place) -> bool:
         match place.kind:
             case "attribute":
-                return self._attribute(base, str(place.key), place)
+                return self._attribute(base, str(place.key))
             case "item":
                 return self._item(base, place.key, place)
             case "key" | "at":
-                return isinstance(base, dict) and self._contents(base, place)
+                return isinstance(base, dict) and self._contents(base)
             case "type":
-                return self._class_of(base, place)
+                return self._class_of(base)
             case "class dict":
                 return self._class(base)
             case "referent":  # never another object, and tensors are watched as weights
                 return isinstance(self._now.at(place), torch.Tensor)
         return False
 
-    def _attribute(self, base: object, name: str, place: Place) -> bool:
+    def _attribute(self, base: object, name: str) -> bool:
         """Watch what ``base.name`` leads to."""
         if isinstance(base, types.ModuleType):
-            self._add(base.__dict__, name, place, holder=base)
+            self._add(base.__dict__, name, holder=base)
             # Modules of torch's settings are of classes of their own, with properties that ask its C++.
             plain = type(base) is types.ModuleType and "__getattr__" not in base.__dict__
             return plain or name in base.__dict__
         if isinstance(base, type):
             if not any(name in each.__dict__ for each in base.__mro__):
-                self._add(base, name, place, "attribute")
+                self._add(base, name, "attribute")
             return self._class(base)
         if type(base) is types.FunctionType:
             if name in _FUNCTION_STATE:
-                self._add(base, name, place, "attribute")
+                self._add(base, name, "attribute")
             else:
-                self._add(base.__dict__, name, place, holder=base)
+                self._add(base.__dict__, name, holder=base)
             return True
         if type(base) is types.CellType:
-            self._add(base, name, place, "attribute")
+            self._add(base, name, "attribute")
             return True
         if isinstance(base, torch.Tensor):
             return False
-        return type(base) in _FIXED or self._of_instance(base, name, place)
+        return type(base) in _FIXED or self._of_instance(base, name)
 
-    def _of_instance(self, base: object, name: str, place: Place) -> bool:
+    def _of_instance(self, base: object, name: str) -> bool:
         kind = type(base)
         held = getattr(base, "__dict__", None)
         # A look-up of the class's own was gone through by the trace, which guards all that it read.
         own_way = kind.__getattribute__ is not object.__getattribute__
         if own_way and not (type(held) is dict and name in held):
             return False
-        self._class_of(base, place)
+        self._class_of(base)
         of_class = next(
             (each.__dict__[name] for each in kind.__mro__ if name in each.__dict__), None
         )
         if hasattr(type(of_class), "__set__"):  # it comes before the instance's own
             if type(of_class) is types.MemberDescriptorType:
-                self._add(base, name, place, "attribute")
+                self._add(base, name, "attribute")
                 return True
             return name in ("__dict__", "__class__")
         if type(held) is not dict:
             return held is None and (of_class is not None or not hasattr(kind, "__getattr__"))
-        self._own(base, held, name, place)
+        self._own(base, held, name)
         if isinstance(base, torch.nn.Module) and name not in held and of_class is None:
             for table in _TABLES:
-                self._add(held, table, place, holder=base)
-                self._add(held[table], name, place)
+                self._add(held, table, holder=base)
+                self._add(held[table], name)
             return True
         return name in held or of_class is not None or not hasattr(kind, "__getattr__")
 
-    def _own(self, base: object, held: dict[str, object], name: str, place: Place) -> None:
+    def _own(self, base: object, held: dict[str, object], name: str) -> None:
         """Watch an object's own attribute."""
-        self._add(held, name, place, holder=base)
+        self._add(held, name, holder=base)
         if not isinstance(base, torch.nn.Module):
-            self._add(base, "__dict__", place, "attribute")
+            self._add(base, "__dict__", "attribute")
 
     def _item(self, base: object, key: object, place: Place) -> bool:
         """Watch what ``base[key]`` leads to."""
         if isinstance(base, dict):
-            self._add(base, key, place)
+            self._add(base, key)
             return True
         if isinstance(base, (list, deque)):
-            return self._contents(base, place)
+            return self._contents(base)
         # Behind a proxy may be any dictionary; that of a class is watched with the class.
         owner = place.base
         of_class = isinstance(base, types.MappingProxyType) and owner is not None
@@ -168,45 +176,45 @@ class Steps:
             return True
         if kind in OBJECTS:
             if kind == "CLOSURE_MATCH" and type(value) is types.FunctionType:
-                self._add(value, "__code__", place, "attribute")
+                self._add(value, "__code__", "attribute")
             if isinstance(value, type) and value.__flags__ & HEAP_TYPE:
                 self._made(value)
             return True
         if kind in CONSTANTS:
-            return not isinstance(value, (list, set)) or self._contents(value, place)
+            return not isinstance(value, (list, set)) or self._contents(value)
         match kind:
             case "TYPE_MATCH":
-                return self._class_of(value, place)
+                return self._class_of(value)
             case "TENSOR_MATCH":
-                self._add(value, "requires_grad", place, "attribute")
+                self._add(value, "requires_grad", "attribute")
                 return id(place) not in self._watched
             case "DICT_CONTAINS" | "DICT_NOT_CONTAINS":
                 return self._item(value, guard.about, place)
             case "HASATTR":
-                return self._attribute(value, str(guard.about), place)
+                return self._attribute(value, str(guard.about))
             case "NOT_PRESENT_IN_GENERIC_DICT":
                 held = getattr(value, "__dict__", None)
                 if type(held) is dict:
-                    self._own(value, held, str(guard.about), place)
+                    self._own(value, held, str(guard.about))
                 return type(held) is dict
-        return kind in _CONTENTS and self._contents(value, place)
+        return kind in _CONTENTS and self._contents(value)
 
-    def _contents(self, value: object, place: Place) -> bool:
+    def _contents(self, value: object) -> bool:
         if isinstance(value, dict):
-            self._add(value, None, place, "keys")
+            self._add(value, None, "keys")
         elif isinstance(value, (list, deque)):
-            self._add(value, None, place, "items")
+            self._add(value, None, "items")
         elif isinstance(value, set):
-            self._add(value, None, place, "members")
+            self._add(value, None, "members")
         return isinstance(value, (dict, list, deque, set, *_FIXED))
 
     # --- objects and classes --------------------------------------------------------------------------
 
-    def _class_of(self, value: object, place: Place) -> bool:
+    def _class_of(self, value: object) -> bool:
         kind = type(value)
         # Objects of other types keep theirs.
         if kind.__flags__ & HEAP_TYPE and not isinstance(value, (torch.Tensor, type)):
-            self._add(value, None, place, "type")
+            self._add(value, None, "type")
             self._class(kind)
         return True
 
@@ -224,13 +232,12 @@ class Steps:
         self,
         owner: object,
         key: object,
-        place: Place,
         kind: StepKind = "entry",
         holder: object = None,
     ) -> None:
         where = (id(owner), kind, key)
         if where not in self.found:
-            self.found[where] = Step.of(owner, key, place_text(place), kind, holder)
+            self.found[where] = Step.of(owner, key, kind, holder)
 
 
 _CONTENTS = (

@@ -24,6 +24,7 @@ from piecework.runtime.watch.places import MISSING, LookUps, imported, place_tex
 
 Step = tuple[str, object]
 """One look-up of a path: its kind, as in `Place`, and its key."""
+Path = tuple[Step, ...]
 
 _PLAIN = (int, bool, float, complex, str, bytes, type(None), type(...), range)
 _OF_TORCH = (torch.dtype, torch.device, torch.layout, torch.memory_format)
@@ -40,6 +41,7 @@ OBJECTS = {
     "NN_MODULE",
     "CLOSURE_MATCH",
 }
+_TABLES = [("attribute", name) for name in ("_parameters", "_buffers", "_modules")]
 _ATTRIBUTES = {"HASATTR", "NOT_PRESENT_IN_GENERIC_DICT"}
 _CONTAINS = {"DICT_CONTAINS", "DICT_NOT_CONTAINS", "SET_CONTAINS", "SET_NOT_CONTAINS"}
 
@@ -61,11 +63,11 @@ class PlainValue:
         other: the second path of a guard that two lead to one object.
     """
 
-    path: tuple[Step, ...]
+    path: Path
     kind: str
     about: object
     text: str
-    other: tuple[Step, ...] = ()
+    other: Path = ()
 
     @property
     def of_arguments(self) -> bool:
@@ -170,9 +172,9 @@ class Places:
     """Places by their paths, those with a common beginning under one base."""
 
     def __init__(self) -> None:
-        self._known: dict[tuple[Step, ...], Place] = {}
+        self._known: dict[Path, Place] = {}
 
-    def of(self, path: tuple[Step, ...]) -> Place:
+    def of(self, path: Path) -> Place:
         found = self._known.get(path)
         if found is None:
             base = self.of(path[:-1]) if len(path) > 1 else None
@@ -202,7 +204,7 @@ def import_starts(values: Iterable[PlainValue]) -> None:
 # --- paths --------------------------------------------------------------------------------------------
 
 
-def _path(place: Place, now: LookUps) -> tuple[Step, ...]:
+def _path(place: Place, now: LookUps) -> Path:
     steps: list[Step] = []
     for each in place.path():
         if each.base is None:
@@ -212,6 +214,25 @@ def _path(place: Place, now: LookUps) -> tuple[Step, ...]:
         else:
             steps.append((each.kind, each.key))
     return tuple(steps)
+
+
+def weight_path(place: Place, now: LookUps) -> Path:
+    """How the model, or an imported module, leads to a tensor by attributes and items alone; () if neither does."""
+    try:
+        start, *steps = _path(place, now)
+    except Untellable:
+        return ()
+    if not steps or not (start == ("local", "model") or start[0] == "import"):
+        return ()
+    found: list[Step] = [start]
+    for kind, key in steps:
+        if kind not in ("attribute", "item"):
+            return ()
+        if kind == "item" and found[-1] in _TABLES:  # ``_parameters['weight']`` is an attribute
+            found[-1] = ("attribute", key)
+        else:
+            found.append((kind, key))
+    return tuple(found)
 
 
 def _start(place: Place, now: LookUps) -> Sequence[Step]:

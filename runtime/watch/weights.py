@@ -21,10 +21,12 @@ import torch
 from piecework.codegen.graph.structure import taken_apart
 from piecework.errors import BindError, CaptureError, ConfigError, InputError, did_you_mean
 from piecework.runtime import torch_compat
+from piecework.runtime.torch_compat import Place
 from piecework.runtime.watch.dict_watch import DictWatch
-from piecework.runtime.watch.places import Step, Way, named, traced
+from piecework.runtime.watch.places import MISSING, LookUps, place_text
 from piecework.runtime.watch.reachable import own_tensors
 from piecework.runtime.watch.state import TracedState
+from piecework.runtime.watch.values import Path, Places
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,12 +108,12 @@ class Weight:
     Attributes:
         path: what piecework calls it.
         tensor: the weight.
-        source: what Dynamo calls it, which tells how the model's code reached it; "" if it has a name of its own.
+        way: how the model's code reached it; () if that is not known, and it has a name of its own.
     """
 
     path: str
     tensor: torch.Tensor
-    source: str = ""
+    way: Path = ()
 
 
 @dataclass(eq=False)
@@ -121,16 +123,16 @@ class BoundWeights:
     Attributes:
         traced: the weights as traced, in order of the graph's inputs, and then those that are only returned.
         tensors: the bound tensors, in the same order.
-        sources: path → what Dynamo calls the weight; see `Weight.source`.
+        taken: how the model's code reached each; see `Weight.way`.
         unchanged: whether the model still holds them, as they were traced; for every call.
     """
 
     traced: tuple[Traced, ...]
     tensors: list[torch.Tensor]
-    _roots: Sequence[tuple[str, torch.nn.Module]]
-    _ways: tuple[tuple[Way, ...], ...]
+    taken: tuple[Path, ...]
+    _ways: tuple[tuple[Place, ...], ...]
+    _model: object
     state: TracedState
-    sources: Mapping[str, str] = field(default_factory=dict)
     _strict: frozenset[str] = frozenset()
     unchanged: Callable[[], bool] = field(default=lambda: True, repr=False)
 
@@ -150,30 +152,21 @@ class BoundWeights:
         Raises:
             CaptureError: there is no way to look a weight up again.
         """
-        names = _names(roots)
-        ways = tuple(_ways_to(each, names.get(id(each.tensor), ()), model) for each in weights)
+        names, now, places = _names(roots), _look_ups(model), Places()
         found = cls(
             tuple(Traced.of(each.path, each.tensor) for each in weights),
             [each.tensor for each in weights],
-            roots,
-            ways,
+            tuple(each.way for each in weights),
+            tuple(_ways_to(each, names.get(id(each.tensor), ()), places, now) for each in weights),
+            model,
             state,
-            {each.path: each.source for each in weights},
         )
         found.unchanged = found._check()
         return found
 
     def names(self) -> list[frozenset[str]]:
         """All names of each weight: tied ones have several."""
-        return [frozenset(way.path for way in ways) for ways in self._ways]
-
-    def _steps(self) -> list[Step]:
-        """The look-ups of now that lead to weights."""
-        steps: dict[tuple[int, object], Step] = {}
-        for step in (s for ways in self._ways for way in ways for s in way.walk()):
-            if type(step.owner) is not tuple:  # what never changes
-                steps.setdefault((id(step.owner), step.key), step)
-        return list(steps.values())
+        return [frozenset(map(place_text, ways)) for ways in self._ways]
 
     def _check(self) -> Callable[[], bool]:
         """The check of every call; see the module's docstring."""
@@ -184,9 +177,10 @@ class BoundWeights:
         thorough = torch_compat.metadata_guard(self.tensors)
         process = self.state.process
         # What is noted first is as the trace found it: what changed since is seen as a change.
-        others, always = self.state.look()
-        watch: DictWatch | None = DictWatch([*self._steps(), *others])
-        del others
+        places = [place for ways in self._ways for place in ways]
+        steps, always = self.state.look(places)
+        watch: DictWatch | None = DictWatch(steps)
+        del steps
         if not self._held_still():
             watch = None
 
@@ -202,16 +196,21 @@ class BoundWeights:
             watch = known = None  # so that what the model dropped can go before anybody looks
             if not (self._held_still() and self.state.holds()):
                 return False
-            others, always = self.state.look()
-            watch = DictWatch([*self._steps(), *others])
+            steps, always = self.state.look(places)
+            watch = DictWatch(steps)
             return thorough()
 
         return unchanged
 
     def _held_still(self) -> bool:
         """Whether each name of a weight leads to it."""
-        pairs = zip(self._ways, self.tensors, strict=True)
-        return all(way.tensor() is tensor for ways, tensor in pairs for way in ways)
+        return self._moved() is None
+
+    def _moved(self) -> Place | None:
+        """The first name of a weight that does not lead to it."""
+        pairs, now = zip(self._ways, self.tensors, strict=True), _look_ups(self._model)
+        moved = (way for ways, tensor in pairs for way in ways if now.at(way) is not tensor)
+        return next(moved, None)
 
     def accepted(self) -> BoundWeights:
         """The same, less what is not as it was: the caller had set it for the trace alone."""
@@ -245,14 +244,15 @@ class BoundWeights:
             BindError: one is missing, or differs from the trace in more than its values.
         """
         found = []
+        now, again = _look_ups(self._model), _look_ups(self._model)
         for weight, ways in zip(self.traced, self._ways, strict=True):
-            tensor = ways[0].tensor()
-            if tensor is None:
+            tensor = now.at(ways[0])
+            if tensor is None or tensor is MISSING:
                 raise BindError(
                     f"weight {weight.path} is no longer there",
                     hint="put it back, or compile the model again",
                 )
-            if ways[0].tensor() is not tensor:
+            if again.at(ways[0]) is not tensor:
                 raise BindError(
                     f"weight {weight.path} is computed at each access now",
                     hint="compile the model again: the computation belongs into the graph",
@@ -264,19 +264,14 @@ class BoundWeights:
                     hint="compiled pieces are made for one dtype, device and shape: compile the model again",
                 )
             assert isinstance(tensor, torch.Tensor)
-            self._require_same(weight.path, tensor, ways[1:])
+            for way in ways[1:]:  # of two, the graph would read only one
+                if now.at(way) is not tensor:
+                    raise BindError(
+                        f"{place_text(way)} and {weight.path} were one tensor when the model was traced and are two now",
+                        hint="tie them again (most models have tie_weights()), or compile the model again",
+                    )
             found.append(tensor)
         return found
-
-    @staticmethod
-    def _require_same(path: str, tensor: torch.Tensor, others: Sequence[Way]) -> None:
-        """Raise if two names of one traced tensor have become two tensors: the graph reads only one of them."""
-        for way in others:
-            if way.tensor() is not tensor:
-                raise BindError(
-                    f"{way.path} and {path} were one tensor when the model was traced and are two now",
-                    hint="tie them again (most models have tie_weights()), or compile the model again",
-                )
 
     def rebound(self) -> BoundWeights:
         """What the model holds now, as another binding.
@@ -308,10 +303,12 @@ class BoundWeights:
 
     def change(self) -> InputError | None:
         """The first thing that is not as it was bound, if any."""
-        for ways, tensor in zip(self._ways, self.tensors, strict=True):
-            for way in ways:
-                if way.tensor() is not tensor:
-                    return _replaced(way.path)
+        moved = self._moved()
+        if moved is not None:
+            return InputError(
+                f"{place_text(moved)} was replaced since the weights were bound",
+                hint="call rebind() on the stitched module after loading, replacing or moving weights",
+            )
         changed = self.state.difference()
         if changed:
             return InputError(changed, hint=_FIXED)
@@ -341,27 +338,34 @@ def _unfit(old: torch.Tensor, new: torch.Tensor) -> str:
     return next(filter(None, (_unfit(each, theirs[name]) for name, each in mine.items())), "")
 
 
-def _replaced(path: str) -> InputError:
-    return InputError(
-        f"{path} was replaced since the weights were bound",
-        hint="call rebind() on the stitched module after loading, replacing or moving weights",
-    )
+def _look_ups(model: object) -> LookUps:
+    return LookUps({"local": {"model": model}})
 
 
-def _names(roots: Sequence[tuple[str, torch.nn.Module]]) -> dict[int, list[Way]]:
+def _names(roots: Sequence[tuple[str, torch.nn.Module]]) -> dict[int, list[Place]]:
     """Every name of every parameter and buffer, by identity: a tied weight has several."""
-    ways: dict[int, list[Way]] = {}
+    found: dict[int, list[Place]] = {}
     for prefix, root in roots:
+        known = {"": Place(None, "root", root, prefix.removesuffix("."))}
         for path, tensor in own_tensors(root):
-            ways.setdefault(id(tensor), []).append(named(root, path, prefix))
-    return ways
+            found.setdefault(id(tensor), []).append(_below(path, known))
+    return found
 
 
-def _ways_to(weight: Weight, names: Sequence[Way], model: object) -> tuple[Way, ...]:
-    """The ways that lead to ``weight``: its names, and the one that the model's code took."""
-    taken = traced(weight.source, model)
-    wanted = [*names, *(() if taken is None else (taken,))]
-    ways = tuple(way for way in wanted if way.tensor() is weight.tensor)
+def _below(path: str, known: dict[str, Place]) -> Place:
+    """The place that a dotted path leads to; ``known`` has those on the way, by their paths."""
+    if path not in known:
+        base, _, name = path.rpartition(".")
+        known[path] = Place(_below(base, known), "attribute", name, "")
+    return known[path]
+
+
+def _ways_to(
+    weight: Weight, names: Sequence[Place], places: Places, now: LookUps
+) -> tuple[Place, ...]:
+    """The places where ``weight`` lies: its names, and where the model's code found it."""
+    wanted = [*names, *([places.of(weight.way)] if weight.way else [])]
+    ways = tuple(place for place in wanted if now.at(place) is weight.tensor)
     if not ways:
         raise out_of_reach(weight.path)
     return ways

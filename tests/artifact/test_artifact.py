@@ -802,9 +802,6 @@ def test_what_only_this_process_can_tell_is_refused_by_name(tmp_path: Path) -> N
         stitched.save(tmp_path / "a")
     with pytest.raises(BindError, match=r"not|yet"):
         piecework.compile(made(), config=EAGER).save(tmp_path / "a")
-    guards = {"dynamic_shapes_config": {"evaluate_guards": True}}
-    with pytest.raises(ArtifactError, match="evaluate_guards"):
-        saved(tmp_path / "a", **guards)
     with pytest.raises(ArtifactError, match="check_inputs"):
         saved(tmp_path / "a", stitching_config={"check_inputs": False})
     own = f"{EagerAdaptor.__module__}:{EagerAdaptor.__qualname__}"

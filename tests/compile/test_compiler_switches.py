@@ -100,12 +100,11 @@ def test_a_decorated_class_runs_as_it_is(switch, mode, caplog):
 
 
 @pytest.mark.parametrize("mode", ["PIECEWORK_COMPILE", "STOCK_TORCH_COMPILE"])
-@pytest.mark.parametrize("guards", [False, True])
-def test_force_eager_later_runs_the_model_and_default_runs_what_was_compiled(mode, guards):
+def test_force_eager_later_runs_the_model_and_default_runs_what_was_compiled(mode):
     config = {
         "mode": mode,
         "backend": "eager",
-        "dynamic_shapes_config": {"type": "backed", "evaluate_guards": guards},
+        "dynamic_shapes_config": {"type": "backed"},
     }
     model, runs, x = Plain().eval(), [], torch.randn(3, 4)
     stitched = piecework.compile(model, (x,), config=config)
@@ -120,10 +119,9 @@ def test_force_eager_later_runs_the_model_and_default_runs_what_was_compiled(mod
             stitched(torch.randn(1, 2, 4))
 
 
-@pytest.mark.parametrize("guards", [False, True])
-def test_force_eager_later_holds_for_decorated_models_and_static_graphs(guards):
+def test_force_eager_later_holds_for_decorated_models_and_static_graphs():
     decorated = piecework.support_torch_compile(dynamic_arg_dims={"x": 0})(type("D", (Plain,), {}))
-    shapes = {"type": "backed", "evaluate_guards": guards}
+    shapes = {"type": "backed"}
     model = decorated(compilation_config={"backend": "eager", "dynamic_shapes_config": shapes})
     model.eval()
     x = torch.randn(3, 4)
@@ -170,11 +168,10 @@ def test_no_other_trace_is_made_while_a_switch_is_off(switch):
         assert not stitched(one).requires_grad  # now there is one
 
 
-@pytest.mark.parametrize("guards", [False, True])
-def test_eager_on_recompile_serves_what_fits_and_runs_the_rest_as_it_is(guards):
+def test_eager_on_recompile_serves_what_fits_and_runs_the_rest_as_it_is():
     config = {
         "backend": "eager",
-        "dynamic_shapes_config": {"type": "backed", "evaluate_guards": guards},
+        "dynamic_shapes_config": {"type": "backed"},
     }
     model, x = Plain().eval(), torch.randn(3, 4)
     stitched = piecework.compile(model, (x,), config=config)

@@ -498,10 +498,10 @@ def test_a_written_dictionary_class_slot_or_list_is_noticed() -> None:
         thing, held, items = Thing(), {"a": 1}, [1, 2]
         thing.slot = 1
         steps = [
-            Step.of(held, "a", "held"),
-            Step.of(thing, "slot", "slot", "attribute"),
-            Step.of(thing, None, "thing", "type"),
-            Step.of(items, None, "items", "items"),
+            Step.of(held, "a"),
+            Step.of(thing, "slot", "attribute"),
+            Step.of(thing, None, "type"),
+            Step.of(items, None, "items"),
         ]
         return DictWatch(steps), thing, held, items
 
@@ -527,7 +527,7 @@ def test_a_written_dictionary_class_slot_or_list_is_noticed() -> None:
 def test_a_write_to_any_of_many_dictionaries_is_noticed(count: int) -> None:
     held = [{"a": 1} for _ in range(count)]
     for index in {0, count // 2, count - 1}:
-        watch = DictWatch([Step.of(each, "a", "held") for each in held])
+        watch = DictWatch([Step.of(each, "a") for each in held])
         assert watch.untouched() and watch.untouched()
         held[index]["a"] = 2
         assert not watch.untouched()

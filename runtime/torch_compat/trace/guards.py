@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.fx
 
 from piecework.code_objects import with_inner_code
 
@@ -19,7 +20,7 @@ class Place:
     Attributes:
         base: the place that is looked into; None for the start.
         kind: ``"local"`` and ``"global"`` (starts: variables of the traced function), ``"import"`` (a module by name), ``"attribute"``,
-            ``"item"``, ``"key"`` (the key of a dictionary at a position), ``"at"`` (its value there), ``"type"``, ``"class dict"``,
+            ``"root"`` (an object, which is the key), ``"item"``, ``"key"`` (the key of a dictionary at a position), ``"at"`` (its value there), ``"type"``, ``"class dict"``,
             ``"referent"`` (what a weak reference points to), or ``"unknown"``.
         key: a name, an index or a key.
         name: what Dynamo calls it.
@@ -78,6 +79,11 @@ class GuardReader:
 
     def choose(self, entries: Sequence[Any]) -> list[bool]:
         return list(self._wanted([self._guarded(entry) for entry in entries]))
+
+    def place_of(self, node: torch.fx.Node) -> Place | None:
+        """Where a graph's input comes from; None where torch doesn't say."""
+        source = getattr(node.meta.get("grapharg"), "source", None)
+        return None if source is None else self._place(source)
 
     def give_back(self) -> None:
         """Forget everything: torch keeps the function that it was given."""
