@@ -29,7 +29,6 @@ from piecework.runtime.trace.one_trace import ModelTrace
 from piecework.runtime.trace.results import (
     Fixed,
     FromArgument,
-    FromAttribute,
     FromGraph,
     FromWeight,
     ResultLeaf,
@@ -164,10 +163,6 @@ def _packed(spec: pytree.TreeSpec, leaves: list[ResultLeaf], weight_at: dict[int
     return FromCall(torch_compat.with_children, spec, kind.__name__, items)
 
 
-def _attribute(items: Sequence[torch.Tensor], name: object) -> object:
-    return getattr(items[0], str(name))
-
-
 def _size(items: Sequence[int], _: object) -> torch.Size:
     return torch.Size(items)
 
@@ -186,7 +181,5 @@ def _packed_leaf(leaf: ResultLeaf, weight_at: dict[int, int]) -> Packed:
             return FromLeaf(index)
         case FromWeight(tensor):
             return FromWeights(weight_at[id(tensor)])
-        case FromAttribute(of, name):
-            return FromCall(_attribute, name, f".{name}", (_packed_leaf(of, weight_at),))
         case Fixed(value):
             return FromConst(value)

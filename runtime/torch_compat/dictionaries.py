@@ -184,37 +184,23 @@ def _there(held: object) -> object:
 
 @functools.cache
 def _has_identity_guards() -> bool:
-    """Whether the guards exist and do what is wanted of them, tried on objects of our own."""
-
-    class One:
-        x = 1
-
-    class Two(One):
-        x = 2
-
-    first, second, value = One(), One(), One()
-    second.y = value  # type: ignore[attr-defined]
+    """Whether the guards exist and do what is wanted of them, tried on an object of our own."""
+    owner, value = _Tried(), _Tried()
+    owner.held = value  # type: ignore[attr-defined]
+    guard = IdentityGuard.__new__(IdentityGuard)
+    guard._kinds = [(_weakly(owner), id(_Tried))]
+    guard._rows = [(_weakly(owner), "held", id(value))]
     try:
-        guard = IdentityGuard.__new__(IdentityGuard)
-        guard._kinds = [(_weakly(first), id(One))]
-        guard._rows = [(_weakly(second), "y", id(value))]
         same = guard._guarded()
-        if not (same() and same()):
-            return False
-        first.__class__ = Two
-        if same():
-            return False
-        first.__class__ = One
-        second.y = None  # type: ignore[attr-defined]
-        if same():
-            return False
-        second.y = value  # type: ignore[attr-defined]
-        if not same():
-            return False
-        del first
-        return not same()
+        before = same() and same()
+        owner.held = None  # type: ignore[attr-defined]
+        return before and not same()
     except (AttributeError, ImportError, TypeError, RuntimeError):
         return False
+
+
+class _Tried:
+    pass
 
 
 def _true() -> bool:

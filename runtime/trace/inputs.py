@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import dis
 import inspect
 import itertools
 import re
-import types
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +14,6 @@ from torch.utils import _pytree as pytree
 
 from piecework.errors import CaptureError
 from piecework.runtime import torch_compat
-from piecework.runtime.watch.code import models_code
 from piecework.runtime.watch.places import readable
 from piecework.runtime.watch.values import Path
 from piecework.runtime.watch.weights import Weight, out_of_reach
@@ -53,29 +50,6 @@ GraphInput = Weight | Argument | Size | Layout
 
 class UnreachableInput(CaptureError):
     """The graph takes a number that no emitted code could find again, such as an attribute of an argument."""
-
-
-def refuse_texts_of_numbers(code: Iterable[types.CodeType]) -> None:
-    """Raise where code makes a text of one value alone, as ``f"{n}"``: of an integer argument, Dynamo returns the integer."""
-    for each in models_code(code):
-        steps = list(dis.get_instructions(each))
-        for at, step in enumerate(steps):
-            if step.opname.startswith("FORMAT_") and _is_alone(steps[at + 1 :]):
-                raise UnreachableInput(f"{each.co_qualname} makes a text of a number")
-
-
-def _is_alone(steps: Iterable[dis.Instruction]) -> bool:
-    """Whether what lies on top of the stack before ``steps`` is no part of a longer text."""
-    above = 0
-    for step in steps:
-        if step.opname.startswith("BUILD_") and step.arg is not None and step.arg > above:
-            return step.opname != "BUILD_STRING"
-        above += dis.stack_effect(
-            step.opcode, step.arg if step.opcode >= dis.HAVE_ARGUMENT else None
-        )
-        if above < 0:
-            break
-    return True
 
 
 _SIZE_SOURCE = re.compile(r"(?P<tensor>.+)\.size\(\)\[(?P<dim>\d+)\]")
@@ -137,23 +111,6 @@ def require_traceable(
                     f"argument {name}{suffix} is a {_kind_of(each)}, which can't be traced",
                     hint="pass " + _instead_of(each).format(f"{name}{suffix}"),
                 )
-
-
-def refuse_offsets(leaves: Sequence[object], names: Sequence[str]) -> None:
-    """Raise if the code may ask where in its memory an argument begins, and one begins behind the start.
-
-    What it answers then is no size that a call is compared by.
-    """
-    views = [
-        name
-        for leaf, name in zip(leaves, names, strict=True)
-        if isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided and leaf.storage_offset()
-    ]
-    if views and torch_compat.trace_names("storage_offset"):
-        raise CaptureError(
-            f"forward names storage_offset, and argument {views[0]} is a view behind the start of its memory",
-            hint="pass a clone, or decide that outside forward",
-        )
 
 
 def _kind_of(value: object) -> str:

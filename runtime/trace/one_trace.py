@@ -31,14 +31,11 @@ from piecework.runtime.trace.inputs import (
     UnreachableInput,
     leaf_names,
     leaf_sources,
-    refuse_offsets,
-    refuse_texts_of_numbers,
     rename,
     trace_back,
 )
 from piecework.runtime.trace.layers import RepeatedLayers
 from piecework.runtime.trace.results import (
-    FromAttribute,
     FromWeight,
     ResultLeaf,
     opened,
@@ -289,11 +286,8 @@ class OpenTrace:
             gm, example_inputs, leaves, names, given.sources, given.held, guards.path_of
         )
         self.fakes = _fakes(leaves, given.sources)
-        if "specialize_int" not in self._settings and int in map(type, leaves):
-            refuse_texts_of_numbers(torch_compat.traced_code())
         self._asks_grad = bool(torch_compat.trace_names("requires_grad", *_IN_AUTOGRAD))
         self._asks_strides = asks_strides(torch_compat.traced_code())
-        refuse_offsets(leaves, names)
         numbers_of(leaves, self.fakes)  # the trace must serve its own example
 
     def closed(self) -> ModelTrace:
@@ -341,7 +335,6 @@ def _found(
     """The weights that the graph reads, then those that are only returned."""
     found = {id(each.tensor): each for each in inputs if isinstance(each, Weight)}
     for leaf in results:
-        leaf = leaf.of if isinstance(leaf, FromAttribute) else leaf
         if isinstance(leaf, FromWeight):
             path, tensor = held[id(leaf.tensor)]
             found.setdefault(id(tensor), Weight(path, tensor))

@@ -47,25 +47,13 @@ class FromWeight:
 
 
 @dataclass(frozen=True, slots=True)
-class FromAttribute:
-    """A leaf of the result that is a view which an argument or a weight has as an attribute, such as ``x.T``."""
-
-    of: FromArgument | FromWeight
-    name: str
-
-
-@dataclass(frozen=True, slots=True)
 class Fixed:
     """A leaf of the result that did not depend on the arguments."""
 
     value: object
 
 
-ResultLeaf = FromGraph | FromArgument | FromWeight | FromAttribute | Fixed
-
-# Dynamo takes these from the tensor itself where the model returns them, and not from the graph.
-_VIEWS = ("T", "mT", "H", "mH", "real", "imag", "data")
-
+ResultLeaf = FromGraph | FromArgument | FromWeight | Fixed
 
 _PLAIN = (torch.Tensor, float, str, bool, type(None))
 
@@ -257,13 +245,8 @@ def _refuse(*_: object, **__: object) -> NoReturn:
 
 
 # What a value may be asked for. Dynamo's code that packs a result moves stand-ins about, and may do nothing else with them.
-_QUESTIONS = (
-    "__abs__", "__add__", "__and__", "__bool__", "__ceil__", "__complex__", "__divmod__", "__eq__", "__float__", "__floor__",
-    "__floordiv__", "__format__", "__ge__", "__gt__", "__hash__", "__index__", "__int__", "__invert__", "__le__", "__lshift__",
-    "__lt__", "__mod__", "__mul__", "__ne__", "__neg__", "__or__", "__pos__", "__pow__", "__radd__", "__rand__", "__rdivmod__",
-    "__repr__", "__rfloordiv__", "__rlshift__", "__rmod__", "__rmul__", "__ror__", "__round__", "__rpow__", "__rrshift__",
-    "__rshift__", "__rsub__", "__rtruediv__", "__rxor__", "__str__", "__sub__", "__truediv__", "__trunc__", "__xor__",
-)  # fmt: skip
+_MAKING = {"__new__", "__getnewargs__", "__getattribute__", "__doc__", "__sizeof__"}
+_QUESTIONS = {name for name in {**vars(int), **vars(float)} if name.startswith("__")} - _MAKING
 _REFUSED = dict.fromkeys(_QUESTIONS, _refuse)
 
 _StandInInt: type[int] = type("_StandInInt", (int,), dict(_REFUSED))
@@ -332,9 +315,6 @@ def result_leaf(
                 return FromArgument(index)
         if id(leaf) in held:
             return FromWeight(leaf)
-        found = _attribute(leaf, leaves, held)
-        if found is not None:
-            return found
     elif leaf is None or isinstance(
         leaf, (int, float, complex, str, bytes, enum.Enum, type, torch.dtype, torch.device)
     ):
@@ -344,34 +324,3 @@ def result_leaf(
         hint="return tensors, numbers and None in tuples, lists, dicts, or classes registered with "
         "torch.utils._pytree.register_pytree_node",
     )
-
-
-def _attribute(
-    leaf: torch.Tensor, leaves: Sequence[object], held: Mapping[int, tuple[str, torch.Tensor]]
-) -> FromAttribute | None:
-    """The argument or weight that ``leaf`` is a view of, and the attribute that gives it."""
-    owners: list[tuple[FromArgument | FromWeight, torch.Tensor]] = [
-        (FromArgument(index), each)
-        for index, each in enumerate(leaves)
-        if isinstance(each, torch.Tensor)
-    ]
-    owners += [(FromWeight(tensor), tensor) for _, tensor in held.values()]
-    for owner, tensor in owners:
-        for name in _VIEWS:
-            if _has_view(tensor, name) and _is_same(getattr(tensor, name), leaf):
-                return FromAttribute(owner, name)
-    return None
-
-
-def _is_same(one: torch.Tensor, two: torch.Tensor) -> bool:
-    kinds = [(each.dtype, each.is_conj(), each.is_neg()) for each in (one, two)]
-    return kinds[0] == kinds[1] and torch_compat.is_same_view(one, two)
-
-
-def _has_view(tensor: torch.Tensor, name: str) -> bool:
-    """Whether the attribute exists for this tensor, without a warning or an error."""
-    if name in ("T", "H"):
-        return tensor.dim() == 2
-    if name in ("mT", "mH"):
-        return tensor.dim() >= 2
-    return name == "data" or tensor.is_complex()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import torch
@@ -33,9 +34,6 @@ class Unsettled(CaptureError):
 
     stores: Sequence[tuple[torch.nn.Module, str, object]] = ()
 
-    def refusal(self) -> CaptureError:
-        return CaptureError(self.message, where=self.where, hint=self.hint)
-
     def settle(self) -> Callable[[], None]:
         """Set them as a call would; what is returned puts back what there was."""
         before = [(module.__dict__, name, module.__dict__[name]) for module, name, _ in self.stores]
@@ -49,35 +47,14 @@ class Unsettled(CaptureError):
         return put_back
 
 
-class Settled:
-    """Sets what the first call of a model would set, and traces what the next one does.
-
-    Args:
-        wanted: whether to set it; else such a model is refused.
-    """
-
-    def __init__(self, wanted: bool) -> None:
-        self._wanted = wanted
-        self._done: list[Callable[[], None]] = []
-
-    def trace(self, run: Callable[[], OpenTrace]) -> OpenTrace:
-        """What ``run`` gives, or gives once attributes of modules are set as a call sets them."""
-        try:
-            return run()
-        except Unsettled as error:
-            if not self._wanted:
-                raise error.refusal() from None
-            self._done.append(error.settle())
-            _log.info("set as a first call does, and traced again: %s", error)
-        try:
-            return run()
-        except Unsettled as error:
-            raise error.refusal() from None
-
-    def put_back(self) -> None:
-        """Let the model be as it was."""
-        while self._done:
-            self._done.pop()()
+def settled(run: Callable[[], OpenTrace], undo: ExitStack) -> OpenTrace:
+    """What ``run`` gives, or gives once attributes of modules are set as a first call sets them; ``undo`` sets them back."""
+    try:
+        return run()
+    except Unsettled as error:
+        undo.callback(error.settle())
+        _log.info("set as a first call does, and traced again: %s", error)
+    return run()
 
 
 def refuse_writes(
@@ -103,13 +80,15 @@ def refuse_writes(
     writes = torch_compat.writes_of_trace(same)
     if not writes:
         return
-    error = Unsettled(
+    stores = [write.store for write in writes if write.store is not None]
+    error = (Unsettled if len(stores) == len(writes) else CaptureError)(
         f"forward changes {place_text(writes[0].place, arguments)}, which a captured graph would not do",
         where=writes[0].line or None,
         hint=HINT,
     )
-    error.stores = [write.store for write in writes if write.store is not None]
-    raise error if len(error.stores) == len(writes) else error.refusal()
+    if isinstance(error, Unsettled):
+        error.stores = stores
+    raise error
 
 
 def place_text(place: str, arguments: Mapping[str, str]) -> str:

@@ -72,7 +72,7 @@ def _of_policy(
     larger = partial(sizes.larger_sizes, args, kwargs)
     yield Attempt(args, kwargs, dynamic, larger, partial(_require_free_batch, sizes))
     fixed = failures[-1]
-    if not isinstance(fixed, FixedBatch):
+    if not isinstance(fixed, BatchWasFixed):
         return
     weights = {size for _, tensor in tensors_of(model).values() for size in tensor.shape}
     others = with_other_batch(args, kwargs, fixed.sizes, avoid=weights)
@@ -82,7 +82,7 @@ def _of_policy(
     yield Attempt(args, kwargs, dynamic, larger)
 
 
-class FixedBatch(CaptureError):
+class BatchWasFixed(CaptureError):
     """A trace that fixed the first dimension of an argument, which the example's size may have caused."""
 
     def __init__(self, sizes: frozenset[int]) -> None:
@@ -98,7 +98,7 @@ def _require_free_batch(policy: SizePolicy, fakes: Mapping[int, object]) -> None
     ]
     fixed = frozenset(int(n) for n in sizes if torch_compat.symbol_of(n) is None and n > 1)
     if fixed:
-        raise FixedBatch(fixed)
+        raise BatchWasFixed(fixed)
 
 
 def _require_free_and_serving(

@@ -35,9 +35,9 @@ from piecework.runtime.pieces.program import Program
 from piecework.runtime.store.surroundings import settings_factors
 from piecework.runtime.trace.layers import RepeatedLayers
 from piecework.runtime.trace.one_trace import OpenTrace, trace_once
-from piecework.runtime.trace.side_effects import Settled
+from piecework.runtime.trace.side_effects import settled
 from piecework.runtime.trace.sizes.example_sizes import KeptMarks, SizePolicy
-from piecework.runtime.trace.tracing import FixedBatch, attempts
+from piecework.runtime.trace.tracing import BatchWasFixed, attempts
 from piecework.runtime.watch.weights import Weight
 
 if TYPE_CHECKING:
@@ -197,24 +197,25 @@ class TracedModel:
             self.forget_given_up()
         return made
 
-    def call_of_one(self, options: CaptureOptions) -> Call | None:
-        """A call with a batch of one, which this trace does not serve; None if it does, or has no batch at all."""
-        if self.program.batch.symbol is None or not self.entry.made.plan.checks:
-            return None  # without checks, nothing tells which trace serves a call
-        from piecework.runtime.graphs.plan.batch_shape import batch_shape
-
-        shape = batch_shape(self.entry.captured, self.program, options.other_sizes)
-        return None if shape.low < 2 else self._call_of(1, shape, options)
-
     def call_of(self, size: int, options: CaptureOptions) -> Call:
         """A call with a batch of ``size``, zeros in all tensors."""
+        return self._call_of(size, self._shape(options), options)
+
+    def call_of_one(self, options: CaptureOptions) -> Call | None:
+        """A call with a batch of one, which this trace does not serve; None if it does, or has no batch at all."""
+        # Without checks, nothing tells which trace serves a call.
+        if self.program.batch.symbol is None or not self.entry.made.plan.checks:
+            return None
+        shape = self._shape(options)
+        return None if shape.low < 2 else self._call_of(1, shape, options)
+
+    def _shape(self, options: CaptureOptions) -> BatchShape:
         from piecework.runtime.graphs.plan.batch_shape import batch_shape
 
-        shape = batch_shape(self.entry.captured, self.program, options.other_sizes)
-        return self._call_of(size, shape, options)
+        return batch_shape(self.entry.captured, self.program, options.other_sizes)
 
     def _call_of(self, size: int, shape: BatchShape, options: CaptureOptions) -> Call:
-        """A call with a batch of ``size``, zeros in all tensors, and the first captured value of every other size."""
+        """A call with a batch of ``size``, and the first captured value of every other size."""
         captured = self.entry.captured
         symbols = {each.name: max(each.low or 0, 2) for each in captured.assumptions.symbols()}
         for other in shape.others:
@@ -296,7 +297,11 @@ def trace_model(
     Raises:
         PieceworkError: as ``piecework.compile``.
     """
-    backend, settings = new_backend(), _settings()
+    backend = new_backend()
+    try:
+        settings: dict[str, str] | None = settings_factors()
+    except Unidentifiable:
+        settings = None
     require_registered(backend.declared_ops)  # before a trace that may take long
     start = time.perf_counter()
     if backend.compiler_manager.progress is not None:
@@ -304,49 +309,39 @@ def trace_model(
     layers = RepeatedLayers(backend.config.repeated_layers)
     as_marked = sizes is None or isinstance(sizes, KeptMarks)
     rows_in_one = sizes is not None and sizes.rows_in_one
-    settled = Settled(backend.trace is not Trace.ANOTHER)
     failures: list[CaptureError | PieceCompileError] = []
-    for attempt in attempts(model, args, kwargs, sizes, failures):
-        try:
-            traced = settled.trace(partial(trace_once, model, attempt, layers))
-            if backend.used:  # what was made of an earlier trace is not
-                backend = new_backend()
-            with traced.compiling():
-                tried = None if as_marked else _tried(traced, rows_in_one)
-                made = backend.prepare(traced.graph, traced.weight_paths(), tried)
-        except (CaptureError, PieceCompileError) as error:
-            if isinstance(error, PieceCompileError) and error.whatever_is_traced:
-                settled.put_back()
-                raise
-            failures.append(error.with_traceback(None))
-            continue
-        except BaseException:
-            settled.put_back()
-            raise
-        tracing = time.perf_counter() - start - sum(made.phases.values())
-        program = replace(made, phases={"capture": tracing, **made.phases}, layers=layers.text)
-        entry = Entry(traced.closed(), program, as_it_is)
-        if backend.compiler_manager.cache is not None:
-            backend.compiler_manager.cache.write_entry(entry.source.code)
-        return TracedModel(
-            model, as_it_is, backend, program, entry, settings, as_marked, rows_in_one
-        )
-    settled.put_back()
+    with ExitStack() as undo:
+        for attempt in attempts(model, args, kwargs, sizes, failures):
+            run = partial(trace_once, model, attempt, layers)
+            try:
+                traced = run() if backend.trace is Trace.ANOTHER else settled(run, undo)
+                if backend.used:  # what was made of an earlier trace is not
+                    backend = new_backend()
+                with traced.compiling():
+                    tried = None if as_marked else _tried(traced, rows_in_one)
+                    made = backend.prepare(traced.graph, traced.weight_paths(), tried)
+            except (CaptureError, PieceCompileError) as error:
+                if isinstance(error, PieceCompileError) and error.whatever_is_traced:
+                    raise
+                failures.append(error.with_traceback(None))
+                continue
+            undo.pop_all()
+            tracing = time.perf_counter() - start - sum(made.phases.values())
+            program = replace(made, phases={"capture": tracing, **made.phases}, layers=layers.text)
+            entry = Entry(traced.closed(), program, as_it_is)
+            if backend.compiler_manager.cache is not None:
+                backend.compiler_manager.cache.write_entry(entry.source.code)
+            return TracedModel(
+                model, as_it_is, backend, program, entry, settings, as_marked, rows_in_one
+            )
     raise _clearest(failures)
 
 
 def _clearest(failures: Sequence[CaptureError | PieceCompileError]) -> Exception:
     """The failure that says best why a model can't be compiled: that of the first attempt that was meant to be made in any case."""
-    plain = [each for each in failures if not isinstance(each, (FixedBatch, NotAdmitted))]
+    plain = [each for each in failures if not isinstance(each, (BatchWasFixed, NotAdmitted))]
     last = [each for each in plain if not torch_compat.data_dependent(each)]
     return (last or plain or list(failures))[0]
-
-
-def _settings() -> dict[str, str] | None:
-    try:
-        return settings_factors()
-    except Unidentifiable:
-        return None
 
 
 def _tried(traced: OpenTrace, rows_in_one: bool) -> EverySize | None:

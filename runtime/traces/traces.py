@@ -27,7 +27,7 @@ from piecework.runtime.trace.sizes.example_sizes import (
     KeptMarks,
     SizePolicy,
 )
-from piecework.runtime.traces.traced_model import TracedModel, trace_model
+from piecework.runtime.traces.traced_model import Call, TracedModel, trace_model
 
 if TYPE_CHECKING:
     from piecework.runtime.graphs.plan.options import CaptureOptions
@@ -274,17 +274,21 @@ class Traces:
             )
             return True
 
+    def _serving(self, call: Call) -> TracedModel:
+        """The trace that serves ``call``; made now where none does."""
+        with self.lock:
+            found = next((each for each in self.made if each.entry.accepts(*call)), None)
+            if found is None:
+                self.add(*call)
+            return found or self.made[-1]
+
     def add_ahead(self, batches: Sequence[int]) -> None:
         """Make the traces that batches of these sizes need, where none serves them yet."""
         from piecework.runtime.graphs.plan.options import CaptureOptions
 
         options = CaptureOptions(runtime=self._runtime_config)
-        for batch in batches:
-            call = self.made[0].call_of(batch, options)
-            with self.lock:
-                if self.sizes is None or any(each.entry.accepts(*call) for each in self.made):
-                    continue
-                self.add(*call)
+        for batch in batches if self.sizes is not None else ():
+            self._serving(self.made[0].call_of(batch, options))
 
     def of_one(self, sizes: Sequence[int] | None, options: CaptureOptions) -> TracedModel | None:
         """The trace that serves a batch of one, if it is to be captured and the first trace does not serve it."""
@@ -293,19 +297,12 @@ class Traces:
         if self.sizes is None or (sizes is not None and 1 not in sizes):
             return None
         call = self.made[0].call_of_one(options)
-        if call is None:
-            return None
-        with self.lock:
-            found = next((each for each in self.made if each.entry.accepts(*call)), None)
-            if found is not None:
-                return found
-            try:
-                self.add(*call)
-            except PieceworkError:
-                if sizes is not None:
-                    raise
-                return None  # nobody asked for it
-            return self.made[-1]
+        try:
+            return None if call is None else self._serving(call)
+        except PieceworkError:
+            if sizes is not None:
+                raise
+            return None  # nobody asked for it
 
     def add_one(self) -> None:
         """Make the trace that serves a batch of one, where there can be one and the first trace is for larger ones."""

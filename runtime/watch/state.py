@@ -29,7 +29,6 @@ from piecework.runtime.watch.values import (
     Path,
     PlainValue,
     PlainValues,
-    agreeing,
     class_name,
     differences,
     plain_values,
@@ -175,7 +174,7 @@ class SavedState:
 
     def differences(self, model: object) -> list[str]:
         """What is not so for a model of this process; empty if all is."""
-        found = list(differences(model, self.values))
+        found = list(differences(model, self.values).values())
         found += filter(None, [ProcessState(**self.process).difference(), *self._of_classes(model)])
         hooks = ModuleHooks().present()
         return found + ([f"torch.nn.modules.module has {hooks}"] if hooks else [])
@@ -324,7 +323,9 @@ class TracedState:
 
     def accepted(self) -> TracedState:
         """The same, less what does not hold now."""
-        now = PlainValues(agreeing(self._model, self.plain.values), list(self.plain.untold))
+        others = differences(self._model, self.plain.values)
+        values = [each for each in self.plain.values if each not in others]
+        now = PlainValues(values, list(self.plain.untold))
         other = replace(self, judge=self.judge.less_failing(self.starts["local"]), plain=now)
         other.classes, other._hooks = self.classes, self._hooks
         return other

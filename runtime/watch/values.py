@@ -127,22 +127,15 @@ def _value(guard: Guarded, now: LookUps) -> PlainValue:
     )
 
 
-def differences(model: object, values: Iterable[PlainValue]) -> list[str]:
-    """What is not as ``values`` say in this process, of all but arguments."""
-    now = LookUps({"local": {"model": model}})
-    places = Places()
-    told = ((value, places.of(value.path)) for value in values if not value.of_arguments)
-    return [text for value, place in told if (text := difference(value, place, places, now))]
-
-
-def agreeing(model: object, values: Iterable[PlainValue]) -> list[PlainValue]:
-    """Those of ``values`` that are so in this process, and those of arguments."""
+def differences(model: object, values: Iterable[PlainValue]) -> dict[PlainValue, str]:
+    """What is not as ``values`` say in this process, of all but arguments, and how it differs."""
     now, places = LookUps({"local": {"model": model}}), Places()
-    return [
-        value
-        for value in values
-        if value.of_arguments or not difference(value, places.of(value.path), places, now)
-    ]
+    told = {
+        each: difference(each, places.of(each.path), places, now)
+        for each in values
+        if not each.of_arguments
+    }
+    return {each: text for each, text in told.items() if text}
 
 
 def difference(value: PlainValue, place: Place, places: Places, now: LookUps) -> str:

@@ -244,7 +244,7 @@ MISTAKES: list[tuple[Callable[[], object], type[PieceworkError], str, str]] = [
         lambda: compiled(nn.Sequential(KeptEager())),
         CaptureError,
         "the team keeps this eager",
-        "leave torch.compiler.disable out there",
+        "docs/graph-breaks.md",
     ),
     (lambda: piecework.load("/nowhere", Model), ConfigError, "is a class", "pass an instance"),
     (
