@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from piecework.bench.lists.families import quiet, small_config, small_model
+from piecework.bench.lists.page import table
 from piecework.bench.lists.shrink import LEVELS, VOCABULARY
 from piecework.bench.measure.apart import apart
 from piecework.bench.measure.result import machine
@@ -196,14 +197,15 @@ def markdown(found: Sequence[Found], backend: str, pair: bool) -> str:
         f"that generates; **{counts['equal']} of these are equal** ({ways['flat']} served flat, {ways['whole']} whole: [the two ways](transformers.md#two-ways)), {counts['refused']} are refused by name,",
         f"{counts['wrong']} are wrong, {counts['failed']} fail otherwise.",
         "",
-        "| family | | way | pieces | different | note |",
-        "|---|---|---|---|---|---|",
+        *table(("families", "", "way", "pieces", "different", "note"), map(_cells, found)),
     ]
-    for each in found:
-        pieces = f"{each.pieces} | {each.unique}" if each.pieces else " | "
-        why = each.why.replace("|", "\\|").replace("<", "&lt;")
-        lines.append(f"| {each.family} | {each.status} | {each.way} | {pieces} | {why} |")
     return "\n".join(lines) + "\n"
+
+
+def _cells(found: Found) -> list[str]:
+    counted = [str(found.pieces), str(found.unique)] if found.pieces else ["", ""]
+    why = found.why.replace("|", "\\|").replace("<", "&lt;")
+    return [found.family, found.status, found.way, *counted, why]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -19,7 +19,7 @@ from piecework.bench.lists.catalogue import rows_of
 from piecework.bench.lists.families import is_encoder_family
 from piecework.bench.lists.isolated import RowResult, Task, run_rows, run_together
 from piecework.bench.lists.kept import keep_results, kept_results
-from piecework.bench.lists.page import cell
+from piecework.bench.lists.page import cell, table
 from piecework.bench.lists.trial import Options
 from piecework.bench.measure.result import machine
 from piecework.runtime.store.files import write_atomic
@@ -83,17 +83,19 @@ def markdown(rows: Sequence[RowResult], backend: str, families: int) -> str:
         f"that runs; **{counts['equal']} of these are equal**, {counts['refused']} are refused by name ({stock_too} of them by `torch.compile(fullgraph=True)` too,",
         f"*stock*, which is asked where piecework is not equal), {counts['wrong']} are wrong, {counts['failed']} fail otherwise. *Traces* are all that the calls needed.",
         "",
-        "| family | kind | | stock | pieces | different | traces | note |",
-        "|---|---|---|---|---|---|---|---|",
+        *table(_HEADER, map(_cells, rows)),
     ]
-    for row in rows:
-        what, why = status(row)
-        made = next((each for each in row.outcomes if each.pieces), None)
-        counted = f"{made.pieces} | {made.unique} | {made.traces}" if made else " | | "
-        lines.append(
-            f"| {row.name} | {row.kind} | {what} | {_stock(row)} | {counted} | {cell(why)} |"
-        )
     return "\n".join(lines) + "\n"
+
+
+_HEADER = ("families", "kind", "", "stock", "pieces", "different", "traces", "note")
+
+
+def _cells(row: RowResult) -> list[str]:
+    what, why = status(row)
+    made = next((each for each in row.outcomes if each.pieces), None)
+    counted = map(str, (made.pieces, made.unique, made.traces)) if made else ("", "", "")
+    return [row.name, row.kind, what, _stock(row), *counted, cell(why)]
 
 
 def _stock(row: RowResult) -> str:

@@ -85,20 +85,22 @@ def _totals(source: str, rows: Sequence[RowResult]) -> str:
 
 
 def _table(source: str, rows: Sequence[RowResult]) -> list[str]:
-    lines = [
-        "",
-        f"## {source}",
-        "",
-        "| model | kind | stock | piecework | split | captured | note |",
-    ]
-    lines.append("|---|---|---|---|---|---|---|")
+    found = []
     for row in rows:
         verdicts = {contender: summary(row, contender) for contender in CONTENDERS}
-        cells = [row.name, row.kind]
-        cells += [_status(row, contender, verdict) for contender, verdict in verdicts.items()]
-        cells.append(cell(_note(verdicts)))
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+        statuses = [_status(row, contender, verdict) for contender, verdict in verdicts.items()]
+        found.append([row.name, row.kind, *statuses, cell(_note(verdicts))])
+    return ["", f"## {source}", "", *table(("models", "kind", *CONTENDERS, "note"), found)]
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Lines of a table; rows that differ only in their first cell are one."""
+    alike: dict[tuple[str, ...], list[str]] = {}
+    for name, *cells in rows:
+        alike.setdefault(tuple(cells), []).append(name)
+    found = ((", ".join(names), *cells) for cells, names in alike.items())
+    lines = (header, ["---"] * len(header), *found)
+    return [f"| {' | '.join(cells)} |" for cells in lines]
 
 
 def _status(row: RowResult, contender: str, verdict: Verdict | None) -> str:

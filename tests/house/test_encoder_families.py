@@ -46,7 +46,7 @@ def test_what_became_of_a_family_is_told() -> None:
     assert "This run tried 5 of 9 families." in text
     assert "Of 5 families 3 have a small model" in text and "**1 of these are equal**" in text
     assert "| one | text | equal |  | 6 | 3 | 2 |  |" in text
-    assert "| two | text | refused | equal |  | |  | why \\| so |" in text
+    assert "| two | text | refused | equal |  |  |  | why \\| so |" in text
 
 
 def test_a_family_is_tried_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
