@@ -7,7 +7,6 @@ can be saved; else running it compiles again. In both cases the source must be t
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 from dataclasses import asdict, dataclass
@@ -18,12 +17,13 @@ import torch
 from piecework.errors import ArtifactError, UsageError
 from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.stitched import StitchedModule
-from piecework.runtime.store.files import write_atomic
+from piecework.runtime.store.files import sha256, write_atomic
 
 FORMAT = 1
 MANIFEST, SOURCE, GRAPH, MODEL_CONFIG = "manifest.json", "stitched.py", "graph.py", "config.json"
 ARTIFACT = "artifact"
 """Where ``StitchedModule.save`` writes, inside the folder."""
+_AGAIN = "compile the model again, into a new folder"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,20 +50,17 @@ class Manifest:
 
     def made_otherwise(self, config: CompilationConfig) -> bool:
         """Whether another configuration than ``config`` made what lies in the folder."""
-        return _as_data(config) != self.config
+        return json.loads(config.model_dump_json()) != self.config
 
 
 def check_output(directory: Path) -> None:
     """Raise `UsageError` unless ``directory`` can be created or is an empty, writable folder."""
-    if directory.exists():
-        if not directory.is_dir():
-            raise UsageError(f"{str(directory)!r} is not a folder")
-        if any(directory.iterdir()):
-            raise UsageError(
-                f"folder {str(directory)!r} is not empty",
-                hint="give a new folder, or remove it first",
-            )
-    parent = directory.absolute().parent
+    shown, parent = repr(str(directory)), directory.absolute().parent
+    if directory.exists() and not directory.is_dir():
+        raise UsageError(f"{shown} is not a folder")
+    if directory.exists() and any(directory.iterdir()):
+        hint = "give a new folder, or remove it first"
+        raise UsageError(f"folder {shown} is not empty", hint=hint)
     if not parent.is_dir():
         raise UsageError(f"there is no folder {str(parent)!r} to write into", hint="make it first")
     require_writable(directory)
@@ -87,20 +84,16 @@ def save(
     config: CompilationConfig,
     config_text: str | None = None,
 ) -> Manifest:
-    """Write the folder.
-
-    Raises:
-        UsageError: the folder is not empty or can't be written.
-    """
+    """Write the folder; raises `UsageError` if it is not empty or can't be written."""
     check_output(directory)
     code = stitched.source.code
     manifest = Manifest(
         format=FORMAT,
         model=MODEL_CONFIG if config_text is not None else model,
         seed=seed,
-        config=_as_data(config),
+        config=json.loads(config.model_dump_json()),
         torch=torch.__version__,
-        source_sha256=hashlib.sha256(code.encode()).hexdigest(),
+        source_sha256=sha256(code.encode()),
         report=str(stitched.report()),
     )
     files = {
@@ -135,19 +128,13 @@ def read_manifest(directory: Path) -> Manifest:
             hint=f"it has no {MANIFEST}; piecework compile MODEL -o DIR makes such a folder",
         )
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-        manifest = Manifest(**fields)
+        manifest = Manifest(**json.loads(path.read_text(encoding="utf-8")))
+        problem = "" if manifest.format == FORMAT else f"it has format {manifest.format!r}"
     except (OSError, ValueError, TypeError) as error:
-        raise ArtifactError(
-            f"the manifest is damaged: {error}",
-            where=path.name,
-            hint="compile the model again, into a new folder",
-        ) from error
-    if manifest.format != FORMAT:
-        raise ArtifactError(
-            f"the folder has format {manifest.format!r}; this version reads {FORMAT}",
-            hint="compile the model again",
-        )
+        problem = str(error)
+    if problem:
+        why = f"the manifest is damaged, or of another version: {problem}"
+        raise ArtifactError(why, where=path.name, hint=_AGAIN)
     return manifest
 
 
@@ -161,20 +148,12 @@ def read_source(directory: Path, manifest: Manifest, *, edited: bool = False) ->
     try:
         code = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ArtifactError(
-            f"can't read the source: {error}",
-            where=path.name,
-            hint="compile the model again, into a new folder",
-        ) from error
-    if not edited and hashlib.sha256(code.encode()).hexdigest() != manifest.source_sha256:
+        why = f"can't read the source: {error}"
+        raise ArtifactError(why, where=path.name, hint=_AGAIN) from error
+    if not edited and sha256(code.encode()) != manifest.source_sha256:
         raise ArtifactError(
             "the source is not the one that was generated",
             where=path.name,
             hint="run it as edited with --edited, or compile the model again",
         )
     return code
-
-
-def _as_data(config: CompilationConfig) -> dict[str, object]:
-    data: dict[str, object] = json.loads(config.model_dump_json())
-    return data

@@ -1,4 +1,4 @@
-"""What of a model and of how it was compiled must be the same where it is loaded. In: a configuration, modules, graphs. Out: JSON data for the manifest, and the first difference from an artifact's."""
+"""What of a model and of how it was compiled must be the same where it is loaded, and the first difference."""
 
 from __future__ import annotations
 
@@ -23,8 +23,7 @@ from piecework.runtime.store.operators import operator_content
 from piecework.runtime.store.surroundings import operator_facts
 from piecework.runtime.trace.sizes.example_sizes import SizePolicy
 
-_RECOMPILE = "compile the model again; with artifact=path this happens by itself"
-_NO_CODE = "leave passes and other objects out of it, or name them as text"
+_OPERATOR = "make the function an operator with torch.library.custom_op and register_fake"
 #: What of a configuration says where and how fast to compile.
 _NO_EFFECT = frozenset({"cache_dir", "debug_dump_path", "compile_workers"})
 
@@ -51,14 +50,16 @@ def made_with(
         problem = str(error)
     if problem:
         raise ArtifactError(
-            f"the configuration can't be written down: {problem}", where="config", hint=_NO_CODE
+            f"the configuration can't be written down: {problem}",
+            where="config",
+            hint="leave passes and other objects out of it, or name them as text",
         )
-    runtime = None if runtime_config is None else json.loads(runtime_config.model_dump_json())
-    ops = None if splitting_ops is None else list(SplittingOps(splitting_ops).declared)
     return {
         "config": data,
-        "runtime config": runtime,
-        "splitting ops": ops,
+        "runtime config": runtime_config and json.loads(runtime_config.model_dump_json()),
+        "splitting ops": (
+            None if splitting_ops is None else list(SplittingOps(splitting_ops).declared)
+        ),
         "sizes": None if sizes is None else type(sizes).__name__,
         "kept": None if kept is None else dict(kept),
     }
@@ -88,7 +89,7 @@ def _flat(facts: Mapping[str, object], fields: Iterable[str]) -> dict[str, objec
     return found
 
 
-# --- modules -----------------------------------------------------------------------------------------
+# --- modules and weights -----------------------------------------------------------------------------
 
 
 def tree(roots: Sequence[tuple[str, torch.nn.Module]]) -> list[list[str]]:
@@ -106,17 +107,17 @@ def tree(roots: Sequence[tuple[str, torch.nn.Module]]) -> list[list[str]]:
 
 def require_same_tree(saved: Sequence[Sequence[str]], now: Sequence[Sequence[str]]) -> None:
     """Raise `ArtifactError` for a model of other modules."""
-    for before, here in zip(saved, now, strict=False):
-        if list(before) != list(here):
-            raise ArtifactError(
-                f"the model has a {here[1]} ({here[2]}) at {here[0] or 'its root'}, where the saved one had {before[1]} "
-                f"({before[2]}) at {before[0] or 'its root'}",
-                hint="build the model as it was saved, with the same train() or eval()",
-            )
-    if len(saved) != len(now):
+    pairs = zip(map(list, saved), map(list, now), strict=False)
+    first = next((pair for pair in pairs if pair[0] != pair[1]), None)
+    if first is not None:
+        (path, kind, mode), (at, other, now_in) = first
+        what = f"a {other} ({now_in}) at {at or 'its root'}, where the saved one had {kind} ({mode}) at {path or 'its root'}"
+    else:
+        what = f"{len(now)} modules; the saved one had {len(saved)}"
+    if first is not None or len(saved) != len(now):
         raise ArtifactError(
-            f"the model has {len(now)} modules; the saved one had {len(saved)}",
-            hint="build the model as it was saved",
+            f"the model has {what}",
+            hint="build the model as it was saved, with the same train() or eval()",
         )
 
 
@@ -127,18 +128,25 @@ def files_of(classes: Iterable[type]) -> set[str]:
     return {file for file in files if isinstance(file, str)}
 
 
+def partition(tensors: Sequence[torch.Tensor]) -> tuple[int, ...]:
+    """A number per tensor, equal for those in one memory."""
+    stores = [torch_compat.storage_id(each) for each in tensors]
+    return tuple(map(stores.index, stores))
+
+
 # --- operators ---------------------------------------------------------------------------------------
 
 
 def require_portable(graph: torch.fx.GraphModule, structure: Structure | None, name: str) -> None:
-    """Raise `ArtifactError` for a piece whose graph means something else in another process."""
+    """Raise `ArtifactError` for a piece whose graph means something else in another process, or holds a tensor."""
     reason = operator_facts(graph)[1] or ("" if structure is None else structure.local)
+    hint = _OPERATOR
+    for node in graph.graph.find_nodes(op="get_attr"):
+        if not isinstance(getattr(graph, str(node.target), None), torch.fx.GraphModule):
+            reason = f"it holds the constant {node.target}, and an artifact holds no tensors"
+            hint = "register it as a buffer of the model"
     if reason:
-        raise ArtifactError(
-            f"{name} can't be saved: {reason}",
-            where=name,
-            hint="make the function an operator with torch.library.custom_op and register_fake",
-        )
+        raise ArtifactError(f"{name} can't be saved: {reason}", where=name, hint=hint)
 
 
 def operators(graphs: Iterable[torch.fx.GraphModule]) -> dict[str, str]:
@@ -161,10 +169,9 @@ def _overloads(target: object) -> tuple[OpOverload, ...]:
         return overloads_of(target)
     path = function_path(target)
     if path is None or not (path.module in (None, "operator", "math") or path.root == "torch"):
-        raise ArtifactError(
-            f"the graph calls the Python function {getattr(target, '__qualname__', target)}, which may be another in another process",
-            hint="make it an operator with torch.library.custom_op and register_fake",
-        )
+        name = getattr(target, "__qualname__", target)
+        why = f"the graph calls the Python function {name}, which may be another in another process"
+        raise ArtifactError(why, hint=_OPERATOR)
     return ()
 
 
@@ -184,5 +191,5 @@ def require_same_operators(saved: Mapping[str, str]) -> None:
             raise ArtifactError(
                 f"operator {name} has another schema or fake implementation than when the model was saved",
                 where=name,
-                hint=_RECOMPILE,
+                hint="compile the model again; with artifact=path this happens by itself",
             )

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ast
 import builtins
-import hashlib
 import math
 import re
 import textwrap
@@ -28,6 +27,7 @@ from piecework.runtime import torch_compat
 from piecework.runtime.artifact.values import from_bytes, to_bytes
 from piecework.runtime.compilers.inductor import positional
 from piecework.runtime.compilers.interface import CompiledPiece
+from piecework.runtime.store.files import sha256
 
 KERNELS = "kernels"
 _FUNCTION = "call"
@@ -83,14 +83,18 @@ def piece_files(graph: torch.fx.GraphModule, compiled: CompiledPiece, name: str)
         code, files = _uncompiled(graph, name)
     else:
         code, files = _generated(graph, compiled, name)
-    digest = hashlib.sha256(code.encode() + repr(sorted(files)).encode()).hexdigest()[:16]
+    digest = sha256(code.encode() + repr(sorted(files)).encode())[:16]
     text = f"pieces/{digest}.py"
     named = {key.replace("{piece}", digest): data for key, data in files.items()}
     found = {text: code.encode(), **named}
     return PieceFiles(text, found, compiled.strict_inputs, compiled.artifact is not None)
 
 
-def _refused(name: str, why: str, hint: str) -> ArtifactError:
+def _refused(
+    name: str,
+    why: str,
+    hint: str = "CompilationConfig(backend='eager') is saved without compiled code",
+) -> ArtifactError:
     return ArtifactError(f"{name} can't be saved: {why}", where=name, hint=hint)
 
 
@@ -100,19 +104,17 @@ def _refused(name: str, why: str, hint: str) -> ArtifactError:
 def _generated(
     graph: torch.fx.GraphModule, compiled: CompiledPiece, name: str
 ) -> tuple[str, dict[str, bytes]]:
-    hint = "CompilationConfig(backend='eager') is saved without compiled code"
     inputs = len(graph.graph.find_nodes(op="placeholder"))
     returned = graph.graph.output_node().args[0]
     outputs = len(returned) if isinstance(returned, (list, tuple)) else -1
     if compiled.direct is None:
-        raise _refused(name, f"its code needs torch's wrappers, {compiled.indirect_because}", hint)
+        raise _refused(name, f"its code needs torch's wrappers, {compiled.indirect_because}")
     found = torch_compat.generated_code(compiled.artifact, inputs, outputs)
     if isinstance(found, str):
-        raise _refused(name, found, hint)
-    tree = ast.parse(found.text)
-    text = _function_text(tree, found)
+        raise _refused(name, found)
+    text = _function_text(found)
     if text is None:
-        raise _refused(name, "the text of its code is not what runs", hint)
+        raise _refused(name, "the text of its code is not what runs")
     lines, files = ["import math", "import types", "", "import torch", ""], {}
     code = with_inner_code([found.function.__code__])
     for each in sorted(set().union(*map(global_names, code))):
@@ -122,35 +124,34 @@ def _generated(
             try:
                 data = kernel.read_bytes()
             except OSError as error:
-                raise _refused(
-                    name, f"its kernel is gone ({error.strerror})", "compile the model again"
-                ) from error
-            digest = hashlib.sha256(data).hexdigest()[:32]
+                why = f"its kernel is gone ({error.strerror})"
+                raise _refused(name, why, "compile the model again") from error
+            digest = sha256(data)[:32]
             files[f"{KERNELS}/{digest}.so"] = data
             lines.append(f'{each} = kernel("{digest}")')
         elif each == "extern_kernels":
             lines.append(f"extern_kernels = types.SimpleNamespace({_externals(text, value, name)})")
         elif each in _KNOWN:
             if value is not _value_of(_KNOWN[each]) and each not in ("inf", "nan"):
-                raise _refused(name, f"its code has another {each} than torch's", hint)
+                raise _refused(name, f"its code has another {each} than torch's")
             if _KNOWN[each] != each:
                 lines.append(f"{each} = {_KNOWN[each]}")
         elif each not in found.values and hasattr(builtins, each):
             continue
         else:
-            raise _refused(name, f"its code uses {each}, which does not travel", hint)
+            raise _refused(name, f"its code uses {each}, which does not travel")
     head = "# Inductor's code of a piece, as it runs; its kernels lie in ../kernels.\n\n"
     return f"{head}{chr(10).join(lines)}\n\n\n{text}", files
 
 
-def _function_text(tree: ast.Module, found: torch_compat.Generated) -> str | None:
+def _function_text(found: torch_compat.Generated) -> str | None:
     """The text of the function that runs; None unless the module's text compiles to that very code there."""
     ours = found.function.__code__
     module = compile(found.text, "<piece>", "exec", dont_inherit=True)
     inner = with_inner_code([module])
     if not any(_content(each) == _content(ours) for each in inner):
         return None
-    for node in ast.walk(tree):
+    for node in ast.walk(ast.parse(found.text)):
         if isinstance(node, ast.FunctionDef) and node.lineno == ours.co_firstlineno:
             lines = found.text.splitlines()[node.lineno - 1 : node.end_lineno]
             return textwrap.dedent("\n".join(lines)) + "\n"
@@ -159,11 +160,8 @@ def _function_text(tree: ast.Module, found: torch_compat.Generated) -> str | Non
 
 def _content(code: types.CodeType) -> tuple[object, ...]:
     names = code.co_name, code.co_names, code.co_varnames, code.co_firstlineno
-    return *names, code.co_code, repr(_plain(code.co_consts))
-
-
-def _plain(consts: tuple[object, ...]) -> list[object]:
-    return [_content(each) if isinstance(each, types.CodeType) else each for each in consts]
+    consts = [_content(c) if isinstance(c, types.CodeType) else c for c in code.co_consts]
+    return *names, code.co_code, repr(consts)
 
 
 def _externals(text: str, owner: object, name: str) -> str:
@@ -183,9 +181,6 @@ def _value_of(path: str) -> object:
     for part in path.split(".")[1:]:
         value = getattr(value, part, None)
     return value
-
-
-# --- pieces that run as they are ---------------------------------------------------------------------
 
 
 def _uncompiled(graph: torch.fx.GraphModule, name: str) -> tuple[str, dict[str, bytes]]:

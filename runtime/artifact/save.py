@@ -1,4 +1,4 @@
-"""Stitched models to directories. In: the traces of a stitched model, or of several that serve one model together. Out: an artifact, written whole or not at all.
+"""Stitched models to directories: one, or several that serve one model together, written whole or not at all.
 
 What can't be told again in another process is refused by name. No weight is written.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,23 +17,11 @@ import torch.fx
 from piecework.errors import ArtifactError
 from piecework.runtime import torch_compat
 from piecework.runtime.analysis.writes import mutations_in
-from piecework.runtime.artifact.fit import files_of, operators, tree
-from piecework.runtime.artifact.form import (
-    EDITED,
-    ENTRY,
-    GRAPHS,
-    STATE,
-    SavedTrace,
-    SavedWeight,
-    WeightInput,
-    partition,
-)
-from piecework.runtime.artifact.program import saved_program
+from piecework.runtime.artifact.fit import files_of, operators, partition, tree
+from piecework.runtime.artifact.program import EDITED, ENTRY, GRAPHS, STATE, saved_program
 from piecework.runtime.artifact.values import MAX_TENSOR, to_bytes
-from piecework.runtime.call.edited import EditedSource
 from piecework.runtime.compilers.eager import EagerAdaptor
 from piecework.runtime.compilers.inductor import InductorStandaloneAdaptor
-from piecework.runtime.pieces.program import Program
 from piecework.runtime.store.files import signing_key
 from piecework.runtime.store.folder import (
     PARTS,
@@ -43,14 +31,11 @@ from piecework.runtime.store.folder import (
     write_folder,
 )
 from piecework.runtime.store.surroundings import is_foreign, processes, source_factors, surroundings
-from piecework.runtime.trace.inputs import Argument, Layout, Size
 from piecework.runtime.traces.traced_model import TracedModel
 from piecework.runtime.watch.reachable import modules_of, tensors_of
 from piecework.runtime.watch.state import SavedState
 from piecework.runtime.watch.values import code_digest
 from piecework.runtime.watch.weights import Weight
-
-Graph = torch.fx.GraphModule
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,11 +62,10 @@ def save(place: Place, part: Part, *, key_file: str | os.PathLike[str] | None = 
     Raises:
         ArtifactError: something can't be told again in another process, or the directory can't be written.
     """
-    path, key = directory_of(place), signing_key(key_file)
     files: dict[str, bytes] = {}
-    graphs: list[Graph] = []
+    graphs: list[torch.fx.GraphModule] = []
     facts = _facts(part, files, "", graphs)
-    write_folder(path, files, _as_json({**facts, **_surroundings(part.traces, graphs)}), key)
+    _write(place, [part], files, facts, graphs, key_file)
 
 
 def save_together(
@@ -98,52 +82,56 @@ def save_together(
         settings: what the manifest says of all of them.
         values: further values by the names of their files, as `to_bytes` takes them.
     """
-    path, key = directory_of(place), signing_key(key_file)
     files = {name: to_bytes(value, name) for name, value in values.items()}
-    graphs: list[Graph] = []
+    graphs: list[torch.fx.GraphModule] = []
     rows = [_facts(each, files, part_folder(i), graphs) for i, each in enumerate(parts)]
-    traces = [trace for part in parts for trace in part.traces]
-    facts = {**settings, **_surroundings(traces, graphs), PARTS: rows}
-    write_folder(path, files, _as_json(facts), key)
+    _write(place, parts, files, {**settings, PARTS: rows}, graphs, key_file)
 
 
-def _as_json(facts: Mapping[str, object]) -> dict[str, object]:
-    data: dict[str, object] = json.loads(json.dumps(facts))
-    return data
-
-
-def _surroundings(traces: Sequence[TracedModel], graphs: Sequence[Graph]) -> dict[str, object]:
-    """What the manifest says of the process."""
-    if any(each.settings != traces[0].settings for each in traces):
+def _write(
+    place: Place,
+    parts: Sequence[Part],
+    files: Mapping[str, bytes],
+    facts: Mapping[str, object],
+    graphs: Sequence[torch.fx.GraphModule],
+    key_file: str | os.PathLike[str] | None,
+) -> None:
+    settings, *others = [trace.settings for part in parts for trace in part.traces]
+    if any(each != settings for each in others):
         raise ArtifactError(
             "torch was set otherwise for one trace of the model than for another",
             where="torch's settings",
             hint="compile the model again, and call it with every kind of size under the same settings",
         )
-    settings = traces[0].settings
     assert settings is not None
-    return {"surroundings": surroundings(*graphs, settings=settings), "processes": processes()}
+    made_in = surroundings(*graphs, settings=settings)
+    whole = {**facts, "surroundings": made_in, "processes": processes()}
+    write_folder(directory_of(place), files, json.loads(json.dumps(whole)), signing_key(key_file))
 
 
 def _facts(
-    part: Part, files: dict[str, bytes], prefix: str, graphs: list[Graph]
+    part: Part, files: dict[str, bytes], prefix: str, graphs: list[torch.fx.GraphModule]
 ) -> dict[str, object]:
     """What the manifest says of a module, whose files are added to ``files``, and its graphs to ``graphs``."""
     rows, own = [], []
     for number, trace in enumerate(part.traces):
         _require_savable(trace)
-        _code_with_places(trace)
-        folder = f"{prefix}trace_{number}"
-        saved = _saved(trace, files, folder)
-        program = trace.program
+        _require_code_in_files(trace)
+        program, entry, folder = trace.program, trace.entry, f"{prefix}trace_{number}"
+        saved = _saved(trace, files, f"{folder}/")
         files[f"{folder}/{STATE}"] = to_bytes(saved, "what the trace took for given")
-        files[f"{folder}/{ENTRY}"] = trace.entry.source.code.encode()
-        if trace.entry.edited is not None:
-            files[f"{folder}/{EDITED}"] = trace.entry.edited.code.encode()
-        pickled = _graphs(program)
-        if pickled is not None:
+        files[f"{folder}/{ENTRY}"] = entry.source.code.encode()
+        edited = None
+        if entry.edited is not None:
+            files[f"{folder}/{EDITED}"] = entry.edited.code.encode()
+            why = entry.edited.difference
+            edited = f"differs from the graph: {why}" if why else "proved to mean the graph"
+        items = tuple((i.submod_name, i.graph_id, i.is_splitting_graph) for i in program.items)
+        both = program.graph, program.split_gm
+        pickled = torch_compat.graphs_to_bytes((*both, items), both)
+        if pickled is not None:  # else captures must compile again
             files[f"{folder}/{GRAPHS}"] = pickled
-        rows.append({"edited": _edited_text(trace.entry.edited), "graphs": pickled is not None})
+        rows.append({"edited": edited, "graphs": pickled is not None})
         own.append(program.graph)
         own += [backend.graph for backend in program.backends.values() if backend.graph]
         own += [item.graph for item in program.items]
@@ -164,72 +152,64 @@ def _facts(
 def _require_savable(trace: TracedModel) -> None:
     config, compiler = trace.program.config, trace.backend.compiler_manager.compiler
     inner = next((each for each in trace.entry.weights.traced if each.inner), None)
-    for wrong, where, hint in (
+    for wrong, what in (
         (
             type(compiler) not in (EagerAdaptor, InductorStandaloneAdaptor),
-            f"compiler {trace.program.compiler!r}",
-            "use inductor or eager",
+            f"compiler {trace.program.compiler!r}, which is neither inductor nor eager,",
         ),
-        (config.use_inductor_graph_partition, "use_inductor_graph_partition", "leave it out"),
-        (
-            not trace.entry.made.plan.checks,
-            "stitching_config.check_inputs=False",
-            "leave it on",
-        ),
-        (
-            trace.settings is None,
-            "settings of torch that have no stable form",
-            "see the warning of the compile cache",
-        ),
+        (config.use_inductor_graph_partition, "use_inductor_graph_partition"),
+        (not trace.entry.made.plan.checks, "stitching_config.check_inputs=False"),
+        (trace.settings is None, "settings of torch that have no stable form"),
         (
             inner is not None,
             f"weight {inner and inner.path}, which is a tensor of several,",
-            "no other process can tell whether it has the same: compile the model in each, or hold quantised weights as plain tensors",
         ),
     ):
         if wrong:
-            why = f"a model that was compiled with {where} can't be saved"
-            raise ArtifactError(why, where=where, hint=hint)
+            raise ArtifactError(
+                f"a model that was compiled with {what} can't be saved",
+                where=what,
+                hint="leave it out, or compile the model in each process",
+            )
 
 
 # --- one trace ---------------------------------------------------------------------------------------
 
 
-def _saved(trace: TracedModel, files: dict[str, bytes], folder: str) -> SavedTrace:
+def _saved(trace: TracedModel, files: dict[str, bytes], folder: str) -> dict[str, object]:
+    """A trace as values for `to_bytes`: a program, bound to a model; its texts are added to ``files``."""
     program, entry, captured = trace.program, trace.entry, trace.entry.captured
     program.split_gm  # noqa: B018 - of a loaded program the graphs are read now
-    saved = saved_program(program, files, f"{folder}/")
-    _require_no_weights((*saved.source.consts, *saved.careful_consts), trace)
-    indices = {each.path: i for i, each in enumerate(entry.weights.traced)}
+    saved = saved_program(program, files, folder)
+    _require_no_weights((*saved["source"].consts, *saved["careful consts"]), trace)
+    weights = entry.weights
+    indices = {each.path: i for i, each in enumerate(weights.traced)}
     edited = entry.edited
-    return SavedTrace(
-        program=saved,
-        made=replace(entry.made, source=replace(entry.source, code="")),
-        inputs=tuple(_inputs(captured.inputs, indices)),
-        weights=_weights(trace),
-        memory=_memory(trace),
-        state=_state(trace),
-        symbols=captured.assumptions.names(),
-        as_marked=trace.as_marked,
-        rows_in_one=trace.rows_in_one,
-        edited=None if edited is None else replace(edited, code=""),
-    )
+    return {
+        "program": saved,
+        "made": replace(entry.made, source=replace(entry.source, code="")),
+        "inputs": [indices[i.path] if isinstance(i, Weight) else i for i in captured.inputs],
+        "weights": [*zip(weights.traced, weights.taken, weights.names(), strict=True)],
+        "memory": _memory(trace),
+        "state": _state(trace),
+        "symbols": captured.assumptions.names(),
+        "as marked": trace.as_marked,
+        "rows in one": trace.rows_in_one,
+        "edited": None if edited is None else replace(edited, code=""),
+    }
 
 
 def _state(trace: TracedModel) -> SavedState:
     """What the trace read, where it still holds and another process can compare it."""
     weights, state = trace.entry.weights, trace.entry.weights.state
-    changed = weights.change()
-    hooks = state.global_hooks()
-    if changed is not None:
+    hint = "put it back, or compile the model again, and save then"
+    if changed := weights.change():
         why = f"the model is not as it is bound: {changed.message}"
         hint = changed.hint or "call rebind() first"
     elif moved := state.difference():
         why = f"the model is not as it was traced: {moved}"
-        hint = "put it back, or compile the model again, and save then"
-    elif hooks:
+    elif hooks := state.global_hooks():
         why = f"torch.nn.modules.module has {hooks}, which belong to this process"
-        hint = "remove the hooks, compile the model again, and save then"
     elif state.plain.untold:
         why = f"the trace relies on {state.plain.untold[0]}, which only this process can compare"
         hint = "keep what the model computes with in attributes that are numbers, texts, functions or tensors"
@@ -238,38 +218,16 @@ def _state(trace: TracedModel) -> SavedState:
     raise ArtifactError(why, hint=hint)
 
 
-def _inputs(
-    inputs: Sequence[object], indices: Mapping[str, int]
-) -> Iterator[WeightInput | Argument | Size | Layout]:
-    for each in inputs:
-        if isinstance(each, Weight):
-            yield WeightInput(indices[each.path])
-        else:
-            assert isinstance(each, (Argument, Size, Layout))
-            yield each
-
-
 def _require_no_weights(consts: Sequence[object], trace: TracedModel) -> None:
-    tensors = (each for each in consts if isinstance(each, torch.Tensor))
     held = {torch_compat.storage_id(t) for _, t in tensors_of(trace.model).values()}
-    for each in tensors:
-        if torch_compat.storage_id(each) in held or each.nbytes > MAX_TENSOR:
+    for each in consts:
+        if isinstance(each, torch.Tensor) and (
+            torch_compat.storage_id(each) in held or each.nbytes > MAX_TENSOR
+        ):
             raise ArtifactError(
                 "the stitching source holds a weight as a constant, and an artifact holds none",
                 hint="register it as a parameter or a buffer of the model",
             )
-
-
-# --- weights -----------------------------------------------------------------------------------------
-
-
-def _weights(trace: TracedModel) -> tuple[SavedWeight, ...]:
-    weights = trace.entry.weights
-    rows = zip(weights.traced, weights.taken, weights.names(), strict=True)
-    return tuple(
-        SavedWeight(w.path, w.dtype, w.layout, w.device, tuple(w.shape), w.stride, way, names)
-        for w, way, names in rows
-    )
 
 
 def _memory(trace: TracedModel) -> tuple[int, ...] | None:
@@ -279,15 +237,11 @@ def _memory(trace: TracedModel) -> tuple[int, ...] | None:
     pairs = zip(nodes, inputs, strict=True)
     held = {node.name: each.path for node, each in pairs if isinstance(each, Weight)}
     every = [item.submod_name for item in trace.program.items]
-    if not mutations_in(split_gm, every, held):
-        return None
-    return partition(trace.entry.weights.tensors)
+    written = mutations_in(split_gm, every, held)
+    return partition(trace.entry.weights.tensors) if written else None
 
 
-# --- code --------------------------------------------------------------------------------------------
-
-
-def _code_with_places(trace: TracedModel) -> None:
+def _require_code_in_files(trace: TracedModel) -> None:
     """Raise if the trace went through code that is in no file and no method, which nobody could compare."""
     state = trace.entry.weights.state
     told = {text.split()[-1] for text in state.classes.digests().values()}
@@ -301,21 +255,3 @@ def _code_with_places(trace: TracedModel) -> None:
                 where=each.co_filename,
                 hint="put it into a module",
             )
-
-
-# --- graphs and the manifest -------------------------------------------------------------------------
-
-
-def _graphs(program: Program) -> bytes | None:
-    """The graphs with their fake values; None where torch can't write them, and captures must then compile again."""
-    items = tuple((i.submod_name, i.graph_id, i.is_splitting_graph) for i in program.items)
-    graphs = program.graph, program.split_gm
-    return torch_compat.graphs_to_bytes((*graphs, items), graphs)
-
-
-def _edited_text(edited: EditedSource | None) -> str | None:
-    if edited is None:
-        return None
-    if edited.difference is not None:
-        return f"differs from the graph: {edited.difference}"
-    return "proved to mean the graph"

@@ -27,21 +27,14 @@ _KINDS = (
     *(complex, slice, range, type(...), frozenset, types.MappingProxyType, functools.partial),
 )
 MAX_TENSOR = 1 << 16
-_HINT = (
-    "leave it out of what the model computes from constants, or compile the model in each process"
-)
 
 
 class _Pickler(pickle.Pickler):
-    def __init__(self, file: io.BytesIO, where: str) -> None:
-        super().__init__(file, protocol=5)
-        self._where = where
-
     def persistent_id(self, value: Any) -> Any:
         if isinstance(value, (OpOverload, OpOverloadPacket)):
             return "operator", str(value)
         if isinstance(value, torch.Tensor):
-            return "tensor", _tensor_parts(value, self._where)
+            return "tensor", _tensor_parts(value)
         if isinstance(value, types.ModuleType):
             return "module", value.__name__
         return None
@@ -51,19 +44,15 @@ class _Pickler(pickle.Pickler):
         owner = getattr(value, "__self__", None)
         if kind is types.BuiltinFunctionType and not isinstance(owner, types.ModuleType):
             path = function_path(value)
-            return (
-                NotImplemented
-                if path is None
-                else (_resolve, (path.module or "builtins", path.path))
-            )
+            if path is not None:
+                return _resolve, (path.module or "builtins", path.path)
+            return NotImplemented
         by_name = isinstance(value, (type, types.FunctionType, types.BuiltinFunctionType))
         plan = kind.__module__.startswith("piecework.") and dataclasses.is_dataclass(kind)
         if by_name or plan or kind in _KINDS or isinstance(value, (enum.Enum, pytree.TreeSpec)):
             return NotImplemented  # as pickle does; parts are asked in turn
-        raise ArtifactError(
-            f"a {kind.__module__}.{kind.__qualname__} can't be saved: nothing says that it means the same in another process",
-            where=self._where,
-            hint=_HINT,
+        raise TypeError(
+            f"nothing says that a {kind.__module__}.{kind.__qualname__} means the same in another process"
         )
 
 
@@ -78,14 +67,13 @@ def to_bytes(value: object, where: str) -> bytes:
     """
     file = io.BytesIO()
     try:
-        _Pickler(file, where).dump(value)
-    except ArtifactError:
-        raise
+        _Pickler(file, protocol=5).dump(value)
     except (pickle.PicklingError, AttributeError, TypeError, RecursionError) as error:
         raise ArtifactError(
             f"it can't be saved: {error}",
             where=where,
-            hint="classes and functions must be found by their names in a module that can be imported",
+            hint="leave it out of what the model computes from constants; classes and functions must be found by their "
+            "names in a module that can be imported, and tensors be buffers of the model",
         ) from error
     return file.getvalue()
 
@@ -119,41 +107,29 @@ def from_bytes(data: bytes, where: str) -> object:
 
 
 def operator_named(name: str) -> object:
-    """The operator ``ns.op`` or ``ns.op.overload``.
-
-    Raises:
-        ArtifactError: it is not registered.
-    """
-    found: Any = torch.ops
+    """The operator ``ns.op`` or ``ns.op.overload``; raises `ArtifactError` if it is not registered."""
     try:
-        for part in name.split("."):
-            found = getattr(found, part)
+        return functools.reduce(getattr, name.split("."), torch.ops)
     except (AttributeError, RuntimeError) as error:
         raise ArtifactError(
             f"operator {name} is not registered",
             where=name,
             hint="import the module that defines it before the artifact is loaded",
         ) from error
-    return found
 
 
 def _resolve(module: str, path: str) -> object:
-    value: Any = importlib.import_module(module)
-    for part in path.split(".")[1 if module != "builtins" else 0 :]:
-        value = getattr(value, part)
-    return value
+    parts = path.split(".")[1 if module != "builtins" else 0 :]
+    return functools.reduce(getattr, parts, importlib.import_module(module))
 
 
-def _tensor_parts(tensor: torch.Tensor, where: str) -> tuple[Any, ...]:
+def _tensor_parts(tensor: torch.Tensor) -> tuple[Any, ...]:
     """A small tensor of the graph's own, such as a name as bytes."""
     plain = type(tensor) is torch.Tensor and tensor.layout is torch.strided
     here = plain and tensor.device.type == "cpu" and tensor.is_contiguous()
     if not here or tensor.requires_grad or tensor.nbytes > MAX_TENSOR:
-        raise ArtifactError(
-            f"the graph holds a tensor of its own ({tuple(tensor.shape)}, {tensor.dtype}), and an artifact holds no weights",
-            where=where,
-            hint="register it as a buffer of the model",
-        )
+        what = f"{tuple(tensor.shape)}, {tensor.dtype}"
+        raise TypeError(f"the graph holds a tensor of its own ({what}), and no weight is saved")
     raw = bytes(tensor.reshape(-1).view(torch.uint8).tolist()) if tensor.numel() else b""
     return raw, tensor.dtype, tuple(tensor.shape)
 

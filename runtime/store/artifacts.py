@@ -28,10 +28,7 @@ class StandaloneCompiledArtifacts:
         return {**vars(self), "_loaded": {}}
 
     def insert(self, submod_name: str, range_name: str, data: bytes) -> str:
-        """Keep `data` for a submodule and range, and forget what it replaces; return its SHA-256."""
-        if not isinstance(data, bytes):
-            where = f"{submod_name}, {range_name}: {type(data).__name__}"
-            raise ArtifactError("an artifact must be bytes", where=where)
+        """Keep `data` for a submodule and range, in place of what was there; return its SHA-256."""
         digest = self._digests[submod_name, range_name] = sha256(data)
         self._data.setdefault(digest, data)
         for unused in self._data.keys() - self._digests.values():
@@ -40,7 +37,7 @@ class StandaloneCompiledArtifacts:
         return digest
 
     def get(self, submod_name: str, range_name: str) -> bytes:
-        """The bytes; `ArtifactError` that lists what there is if there are none."""
+        """The bytes; `ArtifactError` if there are none."""
         return self._data[self._digest(submod_name, range_name)]
 
     def get_loaded(self, submod_name: str, range_name: str) -> object:
@@ -54,7 +51,7 @@ class StandaloneCompiledArtifacts:
     def load_all(self, loader: Callable[[bytes], object], max_workers: int | None = None) -> None:
         """Run `loader` once on each distinct artifact that is not loaded yet, in parallel threads.
 
-        The first failure is raised as `ArtifactError` naming its submodules; what did load stays loaded.
+        The first failure is raised as `ArtifactError`; what did load stays loaded.
         """
         waiting = [digest for digest in self._data if digest not in self._loaded]
         with ThreadPoolExecutor(max_workers, thread_name_prefix="piecework-load") as pool:
@@ -63,11 +60,9 @@ class StandaloneCompiledArtifacts:
         self._loaded |= {digest: made[digest].result() for digest in made.keys() - failed.keys()}
         for digest, error in failed.items():
             named = (" ".join(each) for each, found in self._digests.items() if found == digest)
-            raise ArtifactError(
-                f"an artifact could not be loaded: {type(error).__name__}: {error}",
-                where=", ".join(named),
-                hint="compile again; the bytes are intact but do not suit this torch or machine",
-            ) from error
+            why = f"an artifact could not be loaded: {type(error).__name__}: {error}"
+            hint = "compile again; the bytes are intact but do not suit this torch or machine"
+            raise ArtifactError(why, where=", ".join(named), hint=hint) from error
 
     def size_bytes(self) -> int:
         """Bytes kept, each distinct artifact counted once."""
@@ -86,11 +81,8 @@ class StandaloneCompiledArtifacts:
         return tuple(dict.fromkeys(submod for submod, _ in self._digests))
 
     def _digest(self, submod_name: str, range_name: str) -> str:
-        digest = self._digests.get((submod_name, range_name))
-        if digest is None:
+        if (submod_name, range_name) not in self._digests:
             known = ", ".join(map(" ".join, self._digests)) or "none"
-            where = f"{submod_name}, {range_name}"
-            raise ArtifactError(
-                "there is no such artifact", where=where, hint=f"there are: {known}"
-            )
-        return digest
+            where, hint = f"{submod_name}, {range_name}", f"there are: {known}"
+            raise ArtifactError("there is no such artifact", where=where, hint=hint)
+        return self._digests[submod_name, range_name]
