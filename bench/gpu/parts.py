@@ -426,8 +426,9 @@ def capture(scale: Scale, rows: Rows) -> None:
         raise PieceworkError("the capture left no report")
     pieces = sum(outcome.pieces for outcome in report.outcomes)
     note = f"{pieces} graphs, {format_bytes(report.nbytes)}"
-    rows.add([Row(setting, "estimate, and replay source", total - report.seconds)])
-    rows.add([Row(setting, "capture", report.seconds, note=note)])
+    seconds = sum(each.seconds for each in report.outcomes)
+    rows.add([Row(setting, "estimate, and replay source", total - seconds)])
+    rows.add([Row(setting, "capture", seconds, note=note)])
     deviation = abs(memory.estimate.total / max(1, report.nbytes) - 1)
     text = f"deviation of the estimate ({format_bytes(memory.estimate.total)})"
     rows.targets([Target("B11", text, B11_MEMORY, deviation)])

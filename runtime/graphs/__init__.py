@@ -31,10 +31,10 @@ if TYPE_CHECKING:
     from piecework.runtime.graphs.plan.estimate import MemoryEstimate as MemoryEstimate
     from piecework.runtime.graphs.plan.estimate import estimate_memory as estimate_memory
     from piecework.runtime.graphs.plan.estimate import fit_budget as fit_budget
+    from piecework.runtime.graphs.plan.phase import CaptureProgress as CaptureProgress
     from piecework.runtime.graphs.plan.phase import CaptureReport as CaptureReport
     from piecework.runtime.graphs.plan.phase import FailurePolicy as FailurePolicy
     from piecework.runtime.graphs.plan.phase import capture_graphs as capture_graphs
-    from piecework.runtime.graphs.plan.progress import CaptureProgress as CaptureProgress
     from piecework.runtime.graphs.serve.lazy import ConcreteSizeEntry as ConcreteSizeEntry
     from piecework.runtime.graphs.serve.lazy import CUDAPiecewiseBackend as CUDAPiecewiseBackend
 

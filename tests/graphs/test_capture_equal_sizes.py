@@ -7,7 +7,6 @@ import torch
 from models import EAGER
 
 import piecework
-from piecework.errors import ConfigError
 
 
 def masked(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -52,19 +51,3 @@ def test_one_that_equals_the_batch_is_captured_for_each_batch(
     rows = made.call_report()
     # One and three are padded to two and four: each row looks up its own.
     assert sum(row.calls for row in rows if row.mode == "PIECEWISE") == served
-
-
-@torch.no_grad()
-def test_one_that_is_another_size_is_captured_for_its_values() -> None:
-    made = stitched().capture([2, 4], other_sizes={"mask.0": [6]}, progress=False)
-    for rows, longer in ((2, 6), (4, 6), (3, 5)):
-        x, mask = torch.randn(rows, 8), torch.randn(longer, 8)
-        torch.testing.assert_close(made(x, mask), masked(x, mask))
-    calls = {row.mode: row.calls for row in made.call_report() if row.mode == "NONE"}
-    assert calls == {"NONE": 1}
-
-
-@pytest.mark.parametrize("sizes", [[1, 2], [1], [2]])
-def test_a_size_that_there_is_not_is_refused(sizes: list[int]) -> None:
-    with pytest.raises(ConfigError, match=r"no dynamic size 'masc\.0'"):
-        stitched().capture(sizes, other_sizes={"masc.0": "batch"}, progress=False)

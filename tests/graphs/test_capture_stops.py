@@ -101,21 +101,6 @@ def test_ctrl_c_in_the_estimate_leaves_the_model_as_it_was() -> None:
     served(stitched, model)
 
 
-def test_ctrl_c_may_return_instead_of_raising() -> None:
-    model, stitched = small()
-    stitched.capture(
-        [1, 2, 4],
-        context_for=stops_at(PIECEWISE, 1),
-        raise_interrupt=False,
-        progress=False,
-        estimate=False,
-    )
-    report = stitched.static_graphs.report
-    assert report.interrupted and [key[1].num_tokens for key in report.skipped] == [1]
-    assert sizes_of(stitched) == [2, 4]
-    served(stitched, model)
-
-
 def test_an_interrupt_while_replays_are_proved_leaves_the_rest_uncaptured(monkeypatch) -> None:
     real, seen = captured_replay.generate_replay, []
 

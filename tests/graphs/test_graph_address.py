@@ -7,13 +7,11 @@ import torch
 
 from piecework.errors import ConfigError, StaticGraphError
 from piecework.runtime.batch.descriptor import BatchDescriptor
-from piecework.runtime.batch.forward_context import set_forward_context
 from piecework.runtime.batch.mode import CUDAGraphMode
 from piecework.runtime.graphs.device.weak_ref import view_of_storage
 from piecework.runtime.graphs.memory.addresses import AddressBook, ValueOrigin
 from piecework.runtime.graphs.memory.captured_call import CapturedCall, CUDAGraphOptions
 from piecework.runtime.graphs.memory.owner import CaptureRecord, StaticGraphs
-from piecework.runtime.graphs.memory.wrapper import CUDAGraphWrapper
 
 PIECEWISE = CUDAGraphMode.PIECEWISE
 DESCRIPTOR = BatchDescriptor(4)
@@ -92,76 +90,9 @@ def test_a_bad_policy_lists_the_names():
         StaticGraphs("cpu", address_policy="hope")
 
 
-# --- the case that breaks the prior art ------------------------------------------------------------
-
-
-class Stitched:
-    """Two captured pieces with an attention between them that returns a new tensor every time."""
-
-    def __init__(self, policy, attention):
-        self.graphs = StaticGraphs("cpu", address_policy=policy)
-        self.ids = torch.zeros(4)
-        self.graphs.addresses.register_persistent("ids", self.ids)
-        self.attention = attention
-        self.before = CUDAGraphWrapper(
-            lambda x: x + 1, None, PIECEWISE, graphs=self.graphs, name="submod_0"
-        )
-        self.after = CUDAGraphWrapper(
-            lambda x: x * 10, None, PIECEWISE, graphs=self.graphs, name="submod_2"
-        )
-        self.keep = []
-
-    def __call__(self):
-        with set_forward_context(cudagraph_runtime_mode=PIECEWISE, batch_descriptor=DESCRIPTOR):
-            return self.after(self.attention(self.before(self.ids)))
-
-    def fresh(self, x):
-        # Kept alive, so that the allocator can't give the same address again by luck.
-        self.keep.append(x + 0.5)
-        return self.keep[-1]
-
-
-@pytest.mark.parametrize("policy", ["copy", "eager"])
-def test_a_splitting_op_with_fresh_outputs(policy):
-    model = Stitched(policy, None)
-    model.attention = model.fresh
-    with model.graphs.capturing():
-        assert model().tolist() == [15.0] * 4
-    for value in (1.0, 2.0, 3.0):
-        model.ids.fill_(value)
-        assert model().tolist() == [(value + 1.5) * 10] * 4
-    eager = [record for record in model.graphs.records if record.eager_reason]
-    if policy == "eager":
-        assert [(r.name, r.eager_reason) for r in eager] == [
-            ("submod_2", "argument 0 (fresh tensor) enters it")
-        ]
-    else:
-        assert eager == []
-        assert model.graphs.records[1].staged_bytes == 16
-
-
-def test_a_splitting_op_with_fresh_outputs_refused():
-    model = Stitched("refuse", None)
-    model.attention = model.fresh
-    with model.graphs.capturing(), pytest.raises(StaticGraphError) as error:
-        model()
-    text = str(error.value)
-    assert "argument 0 (fresh tensor) enters a captured piece" in text
-    assert "submod_2, PIECEWISE tokens=4" in text
-    assert "out-buffer" in text
-
-
-@pytest.mark.parametrize("policy", ["copy", "refuse", "eager"])
-def test_a_splitting_op_with_an_out_buffer_needs_no_policy(policy):
-    model = Stitched(policy, None)
-    buffer = torch.empty(4)
-    model.graphs.addresses.register_persistent("attn", buffer, ValueOrigin.OUT_BUFFER)
-    model.attention = lambda x: buffer.copy_(x + 0.5)
-    with model.graphs.capturing():
-        model()
-    model.ids.fill_(2)
-    assert model().tolist() == [35.0] * 4
-    assert all(r.staged_bytes == 0 and r.eager_reason is None for r in model.graphs.records)
+def test_a_fresh_tensor_is_refused_where_the_policy_says_so():
+    with pytest.raises(StaticGraphError, match=r"argument 0 \(fresh tensor\) enters .*out-buffer"):
+        captured(lambda x: x + 1, torch.ones(2), policy="refuse")
 
 
 # --- the first replay checks -----------------------------------------------------------------------

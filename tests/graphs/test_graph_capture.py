@@ -11,7 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from piecework.errors import ConfigError, StaticGraphError
+from piecework.errors import StaticGraphError
 from piecework.runtime.batch.descriptor import BatchDescriptor
 from piecework.runtime.batch.dispatcher import CudagraphDispatcher
 from piecework.runtime.batch.forward_context import get_forward_context, set_forward_context
@@ -22,10 +22,8 @@ from piecework.runtime.graphs.plan.estimate import (
     MemoryModel,
     cost_of,
     estimate_memory,
-    fit_budget,
 )
-from piecework.runtime.graphs.plan.phase import FailurePolicy, capture_graphs
-from piecework.runtime.graphs.plan.progress import CaptureProgress
+from piecework.runtime.graphs.plan.phase import CaptureProgress, capture_graphs
 
 NONE, PIECEWISE, FULL = CUDAGraphMode.NONE, CUDAGraphMode.PIECEWISE, CUDAGraphMode.FULL
 BOTH = CUDAGraphMode.FULL_AND_PIECEWISE
@@ -122,8 +120,6 @@ def test_everything_is_captured_largest_first_and_serves_every_size():
     ]
     assert [o.pieces for o in report.outcomes] == [3] * 4 + [1] * 4
     assert len(report.captured) == 8
-    assert report.skipped == ()
-    assert not report.interrupted
     assert not model.graphs.is_open
     modes = model.check()
     assert {m for (n, uniform), m in modes.items() if n <= 8 and uniform} == {FULL}
@@ -131,69 +127,10 @@ def test_everything_is_captured_largest_first_and_serves_every_size():
     assert {m for (n, _), m in modes.items() if n > 8} == {NONE}
 
 
-def test_warm_ups_run_uncaptured_before_each_capture():
-    model = Model(mode=PIECEWISE, sizes=(1, 2), warmups=2)
-    report = model.capture(warmups=2)
-    assert model.runs == [(m, n) for n in (2, 1) for m in (NONE, NONE, PIECEWISE)]
-    assert [o.pieces for o in report.outcomes] == [3, 3]
-
-
 def test_a_forward_that_captures_nothing_is_an_error():
     model = Model(mode=PIECEWISE, sizes=(1,), warmups=2)
     with pytest.raises(StaticGraphError, match="the forward captured nothing"):
         model.capture(warmups=1)
-
-
-def test_interrupting_leaves_a_working_model():
-    model = Model()
-    attention, calls = model.attention, []
-
-    def interrupted(x):
-        calls.append(1)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return attention(x)
-
-    model.attention = interrupted
-    with pytest.raises(KeyboardInterrupt):
-        model.capture()
-    assert not model.graphs.is_open
-    assert {(r.mode, r.descriptor.num_tokens) for r in model.graphs.records} == {(PIECEWISE, 8)}
-    modes = model.check()
-    # What was captured before is still used, also for the sizes that were not reached.
-    assert {m for (n, _), m in modes.items() if n <= 8} == {PIECEWISE}
-
-
-def test_a_failure_names_piece_and_descriptor_and_stops():
-    model = Model()
-    model.pieces[1].runnable = fail_at(4, model.piece)
-    with pytest.raises(StaticGraphError) as error:
-        model.capture()
-    assert "RuntimeError: out of memory (submod_2, PIECEWISE tokens=4)" in str(error.value)
-    model.pieces[1].runnable = model.piece
-    modes = model.check()
-    assert {m for (n, _), m in modes.items() if n <= 8} == {PIECEWISE}
-
-
-def test_a_failure_can_leave_one_size_uncaptured():
-    model = Model(mode=PIECEWISE)
-    model.pieces[1].runnable = fail_at(8, model.piece)
-    report = model.capture(on_failure=FailurePolicy.UNCAPTURED)
-    assert [o.captured for o in report.outcomes] == [False, True, True, True]
-    assert "out of memory" in str(report)
-    model.pieces[1].runnable = model.piece
-    modes = model.check()
-    assert {m for (n, _), m in modes.items() if n > 4} == {NONE}
-    assert {m for (n, _), m in modes.items() if n <= 4} == {PIECEWISE}
-
-
-def fail_at(tokens, piece):
-    def run(x, w):
-        if x.shape[0] == tokens:
-            raise RuntimeError("out of memory")
-        return piece(x, w)
-
-    return run
 
 
 class Cycle:
@@ -266,22 +203,6 @@ def test_estimating_after_capturing_is_an_error():
         estimate_memory(model.dummy, model.dispatcher.get_capture_descs(), model.graphs)
 
 
-@pytest.mark.sample(2)
-@pytest.mark.parametrize("fraction", [0.0, 0.3, 0.6, 1.0])
-def test_a_budget_chooses_the_sizes(fraction):
-    model = Model(mode=BOTH, sizes=(1, 2, 4, 8, 16, 32))
-    descs = model.dispatcher.get_capture_descs()
-    estimate = estimate_memory(model.dummy, descs, model.graphs)
-    budget = int(estimate.total * fraction)
-    dropped = fit_budget(estimate, model.dispatcher, budget)
-    kept = sum(len(group) for _, group in model.dispatcher.get_capture_descs())
-    assert kept + len(dropped) == 12
-    assert (dropped == ()) is (fraction == 1.0)
-    report = model.capture()
-    assert report.nbytes <= budget
-    model.check()
-
-
 KINDS = [(mode, BatchDescriptor(0)) for mode in (PIECEWISE, FULL)]
 
 
@@ -299,10 +220,3 @@ def test_kinds_share_the_pool():
     models = {KINDS[0]: MemoryModel(10.0, 0.0, ((4, 5),)), KINDS[1]: MemoryModel(20.0)}
     assert cost_of({KINDS[0]: [8], KINDS[1]: [2]}, models) == 80 + 5
     assert cost_of({KINDS[0]: [8], KINDS[1]: [8]}, models) == 160 + 5
-
-
-def test_an_unknown_policy_is_refused_where_it_is_given():
-    with pytest.raises(ConfigError, match="no failure policy 'ignore'") as caught:
-        capture_graphs(print, [], StaticGraphs("cpu"), on_failure="ignore")
-    assert "'raise', 'uncaptured'" in str(caught.value)
-    assert FailurePolicy.parse("uncaptured") is FailurePolicy.UNCAPTURED

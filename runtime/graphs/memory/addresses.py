@@ -8,6 +8,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 
@@ -26,7 +27,21 @@ class ValueOrigin(enum.Enum):
     FRESH = "fresh tensor"
 
 
-class AddressPolicy(enum.Enum):
+class Policy(enum.Enum):
+    """A choice by name."""
+
+    @classmethod
+    def parse(cls, value: Self | str) -> Self:
+        """The policy of that name; a `ConfigError` that lists the names if there is none."""
+        try:
+            return cls(value.lower() if isinstance(value, str) else value)
+        except ValueError:
+            kind = cls.__name__.removesuffix("Policy").lower()
+            names = ", ".join(policy.value for policy in cls)
+            raise ConfigError(f"no {kind} policy {value!r}", hint=f"use one of {names}") from None
+
+
+class AddressPolicy(Policy):
     """What becomes of a fresh tensor that enters a captured piece.
 
     COPY stages it into a static buffer, REFUSE makes the capture an error, EAGER runs that piece
@@ -36,17 +51,6 @@ class AddressPolicy(enum.Enum):
     COPY = "copy"
     REFUSE = "refuse"
     EAGER = "eager"
-
-    @classmethod
-    def parse(cls, value: AddressPolicy | str) -> AddressPolicy:
-        """The policy of that name; a `ConfigError` that lists the names if there is none."""
-        try:
-            return cls(value.lower() if isinstance(value, str) else value)
-        except ValueError:
-            names = ", ".join(policy.value for policy in cls)
-            raise ConfigError(
-                f"no address policy {value!r}", where="address_policy", hint=f"use one of {names}"
-            ) from None
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,7 +57,6 @@ class CaptureOptions(FrozenModel):
         address_policy: what becomes of fresh tensors that enter a captured piece.
         warmups: uncaptured runs before each capture; the configuration's, one on CUDA at least.
         on_failure: what a failed capture does.
-        raise_interrupt: raise ``KeyboardInterrupt`` again after Ctrl-C.
         max_padding_factor: run a batch uncaptured that would be padded to more than so many times
             its size; None: pad it to the next captured size, however large.
         clone_outputs: return copies; otherwise the next call overwrites what this one returned.
@@ -92,7 +91,6 @@ class CaptureOptions(FrozenModel):
     address_policy: _Policy = AddressPolicy.COPY
     warmups: _Count | None = None
     on_failure: _OnFailure = FailurePolicy.RAISE
-    raise_interrupt: _Switch = True
     max_padding_factor: Annotated[float, Field(strict=True, ge=1, lt=math.inf)] | None = None
     clone_outputs: _Switch = True
     strict: _Switch = False

@@ -5,7 +5,6 @@ It never leaves half of a descriptor behind: a failed one is forgotten, and no l
 
 from __future__ import annotations
 
-import enum
 import gc
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -13,35 +12,31 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
-from piecework.errors import ConfigError, PieceworkError, StaticGraphError
+from piecework.errors import PieceworkError, StaticGraphError
 from piecework.runtime.batch.coverage import aligned
 from piecework.runtime.batch.descriptor import BatchDescriptor
 from piecework.runtime.batch.dispatcher import CudagraphDispatcher
 from piecework.runtime.batch.forward_context import set_forward_context
 from piecework.runtime.batch.mode import CUDAGraphMode
+from piecework.runtime.graphs.memory.addresses import Policy
 from piecework.runtime.graphs.memory.owner import StaticGraphs
+from piecework.runtime.observe.progress import StepBar
+from piecework.scope import own_random_numbers
+
+with own_random_numbers():
+    from rich.console import Console
+    from rich.progress import TextColumn, TimeRemainingColumn
 
 Key = tuple[CUDAGraphMode, BatchDescriptor]
 Forward = Callable[[BatchDescriptor], object]
 ContextFor = Callable[[CUDAGraphMode, BatchDescriptor], AbstractContextManager[object]]
 
 
-class FailurePolicy(enum.Enum):
+class FailurePolicy(Policy):
     """What a failed capture does: RAISE it, or leave that descriptor UNCAPTURED and go on."""
 
     RAISE = "raise"
     UNCAPTURED = "uncaptured"
-
-    @classmethod
-    def parse(cls, value: FailurePolicy | str) -> FailurePolicy:
-        """The policy with this name; a `ConfigError` that lists the names if there is none."""
-        try:
-            return cls(value)
-        except ValueError:
-            names = ", ".join(repr(each.value) for each in cls)
-            raise ConfigError(
-                f"no failure policy {value!r}", where="on_failure", hint=f"use one of {names}"
-            ) from None
 
 
 class CaptureWatcher(Protocol):
@@ -91,15 +86,11 @@ class CaptureReport:
 
     Attributes:
         outcomes: one per descriptor, in the order of capture.
-        skipped: descriptors that were not reached.
-        interrupted: the phase was stopped by Ctrl-C.
         nbytes: what the captures hold.
         unmarked: why kernels inside the graphs don't carry what they stand for; "" if they do.
     """
 
     outcomes: tuple[CaptureOutcome, ...]
-    skipped: tuple[Key, ...]
-    interrupted: bool
     nbytes: int
     unmarked: str = ""
 
@@ -107,17 +98,12 @@ class CaptureReport:
     def captured(self) -> tuple[Key, ...]:
         return tuple((o.mode, o.descriptor) for o in self.outcomes if o.captured)
 
-    @property
-    def seconds(self) -> float:
-        return sum(outcome.seconds for outcome in self.outcomes)
-
     def __str__(self) -> str:
         rows = [("graph", "pieces", "seconds", "memory", "note")]
         for each in self.outcomes:
             key, size = (each.mode, each.descriptor), format_bytes(each.nbytes)
             note = "; ".join(each.eager) if each.captured else str(each.error)
             rows.append((text_of(key), str(each.pieces), f"{each.seconds:.2f}", size, note))
-        rows += [(text_of(key), "0", "", "", "not reached") for key in self.skipped]
         caption = f"\nkernels carry no layer: {self.unmarked}" if self.unmarked else ""
         return aligned(rows) + caption
 
@@ -136,7 +122,6 @@ def capture_graphs(
     context_for: ContextFor | None = None,
     dispatcher: CudagraphDispatcher | None = None,
     on_failure: FailurePolicy | str = FailurePolicy.RAISE,
-    raise_interrupt: bool = True,
     watcher: CaptureWatcher | None = None,
     affordable: Callable[[Key], bool] | None = None,
 ) -> CaptureReport:
@@ -148,13 +133,8 @@ def capture_graphs(
     Args:
         forward: runs the model once on (dummy) inputs of the descriptor's shape.
         descs: what to capture, as ``CudagraphDispatcher.get_capture_descs()`` returns it.
-        graphs: the owner of what the wrappers capture.
-        warmups: uncaptured runs before each capture.
         context_for: makes the forward context of a run; by default one with no metadata.
         dispatcher: told which keys will never be captured.
-        on_failure: what a failed capture does.
-        raise_interrupt: raise ``KeyboardInterrupt`` again after cleaning up; else the report tells.
-        watcher: shows progress.
         affordable: asked before each capture; what it refuses is given up.
 
     Raises:
@@ -179,7 +159,6 @@ def capture_graphs(
     context_for = context_for or plain_context
     left = [(mode, d) for mode, group in descs for d in sorted(group, key=lambda d: -d.num_tokens)]
     outcomes: list[CaptureOutcome] = []
-    stop: BaseException | None = None
     if watcher is not None:
         watcher.started(len(left))
 
@@ -192,28 +171,22 @@ def capture_graphs(
             gc.collect()
             while left:
                 key = left[0]
-                if affordable is not None and not affordable(key):
-                    give_up([left.pop(0)])
-                    continue
-                outcome = _capture(key, forward, graphs, warmups, context_for)
-                outcomes.append(outcome)
-                left.pop(0)
-                if watcher is not None:
-                    watcher.finished(outcome, graphs.nbytes)
-                if outcome.error is not None:
-                    give_up([key])
-                    if on_failure is FailurePolicy.RAISE:
+                if affordable is None or affordable(key):
+                    outcome = _capture(key, forward, graphs, warmups, context_for)
+                    outcomes.append(outcome)
+                    if watcher is not None:
+                        watcher.finished(outcome, graphs.nbytes)
+                    if outcome.captured:
+                        left.pop(0)
+                        continue
+                    if outcome.error is not None and on_failure is FailurePolicy.RAISE:
                         raise outcome.error
-    except (PieceworkError, KeyboardInterrupt) as error:
-        stop = error
+                give_up([left.pop(0)])
     finally:
         give_up(left)
         if watcher is not None:
             watcher.ended()
-    interrupted = isinstance(stop, KeyboardInterrupt)
-    if stop is not None and (raise_interrupt or not interrupted):
-        raise stop
-    return CaptureReport(tuple(outcomes), tuple(left), interrupted, graphs.nbytes, graphs.unmarked)
+    return CaptureReport(tuple(outcomes), graphs.nbytes, graphs.unmarked)
 
 
 def _capture(
@@ -280,3 +253,22 @@ def plain_context(
 ) -> AbstractContextManager[object]:
     """A forward context that says no more than mode and descriptor."""
     return set_forward_context(cudagraph_runtime_mode=mode, batch_descriptor=descriptor)
+
+
+class CaptureProgress:
+    """A bar with the time left and the memory held, or plain lines where there is no terminal."""
+
+    def __init__(self, console: Console) -> None:
+        held = TextColumn("{task.fields[memory]}")
+        self._bar = StepBar(console, "capturing", TimeRemainingColumn(), held)
+
+    def started(self, total: int) -> None:
+        self._bar.started(total, memory=format_bytes(0))
+
+    def finished(self, outcome: CaptureOutcome, held_bytes: int) -> None:
+        memory = format_bytes(held_bytes)
+        what = text_of((outcome.mode, outcome.descriptor))
+        self._bar.finished(what, f"{outcome.text}, {memory} held", memory=memory)
+
+    def ended(self) -> None:
+        self._bar.ended()

@@ -42,14 +42,15 @@ from piecework.runtime.graphs.plan.padding import (
     reads_context,
 )
 from piecework.runtime.graphs.plan.phase import (
+    CaptureProgress,
     CaptureReport,
     CaptureWatcher,
+    Console,
     FailurePolicy,
     Key,
     capture_graphs,
     text_of,
 )
-from piecework.runtime.graphs.plan.progress import CaptureProgress, Console
 from piecework.runtime.graphs.serve.graphs import CapturedGraphs, Step
 from piecework.runtime.graphs.serve.replay import STAGE
 from piecework.runtime.graphs.serve.report import CallRow, MemoryReport, careful_rows
@@ -185,7 +186,6 @@ class CapturedModel(CapturedGraphs):
                     self.graphs,
                     dispatcher=self.dispatcher,
                     on_failure=self.options.on_failure,
-                    raise_interrupt=self.options.raise_interrupt,
                     watcher=CaptureProgress(console) if progress is True else progress or None,
                     affordable=partial(self._affordable, memory_budget),
                     **how,
