@@ -5,7 +5,7 @@ The batch size is the first dynamic dimension of the inputs, and every other one
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -211,29 +211,75 @@ class _Reader:
     """Goes through the inputs and results of one graph."""
 
     def __init__(
-        self,
-        captured: ModelTrace,
-        program: Program,
-        asked: Asked,
-        fixed: FixedBatch | None,
+        self, captured: ModelTrace, program: Program, asked: Asked, fixed: FixedBatch | None
     ) -> None:
         self.captured, self.program, self.fixed = captured, program, fixed
         self.symbol = program.batch.symbol if fixed is None else None
-        nodes = program.split_gm.graph.find_nodes(op="placeholder")
-        self.pairs = list(zip(nodes, captured.inputs, strict=True))
-        self.known = {each.name: each for each in captured.assumptions.symbols()}
-        self.others: dict[str, OtherSize] = {}
-        self.equal: dict[str, OtherSize] = {}
-        self.symbols = {self.symbol} if self.symbol else set[str]()
-        self.example = self._example()
-        self.symbols |= self._equal_ones(asked)
+        self.passed = list(passed_inputs(captured, program))
+        # Where a call has its sizes: label, size, position, and dimension; None for a number.
+        self.places: list[tuple[str, object, int, int | None]] = []
+        for position, (node, each) in enumerate(self.passed):
+            value = value_of(node)
+            if isinstance(value, torch.Tensor) and isinstance(each, Argument):
+                for dim, size in enumerate(value.shape):
+                    self.places.append((f"{each.name}.{dim}", size, position, dim))
+            elif isinstance(each, (Argument, Size)):
+                self.places.append((self._label(each), value, position, None))
+        self.symbols = self._batch_symbols(asked)
+        self.sizes = self._sizes()
+
+    def _batch_symbols(self, asked: Asked) -> set[str]:
+        """The symbols of the batch size, and of other sizes that equal it."""
+        found = {label: size for label, size, *_ in self.places}
+        same = {label for label, said in asked.items() if said == "batch"}
+        dynamic = {label for label, size in found.items() if torch_compat.symbol_of(size)}
+        # A trace of one batch size may have the others that equal it as numbers too.
+        wrong = sorted(same.difference(dynamic if self.fixed is None else found))
+        if wrong:
+            raise ConfigError(
+                f"no dynamic size {wrong[0]!r}",
+                where="other_sizes",
+                hint=f"there are: {', '.join(sorted(dynamic)) or 'none'}",
+            )
+        batch = [n for n in found.values() if self.symbol and self._is(n, {self.symbol})]
+        example = torch_compat.example_of(batch[0]) if batch else None
+        firsts = {label for label in dynamic - asked.keys() if label.endswith(".0")}
+        if example is not None:
+            same |= {n for n in firsts if torch_compat.example_of(found[n]) == example}
+        symbols = {self.symbol, *(torch_compat.symbol_of(found[label]) for label in same)}
+        return {symbol for symbol in symbols if symbol}
+
+    def _sizes(self) -> dict[str, OtherSize]:
+        """The dynamic sizes with a symbol of their own; the first place that has one names it."""
+        rows = {each.name: each for each in self.captured.assumptions.symbols()}
+        found: dict[str, OtherSize] = {}
+        for label, size, position, dim in self.places:
+            symbol = torch_compat.symbol_of(size)
+            if not torch_compat.symbols_of(size) or symbol == self.symbol:
+                continue
+            name = self.captured.assumptions.name_of(symbol or "")
+            row = rows.get(name)
+            if symbol is None or (row is None and symbol not in self.symbols):
+                raise StaticGraphError(
+                    "has a size that is computed from several, which can't be staged",
+                    where=f"input {label}",
+                    hint="pass sizes that don't depend on each other",
+                )
+            before = found.get(symbol)
+            if before is None:
+                bounds = (None, None) if row is None else (row.low, row.high)
+                example = torch_compat.example_of(size)
+                before = OtherSize(label, (), name, position, dim, *bounds, example)
+            elif dim is None:  # a number is read faster than a shape
+                before = replace(before, position=position, dim=None)
+            found[symbol] = replace(before, labels=tuple(dict.fromkeys((*before.labels, label))))
+        return found
 
     def read(self) -> BatchShape:
         written = self._written()
         names = tuple(each.name for each in self.program.source.module.entry.parameters)
-        passed = list(passed_inputs(self.captured, self.program))
         staged, sizes, numbers, weights = [], [], {}, {}
-        for position, (node, each) in enumerate(passed):
+        for position, (node, each) in enumerate(self.passed):
             fake, name = value_of(node), names[position]
             if isinstance(each, Weight):
                 weights[position] = each.path
@@ -241,11 +287,10 @@ class _Reader:
                 raise _not_dense(self._owner(each))
             elif isinstance(fake, torch.Tensor):
                 staged.append(self._staged(position, name, each, fake, node.name in written))
-            elif torch_compat.symbol_of(fake) in self.symbols:
+            elif self._is(fake, self.symbols):
                 sizes.append(position)
-                self._note_equal(self._label(each), fake, position, None)
             elif torch_compat.symbols_of(fake):
-                numbers[position] = self._other(self._label(each), fake, position, None)
+                numbers[position] = self.sizes[torch_compat.symbol_of(fake) or ""].label
             else:
                 raise StaticGraphError(
                     f"is a {type(fake).__name__} that is passed per call, which a graph freezes",
@@ -258,19 +303,19 @@ class _Reader:
                 where="capture",
                 hint="there is nothing to replay; don't capture this model",
             )
-        if self.fixed is None:
-            batch = self.known.get(self.captured.assumptions.name_of(self.symbol or ""))
-        else:
+        rows = {each.name: each for each in self.captured.assumptions.symbols()}
+        batch = rows.get(self.captured.assumptions.name_of(self.symbol or ""))
+        if self.fixed is not None:
             batch = Symbol("", self.fixed.size, self.fixed.size)
         return BatchShape(
             names=names,
             staged=tuple(staged),
             sizes=tuple(sizes),
             numbers=numbers,
-            others=tuple(self.others.values()),
-            equal=tuple(self.equal.values()),
+            others=tuple(e for symbol, e in self.sizes.items() if symbol not in self.symbols),
+            equal=tuple(e for symbol, e in self.sizes.items() if symbol in self.symbols),
             weights=weights,
-            results=tuple(self._results(passed)),
+            results=tuple(self._results()),
             symbols=frozenset(self.symbols),
             low=max(1, (batch.low if batch is not None else None) or 1),
             high=None if batch is None else batch.high,
@@ -278,37 +323,30 @@ class _Reader:
             symbol="" if batch is None else batch.name,
         )
 
-    def _example(self) -> int | None:
-        shapes = (getattr(value_of(node), "shape", ()) for node, _ in self.pairs)
-        sizes = (size for shape in shapes for size in shape)
-        batch = (n for n in sizes if self.symbol and torch_compat.symbol_of(n) == self.symbol)
-        return next(map(torch_compat.example_of, batch), None)
-
-    # --- inputs ------------------------------------------------------------------------------------
-
     def _staged(
         self, position: int, name: str, each: Argument | Size, fake: torch.Tensor, written: bool
     ) -> StagedInput:
         empty = any(type(size) is int and size == 0 for size in fake.shape)
         if not (empty or torch_compat.is_traced_contiguous(fake)):
             raise _not_dense(each.name)
-        found: list[int] = []
-        if self.fixed is not None and isinstance(each, Argument) and each.leaf in self.fixed.dims:
-            found.append(self.fixed.dims[each.leaf])
-        others: dict[int, str] = {}
-        for dim, size in enumerate(fake.shape):
-            if torch_compat.symbol_of(size) in self.symbols:
-                found.append(dim)
-                self._note_equal(f"{each.name}.{dim}", size, position, dim)
-            elif torch_compat.symbols_of(size):
-                others[dim] = self._other(f"{each.name}.{dim}", size, position, dim)
+        found = [dim for dim, size in enumerate(fake.shape) if self._is(size, self.symbols)]
+        if self.fixed is not None and each.leaf in self.fixed.dims:
+            found.insert(0, self.fixed.dims[each.leaf])
         if len(found) > 1:
             raise StaticGraphError(
                 f"has the batch size in dimensions {found}; one can be padded",
                 where=f"input {each.name}",
                 hint="compute the larger tensor inside a splitting op",
             )
+        others = {
+            dim: self.sizes[torch_compat.symbol_of(size) or ""].label
+            for dim, size in enumerate(fake.shape)
+            if dim not in found and torch_compat.symbols_of(size)
+        }
         return StagedInput(position, name, fake, next(iter(found), None), others, written)
+
+    def _is(self, size: object, symbols: Collection[str]) -> bool:
+        return torch_compat.symbol_of(size) in symbols
 
     def _label(self, each: Argument | Size) -> str:
         """An integer argument is named by itself, a size by its tensor."""
@@ -318,77 +356,20 @@ class _Reader:
         arguments = (a for a in self.captured.inputs if isinstance(a, Argument))
         return next((a.name for a in arguments if a.leaf == each.leaf), each.name)
 
-    def _equal_ones(self, asked: Asked) -> set[str]:
-        """The symbols of other sizes that equal the batch size."""
-        found: dict[str, object] = {}
-        for node, each in self.pairs:
-            value = value_of(node)
-            if isinstance(each, (Weight, Layout)):
-                continue
-            if isinstance(value, torch.Tensor):
-                found |= {f"{each.name}.{dim}": size for dim, size in enumerate(value.shape)}
-            else:
-                found[self._label(each)] = value
-        same = {label for label, said in asked.items() if said == "batch"}
-        dynamic = {label for label, size in found.items() if torch_compat.symbol_of(size)}
-        # A trace of one batch size may have the others that equal it as numbers too.
-        wrong = sorted(same.difference(dynamic if self.fixed is None else found))
-        if wrong:
-            raise ConfigError(
-                f"no dynamic size {wrong[0]!r}",
-                where="other_sizes",
-                hint=f"there are: {', '.join(sorted(dynamic)) or 'none'}",
-            )
-        firsts = {label for label in dynamic - asked.keys() if label.endswith(".0")}
-        if self.example is not None:
-            same |= {n for n in firsts if torch_compat.example_of(found[n]) == self.example}
-        return {s for label in same if (s := torch_compat.symbol_of(found[label])) is not None}
-
-    def _note_equal(self, label: str, size: object, position: int, dim: int | None) -> None:
-        """Remember where a call has a size that must equal the batch size."""
-        symbol = torch_compat.symbol_of(size)
-        if symbol is not None and symbol != self.symbol:
-            name = self.captured.assumptions.name_of(symbol)
-            self.equal.setdefault(symbol, OtherSize(label, (label,), name, position, dim))
-
-    def _other(self, label: str, size: object, position: int, dim: int | None) -> str:
-        """The label of a size beside the batch size; the first place that has it names it."""
-        symbol = torch_compat.symbol_of(size)
-        row = self.known.get(self.captured.assumptions.name_of(symbol or ""))
-        if symbol is None or row is None:
-            raise StaticGraphError(
-                "has a size that is computed from several, which can't be staged",
-                where=f"input {label}",
-                hint="pass sizes that don't depend on each other",
-            )
-        before = self.others.get(symbol)
-        if before is None:
-            example = torch_compat.example_of(size)
-            self.others[symbol] = OtherSize(
-                label, (label,), row.name, position, dim, row.low, row.high, example
-            )
-            return label
-        labels = tuple(dict.fromkeys((*before.labels, label)))
-        # A number is read faster than a shape.
-        place = (position, None) if dim is None else (before.position, before.dim)
-        self.others[symbol] = replace(before, labels=labels, position=place[0], dim=place[1])
-        return before.label
-
     # --- results -----------------------------------------------------------------------------------
 
-    def _results(self, passed: list[tuple[torch.fx.Node, GraphInput]]) -> Iterator[ResultRule]:
-        arguments = {id(value_of(node)): number for number, (node, _) in enumerate(passed)}
+    def _results(self) -> Iterator[ResultRule]:
+        arguments = {id(value_of(node)): number for number, (node, _) in enumerate(self.passed)}
         earlier: dict[int, int] = {}
         for index, node in enumerate(results_of(self.program.split_gm.graph)):
             value = value_of(node) if isinstance(node, torch.fx.Node) else node
             if not isinstance(value, torch.Tensor):
-                is_count = torch_compat.symbol_of(value) in self.symbols
-                yield ResultRule(
-                    is_count=is_count, computed=not is_count and self._has_batch(value)
-                )
+                is_count = self._is(value, self.symbols)
+                computed = not is_count and self._has_batch(value)
+                yield ResultRule(is_count=is_count, computed=computed)
                 continue
             held = [d for d, size in enumerate(value.shape) if self._has_batch(size)]
-            if any(torch_compat.symbol_of(value.shape[d]) not in self.symbols for d in held):
+            if not all(self._is(value.shape[d], self.symbols) for d in held):
                 yield ResultRule(computed=True)
                 continue
             first = earlier.setdefault(id(value), index)
@@ -404,10 +385,12 @@ class _Reader:
     def _written(self) -> frozenset[str]:
         """The arguments that the graph writes to; a piece that writes to weights is refused."""
         split_gm, pieces = self.program.split_gm, self.program.source.submod_names
-        held = {node.name: each.path for node, each in self.pairs if isinstance(each, Weight)}
+        nodes = split_gm.graph.find_nodes(op="placeholder")
+        pairs = list(zip(nodes, self.captured.inputs, strict=True))
+        held = {node.name: each.path for node, each in pairs if isinstance(each, Weight)}
         refuse_mutations(mutations_in(split_gm, pieces, held or held_by_source(split_gm)))
         every = [item.submod_name for item in self.program.items]
-        arguments = {n.name: n.name for n, each in self.pairs if isinstance(each, Argument)}
+        arguments = {n.name: n.name for n, each in pairs if isinstance(each, Argument)}
         return frozenset(each.path for each in mutations_in(split_gm, every, arguments))
 
 
