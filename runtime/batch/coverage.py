@@ -17,13 +17,9 @@ class CoverageRow:
     """Consecutive batch sizes of one kind that run alike.
 
     Attributes:
-        first: the smallest size, in tokens.
-        last: the largest size.
-        batch: what kind of batch these are.
-        mode: what they run in.
+        first, last: the smallest and the largest size, in tokens.
         descriptor: the graph they share; None when they run uncaptured.
         padding: most tokens that any of them is padded by.
-        reason: why.
         is_fallback: they run uncaptured although the mode promises a graph.
     """
 

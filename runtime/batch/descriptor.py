@@ -16,12 +16,10 @@ class BatchDescriptor:
 
     Attributes:
         num_tokens: tokens in the (padded) batch.
-        num_reqs: requests in the (padded) batch: in every key of a full graph, which holds attention; None in those of
-            pieces, which don't depend on it.
+        num_reqs: requests in it, for a full graph, which holds attention; None for pieces.
         uniform: every request has the same number of query tokens (a decode batch).
-        has_lora: adapters are active.
-        num_active_loras: how many adapters the captured kernels are launched for.
-        extra: further axes that the integration declares, as sorted (name, value) pairs: ``max_query_len``, ``num_ubatches``, …
+        has_lora, num_active_loras: adapters are active, and for how many kernels are launched.
+        extra: further axes, as sorted (name, value) pairs: ``max_query_len``, ``num_ubatches``, …
     """
 
     num_tokens: int
@@ -51,15 +49,13 @@ class BatchDescriptor:
 
 @dataclass(frozen=True, slots=True)
 class BatchKind:
-    """What kind of batch a call is, as far as only the caller knows it; its size is read from the inputs.
+    """What kind of batch a call is, as far as only the caller knows it.
 
     Attributes:
         uniform_decode: every request has the same number of query tokens.
-        has_lora: adapters are active.
-        num_active_loras: how many.
         axes: values of the extra axes, as (name, value) pairs.
         invalid_modes: modes that this batch can't run in.
-        query_len: tokens of each request of a uniform batch, where drafts differ in width; the widest by default.
+        query_len: tokens of each request of a uniform batch; the widest by default.
     """
 
     uniform_decode: bool = False

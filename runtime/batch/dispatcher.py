@@ -57,14 +57,9 @@ _FALLBACKS = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Dispatch:
-    """How one batch runs.
+    """How one batch runs: its mode, and the captured shape, or for NONE the batch's own.
 
-    Attributes:
-        mode: NONE, PIECEWISE or FULL.
-        descriptor: the captured shape, or for NONE the batch's own.
-        padding: tokens added to reach it.
-        reason: why.
-        is_fallback: the batch runs uncaptured although its mode promises a graph.
+    ``is_fallback``: it runs uncaptured although its mode promises a graph.
     """
 
     mode: CUDAGraphMode

@@ -25,8 +25,8 @@ class ForwardContext:
         attn_metadata: whatever the attention implementation reads; piecework never looks inside.
         state: named objects of an integration, such as the request's KV cache.
         batch: what kind of batch it is, for a model that dispatches by itself; None is a plain one.
-        dry: it runs on dummy inputs, to warm up or to capture the pieces around the splitting ops: an op that keeps state in a way
-            that torch does not see must leave it alone. False inside a full graph's capture, whose replays do what is captured.
+        dry: it runs on dummy inputs: an op leaves state alone that torch does not see. False inside
+            a full graph's capture, whose replays do what is captured.
     """
 
     cudagraph_runtime_mode: CUDAGraphMode = CUDAGraphMode.NONE
@@ -75,18 +75,9 @@ def set_forward_context(
     state: Mapping[str, object] | None = None,
     batch: BatchKind | None = None,
 ) -> ForwardScope:
-    """Make a context current for a ``with`` block; the outer one is back afterwards, also on an exception.
+    """Make a context current for a ``with`` block; the outer one is back afterwards.
 
-    Args:
-        attn_metadata: handed to the splitting ops unseen.
-        cudagraph_runtime_mode: the mode that the dispatcher chose.
-        batch_descriptor: the descriptor that the dispatcher chose.
-        skip_cuda_graphs: run uncaptured whatever the mode says.
-        state: named objects for an integration; kept as given, not copied.
-        batch: what kind of batch it is, where the model that is called dispatches by itself.
-
-    Raises:
-        InputError: the mode is a composite one.
+    The arguments are the fields of `ForwardContext`.
 
     Example:
         >>> with set_forward_context({"seq_lens": [3]}):

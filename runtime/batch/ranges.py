@@ -64,13 +64,10 @@ def derive_ranges(
 ) -> tuple[Range, ...]:
     """Cut 1 to ``max_size`` after each endpoint: ``[1, e0] [e0+1, e1] … [en+1, max_size]``.
 
-    Args:
-        endpoints: last sizes of the ranges, each once, in any order; ``max_size`` may be among them.
-        max_size: the largest batch; None if it is not known, and the last range is open-ended.
-        open_ended: the last range has no upper limit (encoders: their batches have no bound).
+    Without ``max_size``, or ``open_ended`` (encoders), the last range has no upper limit.
 
     Raises:
-        ConfigError: endpoints lie beyond the largest batch (their ranges would be empty); all of them are named.
+        ConfigError: endpoints lie beyond the largest batch (their ranges would be empty).
 
     Example:
         >>> [str(each) for each in derive_ranges([16], 256)]

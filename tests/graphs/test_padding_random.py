@@ -47,10 +47,10 @@ def wrong(seeds: range) -> tuple[list[str], int]:
     return found, padded
 
 
-def test_thirty_random_functions() -> None:
-    found, padded = wrong(range(30))
+def test_some_random_functions() -> None:
+    found, padded = wrong(range(12))
     assert found == []
-    assert padded > 5  # it does not refuse everything
+    assert padded > 1  # it does not refuse everything
 
 
 @pytest.mark.nightly

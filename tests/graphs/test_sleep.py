@@ -139,7 +139,7 @@ def test_calls_of_other_threads_go_on_through_sleep_and_wake() -> None:
 
     with ThreadPoolExecutor(3) as pool:
         serving = [pool.submit(serve) for _ in range(3)]
-        for _ in range(10):
+        for _ in range(4):
             stitched.sleep()
             stitched.wake_up()
         done.set()

@@ -121,16 +121,12 @@ class CapturedCall:
     """A captured callable with its inputs' slots, or the reason why it runs uncaptured.
 
     Attributes:
-        where: what was captured, for errors.
-        graph: the static graph; None where the policy chose to run eagerly.
         output: the static output, weakly referenced.
-        slots: the leaves of the arguments.
-        eager_reason: why nothing was captured, if so.
         checked: the arguments of a replay were checked once.
         trusted: checked, and nothing has to be copied: a replay may skip looking at the arguments.
         replay: the graph's own replay, bound once; for a trusted call it is all there is to do.
-        on_first_replay: told once, when the call is replayed after its capture.
         flat: the arguments are their own leaves.
+        copies: the slots that are staged.
     """
 
     where: str

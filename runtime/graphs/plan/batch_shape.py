@@ -28,15 +28,9 @@ Asked = Mapping[str, Sequence[int] | str]
 
 @dataclass(frozen=True, slots=True)
 class StagedInput:
-    """A tensor argument.
+    """A tensor argument: its position among the parameters of ``execution_fn``, and that one's name.
 
-    Attributes:
-        position: among the parameters of ``execution_fn``.
-        name: its parameter's name.
-        fake: what it was traced as.
-        dim: its batch dimension; None if it has none.
-        others: its dimensions with another symbol, each with that symbol's label.
-        written: the graph writes to it.
+    ``dim`` is its batch dimension, if it has one; ``others`` are the labels of its other symbols.
     """
 
     position: int
@@ -57,12 +51,11 @@ class OtherSize:
     """A dynamic size, or an integer argument, beside the batch size; a captured graph fixes it.
 
     Attributes:
-        label: ``x.1`` is dimension 1 of argument ``x``, ``n`` an integer argument.
-        labels: all its names, where several dimensions are equal.
+        label, labels: ``x.1`` is dimension 1 of argument ``x``, ``n`` an integer; and equal ones.
         symbol: what guards call it.
         position, dim: where a call has it; ``dim`` is None for a number.
         low, high: values that the trace allows; None where there is no bound.
-        example: what the example had, captured if nothing else is asked for; None if unknown.
+        example: what the example had, captured if nothing else is asked for.
     """
 
     label: str
@@ -104,18 +97,13 @@ class BatchShape:
     """Arguments of ``execution_fn`` and its results, as far as the batch size matters.
 
     Attributes:
-        names: its parameters, in order.
-        staged: tensor arguments.
         sizes: positions of arguments that are the batch size.
         numbers: position → label, for arguments that are another size.
-        others: the other sizes.
-        equal: sizes declared to equal the batch size; a call in which one doesn't runs uncaptured.
+        equal: sizes that equal the batch size; a call in which one doesn't runs uncaptured.
         weights: position → path, for weights that are passed per call.
-        results: one rule per result.
         symbols: what the trace calls the batch size; none where it has it as a number.
         low, high: batch sizes that the trace allows; None where there is no bound.
-        guards: further conditions on sizes, as Python text over the symbols.
-        symbol: what they call the batch size.
+        guards: further conditions on sizes, as Python text, where ``symbol`` is the batch size.
     """
 
     names: tuple[str, ...]

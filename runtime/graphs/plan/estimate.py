@@ -43,10 +43,8 @@ class MemoryModel:
     ) -> MemoryModel:
         """The model of measured sizes.
 
-        Args:
-            together: bytes by size, captured largest first, without what the driver took.
-            alone: the smallest size with its bytes when captured alone; tells the fixed part.
-            each: what the driver takes for each size.
+        ``together`` are bytes by size, captured largest first; ``alone`` the smallest size by itself,
+        which tells the fixed part; ``each`` what the driver takes for one.
 
         Example:
             >>> MemoryModel.fit({8: 1050, 2: 50}, alone=(2, 450))
@@ -85,12 +83,9 @@ def cost_of(chosen: Mapping[Kind, Sequence[int]], models: Mapping[Kind, MemoryMo
 
 @dataclass(frozen=True, slots=True)
 class MemoryEstimate:
-    """What a planned capture will take.
+    """What a planned capture will take: bytes by descriptor, in the order of capture.
 
-    Attributes:
-        rows: bytes per descriptor, in the order of capture.
-        measured: the descriptors that were captured to find out.
-        models: one per kind of batch: a mode, and a descriptor without its sizes.
+    ``measured`` were captured to find out; ``models`` are by kind: a mode, and no sizes.
     """
 
     rows: tuple[tuple[Key, int], ...]
@@ -116,10 +111,7 @@ def estimate_memory(
 ) -> MemoryEstimate:
     """Capture the smallest size of each kind, then its largest, middle and smallest, and tell.
 
-    What was captured is forgotten again; arguments are those of ``capture_graphs``.
-
-    Raises:
-        StaticGraphError: there are captures already, or measuring failed.
+    What was captured is forgotten again. A `StaticGraphError` where there are captures already.
     """
     if graphs.records:
         raise StaticGraphError(

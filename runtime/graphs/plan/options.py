@@ -129,8 +129,7 @@ def plan_capture(
 ) -> CapturePlan:
     """Settle what ``capture(sizes, …)`` means for one model.
 
-    Args:
-        said: which whole forwards may be captured with each operator between the pieces inside.
+    ``said``: which whole forwards may be captured with each operator between the pieces inside.
 
     Raises:
         ConfigError: a size can't be reached or served, or sizes and limits disagree.

@@ -22,7 +22,7 @@ from piecework.codegen.graph.origin import source_line, value_of
 from piecework.runtime import torch_compat
 from piecework.runtime.batch.dispatcher import Reason
 from piecework.runtime.graphs.plan.batch_shape import BatchShape, StagedInput
-from piecework.runtime.graphs.stage.slots import Number
+from piecework.runtime.graphs.stage.inputs import Number
 from piecework.runtime.splitting_op import registry
 
 Run = Callable[[Sequence[torch.Tensor], int], Sequence[object]]
@@ -157,14 +157,8 @@ def padded_difference(
 ) -> str | None:
     """Which result of a small batch is another one where the batch is padded, if one is.
 
-    Args:
-        sizes: the captured sizes.
-        others: the other sizes, by label.
-        pads: what fills tails, by the input's name; 0 by default.
-        run: runs the model uncaptured on the tensors of a batch of a size: its flat results.
-
-    Raises:
-        Exception: whatever the model raises on such data.
+    ``run`` runs the model uncaptured on tensors of a batch of a size, and what it raises goes on;
+    ``pads`` fills tails, by the input's name, and 0 others.
     """
     chosen = _sizes_to_try(shape, sizes, others)
     if chosen is None:

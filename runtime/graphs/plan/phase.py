@@ -51,14 +51,9 @@ class CaptureWatcher(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class CaptureOutcome:
-    """What became of one descriptor.
+    """What became of one descriptor: seconds of warm-ups and capture, and bytes that it added.
 
-    Attributes:
-        seconds: warm-ups and capture together.
-        nbytes: memory that it added.
-        pieces: how many pieces were captured.
-        eager: pieces that run uncaptured, each with the reason.
-        error: why it was not captured, if so.
+    ``eager`` are pieces that run uncaptured, with the reason; ``error`` says why nothing was captured.
     """
 
     mode: CUDAGraphMode
@@ -84,10 +79,7 @@ class CaptureOutcome:
 class CaptureReport:
     """The whole capture phase; ``str`` of it is a table.
 
-    Attributes:
-        outcomes: one per descriptor, in the order of capture.
-        nbytes: what the captures hold.
-        unmarked: why kernels inside the graphs don't carry what they stand for; "" if they do.
+    ``unmarked``: why kernels inside the graphs don't carry what they stand for; "" if they do.
     """
 
     outcomes: tuple[CaptureOutcome, ...]

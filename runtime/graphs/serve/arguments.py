@@ -12,8 +12,7 @@ from piecework.runtime.graphs.memory.addresses import Placement, ValueOrigin
 from piecework.runtime.graphs.memory.owner import StaticGraphs
 from piecework.runtime.graphs.plan.batch_shape import BatchShape, StagedInput
 from piecework.runtime.graphs.plan.options import CaptureOptions
-from piecework.runtime.graphs.stage.inputs import StaticInputs, require_in_place
-from piecework.runtime.graphs.stage.slots import InputSpec
+from piecework.runtime.graphs.stage.inputs import InputSpec, StaticInputs, require_in_place
 
 Tensors = Sequence[torch.Tensor]
 
@@ -21,12 +20,7 @@ Tensors = Sequence[torch.Tensor]
 class CapturedInputs:
     """Persistent buffers for every tensor argument, with and without a batch dimension.
 
-    Args:
-        shape: which arguments there are.
-        maximum: the largest batch.
-        others: the other sizes, by label.
-        options: ``pads``, ``poison`` and ``static`` are read.
-        copies: copy a call's tensors; else they must be views of the buffers.
+    ``copies``: a call's tensors are copied; else they must be views of the buffers.
 
     Raises:
         BindError: ``pads`` or ``static`` name what is no such argument, or what does not fit it.

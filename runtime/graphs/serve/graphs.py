@@ -59,14 +59,9 @@ _FULL, _PIECES = CUDAGraphMode.FULL, CUDAGraphMode.PIECEWISE
 
 @dataclass(eq=False, slots=True)
 class Step:
-    """How calls of one kind are served.
+    """How calls of one kind are served: ``call`` takes the tensor arguments; None runs uncaptured.
 
-    Attributes:
-        call: takes the tensor arguments, returns the static results; None runs uncaptured.
-        padded: the captured size.
-        bring_back: copies written arguments back, if there are any.
-        calls: how many were served.
-        count: their batch size, where that is known.
+    ``bring_back`` copies written arguments back; ``calls`` counts, of a batch of ``count``.
     """
 
     call: Callable[..., object] | None
@@ -94,16 +89,11 @@ class CapturedGraphs:
     Attributes:
         shape: how the graph depends on the batch size.
         sizes: the batch sizes that were to be captured.
-        graphs: the owner of what is captured.
-        dispatcher: which batch runs as what.
         lowered: why less is captured than the mode that was asked for; "" if it isn't.
         replays: mode and descriptor → its replay.
-        weights: path → tensor, of the execution that was captured.
-        written_weights: paths of the weights that the graph writes to.
-        forward: the stitching function of that execution.
+        weights, forward: of the execution that was captured; a change retires these graphs.
         dry_writes: puts back what runs on dummy inputs write.
         partitions: those that Inductor cut itself and ran so far, with what captures each; or None.
-        counting: captures are counted now.
     """
 
     def __init__(

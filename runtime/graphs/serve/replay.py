@@ -73,15 +73,10 @@ def make_replay(
     stage: Stage,
     held: Mapping[str, torch.Tensor],
 ) -> Replay:
-    """Emit, prove and bind the replay of captured ``calls``.
+    """Emit, prove and bind the replay of captured ``calls``; an `EmitError` if it does not prove.
 
-    Args:
-        uncaptured: the pieces themselves, where the address policy left them uncaptured.
-        stage: fills the static inputs.
-        held: the memory behind parameters and bound weights, by name.
-
-    Raises:
-        EmitError: the text did not prove to do what the graph does on that memory.
+    ``uncaptured`` are the pieces, for those that the address policy left so; ``held`` is the memory
+    behind parameters and bound weights, by name.
     """
     emitted, proof = generate_replay(source, split_gm, facts)
     namespace = {n: _bound(e, calls, uncaptured, stage, held) for n, e in emitted.held.items()}

@@ -32,11 +32,7 @@ class DryWrites:
     Args:
         is_own: whether a tensor lies in the graphs' own memory.
         outside: tensors of the model; what a piece returns of them is not its own.
-        known: those of them that the graph says are written.
-        always: those of them that captured pieces write to, which are not looked at.
-
-    Attributes:
-        seen: operators that wrote to memory of others, each with what it wrote to, in words.
+        known, always: those that the graph says are written, and that captured pieces write to.
     """
 
     def __init__(

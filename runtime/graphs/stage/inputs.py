@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -12,10 +13,8 @@ import torch
 from piecework.errors import ConfigError, InputError, StaticGraphError
 from piecework.runtime import torch_compat
 from piecework.runtime.graphs.memory.addresses import AddressBook
-from piecework.runtime.graphs.stage.slots import InputSpec, Number, Slot, dimension_of
 
-__all__ = ["InputSpec", "Kernel", "StaticInputs", "make_copy_and_call"]
-
+Number = bool | int | float | complex
 Kernel = Literal["auto", "grouped", "reference", "triton"]
 _Fill = tuple[torch.Tensor, Number]
 #: Plans that are kept; an engine that stages tokens and requests meets very many sizes.
@@ -24,18 +23,122 @@ _TRAITS = ("shape", "dtype", "device")
 
 
 @dataclass(frozen=True, slots=True)
+class InputSpec:
+    """What is declared about one staged input.
+
+    Attributes:
+        name: for errors, and in the address book.
+        dim: its dynamic dimension; may be negative.
+        pad: what fills the tail.
+        written: what reads the buffer writes to it too, so that its tail is filled each time.
+    """
+
+    name: str
+    dim: int = 0
+    pad: Number = 0
+    written: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """One persistent buffer, seen as (outer, padded, inner) for each padded size.
+
+    A padded size uses the head of the memory densely, so that strides are those of a plain tensor
+    of that shape and the address is the same for every size.
+    """
+
+    spec: InputSpec
+    buffer: torch.Tensor
+    dim: int
+    pad: Number
+
+    @classmethod
+    def make(cls, spec: InputSpec, buffer: torch.Tensor, *, poison: bool) -> Slot:
+        dim = dimension_of(spec, buffer)
+        if not buffer.is_contiguous():
+            raise ConfigError(
+                f"a buffer must be contiguous; this one has strides {list(buffer.stride())}",
+                where=f"input {spec.name}",
+            )
+        floats = buffer.is_floating_point() or buffer.is_complex()
+        try:
+            held = torch.tensor([spec.pad], dtype=buffer.dtype).item()
+            fits = floats or held == spec.pad
+        except (RuntimeError, TypeError, OverflowError):
+            fits = False
+        if not fits:
+            raise ConfigError(
+                f"{spec.pad!r} can't be held by {buffer.dtype}",
+                where=f"input {spec.name}",
+                hint="declare a padding value of the input's own type",
+            )
+        pad = math.nan if poison and buffer.is_floating_point() else spec.pad
+        return cls(spec, buffer, dim, pad)
+
+    @property
+    def maximum(self) -> int:
+        return self.buffer.shape[self.dim]
+
+    @property
+    def outer(self) -> int:
+        return math.prod(self.buffer.shape[: self.dim])
+
+    @property
+    def inner(self) -> int:
+        return math.prod(self.buffer.shape[self.dim + 1 :])
+
+    def view(self, padded: int) -> torch.Tensor:
+        """The static tensor that a graph captured for ``padded`` reads."""
+        if padded > self.maximum:
+            raise InputError(
+                f"can't be padded to {padded}; its buffer holds {self.maximum} in dimension {self.dim}",
+                where=f"input {self.spec.name}",
+                hint="allocate the buffers for the largest captured size",
+            )
+        shape = (*self.buffer.shape[: self.dim], padded, *self.buffer.shape[self.dim + 1 :])
+        return self.buffer.view(-1)[: math.prod(shape)].view(shape)
+
+    def check(self, tensor: torch.Tensor, padded: int) -> None:
+        where = f"input {self.spec.name}"
+        if not isinstance(tensor, torch.Tensor) or tensor.dtype != self.buffer.dtype:
+            found = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+            raise InputError(f"is {found}, its buffer {self.buffer.dtype}", where=where)
+        fixed = list(tensor.shape)
+        fixed[self.dim : self.dim + 1] = [self.maximum] if self.dim < tensor.dim() else []
+        if tensor.dim() != self.buffer.dim() or fixed != list(self.buffer.shape):
+            raise InputError(
+                f"has shape {list(tensor.shape)}, which does not fit its buffer "
+                f"{list(self.buffer.shape)} (dimension {self.dim} may be smaller)",
+                where=where,
+            )
+        count = tensor.shape[self.dim]
+        if count > padded:
+            raise InputError(
+                f"has size {count} in dimension {self.dim}, more than the {padded} it is staged "
+                f"for (the buffer holds {self.maximum})",
+                where=where,
+                hint="dispatch to a captured size of at least that, or run uncaptured",
+            )
+
+
+def dimension_of(spec: InputSpec, tensor: torch.Tensor) -> int:
+    """The dynamic dimension of an input, counted from the front."""
+    if not -tensor.dim() <= spec.dim < tensor.dim():
+        raise ConfigError(
+            f"dimension {spec.dim} of a tensor with {tensor.dim()} dimensions",
+            where=f"input {spec.name}",
+            hint="a staged input needs a dynamic dimension",
+        )
+    return spec.dim % tensor.dim()
+
+
+@dataclass(frozen=True, slots=True)
 class _Plan:
     """How batches of one size reach one padded size: views that are made once and used every step.
 
-    Attributes:
-        counts: the size of each input.
-        count: the size of the batch, where all inputs have the same.
-        heads: where batches are copied to.
-        groups: positions of inputs of one dtype on one device, with their heads.
-        tails: what is filled in each step.
-        kept_tails: what is filled unless it holds its padding already.
-        waits: batches come from another device, so their copies are done when they are staged:
-            pinned memory may be written again at once.
+    ``groups`` are inputs of one dtype on one device with their heads, ``kept_tails`` what is filled
+    unless it holds its padding already. ``waits``: batches come from another device, so copies are
+    done when they are staged, and pinned memory may be written again at once.
     """
 
     counts: tuple[int, ...]
@@ -111,12 +214,8 @@ class StaticInputs:
     ) -> StaticInputs:
         """Buffers shaped like ``examples``, with ``maximum`` in each dynamic dimension.
 
-        Args:
-            examples: a tensor per input; only dtype, device and the other dimensions are read.
-            maximum: the largest captured size.
-            specs: dynamic dimension and padding by name; 0 and 0 for inputs not listed.
-            device: where the buffers are; the examples' own devices by default.
-            kernel, poison, copies, keeps_tails: as for the class.
+        Of the examples dtype, device and other dimensions are read; ``specs`` say the dynamic dimension
+        and the padding by name, 0 and 0 where they don't.
         """
         declared = {spec.name: spec for spec in specs or ()}
         unknown = sorted(set(declared) - set(examples))
@@ -311,11 +410,8 @@ def make_copy_and_call(
 ) -> Callable[..., object]:
     """A callable that copies its arguments into buffers and calls ``callable_fn`` with those.
 
-    Args:
-        sym_tensor_indices: which arguments are copied, one buffer for each.
-        dims, pads: the dynamic dimension of each, and what fills its tail; 0 by default.
-        padded_size: the captured size for a batch size; without it nothing is padded.
-        size_indices: integer arguments that are the batch size, and become the padded one.
+    Arguments at ``sym_tensor_indices`` are copied; those at ``size_indices`` are the batch size, and
+    become the padded one, which ``padded_size`` tells.
     """
     indices, count = tuple(sym_tensor_indices), len(sym_tensor_indices)
     dims, pads = dims or (0,) * count, pads or (0,) * count

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from piecework.runtime.graphs.stage.slots import Slot
+from piecework.runtime.graphs.stage.inputs import Slot
 
 # Sources are separate parameters, not a tuple: Triton specialises what is in a tuple, and would
 # compile again for each combination of alignments.
