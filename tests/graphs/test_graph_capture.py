@@ -206,17 +206,21 @@ def test_estimating_after_capturing_is_an_error():
 KINDS = [(mode, BatchDescriptor(0)) for mode in (PIECEWISE, FULL)]
 
 
+def key(size, mode=PIECEWISE):
+    return mode, BatchDescriptor(size)
+
+
 def test_what_was_measured_tells_the_rest():
     model = MemoryModel.fit({8: 1050, 2: 50}, alone=(2, 450))
     assert (model.per_token, model.fixed) == (100.0, 200.0)
-    assert cost_of({KINDS[0]: [4]}, {KINDS[0]: model}) == 650
+    assert cost_of([key(4)], {KINDS[0]: model}) == 650
     one = {KINDS[0]: MemoryModel.fit({8: 800}, alone=(8, 800))}
-    assert [cost_of({KINDS[0]: sizes}, one) for sizes in ([8], [4, 2], [])] == [800, 400, 0]
+    assert [cost_of(map(key, sizes), one) for sizes in ([8], [4, 2], [])] == [800, 400, 0]
     # A smaller size can't need more of the pool than the largest.
     assert MemoryModel.fit({8: 800, 4: 0}, alone=(4, 900)).fixed == 800.0
 
 
 def test_kinds_share_the_pool():
     models = {KINDS[0]: MemoryModel(10.0, 0.0, ((4, 5),)), KINDS[1]: MemoryModel(20.0)}
-    assert cost_of({KINDS[0]: [8], KINDS[1]: [2]}, models) == 80 + 5
-    assert cost_of({KINDS[0]: [8], KINDS[1]: [8]}, models) == 160 + 5
+    assert cost_of([key(8), key(2, FULL)], models) == 80 + 5
+    assert cost_of([key(8), key(8, FULL)], models) == 160 + 5

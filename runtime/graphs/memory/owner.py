@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -76,7 +76,6 @@ class StaticGraphs:
         lazy: allow captures at any time, until capturing is closed.
         check_addresses: check the inputs of every replay, not only of the first (debugging).
         mark_kernels: let kernels inside graphs carry the statement that they were captured for.
-        on_capture: called with the record of each capture.
         memory_of: another owner on this device, whose pool this one uses; one of them captures or
             runs at a time, and what one returned may be overwritten by the other.
 
@@ -102,7 +101,6 @@ class StaticGraphs:
         lazy: bool = False,
         check_addresses: bool = False,
         mark_kernels: bool = False,
-        on_capture: Callable[[CaptureRecord], None] | None = None,
         memory_of: StaticGraphs | None = None,
     ) -> None:
         self.platform: GraphPlatform = (
@@ -126,7 +124,6 @@ class StaticGraphs:
         self.records: list[CaptureRecord] = []
         self.is_open, self.in_phase = lazy, False
         self.staging_bytes = 0
-        self._on_capture = on_capture
         self._in_use: set[tuple[CUDAGraphMode, BatchDescriptor]] = set()
         self._busy_with: str | None = None
         self._holders: weakref.WeakSet[GraphHolder] = weakref.WeakSet()
@@ -227,10 +224,7 @@ class StaticGraphs:
             finally:
                 self._busy_with = None
             took, driver = self.pool.nbytes - before, self.pool.driver_bytes - driver
-            record = replace(record, nbytes=took, driver_bytes=driver)
-            self.records.append(record)
-            if self._on_capture is not None:
-                self._on_capture(record)
+            self.records.append(replace(record, nbytes=took, driver_bytes=driver))
 
     def staging_memory(
         self, piece: object, number: int, nbytes: int, device: torch.device

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from piecework.errors import StaticGraphError
 from piecework.runtime.batch.descriptor import BatchDescriptor
@@ -74,9 +75,12 @@ def _interpolated(points: Sequence[tuple[int, int]], at: int) -> int:
     return max(0, round(y0 + (y1 - y0) * (at - x0) / (x1 - x0)))
 
 
-def cost_of(chosen: Mapping[Kind, Sequence[int]], models: Mapping[Kind, MemoryModel]) -> int:
-    """What these sizes take together: the kinds share one pool, which the most demanding pays."""
-    largest = [(models[kind], max(sizes)) for kind, sizes in chosen.items() if sizes]
+def cost_of(keys: Iterable[Key], models: Mapping[Kind, MemoryModel]) -> int:
+    """What these take together: the kinds share one pool, which the most demanding pays."""
+    chosen: dict[Kind, list[int]] = {}
+    for key in keys:
+        chosen.setdefault(kind_of(*key), []).append(key[1].num_tokens)
+    largest = [(models[kind], max(sizes)) for kind, sizes in chosen.items()]
     pool = max((model.fixed + model.per_token * size for model, size in largest), default=0)
     return round(pool + sum(models[k].step(size) for k, sizes in chosen.items() for size in sizes))
 
@@ -145,56 +149,24 @@ def estimate_memory(
         [alone] = found[0].items()
         measured.update((kind[0], each) for each in probes)
         models[kind] = MemoryModel.fit(found[1], alone, driver / (1 + len(probes)))
-    rows: list[tuple[Key, int]] = []
-    chosen: dict[Kind, list[int]] = {}
-    spent = 0
-    for kind, group in planned.items():
-        for descriptor in group:
-            chosen.setdefault(kind, []).append(descriptor.num_tokens)
-            spent, before = cost_of(chosen, models), spent
-            rows.append(((kind[0], descriptor), spent - before))
-    return MemoryEstimate(tuple(rows), frozenset(measured), models)
+    keys = [(kind[0], descriptor) for kind, group in planned.items() for descriptor in group]
+    costs = [cost_of(keys[:count], models) for count in range(len(keys) + 1)]
+    more = (after - before for before, after in pairwise(costs))
+    rows = tuple(zip(keys, more, strict=True))
+    return MemoryEstimate(rows, frozenset(measured), models)
 
 
 def fit_budget(
     estimate: MemoryEstimate, dispatcher: CudagraphDispatcher, budget_bytes: int
 ) -> tuple[Key, ...]:
-    """Give up the descriptors that do not fit ``budget_bytes``, and return them.
-
-    The largest sizes go while they alone take more; then, one by one, what saves least padding for
-    its bytes.
-    """
-    models, chosen = estimate.models, dict[Kind, list[int]]()
-    for key, _ in estimate.rows:
-        chosen.setdefault(kind_of(*key), []).append(key[1].num_tokens)
-
-    def worth(kind: Kind, size: int) -> float:
-        less = [each for each in chosen[kind] if each != size]
-        return (_padding(less) - _padding(chosen[kind])) / max(1, models[kind].step(size))
-
-    while chosen and cost_of(chosen, models) > budget_bytes:
-        tops = {kind: [max(sizes)] for kind, sizes in chosen.items()}
-        if cost_of(tops, models) > budget_bytes:
-            largest = max(size for [size] in tops.values())
-            kind = next(kind for kind in reversed(tops) if tops[kind] == [largest])
-            chosen[kind].remove(largest)
-        else:
-            rest = [(kind, n) for kind, sizes in chosen.items() for n in sizes if [n] != tops[kind]]
-            kind, size = min(rest, key=lambda each: worth(*each))
-            chosen[kind].remove(size)
-        chosen = {kind: sizes for kind, sizes in chosen.items() if sizes}
-    keys = (key for key, _ in estimate.rows)
-    dropped = [k for k in keys if k[1].num_tokens not in chosen.get(kind_of(*k), ())]
-    for key in dropped:
-        dispatcher.give_up(*key)
+    """Give up the largest sizes until the rest fits ``budget_bytes``, and return them."""
+    left, dropped = [key for key, _ in estimate.rows], list[Key]()
+    while left and cost_of(left, estimate.models) > budget_bytes:
+        largest = max(reversed(left), key=lambda key: key[1].num_tokens)
+        left.remove(largest)
+        dropped.append(largest)
+        dispatcher.give_up(*largest)
     return tuple(dropped)
-
-
-def _padding(sizes: Iterable[int]) -> int:
-    """Tokens of padding when each batch size up to the largest of ``sizes`` runs once."""
-    ordered = sorted(sizes)
-    gaps = (size - before for before, size in zip([0, *ordered], ordered, strict=False))
-    return sum(gap * (gap - 1) // 2 for gap in gaps)
 
 
 def kind_of(mode: CUDAGraphMode, descriptor: BatchDescriptor) -> Kind:

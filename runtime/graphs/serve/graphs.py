@@ -33,11 +33,10 @@ from piecework.runtime.call.entry import Entry
 from piecework.runtime.call.execution import by_path_of
 from piecework.runtime.call.profile_names import by_statement
 from piecework.runtime.compilers.partitions import Partition, partitions_taken_by
-from piecework.runtime.counters import counters
 from piecework.runtime.graphs.device.cuda import kernels_of
 from piecework.runtime.graphs.memory.addresses import Placement, ValueOrigin
 from piecework.runtime.graphs.memory.captured_call import CapturedCall
-from piecework.runtime.graphs.memory.owner import CaptureRecord, StaticGraphs
+from piecework.runtime.graphs.memory.owner import StaticGraphs
 from piecework.runtime.graphs.memory.wrapper import CUDAGraphOptions, CUDAGraphWrapper
 from piecework.runtime.graphs.plan.batch_shape import FixedBatch, batch_shape, passed_inputs
 from piecework.runtime.graphs.plan.captured_values import (
@@ -115,7 +114,6 @@ class CapturedGraphs:
         # Of one execution; a change retires these graphs instead of reaching them.
         self.forward = entry.execution_fn
         self._telling: FunctionType | None = None
-        self.counting = False
         copies = program.config.cudagraph_copy_inputs
         self._inputs = {
             tuple(each.items()): CapturedInputs(self.shape, max(self.sizes), each, options, copies)
@@ -130,7 +128,6 @@ class CapturedGraphs:
             address_policy=options.address_policy,
             check_addresses=options.check_addresses,
             mark_kernels=options.mark_kernels,
-            on_capture=self._count,
             memory_of=options.memory_of,
         )
         self.partitions: dict[Partition, CUDAGraphWrapper] | None = {} if cut_inside else None
@@ -263,10 +260,6 @@ class CapturedGraphs:
     def _range_of(self, size: int) -> int:
         table = self._program.range_table
         return 0 if table is None else table.index(size)
-
-    def _count(self, record: CaptureRecord) -> None:
-        if self.counting:
-            counters.num_cudagraph_captured += 1
 
     def context_for(self, mode: CUDAGraphMode, descriptor: BatchDescriptor):  # type: ignore[no-untyped-def]
         return (self.options.context_for or plain_context)(mode, descriptor)

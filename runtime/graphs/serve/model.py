@@ -24,6 +24,7 @@ from piecework.runtime.batch.forward_context import ForwardContext, current_forw
 from piecework.runtime.batch.mode import CUDAGraphMode
 from piecework.runtime.call.entry import Entry
 from piecework.runtime.call.execution import by_path_of
+from piecework.runtime.counters import counters
 from piecework.runtime.graphs.device.weak_ref import plain_parts
 from piecework.runtime.graphs.plan.batch_shape import FixedBatch
 from piecework.runtime.graphs.plan.estimate import (
@@ -177,7 +178,6 @@ class CapturedModel(CapturedGraphs):
         except BaseException:
             self.release()
             raise
-        self.counting = True
         try:
             with around():
                 self.report = capture_graphs(
@@ -191,7 +191,8 @@ class CapturedModel(CapturedGraphs):
                     **how,
                 )
         finally:
-            self.counting = False
+            captured = sum(not record.eager_reason for record in self.graphs.records)
+            counters.num_cudagraph_captured += captured
             self._make_ready(list(self.graphs.bytes_by_descriptor()))
         for each in self.report.outcomes:
             _log.info("capture: %s", each.text)
