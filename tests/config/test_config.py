@@ -30,33 +30,6 @@ MODELS = [
     StitchingConfig,
 ]
 
-# The row of the feature table, so that no field is lost by accident.
-REQUIRED_FIELDS = [
-    "mode",
-    "debug_dump_path",
-    "cache_dir",
-    "compile_cache_save_format",
-    "backend",
-    "custom_ops",
-    "splitting_ops",
-    "repeated_layers",
-    "repeated_blocks",
-    "compile_mm_encoder",
-    "compile_sizes",
-    "compile_ranges_endpoints",
-    "inductor_compile_config",
-    "inductor_passes",
-    "cudagraph_mode",
-    "cudagraph_num_of_warmups",
-    "cudagraph_capture_sizes",
-    "max_cudagraph_capture_size",
-    "cudagraph_copy_inputs",
-    "cudagraph_specialize_lora",
-    "use_inductor_graph_partition",
-    "pass_config",
-    "dynamic_shapes_config",
-]
-
 
 def problems(error):
     return {each.field: each.message for each in error.value.problems}

@@ -88,22 +88,11 @@ def configs(draw, leaves=scalars):
 
 
 @settings(deadline=None, max_examples=150)
-@given(configs(leaves=scalars | st.none()), st.booleans())
-def test_json_round_trip(config, only_changed):
+@given(configs(), configs(leaves=scalars | st.none()), st.booleans())
+def test_what_is_written_reads_back(plain, config, only_changed):
+    assert read(tomllib.loads(to_toml(plain, only_changed=only_changed))) == plain
     assert read(json.loads(to_json(config, only_changed=only_changed))) == config
-
-
-@settings(deadline=None, max_examples=150)
-@given(configs(), st.booleans())
-def test_toml_round_trip(config, only_changed):
-    assert read(tomllib.loads(to_toml(config, only_changed=only_changed))) == config
-
-
-@settings(deadline=None, max_examples=150)
-@given(configs(leaves=scalars | st.none()))
-def test_option_round_trip(config):
-    options = to_overrides(config)
-    assert read(parse_overrides(CompilationConfig, options)) == config
+    assert read(parse_overrides(CompilationConfig, to_overrides(config))) == config
 
 
 def test_data_is_in_field_order_and_changed_data_is_minimal():
