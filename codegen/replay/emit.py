@@ -34,7 +34,7 @@ from piecework.codegen.replay.plan import (
     ReplaySource,
     Staged,
 )
-from piecework.codegen.replay.proof import ReplayProof, verify_replay
+from piecework.codegen.replay.proof import verify_replay
 from piecework.codegen.stitch.lower import LowerOptions
 from piecework.codegen.stitch.source import StitchedSource, generate_source
 from piecework.errors import EmitError
@@ -64,7 +64,7 @@ def whole_forward(
 
 def generate_replay(
     source: StitchedSource, split_gm: torch.fx.GraphModule, facts: ReplayFacts
-) -> tuple[ReplaySource, ReplayProof]:
+) -> ReplaySource:
     """Emit the replay function of one captured descriptor and prove it against the stitching graph.
 
     The function takes the inputs that are staged, and returns what ``execution_fn`` returns for the
@@ -77,7 +77,8 @@ def generate_replay(
     module = plan.module()
     text = _render(module, plan, facts)
     emitted = ReplaySource(text, plan.held, plan.outputs, source.consts, module)
-    return emitted, verify_replay(emitted, source, split_gm, facts)
+    verify_replay(emitted, source, split_gm, facts)
+    return emitted
 
 
 class _Planner:

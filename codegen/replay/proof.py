@@ -6,14 +6,13 @@ What each captured piece reads is held against its operands, place by place.
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
-from dataclasses import dataclass
-from typing import assert_never
+from typing import NamedTuple, assert_never
 
 import torch.fx
 
 from piecework.codegen.plan.literals import is_inline_literal
 from piecework.codegen.proof.graph_run import Event, Token, run_graph, same_constant
-from piecework.codegen.proof.prove import Proof, TextRun
+from piecework.codegen.proof.prove import TextRun
 from piecework.codegen.proof.recording import parse_text
 from piecework.codegen.replay import plan
 from piecework.codegen.stitch.source import StitchedSource, linkage_of
@@ -22,20 +21,13 @@ from piecework.errors import EmitError
 _Buffer = tuple[int, int]  # a piece, and the leaf of its arguments that is staged
 
 
-@dataclass(frozen=True, slots=True)
-class ReplayProof:
-    """What was proved.
+class Operands(NamedTuple):
+    """How many operands of replayed pieces were found where the graph reads them, or staged.
 
-    Attributes:
-        stitched: the text, with replays for calls of pieces, against the graph.
-        replays: pieces that are replayed.
-        operands: operands that were found where the graph reads them, or staged.
-        vouched: operands that operators make, whose memory only the first checked replay knows.
+    The memory of those that operators make, ``vouched``, only the first checked replay knows.
     """
 
-    stitched: Proof
-    replays: int
-    operands: int
+    found: int
     vouched: int
 
 
@@ -44,7 +36,7 @@ def verify_replay(
     source: StitchedSource,
     split_gm: torch.fx.GraphModule,
     facts: plan.ReplayFacts,
-) -> ReplayProof:
+) -> Operands:
     """Prove that ``replay`` runs what ``split_gm`` says, on the memory that was captured.
 
     Raises:
@@ -84,9 +76,9 @@ class _ReplayRun(TextRun):
         self.staged = not facts.staged
         self.filled: dict[_Buffer, object] = {}
         self.due: dict[_Buffer, object] = {}
-        self.replays = self.operands = self.vouched = 0
+        self.operands = self.vouched = 0
 
-    def proof(self) -> ReplayProof:
+    def proof(self) -> Operands:
         given = self.text.functions[self.entry].args
         wanted = [each.name for each in self.replay.module.entry.parameters]
         others = (given.vararg, given.kwarg, given.defaults, given.kwonlyargs)
@@ -94,12 +86,12 @@ class _ReplayRun(TextRun):
             self.refuse(given.args[0], f"{self.entry} takes other parameters")
         self.define({name: self._held(each) for name, each in self.replay.held.items()})
         self.module.update(self._numbers())
-        stitched = self.prove([self.inputs])
+        self.prove([self.inputs])
         if self.filled or self.due:
             raise EmitError("the text stages or brings back an operand that no replay has")
         if not self.staged:
             raise EmitError("the inputs are not staged first")
-        return ReplayProof(stitched, self.replays, self.operands, self.vouched)
+        return Operands(self.operands, self.vouched)
 
     def _held(self, held: plan.Held) -> object:
         match held:
@@ -170,7 +162,6 @@ class _ReplayRun(TextRun):
         self.event(line, target, *event.args, **event.kwargs)
         self._check_operands(line, piece, facts, event)
         self._place_outputs(line, facts, event)
-        self.replays += 1
         return None
 
     def _check_operands(self, line: int, piece: int, facts: plan.PieceFacts, event: Event) -> None:

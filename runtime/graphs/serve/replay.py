@@ -27,7 +27,6 @@ from piecework.codegen.replay.plan import (
     ReplaySource,
     Staged,
 )
-from piecework.codegen.replay.proof import ReplayProof
 from piecework.codegen.stitch.bind import execute_source
 from piecework.codegen.stitch.source import StitchedSource
 from piecework.runtime.call.profile_names import layer_by_line, named_globals
@@ -41,10 +40,9 @@ STAGE = "stage inputs"
 
 @dataclass(frozen=True, slots=True)
 class Replay:
-    """The replay of one captured descriptor: its source, its proof, and the function itself."""
+    """The replay of one captured descriptor: its source, and the function itself."""
 
     source: ReplaySource
-    proof: ReplayProof
     call: Callable[[Sequence[torch.Tensor]], object]
 
     @contextmanager
@@ -78,10 +76,10 @@ def make_replay(
     ``uncaptured`` are the pieces, for those that the address policy left so; ``held`` is the memory
     behind parameters and bound weights, by name.
     """
-    emitted, proof = generate_replay(source, split_gm, facts)
+    emitted = generate_replay(source, split_gm, facts)
     namespace = {n: _bound(e, calls, uncaptured, stage, held) for n, e in emitted.held.items()}
     namespace["__vllm_consts__"] = list(emitted.consts)
-    return Replay(emitted, proof, execute_source(emitted.code, namespace, REPLAY_NAME))
+    return Replay(emitted, execute_source(emitted.code, namespace, REPLAY_NAME))
 
 
 def facts_of(call: CapturedCall) -> PieceFacts:
