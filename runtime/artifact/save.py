@@ -244,7 +244,8 @@ def _memory(trace: TracedModel) -> tuple[int, ...] | None:
 def _require_code_in_files(trace: TracedModel) -> None:
     """Raise if the trace went through code that is in no file and no method, which nobody could compare."""
     state = trace.entry.weights.state
-    told = {text.split()[-1] for text in state.classes.digests().values()}
+    methods = state.classes.digests().values()
+    told = {text.split()[-1] for each in methods for text in each.values()}
     told.update(each.text.split()[-1] for each in state.plain.values if each.text)
     for each in state.code:
         in_file = os.path.isfile(each.co_filename) or not is_foreign(each.co_filename)

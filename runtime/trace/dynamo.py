@@ -6,7 +6,6 @@ import types
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-import torch.fx
 
 from piecework.runtime import torch_compat
 from piecework.runtime.trace.errors import capture_error, own_error
@@ -35,10 +34,12 @@ def run_dynamo(
         PieceworkError: what ``backend`` raised.
         CaptureError: Dynamo's refusal, or an error of the model's own.
     """
-    lent = _Lent(backend)
+    lent = [
+        backend
+    ]  # torch keeps every backend that it was ever given, and must not keep a model with it
     compiled = torch.compile(
         function,
-        backend=lent,
+        backend=lambda gm, example_inputs: lent[0](gm, example_inputs),
         fullgraph=True,
         dynamic=dynamic,
         options={"guard_filter_fn": choose_guards},
@@ -70,26 +71,12 @@ def run_dynamo(
             raise inner from None
         raise capture_error(error) from error
     finally:
-        lent.give_back()
+        lent.clear()
 
 
 def returning(values: list[object]) -> Callable[..., object]:
     """A function that returns ``values``; it holds nothing else, since Dynamo keeps it for a while."""
     return lambda *_: list(values)
-
-
-class _Lent:
-    """A backend for one call: torch keeps every backend that it was ever given, and must not keep a model with it."""
-
-    def __init__(self, backend: Callable[..., object]) -> None:
-        self._backend: Callable[..., object] | None = backend
-
-    def __call__(self, gm: torch.fx.GraphModule, example_inputs: list[object]) -> object:
-        assert self._backend is not None
-        return self._backend(gm, example_inputs)
-
-    def give_back(self) -> None:
-        self._backend = None
 
 
 def call_model(model, *args, **kwargs):  # type: ignore[no-untyped-def]

@@ -105,38 +105,28 @@ def require_traceable(
     """Raise `CaptureError` if an argument is, or holds, something that torch traces wrongly or as a constant."""
     names = leaf_names(model, [None] * len(args), dict.fromkeys(kwargs))
     for name, value in zip(names, [*args, *kwargs.values()], strict=True):
-        for suffix, each in leaves_of(value, is_leaf=lambda x: bool(_instead_of(x))):
-            if _instead_of(each):
+        for suffix, each in leaves_of(value, is_leaf=lambda x: bool(_untraceable(x))):
+            kind = _untraceable(each)
+            if kind:
                 raise CaptureError(
-                    f"argument {name}{suffix} is a {_kind_of(each)}, which can't be traced",
-                    hint="pass " + _instead_of(each).format(f"{name}{suffix}"),
+                    f"argument {name}{suffix} is a {kind}, which can't be traced",
+                    hint="pass a plain, dense torch.Tensor (of a torch.Size a tuple); pad what is nested",
                 )
 
 
-def _kind_of(value: object) -> str:
-    if type(value) is torch.Tensor:
-        if value.is_nested:
-            return "nested tensor"
-        return "quantized tensor" if value.is_quantized else f"tensor of layout {value.layout}"
-    return f"{type(value).__module__}.{type(value).__qualname__}"
-
-
-def _instead_of(value: object) -> str:
-    """What to pass in place of ``value``, with {} for its name; "" if it can be traced."""
+def _untraceable(value: object) -> str:
+    """What kind of thing ``value`` is, if torch traces it wrongly or as a constant; "" if it does not."""
+    kind = type(value)
+    if kind is torch.Tensor and (value.is_nested or value.is_quantized):  # type: ignore[attr-defined]
+        return "nested tensor" if value.is_nested else "quantized tensor"  # type: ignore[attr-defined]
     if isinstance(value, torch.Tensor):
-        if value.is_nested:
-            return "a padded tensor, {}.to_padded_tensor(0)"
-        plain = type(value) in (torch.Tensor, torch.nn.Parameter)
-        if not plain and not torch_compat.is_fake(value):  # which stands for a plain one
-            return "a plain torch.Tensor with its values: a call takes no subclass"
-        if value.is_quantized:
-            return "{}.dequantize()"
-        return "" if value.layout is torch.strided else "{}.to_dense()"
-    if type(value) is torch.Size:
-        return "tuple({})"
-    if type(value).__module__ == "numpy" and hasattr(value, "__array__"):
-        return "torch.as_tensor({0}), or {0}.item() where it is one number"
-    return ""
+        if kind in (torch.Tensor, torch.nn.Parameter) or torch_compat.is_fake(value):
+            return "" if value.layout is torch.strided else f"tensor of layout {value.layout}"
+    elif kind is not torch.Size and not (
+        kind.__module__ == "numpy" and hasattr(value, "__array__")
+    ):
+        return ""
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _suffixes(value: object) -> list[str]:

@@ -104,7 +104,6 @@ class Attempt:
         dynamic: what ``torch.compile`` is told of dimensions that are not marked.
         marks: entered for the trace; puts marks on the example's dimensions.
         check: told what stood for the arguments; raises if that won't do.
-        every_size: a trace that would serve sizes 0 and 1 with all others.
     """
 
     args: Sequence[object]
@@ -112,7 +111,6 @@ class Attempt:
     dynamic: bool | None
     marks: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext
     check: Callable[[Mapping[int, object]], None] | None = None
-    every_size: bool = False
 
 
 def trace_once(model: Callable[..., object], attempt: Attempt, layers: RepeatedLayers) -> OpenTrace:

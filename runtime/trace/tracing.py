@@ -65,9 +65,7 @@ def _of_policy(
     with sizes.every_size(args, kwargs) as marked:
         pass
     if marked:
-        yield Attempt(
-            args, kwargs, dynamic, partial(sizes.every_size, args, kwargs), every_size=True
-        )
+        yield Attempt(args, kwargs, dynamic, partial(sizes.every_size, args, kwargs))
         _log.info("not for every size at once: %s", failures[-1])
     larger = partial(sizes.larger_sizes, args, kwargs)
     yield Attempt(args, kwargs, dynamic, larger, partial(_require_free_batch, sizes))
@@ -108,9 +106,9 @@ def _require_free_and_serving(
     _require_free_batch(policy, fakes)
     values = numbers_of(leaves, fakes)
     tensors = (fake for fake in fakes.values() if isinstance(fake, torch.Tensor))
-    for text, _, holds in torch_compat.recorded_guards([n for each in tensors for n in each.shape]):
-        if holds(values) is False:
-            raise CaptureError(f"the model's code decides by the example's sizes: {text}")
+    broken = torch_compat.broken_guard([n for each in tensors for n in each.shape], values)
+    if broken:
+        raise CaptureError(f"the model's code decides by the example's sizes: {broken}")
 
 
 def _require_fitting(

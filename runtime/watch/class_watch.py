@@ -102,13 +102,12 @@ class ClassWatch:
                 return f"function {function.__qualname__} has other code or defaults than when the model was traced"
         return ""
 
-    def digests(self) -> dict[str, str]:
-        """Each traced method by its class and name, with a digest of its code, for another process."""
+    def digests(self) -> dict[str, dict[str, str]]:
+        """Of each class the traced methods by name, with digests of their code, for another process."""
         found = {}
         for kind, methods in self._methods.items():
             names = [n for n, (_, value) in methods.items() if self._was_traced(value)]
-            for name in (*_ALWAYS, *names):
-                found[f"{class_name(kind)}.{name}"] = digest_of(kind, name)
+            found[class_name(kind)] = {n: digest_of(kind, n) for n in (*_ALWAYS, *names)}
         return found
 
     def _was_traced(self, value: object) -> bool:

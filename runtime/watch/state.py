@@ -166,7 +166,7 @@ class SavedState:
     """
 
     values: tuple[PlainValue, ...]
-    methods: Mapping[str, str]
+    methods: Mapping[str, Mapping[str, str]]
     names: Mapping[str, str]
     places: tuple[int, tuple[str, ...]]
     asks_grad_mode: bool
@@ -181,15 +181,9 @@ class SavedState:
 
     def _of_classes(self, model: object) -> Iterable[str]:
         for kind in _classes(ValueJudge(self.values, {"model": model}, self.names), model):
-            for name, was in self._methods_of(kind):
+            for name, was in self.methods.get(class_name(kind), {}).items():
                 if digest_of(kind, name) != was:
                     yield f"{class_name(kind)}.{name} has other code than when the model was saved"
-
-    def _methods_of(self, kind: type) -> Iterable[tuple[str, str]]:
-        prefix = f"{class_name(kind)}."
-        for name, digest in self.methods.items():
-            if name.rpartition(".")[0] + "." == prefix:
-                yield name.removeprefix(prefix), digest
 
 
 def _classes(judge: Judge, model: object) -> tuple[type, ...]:
@@ -262,7 +256,7 @@ class TracedState:
         code = frozenset(
             function.__code__
             for kind in _classes(judge, model)
-            for name, _ in saved._methods_of(kind)
+            for name in saved.methods.get(class_name(kind), ())
             if (function := function_of(_static(kind, name))) is not None
         )
         return cls(

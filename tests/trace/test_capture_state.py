@@ -112,15 +112,15 @@ REFUSED = {
     replaces_inner_buffer: "own state: inner.count",
     keeps_result: "own state: last",
     counts: "own state: number",
-    writes_list: r"own state: items\[0\]",
+    writes_list: "own state: items",
     appends: "own state: items",
-    writes_nested: r"own state: nested\['a'\]\[0\]",
-    adds_key: r"own state: nested\['b'\]",
+    writes_nested: r"own state: nested\['a'\]",
+    adds_key: "own state: nested",
     adds_to_set: "own state: names",
     adds_to_deque: "own state: queue",
     writes_object: r"own state: plain\.calls",
     adds_attribute: "own state: seen",
-    writes_global: r"global .*KEPT\['t'\]",
+    writes_global: "global .*KEPT",
     replaces_global: "global .*TOTAL",
 }
 
@@ -207,7 +207,7 @@ def test_arguments_are_left_as_they_were() -> None:
         return x + 1
 
     options, found = {"q": X}, []
-    with pytest.raises(CaptureError, match=r"its argument options\['y'\].*in forward"):
+    with pytest.raises(CaptureError, match=r"its argument options.*in forward"):
         piecework.compile(forward, (X, options, found), config=EAGER)
     assert list(options) == ["q"] and found == []
 

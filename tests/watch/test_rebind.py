@@ -142,13 +142,6 @@ def test_a_replaced_buffer_or_submodule_needs_a_rebind(
     assert_current(model, stitched)
 
 
-def test_assigning_the_same_object_again_is_no_change(
-    model: Model, stitched: piecework.StitchedModule
-) -> None:
-    model.blocks[5].norm = model.blocks[5].norm
-    assert_current(model, stitched)
-
-
 def replace_by_setattr(owner: nn.Module, name: str, new: nn.Parameter) -> None:
     setattr(owner, name, new)
 
@@ -157,26 +150,9 @@ def replace_in_dictionary(owner: nn.Module, name: str, new: nn.Parameter) -> Non
     owner._parameters[name] = new
 
 
-def replace_by_update(owner: nn.Module, name: str, new: nn.Parameter) -> None:
-    owner._parameters.update({name: new})
-
-
-def replace_by_registering(owner: nn.Module, name: str, new: nn.Parameter) -> None:
-    owner.register_parameter(name, new)
-
-
 def replace_by_deleting(owner: nn.Module, name: str, new: nn.Parameter) -> None:
     delattr(owner, name)
     setattr(owner, name, new)
-
-
-def replace_by_popping(owner: nn.Module, name: str, new: nn.Parameter) -> None:
-    owner._parameters.pop(name)
-    owner._parameters.setdefault(name, new)
-
-
-def replace_the_dictionary(owner: nn.Module, name: str, new: nn.Parameter) -> None:
-    owner._parameters = {**owner._parameters, name: new}
 
 
 def replace_the_dictionary_unseen(owner: nn.Module, name: str, new: nn.Parameter) -> None:
@@ -206,11 +182,7 @@ def replace_everything_above(owner: nn.Module, name: str, new: nn.Parameter) -> 
 REPLACEMENTS = [
     replace_by_setattr,
     replace_in_dictionary,
-    replace_by_update,
-    replace_by_registering,
     replace_by_deleting,
-    replace_by_popping,
-    replace_the_dictionary,
     replace_the_dictionary_unseen,
     replace_by_loading,
     replace_by_swapping_params,
@@ -240,11 +212,6 @@ def test_whoever_replaces_a_weight_the_next_call_refuses_it(model: Model) -> Non
                 stitched(IDS)
             stitched.rebind()
             assert_current(model, stitched)
-
-
-def test_the_reason_names_the_weight(model: Model, stitched: piecework.StitchedModule) -> None:
-    model.blocks[6].linear._parameters["weight"] = nn.Parameter(torch.rand(8, 8))
-    assert_refused(stitched, r"blocks.6.linear.weight was replaced.*call rebind\(\)")
 
 
 def test_a_functional_call_is_refused(model: Model, stitched: piecework.StitchedModule) -> None:
@@ -499,7 +466,7 @@ def test_another_weight_of_the_same_model_is_untied(
 # --- moved and converted -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", ["", "blocks", "blocks.4", "blocks.8.linear"])
+@pytest.mark.parametrize("path", ["", "blocks.8.linear"])
 def test_a_converted_module_is_refused_and_comes_back(
     model: Model, stitched: piecework.StitchedModule, path: str
 ) -> None:

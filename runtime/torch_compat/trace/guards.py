@@ -221,12 +221,8 @@ def failing_guard(root: Any, values: Mapping[str, object]) -> str:
 
 def traced_code() -> list[types.CodeType]:
     """The code that the trace that is running went through, once each."""
-    return list(dict.fromkeys(traced_calls()))
-
-
-def traced_calls() -> list[types.CodeType]:
-    """The code of each call that the trace that is running went through, in order."""
-    return list(getattr(torch._guards.TracingContext.try_get(), "traced_code", None) or ())
+    context = torch._guards.TracingContext.try_get()
+    return list(dict.fromkeys(getattr(context, "traced_code", None) or ()))
 
 
 _CALL_OF_A_MODULE = torch.nn.Module._call_impl.__code__

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -258,40 +258,19 @@ def _follows_from_ranges(env: object, expr: object) -> bool:
     return bool(bounds.is_singleton() and bounds.lower)
 
 
-def recorded_guards(
-    sizes: Sequence[object],
-) -> list[tuple[str, str, Callable[[Mapping[str, int]], bool | None]]]:
-    """The shape guards and ranges that the trace behind ``sizes`` recorded: text, origin, and a test.
-
-    A test takes values by symbol and returns None if one that it needs is missing (a size that the data decides).
-    """
+def broken_guard(sizes: Sequence[object], values: Mapping[str, int]) -> str:
+    """The first shape guard or range of the trace behind ``sizes`` that these values of symbols break; "" if none does."""
     env = shape_env_of(sizes)
-    found: list[tuple[str, str, Callable[[Mapping[str, int]], bool | None]]] = []
     for guard in getattr(env, "guards", ()):
         expr = env.replace(guard.expr)
-        found.append((str(expr), str(getattr(guard, "sloc", "")), _test_of(expr)))
-    for symbol, bounds in getattr(env, "var_to_range", {}).items():
-        for text, bound, low in (("<=", bounds.lower, True), (">=", bounds.upper, False)):
-            if getattr(bound, "is_Integer", False):
-                test = _bound_test(str(symbol), int(bound), low)
-                found.append((f"{bound} {text} {symbol}", "", test))
-    return found
-
-
-def _bound_test(symbol: str, bound: int, low: bool) -> Callable[[Mapping[str, int]], bool | None]:
-    def test(values: Mapping[str, int]) -> bool | None:
-        value = values.get(symbol)
-        return None if value is None else (bound <= value if low else value <= bound)
-
-    return test
-
-
-def _test_of(expr: object) -> Callable[[Mapping[str, int]], bool | None]:
-    def test(values: Mapping[str, int]) -> bool | None:
         found = _evaluated(expr, values)
-        return None if found is None else bool(found)
-
-    return test
+        if found is not None and not found:
+            return str(expr)
+    for symbol, bounds in getattr(env, "var_to_range", {}).items():
+        value = values.get(str(symbol))
+        if value is not None and not bounds.lower <= value <= bounds.upper:
+            return f"{bounds.lower} <= {symbol} <= {bounds.upper}"
+    return ""
 
 
 def _evaluated(expr: object, values: Mapping[str, int]) -> object:
