@@ -7,15 +7,30 @@ guards stay Dynamo's.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+import types
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 
-from piecework.runtime.torch_compat import Guarded, Place
+from piecework.errors import CaptureError
+from piecework.runtime import torch_compat
+from piecework.runtime.torch_compat import Guarded, GuardReader, Place
+from piecework.runtime.watch.code import asks_autocast, asks_grad_mode
+from piecework.runtime.watch.judge import DynamoJudge
 from piecework.runtime.watch.places import MISSING, LookUps
-from piecework.runtime.watch.values import CONSTANTS, OBJECTS
+from piecework.runtime.watch.process import ProcessState
+from piecework.runtime.watch.reachable import tensors_of
+from piecework.runtime.watch.state import CALLS, TracedState
+from piecework.runtime.watch.values import (
+    CONSTANTS,
+    OBJECTS,
+    Path,
+    PlainValues,
+    plain_values,
+    weight_path,
+)
 
 #: Guards on the process and on sizes; the entry looks at these, or `piecework.runtime.watch.process`.
 ELSEWHERE = {
@@ -30,138 +45,171 @@ ELSEWHERE = {
     "FUNCTORCH_STACK_MATCH",
     "DUAL_LEVEL",
 }
-#: How a module is called: its own forward, and its hooks.
-CALLS = (
-    "forward",
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
 # Types of arguments that the emitted check compares by itself, by exact type.
 _EMITTED = (int, float, bool, str, bytes, complex, type(None), list, tuple, dict)
 _CONTAINERS = (list, tuple, dict)
 
 
-@dataclass(slots=True)
-class SortedGuards:
-    """The guards of one trace.
-
-    Attributes:
-        on_model: those that Dynamo keeps on the model and on what it reads of modules and classes.
-        on_arguments: those that it keeps on arguments.
-        tensors: the model's tensors that the trace looked at, by place.
-        watched: of these, those that only Dynamo compares: of closures, of classes.
-        asks_grad_mode: the model's code asks whether gradients are recorded.
-    """
-
-    on_model: list[Guarded] = field(default_factory=list)
-    on_arguments: list[Guarded] = field(default_factory=list)
-    tensors: list[tuple[Place, torch.Tensor]] = field(default_factory=list)
-    watched: list[Place] = field(default_factory=list)
-    asks_grad_mode: bool = False
-
-    @property
-    def kept(self) -> set[int]:
-        """Ids of the guards that Dynamo keeps; that two places lead to one object, the judge compares itself."""
-        every = (*self.on_model, *self.on_arguments)
-        return {id(each) for each in every if each.kind != "DUPLICATE_INPUT"}
+_ASKS_TENSORS = ("requires_grad", "is_leaf", "grad_fn", "retains_grad", "__class__")
 
 
-class GuardSorter:
-    """Sorts the guards of one trace.
+class TraceGuards:
+    """Collects the guards of one trace, and sorts them.
 
     Args:
-        now: what is at places, during the trace.
-        arguments: the example call's.
-        ordered: Dynamo's names of dictionaries whose order matters; None if that is not known.
-        is_weight: whether the tensor at a place is one that a binding finds again.
-        asks_tensors: the model's code may ask a tensor for more than its metadata: whether it requires gradients, its class.
+        model, args, kwargs: what is traced.
+        variables: the globals of the function that is traced.
     """
 
     def __init__(
         self,
-        now: LookUps,
-        arguments: object,
-        ordered: Collection[str] | None,
-        is_weight: Callable[[Place, torch.Tensor], bool],
-        asks_tensors: bool,
+        model: object,
+        args: Sequence[object],
+        kwargs: Mapping[str, object],
+        variables: dict[str, object],
     ) -> None:
-        self._now, self._ordered = now, ordered
-        self._leaves = {id(leaf) for leaf in pytree.tree_leaves(arguments)}
-        self._is_weight, self._asks_tensors = is_weight, asks_tensors
+        self._local = {"model": model, "args": tuple(args), "kwargs": dict(kwargs)}
+        self._globals = variables
+        self._code: frozenset[types.CodeType] = frozenset()
+        self._ordered: frozenset[str] | None = None
+        self._asks_tensors = self._asks_grad_mode = False
+        self._on_model: list[Guarded] = []
+        self._on_arguments: list[Guarded] = []
+        self._tensors: list[tuple[Path, torch.Tensor]] = []
+        self._watched: list[Place] = []
+        self._plain = PlainValues()
+        self.reader = GuardReader(self._sort)
 
-    def sort(self, guards: Sequence[Guarded]) -> SortedGuards:
-        found = SortedGuards()
+    def look_inside(self) -> None:
+        """Note what only the running trace knows; for its backend to call."""
+        self._code = frozenset(torch_compat.traced_code())
+        self._ordered = torch_compat.ordered_places()
+        self._asks_tensors = bool(torch_compat.trace_names(*_ASKS_TENSORS))
+        torch_compat.leave_guards_untimed()
+
+    def path_of(self, node: torch.fx.Node) -> Path:
+        """How to find again the tensor of the model that a graph's input is."""
+        place = self.reader.place_of(node)
+        return () if place is None else weight_path(place, self._now())
+
+    def _now(self) -> LookUps:
+        return LookUps({"local": self._local, "global": self._globals})
+
+    def _sort(self, guards: Sequence[Guarded]) -> list[bool]:
+        """Whether Dynamo keeps each; the judge itself compares that two places lead to one object."""
+        now, model = self._now(), self._local["model"]
+        leaves = {
+            id(leaf) for leaf in pytree.tree_leaves((self._local["args"], self._local["kwargs"]))
+        }
+        held = tensors_of(model) if callable(model) else {}
         for guard in guards:
-            found.asks_grad_mode |= _is_grad_mode(guard)
-            if guard.kind in ELSEWHERE or _of_call(guard) or _grows(guard, self._now):
+            self._asks_grad_mode |= _is_grad_mode(guard)
+            if guard.kind in ELSEWHERE or _of_call(guard) or _grows(guard, now):
                 continue
-            on_argument = any(map(is_argument, places_of(guard)))
-            if on_argument and self._is_emitted(guard):
+            on_argument = any(map(is_argument, guard.places))
+            if on_argument and self._is_emitted(guard, now, leaves):
                 continue
-            if guard.kind == "TENSOR_MATCH" and not on_argument and not self._is_kept(guard, found):
+            if guard.kind == "TENSOR_MATCH" and not on_argument and self._is_left(guard, now, held):
                 continue
-            if guard.kind == "DUPLICATE_INPUT" and not self._is_one(guard):
+            if guard.kind == "DUPLICATE_INPUT" and not _is_one(guard, now):
                 continue  # members of sets, which are compared as values
-            (found.on_arguments if on_argument else found.on_model).append(guard)
-        return found
+            (self._on_arguments if on_argument else self._on_model).append(guard)
+        every = (*self._on_model, *self._on_arguments)
+        self._plain = plain_values(every, now)
+        kept = {id(each) for each in every if each.kind != "DUPLICATE_INPUT"}
+        return [id(each) in kept for each in guards]
 
-    def _is_one(self, guard: Guarded) -> bool:
-        one, *others = map(self._now.at, places_of(guard))
-        return one is not MISSING and all(each is one for each in others)
-
-    def _is_kept(self, guard: Guarded, found: SortedGuards) -> bool:
-        """Note a tensor of the model; whether Dynamo has to compare it."""
-        tensor = self._now.at(guard.place)
+    def _is_left(self, guard: Guarded, now: LookUps, held: Mapping[int, object]) -> bool:
+        """Note a tensor of the model; whether a binding finds it again, and nobody else has to compare it."""
+        tensor = now.at(guard.place)
         if not isinstance(tensor, torch.Tensor):
-            return True
-        found.tensors.append((guard.place, tensor))
-        if not self._is_weight(guard.place, tensor):
-            found.watched.append(guard.place)
-            return True
-        return self._asks_tensors
+            return False
+        path = weight_path(guard.place, now)
+        self._tensors.append((path, tensor))
+        if id(tensor) in held or path:
+            return not self._asks_tensors  # for more than metadata: gradients, its class
+        self._watched.append(guard.place)
+        return False
 
-    def _is_emitted(self, guard: Guarded) -> bool:
+    def _is_emitted(self, guard: Guarded, now: LookUps, leaves: set[int]) -> bool:
         """Whether ``check_inputs`` compares what this guards."""
-        if not all(map(is_argument, places_of(guard))):
+        if not all(map(is_argument, guard.places)):
             return False
         if guard.kind in ("DUPLICATE_INPUT", "TENSOR_MATCH"):
-            return all(id(self._now.at(place)) in self._leaves for place in places_of(guard))
-        if type(self._now.at(guard.place)) not in _EMITTED:
+            return all(id(now.at(place)) in leaves for place in guard.places)
+        if type(now.at(guard.place)) not in _EMITTED:
             return False
         *way, _ = guard.place.path()
-        plain = all(type(self._now.at(place)) in _CONTAINERS for place in way)
+        plain = all(type(now.at(place)) in _CONTAINERS for place in way)
         if guard.kind == "DICT_KEYS_MATCH" and guard.place.base is not None:
             # check_inputs compares keys and leaves their order alone.
             return plain and self._ordered is not None and guard.place.name not in self._ordered
         return plain and guard.kind not in OBJECTS - CONSTANTS
+
+    def state(self, code: types.CodeType, names: Mapping[str, str]) -> TracedState:
+        """What the trace of ``code`` took from Python.
+
+        Args:
+            names: Dynamo's names of arguments → their own.
+
+        Raises:
+            CaptureError: this torch does not show its guards.
+        """
+        local: Any = self._local
+        held, root = self._globals, torch_compat.kept_guards(code)
+        every = (*self._on_model, *self._on_arguments)
+        if root is None and every:
+            raise CaptureError(
+                "this torch does not show what its trace relied on, so nobody could tell that it changed",
+                hint="use a version of torch that piecework was run with",
+            )
+        # Those globals that guards are about: the others lead to what Dynamo made.
+        starts = {str(place.path()[0].key) for each in every for place in each.places}
+        scope = {name: held[name] for name in starts if name in held}
+        installed = {name: held[name] for name in held if name.startswith("__builtins_dict__")}
+
+        def judge(guards: Sequence[Guarded], wanted: Callable[[str], bool]) -> DynamoJudge:
+            part = torch_compat.guards_where(root, wanted) if guards else None
+            return DynamoJudge(part, guards, names, scope, installed, held)
+
+        return TracedState(
+            _model=local["model"],
+            judge=judge(self._on_model, _is_no_argument),
+            arguments=judge(self._on_arguments, _is_no_models),
+            starts={"local": {"model": local["model"]}, "global": scope},
+            code=self._code,
+            names=dict(names),
+            places=(len(local["args"]), tuple(local["kwargs"])),
+            plain=self._plain,
+            tensors=self._tensors,
+            watched=self._watched,
+            asks_grad_mode=self._asks_grad_mode or asks_grad_mode(self._code),
+            process=ProcessState(asks_autocast=asks_autocast(self._code)),
+        )
+
+    def give_back(self) -> None:
+        """Forget the example; torch keeps the reader's function."""
+        self.reader.give_back()
+        self._local, self._globals = {}, {}
+
+
+def _is_no_argument(name: str) -> bool:
+    return not name.startswith(("L['args']", "L['kwargs']"))
+
+
+def _is_no_models(name: str) -> bool:
+    return not name.startswith(("L['model']", "G["))
+
+
+def _is_one(guard: Guarded, now: LookUps) -> bool:
+    one, *others = map(now.at, guard.places)
+    return one is not MISSING and all(each is one for each in others)
 
 
 def is_argument(place: Place) -> bool:
     """Whether a place is in the call's arguments."""
     start = place.path()[0]
     return start.kind == "local" and start.key in ("args", "kwargs")
-
-
-def places_of(guard: Guarded) -> list[Place]:
-    """The one or two places that a guard is about."""
-    return [guard.place] if guard.other is None else [guard.place, guard.other]
-
-
-def every_place(guards: Sequence[Guarded]) -> Iterator[Place]:
-    """Each place that guards are about, and each on the way to one, once."""
-    seen: set[int] = set()
-    for guard in guards:
-        for start in places_of(guard):
-            place: Place | None = start
-            while place is not None and id(place) not in seen:
-                seen.add(id(place))
-                yield place
-                place = place.base
 
 
 def _is_grad_mode(guard: Guarded) -> bool:

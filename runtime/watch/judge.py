@@ -148,57 +148,44 @@ def _weakly(value: object) -> weakref.ref[object] | None:
 
 
 def _on_the_ways(guard: Guarded) -> list[Place]:
-    ends = [guard.place] if guard.other is None else [guard.place, guard.other]
-    return [place for end in ends for place in end.path()]
+    return [place for end in guard.places for place in end.path()]
 
 
 class ValueJudge:
-    """The plain values of a program that was loaded, and the identities that were there when it was.
+    """The plain values of a program that was loaded.
 
     Args:
         values: what the trace read.
-        variables: of now, with the model.
-        names: Dynamo's names of arguments → their own.
     """
 
-    def __init__(
-        self, values: Iterable[PlainValue], variables: Variables, names: Mapping[str, str]
-    ) -> None:
-        self._places, self._names = Places(), names
-        self._rows = {}
-        now = LookUps({"local": variables})
-        self.guards: list[Guarded] = []
+    def __init__(self, values: Iterable[PlainValue]) -> None:
+        self._places = Places()
+        self._values: dict[Guarded, PlainValue] = {}
         for value in values:
             place = self._places.of(value.path)
             other = self._places.of(value.other) if value.other else None
-            guard = Guarded(place, value.kind, value.about, other, False, None)
-            held = _weakly(now.at(place)) if value.kind in OBJECTS else None
-            self.guards.append(guard)
-            self._rows[id(guard)] = (value, held)
+            self._values[Guarded(place, value.kind, value.about, other, False, None)] = value
+
+    @property
+    def guards(self) -> Sequence[Guarded]:
+        return tuple(self._values)
 
     def difference(self, variables: Variables) -> str:
+        """What is otherwise than it was; "" if nothing is."""
         now = LookUps({"local": variables})
-        return next(filter(None, (self._failing(guard, now) for guard in self.guards)), "")
+        return next(filter(None, (self._failing(guard, now) for guard in self._values)), "")
 
-    def about(self, guards: Sequence[Guarded]) -> Judge:
-        return self._part(guards)
+    def about(self, guards: Sequence[Guarded]) -> ValueJudge:
+        """One that looks at these alone."""
+        return ValueJudge([self._values[each] for each in guards])
 
-    def less_failing(self, variables: Variables) -> Judge:
+    def less_failing(self, variables: Variables) -> ValueJudge:
+        """One that doesn't look at what is otherwise now."""
         now = LookUps({"local": variables})
-        return self._part([each for each in self.guards if not self._failing(each, now)])
-
-    def _part(self, guards: Sequence[Guarded]) -> Judge:
-        part = ValueJudge((), {}, self._names)
-        part.guards = list(guards)
-        part._rows, part._places = self._rows, self._places
-        return part
+        return self.about([each for each in self._values if not self._failing(each, now)])
 
     def _failing(self, guard: Guarded, now: LookUps) -> str:
-        value, held = self._rows[id(guard)]
-        text = difference(value, guard.place, self._places, now)
-        if not text and held is not None and held() is not now.at(guard.place):
-            return f"{place_text(guard.place, self._names)} is another than when it was loaded"
-        return text
+        return difference(self._values[guard], guard.place, self._places, now)
 
 
 Judge = DynamoJudge | ValueJudge

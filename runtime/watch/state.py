@@ -1,4 +1,4 @@
-"""What a trace took from Python: the guards that Dynamo keeps, what to watch for writes, and the check of arguments that ``check_inputs`` leaves to it.
+"""What a trace took from Python: who judges whether it holds, what to watch for writes, and the check of arguments that ``check_inputs`` leaves to it.
 
 It holds no argument of the example call, and of the model's objects none but the model itself and classes.
 """
@@ -14,16 +14,13 @@ from typing import Any
 import torch
 
 from piecework.codegen.entry.plan import Parameter
-from piecework.errors import CaptureError, InputError
-from piecework.runtime import torch_compat
-from piecework.runtime.torch_compat import Guarded, GuardReader, Place
+from piecework.errors import InputError
+from piecework.runtime.torch_compat import Place
 from piecework.runtime.watch.class_watch import ClassWatch, digest_of, function_of
-from piecework.runtime.watch.code import asks_autocast, asks_grad_mode
-from piecework.runtime.watch.guards import CALLS, GuardSorter, SortedGuards, every_place
-from piecework.runtime.watch.judge import ONE_OBJECT, DynamoJudge, Judge, ValueJudge
+from piecework.runtime.watch.judge import ONE_OBJECT, Judge, ValueJudge
 from piecework.runtime.watch.places import LookUps, Step, place_text
 from piecework.runtime.watch.process import ModuleHooks, ProcessState
-from piecework.runtime.watch.reachable import leads_to, tensors_of
+from piecework.runtime.watch.reachable import leads_to
 from piecework.runtime.watch.steps import Steps
 from piecework.runtime.watch.values import (
     Path,
@@ -31,127 +28,20 @@ from piecework.runtime.watch.values import (
     PlainValues,
     class_name,
     differences,
-    plain_values,
-    weight_path,
 )
 
+#: How a module is called: its own forward, and its hooks.
+CALLS = (
+    "forward",
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
 _PACKAGE = __name__.partition(".")[0]
-_ASKS_TENSORS = ("requires_grad", "is_leaf", "grad_fn", "retains_grad", "__class__")
-
-
-class TraceGuards:
-    """Collects the guards of one trace.
-
-    Args:
-        model, args, kwargs: what is traced.
-        variables: the globals of the function that is traced.
-    """
-
-    def __init__(
-        self,
-        model: object,
-        args: Sequence[object],
-        kwargs: Mapping[str, object],
-        variables: Mapping[str, object],
-    ) -> None:
-        self._model = model
-        self._starts = {
-            "local": {"model": model, "args": tuple(args), "kwargs": dict(kwargs)},
-            "global": variables,
-        }
-        self._code: frozenset[types.CodeType] = frozenset()
-        self._ordered: frozenset[str] | None = None
-        self._asks_tensors = False
-        self._sorted: SortedGuards | None = None
-        self._plain = PlainValues()
-        self.reader = GuardReader(self._sort)
-
-    def look_inside(self) -> None:
-        """Note what only the running trace knows; for its backend to call."""
-        self._code = frozenset(torch_compat.traced_code())
-        self._ordered = torch_compat.ordered_places()
-        self._asks_tensors = bool(torch_compat.trace_names(*_ASKS_TENSORS))
-        torch_compat.leave_guards_untimed()
-
-    def path_of(self, node: torch.fx.Node) -> Path:
-        """How to find again the tensor of the model that a graph's input is."""
-        place = self.reader.place_of(node)
-        return () if place is None else weight_path(place, LookUps(self._starts))
-
-    def _sort(self, guards: Sequence[Guarded]) -> list[bool]:
-        now, local = LookUps(self._starts), self._starts["local"]
-        held = tensors_of(self._model) if callable(self._model) else {}
-
-        def is_weight(place: Place, tensor: torch.Tensor) -> bool:
-            return id(tensor) in held or bool(weight_path(place, now))
-
-        arguments = (local["args"], local["kwargs"])
-        sorter = GuardSorter(now, arguments, self._ordered, is_weight, self._asks_tensors)
-        found = self._sorted = sorter.sort(guards)
-        self._plain = plain_values((*found.on_model, *found.on_arguments), now)
-        kept = found.kept
-        return [id(each) in kept for each in guards]
-
-    def state(self, code: types.CodeType, names: Mapping[str, str]) -> TracedState:
-        """What the trace of ``code`` took from Python.
-
-        Args:
-            names: Dynamo's names of arguments → their own.
-
-        Raises:
-            CaptureError: this torch does not show its guards.
-        """
-        found, root = self._sorted, torch_compat.kept_guards(code)
-        now = LookUps(self._starts)
-        if found is None or (root is None and found.kept):
-            raise CaptureError(
-                "this torch does not show what its trace relied on, so nobody could tell that it changed",
-                hint="use a version of torch that piecework was run with",
-            )
-        names = dict(names)
-        local: Any = self._starts["local"]
-        scope = self._globals(found)
-        held = self._starts["global"]
-        installed = {name: held[name] for name in held if name.startswith("__builtins_dict__")}
-
-        def judge(guards: Sequence[Guarded], wanted: Callable[[str], bool]) -> Judge:
-            part = torch_compat.guards_where(root, wanted) if guards and root is not None else None
-            return DynamoJudge(part, guards, names, scope, installed, held)
-
-        return TracedState(
-            _model=local["model"],
-            judge=judge(found.on_model, _is_no_argument),
-            arguments=judge(found.on_arguments, _is_no_models),
-            starts={"local": {"model": local["model"]}, "global": scope},
-            code=self._code,
-            names=names,
-            places=(len(local["args"]), tuple(local["kwargs"])),
-            plain=self._plain,
-            tensors=[(weight_path(place, now), each) for place, each in found.tensors],
-            watched=found.watched,
-            asks_grad_mode=found.asks_grad_mode or asks_grad_mode(self._code),
-            process=ProcessState(asks_autocast=asks_autocast(self._code)),
-        )
-
-    def _globals(self, found: SortedGuards) -> dict[str, object]:
-        """Those that guards are about: the others lead to what Dynamo made."""
-        held = self._starts["global"]
-        guards = (*found.on_model, *found.on_arguments)
-        starts = {str(place.key) for place in every_place(guards) if place.base is None}
-        return {name: held[name] for name in starts if name in held}
-
-    def give_back(self) -> None:
-        """Forget the example; torch keeps the reader's function."""
-        self.reader.give_back()
-        self._starts, self._model = {}, None
-
-
-def _is_no_argument(name: str) -> bool:
-    return not name.startswith(("L['args']", "L['kwargs']"))
-
-
-def _is_no_models(name: str) -> bool:
-    return not name.startswith(("L['model']", "G["))
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +70,7 @@ class SavedState:
         return found + ([f"torch.nn.modules.module has {hooks}"] if hooks else [])
 
     def _of_classes(self, model: object) -> Iterable[str]:
-        for kind in _classes(ValueJudge(self.values, {"model": model}, self.names), model):
+        for kind in _classes(ValueJudge(self.values), model):
             for name, was in self.methods.get(class_name(kind), {}).items():
                 if digest_of(kind, name) != was:
                     yield f"{class_name(kind)}.{name} has other code than when the model was saved"
@@ -251,7 +141,7 @@ class TracedState:
         """``saved`` for a model of this process, of which `SavedState.differences` finds none."""
         variables = {"model": model}
         values = [each for each in saved.values if not each.of_arguments]
-        judge = ValueJudge(values, variables, saved.names)
+        judge = ValueJudge(values)
         given = [each for each in saved.values if each.of_arguments]
         code = frozenset(
             function.__code__
@@ -262,7 +152,7 @@ class TracedState:
         return cls(
             _model=model,
             judge=judge,
-            arguments=ValueJudge(given, {}, saved.names),
+            arguments=ValueJudge(given),
             starts={"local": variables},
             code=code,
             names=saved.names,

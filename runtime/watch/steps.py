@@ -15,7 +15,6 @@ import torch
 
 from piecework.code_objects import HEAP_TYPE
 from piecework.runtime.torch_compat import Guarded, Place
-from piecework.runtime.watch.guards import places_of
 from piecework.runtime.watch.places import MISSING, LookUps, Step, StepKind
 from piecework.runtime.watch.values import CONSTANTS, OBJECTS
 
@@ -50,7 +49,7 @@ class Steps:
         self._now, self._watched = now, set(map(id, watched))
         self._seen: dict[int, bool] = {}
         for guard in guards:
-            ways = [self._way(each) for each in places_of(guard)]
+            ways = [self._way(each) for each in guard.places]
             if not (all(ways) and self._end(guard)):
                 self.blind.append(guard)
 

@@ -61,6 +61,11 @@ class Guarded:
     known: bool
     value: object
 
+    @property
+    def places(self) -> list[Place]:
+        """The one or two places that it is about."""
+        return [self.place] if self.other is None else [self.place, self.other]
+
     def without_value(self) -> Guarded:
         """The same, holding nothing of what was there."""
         return Guarded(self.place, self.kind, self.about, self.other, False, None)
