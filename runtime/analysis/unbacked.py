@@ -164,7 +164,7 @@ class EverySize:
         steps = [
             n for size, n in pairs if not (self.rows_in_one and type(size) is int and size == 1)
         ]
-        return any(set(torch_compat.symbols_of(each)) & set(self.symbols) for each in steps)
+        return any(set(torch_compat.symbols_in(each)) & set(self.symbols) for each in steps)
 
 
 @dataclass
@@ -242,7 +242,7 @@ class _AsTraced(torch.fx.Interpreter):
         value = super().run_node(n)
         traced = value_of(n)
         if isinstance(value, torch.Tensor) and isinstance(traced, torch.Tensor):
-            shape = [torch_compat.size_value(size, self._sizes) for size in traced.shape]
+            shape = [torch_compat.number_at(size, self._sizes) for size in traced.shape]
             if list(value.shape) != shape:
                 raise _Unlike(f"{n.name} has shape {list(value.shape)} and was traced as {shape}")
         return value
@@ -287,9 +287,9 @@ def _last_uses(graph: torch.fx.GraphModule) -> dict[int, float]:
 def _made(fake: Any, sizes: Mapping[str, int]) -> object:
     """Data for an input: zeros where numbers may be indices, else fractions that roots and logarithms take."""
     if not isinstance(fake, torch.Tensor):
-        return torch_compat.size_value(fake, sizes) if isinstance(fake, torch.SymInt) else fake
+        return torch_compat.number_at(fake, sizes) if isinstance(fake, torch.SymInt) else fake
     shape, strides, offset = (
-        [torch_compat.size_value(each, sizes) or 0 for each in group]
+        [torch_compat.number_at(each, sizes) or 0 for each in group]
         for group in (fake.shape, fake.stride(), (fake.storage_offset(),))
     )
     reach = offset[0] + 1 + sum((n - 1) * step for n, step in zip(shape, strides, strict=True) if n)

@@ -80,7 +80,7 @@ class Assumptions:
         """The symbols that sizes and integers are made of, with their ranges."""
         found: dict[str, Symbol] = {}
         for size in self._sizes:
-            names = torch_compat.symbols_of(size)
+            names = torch_compat.symbols_in(size)
             if len(names) == 1 and torch_compat.symbol_of(size) == names[0]:
                 name = self._names[names[0]]
                 found.setdefault(name, Symbol(name, *torch_compat.symbol_range(size)))
@@ -117,7 +117,7 @@ class Assumptions:
         if isinstance(value, (int, float)):
             return value
         text = size_text(value, self._names)
-        symbolic = [size for size in self._sizes if torch_compat.symbols_of(size)]
+        symbolic = [size for size in self._sizes if torch_compat.symbols_in(size)]
         texts = [*self.guards(), *(str(self._size(size)) for size in symbolic)]
         read = frozenset().union(*map(symbols_in, texts))
         return text if symbols_in(text) & read else None

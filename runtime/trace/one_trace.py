@@ -45,8 +45,7 @@ from piecework.runtime.trace.results import (
 )
 from piecework.runtime.trace.side_effects import refuse_writes
 from piecework.runtime.trace.sizes.dynamic_dims import unmarked_afterwards
-from piecework.runtime.watch.code import asks_strides
-from piecework.runtime.watch.guards import TraceGuards
+from piecework.runtime.watch.guards import TraceGuards, asks_strides
 from piecework.runtime.watch.places import place_text
 from piecework.runtime.watch.reachable import modules_of, tensors_of
 from piecework.runtime.watch.state import TracedState

@@ -6,18 +6,21 @@ guards stay Dynamo's.
 
 from __future__ import annotations
 
+import dis
+import os
 import sys
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path as FilePath
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 
+from piecework.code_objects import with_inner_code
 from piecework.errors import CaptureError
 from piecework.runtime import torch_compat
 from piecework.runtime.torch_compat import Guarded, GuardReader, Place
-from piecework.runtime.watch.code import asks_autocast, asks_grad_mode
 from piecework.runtime.watch.judge import DynamoJudge
 from piecework.runtime.watch.places import MISSING, LookUps
 from piecework.runtime.watch.process import ProcessState
@@ -183,8 +186,8 @@ class TraceGuards:
             plain=self._plain,
             tensors=self._tensors,
             watched=self._watched,
-            asks_grad_mode=self._asks_grad_mode or asks_grad_mode(self._code),
-            process=ProcessState(asks_autocast=asks_autocast(self._code)),
+            asks_grad_mode=self._asks_grad_mode or _asks_grad_mode(self._code),
+            process=ProcessState(asks_autocast=_asks_autocast(self._code)),
         )
 
     def give_back(self) -> None:
@@ -219,7 +222,7 @@ def _is_grad_mode(guard: Guarded) -> bool:
 
 
 def _of_call(guard: Guarded) -> bool:
-    """Whether it is about how the model itself is called, which `piecework.runtime.watch.judge` looks at."""
+    """Whether it is about how the model itself is called, which `TracedState` looks at."""
     path = guard.place.path()
     if (path[0].kind, path[0].key) != ("local", "model") or len(path) > 2:
         return False
@@ -244,3 +247,58 @@ def _grows(guard: Guarded, now: LookUps) -> bool:
     return any(value is each for each in tables) or (
         isinstance(owner, kind) and owner.__dict__.get("_local_mapping") is value
     )
+
+
+# --- what the model's code may ask for ------------------------------------------------------------------
+
+_TORCH = os.path.dirname(torch.__file__) + os.sep
+_PYTHONS = os.path.dirname(os.__file__) + os.sep
+_OURS = str(FilePath(__file__).parents[1]) + os.sep
+_CHECKPOINTING = "gradient_checkpointing"
+
+
+def _models(code: Iterable[types.CodeType]) -> list[types.CodeType]:
+    """The model's own code among some, and all code in it; not torch's, Python's or ours."""
+    return [each for each in with_inner_code(list(code)) if _is_models(each.co_filename)]
+
+
+def _is_models(file: str) -> bool:
+    if file.startswith((_TORCH, _OURS)):
+        return False
+    return not file.startswith(_PYTHONS) or "-packages" + os.sep in file
+
+
+def asks_strides(code: Iterable[types.CodeType]) -> bool:
+    """Whether the model's code may call a tensor's ``stride``: a layer's, which is no method, does not count."""
+    return any(
+        step.argval == "stride" and (step.opname == "LOAD_METHOD" or _loads_method(step))
+        for each in _models(code)
+        for step in dis.get_instructions(each)
+    )
+
+
+def _loads_method(step: dis.Instruction) -> bool:
+    """From Python 3.12 on, a bit of ``LOAD_ATTR`` says that what is loaded is called."""
+    return sys.version_info >= (3, 12) and step.opname == "LOAD_ATTR" and bool((step.arg or 0) & 1)
+
+
+def _asks_autocast(code: Iterable[types.CodeType]) -> bool:
+    """Whether the model's code may ask for autocast, also where it is off."""
+    every = (text for each in _models(code) for text in (*each.co_names, *each.co_consts))
+    return any(type(text) is str and "autocast" in text for text in every)
+
+
+def _asks_grad_mode(code: Iterable[types.CodeType]) -> bool:
+    """Whether the model's code asks torch if gradients are recorded.
+
+    To ask it with whether to checkpoint activations, as libraries of models do, changes no result, and torch's own code asks which of
+    two ways to the same result to take.
+    """
+    for each in _models(code):
+        steps = dis.get_instructions(each)
+        names = [s.argval for s in steps if type(s.argval) is str and s.opname != "CACHE"]
+        for n, name in enumerate(names):
+            around = "".join(names[max(0, n - 3) : n + 3])
+            if name == torch.is_grad_enabled.__name__ and _CHECKPOINTING not in around:
+                return True
+    return False

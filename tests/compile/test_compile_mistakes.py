@@ -30,9 +30,9 @@ def test_an_argument_by_a_name_that_forward_has_not_is_refused() -> None:
 
 def test_arguments_that_torch_traces_wrongly_are_refused() -> None:
     numpy = pytest.importorskip("numpy")
-    with pytest.raises(CaptureError, match=r"n\['a'\] is a numpy.ndarray.*as_tensor\(n\['a'\]\)"):
+    with pytest.raises(CaptureError, match=r"n\['a'\] is a numpy.ndarray, which can't be traced"):
         compiled(lambda x, n: x + n["a"], X, {"a": numpy.ones(8)})
-    with pytest.raises(CaptureError, match=r"size is a torch.Size.*pass tuple\(size\)"):
+    with pytest.raises(CaptureError, match=r"size is a torch.Size.*a tuple"):
         compiled(lambda x, size: x.expand(size), X, X.shape)
 
 

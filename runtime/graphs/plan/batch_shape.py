@@ -243,7 +243,7 @@ class _Reader:
         found: dict[str, OtherSize] = {}
         for label, size, position, dim in self.places:
             symbol = torch_compat.symbol_of(size)
-            if not torch_compat.symbols_of(size) or symbol == self.symbol:
+            if not torch_compat.symbols_in(size) or symbol == self.symbol:
                 continue
             name = self.captured.assumptions.name_of(symbol or "")
             row = rows.get(name)
@@ -277,7 +277,7 @@ class _Reader:
                 staged.append(self._staged(position, name, each, fake, node.name in written))
             elif self._is(fake, self.symbols):
                 sizes.append(position)
-            elif torch_compat.symbols_of(fake):
+            elif torch_compat.symbols_in(fake):
                 numbers[position] = self.sizes[torch_compat.symbol_of(fake) or ""].label
             else:
                 raise StaticGraphError(
@@ -329,7 +329,7 @@ class _Reader:
         others = {
             dim: self.sizes[torch_compat.symbol_of(size) or ""].label
             for dim, size in enumerate(fake.shape)
-            if dim not in found and torch_compat.symbols_of(size)
+            if dim not in found and torch_compat.symbols_in(size)
         }
         return StagedInput(position, name, fake, next(iter(found), None), others, written)
 
@@ -368,7 +368,7 @@ class _Reader:
             )
 
     def _has_batch(self, size: object) -> bool:
-        return not self.symbols.isdisjoint(torch_compat.symbols_of(size))
+        return not self.symbols.isdisjoint(torch_compat.symbols_in(size))
 
     def _written(self) -> frozenset[str]:
         """The arguments that the graph writes to; a piece that writes to weights is refused."""

@@ -103,7 +103,7 @@ def _loses_rows(node: torch.fx.Node, symbols: Collection[str]) -> bool:
         return False
 
     def has_rows(tensor: torch.Tensor) -> bool:
-        return any(not set(torch_compat.symbols_of(n)).isdisjoint(symbols) for n in tensor.shape)
+        return any(not set(torch_compat.symbols_in(n)).isdisjoint(symbols) for n in tensor.shape)
 
     made = _tensors(value_of(node))
     return any(map(has_rows, _tensors(taken))) and not all(map(has_rows, made))

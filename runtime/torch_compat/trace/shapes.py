@@ -33,18 +33,11 @@ def symbol_of(size: object) -> str | None:
     return None if expr.is_number else str(expr)
 
 
-def symbols_of(size: object) -> tuple[str, ...]:
-    """The symbols in a size, as torch calls them."""
-    if not isinstance(size, torch.SymInt):
-        return ()
-    return tuple(sorted(str(symbol) for symbol in size.node.expr.free_symbols))
-
-
 def example_of(size: object) -> int | None:
     """The number that the example had for a size; None if the trace was not told."""
     if not isinstance(size, torch.SymInt):
         return size if isinstance(size, int) else None
-    return None if unbacked_symbols([size]) else size_value(size, symbol_hints(size))
+    return None if unbacked_symbols([size]) else number_at(size, symbol_hints(size))  # type: ignore[return-value]
 
 
 def unbacked_symbols(values: Iterable[object]) -> frozenset[str]:
@@ -167,14 +160,6 @@ def traced_item(fake: object) -> torch.SymInt | torch.SymFloat | None:
     return memo if isinstance(memo, (torch.SymInt, torch.SymFloat)) else None
 
 
-def size_value(size: object, values: Mapping[str, int]) -> int | None:
-    """The number that ``size`` has when its symbols have ``values``; None if a symbol is missing."""
-    if not isinstance(size, torch.SymInt):
-        return size if isinstance(size, int) else None
-    found = _evaluated(size.node.expr, values)
-    return None if found is None else int(found)
-
-
 def with_symbol(value: object, symbol: str, size: int) -> object:
     """``value`` (a size or a fake tensor) with ``symbol`` replaced by ``size`` in every expression.
 
@@ -216,15 +201,10 @@ def is_traced_contiguous(fake: torch.Tensor) -> bool:
     """Whether the strides that the trace recorded are those of a contiguous tensor for every size."""
     expected: object = 1
     for size, stride in reversed(list(zip(fake.shape, fake.stride(), strict=True))):
-        if plain_expr(stride) != expected and plain_expr(size) != 1:
+        if traced_size(stride) != expected and traced_size(size) != 1:
             return False
-        expected = expected * plain_expr(size)  # type: ignore[operator]
+        expected = expected * traced_size(size)  # type: ignore[operator]
     return True
-
-
-def plain_expr(size: object) -> object:
-    """A size as an expression, without its world of symbols; a number as it is."""
-    return size.node.expr if isinstance(size, torch.SymInt) else size
 
 
 def guards_on(

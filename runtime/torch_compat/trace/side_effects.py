@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -65,8 +65,8 @@ def writes_of_trace(same: SameTensor) -> list[Write]:
                 found.append(Write(place if outer else f"{place}.{name}", line, store))
         if stored is None or getattr(var, "_base_vt", None) is not None:
             inner = getattr(var, "_base_vt", None) or var
-            if not _Same(effects, same).items(inner, target):
-                found.append(Write(place, line))
+            keys = _Same(effects, same).changed_items(inner, target)
+            found += [Write(f"{place}{key}", line) for key in keys]
     found += [Write("a tensor's hooks") for _ in effects.tensor_hooks]
     return found
 
@@ -127,19 +127,22 @@ class _Same:
                 now = _MISSING
         return self._value(value, now)
 
-    def items(self, var, target: object) -> bool:  # type: ignore[no-untyped-def]
-        """Whether a container holds what it held."""
+    def changed_items(self, var, target: object) -> Iterator[str]:  # type: ignore[no-untyped-def]
+        """The keys of a dictionary whose items are others now, as text; "" for a change of another container."""
         items = getattr(var, "items", None)
         if isinstance(target, (list, tuple)) and isinstance(items, list):
-            return len(items) == len(target) and all(map(self._value, items, target))
-        if not isinstance(items, dict):
-            return False
-        now = {_key(key): value for key, value in items.items()}
-        if isinstance(target, (set, frozenset)):
-            return now.keys() == target
-        return isinstance(target, dict) and (
-            now.keys() == target.keys() and all(self._value(now[key], target[key]) for key in now)
-        )
+            if len(items) != len(target) or not all(map(self._value, items, target)):
+                yield ""
+        elif isinstance(target, (set, frozenset)) and isinstance(items, dict):
+            if {_key(key) for key in items} != target:
+                yield ""
+        elif isinstance(target, dict) and isinstance(items, dict):
+            now = {_key(key): value for key, value in items.items()}
+            for key in {**now, **target}:
+                if key not in now or not self._value(now[key], target.get(key, _MISSING)):
+                    yield f"[{key!r}]"
+        else:
+            yield ""
 
     def _value(self, var, now: object) -> bool:  # type: ignore[no-untyped-def]
         """Whether ``var`` stands for ``now``."""
