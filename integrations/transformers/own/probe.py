@@ -69,10 +69,8 @@ def limit_of(dtype: torch.dtype, *, compiled: bool = False) -> float:
     """The largest `distance` at which two results count as equal.
 
     For what a compiler made, which leaves out roundings, it is the package's tolerance. Without a
-    compiler
-    it is a fifth of that: the same operators run, but kernels get another number of rows at once,
-        and a
-    CPU's may add in another order for that.
+    compiler it is a fifth of that: the same operators run, but kernels get another number of rows
+    at once, and a CPU's may add in another order for that.
     """
     return tolerance_of(dtype) if compiled else tolerance_of(dtype) / 5
 

@@ -118,8 +118,7 @@ def _compile(way: WholeWay, calls: Sequence[Given]) -> None:
         else:
             way.require_same(stitched, given, way.own_result(given), compiled=True)
         # Another trace may be for full windows, or for the one token that a decoder beside an
-        # encoder
-        # begins with: the third call tells.
+        # encoder begins with: the third call tells.
         enough = len(_SIZES) if way.habits.counts or way.habits.is_pair else 2
         if seen[kind] == enough and len(stitched.traces) == enough:
             if not way.habits.makes_cache or (kind.cache is not None and kind.cache.is_filled):
