@@ -313,6 +313,7 @@ UNDER_TORCH_FUNC: dict[str, Callable[..., torch.Tensor]] = {
 }
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("way", UNDER_TORCH_FUNC)
 def test_blocks_that_are_called_inside_torch_func_are_not_cut_at(way: str) -> None:
     """Values there have no memory of their own to compare."""

@@ -91,7 +91,7 @@ def cut_in_two(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 MODELS = (reshaped_around, reshaped_before, half, third, root, nonzero, counted, cut_in_two)
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", ["auto", "backed"])
 @pytest.mark.parametrize("model", MODELS)
