@@ -8,7 +8,7 @@ import hashlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import Literal, Protocol, assert_never
+from typing import Literal, Protocol
 
 import torch
 import torch.fx
@@ -118,7 +118,10 @@ class Compilation:
         split_gm, items = self._split(ops)
         names = [i.submod_name for i in items if not i.is_splitting_graph]
         structures = {} if tried is None else tried.before(split_gm, names)
-        self._show_split(split_gm, items)
+        trace.artifact("config", lambda: config_text(self.config))
+        trace.artifact("split_graph", lambda: split_gm.print_readable(print_output=False))
+        self.dump.split(split_gm, items)
+        counters.num_piecewise_graphs_seen += len(items)
         if self.config.cudagraph_mode is not CUDAGraphMode.NONE:
             refuse_mutations(mutations_in(split_gm, names, bound or held_by_source(graph)))
         with timed(self.phases, "compile"):
@@ -158,12 +161,6 @@ class Compilation:
             ", ".join(map(_op_name, ops)) or "nothing",
         )
         return split_gm, items
-
-    def _show_split(self, split_gm: torch.fx.GraphModule, items: Sequence[SplitItem]) -> None:
-        trace.artifact("config", lambda: config_text(self.config))
-        trace.artifact("split_graph", lambda: split_gm.print_readable(print_output=False))
-        self.dump.split(split_gm, items)
-        counters.num_piecewise_graphs_seen += len(items)
 
     def _compile(
         self,
@@ -239,15 +236,10 @@ class Compilation:
         if self.batch.symbol is None:
             return self._own_size()
         low, high = _bounds_of(self.graph, self.batch)
-        match which:
-            case Trace.ONLY:
-                pass
-            case Trace.FIRST:  # smaller batches than two may be another's
-                table = table.within(min(low or 0, 2), None)
-            case Trace.ANOTHER:
-                table = table.within(low, high)
-            case _:
-                assert_never(which)
+        if which is Trace.FIRST:  # smaller batches than two may be another's
+            table = table.within(min(low or 0, 2), None)
+        elif which is Trace.ANOTHER:
+            table = table.within(low, high)
         table.require_reachable(low, high)
         return table
 

@@ -39,16 +39,16 @@ class PieceCache:
     code and made known again when it is loaded, so that the checks of a call are the same whether a piece was compiled or loaded.
 
     Args:
-        entry: where texts are kept, and bytes; None keeps nothing.
-        pieces: where bytes are kept, if elsewhere: a piece is found by its content, so all ranks share them, and one compiles what the others wait for.
+        entry: where texts are kept; None keeps nothing.
+        pieces: where bytes are kept: a piece is found by its content, so all ranks share them, and one
+            compiles what the others wait for.
         sizes: the environment of the trace's symbols; None for a trace that has none.
     """
 
     def __init__(
         self, entry: CacheEntry | None, sizes: object = None, pieces: CacheEntry | None = None
     ) -> None:
-        self.entry = entry
-        self._pieces = pieces or entry
+        self.entry, self._pieces = entry, pieces
         self._sizes = sizes
         self._known = torch_compat.known_sizes(sizes)
         self._facts = torch_compat.sizes_text(sizes)
@@ -66,8 +66,7 @@ class PieceCache:
         """The compiled form of a piece, and whether it came from the cache.
 
         Args:
-            graph: the piece.
-            structure: its canonical form.
+            graph, structure: the piece, and its canonical form.
             compile_range: the batch sizes that it serves.
             compile_piece: compiles it.
             to_bytes: what to keep of the compiled form; None if it can't be kept.
@@ -97,7 +96,10 @@ class PieceCache:
 
         def compile_to_bytes() -> bytes:
             fresh.append(compile_piece())
-            data, learned = to_bytes(fresh[0]), self._learned()
+            data = to_bytes(fresh[0])
+            learned = torch_compat.learned_since(self._sizes, self._known)
+            if learned is None:
+                self._not_kept("compiling it added a condition on a size that the data decides")
             if data is None or learned is None:
                 raise _NotKept
             return json.dumps(learned).encode("ascii") + b"\n" + data
@@ -121,13 +123,6 @@ class PieceCache:
             raise _OtherSizes
         counters.num_compiled_artifacts_loaded += 1
         return loaded, True
-
-    def _learned(self) -> tuple[str, ...] | None:
-        """What compiling found out about sizes since the cache was opened; None if it can't be kept."""
-        learned = torch_compat.learned_since(self._sizes, self._known)
-        if learned is None:
-            self._not_kept("compiling it added a condition on a size that the data decides")
-        return learned
 
     def _not_kept(self, reason: str) -> None:
         """Say once why a piece is compiled anew by each process."""
@@ -157,7 +152,7 @@ class PieceCache:
     def write_texts(
         self, graph: torch.fx.GraphModule, pieces: Mapping[str, Structure], code: str
     ) -> None:
-        """Keep the split graph, with each different piece once, and the stitching source beside the artifacts, for people to read."""
+        """Keep the split graph, with each different piece once, and the stitching source, for people to read."""
         if self.entry is not None:
             readable = "\n\n".join([graph.code, *_different(graph, pieces)])
             self.entry.write_texts({"computation_graph.py": readable, "stitched.py": code})
@@ -194,7 +189,6 @@ def open_piece_cache(
     *,
     tag: str = "backbone",
     runtime_config: RuntimeConfig | None = None,
-    disabled: bool = False,
 ) -> PieceCache:
     """Open the cache entry for one captured graph.
 
@@ -209,30 +203,29 @@ def open_piece_cache(
     Raises:
         CacheError: the cache directory is not safe to use, or the key that signs it can't be read.
     """
-    if disabled or cache_disabled():
+    if cache_disabled():
         return PieceCache(None)
     try:
         limits = {} if runtime_config is None else factors_of(runtime_config)
-        config_factors = {
-            **config.hash_factors(),
-            "compiler": compiler_hash(),
-            **{f"runtime.{name}": text for name, text in limits.items()},
-        }
         factors = KeyFactors(
             {
                 **surroundings(graph, settings=settings_factors()),
-                "config": config_factors,
+                "config": {
+                    **config.hash_factors(),
+                    "compiler": compiler_hash(),
+                    **{f"runtime.{name}": text for name, text in limits.items()},
+                },
                 "sources": source_factors(traced_files(graph)),
             }
         )
     except (CacheError, Unidentifiable) as error:
         _log.warning("compile cache: %s; this model is compiled without it", error)
         return PieceCache(None)
-    runtime, key = runtime_config or RuntimeConfig(), signing_key()
-    ranks = (runtime.rank, runtime.dp_rank)
-    entry = open_entry(config.cache_dir, factors, *ranks, tag, hmac_key=key)
-    pieces = None
-    if ranks != (0, 0):
-        pieces = open_entry(config.cache_dir, factors, 0, 0, tag, hmac_key=key)
+    runtime = runtime_config or RuntimeConfig()
+    place = {"root": config.cache_dir, "tag": tag, "hmac_key": signing_key()}
+    entry = open_entry(factors=factors, rank=runtime.rank, dp_rank=runtime.dp_rank, **place)
+    pieces = (
+        entry if entry.identity.parts[1] == "rank_0_0" else open_entry(factors=factors, **place)
+    )
     sizes = torch_compat.shape_env_of((*inputs, *(value_of(node) for node in graph.graph.nodes)))
     return PieceCache(entry, sizes, pieces)

@@ -67,15 +67,13 @@ class CompilerManager:
     config: CompilationConfig
     seconds: float = 0.0
     progress: CompileProgress | None = field(default_factory=current_progress)
+    cache: PieceCache | None = None
     _ahead: dict[tuple[str, Range | None], RangeEntry] = field(default_factory=dict)
     _elsewhere: dict[tuple[str, Range | None], JobResult] = field(default_factory=dict)
     # With their graphs: no object that a key tells apart by its address may go away.
     _done: dict[tuple[object, ...], tuple[CompiledPiece, torch.fx.GraphModule]] = field(
         default_factory=dict
     )
-
-    def __post_init__(self) -> None:
-        self.cache: PieceCache | None = None
 
     @cached_property
     def compiler(self) -> CompilerInterface:
@@ -91,14 +89,10 @@ class CompilerManager:
         graph: torch.fx.GraphModule,
         inputs: Iterable[object],
         *,
-        disable_cache: bool = False,
         tag: str = "backbone",
         runtime_config: RuntimeConfig | None = None,
     ) -> None:
         """Open the on-disk cache for a captured graph, if the compiler's results can be kept.
-
-        Args:
-            runtime_config: the program's limits; its ranks are part of the path.
 
         Raises:
             CacheError: the cache directory is not safe to use.
@@ -111,7 +105,6 @@ class CompilerManager:
                 inputs,
                 tag=tag,
                 runtime_config=runtime_config,
-                disabled=disable_cache,
             )
 
     @property
@@ -229,25 +222,21 @@ class CompilerManager:
 
         def compile_now() -> CompiledPiece:
             counters.num_backend_compilations += 1
+            start, name = f"{submod_name} for batch {compile_range or 'all'}", submod_name
+            trace.artifact("piece_start", lambda: start)
             trace.artifact(
-                "piece_start", lambda: f"{submod_name} for batch {compile_range or 'all'}"
-            )
-            trace.artifact(
-                file_name(submod_name, compile_range),
-                lambda: graph.print_readable(print_output=False),
+                file_name(name, compile_range), lambda: graph.print_readable(print_output=False)
             )
             piece = self.compiler.compile(graph, example_inputs, self.config, compile_range)
             return self._checked(piece, "compile")
 
+        def load(data: bytes) -> CompiledPiece:
+            return self._checked(self.compiler.from_bytes(data, graph), "from_bytes")
+
         if self.cache is None:
             return compile_now(), False
         return self.cache.get_or_compile(
-            graph,
-            structure,
-            compile_range,
-            compile_now,
-            self.to_bytes,
-            lambda data: self._checked(self.compiler.from_bytes(data, graph), "from_bytes"),
+            graph, structure, compile_range, compile_now, self.to_bytes, load
         )
 
     def _failure(
@@ -293,11 +282,11 @@ def _slot(
 
 def _own_failure(error: BaseException | None) -> PieceCompileError | None:
     """The failure of a pass of ours or the user's, which a compiler may have wrapped in an error of its own."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
+    seen: list[BaseException] = []
+    while error is not None and error not in seen:
         if isinstance(error, PieceCompileError):
             return error
-        seen.add(id(error))
+        seen.append(error)
         error = error.__cause__ or error.__context__
     return None
 

@@ -45,6 +45,15 @@ class Request:
     def name(self) -> str:
         return self.submod_name + ("" if self.compile_range is None else f" {self.compile_range}")
 
+    def compile(self, manager: CompilerManager) -> RangeEntry:
+        return manager.compile(
+            self.graph,
+            self.inputs,
+            self.compile_range,
+            structure=self.structure,
+            submod_name=self.submod_name,
+        )
+
 
 def different_pieces(
     split_gm: torch.fx.GraphModule,
@@ -86,17 +95,18 @@ def compile_ahead(manager: CompilerManager, requests: Sequence[Request]) -> None
         if not manager.is_kept(each.graph, each.structure, each.compile_range)
     ]
     workers = min(manager.config.compile_workers, len(missing) - 1)
-    if why_not(workers):
+    can_fork = "fork" in multiprocessing.get_all_start_methods()
+    if workers < 2 or not can_fork or torch.cuda.is_initialized():
         return
     first, *rest = missing
-    manager.compiled_ahead(first.structure, _compile(manager, first))
+    manager.compiled_ahead(first.structure, first.compile(manager))
     by_name = {each.name: each for each in rest}
 
     def job(request: Request) -> Callable[[], object]:
         def run() -> None:
             manager.progress = None  # in the worker; the terminal is the parent's
             with torch_compat.without_compile_threads():
-                _compile(manager, request)
+                request.compile(manager)
 
         return run
 
@@ -105,27 +115,6 @@ def compile_ahead(manager: CompilerManager, requests: Sequence[Request]) -> None
         manager.compiled_elsewhere(request.structure, request.compile_range, result)
 
     run_in_workers({each.name: job(each) for each in rest}, workers, finished)
-
-
-def _compile(manager: CompilerManager, request: Request) -> RangeEntry:
-    return manager.compile(
-        request.graph,
-        request.inputs,
-        request.compile_range,
-        structure=request.structure,
-        submod_name=request.submod_name,
-    )
-
-
-def why_not(workers: int) -> str:
-    """Why pieces are compiled one after another; "" if they can be compiled at the same time."""
-    if workers < 2:
-        return "one worker"
-    if "fork" not in multiprocessing.get_all_start_methods():
-        return "this system can't fork"
-    if torch.cuda.is_initialized():
-        return "CUDA is in use, and it does not survive a fork"
-    return ""
 
 
 def run_in_workers(

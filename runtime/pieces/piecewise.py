@@ -36,12 +36,8 @@ class PiecewiseBackend:
 
     Args:
         graph: the piece, or None in load mode.
-        config: the resolved configuration.
-        piecewise_compile_index: which of the compiled pieces this is, from 0.
-        total_piecewise_compiles: how many compiled pieces there are.
         sym_shape_indices: which inputs are sizes; the first is the batch size.
         backend: owns the compiler manager and the ranges.
-        returns_tuple: whether the runnable returns a tuple also for a single output.
         compiled_runnables: range → callable, in load mode.
         submod_name: the piece's name in the stitching graph.
         structure: of ``graph``, if it is known.
@@ -64,9 +60,10 @@ class PiecewiseBackend:
         submod_name: str = "",
         structure: Structure | None = None,
     ) -> None:
-        if (graph is None) == (compiled_runnables is None):
+        loads = compiled_runnables is not None
+        if (graph is None) != loads or (backend is None) != loads:
             raise BindError(
-                "a piece takes either a graph to compile or runnables to load, and exactly one of them",
+                "a piece takes either a graph and a backend, or runnables to load",
                 where=submod_name or None,
             )
         self.graph = graph
@@ -79,14 +76,12 @@ class PiecewiseBackend:
         self.structure = structure
         self._manager = None if backend is None else backend.compiler_manager
         self.entries: dict[Range | None, RangeEntry] = {}
-        if graph is not None:
-            if backend is None:
-                raise BindError("compiling a piece needs a backend", where=submod_name or None)
-            if structure is None:
-                self.structure = structure_of(graph, describe_input=input_signature)
-            self.compile_all_ranges(backend)
-        else:
+        if graph is None or backend is None:
             self.load_all_ranges(compiled_runnables or {})
+            return
+        if structure is None:
+            self.structure = structure_of(graph, describe_input=input_signature)
+        self.compile_all_ranges(backend)
 
     def compile_all_ranges(self, backend: PieceCompiler) -> None:
         """Compile the piece once per range; equal pieces share the result."""
@@ -122,18 +117,13 @@ class PiecewiseBackend:
         Raises:
             BindError: the piece was loaded, or its compiler makes nothing that can be kept.
         """
-        if self._manager is None or not self._manager.makes_bytes:
-            raise BindError(
-                (
-                    "a piece that was loaded has no bytes"
-                    if self._manager is None
-                    else f"compiler {self._manager.compiler.name} makes nothing that can be kept"
-                ),
-                where=self.submod_name or None,
-            )
-        kept = {
-            each: self._manager.to_bytes(entry.compiled) for each, entry in self.entries.items()
-        }
+        manager, where = self._manager, self.submod_name or None
+        if manager is None:
+            raise BindError("a piece that was loaded has no bytes", where=where)
+        if not manager.makes_bytes:
+            why = f"compiler {manager.compiler.name} makes nothing that can be kept"
+            raise BindError(why, where=where)
+        kept = {each: manager.to_bytes(entry.compiled) for each, entry in self.entries.items()}
         return {compile_range: data for compile_range, data in kept.items() if data is not None}
 
     @property
@@ -189,7 +179,6 @@ def create_concrete_args(
     """Fake inputs of ``graph`` for one batch size: the batch symbol becomes ``size``, other symbols stay.
 
     Args:
-        size: the batch size.
         batch_symbol: the symbol that it is, such as ``"s0"``; None leaves everything symbolic.
 
     Returns:
@@ -204,7 +193,7 @@ def create_concrete_args(
 
 
 class PiecewiseCompileInterpreter(torch.fx.Interpreter):
-    """Walks a stitching graph with fake values and builds one `PiecewiseBackend` per piece.
+    """Walks a stitching graph with fake values; `run` fills ``backends``: submodule name → piece.
 
     Args:
         module: the stitching graph.
@@ -212,9 +201,6 @@ class PiecewiseCompileInterpreter(torch.fx.Interpreter):
         config: the resolved configuration.
         backend: owns the compiler manager and the ranges.
         structures: of submodules to compile, as far as they are known.
-
-    Attributes:
-        backends: submodule name → backend, filled by `run`.
     """
 
     def __init__(
@@ -242,7 +228,10 @@ class PiecewiseCompileInterpreter(torch.fx.Interpreter):
         submod = self.fetch_attr(name)
         assert isinstance(submod, torch.fx.GraphModule)
         if name in self.compile_submod_names:
-            all_known = not _remember_inputs(submod, args)
+            unknown = False
+            for node, arg in zip(submod.graph.find_nodes(op="placeholder"), args, strict=True):
+                if value_of(node) is None:
+                    node.meta["example_value"], unknown = arg, True
             counters.num_piecewise_capturable_graphs_seen += 1
             self.backends[name] = PiecewiseBackend(
                 submod,
@@ -252,19 +241,10 @@ class PiecewiseCompileInterpreter(torch.fx.Interpreter):
                 [i for i, arg in enumerate(args) if isinstance(arg, torch.SymInt)],
                 self.backend,
                 submod_name=name,
-                structure=self.structures.get(name) if all_known else None,
+                structure=None if unknown else self.structures.get(name),
             )
         known = _recorded_output(submod)
         return submod(*args, **kwargs) if known is _UNKNOWN else known
-
-
-def _remember_inputs(submod: torch.fx.GraphModule, args: Sequence[object]) -> bool:
-    """Give placeholders without a recorded fake value the one that reached them; whether there were such."""
-    found = False
-    for node, arg in zip(submod.graph.find_nodes(op="placeholder"), args, strict=True):
-        if value_of(node) is None:
-            node.meta["example_value"], found = arg, True
-    return found
 
 
 _UNKNOWN = object()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any, Protocol
@@ -19,12 +18,11 @@ from torch._ops import OpOverload
 
 from piecework.codegen import SplitItem
 from piecework.codegen.graph.origin import graph_of, value_of
-from piecework.errors import PieceworkError, RankError
+from piecework.errors import RankError
 from piecework.runtime import torch_compat
 from piecework.runtime.batch.ranges import RangeTable
 from piecework.runtime.config.compilation import RuntimeConfig
 
-_GROUP = "group_name"
 _POLL_SECONDS = 0.5
 
 
@@ -68,7 +66,7 @@ def _collective(node: torch.fx.Node, operator: OpOverload) -> tuple[str, str]:
     """The group of a collective, and what it does there."""
     schema = operator._schema.arguments
     given = {arg.name: value for arg, value in zip(schema, node.args, strict=False)} | node.kwargs
-    group = str(given.pop(_GROUP, ""))
+    group = str(given.pop("group_name", ""))
     return group, f"{operator}({', '.join(_shown(each) for each in given.values())})"
 
 
@@ -94,8 +92,9 @@ def require_agreement(
 ) -> None:
     """Return once all processes that will run ``program`` together have come here with the same.
 
-    Compared are the collectives of each group that the graph names; and, among the ranks that ``runtime`` says one layer is cut over, everything. Each process must come
-    here as often as the others. It waits as long as ``init_process_group(timeout=…)`` says.
+    Compared are the collectives of each group that the graph names; and, among the ranks that ``runtime``
+    says one layer is cut over, everything. Each process must come here as often as the others. It waits as
+    long as ``init_process_group(timeout=…)`` says.
 
     Args:
         before: what else they will do alike, in order.
@@ -105,16 +104,17 @@ def require_agreement(
     """
     rank = torch_compat.own_rank()
     for ranks, rows in _run_together(program, runtime):
-        mine = "\n".join((*before, *rows))
-        theirs = _exchange(rank, ranks, mine)
-        other = next((each for each in ranks if theirs[each] != mine), None)
-        if other is not None:
-            text = theirs[other].split("\n")
-            raise RankError(
-                f"rank {other} would do something else than rank {rank}, and they would wait for each other: {_first_difference(text, mine.split(chr(10)), other, rank)}",
-                where=f"ranks {_listed(ranks)}",
-                hint="compile the same model with the same configuration on each of them",
-            )
+        mine = [*before, *rows]
+        for other, text in _exchange(rank, ranks, "\n".join(mine)).items():
+            steps = list(zip_longest(text.split("\n"), mine, fillvalue="nothing more"))
+            for index, (theirs, ours) in enumerate(steps):
+                if theirs != ours:
+                    raise RankError(
+                        f"rank {other} would do something else than rank {rank}, and they would wait for each other: step "
+                        f"{index} of {len(steps)} is {theirs} on rank {other} and {ours} on rank {rank}",
+                        where=f"ranks {_listed(ranks)}",
+                        hint="compile the same model with the same configuration on each of them",
+                    )
 
 
 def in_common(
@@ -146,75 +146,57 @@ def _run_together(
     if rank is None:
         return
     found = program.together()
-    yield from ((ranks, rows) for ranks, rows in _by_group(found) if rank in ranks)
+    for name, rows in found.collectives:
+        try:
+            ranks = torch_compat.ranks_of_group(name)
+        except (RuntimeError, ValueError) as error:
+            raise RankError(
+                f"there is no process group {name!r}, which the graph's collectives name: {error}",
+                hint="make the groups as they were made when the model was compiled, before it is compiled or loaded",
+            ) from error
+        if rank in ranks:
+            yield ranks, rows
     size = 1 if runtime is None else runtime.tensor_parallel_size
     if size > 1:
         first = rank - rank % size
         yield tuple(range(first, first + size)), found.order
 
 
-def _by_group(found: Together) -> Iterator[tuple[tuple[int, ...], tuple[str, ...]]]:
-    for name, rows in found.collectives:
-        try:
-            yield torch_compat.ranks_of_group(name), rows
-        except (RuntimeError, ValueError) as error:
-            raise RankError(
-                f"there is no process group {name!r}, which the graph's collectives name: {error}",
-                hint="make the groups as they were made when the model was compiled, before it is compiled or loaded",
-            ) from error
-
-
 def _exchange(rank: int | None, ranks: tuple[int, ...], text: str) -> dict[int, str]:
     """What each rank has to say, once all have said it."""
     label = hashlib.sha256(repr(ranks).encode()).hexdigest()[:16]
     store = torch_compat.shared_store()
-    with _as_rank_error(ranks):
+    try:
         turn = store.add(f"{label}/turns of {rank}", 1)  # how often it was here
         place = f"{label}/{turn}"
         store.set(f"{place}/{rank}", text)
-        _wait_for(store, ranks, [f"{place}/{each}" for each in ranks])
-        return {each: store.get(f"{place}/{each}").decode() for each in ranks}
-
-
-def _wait_for(store: Any, ranks: tuple[int, ...], keys: list[str]) -> None:
-    limit = store.timeout.total_seconds()
-    end = time.monotonic() + limit
-    missing = dict(zip(keys, ranks, strict=True))
-    while missing:
-        missing = {key: each for key, each in missing.items() if not store.check([key])}
-        if missing and time.monotonic() > end:
-            raise RankError(
-                f"rank {_listed(missing.values())} did not come to compare what it will run within {limit:g} s",
-                where=f"ranks {_listed(ranks)}",
-                hint="see why it stopped; init_process_group(timeout=…) says how long the others wait",
-            )
-        if missing:
-            time.sleep(min(_POLL_SECONDS, limit / 100))
-
-
-@contextmanager
-def _as_rank_error(ranks: tuple[int, ...]) -> Iterator[None]:
-    try:
-        yield
-    except PieceworkError:
-        raise
+        missing = _missing(store, {f"{place}/{each}": each for each in ranks})
+        if not missing:
+            return {each: store.get(f"{place}/{each}").decode() for each in ranks}
     except RuntimeError as error:  # torch's errors of its stores are
         raise RankError(
             f"the processes lost each other while they compared what they will run: {error}",
             where=f"ranks {_listed(ranks)}",
             hint="another rank stopped: its own error says why",
         ) from error
+    limit = store.timeout.total_seconds()
+    raise RankError(
+        f"rank {_listed(missing)} did not come to compare what it will run within {limit:g} s",
+        where=f"ranks {_listed(ranks)}",
+        hint="see why it stopped; init_process_group(timeout=…) says how long the others wait",
+    )
+
+
+def _missing(store: Any, waiting: dict[str, int]) -> list[int]:
+    """The ranks whose keys are not in the store when the store's own time is over."""
+    limit = store.timeout.total_seconds()
+    end = time.monotonic() + limit
+    while waiting := {key: each for key, each in waiting.items() if not store.check([key])}:
+        if time.monotonic() > end:
+            break
+        time.sleep(min(_POLL_SECONDS, limit / 100))
+    return list(waiting.values())
 
 
 def _listed(ranks: Iterable[int]) -> str:
     return ", ".join(map(str, ranks))
-
-
-def _first_difference(theirs: Sequence[str], mine: Sequence[str], other: int, rank: int) -> str:
-    steps = list(zip_longest(theirs, mine, fillvalue="nothing more"))
-    for index, (left, right) in enumerate(steps):
-        if left != right:
-            return (
-                f"step {index} of {len(steps)} is {left} on rank {other} and {right} on rank {rank}"
-            )
-    return ""

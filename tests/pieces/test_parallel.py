@@ -23,7 +23,6 @@ from piecework.runtime.batch.ranges import Range
 from piecework.runtime.compilers import CompiledPiece
 from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.observe.progress import CompileProgress
-from piecework.runtime.pieces import parallel
 from piecework.runtime.pieces.manager import JobResult
 from piecework.runtime.pieces.parallel import different_pieces, run_in_workers
 
@@ -153,14 +152,15 @@ def test_an_interrupt_leaves_no_worker_behind(tmp_path: Path) -> None:
             os.kill(int(file.name), 0)
 
 
-def test_why_not_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert parallel.why_not(2) == ""
-    assert parallel.why_not(1) == "one worker"
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    assert "CUDA" in parallel.why_not(2)
-
-
 # --- pieces ------------------------------------------------------------------------------------------
+
+
+def test_nothing_is_forked_once_cuda_is_in_use(
+    config: CompilationConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    piecework.compile(Model(), (torch.randn(4, 4),), config=config)
+    assert {pid for pid, _, _ in Logging.lines()} == {str(os.getpid())}
 
 
 def test_each_piece_is_compiled_once_and_all_but_the_first_in_workers(

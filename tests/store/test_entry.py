@@ -87,26 +87,11 @@ def test_what_is_put_is_got_and_equal_bytes_are_kept_once(root: Path) -> None:
     assert entry.get_or_compile("c", must_not_compile) == (b"data", False, True)
 
 
-def test_keys_ranks_and_tags_share_nothing(root: Path) -> None:
-    places = [
-        {"factors": FACTORS},
-        {"factors": OTHER},
-        {"factors": FACTORS, "rank": 1},
-        {"factors": FACTORS, "dp_rank": 1},
-        {"factors": FACTORS, "tag": "draft"},
-    ]
-    for index, place in enumerate(places):
-        assert open_entry(root, **place).put("a", str(index).encode())
-    for index, place in enumerate(places):
-        assert open_entry(root, **place).get("a") == str(index).encode()
-
-
 def test_failed_compile_is_not_saved_and_can_be_tried_again(root: Path) -> None:
     entry = open_entry(root, FACTORS)
     with pytest.raises(ZeroDivisionError):
         entry.get_or_compile("a", lambda: bytes(1 // 0))
-    assert entry.get("a") is None
-    assert entry.get_or_compile("a", lambda: b"data").saved
+    assert entry.get_or_compile("a", lambda: b"data") == (b"data", True, True)
 
 
 def test_threads_compile_once(root: Path) -> None:

@@ -66,18 +66,6 @@ def test_read_only_mount_is_used_without_saving(tmp_path: Path) -> None:
     assert "read-only" in warning
 
 
-def test_damage_on_a_read_only_mount_is_ignored(tmp_path: Path) -> None:
-    root = tmp_path / "cache"
-    assert run_child("use", root, COUNT)["right"] is True
-    for path in root.rglob("*.bin"):
-        path.write_bytes(path.read_bytes()[:-1] + b"!")
-    script = f"mount --bind {root} {root} && mount -o remount,ro,bind {root}"
-    outcome = run_mounted(script, "use", root, COUNT)
-    assert outcome["right"] is True
-    assert outcome["compiled"] == [True] * COUNT
-    assert len(outcome["warnings"]) == 2  # type: ignore[arg-type]  # damaged, and read-only
-
-
 @pytest.fixture
 def open_directory() -> Iterator[Path]:
     """A directory that every user can reach, unlike pytest's own."""
@@ -218,12 +206,11 @@ def test_link_out_of_the_tree_is_refused(tmp_path: Path, depth: int) -> None:
     assert sorted(path.relative_to(outside) for path in outside.rglob("*")) == before
 
 
-@pytest.mark.parametrize("name", [".locks", ".quarantine"])
-def test_own_directories_may_not_be_links(tmp_path: Path, name: str) -> None:
+def test_own_directories_may_not_be_links(tmp_path: Path) -> None:
     root, outside = tmp_path / "cache", tmp_path / "outside"
     root.mkdir(0o700)
     outside.mkdir()
-    (root / name).symlink_to(outside)
+    (root / ".locks").symlink_to(outside)
     with pytest.raises(CacheError, match="a link stands"):
         open_entry(root, FACTORS)
     assert list(outside.iterdir()) == []
@@ -248,7 +235,6 @@ def test_root_may_be_our_own_link(tmp_path: Path) -> None:
     link.symlink_to(real)
     real.mkdir(0o700)
     assert open_entry(link, FACTORS).put("a", b"data")
-    assert open_entry(real, FACTORS).get("a") == b"data"
     real.chmod(0o777)
     with pytest.raises(CacheError, match="others can write"):
         open_entry(link, FACTORS)
