@@ -12,7 +12,7 @@ from piecework.runtime.graphs.memory.addresses import Placement, ValueOrigin
 from piecework.runtime.graphs.memory.owner import StaticGraphs
 from piecework.runtime.graphs.plan.batch_shape import BatchShape, StagedInput
 from piecework.runtime.graphs.plan.options import CaptureOptions
-from piecework.runtime.graphs.stage.inputs import InputSpec, StaticInputs, require_in_place
+from piecework.runtime.graphs.stage.inputs import InputSpec, StaticInputs
 
 Tensors = Sequence[torch.Tensor]
 
@@ -40,65 +40,47 @@ class CapturedInputs:
             raise BindError(f"no padded input {unknown!r}", where="pads", hint=hint)
         self._staged, self._copies = shape.staged, copies
         self._suffix = "".join(f" at {label}={value}" for label, value in others.items())
-        self._numbers = [n for n, each in enumerate(shape.staged) if each.dim is not None]
+        examples = {each.name: _example(each, others) for each in shape.staged}
+        fixed = [each.name for each in shape.staged if each.dim is None]
+        self._kept = options.static
+        for name, tensor in self._kept.items():
+            _require_fit(name, tensor, {each: examples[each] for each in fixed})
         self._static = StaticInputs.allocate(
-            {each.name: _example(each, others) for each in shape.dynamic},
+            {**examples, **self._kept},
             maximum,
             [
-                InputSpec(each.name, each.dim or 0, options.pads.get(each.name, 0), each.written)
-                for each in shape.dynamic
+                InputSpec(
+                    each.name,
+                    each.dim,
+                    options.pads.get(each.name, 0),
+                    each.written,
+                    in_place=each.name in self._kept or not copies,
+                )
+                for each in shape.staged
             ],
             poison=options.poison,
-            copies=copies,
             keeps_tails=copies,
         )
-        self._fixed = {
-            n: _example(each, others) for n, each in enumerate(shape.staged) if each.dim is None
-        }
-        self._kept = self._kept_among(options.static)
-        self._fixed |= self._kept
         self._written = [n for n, each in enumerate(shape.staged) if each.written]
-
-    def _kept_among(self, static: Mapping[str, torch.Tensor]) -> dict[int, torch.Tensor]:
-        """The tensors of ``static`` by their argument's number."""
-        numbers = {self._staged[n].name: n for n in self._fixed}
-        found = {}
-        for name, tensor in static.items():
-            if name not in numbers:
-                hint = f"arguments without the batch size: {', '.join(numbers) or 'none'}"
-                raise BindError(
-                    f"no argument {name!r} that keeps its memory", where="static", hint=hint
-                )
-            wanted = self._fixed[numbers[name]]
-            here, there = Placement.of(tensor), Placement.of(wanted)
-            if not there.same_layout(here) or wanted.device != tensor.device:
-                raise BindError(
-                    f"{name} is {here.describe()} on {tensor.device}, and was traced as "
-                    f"{there.describe()} on {wanted.device}",
-                    where="static",
-                    hint="pass one that lies in memory as the example's argument does",
-                )
-            found[numbers[name]] = tensor
-        return found
 
     def register(self, graphs: StaticGraphs) -> None:
         """Vouch for the buffers, and for what the caller keeps."""
-        self._static.register(graphs.addresses)
-        for number, buffer in self._fixed.items():
+        for each, buffer in zip(self._staged, self._static.buffers, strict=True):
             # What the caller keeps is the caller's: dummy runs put back what they write there.
-            kind = ValueOrigin.OUT_BUFFER if number in self._kept else ValueOrigin.PERSISTENT
-            name = self._staged[number].name + self._suffix
+            kept = each.name in self._kept
+            kind = ValueOrigin.OUT_BUFFER if kept else ValueOrigin.PERSISTENT
+            name = each.name + (self._suffix if each.dim is None else "")
             graphs.addresses.register_persistent(name, buffer, kind)
 
     @property
     def written_outside(self) -> list[torch.Tensor]:
         """What the graph writes to of the caller's own."""
-        return [self._kept[n] for n in self._written if n in self._kept]
+        names = (self._staged[n].name for n in self._written)
+        return [self._kept[name] for name in names if name in self._kept]
 
     def views(self, padded: int) -> tuple[torch.Tensor, ...]:
         """The static tensors of graphs captured for ``padded``, ordered as ``shape.staged``."""
-        held = {**dict(zip(self._numbers, self._static.views(padded), strict=True)), **self._fixed}
-        return tuple(held[n] for n in range(len(self._staged)))
+        return self._static.views(padded)
 
     def by_name(self, padded: int) -> dict[str, torch.Tensor]:
         """The same static tensors by their parameter's name, for a caller who writes to them."""
@@ -109,23 +91,9 @@ class CapturedInputs:
     def stager(self, padded: int) -> Callable[[Tensors], object]:
         """What copies the tensors of a call that was checked into the buffers, padded."""
         stage = self._static.stage_alike
-        first = self._numbers[0]
-        dim = self._staged[first].dim
-        if not self._fixed:
-            return lambda inputs: stage(inputs, padded, inputs[first].shape[dim])  # type: ignore[index]
-        dynamic, fixed = self._numbers, tuple(self._fixed.items())
-        names = [each.name for each in self._staged]
-        copied = set(self._fixed) - set(self._kept) if self._copies else set()
-
-        def stage_all(inputs: Tensors) -> None:
-            stage([inputs[n] for n in dynamic], padded, inputs[first].shape[dim])  # type: ignore[index]
-            for number, buffer in fixed:
-                if number in copied:
-                    buffer.copy_(inputs[number], non_blocking=True)
-                else:
-                    require_in_place(names[number], inputs[number], buffer)
-
-        return stage_all
+        pairs = enumerate(each.dim for each in self._staged)
+        first, dim = next((n, dim) for n, dim in pairs if dim is not None)
+        return lambda inputs: stage(inputs, padded, inputs[first].shape[dim])
 
     def stage_once(self, padded: int) -> None:
         """Stage what lies there, a row short if there are several, so that kernels are loaded."""
@@ -133,7 +101,7 @@ class CapturedInputs:
         for number, view in enumerate(self.views(padded)):
             dim = self._staged[number].dim
             rows = view if dim is None else view.narrow(dim, 0, max(1, padded - 1))
-            in_place = number in self._kept or not self._copies
+            in_place = self._staged[number].name in self._kept or not self._copies
             given.append(rows if in_place else rows.clone())
         self.stager(padded)(given)
 
@@ -142,7 +110,8 @@ class CapturedInputs:
         if not (self._written and self._copies):
             return None
         views = self.views(padded)
-        back = [(n, views[n], self._staged[n].dim) for n in self._written if n not in self._kept]
+        own = [n for n in self._written if self._staged[n].name not in self._kept]
+        back = [(n, views[n], self._staged[n].dim) for n in own]
 
         def bring_back(inputs: Tensors, count: int) -> None:
             for number, static, dim in back:
@@ -159,6 +128,21 @@ class CapturedInputs:
             for n in self._written
             for number, span in enumerate(spans)
             if number != n
+        )
+
+
+def _require_fit(name: str, tensor: torch.Tensor, fixed: Mapping[str, torch.Tensor]) -> None:
+    """Refuse a tensor to be kept that is no such argument, or lies in memory otherwise."""
+    if name not in fixed:
+        hint = f"arguments without the batch size: {', '.join(fixed) or 'none'}"
+        raise BindError(f"no argument {name!r} that keeps its memory", where="static", hint=hint)
+    here, there = Placement.of(tensor), Placement.of(fixed[name])
+    if not there.same_layout(here) or fixed[name].device != tensor.device:
+        raise BindError(
+            f"{name} is {here.describe()} on {tensor.device}, and was traced as "
+            f"{there.describe()} on {fixed[name].device}",
+            where="static",
+            hint="pass one that lies in memory as the example's argument does",
         )
 
 

@@ -50,7 +50,6 @@ class DryWrites:
         # The marks keep the numbers from being given to other memory, and no memory alive.
         self._born: dict[int, object] = {}
         self._learned: dict[Placed, torch.Tensor] = {}
-        self.seen: dict[str, str] = {}
 
     def forget(self) -> None:
         """Let go of the memory that was written; dummy runs are over."""
@@ -109,9 +108,8 @@ class DryWrites:
         if not self._active:
             return
         for each in torch_compat.written_operands(op, args, kwargs):
-            if self._is_others(each) and self._keep(each):
-                kind = str(each.dtype).removeprefix("torch.")
-                self.seen.setdefault(str(op), f"{kind}{list(each.shape)}")
+            if self._is_others(each):
+                self._keep(each)
 
     def _is_others(self, tensor: torch.Tensor) -> bool:
         """Whether somebody may read what ``tensor`` holds after this run."""
@@ -121,13 +119,11 @@ class DryWrites:
             and not self._is_own(tensor)
         )
 
-    def _keep(self, tensor: torch.Tensor) -> bool:
+    def _keep(self, tensor: torch.Tensor) -> None:
         placed = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-        if placed in self._kept:
-            return False
-        self._kept[placed] = (tensor, tensor.clone())
-        self._learned.setdefault(placed, tensor)
-        return True
+        if placed not in self._kept:
+            self._kept[placed] = (tensor, tensor.clone())
+            self._learned.setdefault(placed, tensor)
 
     def _after(self, op: torch._ops.OpOverload, args: tuple[object, ...], result: object) -> None:
         """What torch's own operators make new in this run is nobody's."""

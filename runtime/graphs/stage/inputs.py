@@ -28,15 +28,17 @@ class InputSpec:
 
     Attributes:
         name: for errors, and in the address book.
-        dim: its dynamic dimension; may be negative.
+        dim: its dynamic dimension; may be negative; None where it has none.
         pad: what fills the tail.
         written: what reads the buffer writes to it too, so that its tail is filled each time.
+        in_place: it lies in the buffer already, and nothing is copied.
     """
 
     name: str
-    dim: int = 0
+    dim: int | None = 0
     pad: Number = 0
     written: bool = False
+    in_place: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +51,7 @@ class Slot:
 
     spec: InputSpec
     buffer: torch.Tensor
-    dim: int
+    dim: int | None
     pad: Number
 
     @classmethod
@@ -77,7 +79,7 @@ class Slot:
 
     @property
     def maximum(self) -> int:
-        return self.buffer.shape[self.dim]
+        return self.buffer.shape[self.dim]  # type: ignore[index]
 
     @property
     def outer(self) -> int:
@@ -85,10 +87,12 @@ class Slot:
 
     @property
     def inner(self) -> int:
-        return math.prod(self.buffer.shape[self.dim + 1 :])
+        return math.prod(self.buffer.shape[self.dim + 1 :])  # type: ignore[operator]
 
     def view(self, padded: int) -> torch.Tensor:
         """The static tensor that a graph captured for ``padded`` reads."""
+        if self.dim is None:
+            return self.buffer
         if padded > self.maximum:
             raise InputError(
                 f"can't be padded to {padded}; its buffer holds {self.maximum} in dimension {self.dim}",
@@ -104,14 +108,15 @@ class Slot:
             found = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
             raise InputError(f"is {found}, its buffer {self.buffer.dtype}", where=where)
         fixed = list(tensor.shape)
-        fixed[self.dim : self.dim + 1] = [self.maximum] if self.dim < tensor.dim() else []
+        if self.dim is not None:
+            fixed[self.dim : self.dim + 1] = [self.maximum] if self.dim < tensor.dim() else []
         if tensor.dim() != self.buffer.dim() or fixed != list(self.buffer.shape):
             raise InputError(
                 f"has shape {list(tensor.shape)}, which does not fit its buffer "
                 f"{list(self.buffer.shape)} (dimension {self.dim} may be smaller)",
                 where=where,
             )
-        count = tensor.shape[self.dim]
+        count = padded if self.dim is None else tensor.shape[self.dim]
         if count > padded:
             raise InputError(
                 f"has size {count} in dimension {self.dim}, more than the {padded} it is staged "
@@ -121,8 +126,10 @@ class Slot:
             )
 
 
-def dimension_of(spec: InputSpec, tensor: torch.Tensor) -> int:
+def dimension_of(spec: InputSpec, tensor: torch.Tensor) -> int | None:
     """The dynamic dimension of an input, counted from the front."""
+    if spec.dim is None:
+        return None
     if not -tensor.dim() <= spec.dim < tensor.dim():
         raise ConfigError(
             f"dimension {spec.dim} of a tensor with {tensor.dim()} dimensions",
@@ -145,7 +152,8 @@ class _Plan:
     count: int | None
     padded: int
     static: tuple[torch.Tensor, ...]
-    heads: tuple[torch.Tensor, ...]
+    heads: tuple[tuple[int, torch.Tensor], ...]
+    in_place: tuple[tuple[int, torch.Tensor], ...]
     groups: tuple[tuple[tuple[int, ...], list[torch.Tensor]], ...]
     tails: tuple[_Fill, ...]
     kept_tails: tuple[_Fill, ...]
@@ -163,7 +171,6 @@ class StaticInputs:
             one by one; "triton" copies and pads everything in one launch of our own, which costs
             the host more than several copies. "auto" is "grouped".
         poison: pad floating inputs with NaN, to find out what reads beyond the batch (debugging).
-        copies: copy what is staged; else it must lie in the buffers already.
         keeps_tails: nobody but ``stage`` writes to the buffers, so what was padded stays so, and
             only rows that hold a batch's values are padded again, but for inputs that are written.
 
@@ -177,7 +184,6 @@ class StaticInputs:
     buffers: Sequence[torch.Tensor]
     kernel: Kernel = "auto"
     poison: bool = False
-    copies: bool = True
     keeps_tails: bool = False
     _slots: tuple[Slot, ...] = field(init=False)
     _plans: dict[tuple[int, tuple[int, ...]], _Plan] = field(init=False, default_factory=dict)
@@ -209,13 +215,13 @@ class StaticInputs:
         device: torch.device | str | None = None,
         kernel: Kernel = "auto",
         poison: bool = False,
-        copies: bool = True,
         keeps_tails: bool = False,
     ) -> StaticInputs:
         """Buffers shaped like ``examples``, with ``maximum`` in each dynamic dimension.
 
         Of the examples dtype, device and other dimensions are read; ``specs`` say the dynamic dimension
-        and the padding by name, 0 and 0 where they don't.
+        and the padding by name, 0 and 0 where they don't. Without a dynamic dimension the example
+        is the buffer.
         """
         declared = {spec.name: spec for spec in specs or ()}
         unknown = sorted(set(declared) - set(examples))
@@ -228,8 +234,11 @@ class StaticInputs:
         chosen = [declared.get(name, InputSpec(name)) for name in examples]
         buffers = []
         for spec, example in zip(chosen, examples.values(), strict=True):
-            shape = list(example.shape)
-            shape[dimension_of(spec, example)] = maximum
+            dim, shape = dimension_of(spec, example), list(example.shape)
+            if dim is None:
+                buffers.append(example)
+                continue
+            shape[dim] = maximum
             try:
                 with torch.inference_mode(False):
                     where = example.device if device is None else device
@@ -240,7 +249,7 @@ class StaticInputs:
                     where=f"input {spec.name}",
                     hint="capture smaller sizes",
                 ) from error
-        return cls(chosen, buffers, kernel, poison, copies, keeps_tails)
+        return cls(chosen, buffers, kernel, poison, keeps_tails)
 
     def register(self, book: AddressBook) -> None:
         """Vouch for the buffers, so that captured pieces may read them in place."""
@@ -300,15 +309,14 @@ class StaticInputs:
         return self._run(plan, tensors)
 
     def _run(self, plan: _Plan, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        if not self.copies:
-            for slot, head, tensor in zip(self._slots, plan.heads, tensors, strict=True):
-                require_in_place(slot.spec.name, tensor, head)
-        elif self._launcher is not None and self._launcher.fits(tensors, plan.counts):
+        for number, head in plan.in_place:
+            _require_in_place(self._slots[number].spec.name, tensors[number], head)
+        if self._launcher is not None and self._launcher.fits(tensors, plan.counts):
             self._launcher.launch(tensors, plan.counts[0], plan.padded)
             return plan.static
         elif self.kernel == "reference":
-            for head, tensor in zip(plan.heads, tensors, strict=True):
-                head.copy_(tensor, non_blocking=not plan.waits)
+            for number, head in plan.heads:
+                head.copy_(tensors[number], non_blocking=not plan.waits)
         else:
             for positions, heads in plan.groups:
                 if len(positions) == 1:
@@ -347,7 +355,8 @@ class StaticInputs:
         pairs = list(zip(self._slots, tensors, strict=True))
         for slot, tensor in pairs:
             slot.check(tensor, padded)
-        plan = self._plan(padded, tuple(tensor.shape[slot.dim] for slot, tensor in pairs))
+        counts = (padded if slot.dim is None else tensor.shape[slot.dim] for slot, tensor in pairs)
+        plan = self._plan(padded, tuple(counts))
         waits = any(tensor.device != slot.buffer.device for slot, tensor in pairs)
         return replace(plan, waits=True) if waits else plan
 
@@ -367,27 +376,32 @@ class StaticInputs:
             static = tuple(slot.view(padded) for slot in self._slots)
         else:
             static = self._plan(padded, full).static
-        heads: list[torch.Tensor] = []
+        heads: dict[int, torch.Tensor] = {}
         groups: dict[tuple[object, ...], list[int]] = {}
         tails: list[_Fill] = []
         kept: list[_Fill] = []
-        count = counts[0] if len(set(counts)) == 1 else None
+        sizes = {n for slot, n in zip(self._slots, counts, strict=True) if slot.dim is not None}
+        count = sizes.pop() if len(sizes) == 1 else None
         for number, (slot, view, own) in enumerate(zip(self._slots, static, counts, strict=True)):
-            heads.append(view.narrow(slot.dim, 0, own))
-            alone = () if view.dtype in torch_compat.COPIED_TOGETHER else (number,)
-            groups.setdefault((view.dtype, view.device, *alone), []).append(number)
-            # Only where nothing lies before the dynamic dimension is a row at one place.
-            keeps = self.keeps_tails and count is not None and slot.outer == 1
-            if padded > own:
+            heads[number] = view if slot.dim is None else view.narrow(slot.dim, 0, own)
+            if not slot.spec.in_place:
+                alone = () if view.dtype in torch_compat.COPIED_TOGETHER else (number,)
+                groups.setdefault((view.dtype, view.device, *alone), []).append(number)
+            if slot.dim is not None and padded > own:
+                # Only where nothing lies before the dynamic dimension is a row at one place.
+                keeps = self.keeps_tails and count is not None and slot.outer == 1
                 rest = view.narrow(slot.dim, own, padded - own)
                 (kept if keeps and not slot.spec.written else tails).append((rest, slot.pad))
         together = tuple((tuple(ns), [heads[n] for n in ns]) for ns in groups.values())
-        return _Plan(
-            counts, count, padded, static, tuple(heads), together, tuple(tails), tuple(kept)
-        )
+        both: tuple[list[tuple[int, torch.Tensor]], ...] = ([], [])
+        for number, head in heads.items():
+            both[self._slots[number].spec.in_place].append((number, head))
+        copied, in_place = map(tuple, both)
+        fills = (tuple(tails), tuple(kept))
+        return _Plan(counts, count, padded, static, copied, in_place, together, *fills)
 
 
-def require_in_place(name: str, tensor: torch.Tensor, static: torch.Tensor) -> None:
+def _require_in_place(name: str, tensor: torch.Tensor, static: torch.Tensor) -> None:
     """Refuse an input that is not ``static``, where nothing is copied."""
     if tensor.data_ptr() != static.data_ptr() or tensor.stride() != static.stride():
         raise InputError(

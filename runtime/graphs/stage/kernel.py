@@ -62,7 +62,10 @@ class OneLaunch:
 
     def __init__(self, slots: tuple[Slot, ...]) -> None:
         self._slots = slots
-        self._able = all(slot.buffer.element_size() in _WORDS for slot in slots)
+        self._able = all(
+            slot.buffer.element_size() in _WORDS and slot.dim is not None and not slot.spec.in_place
+            for slot in slots
+        )
         firsts = range(0, len(slots), SLOTS) if self._able else ()
         self._groups = [(n, [_Words(slot) for slot in slots[n : n + SLOTS]]) for n in firsts]
 
