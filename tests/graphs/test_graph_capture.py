@@ -5,107 +5,23 @@ from __future__ import annotations
 import gc
 import io
 import weakref
-from types import SimpleNamespace
 
 import pytest
-import torch
+from hand_captured import HandCaptured
 from rich.console import Console
 
 from piecework.errors import StaticGraphError
 from piecework.runtime.batch.descriptor import BatchDescriptor
-from piecework.runtime.batch.dispatcher import CudagraphDispatcher
-from piecework.runtime.batch.forward_context import get_forward_context, set_forward_context
 from piecework.runtime.batch.mode import CUDAGraphMode
-from piecework.runtime.graphs.memory.owner import StaticGraphs
-from piecework.runtime.graphs.memory.wrapper import CUDAGraphWrapper, wrap_with_cudagraph_if_needed
 from piecework.runtime.graphs.plan.estimate import (
     MemoryModel,
     cost_of,
     estimate_memory,
 )
-from piecework.runtime.graphs.plan.phase import CaptureProgress, capture_graphs
+from piecework.runtime.graphs.plan.phase import CaptureProgress
 
 NONE, PIECEWISE, FULL = CUDAGraphMode.NONE, CUDAGraphMode.PIECEWISE, CUDAGraphMode.FULL
 BOTH = CUDAGraphMode.FULL_AND_PIECEWISE
-
-
-class Model:
-    """Three pieces around two splitting ops that return fresh tensors; serves batches of up to ``largest`` rows."""
-
-    def __init__(self, mode=BOTH, sizes=(1, 2, 4, 8), policy="copy", warmups=0, hidden=16):
-        torch.manual_seed(0)
-        self.largest = max(sizes)
-        self.graphs = StaticGraphs("cpu", address_policy=policy)
-        self.dispatcher = CudagraphDispatcher(mode, sizes, max_num_seqs=self.largest)
-        self.weights = {f"w{i}": torch.randn(hidden, hidden) / hidden**0.5 for i in range(3)}
-        self.graphs.addresses.register_weights(self.weights)
-        self.x = torch.zeros(self.largest, hidden)
-        self.graphs.addresses.register_persistent("x", self.x)
-        config = SimpleNamespace(cudagraph_mode=mode, cudagraph_num_of_warmups=warmups)
-        self.runs = []
-        self.pieces = [
-            wrap_with_cudagraph_if_needed(
-                self.piece, config, i == 0, i == 2, graphs=self.graphs, name=f"submod_{2 * i}"
-            )
-            for i in range(3)
-        ]
-        self.full = CUDAGraphWrapper(self.stitched, config, FULL, graphs=self.graphs)
-        self.kept = []
-
-    @staticmethod
-    def piece(x, w):
-        return torch.tanh(x @ w) + x
-
-    def attention(self, x):
-        self.kept = [*self.kept[-8:], x.flip(-1) * 0.5]
-        return self.kept[-1]
-
-    def stitched(self, x):
-        for i, piece in enumerate(self.pieces):
-            x = piece(x, self.weights[f"w{i}"])
-            if i < 2:
-                x = self.attention(x)
-        return x
-
-    def dummy(self, descriptor):
-        context = get_forward_context()
-        self.runs.append((context.cudagraph_runtime_mode, descriptor.num_tokens))
-        return self.full(self.x[: descriptor.num_tokens])
-
-    def eager(self, x):
-        for i in range(3):
-            x = self.piece(x, self.weights[f"w{i}"])
-            if i < 2:
-                x = x.flip(-1) * 0.5
-        return x
-
-    def serve(self, rows, uniform=False):
-        n = rows.shape[0]
-        mode, descriptor = self.dispatcher.dispatch(n, uniform)
-        if n > self.largest:
-            return mode, self.stitched(rows)
-        self.x[:n].copy_(rows)
-        # Whatever is beyond the batch must not reach it.
-        self.x[n:].fill_(float("nan"))
-        with set_forward_context(cudagraph_runtime_mode=mode, batch_descriptor=descriptor):
-            return mode, self.full(self.x[: descriptor.num_tokens])[:n].clone()
-
-    def capture(self, **options):
-        options.setdefault("dispatcher", self.dispatcher)
-        return capture_graphs(
-            self.dummy, self.dispatcher.get_capture_descs(), self.graphs, **options
-        )
-
-    def check(self):
-        """Every size, both kinds, equals the eager model; returns the modes that were used."""
-        modes = {}
-        for n in range(1, self.largest + 2):
-            for uniform in (False, True):
-                rows = torch.randn(n, self.x.shape[1])
-                mode, out = self.serve(rows, uniform)
-                torch.testing.assert_close(out, self.eager(rows))
-                modes[n, uniform] = mode
-        return modes
 
 
 def lines(**options):
@@ -113,7 +29,7 @@ def lines(**options):
 
 
 def test_everything_is_captured_largest_first_and_serves_every_size():
-    model = Model()
+    model = HandCaptured()
     report = model.capture()
     assert [(m, n) for m, n in model.runs] == [
         (m, n) for m in (PIECEWISE, FULL) for n in (8, 4, 2, 1)
@@ -121,14 +37,14 @@ def test_everything_is_captured_largest_first_and_serves_every_size():
     assert [o.pieces for o in report.outcomes] == [3] * 4 + [1] * 4
     assert len(report.captured) == 8
     assert not model.graphs.is_open
-    modes = model.check()
+    modes = model.check(model.largest + 1)
     assert {m for (n, uniform), m in modes.items() if n <= 8 and uniform} == {FULL}
     assert {m for (n, uniform), m in modes.items() if n <= 8 and not uniform} == {PIECEWISE}
     assert {m for (n, _), m in modes.items() if n > 8} == {NONE}
 
 
 def test_a_forward_that_captures_nothing_is_an_error():
-    model = Model(mode=PIECEWISE, sizes=(1,), warmups=2)
+    model = HandCaptured(mode=PIECEWISE, sizes=(1,), warmups=2)
     with pytest.raises(StaticGraphError, match="the forward captured nothing"):
         model.capture(warmups=1)
 
@@ -138,7 +54,7 @@ class Cycle:
         self.itself = self
 
 
-class Littering(Model):
+class Littering(HandCaptured):
     """Leaves garbage that only a collection finds before each run, and tells inside of it what is still there."""
 
     def dummy(self, descriptor):
@@ -166,7 +82,7 @@ def test_garbage_is_collected_before_each_capture():
 
 def test_progress_on_plain_output():
     console = lines()
-    Model(mode=PIECEWISE, sizes=(1, 2)).capture(watcher=CaptureProgress(console))
+    HandCaptured(mode=PIECEWISE, sizes=(1, 2)).capture(watcher=CaptureProgress(console))
     text = console.file.getvalue().splitlines()
     assert len(text) == 2
     assert text[0].startswith("[1/2] PIECEWISE tokens=2: captured, ")
@@ -182,7 +98,7 @@ def test_progress_on_plain_output():
 @pytest.mark.parametrize("policy", ["copy", "eager"])
 def test_the_estimate_is_within_a_tenth(mode, policy):
     sizes = (1, 2, 4, 8, 16, 24, 32, 48, 64)
-    model = Model(mode=mode, sizes=sizes, policy=policy)
+    model = HandCaptured(mode=mode, sizes=sizes, policy=policy)
     descs = model.dispatcher.get_capture_descs()
     estimate = estimate_memory(model.dummy, descs, model.graphs)
     assert (model.graphs.records, model.graphs.nbytes, model.graphs.is_open) == ([], 0, False)
@@ -193,11 +109,11 @@ def test_the_estimate_is_within_a_tenth(mode, policy):
     assert estimate.total == pytest.approx(actual, rel=0.1)
     assert str(estimate).startswith("captures will take ")
     assert f"({3 * len(descs)} of {len(estimate.rows)} sizes were measured)" in str(estimate)
-    model.check()
+    model.check(model.largest + 1)
 
 
 def test_estimating_after_capturing_is_an_error():
-    model = Model(mode=PIECEWISE, sizes=(2,))
+    model = HandCaptured(mode=PIECEWISE, sizes=(2,))
     model.capture()
     with pytest.raises(StaticGraphError, match="can't be estimated once graphs are captured"):
         estimate_memory(model.dummy, model.dispatcher.get_capture_descs(), model.graphs)
