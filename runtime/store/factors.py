@@ -17,7 +17,6 @@ from piecework.errors import CacheError
 
 FACTORS_NAME = "cache_key_factors.json"
 MAX_FACTORS_BYTES = 16 << 20
-GROUPS = ("versions", "device", "environment", "torch", "config", "sources", "signing")
 _FORMAT = 2
 _DIGEST = re.compile(r"(sha256:)?[0-9a-f]{32,}")
 
@@ -60,7 +59,7 @@ class KeyFactors:
 
     def to_json(self) -> bytes:
         """``cache_key_factors.json``: the same factors give the same bytes, whatever their order."""
-        groups = {name: self.groups[name] for name in GROUPS if self.groups.get(name)}
+        groups = {name: group for name, group in self.groups.items() if group}
         body = {"format": _FORMAT, "factors": groups}
         return json.dumps(body, indent=1, sort_keys=True).encode("ascii") + b"\n"
 
@@ -79,7 +78,7 @@ class KeyFactors:
     def differences(self, cached: KeyFactors) -> tuple[Difference, ...]:
         """Every factor in which these, the current ones, differ from ``cached``, in order."""
         found = []
-        for group in GROUPS:
+        for group in dict.fromkeys([*self.groups, *cached.groups]):
             ours, theirs = self.groups.get(group, {}), cached.groups.get(group, {})
             for name in sorted({*ours, *theirs}):
                 if ours.get(name) != theirs.get(name):
