@@ -148,8 +148,7 @@ class Artifact:
         settings: Any = folder.table("surroundings").get("torch", {})
         backend = new_backend()
         backend.adopt(program)
-        marks = saved["as marked"], saved["rows in one"]
-        return TracedModel(model, as_it_is, backend, program, entry, dict(settings), *marks)
+        return TracedModel(model, as_it_is, backend, program, entry, dict(settings))
 
 
 class _Assumptions(Assumptions):

@@ -193,8 +193,6 @@ def _saved(trace: TracedModel, files: dict[str, bytes], folder: str) -> dict[str
         "memory": _memory(trace),
         "state": _state(trace),
         "symbols": captured.assumptions.names(),
-        "as marked": trace.as_marked,
-        "rows in one": trace.rows_in_one,
         "edited": None if edited is None else replace(edited, code=""),
     }
 

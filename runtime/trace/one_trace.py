@@ -123,8 +123,7 @@ def trace_once(model: Callable[..., object], attempt: Attempt, layers: RepeatedL
     """
     with attempt.marks():
         while True:
-            example = _Example.of(model, attempt.args, attempt.kwargs)
-            given = example, attempt.dynamic, layers
+            given = model, attempt, layers
             try:
                 try:
                     made = OpenTrace(*given, {}).run()
@@ -136,44 +135,6 @@ def trace_once(model: Callable[..., object], attempt: Attempt, layers: RepeatedL
             except Exception as error:
                 if not layers.gave_up(error):
                     raise
-
-
-@dataclass(frozen=True, slots=True)
-class _Example:
-    """The arguments of a trace, flattened and named.
-
-    Attributes:
-        leaves, names: the flattened arguments, and what a user calls each.
-        sources: what Dynamo calls a flattened argument, with its number.
-        whole: Dynamo's names of whole arguments, with the model's.
-        held: the model's tensors by identity, each with its path.
-    """
-
-    model: Callable[..., object]
-    args: Sequence[object]
-    kwargs: Mapping[str, object]
-    leaves: Sequence[object]
-    names: Sequence[str]
-    sources: Mapping[str, int]
-    whole: Mapping[str, str]
-    held: Mapping[int, tuple[str, torch.Tensor]]
-
-    @classmethod
-    def of(
-        cls, model: Callable[..., object], args: Sequence[object], kwargs: Mapping[str, object]
-    ) -> _Example:
-        nothing = ([None] * len(args), dict.fromkeys(kwargs))
-        whole = zip(leaf_sources(*nothing), leaf_names(model, *nothing), strict=True)
-        return cls(
-            model,
-            args,
-            kwargs,
-            pytree.tree_leaves((tuple(args), dict(kwargs))),
-            leaf_names(model, args, kwargs),
-            {source: i for i, source in enumerate(leaf_sources(args, kwargs))},
-            dict(whole),
-            tensors_of(model),
-        )
 
 
 class OpenTrace:
@@ -190,20 +151,27 @@ class OpenTrace:
 
     def __init__(
         self,
-        example: _Example,
-        dynamic: bool | None,
+        model: Callable[..., object],
+        attempt: Attempt,
         layers: RepeatedLayers,
         settings: Mapping[str, object],
     ) -> None:
-        self._example, self._dynamic, self._layers = example, dynamic, layers
-        self._settings = settings
+        args, kwargs = attempt.args, attempt.kwargs
+        self._model, self._args, self._kwargs = model, args, kwargs
+        self._dynamic, self._layers, self._settings = attempt.dynamic, layers, settings
+        self._leaves = pytree.tree_leaves((tuple(args), dict(kwargs)))
+        self._names = leaf_names(model, args, kwargs)  # what a user calls each
+        # What Dynamo calls flattened arguments, and whole ones.
+        self._sources = {source: i for i, source in enumerate(leaf_sources(args, kwargs))}
+        nothing = ([None] * len(args), dict.fromkeys(kwargs))
+        self._whole = dict(zip(leaf_sources(*nothing), leaf_names(model, *nothing), strict=True))
+        self._held = tensors_of(model)
         self.fakes: dict[int, object] = {}
         self._asks_grad = self._asks_strides = True
         self._standing_in: list[object] = []
 
     def run(self) -> OpenTrace:
         """Run Dynamo. Raises as `trace_once`."""
-        given = self._example
         result, self._state = self._run_marked()
         counters.num_graphs_seen += 1
         tree, made = opened(result)
@@ -211,7 +179,7 @@ class OpenTrace:
         refuse_kept(made)
         result_leaves, self._out_spec = pytree.tree_flatten(tree)
         self._results = tuple(
-            result_leaf(leaf, self._standing_in, given.leaves, given.held) for leaf in result_leaves
+            result_leaf(leaf, self._standing_in, self._leaves, self._held) for leaf in result_leaves
         )
         return self
 
@@ -227,7 +195,7 @@ class OpenTrace:
 
     def _run_marked(self) -> tuple[object, TracedState]:
         """The result of the traced call, and what it rests on; weights are static while it runs."""
-        held = (tensor for _, tensor in self._example.held.values())
+        held = (tensor for _, tensor in self._held.values())
         weights = [each for each in held if not torch.nn.parameter.is_lazy(each)]
         with unmarked_afterwards(weights):
             for weight in weights:
@@ -242,22 +210,21 @@ class OpenTrace:
     def _run(self, traced: types.FunctionType) -> tuple[object, TracedState]:
         # Dynamo caches by code object, and puts what it compiles into the function's globals: with copies of its own, captures
         # are independent of each other, and nothing outlives them.
-        given = self._example
         code = traced.__code__.replace()
         function = types.FunctionType(code, dict(traced.__globals__), "piecework_capture")
-        guards = TraceGuards(given.model, given.args, given.kwargs, function.__globals__)
+        guards = TraceGuards(self._model, self._args, self._kwargs, function.__globals__)
         try:
-            with self._layers.marked(given.model):
+            with self._layers.marked(self._model):
                 result = run_dynamo(
                     function,
-                    (given.model, *given.args),
-                    given.kwargs,
+                    (self._model, *self._args),
+                    self._kwargs,
                     partial(self._backend, guards),
                     guards.reader.choose,
                     self._dynamic,
                     self._settings,
                 )
-            return result, guards.state(code, given.whole)
+            return result, guards.state(code, self._whole)
         finally:
             guards.give_back()
 
@@ -278,34 +245,34 @@ class OpenTrace:
         self, guards: TraceGuards, gm: torch.fx.GraphModule, example_inputs: list[object]
     ) -> None:
         """Note where the graph's inputs come from, and refuse what it would do otherwise than the model."""
-        given, leaves, names = self._example, self._example.leaves, self._example.names
-        refuse_writes(gm, example_inputs, given.whole)
+        leaves, names = self._leaves, self._names
+        refuse_writes(gm, example_inputs, self._whole)
         self.inputs = trace_back(
-            gm, example_inputs, leaves, names, given.sources, given.held, guards.path_of
+            gm, example_inputs, leaves, names, self._sources, self._held, guards.path_of
         )
-        self.fakes = _fakes(leaves, given.sources)
+        self.fakes = _fakes(leaves, self._sources)
         self._asks_grad = bool(torch_compat.trace_names("requires_grad", *_IN_AUTOGRAD))
         self._asks_strides = asks_strides(torch_compat.traced_code())
         numbers_of(leaves, self.fakes)  # the trace must serve its own example
 
     def closed(self) -> ModelTrace:
         """What it gave, once its graph is compiled."""
-        given, graph, state, results = self._example, self.graph, self._state, self._results
+        graph, state, results = self.graph, self._state, self._results
         assumptions = self._assumptions(graph)
-        found = _found(self.inputs, results, given.held)
+        found = _found(self.inputs, results, self._held)
         known = {id(each.tensor) for each in found}
-        found += _only_looked_at(state, known, given.held)
-        own = given.held.keys() | {id(tensor) for _, tensor in state.tensors}
+        found += _only_looked_at(state, known, self._held)
+        own = self._held.keys() | {id(tensor) for _, tensor in state.tensors}
         state.tensors.clear()  # who rebinds replaces them
         return ModelTrace(
             traced=lambda: graph,
             inputs=self.inputs,
-            parameters=parameters_of(given.model, given.args, given.kwargs, assumptions.assume),
+            parameters=parameters_of(self._model, self._args, self._kwargs, assumptions.assume),
             assumptions=assumptions,
-            weights=BoundWeights.of(given.model, modules_of(given.model), found, state),
+            weights=BoundWeights.of(self._model, modules_of(self._model), found, state),
             out_spec=self._out_spec,
             result=results,
-            weights_given=frozenset(i for i, leaf in enumerate(given.leaves) if id(leaf) in own),
+            weights_given=frozenset(i for i, leaf in enumerate(self._leaves) if id(leaf) in own),
         )
 
     def _assumptions(self, graph: torch.fx.GraphModule) -> Assumptions:
@@ -319,9 +286,8 @@ class OpenTrace:
             symbol = torch_compat.symbol_of(value)
             if isinstance(source, Size) and symbol is not None:
                 wished[symbol] = source.name
-        given = self._example
         return Assumptions(
-            fakes, wished, given.leaves, given.names, self._asks_grad, self._asks_strides
+            fakes, wished, self._leaves, self._names, self._asks_grad, self._asks_strides
         )
 
 

@@ -66,8 +66,6 @@ class TracedModel:
         program: what was compiled and emitted.
         entry: the emitted function behind a call.
         settings: how torch was set; None where that has no stable form.
-        as_marked: its dynamic dimensions are those that somebody marked.
-        rows_in_one: as in `SizePolicy`.
         static: the static graphs, after `capture_graphs`.
         call: what serves a call.
     """
@@ -78,8 +76,6 @@ class TracedModel:
     program: Program
     entry: Entry
     settings: dict[str, str] | None
-    as_marked: bool
-    rows_in_one: bool
     static: CapturedModel | None = None
     call: Callable[..., object] = field(init=False)
 
@@ -307,8 +303,6 @@ def trace_model(
     if backend.compiler_manager.progress is not None:
         backend.compiler_manager.progress.begin()
     layers = RepeatedLayers(backend.config.repeated_layers)
-    as_marked = sizes is None or isinstance(sizes, KeptMarks)
-    rows_in_one = sizes is not None and sizes.rows_in_one
     failures: list[CaptureError | PieceCompileError] = []
     with ExitStack() as undo:
         for attempt in attempts(model, args, kwargs, sizes, failures):
@@ -318,7 +312,7 @@ def trace_model(
                 if backend.used:  # what was made of an earlier trace is not
                     backend = new_backend()
                 with traced.compiling():
-                    tried = None if as_marked else _tried(traced, rows_in_one)
+                    tried = _tried(traced, sizes)
                     made = backend.prepare(traced.graph, traced.weight_paths(), tried)
             except (CaptureError, PieceCompileError) as error:
                 if isinstance(error, PieceCompileError) and error.whatever_is_traced:
@@ -331,9 +325,7 @@ def trace_model(
             entry = Entry(traced.closed(), program, as_it_is)
             if backend.compiler_manager.cache is not None:
                 backend.compiler_manager.cache.write_entry(entry.source.code)
-            return TracedModel(
-                model, as_it_is, backend, program, entry, settings, as_marked, rows_in_one
-            )
+            return TracedModel(model, as_it_is, backend, program, entry, settings)
     raise _clearest(failures)
 
 
@@ -344,12 +336,14 @@ def _clearest(failures: Sequence[CaptureError | PieceCompileError]) -> Exception
     return (last or plain or list(failures))[0]
 
 
-def _tried(traced: OpenTrace, rows_in_one: bool) -> EverySize | None:
+def _tried(traced: OpenTrace, sizes: SizePolicy | None) -> EverySize | None:
     """The try of a trace that would serve every size; None for one whose sizes all have numbers behind them.
 
     Raises:
         NotAdmitted: it would not.
     """
+    if sizes is None or isinstance(sizes, KeptMarks):
+        return None
     graph = traced.graph
     placeholders = graph.graph.find_nodes(op="placeholder")
     symbols = torch_compat.unbacked_symbols(map(value_of, placeholders))
@@ -360,4 +354,4 @@ def _tried(traced: OpenTrace, rows_in_one: bool) -> EverySize | None:
         raise NotAdmitted(reason)
     pairs = zip(placeholders, traced.inputs, strict=True)
     weights = {node.name: each.tensor for node, each in pairs if isinstance(each, Weight)}
-    return EverySize(symbols, weights, rows_in_one)
+    return EverySize(symbols, weights, sizes.rows_in_one)
