@@ -259,9 +259,7 @@ class OpenTrace:
         """What it gave, once its graph is compiled."""
         graph, state, results = self.graph, self._state, self._results
         assumptions = self._assumptions(graph)
-        found = _found(self.inputs, results, self._held)
-        known = {id(each.tensor) for each in found}
-        found += _only_looked_at(state, known, self._held)
+        found = self._weights(state)
         own = self._held.keys() | {id(tensor) for _, tensor in state.tensors}
         state.tensors.clear()  # who rebinds replaces them
         return ModelTrace(
@@ -274,6 +272,19 @@ class OpenTrace:
             result=results,
             weights_given=frozenset(i for i, leaf in enumerate(self._leaves) if id(leaf) in own),
         )
+
+    def _weights(self, state: TracedState) -> list[Weight]:
+        """The weights that the graph reads, those that are only returned, and those that were only looked at: their shape may be in the graph."""
+        found = {id(each.tensor): each for each in self.inputs if isinstance(each, Weight)}
+        for leaf in self._results:
+            if isinstance(leaf, FromWeight):
+                found.setdefault(id(leaf.tensor), Weight(*self._held[id(leaf.tensor)]))
+        for way, tensor in state.tensors:
+            if id(tensor) in self._held or way:
+                path = place_text(Places().of(way)) if way else ""
+                path, _ = self._held.get(id(tensor), (path, tensor))
+                found.setdefault(id(tensor), Weight(path, tensor, way))
+        return list(found.values())
 
     def _assumptions(self, graph: torch.fx.GraphModule) -> Assumptions:
         placeholders = graph.graph.find_nodes(op="placeholder")
@@ -289,32 +300,6 @@ class OpenTrace:
         return Assumptions(
             fakes, wished, self._leaves, self._names, self._asks_grad, self._asks_strides
         )
-
-
-def _found(
-    inputs: Sequence[GraphInput],
-    results: Sequence[ResultLeaf],
-    held: Mapping[int, tuple[str, torch.Tensor]],
-) -> list[Weight]:
-    """The weights that the graph reads, then those that are only returned."""
-    found = {id(each.tensor): each for each in inputs if isinstance(each, Weight)}
-    for leaf in results:
-        if isinstance(leaf, FromWeight):
-            path, tensor = held[id(leaf.tensor)]
-            found.setdefault(id(tensor), Weight(path, tensor))
-    return list(found.values())
-
-
-def _only_looked_at(
-    state: TracedState, known: set[int], held: Mapping[int, tuple[str, torch.Tensor]]
-) -> list[Weight]:
-    """Tensors of the model that the trace saw and the graph does not read: their shape may be in it."""
-    found: dict[int, Weight] = {}
-    for way, tensor in state.tensors:
-        if id(tensor) not in known and (id(tensor) in held or way):
-            path = held[id(tensor)][0] if id(tensor) in held else place_text(Places().of(way))
-            found.setdefault(id(tensor), Weight(path, tensor, way))
-    return list(found.values())
 
 
 def _fakes(leaves: Sequence[object], sources: Mapping[str, int]) -> dict[int, object]:
