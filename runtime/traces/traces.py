@@ -202,7 +202,8 @@ class Traces:
     def settle_sizes(self, args: Sequence[object], kwargs: Mapping[str, object]) -> None:
         """Decide by the example arguments which dimensions are dynamic, where the configuration leaves it open."""
         if self.backend.config.dynamic_shapes_config.type is DynamicShapesType.AUTO:
-            self.sizes = self._declared or _policy_of(args, kwargs)
+            marks = KeptMarks(pytree.tree_leaves((tuple(args), dict(kwargs))))
+            self.sizes = self._declared or (marks if marks.any else AllDimensions())
 
     def add(self, args: Sequence[object], kwargs: Mapping[str, object]) -> None:
         """Trace and compile the model for calls like this one.
@@ -334,11 +335,6 @@ class Traces:
     def forget(self) -> None:
         """Be as before anything was compiled."""
         self.made, self.sizes = (), None
-
-
-def _policy_of(args: Sequence[object], kwargs: Mapping[str, object]) -> SizePolicy:
-    marks = KeptMarks(pytree.tree_leaves((tuple(args), dict(kwargs))))
-    return marks if marks.any else AllDimensions()
 
 
 def inside(

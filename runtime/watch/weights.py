@@ -98,6 +98,7 @@ def _made_of(tensor: torch.Tensor) -> tuple[object, dict[str, torch.Tensor]]:
 
 _TRIES = 16
 _FIXED = "the graph has it as it was traced: put it back, or compile the model again"
+_ONE_KIND = "compiled pieces are made for one dtype, device and shape: compile the model again"
 _PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 
@@ -259,10 +260,7 @@ class BoundWeights:
                 )
             difference = weight.difference(tensor)
             if difference:
-                raise BindError(
-                    f"weight {weight.path} {difference}",
-                    hint="compiled pieces are made for one dtype, device and shape: compile the model again",
-                )
+                raise BindError(f"weight {weight.path} {difference}", hint=_ONE_KIND)
             assert isinstance(tensor, torch.Tensor)
             for way in ways[1:]:  # of two, the graph would read only one
                 if now.at(way) is not tensor:
@@ -315,10 +313,7 @@ class BoundWeights:
         for weight, tensor in zip(self.traced, self.tensors, strict=True):
             difference = weight.difference(tensor)
             if difference:
-                return InputError(
-                    f"weight {weight.path} {difference}",
-                    hint="compiled pieces are made for one dtype, device and shape: compile the model again",
-                )
+                return InputError(f"weight {weight.path} {difference}", hint=_ONE_KIND)
         return None
 
 
