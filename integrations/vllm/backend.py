@@ -69,10 +69,9 @@ def _count(program: Program, before: Mapping[str, int]) -> None:
     """Add to vLLM's counters what it counts of its own compiler."""
     from vllm.compilation.counter import compilation_counter as theirs
 
-    pieces, ranges = len(program.backends), len(program.compile_ranges)
     theirs.num_piecewise_graphs_seen += len(program.items)
-    theirs.num_piecewise_capturable_graphs_seen += pieces
-    theirs.num_backend_compilations += pieces * ranges
+    theirs.num_piecewise_capturable_graphs_seen += len(program.backends)
+    theirs.num_backend_compilations += len(program.backends) * len(program.compile_ranges)
     for name in _SAME:
         more = getattr(counters, name) - before[name]
         setattr(theirs, name, getattr(theirs, name) + more)

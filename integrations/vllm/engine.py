@@ -40,9 +40,9 @@ def new_backend(
     graph: torch.fx.GraphModule, vllm_config: Any, prefix: str, is_encoder: bool
 ) -> PieceworkBackend:
     """piecework's backend with the engine's settings, for a graph."""
+    declare_functions()
     config, runtime = settings(vllm_config, is_encoder)
     ops = splitting_ops(vllm_config.compilation_config, graph)
-    declare_functions()
     return PieceworkBackend(config, prefix, is_encoder, splitting_ops=ops, runtime_config=runtime)
 
 
@@ -92,7 +92,8 @@ def settings(vllm_config: Any, is_encoder: bool) -> tuple[CompilationConfig, Run
     theirs, parallel = vllm_config.compilation_config, vllm_config.parallel_config
     largest = vllm_config.scheduler_config.max_num_batched_tokens
     fields: dict[str, object] = {
-        "inductor_compile_config": dict(theirs.inductor_compile_config),
+        # whoever builds against this torch knows AVX-512: five test builds less at a cold start
+        "inductor_compile_config": {"cpp.vec_isa_ok": True, **theirs.inductor_compile_config},
         "compile_sizes": [each for each in theirs.compile_sizes or () if isinstance(each, int)],
         "compile_ranges_endpoints": [
             each for each in theirs.compile_ranges_endpoints or () if each < largest or is_encoder
@@ -108,7 +109,8 @@ def settings(vllm_config: Any, is_encoder: bool) -> tuple[CompilationConfig, Run
         dp_rank=parallel.data_parallel_index,
         world_size=parallel.world_size,
         tensor_parallel_size=parallel.tensor_parallel_size,
-        data_parallel_size=parallel.data_parallel_size,
+        # a replica that needs no others is told its number, and that it is alone
+        data_parallel_size=max(parallel.data_parallel_size, parallel.data_parallel_index + 1),
         model_name=str(getattr(vllm_config.model_config, "model", "")),
     )
     return CompilationConfig(**fields), runtime

@@ -35,10 +35,9 @@ def register() -> None:
 
 def version() -> str:
     """vLLM's version, as its package says it."""
-    from importlib.metadata import packages_distributions, version
+    from vllm import __version__
 
-    names = packages_distributions().get("vllm", ["vllm"])
-    return version(names[0]).partition("+")[0]
+    return str(__version__).partition("+")[0]
 
 
 def require_known_version() -> None:

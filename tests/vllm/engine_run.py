@@ -5,6 +5,8 @@ python engine_run.py '{"model": "…", "compilation_config": {…}, "engine": {�
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 import json
 import os
 import sys
@@ -102,7 +104,53 @@ def cut_elsewhere_on_rank_1() -> None:
     engine.splitting_ops = lambda *args: cuts(*args)[torch.distributed.get_rank() :]
 
 
+async def replicas(what: dict[str, Any]) -> dict[str, Any]:
+    """A server's engine, which may have several; what each request gives, whichever served it."""
+    from vllm import AsyncEngineArgs, SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    config = what["compilation_config"]
+    arguments = {**ENGINE, **what["engine"], "compilation_config": config}
+    engine = AsyncLLM.from_engine_args(AsyncEngineArgs(model=what["model"], **arguments))
+    options = SamplingParams(
+        max_tokens=8,
+        temperature=0,
+        detokenize=False,
+        ignore_eos=True,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+    async def one(number: int, length: int) -> list[int]:
+        given = prompt(number, length)
+        (out,) = [each async for each in engine.generate(given, options, request_id=str(number))]
+        return list(out.outputs[0].token_ids)
+
+    lengths = what["prompts"]
+    tokens = await asyncio.gather(*itertools.starmap(one, enumerate(lengths)))
+    engine.shutdown()
+    return {"tokens": {",".join(map(str, lengths)): tokens}}
+
+
+def embedded(what: dict[str, Any]) -> dict[str, Any]:
+    """What an embedding model makes of prompts."""
+    from vllm import LLM
+    from vllm.compilation.counter import compilation_counter
+
+    options = {**ENGINE, "max_num_batched_tokens": 256, "skip_tokenizer_init": False}
+    config = what["compilation_config"]
+    llm = LLM(what["model"], runner="pooling", **options, compilation_config=config)
+    given = [prompt(i, n) for i, n in enumerate([1, 3, 16, 90])]
+    outputs = llm.embed(given, use_tqdm=False)
+    counters = {name: value for name, value in vars(compilation_counter).items() if value}
+    return {"embeddings": [each.outputs.embedding for each in outputs], "counters": counters}
+
+
 def run(what: dict[str, Any]) -> dict[str, Any]:
+    if what.get("replicas"):
+        return asyncio.run(replicas(what))
+    if what.get("embeds"):
+        return embedded(what)
     graphs = stand_in_graphs() if what.get("graphs") else None
     from vllm import LLM, SamplingParams
     from vllm.compilation.counter import compilation_counter

@@ -60,6 +60,26 @@ def test_the_source_is_in_the_cache_folder(cold, cache):
     assert "past the dispatcher" in code
 
 
+def test_the_source_is_reviewed_as_any_golden(cold, cache, tmp_path):
+    """What an engine runs is put beside what it ran: accepted as it is; a change is told by its meaning."""
+    from typer.testing import CliRunner
+
+    from piecework.cli import app
+    from piecework.golden.snapshot import NEW_SUFFIX
+
+    (source,) = cache.rglob("stitched.py")
+    golden = tmp_path / "engine.py"
+    proposal = tmp_path / f"engine.py{NEW_SUFFIX}"
+    code = source.read_text()
+    golden.write_text(code.replace("unified_attention_with_output", "another", 1))
+    proposal.write_text(code)
+    told = CliRunner().invoke(app, ["golden", "diff", str(golden), str(source)])
+    assert told.exit_code == 1 and "unified_attention_with_output" in told.output, told.output
+    accept = ["golden", "review", str(golden), "--accept", str(golden)]
+    assert CliRunner().invoke(app, accept).exit_code == 0
+    assert golden.read_text() == code and not proposal.exists()
+
+
 def test_damage_is_compiled_again(cold, engine, cache, eager):
     (model,) = (each for each in cache.rglob("torch_aot_compile/*/*/model"))
     data = bytearray(model.read_bytes())
@@ -111,6 +131,40 @@ def test_static_graphs_of_the_engines_own_wrapper(engine, tmp_path, eager):
     assert {size for size in sizes if graphs.get(f"captured {size}")} == set(sizes)
     assert graphs["addresses changed"] == 0 < graphs["replays"]
     assert (graphs["wrapped"], graphs["first"], graphs["last"]) == (5, 1, 1)
+
+
+@pytest.fixture(scope="module")
+def embedder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A Bert of four small layers, with the tokenizer that vLLM wants there."""
+    import torch
+    from tokenizers import Tokenizer, models
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        max_position_embeddings=512,
+        architectures=["BertModel"],
+    )
+    path = tmp_path_factory.mktemp("models") / "bert"
+    BertModel(config).save_pretrained(path)
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(512)}, unk_token="w0"))
+    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0").save_pretrained(path)
+    return str(path)
+
+
+def test_an_embedding_model(engine, embedder, tmp_path):
+    what = {"model": embedder, "embeds": True, "cache": tmp_path}
+    eager = engine(**what, compilation_config={"mode": 0})
+    found = engine(**what, compilation_config=OURS)
+    assert found["exit"] == eager["exit"] == 0, found["log"][-5000:]
+    for ours, theirs in zip(found["embeddings"], eager["embeddings"], strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-5)
+    assert found["counters"]["num_piecewise_capturable_graphs_seen"] == 5
 
 
 def test_options_and_dumps(engine, tmp_path, eager):
@@ -172,6 +226,20 @@ def test_tensor_parallel_warm(engine, ranks, eager):
     assert warm["tokens"] == eager["tokens"], warm["log"][-5000:]
     for rank in warm["ranks"]:
         assert rank["counters"] == {"num_models_seen": 1, "num_aot_artifacts_loaded": 1}
+
+
+def test_data_parallel(engine, ranks, eager):
+    """Two replicas behind one server: each has a number, a cache of its own and the other's pieces."""
+    lengths = [1, 3, 16, 40, 90, 120, 2, 7]
+    options = {"data_parallel_size": 2}
+    kept = {**TWO, "environ": {**APART, "VLLM_CPU_OMP_THREADS_BIND": "nobind"}, "engine": options}
+    found = engine(cache=ranks, replicas=True, prompts=lengths, **kept)
+    name = ",".join(map(str, lengths))
+    assert found.get("tokens", found["log"][-5000:]) == {name: eager["tokens"][name]}
+    assert {path.parent.name for path in ranks.rglob("rank_0_[01]/model")} == {
+        "rank_0_0",
+        "rank_0_1",
+    }
 
 
 def test_ranks_that_would_do_something_else_do_not_start(engine, tmp_path):
