@@ -84,7 +84,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Exaone4": {"sliding_window": 64, "sliding_window_pattern": 4},
     "Mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "Qwen2Moe": _EXPERTS,
-    "Qwen3Moe": _EXPERTS,
+    "Qwen3Moe": {**_EXPERTS, "shared_expert_intermediate_size": 0},  # vLLM would make one
     "Olmoe": _EXPERTS,
     "GraniteMoe": _EXPERTS,
     "GPTBigCode": _GPT,

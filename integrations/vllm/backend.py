@@ -19,6 +19,7 @@ from piecework.integrations.vllm.kept import Served
 from piecework.runtime.counters import counters
 from piecework.runtime.pieces.bound_call import bound_names, name_inputs
 from piecework.runtime.pieces.program import Program
+from piecework.runtime.torch_compat.modes import drop_idle_autocast
 from piecework.runtime.torch_compat.settings import aot_settings_unset
 
 _log = logging.getLogger("vllm.piecework")
@@ -46,6 +47,7 @@ class EngineBackend:
         seconds = time.perf_counter() - monitor.torch_compile_start_time
         _log.info("[%s] Dynamo bytecode transform time: %.2f s", self.prefix, seconds)
         compilation_counter.num_graphs_seen += 1
+        drop_idle_autocast(graph)
         backend = new_backend(graph, self.vllm_config, self.prefix, self.is_encoder)
         arguments, paths = places(graph), name_inputs(graph)
         before = counters.snapshot()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import pickle
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -74,9 +73,8 @@ class Served(SerializableCallable):
         """
         if not isinstance(self.program, bytes):
             return
-        start = time.perf_counter()
         config, _ = settings(vllm_config, self.is_encoder)
         declare_functions()
         self.program = program_from_bytes(self.program, config)
         self.call = self.run = called(self.program, self.paths, vllm_config)
-        _log.info("[%s] loaded in %.2f s", self.prefix, time.perf_counter() - start)
+        _log.info("[%s] %s", self.prefix, self.program.report())

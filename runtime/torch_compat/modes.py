@@ -35,6 +35,16 @@ def autocast_off() -> AbstractContextManager[object]:
     return torch._C._DisableAutocast()
 
 
+def drop_idle_autocast(graph: torch.fx.GraphModule) -> None:
+    """Take out the regions that switch autocast off where it is off: Inductor keeps no graph that has one."""
+    nodes = graph.graph.find_nodes
+    entered = nodes(op="call_function", target=torch.amp.autocast_mode._enter_autocast)
+    left = nodes(op="call_function", target=torch.amp.autocast_mode._exit_autocast)
+    if not autocast_enabled() and not any(enabled for _, _, enabled, *_ in (n.args for n in entered)):
+        for node in (*left, *entered):
+            graph.graph.erase_node(node)
+
+
 def transforms() -> object:
     """Whether a transform of ``torch.func`` (vmap, grad and the like), forward-mode differentiation or ``torch.jit.trace`` is active."""
     return _interpreter() or _forward_ad._current_level >= 0 or jit_tracing()

@@ -95,6 +95,14 @@ class Decorated(nn.Module):
         return x
 
 
+class Regions(Decorated):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            with torch.amp.autocast("cpu", enabled=False):
+                x = layer(x).tanh()
+        return x
+
+
 @pytest.fixture
 def model(tmp_path, monkeypatch):
     return made(tmp_path, monkeypatch, model_class())
@@ -168,11 +176,12 @@ def test_it_is_kept_and_whole(model, tmp_path, monkeypatch):
 
 
 @torch.inference_mode()
-def test_a_decorated_forward_is_kept(tmp_path, monkeypatch):
-    """As vLLM serves what it has no code of its own for; its own compiler traces those at each start."""
-    model, x = made(tmp_path, monkeypatch, Decorated), torch.randn(4, 8)
+@pytest.mark.parametrize("kind", [Decorated, Regions])
+def test_such_models_are_kept(tmp_path, monkeypatch, kind):
+    """As vLLM serves what it has no code of its own for, and Nemotron, which switches autocast off."""
+    model, x = made(tmp_path, monkeypatch, kind), torch.randn(4, 8)
     expected = model(x)
-    again = made(tmp_path, monkeypatch, Decorated)
+    again = made(tmp_path, monkeypatch, kind)
     again.load_state_dict(model.state_dict())
     torch.testing.assert_close(again(x), expected)
     assert again.was_aot_compile_fn_loaded_from_disk
