@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from piecework.errors import ConfigError
-from piecework.runtime.compilers.dynamo_backend import DynamoBackendAdaptor
-from piecework.runtime.compilers.eager import EagerAdaptor
+from piecework.runtime.compilers.eager import DynamoBackendAdaptor, EagerAdaptor
 from piecework.runtime.compilers.inductor import InductorAdaptor, InductorStandaloneAdaptor
 from piecework.runtime.compilers.interface import CompiledPiece, CompilerInterface
 from piecework.runtime.config.compilation import CompilationConfig

@@ -1,7 +1,8 @@
-"""The compiler that compiles nothing: it runs a piece's own generated forward."""
+"""Compilers that leave a piece as it is, or hand it whole to a torch.compile backend."""
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Sequence
 
@@ -10,10 +11,12 @@ import torch.fx
 from piecework.codegen.split.regions import regions_in
 from piecework.codegen.stitch.bind import compile_execution_fn
 from piecework.codegen.stitch.source import generate_source
+from piecework.runtime import torch_compat
 from piecework.runtime.batch.ranges import Range
 from piecework.runtime.compilers.interface import CompiledPiece
 from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.counters import counters
+from piecework.runtime.store.digest import digest_of
 
 _log = logging.getLogger(__name__)
 
@@ -63,3 +66,29 @@ def uncompiled(graph: torch.fx.GraphModule) -> Callable[..., object]:
     source = generate_source(graph)
     submods = {name: graph.get_submodule(name) for name in source.submod_names}
     return compile_execution_fn(source.code, submods, source.submod_names, source.consts)
+
+
+class DynamoBackendAdaptor:
+    """Hands a graph to a backend in Dynamo's sense: ``backend(graph_module, example_inputs) -> callable``.
+
+    Args:
+        backend: the name of a backend that torch knows, or the backend itself.
+    """
+
+    def __init__(self, backend: str | Callable[..., object]) -> None:
+        by_name = isinstance(backend, str)
+        self._backend = torch_compat.dynamo_backend(backend) if by_name else backend
+        self.name = backend if by_name else str(getattr(backend, "__name__", backend))
+
+    def compute_hash(self, config: CompilationConfig) -> str:
+        return digest_of(self._backend, "backend")
+
+    def compile(
+        self,
+        graph: torch.fx.GraphModule,
+        example_inputs: Sequence[object],
+        config: CompilationConfig,
+        compile_range: Range | None,
+    ) -> CompiledPiece:
+        # A backend may rewrite the graph that it is given, and equal pieces are compared by theirs.
+        return CompiledPiece(self._backend(copy.deepcopy(graph), list(example_inputs)))

@@ -8,6 +8,7 @@ import hashlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from types import SimpleNamespace
 from typing import Literal, Protocol
 
 import torch
@@ -47,6 +48,7 @@ from piecework.runtime.pieces.program import (
     timed,
     unique_pieces,
 )
+from piecework.runtime.pieces.ranks import require_agreement, together
 from piecework.runtime.pieces.report import counted
 from piecework.runtime.splitting_op import registry
 from piecework.runtime.watch.direct_ops import DirectOps
@@ -117,6 +119,9 @@ class Compilation:
         ops = [*self._splitting_ops(), *recurrent_layers(graph.graph)]
         split_gm, items = self._split(ops)
         names = [i.submod_name for i in items if not i.is_splitting_graph]
+        if tried is not None:  # which runs the pieces, and what waits for others in them
+            found = partial(together, split_gm, items, self.range_table)
+            require_agreement(SimpleNamespace(together=found), self._backend.runtime_config)
         structures = {} if tried is None else tried.before(split_gm, names)
         trace.artifact("config", lambda: config_text(self.config))
         trace.artifact("split_graph", lambda: split_gm.print_readable(print_output=False))

@@ -108,30 +108,21 @@ class Report:
 def differences(structures: Sequence[tuple[str, Structure]]) -> tuple[Difference, ...]:
     """For each unique piece, the unique piece before it of nearly the same length that it differs least from."""
     unique: dict[str, tuple[str, Structure]] = {}
-    for name, structure in structures:
-        unique.setdefault(structure.key, (name, structure))
     found: list[Difference] = []
-    seen: list[tuple[str, Structure]] = []
-    for name, structure in unique.values():
-        near = [
-            (_mismatches(other.lines, structure.lines), other_name, other)
-            for other_name, other in seen
-            if len(other.lines) == len(structure.lines)
-        ]
-        seen.append((name, structure))
-        if not near:
+    for name, structure in structures:
+        if structure.key in unique:
             continue
-        count, other_name, other = min(near, key=lambda row: row[0])
-        if count > len(structure.lines) // 4:
-            continue
-        pairs = zip(other.lines, structure.lines, strict=True)
-        left, right = next((a, b) for a, b in pairs if a != b)
-        found.append(Difference(other_name, name, left, right))
+        nearest: list[tuple[str, str]] = []
+        least, other_name = len(structure.lines) // 4 + 1, ""
+        for other, before in unique.values():
+            pairs = zip(before.lines, structure.lines, strict=False)
+            apart = [(left, right) for left, right in pairs if left != right]
+            if len(before.lines) == len(structure.lines) and len(apart) < least:
+                nearest, least, other_name = apart, len(apart), other
+        unique[structure.key] = name, structure
+        if nearest:
+            found.append(Difference(other_name, name, *nearest[0]))
     return tuple(found)
-
-
-def _mismatches(left: Sequence[str], right: Sequence[str]) -> int:
-    return sum(a != b for a, b in zip(left, right, strict=True))
 
 
 def counted(number: int, noun: str) -> str:
