@@ -42,14 +42,14 @@ def require_model(spec: str) -> None:
 
 
 def _integrations() -> Iterator[Callable[[Path, int], LoadedModel | None]]:
-    """Every integration's ``load``: those beside this file, then those of other distributions."""
+    """Every integration's ``load``: those of other distributions first, which know what is theirs."""
     import piecework.integrations
 
+    for point in entry_points(group="piecework.integrations"):
+        yield point.load()
     for each in pkgutil.iter_modules(piecework.integrations.__path__):
         if each.ispkg:
             yield importlib.import_module(f"piecework.integrations.{each.name}.integration").load
-    for point in entry_points(group="piecework.integrations"):
-        yield point.load()
 
 
 def load_model(spec: str, *, seed: int = 0) -> LoadedModel:

@@ -68,15 +68,13 @@ class LoadedModel:
     def of_calls(
         cls, model: torch.nn.Module, calls: Sequence[Call], config_text: str
     ) -> LoadedModel:
-        """A model that is traced with the first of ``calls``, whose equal first sizes are the
-        batch's.
+        """A model that is traced with the first of ``calls`` (arguments, and keyword arguments);
+        keyword arguments of equal first sizes have the batch in them.
         """
         (args, kwargs), *more = calls
         rows = {k: v.size(0) for k, v in kwargs.items() if isinstance(v, torch.Tensor) and v.dim()}
-        first, *others = rows
-        batch: dict[str, Literal["batch"]] = {
-            f"{name}.0": "batch" for name in others if rows[name] == rows[first]
-        }
+        names = [name for name in rows if rows[name] == next(iter(rows.values()))]
+        batch: dict[str, Literal["batch"]] = {f"{name}.0": "batch" for name in names[1:]}
         return cls(type(model).__name__, model, args, kwargs, config_text, more, batch)
 
     def stitch(self, config: CompilationConfig) -> StitchedModule:

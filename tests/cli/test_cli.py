@@ -99,6 +99,38 @@ def test_compile_show_run(tmp_path: Path) -> None:
     assert report["same_source"] and report["agree"] and report["relative_difference"] <= 1e-4
 
 
+TOYS = """
+import json
+import torch
+from piecework.integrations.protocol import LoadedModel
+
+def load(path, seed):
+    size = json.loads(path.read_text()).get("toy")
+    if size is None:
+        return None
+    torch.manual_seed(seed)
+    model = torch.nn.Sequential(torch.nn.Linear(size, 4), torch.nn.ReLU()).eval()
+    return LoadedModel.of_calls(model, [((torch.randn(4, size),), {})], path.read_text())
+"""
+
+
+def test_models_of_another_distribution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its integration is found by its entry point, and asked before transformers' are."""
+    (tmp_path / "toys.py").write_text(TOYS)
+    (tmp_path / "toys-1.0.dist-info").mkdir()
+    info = "Metadata-Version: 2.1\nName: toys\nVersion: 1.0\n"
+    (tmp_path / "toys-1.0.dist-info" / "METADATA").write_text(info)
+    points = "[piecework.integrations]\ntoys = toys:load\n"
+    (tmp_path / "toys-1.0.dist-info" / "entry_points.txt").write_text(points)
+    (tmp_path / "toy.json").write_text('{"toy": 8}')
+    monkeypatch.syspath_prepend(str(tmp_path))
+    result = compiled(tmp_path / "out", str(tmp_path / "toy.json"))
+    assert result.exit_code == 0, result.output
+    ran = invoke("run", tmp_path / "out", "--json")
+    assert ran.exit_code == 0, ran.output
+    assert json.loads(ran.output)["agree"]
+
+
 def test_a_causal_lm_from_a_config(tmp_path: Path) -> None:
     fields = json.loads(
         (Path(piecework.__file__).parent / "examples" / "llama_demo.json").read_text()
