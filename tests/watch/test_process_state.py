@@ -17,33 +17,25 @@ READ: dict[str, Callable[[], object]] = {
     "deterministic": lambda: torch.are_deterministic_algorithms_enabled(),
     "filled": lambda: torch.utils.deterministic.fill_uninitialized_memory,
     "benchmark": lambda: torch.backends.cudnn.benchmark,
-    "mkldnn": lambda: torch.backends.mkldnn.enabled,
-    "tf32": lambda: torch.backends.cuda.matmul.allow_tf32,
     "autocast dtype": lambda: torch.get_autocast_dtype("cpu") == torch.float16,
-    "autocast cache": lambda: torch.is_autocast_cache_enabled(),
     "recursion": lambda: sys.getrecursionlimit() > 8500,
-    "digits": lambda: sys.get_int_max_str_digits() > 8500,
 }
 
 
-def set_backend(backend: object, name: str, on: bool) -> None:
-    """Set one of torch's flags, also where torch's own test lists were imported, which forbid it."""
+def set_benchmark(on: bool) -> None:
+    """Also where torch's own test lists were imported, which forbid it."""
     with getattr(torch.backends, "__allow_nonbracketed_mutation")():
-        setattr(backend, name, on)
+        torch.backends.cudnn.benchmark = on
 
 
 WRITE: dict[str, Callable[[bool], object]] = {
     "deterministic": torch.use_deterministic_algorithms,
     "filled": lambda on: setattr(torch.utils.deterministic, "fill_uninitialized_memory", on),
-    "benchmark": lambda on: set_backend(torch.backends.cudnn, "benchmark", on),
-    "mkldnn": lambda on: set_backend(torch.backends.mkldnn, "enabled", on),
-    "tf32": lambda on: setattr(torch.backends.cuda.matmul, "allow_tf32", on),
+    "benchmark": set_benchmark,
     "autocast dtype": lambda on: torch.set_autocast_dtype(
         "cpu", torch.float16 if on else torch.bfloat16
     ),
-    "autocast cache": torch.set_autocast_cache_enabled,
     "recursion": lambda on: sys.setrecursionlimit(9000 if on else 8000),
-    "digits": lambda on: sys.set_int_max_str_digits(9000 if on else 8000),
 }
 
 
@@ -87,13 +79,12 @@ def test_code_that_asks_whether_to_checkpoint_is_served_in_any_grad_mode() -> No
 
 @pytest.fixture(params=sorted(READ))
 def setting(request: pytest.FixtureRequest) -> Iterator[str]:
-    frames, digits = sys.getrecursionlimit(), sys.get_int_max_str_digits()
+    frames = sys.getrecursionlimit()
     before = bool(READ[request.param]())
     WRITE[request.param](before)  # other tests and libraries set limits too
     yield request.param
     WRITE[request.param](before)
     sys.setrecursionlimit(frames)
-    sys.set_int_max_str_digits(digits)
 
 
 def test_a_setting_that_the_code_asks_for_is_watched_where_stock_watches_it(setting: str) -> None:
