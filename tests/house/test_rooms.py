@@ -64,7 +64,7 @@ ORDER = (
 # Faces hand names on from everywhere, by a table that is read when a name is asked for; for type checkers they import them.
 FACES = {"__init__.py", "runtime/__init__.py", "runtime/graphs/__init__.py"}
 FLAT = 8  # files of runtime/ itself
-FULL = 14  # files of any other folder
+FULL = 13  # files of any other folder
 
 
 @cache
