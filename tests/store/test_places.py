@@ -44,10 +44,6 @@ def run_mounted(script: str, *arguments: object) -> dict[str, object]:
     return run_child(*arguments, prefix=tuple(command))
 
 
-def assert_no_leftovers(root: Path) -> None:
-    assert [path for path in root.rglob("*") if path.name.startswith(".tmp-")] == []
-
-
 # --- read-only ---------------------------------------------------------------------------------
 
 
@@ -93,30 +89,6 @@ def test_directory_of_root_is_read_by_others_without_saving(open_directory: Path
 # --- full --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size_k", [40, 132])
-def test_full_disk(tmp_path: Path, size_k: int) -> None:
-    """A tmpfs that is full before, while or after the first artifact is written."""
-    disk, copy = tmp_path / "disk", tmp_path / "copy"
-    disk.mkdir()
-    # The mount vanishes with the child, which therefore leaves a copy of what it wrote.
-    script = f"mount -t tmpfs -o size={size_k}k,mode=0700 tmpfs {disk}"
-    keep = f'trap "cp -a {disk} {copy}" EXIT; "$@"'
-    command = ("unshare", "-m", "sh", "-c", f"{script} && {keep}", "sh")
-    run_mounted("true", "use", tmp_path / "probe", 0)  # skips where mounting is not permitted
-    outcome = run_child("use", disk / "cache", COUNT, prefix=command)
-    assert outcome["right"] is True
-    assert not all(outcome["saved"]) or not outcome["texts_saved"]  # type: ignore[arg-type]
-    (warning,) = outcome["warnings"]  # type: ignore[misc]
-    assert "no space left" in warning
-    assert_no_leftovers(copy)
-    root = copy / "cache"
-    assert verify(root).findings == ()
-    again = run_child("use", root, COUNT)
-    assert again["right"] is True
-    assert again["warnings"] == []
-    assert again["compiled"] == [not saved for saved in outcome["saved"]]  # type: ignore[attr-defined]
-
-
 @pytest.mark.parametrize("limit", [0, 20_000])
 def test_files_may_not_grow(tmp_path: Path, limit: int) -> None:
     """The kernel refuses a write half-way through a file (EFBIG); what was written of it is gone again."""
@@ -124,8 +96,9 @@ def test_files_may_not_grow(tmp_path: Path, limit: int) -> None:
     outcome = run_child("use_with_small_files", root, COUNT, limit)
     assert outcome["right"] is True
     assert outcome["saved"] != [True] * COUNT
-    assert len(outcome["warnings"]) == 1  # type: ignore[arg-type]
-    assert_no_leftovers(root)
+    (warning,) = outcome["warnings"]  # type: ignore[misc]
+    assert "no space left" in warning
+    assert [path for path in root.rglob("*") if path.name.startswith(".tmp-")] == []
     assert verify(root).findings == ()
     assert run_child("use", root, COUNT)["warnings"] == []
 

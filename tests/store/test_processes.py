@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -96,34 +95,6 @@ def test_eight_processes_compile_each_key_once(tmp_path: Path, root: Path) -> No
     assert sorted(compiled) == [f"piece {index}" for index in range(count)]
     assert verify(root).artifacts == count
     assert_clean(root)
-
-
-@pytest.mark.nightly
-def test_killed_at_random_instants_then_loaded(place: Path, warned: list[str]) -> None:
-    count = 8
-    probe = place / "probe"
-    child = start("save", probe, count)
-    assert child.stdout is not None and child.stdout.readline() == "begin\n"
-    begin = time.monotonic()
-    child.communicate()
-    assert child.returncode == 0
-    duration = time.monotonic() - begin
-    instants = random.Random(5)
-    killed = 0
-    survived: set[int] = set()
-    for case in range(50):
-        root = place / f"cache {case}"
-        child = start("save", root, count)
-        assert child.stdout is not None and child.stdout.readline() == "begin\n"
-        time.sleep(instants.uniform(0.0, duration))
-        child.kill()
-        child.communicate()
-        killed += child.returncode == -signal.SIGKILL
-        survived.add(load_everything(root, count))
-        assert_clean(root)
-    assert killed >= 10, "the instants missed the saving; the child has become too fast"
-    assert len(survived) >= 3, "the kills did not fall at different stages"
-    assert warned == []
 
 
 @pytest.mark.parametrize("count", [1, pytest.param(4, marks=pytest.mark.nightly)])
