@@ -1,7 +1,9 @@
-"""What `piecework compile` leaves behind: a folder with the source, graph, report and manifest of a stitched module.
+"""What `piecework compile` leaves behind: a folder with the source, graph, report and manifest of a
+stitched module.
 
-The manifest is written last, so that a folder is whole or none. What was compiled lies in an artifact inside it, where it
-can be saved; else running it compiles again. In both cases the source must be the same.
+The manifest is written last, so that a folder is whole or none. What was compiled lies in an
+artifact inside it, where it can be saved; else running it compiles again. In both cases the source
+must be the same.
 """
 
 from __future__ import annotations
@@ -67,7 +69,7 @@ def check_output(directory: Path) -> None:
 
 
 def require_writable(directory: Path) -> None:
-    """Raise `UsageError` unless ``directory`` is a folder that files can be made in, or can be made."""
+    """Raise `UsageError` unless ``directory`` is, or can be made, a folder to write into."""
     places = (directory.absolute(), *directory.absolute().parents)
     there = next(each for each in places if each.exists())
     if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):

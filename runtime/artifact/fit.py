@@ -1,4 +1,4 @@
-"""What of a model and of how it was compiled must be the same where it is loaded, and the first difference."""
+"""What of a model and of how it was compiled must be the same where it is loaded."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def partition(tensors: Sequence[torch.Tensor]) -> tuple[int, ...]:
 
 
 def require_portable(graph: torch.fx.GraphModule, structure: Structure | None, name: str) -> None:
-    """Raise `ArtifactError` for a piece whose graph means something else in another process, or holds a tensor."""
+    """Raise `ArtifactError` for a piece that is another in another process, or holds a tensor."""
     reason = operator_facts(graph)[1] or ("" if structure is None else structure.local)
     hint = _OPERATOR
     for node in graph.graph.find_nodes(op="get_attr"):
@@ -153,7 +153,8 @@ def operators(graphs: Iterable[torch.fx.GraphModule]) -> dict[str, str]:
     """Operator that torch does not bring → what code depends on of it.
 
     Raises:
-        ArtifactError: a graph calls a Python function, or an operator whose fake implementation can't be read.
+        ArtifactError: a graph calls a Python function, or an operator whose fake implementation
+            can't be read.
     """
     found: dict[str, str] = {}
     for graph in graphs:
@@ -184,7 +185,7 @@ def _identity(op: OpOverload) -> str:
 
 
 def require_same_operators(saved: Mapping[str, str]) -> None:
-    """Raise `ArtifactError` for an operator that is missing, or has another schema or fake implementation."""
+    """Raise `ArtifactError` for an operator that is missing, or has another schema or fake."""
     for name, digest in saved.items():
         op = operator_named(name)
         if not isinstance(op, OpOverload) or _identity(op) != digest:

@@ -1,6 +1,8 @@
-"""Directories to stitched models: an artifact's traces, bound to the weights of a model of this process.
+"""Directories to stitched models: an artifact's traces, bound to the weights of a model of this
+process.
 
-Nothing is traced, compiled or run. What is not as it was when the model was saved is refused, with the first difference.
+Nothing is traced, compiled or run. What is not as it was when the model was saved is refused, with
+the first difference.
 """
 
 from __future__ import annotations
@@ -53,7 +55,7 @@ _HINT = "load it with the model that it was saved of, or compile again: with art
 
 @dataclass(frozen=True, slots=True)
 class Artifact:
-    """An artifact that fits this process: its verified directory, and the seconds that opening it took."""
+    """An artifact that fits this process, and the seconds that opening it took."""
 
     folder: Folder
     seconds: float
@@ -63,7 +65,8 @@ class Artifact:
         """Verify an artifact and that it was made by, and for, what is here.
 
         Raises:
-            ArtifactError: it is damaged, not to be trusted, or was made for something else; nothing of it was unpickled, loaded or executed.
+            ArtifactError: it is damaged, not to be trusted, or was made for something else; nothing
+                of it was unpickled, loaded or executed.
         """
         start = time.perf_counter()
         folder = open_folder(directory_of(place), signing_key(key_file))
@@ -90,7 +93,8 @@ class Artifact:
         """The traces, bound to ``model``.
 
         Raises:
-            ArtifactError: the model is not the one that was saved, in its code, its structure, its settings or its weights' signature.
+            ArtifactError: the model is not the one that was saved, in its code, its structure, its
+                settings or its weights' signature.
         """
         folder = self.folder
         require_same_operators(folder.table("operators"))

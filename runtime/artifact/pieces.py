@@ -1,6 +1,8 @@
-"""Compiled pieces as text and shared objects: the Python that runs, its kernels and its constants, and a callable again.
+"""Compiled pieces as text and shared objects: the Python that runs, its kernels and its constants,
+and a callable again.
 
-Text is Inductor's own, less what it needs to compile; every name in it is on an allow-list. Loading compiles nothing.
+Text is Inductor's own, less what it needs to compile; every name in it is on an allow-list. Loading
+compiles nothing.
 """
 
 from __future__ import annotations
@@ -145,7 +147,7 @@ def _generated(
 
 
 def _function_text(found: torch_compat.Generated) -> str | None:
-    """The text of the function that runs; None unless the module's text compiles to that very code there."""
+    """The text of the function that runs; None unless it compiles to that very code there."""
     ours = found.function.__code__
     module = compile(found.text, "<piece>", "exec", dont_inherit=True)
     inner = with_inner_code([module])
@@ -261,7 +263,7 @@ class PieceLoader:
 
 
 def _without_autocast(function: Callable[..., object]) -> Callable[..., object]:
-    """``function`` as torch's wrappers call it: what it calls was traced, with autocast where there was any."""
+    """``function`` as torch's wrappers call it: what it calls was traced."""
 
     def run(*args: object) -> object:
         with torch_compat.autocast_off():

@@ -1,6 +1,8 @@
-"""A compiled program, without a model, for another process: what is kept of a `Program`, and a `Program` again.
+"""A compiled program, without a model, for another process: what is kept of a `Program`, and a
+`Program` again.
 
-`program_to_bytes` is for those who keep what was compiled themselves: no weight and no graph is in it.
+`program_to_bytes` is for those who keep what was compiled themselves: no weight and no graph is in
+it.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ Saved = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class DirectConst:
-    """A constant of the stitching source that is the implementation of an operator, whichever it is in a process."""
+    """A constant that is the implementation of an operator, whichever it is in a process."""
 
     op: object
 
@@ -52,7 +54,8 @@ class DirectConst:
 
 
 def saved_program(program: Program, files: dict[str, bytes], folder: str) -> Saved:
-    """What is kept of ``program``, for `to_bytes`; texts and pieces are added to ``files``, texts below ``folder``.
+    """What is kept of ``program``, for `to_bytes`; texts and pieces are added to ``files``, texts
+    below ``folder``.
 
     Raises:
         ArtifactError: something in it can't be told again in another process.
@@ -81,7 +84,7 @@ def saved_program(program: Program, files: dict[str, bytes], folder: str) -> Sav
 
 
 def _forms(program: Program, files: dict[str, bytes]) -> dict[str, tuple[object, ...]]:
-    """Of each submodule which of its inputs are sizes, and what makes its compiled form again, by range."""
+    """Of each submodule the inputs that are sizes, and by range what makes its form again."""
     made: dict[int, tuple[object, ...]] = {}
     found: dict[str, tuple[object, ...]] = {}
     for name, backend in program.backends.items():
@@ -183,7 +186,7 @@ def loaded_program(
 def _graphs_reader(
     files: Folder, name: str, backends: Mapping[str, PiecewiseBackend]
 ) -> Callable[[], Graphs]:
-    """What reads the graphs of a program, once, and gives its pieces theirs; it raises `ArtifactError` where it can't."""
+    """What reads a program's graphs once; it raises `ArtifactError` where it can't."""
 
     @cache
     def read() -> Graphs:
@@ -208,7 +211,8 @@ def _graphs_reader(
 
 
 def program_to_bytes(program: Program) -> bytes:
-    """``program`` with its pieces' kernels, for a process like this one; signed where ``PIECEWORK_CACHE_KEY_FILE`` names a key.
+    """``program`` with its pieces' kernels, for a process like this one; signed where
+    ``PIECEWORK_CACHE_KEY_FILE`` names a key.
 
     Raises:
         ArtifactError: something in it can't be told again in another process.
@@ -227,8 +231,8 @@ def program_from_bytes(data: bytes, config: CompilationConfig) -> Program:
     """What `program_to_bytes` made, without its graphs.
 
     Raises:
-        ArtifactError: it is damaged, not signed with the key, or was made by or for something else than what is here. Nothing of it was unpickled,
-            executed or loaded then.
+        ArtifactError: it is damaged, not signed with the key, or was made by or for something else
+            than what is here. Nothing of it was unpickled, executed or loaded then.
     """
     start = time.perf_counter()
     found = unpacked(data, signing_key())

@@ -1,4 +1,5 @@
-"""Stitched models to directories: one, or several that serve one model together, written whole or not at all.
+"""Stitched models to directories: one, or several that serve one model together, written whole or
+not at all.
 
 What can't be told again in another process is refused by name. No weight is written.
 """
@@ -60,7 +61,8 @@ def save(place: Place, part: Part, *, key_file: str | os.PathLike[str] | None = 
         key_file: the secret that signs the manifest; `piecework.runtime.store.files.signing_key`.
 
     Raises:
-        ArtifactError: something can't be told again in another process, or the directory can't be written.
+        ArtifactError: something can't be told again in another process, or the directory can't be
+            written.
     """
     files: dict[str, bytes] = {}
     graphs: list[torch.fx.GraphModule] = []
@@ -112,7 +114,7 @@ def _write(
 def _facts(
     part: Part, files: dict[str, bytes], prefix: str, graphs: list[torch.fx.GraphModule]
 ) -> dict[str, object]:
-    """What the manifest says of a module, whose files are added to ``files``, and its graphs to ``graphs``."""
+    """What the manifest says of a module; its files and graphs are added to those given."""
     rows, own = [], []
     for number, trace in enumerate(part.traces):
         _require_savable(trace)
@@ -177,7 +179,7 @@ def _require_savable(trace: TracedModel) -> None:
 
 
 def _saved(trace: TracedModel, files: dict[str, bytes], folder: str) -> dict[str, object]:
-    """A trace as values for `to_bytes`: a program, bound to a model; its texts are added to ``files``."""
+    """A trace as values for `to_bytes`; its texts are added to ``files``."""
     program, entry, captured = trace.program, trace.entry, trace.entry.captured
     program.split_gm  # noqa: B018 - of a loaded program the graphs are read now
     saved = saved_program(program, files, folder)
@@ -240,7 +242,7 @@ def _memory(trace: TracedModel) -> tuple[int, ...] | None:
 
 
 def _require_code_in_files(trace: TracedModel) -> None:
-    """Raise if the trace went through code that is in no file and no method, which nobody could compare."""
+    """Raise if the trace went through code that is in no file and no method."""
     state = trace.entry.weights.state
     methods = state.classes.digests().values()
     told = {text.split()[-1] for each in methods for text in each.values()}

@@ -1,4 +1,5 @@
-"""The values that an artifact may hold, as bytes: an allow-list of what means the same in another process.
+"""The values that an artifact may hold, as bytes: an allow-list of what means the same in another
+process.
 
 Bytes are verified before they come here.
 """
@@ -107,7 +108,7 @@ def from_bytes(data: bytes, where: str) -> object:
 
 
 def operator_named(name: str) -> object:
-    """The operator ``ns.op`` or ``ns.op.overload``; raises `ArtifactError` if it is not registered."""
+    """The operator ``ns.op`` or ``ns.op.overload``; `ArtifactError` if it is not registered."""
     try:
         return functools.reduce(getattr, name.split("."), torch.ops)
     except (AttributeError, RuntimeError) as error:

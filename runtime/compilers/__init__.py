@@ -25,12 +25,13 @@ def make_compiler(config: CompilationConfig) -> CompilerInterface:
     """The compiler that ``config.backend`` names.
 
     ``inductor``, ``inductor_compile_fx``, ``eager``,
-    or ``module:Class`` / ``module.Class``, which is called without arguments. In mode ``DYNAMO_TRACE_ONCE`` also the name
-    of any backend that torch knows, or the qualified name of one.
+    or ``module:Class`` / ``module.Class``, which is called without arguments. In mode
+    ``DYNAMO_TRACE_ONCE`` also the name of any backend that torch knows, or the qualified name of
+    one.
 
     Raises:
-        ConfigError: there is no such compiler, it lacks a method of `CompilerInterface`, or the configuration has options
-            that it does not know.
+        ConfigError: there is no such compiler, it lacks a method of `CompilerInterface`, or the
+            configuration has options that it does not know.
     """
     match config.backend:
         case "inductor":

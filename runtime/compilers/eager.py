@@ -43,8 +43,9 @@ class EagerAdaptor:
 def left_uncompiled(graph: torch.fx.GraphModule) -> CompiledPiece:
     """A piece as FX wrote it that writes to memory which several of its inputs share.
 
-    AOTAutograd rebuilds such inputs from one base, whose size and start it takes from the trace, and makes outputs that are views of
-    them anew as views of that base: where an input is a part of the memory, results are others.
+    AOTAutograd rebuilds such inputs from one base, whose size and start it takes from the trace,
+    and makes outputs that are views of them anew as views of that base: where an input is a part of
+    the memory, results are others.
     """
     reason = "it writes to memory that several of its inputs share"
     _log.warning("%s is not compiled: %s, which compilers get wrong", graph._get_name(), reason)
@@ -55,8 +56,8 @@ def left_uncompiled(graph: torch.fx.GraphModule) -> CompiledPiece:
 def uncompiled(graph: torch.fx.GraphModule) -> Callable[..., object]:
     """``graph`` as a function that runs its operators one by one.
 
-    FX writes no ``finally``: a graph with regions (autocast, gradient mode) is emitted and proved as stitching source is, so that
-    an exception leaves none of them open.
+    FX writes no ``finally``: a graph with regions (autocast, gradient mode) is emitted and proved
+    as stitching source is, so that an exception leaves none of them open.
     """
     for each in graph.modules():
         if isinstance(each, torch.fx.GraphModule) and "forward" not in vars(type(each)):
@@ -69,7 +70,8 @@ def uncompiled(graph: torch.fx.GraphModule) -> Callable[..., object]:
 
 
 class DynamoBackendAdaptor:
-    """Hands a graph to a backend in Dynamo's sense: ``backend(graph_module, example_inputs) -> callable``.
+    """Hands a graph to a backend in Dynamo's sense: ``backend(graph_module, example_inputs) ->
+    callable``.
 
     Args:
         backend: the name of a backend that torch knows, or the backend itself.

@@ -41,8 +41,8 @@ class _Inductor:
         wraps: whether each partition becomes a `Partition`, which a captured model replays.
 
     Raises:
-        ConfigError: Inductor has no option or pass slot of a name, a pass can't be imported, or options contradict the
-            graph partition.
+        ConfigError: Inductor has no option or pass slot of a name, a pass can't be imported, or
+            options contradict the graph partition.
     """
 
     name = "inductor"
@@ -65,7 +65,8 @@ class _Inductor:
     def options_for(
         self, compile_range: Range | None, graph: torch.fx.GraphModule | None = None
     ) -> dict[str, object]:
-        """Inductor's options for one batch range, complete; for one piece, where its graph is given.
+        """Inductor's options for one batch range, complete; for one piece, where its graph is
+        given.
 
         A single size gets those of ``single_size_inductor_config`` on top.
         """
@@ -82,10 +83,12 @@ class _Inductor:
         return options
 
     def facts_for(self, graph: torch.fx.GraphModule) -> str | None:
-        """What code for ``graph`` depends on besides the graph: what is known of its sizes, its operators, torch's settings.
+        """What code for ``graph`` depends on besides the graph: what is known of its sizes, its
+        operators, torch's settings.
 
-        Inductor keeps code under it, so that its own caches tell apart what this one does. The example sizes count there: which
-        guards a compilation adds depends on them. None where something has no stable form.
+        Inductor keeps code under it, so that its own caches tell apart what this one does. The
+        example sizes count there: which guards a compilation adds depends on them. None where
+        something has no stable form.
         """
         operators, reason = operator_facts(graph)
         if reason:
@@ -99,11 +102,11 @@ class _Inductor:
         return text_of([*sizes, operators, settings])
 
     def partitions_wrapped(self) -> AbstractContextManager[None]:
-        """While active, partitions of compiled and of loaded code are wrapped; what was set before comes back."""
+        """While active, partitions of compiled and of loaded code are wrapped."""
         return torch_compat.partition_wrapper(wrap_partition) if self.wraps else nullcontext()
 
     def realign(self, compiled: Callable[..., object]) -> None:
-        """Where partitions are wrapped, do what Inductor then leaves undone: inputs at odd addresses are copied."""
+        """Where partitions are wrapped, do what Inductor then leaves undone."""
         if self.wraps:
             torch_compat.realign_inputs(compiled)
 
@@ -156,7 +159,7 @@ def _require_options(config: CompilationConfig) -> None:
 
 
 class InductorStandaloneAdaptor(_Inductor):
-    """Compiles with ``torch._inductor.standalone_compile``: one artifact per piece, independent of Dynamo."""
+    """Compiles with ``torch._inductor.standalone_compile``: one artifact per piece."""
 
     def compile(
         self,
@@ -188,7 +191,7 @@ class InductorStandaloneAdaptor(_Inductor):
         return None if data is None else mark + data
 
     def from_bytes(self, data: bytes, graph: torch.fx.GraphModule) -> CompiledPiece:
-        """What `to_bytes` kept of ``graph``; raises whatever torch raises for bytes that it can't use."""
+        """What `to_bytes` kept of ``graph``; raises whatever torch raises for other bytes."""
         mark, rest = data[: len(_DIRECT)], data[len(_DIRECT) :]
         with self.partitions_wrapped():
             artifact = torch_compat.artifact_from_bytes(rest)
@@ -230,7 +233,8 @@ def _require_sizes(graph: torch.fx.GraphModule, inputs: Sequence[object]) -> Non
     """Refuse a piece whose code would check a size that it is not given.
 
     Raises:
-        CaptureError: the trace asserted something of a value that is no argument and no size of one.
+        CaptureError: the trace asserted something of a value that is no argument and no size of
+            one.
     """
     values = [*inputs, *map(value_of, graph.graph.nodes)]
     given = {symbol for value in inputs for symbol in torch_compat.free_sizes(value)}
@@ -271,7 +275,7 @@ def positional(call: Callable[..., object], inputs: int) -> Callable[..., object
 
 
 def _has_symbols(values: Sequence[object]) -> bool:
-    """Whether a size is still symbolic: a single batch size leaves the other dynamic dimensions as they were."""
+    """Whether a size is still symbolic."""
     return any(
         torch_compat.symbol_of(size) is not None
         for value in values

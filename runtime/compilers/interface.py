@@ -19,9 +19,11 @@ class CompiledPiece:
     Attributes:
         runnable: takes the piece's inputs positionally and returns a tuple or list of its outputs.
         artifact: the compiler's own object, for serialisation; None if there is nothing to keep.
-        direct: does the same with less around it, for plain tensors without modes; None if nothing does.
+        direct: does the same with less around it, for plain tensors without modes; None if nothing
+            does.
         indirect_because: why there is no ``direct``.
-        strict_inputs: inputs whose readers refuse a tensor of another dtype or device by themselves.
+        strict_inputs: inputs whose readers refuse a tensor of another dtype or device by
+            themselves.
     """
 
     runnable: Callable[..., object]
@@ -34,8 +36,9 @@ class CompiledPiece:
 class CompilerInterface(Protocol):
     """A compiler of pieces; see `make_compiler`.
 
-    A compiler may also have ``to_bytes(piece) -> bytes | None`` and ``from_bytes(data, graph) -> CompiledPiece``; then
-    what it makes is kept in the compile cache. One that runs graph passes has ``passes``, a `PostGradPassManager`.
+    A compiler may also have ``to_bytes(piece) -> bytes | None`` and ``from_bytes(data, graph) ->
+    CompiledPiece``; then what it makes is kept in the compile cache. One that runs graph passes has
+    ``passes``, a `PostGradPassManager`.
 
     Attributes:
         name: what ``CompilationConfig.backend`` calls it.
@@ -58,11 +61,13 @@ class CompilerInterface(Protocol):
 
         Args:
             graph: flat inputs, and a tuple of outputs.
-            example_inputs: fake tensors and symbols (or integers, for a single size), one per placeholder.
+            example_inputs: fake tensors and symbols (or integers, for a single size), one per
+                placeholder.
             config: the resolved configuration.
             compile_range: batch sizes that the result must serve; None means all.
 
         Raises:
-            Exception: whatever the compiler raises; the caller adds which piece it was and keeps the graph.
+            Exception: whatever the compiler raises; the caller adds which piece it was and keeps
+                the graph.
         """
         ...

@@ -13,8 +13,8 @@ from piecework.scope import set_for
 class Partition:
     """One partition; Inductor's code calls it with one list, which it empties, and takes a tuple.
 
-    Two models whose code is the same may share it: Inductor keeps one module per text. So it holds no static graph
-    itself, and asks the model that is running for one.
+    Two models whose code is the same may share it: Inductor keeps one module per text. So it holds
+    no static graph itself, and asks the model that is running for one.
 
     Attributes:
         function: what Inductor generated.

@@ -38,7 +38,8 @@ from piecework.runtime.store.artifacts import StandaloneCompiledArtifacts
 
 
 class PieceworkBackend:
-    """A Dynamo backend: splits a graph, compiles its pieces, and emits and binds the stitching source.
+    """A Dynamo backend: splits a graph, compiles its pieces, and emits and binds the stitching
+    source.
 
     Args:
         config: what to do; the default configuration if None.
@@ -46,13 +47,16 @@ class PieceworkBackend:
         is_encoder: the last batch range is open-ended.
         splitting_ops: where to cut; overrides the configuration's.
         runtime_config: tells the largest batch; without it the last batch range is open-ended.
-        trace: which of the model's traces this is for; others may serve sizes that this one does not.
+        trace: which of the model's traces this is for; others may serve sizes that this one does
+            not.
         deferred: make the compiler, and refuse one that there is not, when something is compiled.
 
     Attributes:
         compiler_manager: compiles pieces, equal ones once.
-        range_table: batch ranges and single sizes that were asked for; None when one compiled form serves every batch.
-        batch_of_first: where the first trace of the model has its batch size; see `Program.batch_place`.
+        range_table: batch ranges and single sizes that were asked for; None when one compiled form
+            serves every batch.
+        batch_of_first: where the first trace of the model has its batch size; see
+            `Program.batch_place`.
         used: a graph was given to it, whatever became of it.
     """
 
@@ -248,13 +252,14 @@ def piecework_dynamo_backend(
     """The entry point behind ``torch.compile(model, backend="piecework")``.
 
     Args:
-        options: fields of `CompilationConfig`, as in ``torch.compile(..., options={...})``. In mode ``DYNAMO_TRACE_ONCE``
-            the graph stays whole; Dynamo keeps its guards in any case.
+        options: fields of `CompilationConfig`, as in ``torch.compile(..., options={...})``. In mode
+            ``DYNAMO_TRACE_ONCE`` the graph stays whole; Dynamo keeps its guards in any case.
         mode: Inductor's presets of ``torch.compile(..., mode=...)``, which piecework has none of.
 
     Raises:
         PieceworkError: as `PieceworkBackend`; Dynamo wraps it in ``BackendCompilerFailed``.
-        ConfigError: the options hold a mode in which piecework compiles nothing, or a ``cudagraph_mode``; or ``mode`` is given.
+        ConfigError: the options hold a mode in which piecework compiles nothing, or a
+            ``cudagraph_mode``; or ``mode`` is given.
         CaptureError: with ``strict``, an argument requires grad.
     """
     if mode is not None:

@@ -1,6 +1,8 @@
-"""A graph of Dynamo's by the names of the user's code, and its stitched function with the weights held ready.
+"""A graph of Dynamo's by the names of the user's code, and its stitched function with the weights
+held ready.
 
-Dynamo hands the weights to each call; they are compared by identity, and other ones are bound first. Nothing is watched.
+Dynamo hands the weights to each call; they are compared by identity, and other ones are bound
+first. Nothing is watched.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ def name_inputs(graph: torch.fx.GraphModule) -> tuple[str | None, ...]:
     """Name the inputs of Dynamo's ``graph`` as the user's code does.
 
     Returns:
-        For each input its path if it is a weight: a tensor of fixed shape on a module that the function was called with.
+        For each input its path if it is a weight: a tensor of fixed shape on a module that the
+            function was called with.
     """
     nodes = graph.graph.find_nodes(op="placeholder")
     found = [_ROOT.fullmatch(source) for source in torch_compat.placeholder_sources(graph)]
@@ -56,7 +59,7 @@ def name_inputs(graph: torch.fx.GraphModule) -> tuple[str | None, ...]:
 
 
 def modules_traced(graph: torch.fx.GraphModule) -> list[torch.nn.Module]:
-    """The modules that the inputs of ``graph`` hang on; to be asked while Dynamo's trace is open."""
+    """The modules that a graph's inputs hang on; to be asked while Dynamo's trace is open."""
     found = {m[1] for s in torch_compat.placeholder_sources(graph) if (m := _ROOT.fullmatch(s))}
     held = (torch_compat.traced_locals().get(name) for name in sorted(found))
     return [each for each in held if isinstance(each, torch.nn.Module)]
@@ -69,12 +72,14 @@ def bound_names(graph: torch.fx.GraphModule, paths: Sequence[str | None]) -> dic
 
 
 class BoundCall:
-    """The stitched function of a program, as Dynamo calls it: with all inputs of the graph, weights included.
+    """The stitched function of a program, as Dynamo calls it: with all inputs of the graph, weights
+    included.
 
     Args:
         program: what was compiled; its source holds the weights as names.
         paths: of each input of the graph the path of the weight that it is, or None.
-        submod_lists: ``__vllm_submods__`` for each of the program's ranges, where they are not the program's own.
+        submod_lists: ``__vllm_submods__`` for each of the program's ranges, where they are not the
+            program's own.
 
     Attributes:
         others: the inputs that are no weights, by number.

@@ -66,7 +66,7 @@ class Trace(enum.Enum):
 
 
 class Backend(Protocol):
-    """What a compilation needs of the backend that it belongs to; see `backend.PieceworkBackend`."""
+    """What a compilation needs of the backend that it belongs to."""
 
     prefix: str
     config: CompilationConfig
@@ -249,7 +249,7 @@ class Compilation:
         return table
 
     def _own_size(self) -> RangeTable | None:
-        """The one size that a trace without a batch symbol serves, where the first trace tells it."""
+        """The one size that a trace without a batch symbol serves."""
         index, dim = self.batch.input
         value = value_of(self.graph.graph.find_nodes(op="placeholder")[index])
         if (
@@ -315,7 +315,7 @@ class Compilation:
         )
 
     def _digests(self) -> Iterator[tuple[str, str]]:
-        """What each piece computes, in eight digits that are the same in every process; pieces without such are left out."""
+        """What each piece computes, in eight digits that are the same in every process."""
         known: dict[str, str] = {}  # equal pieces have one
         for name, piece in self.backends.items():
             structure = piece.compiled_of()[1]
@@ -329,7 +329,8 @@ class Compilation:
 
 
 def _check_custom_ops(config: CompilationConfig, graph: torch.fx.GraphModule) -> None:
-    """Hold ``graph`` to the rules of ``custom_ops``; a rule names ``ns::op``, or ``op`` of any namespace but torch's own.
+    """Hold ``graph`` to the rules of ``custom_ops``; a rule names ``ns::op``, or ``op`` of any
+    namespace but torch's own.
 
     Raises:
         ConfigError: a rule switches an op off, and the graph calls it.
@@ -419,6 +420,6 @@ def _batch_of(graph: torch.fx.GraphModule, place: tuple[str, int] | None) -> Bat
 
 
 def _op_name(op: object) -> str:
-    """How a splitting op is said: ``ns::op``, the path of a function that torch knows, or where a function is from."""
+    """How a splitting op is said: ``ns::op``, a path that torch knows, or where it is from."""
     known = op if isinstance(op, str) else operator_name(op) or resolve_name(op)
     return known or f"{getattr(op, '__module__', '')}.{getattr(op, '__qualname__', op)}"

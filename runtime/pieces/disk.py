@@ -35,13 +35,14 @@ _log = logging.getLogger(__name__)
 class PieceCache:
     """The cache entry of one compilation.
 
-    What a compilation finds out about sizes (Inductor takes 16-bit indices below 32768 rows, and adds a guard) is kept with the
-    code and made known again when it is loaded, so that the checks of a call are the same whether a piece was compiled or loaded.
+    What a compilation finds out about sizes (Inductor takes 16-bit indices below 32768 rows, and
+    adds a guard) is kept with the code and made known again when it is loaded, so that the checks
+    of a call are the same whether a piece was compiled or loaded.
 
     Args:
         entry: where texts are kept; None keeps nothing.
-        pieces: where bytes are kept: a piece is found by its content, so all ranks share them, and one
-            compiles what the others wait for.
+        pieces: where bytes are kept: a piece is found by its content, so all ranks share them, and
+            one compiles what the others wait for.
         sizes: the environment of the trace's symbols; None for a trace that has none.
     """
 
@@ -91,7 +92,7 @@ class PieceCache:
         to_bytes: Callable[[T], bytes | None],
         load: Callable[[bytes], T],
     ) -> tuple[T, bool]:
-        """`get_or_compile` under one name; raises `_OtherSizes` if what is kept there is not right for these sizes."""
+        """`get_or_compile` under one name; `_OtherSizes` if what is kept is not right for these."""
         fresh: list[T] = []
 
         def compile_to_bytes() -> bytes:
@@ -152,13 +153,13 @@ class PieceCache:
     def write_texts(
         self, graph: torch.fx.GraphModule, pieces: Mapping[str, Structure], code: str
     ) -> None:
-        """Keep the split graph, with each different piece once, and the stitching source, for people to read."""
+        """Keep the split graph, with each different piece once, and the stitching source."""
         if self.entry is not None:
             readable = "\n\n".join([graph.code, *_different(graph, pieces)])
             self.entry.write_texts({"computation_graph.py": readable, "stitched.py": code})
 
     def write_entry(self, code: str) -> None:
-        """Keep the source of the entry, which a call runs in place of the model's forward, for people to read."""
+        """Keep the source of the entry, which a call runs in place of the model's forward."""
         if self.entry is not None:
             self.entry.write_texts({"transformed_code.py": code})
 
@@ -192,7 +193,8 @@ def open_piece_cache(
 ) -> PieceCache:
     """Open the cache entry for one captured graph.
 
-    Where something that decides the code has no stable form, there is one warning, and nothing is kept.
+    Where something that decides the code has no stable form, there is one warning, and nothing is
+    kept.
 
     Args:
         compiler_hash: says everything about the compiler that changes its output.

@@ -38,9 +38,11 @@ class JobResult:
 
 @dataclass(frozen=True, slots=True)
 class RangeEntry:
-    """The compiled form of a piece for one range of batch sizes; ``compile_range`` None means all sizes.
+    """The compiled form of a piece for one range of batch sizes; ``compile_range`` None means all
+    sizes.
 
-    ``reused``: an equal piece was compiled before in this compilation; ``cached``: it was loaded from disk.
+    ``reused``: an equal piece was compiled before in this compilation; ``cached``: it was loaded
+    from disk.
     """
 
     compile_range: Range | None
@@ -120,13 +122,13 @@ class CompilerManager:
     def is_kept(
         self, graph: torch.fx.GraphModule, structure: Structure, compile_range: Range | None
     ) -> bool:
-        """Whether a piece is compiled or in the cache already, so that `compile` would not call the compiler."""
+        """Whether a piece is compiled or in the cache already."""
         if _slot(graph, structure, compile_range) in self._done:
             return True
         return self.cache is not None and self.cache.holds(graph, structure, compile_range)
 
     def compiled_ahead(self, structure: Structure, entry: RangeEntry) -> None:
-        """Keep what `compile` returned before the piece was reached, for the first piece that asks for it."""
+        """Keep what `compile` returned before the piece was reached."""
         self._ahead[structure.key, entry.compile_range] = entry
 
     def compiled_elsewhere(
@@ -153,7 +155,7 @@ class CompilerManager:
         )
 
     def to_bytes(self, piece: CompiledPiece) -> bytes | None:
-        """What the cache keeps of a piece; None, with a warning, where the compiler can't give it."""
+        """What the cache keeps of a piece; None, with a warning, if the compiler can't give it."""
         try:
             return self.compiler.to_bytes(piece)
         except Exception as error:  # noqa: BLE001 - the piece is compiled and can be used
@@ -275,13 +277,13 @@ _NO_COMPILER = (
 def _slot(
     graph: torch.fx.GraphModule, structure: Structure, compile_range: Range | None
 ) -> tuple[object, ...]:
-    """What a compiled piece is right for in this process. Symbols mean nothing outside of the trace that they belong to."""
+    """What a compiled piece is right for in this process."""
     env = torch_compat.shape_env_of(map(value_of, graph.graph.find_nodes(op="placeholder")))
     return structure.key, compile_range, id(env)
 
 
 def _own_failure(error: BaseException | None) -> PieceCompileError | None:
-    """The failure of a pass of ours or the user's, which a compiler may have wrapped in an error of its own."""
+    """The failure of a pass of ours or the user's."""
     seen: list[BaseException] = []
     while error is not None and error not in seen:
         if isinstance(error, PieceCompileError):

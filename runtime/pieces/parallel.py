@@ -1,4 +1,5 @@
-"""Different pieces compiled at the same time, in forked workers, so that the cache has them when they are reached.
+"""Different pieces compiled at the same time, in forked workers, so that the cache has them when
+they are reached.
 
 Nothing that a worker made is used directly: the caller compiles every piece again afterwards and
 finds it in the cache. A worker that fails, hangs or is killed costs time and nothing else.
@@ -64,8 +65,8 @@ def different_pieces(
 ) -> list[Request]:
     """What must be compiled: each different piece once per range, in order of first use.
 
-    A piece whose inputs were not recorded by tracing is left out; it is compiled when it is reached.
-    ``structures`` holds those of the pieces that are known, and of all of them afterwards.
+    A piece whose inputs were not recorded by tracing is left out; it is compiled when it is
+    reached. ``structures`` holds those of the pieces that are known, and of all of them afterwards.
     """
     found: dict[tuple[str, Range | None], Request] = {}
     for name in submod_names:

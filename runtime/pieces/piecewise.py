@@ -32,7 +32,8 @@ class PieceCompiler(Protocol):
 class PiecewiseBackend:
     """One piece: its graph and its compiled form per range.
 
-    Two exclusive modes: *compile* (a graph is given; all ranges are compiled now) and *load* (runnables are given).
+    Two exclusive modes: *compile* (a graph is given; all ranges are compiled now) and *load*
+    (runnables are given).
 
     Args:
         graph: the piece, or None in load mode.
@@ -112,7 +113,8 @@ class PiecewiseBackend:
             self.entries[compile_range] = entry
 
     def to_bytes(self) -> dict[Range | None, bytes]:
-        """The compiled form of each range as bytes, as the compile cache keeps it; ranges that can't be kept are left out.
+        """The compiled form of each range as bytes, as the compile cache keeps it; ranges that
+        can't be kept are left out.
 
         Raises:
             BindError: the piece was loaded, or its compiler makes nothing that can be kept.
@@ -144,7 +146,7 @@ class PiecewiseBackend:
         return compiled.runnable if compiled.direct is None else compiled.direct
 
     def __call__(self, *args: object) -> object:
-        """Run the form that serves this batch; the stitched function is bound past this, to the runnable itself."""
+        """Run the form that serves this batch; stitched functions are bound past this."""
         if len(self.entries) == 1:
             (entry,) = self.entries.values()
             return entry.runnable(*args)
@@ -167,7 +169,7 @@ def get_fake_args_from_graph(graph: torch.fx.GraphModule) -> list[object]:
 def inputs_for(
     graph: torch.fx.GraphModule, compile_range: Range | None, batch_symbol: str | None
 ) -> list[object]:
-    """What a compiler is given for one batch range: concrete sizes for a single size, else what tracing recorded."""
+    """What a compiler is given for a range: concrete sizes for a single one, else the trace's."""
     if compile_range is not None and compile_range.is_single_size():
         return create_concrete_args(graph, compile_range.start, batch_symbol)
     return get_fake_args_from_graph(graph)
@@ -176,7 +178,8 @@ def inputs_for(
 def create_concrete_args(
     graph: torch.fx.GraphModule, size: int, batch_symbol: str | None
 ) -> list[object]:
-    """Fake inputs of ``graph`` for one batch size: the batch symbol becomes ``size``, other symbols stay.
+    """Fake inputs of ``graph`` for one batch size: the batch symbol becomes ``size``, other symbols
+    stay.
 
     Args:
         batch_symbol: the symbol that it is, such as ``"s0"``; None leaves everything symbolic.

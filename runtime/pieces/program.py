@@ -35,7 +35,8 @@ class Batch:
     """Where a graph has its batch size.
 
     Attributes:
-        symbol: torch's symbol of it: the first dynamic dimension of the first tensor input that has one; None if none has.
+        symbol: torch's symbol of it: the first dynamic dimension of the first tensor input that has
+            one; None if none has.
         input: which graph input, and which of its dimensions (None for a size itself), tells it.
     """
 
@@ -51,7 +52,7 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Graphs:
-    """The graphs of a compilation: the traced one, the stitching graph, and its submodules in order, splitting ones included."""
+    """The traced graph, the stitching graph, and all its submodules in order."""
 
     graph: torch.fx.GraphModule
     split_gm: torch.fx.GraphModule
@@ -132,7 +133,7 @@ class Program:
         return ranges_of(self.range_table)
 
     def batch_place(self) -> tuple[str, int] | None:
-        """The first tensor input that has the batch size, and its dimension; None where none has."""
+        """The first tensor input with the batch size, and its dimension; None where none has it."""
         if self.batch.symbol is None or self.kept is not None:
             return None
         for node in self.graph.graph.find_nodes(op="placeholder"):
@@ -166,7 +167,8 @@ class Program:
     def bind_safely(
         self, weights: Mapping[str, object], *, code: str | None = None, as_written: bool = False
     ) -> tuple[Callable[..., object], Callable[[int], Callables]]:
-        """The same graph stitched without shortcuts: operators through the dispatcher, pieces by their public form.
+        """The same graph stitched without shortcuts: operators through the dispatcher, pieces by
+        their public form.
 
         Args:
             weights: weight path → tensor, for the names that the source binds.
@@ -309,7 +311,8 @@ def called_forms(
 def publish_submods(function: Callable[..., object], submods: Callables) -> None:
     """Make ``submods`` the list that ``function`` uses when it is given none.
 
-    A tuple: CPython indexes it faster than a list, and the difference is a part of what stitching costs.
+    A tuple: CPython indexes it faster than a list, and the difference is a part of what stitching
+    costs.
     """
     function.__kwdefaults__["__vllm_submods__"] = tuple(submods)  # type: ignore[attr-defined,index]
 

@@ -42,7 +42,7 @@ class Together:
 def together(
     split_gm: torch.fx.GraphModule, items: Sequence[SplitItem], table: RangeTable | None
 ) -> Together:
-    """What the processes that run ``split_gm`` must agree on: splitting ops by name, collectives with their operands' shapes."""
+    """What the processes that run ``split_gm`` must agree on."""
     ranges = f"batches {', '.join(map(str, table.entries))}" if table is not None else "all batches"
     order, groups = [ranges], {}
     splitting = {item.submod_name for item in items if item.is_splitting_graph}
@@ -92,15 +92,16 @@ def require_agreement(
 ) -> None:
     """Return once all processes that will run ``program`` together have come here with the same.
 
-    Compared are the collectives of each group that the graph names; and, among the ranks that ``runtime``
-    says one layer is cut over, everything. Each process must come here as often as the others. It waits as
-    long as ``init_process_group(timeout=…)`` says.
+    Compared are the collectives of each group that the graph names; and, among the ranks that
+    ``runtime`` says one layer is cut over, everything. Each process must come here as often as the
+    others. It waits as long as ``init_process_group(timeout=…)`` says.
 
     Args:
         before: what else they will do alike, in order.
 
     Raises:
-        RankError: another process would do something else, on each of them; or one did not come, or is gone.
+        RankError: another process would do something else, on each of them; or one did not come, or
+            is gone.
     """
     rank = torch_compat.own_rank()
     for ranks, rows in _run_together(program, runtime):

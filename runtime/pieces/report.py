@@ -32,7 +32,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class RangeRow:
-    """The compiled forms for one range of batch sizes: how many the compiler made, and the seconds that took."""
+    """The compiled forms for one range of batch sizes: how many were made, in how many seconds."""
 
     batches: str
     compiles: int
@@ -60,10 +60,12 @@ class Report:
         unique: number of different ones, which is how often the compiler ran per range.
         splitting: number of splitting submodules.
         phases: seconds per phase, in order.
-        ranges: one row per range of batch sizes; a single row for all sizes where there are no ranges.
+        ranges: one row per range of batch sizes; a single row for all sizes where there are no
+            ranges.
         differences: why pieces of nearly the same form were not shared.
         passes: what the graph passes matched; None unless ``pass_config.report_matches``.
-        layers: how many repeated layers one trace served, or why each was traced; "" where nothing is repeated or asked for.
+        layers: how many repeated layers one trace served, or why each was traced; "" where nothing
+            is repeated or asked for.
     """
 
     model: str
@@ -106,7 +108,7 @@ class Report:
 
 
 def differences(structures: Sequence[tuple[str, Structure]]) -> tuple[Difference, ...]:
-    """For each unique piece, the unique piece before it of nearly the same length that it differs least from."""
+    """For each unique piece of nearly the form of one before it, where they differ first."""
     unique: dict[str, tuple[str, Structure]] = {}
     found: list[Difference] = []
     for name, structure in structures:

@@ -1,4 +1,4 @@
-"""Compiled pieces by submodule and range, each distinct one kept once; a loader that the caller gives loads them in parallel."""
+"""Compiled pieces by submodule and range, each distinct one kept once."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 """One digest of Python values and of code: equal in any process where they are equal.
 
-Values are written with their exact types, so that ``True``, ``1``, ``1.0`` and ``"1"`` differ. Code counts by what it runs
-and by what it reaches by name; what an installed library brings, by the library's version; an object by what it gives for
-pickling, or by its method ``uuid()``. What has no stable form is an error.
+Values are written with their exact types, so that ``True``, ``1``, ``1.0`` and ``"1"`` differ. Code
+counts by what it runs and by what it reaches by name; what an installed library brings, by the
+library's version; an object by what it gives for pickling, or by its method ``uuid()``. What has no
+stable form is an error.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ _HINT = "give it a method uuid() that returns a string"
 
 
 def canonical(value: Any, where: str) -> Any:
-    """``value`` as plain JSON data: equal for equal content in any process, different for any other type or content.
+    """``value`` as plain JSON data: equal for equal content in any process, different for any other
+    type or content.
 
     Args:
         where: the field it comes from, for the error.
@@ -57,7 +59,7 @@ def digest_of(value: Any, where: str) -> str:
 
 
 class _Reader:
-    """One reading of one value; it numbers the mutable values that it has met, which may hold each other."""
+    """One reading of one value; it numbers the values that it has met."""
 
     def __init__(self, where: str) -> None:
         self.where = where
@@ -65,7 +67,7 @@ class _Reader:
         self._alive: list[object] = []  # so that no address is used twice while this reads
 
     def read(self, value: Any) -> Any:
-        """``value`` as plain JSON data; a JSON object always has one key, which says what it stands for."""
+        """``value`` as plain JSON data; an object in it has one key."""
         kind = type(value)
         if value is None or kind in (bool, float, int, str):
             return value
@@ -150,7 +152,7 @@ class _Reader:
     # --- code ----------------------------------------------------------------------------------------
 
     def function(self, function: types.FunctionType) -> Any:
-        """A function of a library by its name; another by its code, defaults, closure and the globals that it uses."""
+        """A library's function by its name; another by its code, defaults, closure and globals."""
         if name := name_of(function):
             return {"function": name}
         code = list(with_inner_code([function.__code__]))
@@ -175,7 +177,7 @@ class _Reader:
         return self.once(function, "function", content)
 
     def _reached(self, value: Any, attributes: set[str]) -> Any:
-        """What code reaches by a name: of a module that is in no library, what it may read of it."""
+        """What code reaches by a name; of a module in no library, what it may read of it."""
         if isinstance(value, types.ModuleType) and library_of(value.__name__) is None:
             held = vars(value)
             read = sorted(attributes & held.keys())
@@ -245,7 +247,7 @@ def _cell(cell: types.CellType) -> Iterable[Any]:
 
 
 def _content(code: types.CodeType) -> tuple[Any, ...]:
-    """A code object by what it runs: instructions, constants with their types, names, parameters."""
+    """A code object by what it runs: instructions, constants with their types, names."""
     names = (code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars)
     counts = (code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount, code.co_flags)
     text = (code.co_qualname, code.co_code, code.co_exceptiontable)
@@ -253,7 +255,7 @@ def _content(code: types.CodeType) -> tuple[Any, ...]:
 
 
 def _is_operator(value: object) -> bool:
-    """Whether it is of one of the classes in ``torch._ops``; where torch is not imported nothing is."""
+    """Whether it is of one of the classes in ``torch._ops``."""
     return any(base.__module__ == "torch._ops" for base in type(value).__mro__)
 
 
@@ -264,7 +266,7 @@ _TORCH = ("torch", "torchgen", "functorch", "triton")
 
 
 def name_of(value: Any) -> str | None:
-    """The full name of a library's function or class; None where the name does not lead to ``value`` itself."""
+    """The full name of a library's function or class; None where it leads to something else."""
     module, name = getattr(value, "__module__", None), getattr(value, "__qualname__", None)
     library = library_of(module)
     if library is None or not isinstance(name, str):
@@ -277,7 +279,7 @@ def name_of(value: Any) -> str | None:
 
 
 def library_of(module: object) -> str | None:
-    """``torch 2.13.0`` for ``torch.nn``: whose module it is; None for one that counts by its content."""
+    """Whose module it is, as ``torch 2.13.0``; None for one that counts by its content."""
     if not isinstance(module, str):
         return None
     if module.startswith(_OWN):

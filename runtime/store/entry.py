@@ -1,4 +1,5 @@
-"""A compilation's pieces on disk: each compiled once by all processes, given out if every byte is right.
+"""A compilation's pieces on disk: each compiled once by all processes, given out if every byte is
+right.
 
 An entry is ``<root>/<hash>/rank_<rank>_<dp_rank>/<tag>/`` with an index, ``artifacts/<sha256>.bin``
 and texts for people. A killed writer leaves a sound entry, and a disk that is full, read-only or
@@ -113,7 +114,7 @@ def open_entry(
 
 
 class CacheEntry:
-    """The artifacts and texts of one key, rank and tag. Made by `open_entry`; threads may share it."""
+    """The artifacts and texts of one key, rank and tag. Made by `open_entry`."""
 
     def __init__(
         self,
@@ -159,7 +160,7 @@ class CacheEntry:
         return self._sealed.read_file(self.directory, "", record)
 
     def _settled(self, read: Callable[[], T]) -> T | None:
-        """Run ``read``; what looks damaged is read again under the lock, and moved away if it still does."""
+        """Run ``read``; what looks damaged is read again under the lock."""
         try:
             return read()
         except OSError as error:
@@ -205,14 +206,15 @@ class CacheEntry:
         return self._change({name: data}, {})
 
     def write_texts(self, texts: Mapping[str, str]) -> bool:
-        """Save texts for people beside the artifacts, which nothing reads; whether they are saved."""
+        """Save texts for people, which nothing reads; whether they are saved."""
         return self._change({}, {name: text.encode() for name, text in texts.items()})
 
     def get_or_compile(self, name: str, compile_fn: Callable[[], bytes]) -> CacheResult:
         """The bytes of ``name``; if there are none, one of all processes and threads compiles them.
 
-        The others wait for it and load. An exception of ``compile_fn`` goes to its caller, nothing is
-        saved, and the next in the line tries. Where saving is impossible each one compiles for itself.
+        The others wait for it and load. An exception of ``compile_fn`` goes to its caller, nothing
+        is saved, and the next in the line tries. Where saving is impossible each one compiles for
+        itself.
         """
         if (data := self.get(name)) is not None:
             return CacheResult(data, compiled=False, saved=True)
@@ -230,7 +232,7 @@ class CacheEntry:
             return CacheResult(data, compiled=True, saved=self.put(name, data))
 
     def reject(self, name: str, reason: str) -> None:
-        """Put the artifact ``name`` into quarantine though its digest is right: its loader refused it."""
+        """Put the artifact ``name`` into quarantine though its digest is right."""
 
         def refuse() -> None:
             record = self.records().get(name)
@@ -278,7 +280,7 @@ class CacheEntry:
         return locked(self.root, f"{self.identity}\nfiles", timeout_s)
 
     def check_directories(self) -> None:
-        """Raise `CacheError` if a directory of the entry is a link, somebody else's, or writable by others."""
+        """Raise `CacheError` if a directory of the entry is a link, or not ours alone."""
         level = self.root
         for part in (*self.identity.parts, ARTIFACTS_DIRECTORY):
             level = level / part

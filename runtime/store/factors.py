@@ -1,4 +1,5 @@
-"""The key of the cache: what emitted code depends on, as texts by group and name, their hash, and differences.
+"""The key of the cache: what emitted code depends on, as texts by group and name, their hash, and
+differences.
 
 It imports no torch; `piecework.runtime.store.surroundings` lists what counts. A factor belongs here
 if and only if changing it can change what is compiled. Paths do not: sources count by content.
@@ -53,12 +54,12 @@ class KeyFactors:
         return hashlib.sha256(self.to_json()).hexdigest()[:32]
 
     def signed_with(self, key: bytes) -> KeyFactors:
-        """With the key that signs the entry, so that signed and unsigned entries, or two keys', never meet."""
+        """With the signing key, so that signed and unsigned entries, or two keys', never meet."""
         key_id = hashlib.sha256(b"piecework cache key id\n" + key).hexdigest()[:16]
         return KeyFactors({**self.groups, "signing": {"key id": key_id}})
 
     def to_json(self) -> bytes:
-        """``cache_key_factors.json``: the same factors give the same bytes, whatever their order."""
+        """``cache_key_factors.json``: the same factors give the same bytes."""
         groups = {name: group for name, group in self.groups.items() if group}
         body = {"format": _FORMAT, "factors": groups}
         return json.dumps(body, indent=1, sort_keys=True).encode("ascii") + b"\n"
@@ -91,7 +92,7 @@ def _are_texts(group: Mapping[str, object]) -> bool:
 
 
 def content_key(*parts: str | bytes) -> str:
-    """SHA-256 over the parts and their lengths, which never run together: a name for something by its content."""
+    """SHA-256 over the parts and their lengths, which never run together."""
     digest = hashlib.sha256()
     for part in parts:
         is_text = isinstance(part, str)

@@ -1,6 +1,7 @@
 """Files that only we or root can have written, and that are there whole or not at all.
 
-Nothing is repaired: no permission is changed, no link inside a store is followed, and what is unsafe is refused.
+Nothing is repaired: no permission is changed, no link inside a store is followed, and what is
+unsafe is refused.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ def sha256(data: bytes) -> str:
 def default_root(environ: Mapping[str, str] | None = None) -> Path:
     """``$PIECEWORK_CACHE_DIR``, else ``$XDG_CACHE_HOME/piecework``, else ``~/.cache/piecework``.
 
-    An empty variable counts as unset, and so does a relative ``XDG_CACHE_HOME``, as its specification says.
+    An empty variable counts as unset, and so does a relative ``XDG_CACHE_HOME``, as its
+    specification says.
     """
     env = os.environ if environ is None else environ
     if chosen := env.get("PIECEWORK_CACHE_DIR"):
@@ -59,14 +61,15 @@ def default_root(environ: Mapping[str, str] | None = None) -> Path:
 
 
 def cache_disabled(environ: Mapping[str, str] | None = None) -> bool:
-    """Whether ``PIECEWORK_DISABLE_CACHE`` switches the cache off (any value but empty, 0, false, no, off)."""
+    """Whether ``PIECEWORK_DISABLE_CACHE`` is set, and not to 0, false, no or off."""
     env = os.environ if environ is None else environ
     value = env.get("PIECEWORK_DISABLE_CACHE", "")
     return value.strip().lower() not in ("", "0", "false", "no", "off")
 
 
 def signing_key(file: str | os.PathLike[str] | None = None) -> bytes | None:
-    """The secret in ``file``, else in the one that ``PIECEWORK_CACHE_KEY_FILE`` names; None where there is neither.
+    """The secret in ``file``, else in the one that ``PIECEWORK_CACHE_KEY_FILE`` names; None where
+    there is neither.
 
     Raises:
         CacheError: it can't be read, or is too short to be a secret.
@@ -90,7 +93,8 @@ def signing_key(file: str | os.PathLike[str] | None = None) -> bytes | None:
 
 
 def resolve_root(root: str | os.PathLike[str]) -> Path:
-    """The real, absolute path of ``root``, once it and all that leads to it are checked. It need not exist yet.
+    """The real, absolute path of ``root``, once it and all that leads to it are checked. It need
+    not exist yet.
 
     Raises:
         CacheError: somebody else could write into it, or put another directory in its place.
@@ -112,7 +116,7 @@ def resolve_root(root: str | os.PathLike[str]) -> Path:
 
 
 def check_directory(path: Path) -> bool:
-    """Whether ``path`` exists; raises `CacheError` unless it is a real directory that only we can write."""
+    """Whether ``path`` exists; raises `CacheError` unless it is one that only we can write."""
     try:
         info = os.lstat(path)
     except FileNotFoundError:
@@ -133,7 +137,7 @@ def check_directory(path: Path) -> bool:
 
 
 def make_directory(path: Path, inside: Path) -> None:
-    """Create ``path`` and what is missing above it, private to us, and check every level from ``inside`` down."""
+    """Create ``path`` and what is missing above it, private to us."""
     for attempt in range(3):
         try:
             for level in (*reversed(path.parents), path):
@@ -199,7 +203,8 @@ def read_regular(path: Path, limit: int) -> bytes:
 
     Raises:
         FileNotFoundError: there is none.
-        UnsafeFile: it is a link, not a plain file, somebody else's, writable by others, or larger than ``limit``.
+        UnsafeFile: it is a link, not a plain file, somebody else's, writable by others, or larger
+            than ``limit``.
     """
     try:
         file = open(path, "rb", opener=lambda name, _: os.open(name, _READ_FLAGS))  # noqa: SIM115
@@ -258,8 +263,8 @@ def sync_directory(path: Path) -> None:
 def locked(root: Path, what: str, timeout_s: float) -> Iterator[None]:
     """Hold the one right to do ``what`` below ``root``, across processes and threads.
 
-    The lock files lie in ``<root>/.locks``, so that what they guard can be moved away while somebody waits. A
-    killed process frees its locks (the kernel does); the empty files stay.
+    The lock files lie in ``<root>/.locks``, so that what they guard can be moved away while
+    somebody waits. A killed process frees its locks (the kernel does); the empty files stay.
 
     Raises:
         LockTimeout: another one held it for so long.

@@ -1,7 +1,8 @@
-"""A saved program's files: a directory, or one ``bytes``, of which every byte is verified before it is given out.
+"""A saved program's files: a directory, or one ``bytes``, of which every byte is verified before it
+is given out.
 
-A file's name in the directory tells its content too, so that nothing is overwritten: a new manifest takes the place of
-the old one in one step, and then the files that it does not list go.
+A file's name in the directory tells its content too, so that nothing is overwritten: a new manifest
+takes the place of the old one in one step, and then the files that it does not list go.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ class Folder:
     Attributes:
         name: where it is, for errors.
         facts: what the manifest says besides the files.
-        files: name → bytes, exactly those that were saved; what happens to the directory later does not matter.
+        files: name → bytes, exactly those that were saved; what happens to the directory later does
+            not matter.
     """
 
     name: str
@@ -127,7 +129,8 @@ def _sealed(key: bytes | None) -> Sealed:
 def write_folder(
     path: Path, files: Mapping[str, bytes], facts: Mapping[str, object], key: bytes | None
 ) -> None:
-    """Write an artifact, in place of one that is there; a killed process leaves the old one, or none.
+    """Write an artifact, in place of one that is there; a killed process leaves the old one, or
+    none.
 
     Raises:
         ArtifactError: there is something else, or it can't be written.
@@ -152,7 +155,7 @@ def write_folder(
 
 
 def _require_free(path: Path) -> None:
-    """Raise `ArtifactError` if something else than an artifact is there. A save that was killed leaves a lock's directory."""
+    """Raise `ArtifactError` if there is something else than an artifact, or a killed save."""
     if not os.path.lexists(path):
         return
     if path.is_dir() and not path.is_symlink():
@@ -182,11 +185,13 @@ def open_folder(path: Path, key: bytes | None, tries: int = _TRIES) -> Folder:
     """Verify an artifact's manifest, and then every file that it lists.
 
     Args:
-        key: what it must be signed with; None takes an unsigned one, and does not look at a signature.
+        key: what it must be signed with; None takes an unsigned one, and does not look at a
+            signature.
         tries: how often it is read again if another artifact took its place meanwhile.
 
     Raises:
-        ArtifactError: there is none, it is damaged, of another format, not signed with the key, or others could write it.
+        ArtifactError: there is none, it is damaged, of another format, not signed with the key, or
+            others could write it.
     """
     if not path.is_dir():
         hint = "stitched.save(path) makes one"
@@ -219,7 +224,7 @@ def _damaged(where: object, reason: str) -> ArtifactError:
 
 
 def packed(files: Mapping[str, bytes], facts: Mapping[str, object], key: bytes | None) -> bytes:
-    """An artifact as one ``bytes``: the length of the manifest, the manifest, and the files in its order."""
+    """An artifact as one ``bytes``: the manifest's length, the manifest, the files in its order."""
     manifest = _sealed(key).encode({name: Record.of(data) for name, data in files.items()}, facts)
     held = [data for _, data in sorted(files.items())]
     return b"".join([len(manifest).to_bytes(8, "big"), manifest, *held])

@@ -1,7 +1,9 @@
-"""Directories of files that one manifest lists with their digests: what the cache and saved programs have in common.
+"""Directories of files that one manifest lists with their digests: what the cache and saved
+programs have in common.
 
-A manifest is JSON with its own checksum and, given a key, a signature; of texts, integers, lists and dicts alone it is a
-Python literal too. Files are there before the manifest names them, and it is replaced in one step: a reader needs no lock.
+A manifest is JSON with its own checksum and, given a key, a signature; of texts, integers, lists
+and dicts alone it is a Python literal too. Files are there before the manifest names them, and it
+is replaced in one step: a reader needs no lock.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ _SEALS_BYTES = 300
 
 
 class Damaged(Exception):
-    """Something is not what was saved: what is wrong, for people, and the file's path below the directory."""
+    """Something is not what was saved: why, and its path below the directory."""
 
     def __init__(self, reason: str, file: str) -> None:
         super().__init__(f"{file}: {reason}")
@@ -103,7 +105,8 @@ class Sealed(NamedTuple):
     Attributes:
         manifest: its file's name.
         kind: what it says that it is of; another one is refused.
-        place: a file's name and record → its path; raises `Damaged` for a name that leads elsewhere.
+        place: a file's name and record → its path; raises `Damaged` for a name that leads
+            elsewhere.
         key: signs it, and must have signed what is read; None looks at no signature.
     """
 
@@ -131,7 +134,7 @@ class Sealed(NamedTuple):
         return Manifest(files, facts)
 
     def read(self, directory: Path) -> Manifest:
-        """What the manifest of a directory says; raises `Damaged`, or `FileNotFoundError` where there is none."""
+        """What a directory's manifest says; raises `Damaged`, or `FileNotFoundError`."""
         try:
             return self.decode(read_regular(directory / self.manifest, MAX_MANIFEST_BYTES))
         except UnsafeFile as error:
@@ -156,7 +159,7 @@ class Sealed(NamedTuple):
         facts: Mapping[str, object],
         mode: int = 0o600,
     ) -> Manifest:
-        """Write the files ``added``, whose directories are there, then a manifest of them and of ``kept``."""
+        """Write the files ``added``, then a manifest of them and of those ``kept``."""
         files = {**kept, **{name: Record.of(data) for name, data in added.items()}}
         places = {name: directory / self.place(name, files[name]) for name in added}
         for name, data in added.items():

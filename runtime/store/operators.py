@@ -1,4 +1,4 @@
-"""Operators that torch does not bring: what compiled code depends on of them, as values for digests."""
+"""Operators that torch does not bring: what compiled code depends on of them."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _HINT = "register it with torch.library.custom_op and register_fake, or with pie
 def operator_content(op: object, *, with_body: bool = True) -> list[object]:
     """What code that calls ``op`` may depend on.
 
-    It calls the operator by its name, so it stays right when the body changes. What is looked at while
-    compiling counts: the schema, the tags (they decide layouts and folding), the fake implementation,
-    and the body where the compiler may run it.
+    It calls the operator by its name, so it stays right when the body changes. What is looked at
+    while compiling counts: the schema, the tags (they decide layouts and folding), the fake
+    implementation, and the body where the compiler may run it.
 
     Args:
         with_body: count its body where the compiler may run or decompose it.

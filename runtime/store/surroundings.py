@@ -1,7 +1,8 @@
-"""What decides compiled code besides its graph, as texts by group and name, for keys and saved programs alike.
+"""What decides compiled code besides its graph, as texts by group and name, for keys and saved
+programs alike.
 
-`surroundings` is the one list: a factor that is added there counts for the compile cache, for artifacts
-and when they are loaded. Nothing that can't be told is left out: it is an error.
+`surroundings` is the one list: a factor that is added there counts for the compile cache, for
+artifacts and when they are loaded. Nothing that can't be told is left out: it is an error.
 """
 
 from __future__ import annotations
@@ -58,7 +59,8 @@ _AT_LEAST = {("device", "cpu_features"), ("device", "cuda")}
 
 
 def require_same_surroundings(saved: Factors) -> None:
-    """Raise `ArtifactError` where a program was compiled in other surroundings than these, of which it names the first.
+    """Raise `ArtifactError` where a program was compiled in other surroundings than these, of which
+    it names the first.
 
     Raises:
         Unidentifiable: torch is set to something that has no stable form.
@@ -97,7 +99,7 @@ def processes() -> dict[str, int]:
 
 
 def versions() -> dict[str, str]:
-    """Of Python, torch, Triton and piecework, whose sources count for an installation that is worked on."""
+    """Of Python, torch, Triton and piecework, whose sources count too."""
     found = {"python": sys.implementation.cache_tag or "", "piecework sources": _OWN_SOURCES}
     for name in ("torch", "triton", "piecework"):
         try:
@@ -132,7 +134,7 @@ _CPU_FEATURE = re.compile(
 
 
 def host_factors(cpuinfo: Path = Path("/proc/cpuinfo")) -> dict[str, str]:
-    """System, machine and the vector instructions of the CPU: kernels built for more of them would crash here."""
+    """System, machine and the vector instructions of the CPU."""
     factors = {"system": platform.system(), "machine": platform.machine()}
     try:
         text = cpuinfo.read_text(errors="replace")
@@ -147,7 +149,7 @@ def host_factors(cpuinfo: Path = Path("/proc/cpuinfo")) -> dict[str, str]:
 
 
 def accelerators(*graphs: torch.fx.GraphModule) -> dict[str, str]:
-    """The GPUs that ``graphs`` compute on; graphs of the CPU ask for none, since that would start CUDA in this process."""
+    """The GPUs that ``graphs`` compute on; graphs of the CPU ask for none."""
     devices = {
         leaf.device
         for graph in graphs
@@ -204,7 +206,8 @@ def environment_factors(environ: Mapping[str, str] | None = None) -> dict[str, s
 
 
 def settings_factors(*, every: bool = True) -> dict[str, str]:
-    """Setting → value as text: ambient modes, torch's switches and configurations, and code that was put into them.
+    """Setting → value as text: ambient modes, torch's switches and configurations, and code that
+    was put into them.
 
     Args:
         every: see `piecework.runtime.torch_compat.settings.torch_options`.
@@ -237,8 +240,8 @@ def operator_facts(graph: torch.fx.GraphModule) -> tuple[str, str]:
     """What the compiled form of a piece depends on besides its structure.
 
     Returns:
-        The content of each operator that is not torch's, with what its fake says of the results; and
-        why the compiled form holds for this process only, "" if it does not.
+        The content of each operator that is not torch's, with what its fake says of the results;
+        and why the compiled form holds for this process only, "" if it does not.
     """
     lines: list[str] = []
     for node in every_node(graph):
@@ -276,7 +279,7 @@ _OWN = tuple(f"{_PACKAGE / room}{os.sep}" for room in (*_ROOMS, "integrations"))
 
 
 def is_foreign(file: str) -> bool:
-    """Whether a source file is neither torch's, Python's nor ours, which count by their versions."""
+    """Whether a file is neither torch's, Python's nor ours, which count by their versions."""
     path = os.path.realpath(file)
     if path.startswith((_TORCH, *_OWN)):
         return False
@@ -290,9 +293,11 @@ def traced_files(graph: torch.fx.GraphModule) -> set[str]:
 
 
 def source_factors(files: Iterable[str | os.PathLike[str]]) -> dict[str, str]:
-    """The SHA-256 of each source file that `is_foreign`, by the name of its module; a moved source tree has the same.
+    """The SHA-256 of each source file that `is_foreign`, by the name of its module; a moved source
+    tree has the same.
 
-    A file called ``<...>`` (a notebook cell, generated code) is looked up in linecache, since there is none.
+    A file called ``<...>`` (a notebook cell, generated code) is looked up in linecache, since there
+    is none.
 
     Raises:
         CacheError: a source cannot be read, so that a change of it would go unseen.

@@ -48,7 +48,7 @@ _ENTRY = re.compile(r"([0-9a-f]{32})/rank_([0-9]{1,7})_([0-9]{1,7})/([^/]+)")
 
 
 class EntrySummary(NamedTuple):
-    """One entry: who it is, its size on disk, its artifact files, and when it was used (seconds since the epoch)."""
+    """One entry: who it is, its size on disk, its artifact files, and when it was used."""
 
     identity: Identity
     bytes: int
@@ -133,7 +133,7 @@ def _file_sizes(directory: Path) -> dict[Path, int]:
 
 
 def saved_keys(root: str | os.PathLike[str]) -> dict[str, KeyFactors]:
-    """Every readable key in the cache by its hash, the one used last first. Damaged ones are left to `verify`."""
+    """Every readable key in the cache by its hash, the one used last first."""
     real = resolve_root(root)
     found: dict[str, KeyFactors] = {}
     for entry in list_entries(real):
@@ -154,7 +154,7 @@ def _factors(real: Path, identity: Identity) -> KeyFactors:
 def nearest(
     current: KeyFactors, keys: Iterable[KeyFactors]
 ) -> tuple[KeyFactors, tuple[Difference, ...]] | None:
-    """The key with the fewest differences, of equals the first, and what they are; None where there is no key."""
+    """The key with the fewest differences, and what they are; None where there is no key."""
     compared = [(key, current.differences(key)) for key in keys]
     return min(compared, key=lambda pair: len(pair[1]), default=None)
 
@@ -166,7 +166,8 @@ def verify(root: str | os.PathLike[str], hmac_key: bytes | None = None) -> Verif
     """Check every byte of every entry against its index.
 
     Args:
-        hmac_key: what the indices of signed entries must be signed with; None looks at no signature.
+        hmac_key: what the indices of signed entries must be signed with; None looks at no
+            signature.
     """
     real = resolve_root(root)
     findings: list[Finding] = []
@@ -207,10 +208,12 @@ def collect(
     max_age_s: float | None = None,
     dry_run: bool = False,
 ) -> CollectionReport:
-    """Remove entries unused for longer than ``max_age_s``, then the longest unused until ``max_bytes`` are left.
+    """Remove entries unused for longer than ``max_age_s``, then the longest unused until
+    ``max_bytes`` are left.
 
-    Also removes what only takes space: artifacts that no index names, files of killed writers, locks
-    that nobody uses, and what has been in quarantine for longer than ``max_age_s`` (or any time).
+    Also removes what only takes space: artifacts that no index names, files of killed writers,
+    locks that nobody uses, and what has been in quarantine for longer than ``max_age_s`` (or any
+    time).
 
     Raises:
         CacheError: the directory is unsafe, or cannot be changed.
@@ -265,7 +268,7 @@ def _remove_entry(real: Path, identity: Identity) -> bool:
 
 
 def _sweep_entry(real: Path, identity: Identity, dry_run: bool) -> list[int]:
-    """Remove what an entry's index does not need; the sizes. One that is in use, or damaged, is left alone."""
+    """Remove what an index does not need; the sizes. An entry in use, or damaged, is left alone."""
     entry = CacheEntry(real, identity)
     try:
         with entry.changing(0.0):
