@@ -69,7 +69,6 @@ def coverage(
                 address_policy=policy,
                 context_for=context,
                 pad=None if context is None else True,  # what is served by requests is padded
-                other_sizes=loaded.other_sizes,
             )
         if tokens:
             with step(out, "Running"):

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
@@ -53,7 +53,6 @@ class LoadedModel:
         example_args, example_kwargs: of the call that it is traced with.
         config_text: the model's ``config.json``, if it has one.
         more_calls: of other sizes and masks, which a run makes too.
-        other_sizes: what `capture` has to know of sizes beside the batch size.
     """
 
     name: str
@@ -62,20 +61,14 @@ class LoadedModel:
     example_kwargs: Mapping[str, object] = field(default_factory=dict)
     config_text: str | None = None
     more_calls: Sequence[Call] = ()
-    other_sizes: Mapping[str, Literal["batch"]] = field(default_factory=dict)
 
     @classmethod
     def of_calls(
         cls, model: torch.nn.Module, calls: Sequence[Call], config_text: str
     ) -> LoadedModel:
-        """A model that is traced with the first of ``calls`` (arguments, and keyword arguments);
-        keyword arguments of equal first sizes have the batch in them.
-        """
+        """A model that is traced with the first of ``calls``."""
         (args, kwargs), *more = calls
-        rows = {k: v.size(0) for k, v in kwargs.items() if isinstance(v, torch.Tensor) and v.dim()}
-        names = [name for name in rows if rows[name] == next(iter(rows.values()))]
-        batch: dict[str, Literal["batch"]] = {f"{name}.0": "batch" for name in names[1:]}
-        return cls(type(model).__name__, model, args, kwargs, config_text, more, batch)
+        return cls(type(model).__name__, model, args, kwargs, config_text, more)
 
     def stitch(self, config: CompilationConfig) -> StitchedModule:
         """The stitched form of the model; some kinds are stitched in place."""
