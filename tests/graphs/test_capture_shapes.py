@@ -174,7 +174,7 @@ def test_sizes_that_equal_the_batch_size_are_checked_at_every_call() -> None:
     assert reasons(stitched) == {
         "its size is captured": 1,
         "padded to the next captured size": 1,
-        "a size that was declared to equal the batch size doesn't": 2,
+        "a size that is taken to equal the batch size doesn't": 2,
     }
     for wrong, why in (
         ({"y.1": "batch"}, "no dynamic size 'y.1'"),

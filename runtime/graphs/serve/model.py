@@ -70,7 +70,7 @@ _ALWAYS = {
     "skipped": "the forward context skips graphs",
     "told": "the forward context says mode NONE for this descriptor",
     "empty": "the batch is empty",
-    "unequal": "a size that was declared to equal the batch size doesn't",
+    "unequal": "a size that is taken to equal the batch size doesn't",
 }
 
 
