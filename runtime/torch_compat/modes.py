@@ -40,11 +40,9 @@ def drop_idle_autocast(graph: torch.fx.GraphModule) -> None:
     nodes = graph.graph.find_nodes
     entered = nodes(op="call_function", target=torch.amp.autocast_mode._enter_autocast)
     left = nodes(op="call_function", target=torch.amp.autocast_mode._exit_autocast)
-    if not autocast_enabled() and not any(
-        enabled for _, _, enabled, *_ in (n.args for n in entered)
-    ):
-        for node in (*left, *entered):
-            graph.graph.erase_node(node)
+    kept = autocast_enabled() or any(node.args[2] for node in entered)  # one switches it on
+    for node in () if kept else (*left, *entered):
+        graph.graph.erase_node(node)
 
 
 def transforms() -> object:
