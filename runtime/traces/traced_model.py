@@ -241,7 +241,7 @@ class TracedModel:
                 }
                 calls = {name: partial(way, *args, **kwargs) for name, way in ways.items()}
                 with static.without_traces(descriptor):
-                    yield measured(size, calls, static.graphs.platform.device, seconds=seconds)
+                    yield measured(size, calls, static.graphs.platform.synchronize, seconds=seconds)
         static.count_anew()
 
     def _dry(

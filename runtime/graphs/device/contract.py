@@ -105,10 +105,12 @@ class GraphPlatform:
 
     Attributes:
         unmarked: why kernels inside graphs can't carry what they stand for; "" where they can.
+        stand_in: a replay runs Python, as the CPU's does; elsewhere it is one launch.
     """
 
     device: torch.device
     unmarked: str
+    stand_in = False
 
     def new_pool(self) -> GraphPool:
         raise NotImplementedError

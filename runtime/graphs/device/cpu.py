@@ -43,6 +43,7 @@ class CpuGraphPlatform(GraphPlatform):
 
     device = torch.device("cpu")
     unmarked = "graphs on the CPU hold no kernels"
+    stand_in = True
 
     def new_pool(self) -> CpuGraphPool:
         return CpuGraphPool()

@@ -10,6 +10,7 @@ import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import assert_never
 
 import torch
 
@@ -167,18 +168,22 @@ class CapturedCall:
         leaves, spec = flatten_tree((args, dict(kwargs)))
         slots = [_slot(n, leaf, record, graphs) for n, leaf in enumerate(leaves)]
         fresh = [i for i, slot in enumerate(slots) if slot.origin is ValueOrigin.FRESH]
-        if fresh and graphs.address_policy is not AddressPolicy.COPY:
-            what = slots[fresh[0]].describe()
-            if graphs.address_policy is AddressPolicy.REFUSE:
+        match graphs.address_policy if fresh else AddressPolicy.COPY:
+            case AddressPolicy.COPY:
+                pass
+            case AddressPolicy.REFUSE:
                 raise StaticGraphError(
-                    f"{what} enters a captured piece, and nothing keeps its address",
+                    f"{slots[fresh[0]].describe()} enters a captured piece, and nothing keeps its address",
                     where=where,
                     hint="let the splitting op write into an out-buffer, or use address policy "
                     "'copy' or 'eager'",
                 )
-            reason = f"{what} enters it"
-            graphs.records.append(replace(record, eager_reason=reason))
-            return cls(where, None, None, tuple(slots), reason), runnable(*args, **kwargs)
+            case AddressPolicy.EAGER:
+                reason = f"{slots[fresh[0]].describe()} enters it"
+                graphs.records.append(replace(record, eager_reason=reason))
+                return cls(where, None, None, tuple(slots), reason), runnable(*args, **kwargs)
+            case other:
+                assert_never(other)
         before = graphs.staging_bytes
         memory = partial(graphs.staging_memory, (record.name, id(runnable)))
         buffers = _buffers_for(leaves, fresh, options.mutated_args, memory)

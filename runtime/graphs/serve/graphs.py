@@ -284,7 +284,7 @@ class CapturedGraphs:
         context = current_forward_context()
         full = context is not None and context.cudagraph_runtime_mode is _FULL
         # Nothing can be copied while a GPU captures, and its replays run no Python.
-        blind = full and self.graphs.platform.device.type != "cpu"
+        blind = full and not self.graphs.platform.stand_in
         with torch.no_grad():
             if blind and self.graphs.is_open:
                 self._run_as_captured(flat, number, context)

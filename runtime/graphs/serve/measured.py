@@ -6,8 +6,6 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-import torch
-
 from piecework.collector import collector_paused
 from piecework.runtime.batch.coverage import aligned
 
@@ -60,7 +58,7 @@ class Measurement:
 def measured(
     size: int,
     ways: Mapping[str, Callable[[], object]],
-    device: torch.device,
+    synchronize: Callable[[], None],
     *,
     seconds: float,
     clock: Callable[[], float] = time.perf_counter,
@@ -73,17 +71,12 @@ def measured(
         end, order = clock() + seconds, list(ways)
         while clock() < end or len(found[order[0]]) < 3:
             for name in order:
-                _wait(device)
+                synchronize()
                 start = clock()
                 ways[name]()
-                _wait(device)
+                synchronize()
                 found[name].append(clock() - start)
             order.reverse()
     # Whatever else the machine does only ever adds time: the mean of the fastest tenth.
     fastest = {n: sorted(times)[: max(1, len(times) // 10)] for n, times in found.items()}
     return MeasuredSize(size, {n: sum(times) / len(times) for n, times in fastest.items()})
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -108,8 +108,8 @@ class CapturedModel(CapturedGraphs):
         # A launch costs a GPU's host more than all else about a copy.
         rules = self.shape.results
         several = sum(not rule.is_count for rule in rules) > 1
-        on_gpu = self.graphs.platform.device.type != "cpu"
-        self._copies_together = on_gpu and several and options.clone_outputs
+        launches = not self.graphs.platform.stand_in
+        self._copies_together = launches and several and options.clone_outputs
         is_another = (n for n, e in enumerate(rules) if (e.argument, e.earlier) != (None, None))
         self._same = [(number, rules[number]) for number in is_another]
         self._order, self._join = self.graphs.call_order, options.join
@@ -148,10 +148,10 @@ class CapturedModel(CapturedGraphs):
         self, memory_budget: int | None, progress: bool | CaptureWatcher, estimate: bool
     ) -> None:
         console = Console(stderr=True)
-        on_cuda = self.graphs.platform.device.type == "cuda"
         warmups = self.options.warmups
         if warmups is None:
-            warmups = max(self._program.config.cudagraph_num_of_warmups, int(on_cuda))
+            least = int(not self.graphs.platform.stand_in)
+            warmups = max(self._program.config.cudagraph_num_of_warmups, least)
         around = self.options.around or nullcontext
         measures = estimate or memory_budget is not None
         how = {"warmups": warmups, "context_for": self.context_for}
@@ -257,8 +257,7 @@ class CapturedModel(CapturedGraphs):
                 return shown
         elif reads_context(split_gm):
             return None  # nothing can be tried, and the caller said so
-        on_gpu = self.graphs.platform.device.type != "cpu"
-        why = may_point_beyond(split_gm) if on_gpu else None
+        why = None if self.graphs.platform.stand_in else may_point_beyond(split_gm)
         if why is None:
             try:
                 found = self._try_padding()
@@ -347,7 +346,7 @@ class CapturedModel(CapturedGraphs):
         """
         tensors = [part for each in self.weights.values() for part in plain_parts(each)]
         in_place, quick = torch_compat.places_guard(tensors)
-        needed = self.graphs.platform.device.type != "cpu" or self.options.check_addresses
+        needed = not self.graphs.platform.stand_in or self.options.check_addresses
         return in_place if tensors and (needed or quick) else None
 
     # --- serving -----------------------------------------------------------------------------------
