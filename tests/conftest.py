@@ -36,6 +36,7 @@ LONG = (
     "tests/integrations/test_diffusers.py::test_a_class[DiTTransformer2DModel]",
     "tests/integrations/test_transformers_whole.py::test_others[no cache at all]",
     "tests/integrations/test_transformers_whole.py::test_recurrent_prompts_run_as_they_are",
+    "tests/pieces/test_layer_names.py::test_any_number_of_named_layers_costs",
     "tests/pieces/test_parallel.py::test_a_failing_a_dying_and_a_hanging_worker",
     "tests/pieces/test_parallel.py::test_a_piece_that_fails_in_a_worker_fails_as",
     "tests/pieces/test_piece_ranges.py::test_inductor_compiles_sizes_and_ranges",

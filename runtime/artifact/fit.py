@@ -18,6 +18,7 @@ from piecework.errors import ArtifactError, Unidentifiable
 from piecework.runtime import torch_compat
 from piecework.runtime.artifact.values import operator_named
 from piecework.runtime.config.compilation import CompilationConfig, RuntimeConfig
+from piecework.runtime.pieces.layer_names import NAMESPACE
 from piecework.runtime.store.digest import digest_of
 from piecework.runtime.store.operators import operator_content
 from piecework.runtime.store.surroundings import operator_facts
@@ -178,6 +179,11 @@ def _overloads(target: object) -> tuple[OpOverload, ...]:
 
 def _identity(op: OpOverload) -> str:
     """Its body may change: code calls it by its name. What decides its results' shapes may not."""
+    if op.namespace == NAMESPACE:
+        raise ArtifactError(
+            f"{op} takes layer names as inputs, and is made anew in each process",
+            hint="use the eager compiler, or keep layer names out of operators' arguments",
+        )
     try:
         return digest_of(operator_content(op, with_body=False), str(op))
     except Unidentifiable as error:

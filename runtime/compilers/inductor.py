@@ -46,6 +46,7 @@ class _Inductor:
     """
 
     name = "inductor"
+    calls_custom_ops_as_they_are = True
 
     def __init__(self, config: CompilationConfig | None = None) -> None:
         self._config = config = config or CompilationConfig()

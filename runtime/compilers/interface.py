@@ -40,6 +40,10 @@ class CompilerInterface(Protocol):
     CompiledPiece``; then what it makes is kept in the compile cache. One that runs graph passes has
     ``passes``, a `PostGradPassManager`.
 
+    One with ``calls_custom_ops_as_they_are = True`` may be given operators that stand for others,
+    so that pieces which differ only in a layer's name are one program
+    (`piecework.runtime.pieces.layer_names`).
+
     Attributes:
         name: what ``CompilationConfig.backend`` calls it.
     """

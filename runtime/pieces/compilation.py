@@ -36,6 +36,7 @@ from piecework.runtime.config.compilation import CompilationConfig, RuntimeConfi
 from piecework.runtime.counters import counters
 from piecework.runtime.observe import trace
 from piecework.runtime.observe.dump import Dump, config_text
+from piecework.runtime.pieces.layer_names import share_layer_names
 from piecework.runtime.pieces.manager import CompilerManager
 from piecework.runtime.pieces.parallel import compile_ahead, different_pieces
 from piecework.runtime.pieces.piecewise import PiecewiseBackend, PiecewiseCompileInterpreter
@@ -157,6 +158,8 @@ class Compilation:
                 blocks=self._blocks(),
                 module=torch_compat.graph_module,
             )
+            if self.compiler_manager.may_share_names():
+                share_layer_names(split_gm, items)
         _log.info(
             "%s: traced %d nodes, batch size %s; %d pieces, cut at %s",
             self.name,

@@ -139,6 +139,14 @@ class CompilerManager:
         if self.progress is not None and result.succeeded:
             self.progress.compiled(result.name, result.seconds, "in a worker")
 
+    def may_share_names(self) -> bool:
+        """Whether pieces may be made equal by handing them names as inputs (`share_layer_names`).
+
+        The compiler must call custom operators as they are, and no user's pass may look for them.
+        """
+        opaque = getattr(self.compiler, "calls_custom_ops_as_they_are", False)
+        return bool(opaque) and not self.config.inductor_passes
+
     def compute_hash(self) -> str:
         """Everything about the compiler that changes its output."""
         return self.compiler.compute_hash(self.config)
