@@ -28,10 +28,12 @@ else:
     settings.register_profile("nightly", print_blob=True, **timeless)
 # Ten seconds and more, of what a shorter test beside them shows as well; by the beginning of their names.
 LONG = (
+    "tests/analysis/test_every_size.py::test_what_inductor_compiles_is_tried[feed forward]",
     "tests/analysis/test_every_size.py::test_what_inductor_compiles_is_tried[heads]",
     "tests/compile/test_inference_mode.py::test_every_combination[True]",
     "tests/graphs/test_compile_without_device.py::test_every_kernel_compiles[90]",
     "tests/house/test_benchmarks.py::test_a_benchmark_runs[decode_step]",
+    "tests/house/test_benchmarks.py::test_a_benchmark_runs[host_overhead]",
     "tests/house/test_site.py::test_every_snippet_runs_by_itself[transformers]",
     "tests/integrations/test_diffusers.py::test_a_class[DiTTransformer2DModel]",
     "tests/integrations/test_transformers_whole.py::test_others[no cache at all]",
