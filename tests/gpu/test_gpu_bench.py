@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import runpy
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +19,7 @@ from typer.testing import CliRunner
 
 from piecework.bench.gpu import __main__ as gpu
 from piecework.bench.gpu import contenders as gpu_contenders
+from piecework.bench.gpu import parts as gpu_parts
 from piecework.bench.gpu.contenders import Contenders
 from piecework.bench.gpu.model import TINY, build, token_ids
 from piecework.bench.gpu.parts import PARTS, step_targets
@@ -143,9 +147,58 @@ def test_the_limits_of_all_parts_fit_into_the_time():
     script = runpy.run_path(str(Path(gpu.__file__).resolve().parents[1] / "on_gpu.py"))
     limits = script["LIMITS"]
     assert sum(limits.values()) <= script["SECONDS"] <= 600
-    assert next(iter(limits)) == "tests:smoke" and limits["tests:smoke"] <= 60
+    assert list(limits)[:2] == ["tests:smoke", "whole"] and limits["tests:smoke"] <= 60
     parts = {each for each in {**limits, **script["MORE"]} if not each.startswith("tests:")}
     assert parts - {"sanitizer"} == set(PARTS)
+
+
+def test_each_part_is_a_process_with_its_own_limit_and_the_next_goes_on(monkeypatch, tmp_path):
+    script = runpy.run_path(str(Path(gpu.__file__).resolve().parents[1] / "on_gpu.py"))
+    runner, ran = script["Runner"](tmp_path, tmp_path, "cuda", 570.0), []
+
+    def run(command, *, timeout, **_):
+        ran.append((command, timeout))
+        if len(ran) == 1:
+            raise subprocess.TimeoutExpired(command, timeout)
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(shutil, "which", lambda name: name)
+    runner.tests("smoke"), runner.part("transformers"), runner.sanitizer()
+    assert [limit for _, limit in ran] == [60, 55, 90] and not runner.clean
+    _, part, sanitizer = (command for command, _ in ran)
+    assert float(part[part.index("--seconds") + 1]) <= 0.8 * 55, "it ends by itself, with its rows"
+    text = " ".join(sanitizer)
+    assert "--target-processes application-only" in text and "not reduce_overhead" in text
+
+
+def test_whole_decode_steps_are_one_graph_each(tmp_path):
+    told = ["--device", "cpu", "--quick", "--part", "whole", "--out", str(tmp_path)]
+    assert gpu.main(told) == 0
+    found = lines(tmp_path)
+    rows = {line["contender"]: line["setting"]["batch"] for line in found if line["kind"] == "row"}
+    assert rows.pop("transformers, static cache") == rows.pop("piecework, whole steps") == 1
+    assert [line for line in found if "'FULL': " in str(line.get("text"))]
+
+
+def test_in_vllm_both_compilers_have_full_and_piecewise_graphs(monkeypatch, tmp_path):
+    made = []
+
+    class Engine:
+        def __init__(self, place, **options):
+            made.append(options["compilation_config"])
+
+        def generate(self, given, options, use_tqdm):
+            return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=[1, 2])])]
+
+    fake = SimpleNamespace(LLM=Engine, SamplingParams=lambda **options: options)
+    model = SimpleNamespace(save_pretrained=lambda place: None)
+    monkeypatch.setitem(sys.modules, "vllm", fake)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: fake)
+    monkeypatch.setattr(gpu_parts, "_llama", lambda scale: (model, None))
+    gpu_parts.vllm_decode(replace(QUICK, device="cuda"), Rows("vllm", tmp_path))
+    assert [each["backend"] for each in made] == ["piecework", "inductor"]
+    assert {each["cudagraph_mode"] for each in made} == {"FULL_AND_PIECEWISE"}
 
 
 def test_a_lost_device_ends_the_part(monkeypatch, tmp_path):

@@ -151,6 +151,17 @@ def test_a_capture_that_cannot_begin_leaves_the_pool_usable(cuda, monkeypatch):
     assert made.capture(lambda x: x + 1)[0].captured and not cuda.recording
 
 
+def test_a_capture_that_did_not_begin_gives_no_reference_back(cuda):
+    made = Capturing()
+    before, first = made.capture(lambda x: x + 1)
+    made.pool.stream, stream = cuda.default, made.pool.stream
+    with pytest.raises(RuntimeError, match="non-default stream"):
+        made.capture(lambda x: x)
+    made.pool.stream = stream
+    before.replay()
+    assert first.tolist() == [2.0] * 4 and sum(cuda.references.values()) == 2
+
+
 def test_clearing_a_pool_gives_every_reference_back(cuda):
     made = Capturing()
     graph, _ = made.capture(lambda x: x + 1)
@@ -377,6 +388,17 @@ def test_memory_is_not_given_back_while_another_thread_captures_into_it():
     with graphs.one_capture(record) as graph:
         other.start()
         graph.capture(lambda x: x + 1, (torch.ones(4),), {})
+        time.sleep(0.1)
+        order.append("captured")
+    other.join(10)
+    assert order == ["captured", "cleared"]
+
+
+def test_nor_between_two_captures_of_a_phase():
+    graphs, order = StaticGraphs("cpu"), []
+    other = threading.Thread(target=lambda: (graphs.clear_all_graphs(), order.append("cleared")))
+    with graphs.capturing():
+        other.start()
         time.sleep(0.1)
         order.append("captured")
     other.join(10)
@@ -658,6 +680,20 @@ def test_a_call_that_somebody_else_captures_is_a_part_of_that_capture(on_cuda):
     before = on_cuda.replays
     torch.testing.assert_close(stitched(x), model(x))
     assert on_cuda.replays > before, "and afterwards it is served from the graphs again"
+
+
+@torch.no_grad()
+def test_nothing_is_replayed_while_the_stream_captures(on_cuda, monkeypatch):
+    """The fake of a capture watches torch's operations, which sends calls another way already."""
+    model, x = Blocks(), torch.randn(3, 4)
+    stitched = on_cuda.stitch(model)
+    stitched.capture([2, 4], progress=False)
+    before = on_cuda.replays
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    torch.testing.assert_close(stitched(x), model(x))
+    assert on_cuda.replays == before
+    [row] = stitched.call_report()
+    assert (row.mode, row.reason.split(",")[0]) == ("NONE", "somebody else captures this call")
 
 
 @torch.no_grad()
