@@ -1,4 +1,4 @@
-"""One command for a bare machine with a GPU: in, a plain checkout and a folder of wheels; out, at most six small files of results.
+"""One command for a bare machine with a GPU: in, a plain checkout and a folder of wheels; out, five small files of results.
 
     python bench/on_gpu.py --out results --wheels wheels
 

@@ -27,8 +27,6 @@ from piecework.runtime import torch_compat
 from piecework.runtime.store.files import signing_key
 from piecework.runtime.torch_compat.dictionaries import dict_guard
 
-# --- what is kept ------------------------------------------------------------------------------------
-
 _MARK = b"piecework"
 
 
@@ -53,8 +51,6 @@ def _digest(data: bytes) -> bytes:
     digest = hashlib.sha256(data) if key is None else hmac.new(key, data, hashlib.sha256)
     return digest.digest()
 
-
-# --- what runs ---------------------------------------------------------------------------------------
 
 #: An argument of the model's forward, or one of its sizes.
 Place = tuple[str, int | None]

@@ -15,8 +15,7 @@ from typing import Any
 
 from piecework.errors import ConfigError, PieceworkError
 
-#: vLLM's versions that the tests ran with.
-VERSIONS = ("0.32.0",)
+VERSIONS = ("0.32.0",)  # of vLLM, that the tests ran with
 NAME = "piecework"
 _MARK = "__piecework__"
 _log = logging.getLogger("vllm.piecework")
@@ -163,7 +162,13 @@ def _choosing(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _forwarding(original: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda self, *args, **kwargs: _forward(original(self, *args, **kwargs))
+    def aot_compile(self: Any, *args: Any, **kwargs: Any) -> Any:
+        from piecework.runtime.compilers.vector_isa import begin_test
+
+        begin_test()
+        return _forward(original(self, *args, **kwargs))
+
+    return aot_compile
 
 
 def _checking(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -17,6 +17,7 @@ from piecework.runtime.batch.ranges import Range
 from piecework.runtime.compilers.eager import left_uncompiled
 from piecework.runtime.compilers.interface import CompiledPiece
 from piecework.runtime.compilers.partitions import wrap_partition
+from piecework.runtime.compilers.vector_isa import await_test, begin_test
 from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.config.model import thaw
 from piecework.runtime.counters import counters
@@ -55,6 +56,10 @@ class _Inductor:
         self._always = thaw(config.inductor_compile_config) | self.passes.inductor_options(config)
         self._single_size = {k: thaw(v) for k, v in config.single_size_inductor_config.items()}
         _require_options(config)
+
+    def begin(self) -> None:
+        """A trace begins, whose pieces will be compiled."""
+        begin_test()
 
     def compute_hash(self, config: CompilationConfig) -> str:
         options = {**config.inductor_compile_config, "single size": self._single_size}
@@ -120,6 +125,7 @@ class _Inductor:
     ) -> Iterator[dict[str, object]]:
         """Inductor's options, while it may run on ``graph``."""
         _require_sizes(graph, example_inputs)
+        await_test()
         counters.num_inductor_compiles += 1
         facts = self.facts_for(graph) or ""
         with self.partitions_wrapped(), pass_context(compile_range, facts):

@@ -38,7 +38,7 @@ class CompilerInterface(Protocol):
 
     A compiler may also have ``to_bytes(piece) -> bytes | None`` and ``from_bytes(data, graph) ->
     CompiledPiece``; then what it makes is kept in the compile cache. One that runs graph passes has
-    ``passes``, a `PostGradPassManager`.
+    ``passes``, a `PostGradPassManager`; one with ``begin()`` is told when a trace begins.
 
     One with ``calls_custom_ops_as_they_are = True`` may be given operators that stand for others,
     so that pieces which differ only in a layer's name are one program

@@ -139,6 +139,12 @@ class CompilerManager:
         if self.progress is not None and result.succeeded:
             self.progress.compiled(result.name, result.seconds, "in a worker")
 
+    def begin(self) -> None:
+        """Tell the compiler, if it wants to know, that a trace begins."""
+        begin = getattr(self.compiler, "begin", None)
+        if begin is not None:
+            begin()
+
     def may_share_names(self) -> bool:
         """Whether pieces may be made equal by handing them names as inputs (`share_layer_names`).
 

@@ -299,6 +299,7 @@ def trace_model(
     except Unidentifiable:
         settings = None
     require_registered(backend.declared_ops)  # before a trace that may take long
+    backend.compiler_manager.begin()
     start = time.perf_counter()
     if backend.compiler_manager.progress is not None:
         backend.compiler_manager.progress.begin()

@@ -171,3 +171,34 @@ def artifact_from_bytes(data: bytes) -> Callable[..., object]:
         with open(path, "wb") as file:
             file.write(data)
         return CompiledArtifact.load(path=path, format="binary")
+
+
+def vector_isa_is_known() -> bool:
+    """Whether Inductor knows which vector instructions it may use, or is told; else it builds a program for each set that the CPU names."""
+    from torch._inductor import config, cpu_vec_isa
+
+    told = config.cpp.vec_isa_ok is not None or config.cpp.simdlen is not None
+    told = told or os.getenv("ATEN_CPU_CAPABILITY") is not None
+    found = getattr(cpu_vec_isa.valid_vec_isa_list, "cache_info", None)
+    return told or found is None or bool(found().currsize)
+
+
+def vector_isa_test() -> Callable[[], bool]:
+    """Builds and loads a program with the strongest vector instructions that the CPU names: whether that works.
+
+    All that it needs is imported here, so that another thread may run it.
+    """
+    from torch._inductor import codecache, cpu_vec_isa  # noqa: F401 - the test imports it
+
+    known = getattr(cpu_vec_isa, "x86_isa_checker", list)()
+    sets = cpu_vec_isa.supported_vec_isa_list
+    named = [each for each in sets if all(flag in known for flag in str(each).split())]
+    return lambda: bool(named) and bool(named[0])
+
+
+def take_vector_isa() -> None:
+    """Have Inductor take all that the CPU names: the strongest includes the others."""
+    from torch._inductor import config, cpu_vec_isa
+
+    with config.patch({"cpp.vec_isa_ok": True}):
+        cpu_vec_isa.valid_vec_isa_list()
