@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dis
 import inspect
 import itertools
 import re
-from collections.abc import Callable, Mapping, Sequence
+import types
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from piecework.errors import CaptureError
 from piecework.runtime import torch_compat
+from piecework.runtime.watch.guards import models_code
 from piecework.runtime.watch.places import readable
 from piecework.runtime.watch.values import Path
 from piecework.runtime.watch.weights import Weight, out_of_reach
@@ -50,6 +53,30 @@ GraphInput = Weight | Argument | Size | Layout
 
 class UnreachableInput(CaptureError):
     """The graph takes a number that no emitted code could find again, such as an attribute of an argument."""
+
+
+def refuse_texts_of_numbers(code: Iterable[types.CodeType]) -> None:
+    """Raise where code makes a text of one value alone, as ``f"{n}"``: of an integer argument,
+    Dynamo returns the integer.
+    """
+    for each in models_code(code):
+        steps = list(dis.get_instructions(each))
+        for at, step in enumerate(steps):
+            if step.opname.startswith("FORMAT_") and _is_alone(steps[at + 1 :]):
+                raise UnreachableInput(f"{each.co_qualname} makes a text of a number")
+
+
+def _is_alone(steps: Iterable[dis.Instruction]) -> bool:
+    """Whether what lies on top of the stack before ``steps`` is no part of a longer text."""
+    above = 0
+    for step in steps:
+        if step.opname.startswith("BUILD_") and step.arg is not None and step.arg > above:
+            return step.opname != "BUILD_STRING"
+        given = step.arg if step.opcode >= dis.HAVE_ARGUMENT else None
+        above += dis.stack_effect(step.opcode, given)
+        if above < 0:
+            break
+    return True
 
 
 _SIZE_SOURCE = re.compile(r"(?P<tensor>.+)\.size\(\)\[(?P<dim>\d+)\]")

@@ -31,6 +31,7 @@ from piecework.runtime.trace.inputs import (
     UnreachableInput,
     leaf_names,
     leaf_sources,
+    refuse_texts_of_numbers,
     rename,
     trace_back,
 )
@@ -251,6 +252,8 @@ class OpenTrace:
             gm, example_inputs, leaves, names, self._sources, self._held, guards.path_of
         )
         self.fakes = _fakes(leaves, self._sources)
+        if "specialize_int" not in self._settings and int in map(type, leaves):
+            refuse_texts_of_numbers(torch_compat.traced_code())
         self._asks_grad = bool(torch_compat.trace_names("requires_grad", *_IN_AUTOGRAD))
         self._asks_strides = asks_strides(torch_compat.traced_code())
         numbers_of(leaves, self.fakes)  # the trace must serve its own example

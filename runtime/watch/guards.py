@@ -257,7 +257,7 @@ _OURS = str(FilePath(__file__).parents[1]) + os.sep
 _CHECKPOINTING = "gradient_checkpointing"
 
 
-def _models(code: Iterable[types.CodeType]) -> list[types.CodeType]:
+def models_code(code: Iterable[types.CodeType]) -> list[types.CodeType]:
     """The model's own code among some, and all code in it; not torch's, Python's or ours."""
     return [each for each in with_inner_code(list(code)) if _is_models(each.co_filename)]
 
@@ -272,7 +272,7 @@ def asks_strides(code: Iterable[types.CodeType]) -> bool:
     """Whether the model's code may call a tensor's ``stride``: a layer's, which is no method, does not count."""
     return any(
         step.argval == "stride" and (step.opname == "LOAD_METHOD" or _loads_method(step))
-        for each in _models(code)
+        for each in models_code(code)
         for step in dis.get_instructions(each)
     )
 
@@ -284,7 +284,7 @@ def _loads_method(step: dis.Instruction) -> bool:
 
 def _asks_autocast(code: Iterable[types.CodeType]) -> bool:
     """Whether the model's code may ask for autocast, also where it is off."""
-    every = (text for each in _models(code) for text in (*each.co_names, *each.co_consts))
+    every = (text for each in models_code(code) for text in (*each.co_names, *each.co_consts))
     return any(type(text) is str and "autocast" in text for text in every)
 
 
@@ -294,7 +294,7 @@ def _asks_grad_mode(code: Iterable[types.CodeType]) -> bool:
     To ask it with whether to checkpoint activations, as libraries of models do, changes no result, and torch's own code asks which of
     two ways to the same result to take.
     """
-    for each in _models(code):
+    for each in models_code(code):
         steps = dis.get_instructions(each)
         names = [s.argval for s in steps if type(s.argval) is str and s.opname != "CACHE"]
         for n, name in enumerate(names):

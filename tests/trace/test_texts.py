@@ -17,8 +17,10 @@ EAGER = {"backend": "eager"}
 @pytest.mark.parametrize(
     "text",
     [
+        lambda n: f"{n}",
         lambda n: str(n),
         lambda n: f"a{n}",
+        lambda n: "{}".format(n),  # noqa: UP032
         lambda n: [f"{n}", 1, {"a": f"b{n}"}],
     ],
 )
