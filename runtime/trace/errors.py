@@ -15,9 +15,39 @@ from piecework.runtime import torch_compat
 
 #: Why no trace goes through a stitched module.
 OPAQUE = "it calls a stitched module, which is compiled already; leave that call out, or allow graph breaks"
-_REMEDY = (
-    "docs/graph-breaks.md has what usually replaces it, a piecework.splitting_op most of all; "
-    "with PIECEWORK_FULL_TRACEBACK=1 Dynamo's whole explanation is shown"
+_REMEDY = "move the Python construct out of forward or behind a piecework.splitting_op"
+_MORE = (
+    "; docs/graph-breaks.md has what usually replaces one, "
+    "and with PIECEWORK_FULL_TRACEBACK=1 Dynamo's whole explanation is shown"
+)
+# What to write in place of what Dynamo stops at, by a word of its explanation; the first that is found.
+_REMEDIES = (
+    (
+        r"(?s)data-dependent.*(nn/modules/transformer\.py|multi_head_attention_forward)",
+        "torch looks at the mask's values to see whether it is causal: pass is_causal=True beside "
+        "a causal mask (tgt_is_causal=True to nn.Transformer)",
+    ),
+    (
+        r"pack_padded_sequence|pad_packed_sequence|PackedSequence",
+        "run the layer over the padded batch, and gather each row's last state by its length",
+    ),
+    (
+        r"[Dd]ata-dependent",
+        "choose by torch.where, or by torch.cond where one side is dear; read a size that data "
+        "decides outside of forward, or behind a piecework.splitting_op",
+    ),
+    (r"tolist|numpy", "stay in torch, or do it behind a piecework.splitting_op"),
+    (r"Random\.random|`time\.|datetime", "pass the number as an argument"),
+    (r"deepcopy", "clone the tensor"),
+    # Dynamo names `print` as an example, "(e.g. `print`)", beside builtins of every kind.
+    (
+        r"(?<!e\.g\. )`print`|Logg|`warnings\.",
+        "print and log only if not torch.compiler.is_compiling()",
+    ),
+    (
+        r"torch\.compiler\.disable",
+        "leave torch.compiler.disable out there, or put the call behind a piecework.splitting_op",
+    ),
 )
 _OWN_FAULT = "call the model itself with the example arguments: it has to run with them"
 _MARKED = re.compile(
@@ -70,7 +100,14 @@ def capture_error(error: BaseException) -> CaptureError:
         return CaptureError(
             f"the model can't be captured as one graph: {opaque[1]}",
             where=line,
-            hint="put its .model there" if opaque[1] == OPAQUE else _REMEDY,
+            hint="put its .model there" if opaque[1] == OPAQUE else _remedy(text),
+        )
+    unknown = re.match(r"ModuleNotFoundError: No module named '(.+)'", text)
+    if unknown is not None:
+        return CaptureError(
+            f"the model's code is of a module {unknown[1]} that can't be imported, which is how Dynamo finds what the code reads",
+            where=line,
+            hint=f'put the module into sys.modules["{unknown[1]}"] before it is executed',
         )
     reason = text.splitlines()[0] if text else type(error).__name__
     if not torch_compat.dynamo_failure(error):
@@ -91,8 +128,14 @@ def capture_error(error: BaseException) -> CaptureError:
     return CaptureError(
         f"the model can't be captured as one graph: {reason}",
         where=line,
-        hint=_ONE_DEVICE if two_devices else _REMEDY,
+        hint=_ONE_DEVICE if two_devices else _remedy(text),
     )
+
+
+def _remedy(text: str) -> str:
+    """What to write in place of what Dynamo's ``text`` stops at."""
+    found = (cure for words, cure in _REMEDIES if re.search(words, text))
+    return next(found, _REMEDY) + _MORE
 
 
 def _raised_by_model(error: BaseException, text: str) -> str | None:

@@ -1,7 +1,10 @@
-"""What docs/graph-breaks.md says to write in place of what Dynamo stops at is served."""
+"""What Dynamo stops at is answered with what to write in its place, and that is served."""
 
 from __future__ import annotations
 
+import copy
+import random
+import time
 from collections.abc import Callable
 
 import pytest
@@ -9,7 +12,8 @@ import torch
 from torch import nn
 
 import piecework
-from piecework.bench.lists.tutorials import MaskedLSTM
+from piecework.bench.lists.tutorials import MaskedLSTM, PackedLSTM
+from piecework.errors import CaptureError
 
 EAGER = piecework.CompilationConfig(backend="eager")
 X = torch.randn(4, 8)
@@ -17,17 +21,27 @@ WORDS = torch.randint(0, 40, (4, 7)), torch.arange(4) + 3
 
 
 class Causal(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, hint: bool) -> None:
         super().__init__()
-        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16), 1)
+        layer = nn.TransformerEncoderLayer(8, 2, 16)
+        self.encoder, self.hint = nn.TransformerEncoder(layer, 1), hint
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         mask = nn.Transformer.generate_square_subsequent_mask(len(x))
-        return self.encoder(x, mask, is_causal=True)
+        return self.encoder(x, mask, is_causal=True) if self.hint else self.encoder(x, mask)
+
+
+def branch(x: torch.Tensor) -> torch.Tensor:
+    return x * 2 if x.sum() > 0 else x - 1
 
 
 def chosen(x: torch.Tensor) -> torch.Tensor:
     return torch.where(x.sum() > 0, x * 2, x - 1)
+
+
+def prints(x: torch.Tensor) -> torch.Tensor:
+    print("here")
+    return x + 1
 
 
 def prints_eagerly(x: torch.Tensor) -> torch.Tensor:
@@ -36,13 +50,43 @@ def prints_eagerly(x: torch.Tensor) -> torch.Tensor:
     return x + 1
 
 
+@torch.compiler.disable
+def disabled(x: torch.Tensor) -> torch.Tensor:
+    return x + 1
+
+
+@pytest.mark.parametrize(
+    ("before", "args", "cure"),
+    [
+        (branch, (X,), "torch.where"),
+        (lambda x: sum(x for _ in range(int(x.argmax()))), (X,), "torch.where"),
+        (prints, (X,), "torch.compiler.is_compiling()"),
+        (lambda x: torch.tensor(x.tolist()), (X,), "stay in torch"),
+        (lambda x: x * random.random(), (X,), "as an argument"),
+        (lambda x: x * time.time(), (X,), "as an argument"),
+        (lambda x: copy.deepcopy(x) + 1, (X,), "clone"),
+        (lambda x: disabled(x) * 2, (X,), "torch.compiler.disable"),
+        (PackedLSTM().eval(), WORDS, "last state by its length"),
+        (Causal(hint=False).eval(), (torch.randn(5, 2, 8),), "is_causal=True"),
+    ],
+    ids=[
+        *("branch", "loop", "print", "tolist", "random", "time", "deepcopy", "disable"),
+        *("packed", "mask"),
+    ],
+)
+def test_the_cure_is_named(before: Callable[..., object], args: object, cure: str) -> None:
+    with pytest.raises(CaptureError) as refused:
+        piecework.compile(before, args, config=EAGER)
+    assert cure in (refused.value.hint or ""), refused.value
+
+
 @pytest.mark.parametrize(
     ("after", "args"),
     [
         (chosen, (X,)),
         (prints_eagerly, (X,)),
         (MaskedLSTM().eval(), WORDS),
-        (Causal().eval(), (torch.randn(5, 2, 8),)),
+        (Causal(hint=True).eval(), (torch.randn(5, 2, 8),)),
     ],
     ids=["where", "print", "packed", "mask"],
 )
