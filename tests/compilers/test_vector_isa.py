@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -89,3 +90,16 @@ def test_nothing_is_tested_where_inductor_knows_or_pieces_may_be_for_a_gpu(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     vector_isa.begin_test()
     vector_isa.await_test()
+
+
+def test_a_process_that_was_forked_meanwhile_tests_by_itself(
+    unknown: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    never = threading.Event()
+    monkeypatch.setattr(vector_isa.torch_compat, "vector_isa_test", lambda: never.wait)
+    vector_isa.begin_test()
+    monkeypatch.setattr(vector_isa.torch_compat, "vector_isa_test", lambda: lambda: True)
+    monkeypatch.setattr(os, "getpid", lambda: -1)
+    vector_isa.await_test()
+    never.set()
+    assert unknown == ["all are taken"]
