@@ -296,13 +296,14 @@ def _library(top: str, file: str) -> str | None:
         return "python" if not file or _lies_in(file, ("stdlib", "platstdlib")) else None
     if top not in _TORCH and not (file and _lies_in(file, ("purelib", "platlib"))):
         return None
-    for name in (top, *metadata.packages_distributions().get(top, ())):
-        try:
-            return f"{top} {metadata.version(name)}"
-        except metadata.PackageNotFoundError:
-            continue
-    version = getattr(sys.modules.get(top), "__version__", None)  # on the path, not installed
-    return f"{top} {version}" if version and top in _TORCH else None
+    version = getattr(sys.modules.get(top), "__version__", None)
+    try:
+        return f"{top} {metadata.version(top)}"
+    except metadata.PackageNotFoundError:
+        if isinstance(version, str) and version:  # of another name than its package
+            return f"{top} {version}"
+    names = metadata.packages_distributions().get(top)  # it reads every package's list of files
+    return f"{top} {metadata.version(names[0])}" if names else None
 
 
 def _lies_in(file: str, places: tuple[str, ...]) -> bool:

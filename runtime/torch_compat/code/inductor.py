@@ -7,6 +7,8 @@ import copy
 import os
 import tempfile
 from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
 
 import torch
 
@@ -188,17 +190,31 @@ def vector_isa_test() -> Callable[[], bool]:
 
     All that it needs is imported here, so that another thread may run it.
     """
-    from torch._inductor import codecache, cpu_vec_isa  # noqa: F401 - the test imports it
+    from torch._inductor import codecache  # noqa: F401 - the test imports it
 
-    known = getattr(cpu_vec_isa, "x86_isa_checker", list)()
-    sets = cpu_vec_isa.supported_vec_isa_list
-    named = [each for each in sets if all(flag in known for flag in str(each).split())]
+    named = _vector_isas()
     return lambda: bool(named) and bool(named[0])
 
 
 def take_vector_isa() -> None:
-    """Have Inductor take all that the CPU names: the strongest includes the others."""
+    """Have Inductor take what the CPU names: the strongest includes the others. It picks no second of a width, so none is tested."""
     from torch._inductor import config, cpu_vec_isa
 
-    with config.patch({"cpp.vec_isa_ok": True}):
+    named = _vector_isas()
+    first = [
+        a for i, a in enumerate(named) if a.bit_width() not in {b.bit_width() for b in named[:i]}
+    ]
+    with (
+        config.patch({"cpp.vec_isa_ok": True}),
+        mock.patch.object(cpu_vec_isa, "supported_vec_isa_list", first),
+    ):
         cpu_vec_isa.valid_vec_isa_list()
+
+
+def _vector_isas() -> list[Any]:
+    """The sets of instructions that Inductor knows and the CPU names, the strongest first."""
+    from torch._inductor import cpu_vec_isa
+
+    known = getattr(cpu_vec_isa, "x86_isa_checker", list)()
+    sets = cpu_vec_isa.supported_vec_isa_list
+    return [each for each in sets if all(flag in known for flag in str(each).split())]
