@@ -2,6 +2,7 @@
 
 python -m piecework.bench.vllm_families run families.jsonl [NAME …]   # appends a line for each family
 python -m piecework.bench.vllm_families table families.jsonl docs/vllm.md
+python -m piecework.bench.vllm_families turns 3                      # B14 and B15: both in turn, so many times
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import math
 import multiprocessing
 import os
 import re
+import statistics
 import sys
 import tempfile
 import time
@@ -96,13 +98,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
 BATCH, ALONE = [3, 17, 40, 90], [29]
 
 
-def checkpoint(family: str, folder: Path) -> Path:
+def checkpoint(family: str, folder: Path, layers: int = 4) -> Path:
     """A small model of a family with random weights, as `save_pretrained` writes it."""
     import torch
     import transformers
 
     kind = getattr(transformers, f"{family}Config")
-    given = {**SMALL, **FAMILIES[family]}
+    given = {**SMALL, "num_hidden_layers": layers, **FAMILIES[family]}
     fixed = {name for name in given if isinstance(getattr(kind, name, None), property)}
     config = kind(**{name: value for name, value in given.items() if name not in fixed})
     torch.manual_seed(0)
@@ -178,7 +180,7 @@ def measured(path: Path, compilation: dict[str, Any]) -> dict[str, Any]:
             found["tokens"].append(list(out.token_ids))
             pairs = zip(out.logprobs, out.token_ids, strict=True)
             found["logprobs"].append([row[token].logprob for row, token in pairs])
-    found["forward ms"] = _forward(engine)
+    found["forward ms"], found["forward of 4 ms"] = _forward(engine, 1), _forward(engine, 4)
     return found
 
 
@@ -187,8 +189,8 @@ def prompt(number: int, length: int) -> dict[str, list[int]]:
     return {"prompt_token_ids": [1] + [(7 * number + 13 * j) % 500 + 5 for j in range(length - 1)]}
 
 
-def _forward(engine: Any) -> float:
-    """The fastest tenth of the forwards of a decode step of one request, in milliseconds."""
+def _forward(engine: Any, requests: int) -> float:
+    """The fastest tenth of the forwards of a decode step of so many requests, in milliseconds."""
     import vllm
 
     worker = engine.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
@@ -203,7 +205,7 @@ def _forward(engine: Any) -> float:
 
     runner._model_forward = timed
     options = vllm.SamplingParams(max_tokens=60, temperature=0, detokenize=False, ignore_eos=True)
-    engine.generate([prompt(0, 4)], options, use_tqdm=False)
+    engine.generate([prompt(i, 4) for i in range(requests)], options, use_tqdm=False)
     runner._model_forward = forward
     return 1e3 * sorted(log)[len(log) // 10]
 
@@ -274,6 +276,31 @@ def _line(found: dict[str, Any]) -> str:
     )
 
 
+def turns(times: int) -> Iterator[str]:
+    """A Llama of 16 layers on piecework, cold and warm, and on vLLM's default, in turn: medians, and tokens equal."""
+    found: dict[str, list[dict[str, Any]]] = {"default": [], "cold": [], "warm": []}
+    with tempfile.TemporaryDirectory() as folder:
+        path = apart(checkpoint, "Llama", Path(folder), 16)
+        for turn, name in itertools.product(range(times), found):
+            os.environ["VLLM_CACHE_ROOT"] = f"{folder}/{turn}{name == 'default'}"
+            given = {} if name == "default" else {"backend": "piecework"}
+            found[name].append(apart(measured, path, {"custom_ops": ["none"], **given}))
+    runs = list(itertools.chain(*found.values()))
+    if any(each["tokens"] != runs[0]["tokens"] for each in runs):
+        raise AssertionError("tokens differ")
+    if any(each["counters"].get("num_graphs_seen") for each in found["warm"]):
+        raise AssertionError("a warm start traced")
+    yield "| | " + " | ".join(found) + " | cold / default | warm / default |"
+    yield "|---|---|---|---|---|---|"
+    for what in ("seconds", "compile seconds", "forward ms", "forward of 4 ms"):
+        middle = [statistics.median(each[what] for each in rows) for rows in found.values()]
+        default, *ours = middle
+        ratios = [
+            f"{each / default:.2f}" if default else "–" for each in ours
+        ]  # it counts no compile
+        yield f"| {what} | {' | '.join([*(f'{each:.2f}' for each in middle), *ratios])} |"
+
+
 def main(arguments: list[str]) -> None:
     what, lines, *rest = arguments
     if what == "table":
@@ -289,6 +316,9 @@ def main(arguments: list[str]) -> None:
     import transformers  # noqa: F401 - before processes part
     import vllm.entrypoints.llm  # noqa: F401
 
+    if what == "turns":
+        print(*turns(int(lines)), sep="\n")
+        return
     for family in rest or FAMILIES:
         with open(lines, "a") as out:
             out.write(json.dumps(row(family)) + "\n")
