@@ -1,7 +1,7 @@
 """Where a write into what guards are about, or on the way to a weight, would be seen.
 
 Dictionaries, lists, sets, slots, cells, functions and the classes of objects are watched where look-ups go through them. What can't change needs nothing; where a
-look-up runs code of the user's, its guard is asked in every call.
+look-up runs code of the user's, that is run in every call, and where it finds another object each time, the guard is asked.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 
 from piecework.code_objects import HEAP_TYPE
 from piecework.runtime.torch_compat import Guarded, Place
-from piecework.runtime.watch.places import MISSING, LookUps, Step, StepKind
+from piecework.runtime.watch.places import MISSING, LookUps, Step, StepKind, found_at
 from piecework.runtime.watch.values import CONSTANTS, OBJECTS
 
 _TABLES = ("_parameters", "_buffers", "_modules")
@@ -97,7 +97,17 @@ class Steps:
         return False
 
     def _attribute(self, base: object, name: str) -> bool:
-        """Watch what ``base.name`` leads to."""
+        """Watch what ``base.name`` leads to, or that it leads nowhere."""
+        if self._kept(base, name):
+            return True
+        # Code of the class's own finds it: as long as that finds one object, it is asked for it in every call.
+        steady = found_at(base, name, "attribute") is found_at(base, name, "attribute")
+        if steady:
+            self._add(base, name, "attribute")
+        return steady
+
+    def _kept(self, base: object, name: str) -> bool:
+        """Watch where ``base.name`` is held; False if nothing holds it that can be watched."""
         if isinstance(base, types.ModuleType):
             self._add(base.__dict__, name, holder=base)
             # Modules of torch's settings are of classes of their own, with properties that ask its C++.
@@ -188,7 +198,7 @@ class Steps:
                 self._add(value, "requires_grad", "attribute")
                 return id(place) not in self._watched
             case "DICT_CONTAINS" | "DICT_NOT_CONTAINS":
-                return self._item(value, guard.about, place)
+                return place.kind == "class dict" or self._item(value, guard.about, place)
             case "HASATTR":
                 return self._attribute(value, str(guard.about))
             case "NOT_PRESENT_IN_GENERIC_DICT":

@@ -10,7 +10,9 @@ import torch
 from small_llms import GEMMA
 from small_llms import build as built
 
+from piecework.errors import InputError
 from piecework.integrations.transformers import stitch
+from piecework.runtime import torch_compat
 from piecework.runtime.config.compilation import CompilationConfig
 
 transformers = pytest.importorskip("transformers")
@@ -197,6 +199,22 @@ def test_a_batch_that_is_not_the_cache_s_is_an_error_as_it_is_eager(pair: Pair) 
     for model, cache in ((pair.eager, caches.theirs), (pair.stitched, caches.ours)):
         with pytest.raises(RuntimeError, match=r"[Ss]izes of tensors must match|same slice shapes"):
             model(IDS[:, -1:], past_key_values=cache)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_a_step_asks_no_guard_tree_and_sees_what_a_configuration_has_now(
+    monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    pair, asked = Pair(build(family)), []
+    caches = pair.caches(transformers.DynamicCache)
+    caches.steps()
+    with monkeypatch.context() as patched:
+        patched.setattr(torch_compat, "failing_guard", lambda *a: asked.append(a) or "")
+        caches.steps()
+    assert not asked
+    pair.stitched.config.is_causal = False  # its class looks names up in a way of its own
+    with pytest.raises(InputError, match="is_causal"):
+        caches.steps(1)
 
 
 def test_a_cache_of_the_user_s_own_is_asked(pair: Pair) -> None:

@@ -8,6 +8,7 @@ import dataclasses
 import enum
 import functools
 import types
+from typing import ClassVar
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from torch import nn
 
 import piecework
 from piecework.errors import BindError, InputError, PieceworkError
+from piecework.runtime import torch_compat
 from piecework.runtime.watch.dict_watch import DictWatch
 from piecework.runtime.watch.places import Step
 
@@ -61,6 +63,26 @@ class Computing:
             return self.__dict__["held"][name]
         except KeyError:
             raise AttributeError(name) from None
+
+
+class Aliased:
+    """Looks its attributes up in its own way, as configurations of transformers do."""
+
+    names: ClassVar = {"speed": "rate"}
+
+    def __init__(self) -> None:
+        self.rate = 2.0
+
+    def __getattribute__(self, name: str) -> object:
+        return super().__getattribute__(super().__getattribute__("names").get(name, name))
+
+
+class Derived(Settings):
+    pass
+
+
+class Registry(collections.UserDict):
+    pass
 
 
 class Table(dict):
@@ -140,6 +162,7 @@ class Model(nn.Module):
         self.level = Level.LOW
         self.slotted, self.space = Slotted(), types.SimpleNamespace(rate=2.0)
         self.computing = Computing(rate=2.0)
+        self.aliased, self.derived, self.registry = Aliased(), Derived(), Registry(a=2.0)
         self.function = closing()
         self.partial = functools.partial(helper, by=3.0)
         self.register_buffer("shape_only", torch.ones(5))
@@ -175,6 +198,11 @@ READS = {
     "slotted": lambda m, x: x * m.slotted.rate,
     "space": lambda m, x: x * m.space.rate,
     "computing": lambda m, x: x * m.computing.rate,
+    "computing hasattr": lambda m, x: x * 2 if hasattr(m.computing, "extra") else x,
+    "aliased": lambda m, x: x * m.aliased.speed,
+    "aliased hasattr": lambda m, x: x * 2 if hasattr(m.aliased, "extra") else x,
+    "derived": lambda m, x: x * getattr(m.derived, "extra", 2.0),
+    "registry": lambda m, x: x * 2 if "a" in m.registry else x,
     "function": lambda m, x: m.function(x),
     "partial": lambda m, x: m.partial(x),
     "globals": lambda m, x: helper(x * RATE * TABLE["rate"]),
@@ -213,6 +241,29 @@ CHANGES = {
         lambda m: setattr(m, "space", types.SimpleNamespace(rate=5.0)),
     ),
     "a computed attribute": ("computing", lambda m: m.computing.held.update(rate=5.0)),
+    "a computed attribute that was asked for": (
+        "computing hasattr",
+        lambda m: m.computing.held.update(extra=5.0),
+    ),
+    "an attribute that its class looks up": ("aliased", lambda m: setattr(m.aliased, "rate", 5.0)),
+    "how its class looks one up": (
+        "aliased",
+        lambda m: setattr(m.aliased, "slow", 5.0) or set_on(Aliased, "names", {"speed": "slow"}),
+    ),
+    "one that its class did not find": (
+        "aliased hasattr",
+        lambda m: setattr(m.aliased, "extra", None),
+    ),
+    "one that its class finds by another name": (
+        "aliased hasattr",
+        lambda m: set_on(Aliased, "names", {"extra": "rate"}),
+    ),
+    "a name that a class has now": ("derived", lambda m: set_on(Derived, "extra", 5.0)),
+    "one that its base has now": ("derived", lambda m: set_on(Settings, "extra", 5.0)),
+    "a class's own operator": (
+        "registry",
+        lambda m: set_on(Registry, "__contains__", lambda self, key: False),
+    ),
     "what a closure holds": ("function", lambda m: m.function.held.__setitem__(0, 5.0)),
     "a closure's variable": ("function", lambda m: m.function.change(5.0)),
     "a partial's keyword": ("partial", lambda m: m.partial.keywords.update(by=5.0)),
@@ -291,6 +342,23 @@ def test_a_change_of_what_the_trace_read_is_refused(name: str) -> None:
             undo()
     if callable(undo):
         torch.testing.assert_close(stitched(x), model(x).detach())
+
+
+@pytest.mark.parametrize("name", READS)
+def test_calls_ask_no_guard_tree_while_nothing_is_written(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    stitched, x = (
+        piecework.compile(Model(name).eval(), (torch.randn(4, 3),), config=EAGER),
+        torch.randn(5, 3),
+    )
+    for _ in range(3):
+        stitched(x)
+    asked = []
+    monkeypatch.setattr(torch_compat, "failing_guard", lambda *a: asked.append(a) or "")
+    for _ in range(3):
+        stitched(x)
+    assert not asked
 
 
 @pytest.mark.parametrize(
