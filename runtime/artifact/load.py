@@ -197,11 +197,12 @@ def _weights(saved: Mapping[str, Any], model: Callable[..., object]) -> BoundWei
         import_starts(state.values)
     except ImportError as error:
         raise ArtifactError(f"what the trace began at is not here: {error}", hint=_HINT) from error
-    if changed := state.differences(model):
+    traced = TracedState.loaded(state, model)
+    if changed := state.differences(model, traced.classes):
         why = f"the model is not the one that was saved: when it was traced, {changed[0]}"
         raise ArtifactError(why, hint=_HINT)
     try:
-        weights = BoundWeights.of(model, roots, found, TracedState.loaded(state, model))
+        weights = BoundWeights.of(model, roots, found, traced)
     except (BindError, CaptureError) as error:
         raise ArtifactError(error.message, where=error.where, hint=error.hint) from error
     for (was, _, before), names in zip(saved["weights"], weights.names(), strict=True):

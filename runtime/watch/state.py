@@ -62,23 +62,19 @@ class SavedState:
     asks_grad_mode: bool
     process: Mapping[str, Any]
 
-    def differences(self, model: object) -> list[str]:
-        """What is not so for a model of this process; empty if all is."""
+    def differences(self, model: object, classes: ClassWatch) -> list[str]:
+        """What is not so for a model of this process, with its traced classes; empty if all is."""
         found = list(differences(model, self.values).values())
-        found += filter(None, [ProcessState(**self.process).difference(), *self._of_classes(model)])
+        methods = self._of_classes(classes.classes)
+        found += filter(None, [ProcessState(**self.process).difference(), *methods])
         hooks = ModuleHooks().present()
         return found + ([f"torch.nn.modules.module has {hooks}"] if hooks else [])
 
-    def _of_classes(self, model: object) -> Iterable[str]:
-        for kind in _classes(ValueJudge(self.values), model):
+    def _of_classes(self, classes: Iterable[type]) -> Iterable[str]:
+        for kind in classes:
             for name, was in self.methods.get(class_name(kind), {}).items():
                 if digest_of(kind, name) != was:
                     yield f"{class_name(kind)}.{name} has other code than when the model was saved"
-
-
-def _classes(judge: Judge, model: object) -> tuple[type, ...]:
-    steps = Steps(judge.guards, LookUps({"local": {"model": model}}), ())
-    return tuple(steps.classes)
 
 
 @dataclass(eq=False, slots=True, kw_only=True)
@@ -115,11 +111,11 @@ class TracedState:
     classes: ClassWatch = field(init=False)
     _hooks: ModuleHooks = field(default_factory=ModuleHooks)
     _call: tuple[object, ...] = field(init=False)
-    _first: Steps | None = field(init=False)
+    _first: Steps | None = None
 
     def __post_init__(self) -> None:
         self._call = self._own_call()
-        self._first = self._steps()
+        self._first = self._first or self._steps()
         self.classes = ClassWatch(self._first.classes, self.code)
 
     # --- another process ------------------------------------------------------------------------------
@@ -138,14 +134,14 @@ class TracedState:
 
     @classmethod
     def loaded(cls, saved: SavedState, model: object) -> TracedState:
-        """``saved`` for a model of this process, of which `SavedState.differences` finds none."""
-        variables = {"model": model}
-        values = [each for each in saved.values if not each.of_arguments]
-        judge = ValueJudge(values)
+        """``saved`` for a model of this process; it holds if `SavedState.differences` finds none."""
+        starts = {"local": {"model": model}}
+        judge = ValueJudge([each for each in saved.values if not each.of_arguments])
         given = [each for each in saved.values if each.of_arguments]
+        first = Steps(judge.guards, LookUps(starts), ())
         code = frozenset(
             function.__code__
-            for kind in _classes(judge, model)
+            for kind in first.classes
             for name in saved.methods.get(class_name(kind), ())
             if (function := function_of(_static(kind, name))) is not None
         )
@@ -153,13 +149,14 @@ class TracedState:
             _model=model,
             judge=judge,
             arguments=ValueJudge(given),
-            starts={"local": variables},
+            starts=starts,
             code=code,
             names=saved.names,
             places=saved.places,
             plain=PlainValues(list(saved.values)),
             asks_grad_mode=saved.asks_grad_mode,
             process=ProcessState(**saved.process),
+            _first=first,
         )
 
     # --- the model's side -----------------------------------------------------------------------------
@@ -210,7 +207,8 @@ class TracedState:
         others = differences(self._model, self.plain.values)
         values = [each for each in self.plain.values if each not in others]
         now = PlainValues(values, list(self.plain.untold))
-        other = replace(self, judge=self.judge.less_failing(self.starts["local"]), plain=now)
+        judge = self.judge.less_failing(self.starts["local"])
+        other = replace(self, judge=judge, plain=now, _first=None)
         other.classes, other._hooks = self.classes, self._hooks
         return other
 

@@ -136,6 +136,7 @@ class BoundWeights:
     state: TracedState
     _strict: frozenset[str] = frozenset()
     unchanged: Callable[[], bool] = field(default=lambda: True, repr=False)
+    _metadata: Callable[[], bool] = field(default=lambda: True, repr=False)
 
     @classmethod
     def of(
@@ -171,10 +172,7 @@ class BoundWeights:
 
     def _check(self) -> Callable[[], bool]:
         """The check of every call; see the module's docstring."""
-        loose = [
-            t for w, t in zip(self.traced, self.tensors, strict=True) if w.path not in self._strict
-        ]
-        metadata = torch_compat.metadata_guard(loose)
+        self.trust(self._strict)
         thorough = torch_compat.metadata_guard(self.tensors)
         process = self.state.process
         # What is noted first is as the trace found it: what changed since is seen as a change.
@@ -191,7 +189,7 @@ class BoundWeights:
                 return False
             known = watch
             if known is not None and (
-                (known.untouched() and metadata()) or (known.compare() and thorough())
+                (known.untouched() and self._metadata()) or (known.compare() and thorough())
             ):
                 return True
             watch = known = None  # so that what the model dropped can go before anybody looks
@@ -226,7 +224,9 @@ class BoundWeights:
     def trust(self, paths: frozenset[str]) -> None:
         """Leave weights out of the per-call comparison that nothing reads but operators which compare by themselves."""
         self._strict = paths
-        self.unchanged = self._check()
+        self._metadata = torch_compat.metadata_guard(
+            [t for w, t in zip(self.traced, self.tensors, strict=True) if w.path not in paths]
+        )
 
     def held(self) -> list[torch.Tensor]:
         """The weights as bound, for a stitched function that holds others of them; it has compared before."""
