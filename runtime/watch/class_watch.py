@@ -78,9 +78,10 @@ class ClassWatch:
                         if held is None
                         else Step.of(held, None, "keys", holder=each)
                     )
-        for function in self._functions:
-            for name in _STATE:
-                steps[id(function), name] = Step.of(function, name, "attribute")
+        for function, state in self._functions.items():
+            for name, value in zip(_STATE, state, strict=True):
+                if value is not None:  # a call that was traced without defaults needs none
+                    steps[id(function), name] = Step.of(function, name, "attribute")
         return list(steps.values())
 
     def difference(self) -> str:

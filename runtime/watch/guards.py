@@ -51,9 +51,8 @@ ELSEWHERE = {
 # Types of arguments that the emitted check compares by itself, by exact type.
 _EMITTED = (int, float, bool, str, bytes, complex, type(None), list, tuple, dict)
 _CONTAINERS = (list, tuple, dict)
-
-
-_ASKS_TENSORS = ("requires_grad", "is_leaf", "grad_fn", "retains_grad", "__class__")
+# What code says that asks a tensor for more than metadata: for gradients, or whether it is a parameter.
+_ASKS_TENSORS = ("requires_grad", "is_leaf", "grad_fn", "retains_grad", "Parameter")
 
 
 class TraceGuards:

@@ -214,6 +214,31 @@ def test_whoever_replaces_a_weight_the_next_call_refuses_it(model: Model) -> Non
             assert_current(model, stitched)
 
 
+KINDS = {
+    "an instance": lambda weight: isinstance(weight, nn.Parameter),
+    "its type": lambda weight: type(weight) is nn.Parameter,
+    "its class": lambda weight: weight.__class__ is nn.Parameter,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_parameter_stays_one_where_the_code_tells_them_apart(kind: str) -> None:
+    class Telling(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.rand(4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * self.weight + (100 if KINDS[kind](self.weight) else 0)
+
+    model, x = Telling().eval(), torch.rand(2, 4)
+    stitched = piecework.compile(model, (x,), config=EAGER)
+    del model._parameters["weight"]
+    model.weight = torch.rand(4)
+    with pytest.raises(BindError, match="weight"):
+        stitched.rebind()
+
+
 def test_a_functional_call_is_refused(model: Model, stitched: piecework.StitchedModule) -> None:
     """It writes into the modules' dictionaries and puts back what was there."""
 
