@@ -204,7 +204,8 @@ def markdown(found: Sequence[Found], backend: str, pair: bool) -> str:
 
 def _cells(found: Found) -> list[str]:
     counted = [str(found.pieces), str(found.unique)] if found.pieces else ["", ""]
-    why = found.why.replace("|", "\\|").replace("<", "&lt;")
+    # Why there is no small model is in the JSON.
+    why = "" if found.status == "no model" else found.why.replace("|", "\\|").replace("<", "&lt;")
     return [found.family, found.status, found.way, *counted, why]
 
 

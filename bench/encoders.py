@@ -95,6 +95,7 @@ def _cells(row: RowResult) -> list[str]:
     what, why = status(row)
     made = next((each for each in row.outcomes if each.pieces), None)
     counted = map(str, (made.pieces, made.unique, made.traces)) if made else ("", "", "")
+    why = "" if what == "no model" else why  # it is in the JSON
     return [row.name, row.kind, what, _stock(row), *counted, cell(why)]
 
 

@@ -1,4 +1,4 @@
-"""Families that a vLLM engine serves on piecework: in, nothing; out, a table of tokens, log-probabilities, pieces and times beside eager's and vLLM's own compiler's.
+"""Families that a vLLM engine serves on piecework: in, nothing; out, a table of tokens, log-probabilities and pieces beside eager's; times stand in the file of lines.
 
 python -m piecework.bench.vllm_families run families.jsonl [NAME …]   # appends a line for each family
 python -m piecework.bench.vllm_families table families.jsonl docs/vllm.md
@@ -12,7 +12,6 @@ import json
 import math
 import multiprocessing
 import os
-import re
 import statistics
 import sys
 import tempfile
@@ -234,46 +233,38 @@ def row(family: str) -> dict[str, Any]:
 # --- the table ---------------------------------------------------------------------------------------
 
 _START, _END = "<!-- families: generated -->", "<!-- end -->"
-_ROW = re.compile(r"\| (\w+) \| (?=equal|DIFFERENT|refused)")
+_HEADER = ("families", "tokens", "log-probabilities within", "pieces", "unique")
 
 
-def table(rows: list[dict[str, Any]], before: str = "") -> Iterator[str]:
+def table(rows: list[dict[str, Any]], before: str = "") -> list[str]:
     """The table as Markdown; families of the table ``before`` that were not measured now stay in it."""
-    yield "| family | tokens | log-probabilities within | pieces | unique | start cold, warm, default (s) | compile warm (s) | forward, default (ms) |"
-    yield "|---|---|---|---|---|---|---|---|"
-    lines = {m[1]: line for line in before.splitlines() if (m := _ROW.match(line))}
-    lines.update({each["family"]: _line(each) for each in rows if "not served" not in each})
-    yield from (lines[name] for name in sorted(lines, key=str.lower))
+    from piecework.bench.lists.page import table as joined  # only here: it imports torch
+
+    found = {}
+    for line in before.splitlines():
+        names, *cells = (cell.strip() for cell in line.strip("| ").split("|"))
+        if cells and cells[0].startswith(("equal", "DIFFERENT", "refused")):
+            found.update(dict.fromkeys(names.split(", "), cells))
+    found.update({each["family"]: _cells(each) for each in rows if "not served" not in each})
+    return joined(_HEADER, ((name, *found[name]) for name in sorted(found, key=str.lower)))
 
 
-def _line(found: dict[str, Any]) -> str:
-    eager, cold, warm, default = (found[name] for name in ("eager", "cold", "warm", "default"))
+def _cells(found: dict[str, Any]) -> list[str]:
+    eager, cold, warm = (found[name] for name in ("eager", "cold", "warm"))
     if "error" in cold:
-        return f"| {found['family']} | refused: {cold['error']} | | | | | | |"
+        return [f"refused: {cold['error']}", "", "", ""]
     runs = [each for each in (cold, warm) if "error" not in each]
     equal = all(each["tokens"] == eager["tokens"] for each in runs) and len(runs) == 2
+    equal = equal and not warm["counters"].get("num_graphs_seen")
     apart = max(
         abs(a - b)
         for each in runs
         for ours, theirs in zip(each["logprobs"], eager["logprobs"], strict=True)
         for a, b in zip(ours, theirs, strict=True)
     )
-    counted = cold["counters"]
-    warmly = warm.get("counters", {})
-    starts = ", ".join(
-        f"{each['seconds']:.1f}" if "seconds" in each else "–" for each in (cold, warm, default)
-    )
-    compiled = f"{warm.get('compile seconds', 0):.2f}"
-    if warmly.get("num_graphs_seen"):
-        compiled += f", traced, {warmly.get('num_inductor_compiles', 0)} compiles"
-    forward = ", ".join(
-        f"{each['forward ms']:.2f}" if "forward ms" in each else "–" for each in (cold, default)
-    )
-    return (
-        f"| {found['family']} | {'equal' if equal else 'DIFFERENT'} | {apart:.0e} "
-        f"| {counted.get('num_piecewise_capturable_graphs_seen', 0)} | {counted.get('num_inductor_compiles', 0)} "
-        f"| {starts} | {compiled} | {forward} |"
-    )
+    counts = ("num_piecewise_capturable_graphs_seen", "num_inductor_compiles")
+    counted = (str(cold["counters"].get(name, 0)) for name in counts)
+    return ["equal" if equal else "DIFFERENT", f"{apart:.0e}", *counted]
 
 
 def turns(times: int) -> Iterator[str]:
