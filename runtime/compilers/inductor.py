@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.fx
@@ -29,9 +30,10 @@ from piecework.runtime.store.surroundings import operator_facts, settings_factor
 #: Stands beside the real names where partitions are wrapped. Inductor's partitioning depends on whether a wrapper is set,
 #: which its cache key does not show; this name is in the key and matches no operator.
 _WRAPPED = "piecework::partitions_are_wrapped"
+Options = dict[str, object]
 
 
-class _Inductor:
+class _Inductor(ABC):
     """What both ways into Inductor share.
 
     Args:
@@ -70,7 +72,7 @@ class _Inductor:
 
     def options_for(
         self, compile_range: Range | None, graph: torch.fx.GraphModule | None = None
-    ) -> dict[str, object]:
+    ) -> Options:
         """Inductor's options for one batch range, complete; for one piece, where its graph is
         given.
 
@@ -116,20 +118,33 @@ class _Inductor:
         if self.wraps:
             torch_compat.realign_inputs(compiled)
 
-    @contextmanager
-    def _compiling(
+    def compile(
         self,
         graph: torch.fx.GraphModule,
         example_inputs: Sequence[object],
+        config: CompilationConfig,
         compile_range: Range | None,
-    ) -> Iterator[dict[str, object]]:
-        """Inductor's options, while it may run on ``graph``."""
+    ) -> CompiledPiece:
+        if written_aliases(graph):
+            return left_uncompiled(graph)
         _require_sizes(graph, example_inputs)
         await_test()
         counters.num_inductor_compiles += 1
-        facts = self.facts_for(graph) or ""
-        with self.partitions_wrapped(), pass_context(compile_range, facts):
-            yield self.options_for(compile_range, graph)
+        single = compile_range is not None and compile_range.is_single_size()
+        with self.partitions_wrapped(), pass_context(compile_range, self.facts_for(graph) or ""):
+            made = self._made(graph, example_inputs, single, self.options_for(compile_range, graph))
+            self.realign(made)
+        return self._piece(made, graph)
+
+    @abstractmethod
+    def _made(
+        self, graph: torch.fx.GraphModule, inputs: Sequence[object], single: bool, options: Options
+    ) -> Callable[..., object]:
+        """What Inductor makes of ``graph``, for one batch size or for several."""
+
+    @abstractmethod
+    def _piece(self, made: Callable[..., object], graph: torch.fx.GraphModule) -> CompiledPiece:
+        """What is called in place of ``graph``."""
 
 
 def _partition_ops(config: CompilationConfig) -> list[str]:
@@ -168,28 +183,30 @@ def _require_options(config: CompilationConfig) -> None:
 class InductorStandaloneAdaptor(_Inductor):
     """Compiles with ``torch._inductor.standalone_compile``: one artifact per piece."""
 
-    def compile(
-        self,
-        graph: torch.fx.GraphModule,
-        example_inputs: Sequence[object],
-        config: CompilationConfig,
-        compile_range: Range | None,
-    ) -> CompiledPiece:
-        if written_aliases(graph):
-            return left_uncompiled(graph)
-        single = compile_range is not None and compile_range.is_single_size()
-        if single and not _has_symbols(example_inputs):
+    def _made(
+        self, graph: torch.fx.GraphModule, inputs: Sequence[object], single: bool, options: Options
+    ) -> Callable[..., object]:
+        if single and not _has_symbols(inputs):
             shapes = "from_example_inputs"
         elif torch_compat.tracing_context() is not None:
             shapes = "from_tracing_context"
         else:
             shapes = "from_graph"
-        with self._compiling(graph, example_inputs, compile_range) as options:
-            artifact = torch_compat.standalone_compile(
-                graph, example_inputs, dynamic_shapes=shapes, config_patches=options
-            )
-            self.realign(artifact)
-        return _piece(artifact, graph)
+        return torch_compat.standalone_compile(
+            graph, inputs, dynamic_shapes=shapes, config_patches=options
+        )
+
+    def _piece(
+        self, made: Callable[..., object], graph: torch.fx.GraphModule, vouched: bool = False
+    ) -> CompiledPiece:
+        """The artifact, and its innermost function where nothing around it has anything to do."""
+        inputs = len(graph.graph.find_nodes(op="placeholder"))
+        returned = graph.graph.output_node().args[0]
+        outputs = len(returned) if isinstance(returned, (list, tuple)) else -1
+        call, reason = torch_compat.direct_entry(made, inputs, outputs, vouched=vouched)
+        direct = None if call is None else positional(call, inputs)
+        strict = torch_compat.strict_inputs(made, inputs)
+        return CompiledPiece(made, made, direct, reason, strict)
 
     def to_bytes(self, piece: CompiledPiece) -> bytes | None:
         """The artifact with its kernels, for the cache; None if torch could not keep it."""
@@ -203,7 +220,7 @@ class InductorStandaloneAdaptor(_Inductor):
         with self.partitions_wrapped():
             artifact = torch_compat.artifact_from_bytes(rest)
             self.realign(artifact)
-        return _piece(artifact, graph, vouched=mark == _DIRECT)
+        return self._piece(artifact, graph, vouched=mark == _DIRECT)
 
 
 # A loaded artifact no longer has the record that says whether its wrappers have work to do; the mark keeps the finding.
@@ -218,22 +235,13 @@ class InductorAdaptor(_Inductor):
 
     name = "inductor_compile_fx"
 
-    def compile(
-        self,
-        graph: torch.fx.GraphModule,
-        example_inputs: Sequence[object],
-        config: CompilationConfig,
-        compile_range: Range | None,
-    ) -> CompiledPiece:
-        if written_aliases(graph):
-            return left_uncompiled(graph)
-        single = compile_range is not None and compile_range.is_single_size()
-        with self._compiling(graph, example_inputs, compile_range) as options:
-            compiled = torch_compat.compile_fx(
-                graph, example_inputs, own_shapes=single, config_patches=options
-            )
-            self.realign(compiled)
-        return CompiledPiece(compiled, indirect_because="compile_fx gives no artifact")
+    def _made(
+        self, graph: torch.fx.GraphModule, inputs: Sequence[object], single: bool, options: Options
+    ) -> Callable[..., object]:
+        return torch_compat.compile_fx(graph, inputs, own_shapes=single, config_patches=options)
+
+    def _piece(self, made: Callable[..., object], graph: torch.fx.GraphModule) -> CompiledPiece:
+        return CompiledPiece(made, indirect_because="compile_fx gives no artifact")
 
 
 def _require_sizes(graph: torch.fx.GraphModule, inputs: Sequence[object]) -> None:
@@ -252,22 +260,6 @@ def _require_sizes(graph: torch.fx.GraphModule, inputs: Sequence[object]) -> Non
             where=graph._get_name(),
             hint="set dynamic_shapes_config.type to auto or backed, or pass the number as an int",
         )
-
-
-def _piece(
-    artifact: Callable[..., object],
-    graph: torch.fx.GraphModule,
-    *,
-    vouched: bool = False,
-) -> CompiledPiece:
-    """The artifact, and its innermost function where nothing around it has anything to do."""
-    inputs = len(graph.graph.find_nodes(op="placeholder"))
-    returned = graph.graph.output_node().args[0]
-    outputs = len(returned) if isinstance(returned, (list, tuple)) else -1
-    call, reason = torch_compat.direct_entry(artifact, inputs, outputs, vouched=vouched)
-    direct = None if call is None else positional(call, inputs)
-    strict = torch_compat.strict_inputs(artifact, inputs)
-    return CompiledPiece(artifact, artifact, direct, reason, strict)
 
 
 def positional(call: Callable[..., object], inputs: int) -> Callable[..., object]:

@@ -99,13 +99,20 @@ def _sees_filling() -> bool:
 
 @functools.cache
 def _has_dict_guards() -> bool:
-    """Whether the guards exist and do what is wanted of them, tried on dictionaries of our own."""
-    first, second = {"a": 1}, {"a": 1}
+    held = {"a": 1}
+    return _tells(
+        lambda: _dict_guard([{"a": 1}, *({} for _ in range(_GROUP)), held]),
+        lambda: held.update(a=2),
+    )
+
+
+def _tells(make: Callable[[], Callable[[], bool]], change: Callable[[], None]) -> bool:
+    """Whether guards exist and do what is wanted of them, tried on objects of our own."""
     try:
-        unwritten = _dict_guard([first, *({} for _ in range(_GROUP)), second])
-        before = unwritten() and unwritten()
-        second["a"] = 2
-        return before and not unwritten() and not unwritten()
+        holds = make()
+        before = holds() and holds()
+        change()
+        return before and not holds() and not holds()
     except (AttributeError, ImportError, TypeError, RuntimeError):
         return False
 
@@ -184,23 +191,12 @@ def _there(held: object) -> object:
 
 @functools.cache
 def _has_identity_guards() -> bool:
-    """Whether the guards exist and do what is wanted of them, tried on an object of our own."""
-    owner, value = _Tried(), _Tried()
-    owner.held = value  # type: ignore[attr-defined]
-    guard = IdentityGuard.__new__(IdentityGuard)
-    guard._kinds = [(_weakly(owner), id(_Tried))]
-    guard._rows = [(_weakly(owner), "held", id(value))]
-    try:
-        same = guard._guarded()
-        before = same() and same()
-        owner.held = None  # type: ignore[attr-defined]
-        return before and not same()
-    except (AttributeError, ImportError, TypeError, RuntimeError):
-        return False
+    def tried() -> None: ...
 
-
-class _Tried:
-    pass
+    guard = IdentityGuard([], [])
+    guard._kinds = [(_weakly(tried), id(type(tried)))]
+    guard._rows = [(_weakly(tried), "__doc__", id(None))]
+    return _tells(guard._guarded, functools.partial(setattr, tried, "__doc__", "said"))
 
 
 def _true() -> bool:

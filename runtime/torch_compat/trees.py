@@ -6,15 +6,8 @@ from collections.abc import Callable
 
 from torch.utils import _pytree
 
-
-def flatten_tree(tree: object) -> tuple[list[object], _pytree.TreeSpec]:
-    """The leaves of nested containers in order, and what puts them together again."""
-    return _pytree.tree_flatten(tree)
-
-
-def unflatten_tree(leaves: list[object], spec: _pytree.TreeSpec) -> object:
-    """The containers of ``spec`` around ``leaves``."""
-    return _pytree.tree_unflatten(leaves, spec)
+#: The leaves of nested containers in order with what puts them together again, and that.
+flatten_tree, unflatten_tree = _pytree.tree_flatten, _pytree.tree_unflatten
 
 
 def spec_parts(spec: _pytree.TreeSpec) -> tuple[type | None, object, list[_pytree.TreeSpec]]:

@@ -73,19 +73,19 @@ class DictWatch:
         empty = [s for s in rows if s.kind == "keys" and s.value == ()]
         self._entries = [(s.owner, s.key, id(s.value), _plain(s.value)) for s in plain]
         self._empty = [step.owner for step in empty]
-        self._rows = {id(step): self._look(step) for step in rows}
+        self._rows = [(id(step.owner), self._look(step)) for step in rows]
         looped = {id(step) for step in (*plain, *empty)}
-        self._rest = [look for step, look in self._rows.items() if step not in looped]
+        pairs = zip(rows, self._rows, strict=True)
+        self._rest = [look for step, (_, look) in pairs if id(step) not in looped]
         # The order of an OrderedDict changes without a write to it.
         ordered = [s for s in rows if s.kind == "keys" and _can_be_reordered(s)]
         known = {id(step) for step in (*attributes, *types)}
         self._others = [self._look(step) for step in looks if id(step) not in known]
-        self._others += [self._rows[id(step)] for step in ordered]
+        self._others += map(self._look, ordered)
         self._objects = torch_compat.IdentityGuard(
             [step.owner for step in types],
             [(step.owner, str(step.key), step.value) for step in attributes],
         )
-        self._owner_of = {key: id(step.owner) for key, step in zip(self._rows, rows, strict=True)}
         self._written = [0] * len(self._dicts)
         self._quiet = 0
         self._numbers = torch_compat.dict_versions(self._dicts)
@@ -96,7 +96,7 @@ class DictWatch:
         self.untouched = _unknown
         self._held.gone = True
         self._dicts, self._entries, self._empty, self._rest, self._others = [], [], [], [], []
-        self._rows, self._objects = {}, torch_compat.IdentityGuard([], [])
+        self._rows, self._objects = [], torch_compat.IdentityGuard([], [])
         self._held.clear()
 
     def compare(self) -> bool:
@@ -148,7 +148,7 @@ class DictWatch:
         same = torch_compat.dict_guard([each for each in self._dicts if id(each) not in busy])
         if same is None or not self._same():  # another thread may write while the test is made
             return _unknown
-        looked = [look for step, look in self._rows.items() if self._owner_of[step] in busy]
+        looked = [look for owner, look in self._rows if owner in busy]
         looked += self._others
         objects = self._objects.check
         if looked:

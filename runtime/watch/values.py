@@ -7,7 +7,6 @@ the keys of a dictionary. Two processes agree where the texts are equal.
 from __future__ import annotations
 
 import enum
-import hashlib
 import importlib
 import sys
 import types
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 
-from piecework.code_objects import with_inner_code
+from piecework.runtime.store.digest import digest_of
 from piecework.runtime.torch_compat import Guarded, Place
 from piecework.runtime.watch.places import MISSING, LookUps, imported, place_text
 
@@ -389,15 +388,4 @@ def class_name(kind: type) -> str:
 
 def code_digest(code: types.CodeType) -> str:
     """A digest of what code runs; lines and files don't count."""
-    told = hashlib.sha256()
-    for each in with_inner_code([code]):
-        consts = [c for c in each.co_consts if not isinstance(c, types.CodeType)]
-        names = (each.co_names, each.co_varnames, each.co_freevars, each.co_cellvars)
-        texts = [sorted(map(repr, c)) if type(c) is frozenset else repr(c) for c in consts]
-        counts = (each.co_argcount, each.co_posonlyargcount, each.co_kwonlyargcount, each.co_flags)
-        told.update(
-            f"{each.co_code.hex()} {texts} {names} {counts} {each.co_exceptiontable.hex()}".encode(
-                errors="surrogatepass"
-            )
-        )
-    return told.hexdigest()[:32]
+    return digest_of(code, "code")[:32]

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import torch
+from torch.utils import _pytree as pytree
 
 from piecework.codegen.graph.structure import taken_apart
-from piecework.runtime.torch_compat import (
-    flatten_tree,
-    negative_view,
-    storage_at,
-    unflatten_tree,
-)
+from piecework.runtime.torch_compat import negative_view, storage_at
 
 
 def weak_ref_tensor(tensor: torch.Tensor) -> torch.Tensor:
@@ -38,9 +34,7 @@ def weak_ref_tensor(tensor: torch.Tensor) -> torch.Tensor:
 
 def weak_ref_tensors(tree: object) -> object:
     """``weak_ref_tensor`` of every tensor in ``tree``; other leaves and the containers stay."""
-    leaves, spec = flatten_tree(tree)
-    weak = [weak_ref_tensor(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
-    return unflatten_tree(weak, spec)
+    return pytree.tree_map_only(torch.Tensor, weak_ref_tensor, tree)
 
 
 def owns_plain_memory(tensor: torch.Tensor) -> bool:
