@@ -30,8 +30,20 @@ def import_guards() -> threading.Thread:
 
 def dict_versions(dicts: Sequence[object]) -> list[tuple[int, bool]] | None:
     """A number per dictionary, larger after each write to it but perhaps its filling, and whether it holds anything; None where torch can't tell."""
+    if not _sees_attributes():
+        return None
+    number = _guards().dict_version
+    return [(number(each), bool(each)) for each in dicts]
+
+
+@functools.cache
+def _sees_attributes() -> bool:
+    """Whether the numbers tell of an attribute that is set; CPython 3.13.0 forgets to (its issue 125608)."""
     number = getattr(_guards(), "dict_version", None)
-    return None if number is None else [(number(each), bool(each)) for each in dicts]
+    tried = threading.Thread()
+    before = None if number is None else number(vars(tried))
+    tried.daemon = True
+    return number is not None and number(vars(tried)) != before
 
 
 def dict_guard(dicts: Sequence[object]) -> Callable[[], bool] | None:
@@ -100,7 +112,7 @@ def _sees_filling() -> bool:
 @functools.cache
 def _has_dict_guards() -> bool:
     held = {"a": 1}
-    return _tells(
+    return _sees_attributes() and _tells(
         lambda: _dict_guard([{"a": 1}, *({} for _ in range(_GROUP)), held]),
         lambda: held.update(a=2),
     )

@@ -74,9 +74,11 @@ class RepeatedLayers:
 
     def _mark(self, kind: type) -> None:
         mark = torch_compat.compile_region(kind.forward)  # type: ignore[attr-defined]
-        if mark is not None:
-            self._marks[kind] = mark, vars(kind).get("forward")
-            kind.forward = mark  # type: ignore[attr-defined]
+        if mark is None:
+            self.text = "every layer was traced: this torch shares no traces"
+            return
+        self._marks[kind] = mark, vars(kind).get("forward")
+        kind.forward = mark  # type: ignore[attr-defined]
 
     def _unmark(self) -> None:
         """Take the marks off, unless somebody put something else in their place."""

@@ -11,6 +11,7 @@ from torch import nn
 
 import piecework
 from piecework.errors import PieceworkError
+from piecework.runtime import torch_compat
 
 torch.manual_seed(0)
 
@@ -19,6 +20,10 @@ def example(rows: int = 4) -> torch.Tensor:
     x = torch.randn(rows, 8)
     torch._dynamo.mark_dynamic(x, 0)
     return x
+
+
+SHARES = torch_compat.compile_region(example) is not None
+shared = pytest.mark.skipif(not SHARES, reason="this torch shares no traces")
 
 
 class Layer(nn.Module):
@@ -80,6 +85,7 @@ def scales() -> Stack:
     return Stack([Layer(i, scale=(1.0, 2.0)[i % 2]) for i in range(6)]).eval()
 
 
+@shared
 @pytest.mark.parametrize(
     ("build", "shared"),
     [
@@ -115,6 +121,7 @@ def test_the_program_is_that_of_a_trace_of_every_layer(
         torch.testing.assert_close(alike(x), expected)
 
 
+@shared
 @pytest.mark.parametrize(
     "change",
     [
@@ -150,6 +157,7 @@ def test_weights_of_every_layer_are_its_own() -> None:
     torch.testing.assert_close(stitched(x), model(x))
 
 
+@shared
 def test_a_region_that_the_user_marked_is_written_out() -> None:
     class Marked(Layer):
         forward = torch.compiler.nested_compile_region(Layer.forward)
@@ -168,6 +176,15 @@ def test_names_that_hold_no_layers(names: list[str], says: str) -> None:
     assert says in str(compiled(stack(), names).report())
 
 
+@pytest.mark.skipif(SHARES, reason="this torch shares traces")
+def test_a_torch_without_regions_says_that_every_layer_was_traced() -> None:
+    model = Stack([Layer(index) for index in range(3)]).eval()
+    config = {"backend": "eager", "repeated_layers": ["layers"]}
+    stitched = piecework.compile(model, (example(),), config=config)
+    assert "every layer was traced: this torch" in str(stitched.report())
+
+
+@shared
 def test_a_size_that_a_layer_fixes() -> None:
     model = stack()
     config = {"backend": "eager", "repeated_layers": ["layers"]}
