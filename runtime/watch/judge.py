@@ -20,6 +20,7 @@ from piecework.runtime.watch.values import OBJECTS, Places, PlainValue, differen
 Variables = Mapping[str, object]
 ONE_OBJECT = "were one object"
 _NOISE = re.compile(r"___(?=\w)|\.? ?Guard failed on a parameter, consider using .*")
+_TYPE = re.compile(r"check_type_id\((.+), \d+\), type=<class '([^']+)'>")
 _BY_IDENTITY = {*OBJECTS, "TYPE_MATCH"}
 
 
@@ -127,7 +128,7 @@ class DynamoJudge:
     def _readable(self, text: str) -> str:
         """A guard's text as a person would write it: ``rate was 2.0 when the model was traced (return x * self.rate, model.py:12)``."""
         text, _, comment = text.partition("#")
-        text = _NOISE.sub("", readable(text, self._names))
+        text = _TYPE.sub(r"\1 == a \2", _NOISE.sub("", readable(text, self._names)))
         where = comment.partition("(HINT")[0].strip()
         line, _, at = where.partition("# ")
         about = f"{line.strip()}, {at.strip().rpartition('/')[2]}" if at else line.strip()

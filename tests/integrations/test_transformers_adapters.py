@@ -143,7 +143,7 @@ def test_a_rank_above_the_prepared_one_is_refused(
     larger = saved(2, rank=16, alpha=8)
     swap(peft, model, larger)  # PEFT gives the weights other memory and shapes
     with pytest.raises(
-        InputError, match=r"lora_A.default.weight' size mismatch at index 0. expected 8, actual 16"
+        InputError, match=r"lora_A.default.weight has shape \(16, 32\); the trace had \(8, 32\)"
     ):
         generated(model, 2)
     with pytest.raises(BindError, match="compile the model again"):
@@ -162,7 +162,7 @@ def test_an_adapter_of_another_dtype_is_cast_into_place(
     check(model, eager(saved(2)))
     layer = next(each for each in model.modules() if isinstance(each, peft.tuners.lora.Linear))
     layer.lora_A["default"].weight.data = layer.lora_A["default"].weight.data.double()
-    with pytest.raises(InputError, match=r"dtype mismatch\. expected Float, actual Double"):
+    with pytest.raises(InputError, match=r"has dtype torch.float64; the trace had torch.float32"):
         generated(model, 2)
 
 
@@ -206,14 +206,11 @@ def test_an_adapter_put_on_a_stitched_model_is_noticed(peft: Any) -> None:
     model = stitch(build(), config=EAGER_PIECES, capture=SIZES)
     config = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
     wrapped = peft.get_peft_model(model, config).eval()
+    changed = r"q_proj was a torch.nn.*Linear when the model was traced and is another now"
     for _ in range(2):
-        # PEFT also freezes the weights that were there, and Dynamo's guards come to one of them first.
-        with pytest.raises(InputError, match=r"q_proj was replaced|requires_grad mismatch"):
+        with pytest.raises(InputError, match=f"q_proj was replaced|{changed}"):
             generated(wrapped, 2)
-        with pytest.raises(
-            BindError,
-            match=r"q_proj was a torch.nn.*Linear when .* peft.*Linear now|requires_grad mismatch",
-        ):
+        with pytest.raises(BindError, match=changed):
             stitched_module(model).rebind()
     plain = unstitch(model)
     expected = generated(wrapped, 2)
