@@ -40,10 +40,12 @@ def dict_versions(dicts: Sequence[object]) -> list[tuple[int, bool]] | None:
 def _sees_attributes() -> bool:
     """Whether the numbers tell of an attribute that is set; CPython 3.13.0 forgets to (its issue 125608)."""
     number = getattr(_guards(), "dict_version", None)
+    if number is None:
+        return False
     tried = threading.Thread()
-    before = None if number is None else number(vars(tried))
+    before = number(vars(tried))
     tried.daemon = True
-    return number is not None and number(vars(tried)) != before
+    return bool(number(vars(tried)) != before)
 
 
 def dict_guard(dicts: Sequence[object]) -> Callable[[], bool] | None:

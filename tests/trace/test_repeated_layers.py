@@ -23,7 +23,7 @@ def example(rows: int = 4) -> torch.Tensor:
 
 
 SHARES = torch_compat.compile_region(example) is not None
-shared = pytest.mark.skipif(not SHARES, reason="this torch shares no traces")
+needs_shared_traces = pytest.mark.skipif(not SHARES, reason="this torch shares no traces")
 
 
 class Layer(nn.Module):
@@ -85,7 +85,7 @@ def scales() -> Stack:
     return Stack([Layer(i, scale=(1.0, 2.0)[i % 2]) for i in range(6)]).eval()
 
 
-@shared
+@needs_shared_traces
 @pytest.mark.parametrize(
     ("build", "shared"),
     [
@@ -121,7 +121,7 @@ def test_the_program_is_that_of_a_trace_of_every_layer(
         torch.testing.assert_close(alike(x), expected)
 
 
-@shared
+@needs_shared_traces
 @pytest.mark.parametrize(
     "change",
     [
@@ -157,7 +157,7 @@ def test_weights_of_every_layer_are_its_own() -> None:
     torch.testing.assert_close(stitched(x), model(x))
 
 
-@shared
+@needs_shared_traces
 def test_a_region_that_the_user_marked_is_written_out() -> None:
     class Marked(Layer):
         forward = torch.compiler.nested_compile_region(Layer.forward)
@@ -178,13 +178,10 @@ def test_names_that_hold_no_layers(names: list[str], says: str) -> None:
 
 @pytest.mark.skipif(SHARES, reason="this torch shares traces")
 def test_a_torch_without_regions_says_that_every_layer_was_traced() -> None:
-    model = Stack([Layer(index) for index in range(3)]).eval()
-    config = {"backend": "eager", "repeated_layers": ["layers"]}
-    stitched = piecework.compile(model, (example(),), config=config)
-    assert "every layer was traced: this torch" in str(stitched.report())
+    assert "every layer was traced: this torch" in str(compiled(stack()).report())
 
 
-@shared
+@needs_shared_traces
 def test_a_size_that_a_layer_fixes() -> None:
     model = stack()
     config = {"backend": "eager", "repeated_layers": ["layers"]}
