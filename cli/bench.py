@@ -21,12 +21,10 @@ BENCHMARKS = {
     "warm_start": "B5: warm start of an artifact against depth",
     "emission": "B6: emission time against nodes",
     "gpu": "B8 to B11: captured pieces on a GPU; needs one",
-    "models": "ordinary models beside eager and torch.compile; takes hours",
-    "causal_lms": "transformers' causal LMs beside eager; takes an hour",
-    "encoders": "transformers' encoders, vision and audio models beside eager; takes an hour",
+    "models": "lists of models beside eager and torch.compile; takes hours",
 }
 NEEDS_GPU = "gpu"
-TAKES_HOURS = ("models", "causal_lms", "encoders")
+TAKES_HOURS = "models"
 
 
 def bench(
@@ -38,7 +36,7 @@ def bench(
 ) -> None:
     """Run a benchmark (or all): check correctness, measure ratios in one run, and print a table.
 
-    All leaves out what needs a GPU where there is none, models, causal_lms and encoders. What follows the name is handed on (models --help).
+    All leaves out what needs a GPU where there is none, and models. What follows the name is handed on (models --help).
     Exit code 1 if a target is missed, 2 if a GPU is missing.
     """
     with typed_errors():
@@ -71,5 +69,5 @@ def _module(name: str) -> ModuleType:
 def _all() -> list[str]:
     import torch
 
-    left_out = set(TAKES_HOURS) | (set() if torch.cuda.is_available() else {NEEDS_GPU})
+    left_out = {TAKES_HOURS} | (set() if torch.cuda.is_available() else {NEEDS_GPU})
     return [name for name in BENCHMARKS if name not in left_out]

@@ -1,27 +1,62 @@
-"""All lists. In: the name of a list. Out: its rows.
-
-A list whose package isn't installed says so.
-"""
+"""All lists of models, by name: their rows, and how each is tried and told of."""
 
 from __future__ import annotations
 
-from piecework.bench.lists.families import encoders, families, heads
-from piecework.bench.lists.plain import plain_models
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from piecework.bench.lists.families import encoders, families, heads, is_encoder_family
+from piecework.bench.lists.generation import causal_lms, encoder_decoders
 from piecework.bench.lists.sample import Row
 from piecework.bench.lists.torch_modules import torch_modules
 from piecework.bench.lists.tutorials import tutorials
 from piecework.errors import UsageError
 
+
+@dataclass(frozen=True, slots=True)
+class ModelList:
+    """One list.
+
+    Attributes:
+        rows: makes its rows; `ImportError` where a package isn't installed.
+        text: what it is, and what it needs.
+        backend: what compiles, where nobody says.
+        everywhere: stock runs it always, every third row is also cut and captured; else stock is asked only where piecework is not equal.
+        admits: whether a row belongs to it, where that takes a config to tell.
+    """
+
+    rows: Callable[[], list[Row]]
+    text: str
+    backend: str = "inductor"
+    everywhere: bool = True
+    admits: Callable[[str], bool] = lambda name: True
+
+
 LISTS = {
-    "module_db": (torch_modules, "torch's own list of modules; needs expecttest"),
-    "transformers": (families, "small models of transformers' families; needs transformers"),
-    "plain torch": (plain_models, "models written by hand"),
-    "tutorials": (tutorials, "models of PyTorch's tutorials that need no download"),
-}
-#: Lists that are run where they are asked for.
-OTHERS = {
-    "encoders": (encoders, "encoders of transformers' families; needs transformers"),
-    "heads": (heads, "every class of transformers' registries of tasks; needs transformers"),
+    "module_db": ModelList(torch_modules, "torch's own list of modules; needs expecttest"),
+    "transformers": ModelList(families, "small models of transformers' families"),
+    "tutorials": ModelList(
+        tutorials,
+        "models of PyTorch's tutorials that need no download, as the tutorials write them",
+    ),
+    "heads": ModelList(heads, "every class of transformers' registries of tasks"),
+    "encoders": ModelList(
+        encoders,
+        "transformers' text encoders, vision and audio models, called with 1 to 5 rows, tokens of three lengths with padding on either side and none, "
+        "and sound of two lengths; of an encoder-decoder its encoder",
+        "eager",
+        False,
+        is_encoder_family,
+    ),
+    "causal LMs": ModelList(
+        causal_lms,
+        "transformers' causal LMs, stitched: `generate`, greedy, two prompts of seven tokens, six tokens more; tokens and scores are compared",
+        "eager",
+        False,
+    ),
+    "encoder-decoders": ModelList(
+        encoder_decoders, "the same for transformers' encoder-decoders", "eager", False
+    ),
 }
 
 
@@ -31,11 +66,12 @@ def rows_of(source: str) -> list[Row]:
     Raises:
         UsageError: a package that the list needs isn't installed.
     """
-    make, text = (LISTS | OTHERS)[source]
     try:
-        return make()
+        return LISTS[source].rows()
     except ImportError as error:
-        raise UsageError(f"the list {source!r} can't be read: {error}", hint=text) from error
+        raise UsageError(
+            f"the list {source!r} can't be read: {error}", hint=LISTS[source].text
+        ) from error
 
 
 def find(source: str, name: str) -> Row:

@@ -1,4 +1,4 @@
-"""Rows run apart from each other. In: rows and options. Out: what became of each, as it is done.
+"""Rows run apart from each other: what became of each, as it is done, and as a file from which a later run goes on.
 
 Each row has a process of its own with a time limit: a crash, a hang or a state that one row leaves behind reaches no other.
 """
@@ -17,10 +17,15 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 from pydantic import TypeAdapter
 
 from piecework.bench.lists.trial import Heard, Options, Outcome, Verdict
+from piecework.bench.measure.result import machine
+from piecework.runtime.store.files import write_atomic
+
+FILE = "models.json"
 
 
 @dataclass(slots=True)
@@ -119,6 +124,7 @@ class _NotBuilt(Exception):
 def _outcomes(task: Task, heard: Heard) -> Iterator[Outcome]:
     """Try the samples of one row, with a compile cache of its own."""
     from piecework.bench.lists.catalogue import find
+    from piecework.bench.lists.generation import Family, try_family
     from piecework.bench.lists.trial import try_sample
 
     with own_cache():
@@ -127,7 +133,35 @@ def _outcomes(task: Task, heard: Heard) -> Iterator[Outcome]:
         except Exception as error:
             raise _NotBuilt(f"not built: {error}") from error
         for sample in samples:
-            yield try_sample(sample, task.options, heard)
+            tried = try_family if isinstance(sample, Family) else try_sample
+            yield tried(sample, task.options, heard)
+
+
+def keep_results(folder: Path | None, tasks: Sequence[Task], results: Sequence[RowResult]) -> None:
+    """Write what is known so far to ``folder``, each row with what was asked of it; nothing without a folder."""
+    if folder is None:
+        return
+    asked = {(task.source, task.name): asdict(task) for task in tasks}
+    rows = [{"asked": asked[each.source, each.name], **asdict(each)} for each in results]
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"machine": machine(), "rows": rows}, indent=1)
+    write_atomic(folder / FILE, text.encode() + b"\n")
+
+
+def kept_results(folder: Path | None, tasks: Sequence[Task]) -> dict[Task, RowResult]:
+    """What an earlier run with the same folder found of the same tasks; rows that it could not end are left out, so that they are tried again."""
+    if folder is None or not (folder / FILE).exists():
+        return {}
+    data = json.loads((folder / FILE).read_text())
+    if data["machine"] != machine():
+        return {}
+    asked, result = TypeAdapter(Task), TypeAdapter(RowResult)
+    found = {}
+    for row in data["rows"]:
+        task = asked.validate_python(row.pop("asked"))
+        if task in tasks and not row["problem"]:
+            found[task] = result.validate_python(row)
+    return found
 
 
 @contextmanager

@@ -1,17 +1,17 @@
-"""The table as a page. In: what became of each row. Out: Markdown, the same for the same results.
-
-Figures are counted here and nowhere else.
-"""
+"""The results of a run as a page: the same Markdown for the same results. Figures are counted here and nowhere else."""
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
+from piecework.bench.lists.catalogue import LISTS
 from piecework.bench.lists.isolated import RowResult
 from piecework.bench.lists.trial import STATUSES, Verdict
 
 CONTENDERS = ("stock", "piecework", "split", "captured")
+_COUNTS = ("way", "pieces", "unique", "traces")
 
 
 def summary(row: RowResult, contender: str) -> Verdict | None:
@@ -23,18 +23,17 @@ def summary(row: RowResult, contender: str) -> Verdict | None:
 def behind(row: RowResult) -> list[str]:
     """What stock serves in this row and piecework doesn't, or a splitting op or a capture breaks: one line each.
 
-    A capture may be refused by name; it may not be wrong.
+    Where stock was not tried, what is refused by name counts as refused by it too. A capture may be refused by name; it may not be wrong.
     """
     found = []
     for outcome in row.outcomes:
         stock = outcome.verdicts.get("stock")
-        served = stock is None or stock.status == "equal"
         for contender, verdict in outcome.verdicts.items():
             if contender == "stock" or verdict.status == "equal":
                 continue
-            if (contender, verdict.status) == ("captured", "refused"):
+            if verdict.status == "refused" and (contender == "captured" or stock is None):
                 continue
-            if served or contender != "piecework":
+            if stock is None or stock.status == "equal" or contender != "piecework":
                 label = f" sample {outcome.label}" if outcome.label else ""
                 found.append(
                     f"{row.source}: {row.name}{label}: {contender} {verdict.status}: {verdict.why}"
@@ -42,55 +41,62 @@ def behind(row: RowResult) -> list[str]:
     return found
 
 
-def markdown(rows: Sequence[RowResult], settings: Iterable[str]) -> str:
-    """The page: how it was made, a line per list, and a table per list with a reason for what isn't equal."""
-    tried = [row for row in rows if row.outcomes]
+def markdown(title: str, rows: Sequence[RowResult], settings: Iterable[str]) -> str:
+    """The page: how it was made, what was found, and a table for each list with a reason for what isn't equal."""
+    sources = dict.fromkeys(row.source for row in rows)
     lines = [
-        "# Ordinary models",
+        f"# {title}",
         "",
-        "Written by `piecework bench models --page docs/models.md`; don't edit it. Each model is run eagerly, by "
-        "`torch.compile(fullgraph=True)` (*stock*) and by `piecework.compile` with the default configuration, at the example's "
-        "batch size, 1, 2, 5, and 0 where the model itself can. *Equal* means: every output and every argument written in place "
+        "`piecework bench models` writes this page. Each model, small and with seeded weights, is run eagerly, by `piecework.compile` with the default configuration, "
+        "and by `torch.compile(fullgraph=True)` (*stock*), at several batch sizes. *Equal* means: every output and every argument written in place "
         "has eager's values (by torch's tolerance for the dtype, or as near as stock), dtype, shape and structure, and eager's "
         "strides where stock has them. *split* is the same cut at the operator in the middle of its graph, *captured* that with "
-        "static graphs for 1, 2, 4 and 8; every third model is tried so.",
+        "static graphs for 1, 2, 4 and 8.",
         "",
         *[f"- {line}" for line in settings],
-        "",
-        "| list | models | samples | stock equal | piecework equal | split equal | captured equal |",
-        "|---|---|---|---|---|---|---|",
+        *[f"- {source}: {LISTS[source].text if source in LISTS else ''}" for source in sources],
     ]
-    for source in dict.fromkeys(row.source for row in tried):
-        lines.append(_totals(source, [row for row in tried if row.source == source]))
-    missing = [line for row in tried for line in behind(row)]
+    missing = [line for row in rows for line in behind(row)]
     lines += ["", "## What stock serves and piecework does not", ""]
     lines += [f"- {cell(line)}" for line in missing] or ["Nothing."]
-    for source in dict.fromkeys(row.source for row in tried):
-        lines += _table(source, [row for row in tried if row.source == source])
-    left = [row for row in rows if not row.outcomes]
-    if left:
-        lines += ["", "## Not tried", ""]
-        lines += [f"- {row.source}: {row.name}: {cell(row.problem or 'no sample')}" for row in left]
+    for source in sources:
+        lines += _section(source, [row for row in rows if row.source == source])
     return "\n".join(lines) + "\n"
 
 
-def _totals(source: str, rows: Sequence[RowResult]) -> str:
-    cells = [source, str(len(rows)), str(sum(len(row.outcomes) for row in rows))]
+def _section(source: str, rows: Sequence[RowResult]) -> list[str]:
+    tried = [row for row in rows if any(outcome.verdicts for outcome in row.outcomes)]
+    lines = [
+        "",
+        f"## {source}",
+        "",
+        f"Of {len(rows)} models {len(tried)} run. Of those that were tried:",
+    ]
     for contender in CONTENDERS:
-        found = [summary(row, contender) for row in rows]
-        tried = [each for each in found if each is not None]
-        equal = sum(each.status == "equal" for each in tried)
-        cells.append(f"{equal} of {len(tried)}" if tried else "")
-    return f"| {' | '.join(cells)} |"
+        counts = Counter(each.status for row in tried if (each := summary(row, contender)))
+        if counts:
+            said = ", ".join(f"{counts[each]} {each}" for each in STATUSES if counts[each])
+            lines.append(f"{contender} {said}; ")
+    lines[-1] = lines[-1].removesuffix("; ") + "."
+    columns = ["models", "kind", *CONTENDERS, *_COUNTS, "note"]
+    cells = [_cells(row) for row in tried]
+    shown = [n for n in range(len(columns)) if not cells or any(row[n] for row in cells)]
+    found = [[row[n] for n in shown] for row in cells]
+    lines += ["", *table([columns[n] for n in shown], found)]
+    left = [row for row in rows if row not in tried]
+    if left:
+        lines += ["", f"No small model runs of {', '.join(row.name for row in left)}."]
+    return lines
 
 
-def _table(source: str, rows: Sequence[RowResult]) -> list[str]:
-    found = []
-    for row in rows:
-        verdicts = {contender: summary(row, contender) for contender in CONTENDERS}
-        statuses = [_status(row, contender, verdict) for contender, verdict in verdicts.items()]
-        found.append([row.name, row.kind, *statuses, cell(_note(verdicts))])
-    return ["", f"## {source}", "", *table(("models", "kind", *CONTENDERS, "note"), found)]
+def _cells(row: RowResult) -> list[str]:
+    verdicts = {contender: summary(row, contender) for contender in CONTENDERS}
+    statuses = [_status(row, contender, verdict) for contender, verdict in verdicts.items()]
+    made = next((each for each in row.outcomes if each.pieces), None)
+    if row.source in LISTS and LISTS[row.source].everywhere:
+        made = None  # the counts of so many unlike models tell little
+    counts = [str(getattr(made, name) or "") if made else "" for name in _COUNTS]
+    return [row.name, row.kind, *statuses, *counts, cell(_note(verdicts))]
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:

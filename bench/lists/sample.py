@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
@@ -44,13 +45,13 @@ class Row:
     Attributes:
         source: the list.
         name: what the list calls it.
-        samples: makes its samples, evenly spread where there are more than the given number (0: all).
+        samples: makes its samples, evenly spread where there are more than the given number (0: all): `Sample`, or a family to generate with.
         kind: what it is for, as far as the list tells.
     """
 
     source: str
     name: str
-    samples: Callable[[int], Sequence[Sample]]
+    samples: Callable[[int], Sequence[Any]]
     kind: str = ""
 
 

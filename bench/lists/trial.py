@@ -40,21 +40,16 @@ class Options:
 
     Attributes:
         backend: what compiles, for stock and for piecework's pieces.
-        shapes: how piecework traces dynamic dimensions; "" is the default.
         cut: try it with a splitting op and captured as well.
         stock: whether stock is tried always, or only where piecework is not equal to eager; half the time where it mostly is.
     """
 
     backend: str = "inductor"
-    shapes: str = ""
     cut: bool = False
     stock: Literal["always", "if unequal"] = "always"
 
     def config(self) -> CompilationConfig:
-        shapes = {"type": self.shapes} if self.shapes else {}
-        return CompilationConfig.model_validate(
-            {"backend": self.backend, "dynamic_shapes_config": shapes}
-        )
+        return CompilationConfig(backend=self.backend)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +71,7 @@ class Verdict:
 
 @dataclass(slots=True)
 class Outcome:
-    """Verdicts by contender: ``stock``, ``piecework``, ``split``, ``captured``; and how many pieces and traces piecework made."""
+    """Verdicts by contender: ``stock``, ``piecework``, ``split``, ``captured``; how many pieces and traces piecework made, and the way it serves a decoder."""
 
     label: str
     verdicts: dict[str, Verdict] = field(default_factory=dict)
@@ -84,6 +79,7 @@ class Outcome:
     pieces: int = 0
     unique: int = 0
     traces: int = 0
+    way: str = ""
 
 
 def try_sample(sample: Sample, options: Options, heard: Heard = lambda _: None) -> Outcome:

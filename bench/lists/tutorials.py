@@ -5,20 +5,24 @@ A row a model, small, with seeded weights. Where a model is refused, the table s
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from piecework.bench.lists.plain import model_row
-from piecework.bench.lists.sample import Row
+from piecework.bench.lists.sample import Row, Sample
+from piecework.integrations.protocol import Call
+
+SEED = 3
 
 
 def tutorials() -> list[Row]:
     """A row per model of this module."""
     return [
-        model_row("tutorials", name, make, arguments)
+        _row(name, make, arguments)
         for name, make, arguments in (
             ("language model, causal mask", LanguageModel, _sequences),
             ("language model, is_causal", lambda: LanguageModel(hint=True), _sequences),
@@ -36,6 +40,23 @@ def tutorials() -> list[Row]:
             ("vision transformer", ViT, lambda n: (torch.randn(n, 3, 32, 32),)),
         )
     ]
+
+
+def _row(
+    name: str, make: Callable[[], nn.Module], arguments: Callable[[int], tuple[object, ...]]
+) -> Row:
+    """The row of a model that is made and called with seeded numbers."""
+
+    def call(n: int) -> Call:
+        torch.manual_seed(SEED)
+        return arguments(n), {}
+
+    def samples(_: int) -> list[Sample]:
+        torch.manual_seed(SEED)
+        model = make().eval()
+        return [Sample("", lambda: copy.deepcopy(model), call)]
+
+    return Row("tutorials", name, samples)
 
 
 def _tokens(n: int, length: int) -> torch.Tensor:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections import OrderedDict
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from piecework.bench.lists.isolated import RowResult, Task, run_rows
+from piecework.bench import models
+from piecework.bench.lists.isolated import FILE, RowResult, Task, run_rows
 from piecework.bench.lists.judge import Answer, difference
 from piecework.bench.lists.page import behind, markdown
 from piecework.bench.lists.sample import Sample, resized, spread
@@ -122,10 +125,10 @@ def test_unwritten_memory_is_no_answer() -> None:
 
 def test_row_that_takes_too_long_is_stopped_and_one_without_model_is_told() -> None:
     options = Options(backend="eager")
-    tasks = [Task("plain torch", "small CNN", "", 1, options)]
+    tasks = [Task("tutorials", "DLRM", "", 1, options)]
     (stopped,) = run_rows(tasks, limit=0.0)
     assert "stopped after 0 s" in stopped.problem
-    (unknown,) = run_rows([Task("plain torch", "nothing", "", 1, options)])
+    (unknown,) = run_rows([Task("tutorials", "nothing", "", 1, options)])
     assert "nothing" in unknown.problem and not unknown.outcomes
 
 
@@ -140,6 +143,27 @@ def test_page_tells_what_stock_serves_and_piecework_does_not() -> None:
         RowResult("list", "missing", "", [], "not built: no package"),
     ]
     assert behind(rows[0]) and not behind(rows[1])
-    text = markdown(rows, ["how"])
-    assert "| mixed |  | equal | refused (1 of 2) |  |  | CaptureError: a \\| b. |" in text
-    assert "- list: missing: not built: no package" in text
+    counted = Outcome("", {"piecework": Verdict("equal")}, pieces=6, unique=3, traces=2)
+    hung = Outcome("stopped", {"piecework": Verdict("failed", "hung")})
+    rows += [RowResult("list", "counted", "text", [counted]), RowResult("list", "hung", "", [hung])]
+    assert behind(rows[4]), "it failed, whatever stock does"
+    text = markdown("Title", rows, ["how"])
+    assert text.startswith("# Title\n") and "Of 5 models 4 run." in text
+    assert "piecework 1 equal, 2 refused, 1 failed." in text
+    assert "| mixed |  | equal | refused (1 of 2) |  |  |  | CaptureError: a \\| b. |" in text
+    assert "| counted | text |  | equal | 6 | 3 | 2 |  |" in text
+    assert "No small model runs of missing." in text
+
+
+def test_a_run_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An encoder, with what stock refuses and piecework serves; asked again it is not tried again, and the page is the same."""
+    chosen = ["--list", "encoders", "--only", "^(distilbert|llava)$", "--together"]
+    chosen += ["--out", str(tmp_path), "--page", str(tmp_path / "page.md")]
+    assert models.main(chosen) == 0
+    assert "1/1 encoders: distilbert, piecework equal" in capsys.readouterr().out
+    (row,) = json.loads((tmp_path / FILE).read_text())["rows"]
+    assert row["outcomes"][0]["traces"] == 2
+    page = (tmp_path / "page.md").read_text()
+    assert "| distilbert | text | equal |" in page
+    assert models.main(chosen) == 0 and "distilbert" not in capsys.readouterr().out
+    assert (tmp_path / "page.md").read_text() == page

@@ -50,20 +50,6 @@ def test_torch_modules(part: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.nightly
-def test_models_cut_and_captured(tmp_path: Path) -> None:
-    found = run(
-        tmp_path,
-        *("--list", "plain torch", "--backend", "eager", "--together"),
-        *("--only", "^(MLP|LSTM classifier|recommender with bags)$"),
-    )
-    assert {name: each.get("captured") for name, each in found.items()} == {
-        "MLP": "equal",
-        "LSTM classifier": "equal",
-        "recommender with bags": "equal",
-    }
-
-
-@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("source", "only"),
     [
@@ -83,55 +69,15 @@ def test_families(source: str, only: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.nightly
-def test_classes_of_the_registries_of_tasks(tmp_path: Path) -> None:
+@pytest.mark.parametrize("source", ["module_db", "transformers", "heads", "encoders"])
+def test_whole_lists(source: str, tmp_path: Path) -> None:
+    """None is wrong, and of what stock serves nearly all is equal; a wrong one makes the exit code 1 too."""
     found = run(
         tmp_path,
-        *("--list", "heads", "--backend", "eager", "--no-cut", "--jobs", "2", "--limit", "600"),
+        *("--list", source, "--backend", "eager", "--no-cut", "--jobs", "2"),
         limit=24 * 3600,
         codes=(0, 1),
     )
-    tried = {name: each for name, each in found.items() if each.get("stock") == "equal"}
-    assert len(tried) > 100
-    assert not [name for name, each in tried.items() if each.get("piecework") == "wrong"]
-    assert sum(each.get("piecework") == "equal" for each in tried.values()) >= 0.8 * len(tried)
-
-
-@pytest.mark.inductor
-@pytest.mark.nightly
-def test_models_compiled_by_inductor(tmp_path: Path) -> None:
-    found = run(
-        tmp_path,
-        *("--list", "plain torch", "--together", "--no-cut"),
-        *("--only", "^(MLP with batch norm|U-Net)$"),
-    )
-    assert found == {name: BOTH for name in found}
-    assert len(found) == 2
-
-
-@pytest.mark.nightly
-@pytest.mark.parametrize("backend", ["eager", "inductor"])
-def test_all_lists(backend: str, tmp_path: Path) -> None:
-    run(tmp_path, "--backend", backend, "--jobs", "2", limit=24 * 3600)
-
-
-@pytest.mark.nightly
-def test_a_run_goes_on_from_what_an_earlier_one_found(tmp_path: Path) -> None:
-    options = (
-        "--list",
-        "module_db",
-        "--backend",
-        "eager",
-        "--samples",
-        "1",
-        "--no-cut",
-        "--together",
-    )
-    first = run(tmp_path, *options, "--only", "^nn.(GELU|ELU)$")
-    rows = json.loads((tmp_path / "models.json").read_text())["rows"]
-    again = run(tmp_path, *options, "--only", "^nn.(GELU|ELU|GLU)$")
-    assert again.keys() == {*first, "nn.GLU"}
-    # A row that is kept says how long it took then.
-    now = {
-        each["name"]: each for each in json.loads((tmp_path / "models.json").read_text())["rows"]
-    }
-    assert all(now[each["name"]] == each for each in rows)
+    tried = [each["piecework"] for each in found.values() if "piecework" in each]
+    assert len(tried) > 40 and "wrong" not in tried
+    assert tried.count("equal") >= 0.8 * len(tried)

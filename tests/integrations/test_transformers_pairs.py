@@ -10,7 +10,8 @@ import torch
 from small_llms import scatter
 from torch import nn
 
-from piecework.bench.causal_lms import encoder_decoders, try_family
+from piecework.bench.lists.generation import Family, encoder_decoders, try_family
+from piecework.bench.lists.trial import Options
 from piecework.errors import CaptureError, InputError
 from piecework.integrations.transformers import (
     how_served,
@@ -187,8 +188,8 @@ def test_what_is_refused(models: tuple[nn.Module, nn.Module]) -> None:
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("family", encoder_decoders())
+@pytest.mark.parametrize("family", [row.name for row in encoder_decoders()])
 def test_families(family: str) -> None:
     """Equal, or refused by name; which it is says the page of the documentation."""
-    found = try_family(family, "eager", pair=True)
-    assert found.status in ("equal", "refused", "no model"), found
+    found = try_family(Family(family, pair=True), Options("eager"))
+    assert found.skipped or found.verdicts["piecework"].status in ("equal", "refused"), found
