@@ -1,4 +1,7 @@
-"""An encoder behind ``/v1/embeddings``, as OpenAI's clients ask for it: of each text the mean of its tokens' last hidden states."""
+"""An encoder behind ``/v1/embeddings``, as OpenAI's clients ask for it.
+
+Of each text it answers the mean of its tokens' last hidden states.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,8 @@ class Embedder:
         other = sorted(set(names) - set(tokenizer("a")))
         if other or "attention_mask" not in names:
             raise UsageError(
-                f"this encoder takes {', '.join(other) or 'no attention_mask'}, and embeddings are of texts",
+                f"this encoder takes {', '.join(other) or 'no attention_mask'}, "
+                "and embeddings are of texts",
                 hint="give the folder of an encoder of texts",
             )
         self.stitched, self.tokenizer = stitched, tokenizer
@@ -45,7 +49,11 @@ class Embedder:
 
     @torch.no_grad()
     def __call__(self, texts: list[str]) -> tuple[torch.Tensor, int]:
-        """``[texts, hidden]`` in float32, and the number of tokens; raises ValueError for a text that is too long."""
+        """``[texts, hidden]`` in float32, and the number of tokens.
+
+        Raises:
+            ValueError: a text is longer than the model's positions.
+        """
         made = self.tokenizer(texts, return_tensors="pt", padding=True)
         mask = made["attention_mask"]
         counts = mask.sum(1)
@@ -61,7 +69,8 @@ class Embedder:
 
 
 def make_embedding_server(name: str, embed: Embedder) -> uvicorn.Server:
-    """The server of an encoder that requests call ``name``; ``run(sockets=…)`` serves until a signal.
+    """The server of an encoder that requests call ``name``; ``run(sockets=…)`` serves until a
+    signal.
 
     Raises:
         UsageError: fastapi or uvicorn is missing.
@@ -76,15 +85,20 @@ def make_embedding_server(name: str, embed: Embedder) -> uvicorn.Server:
 
     @app.post("/v1/embeddings")
     def embeddings(body: dict[str, object]) -> dict[str, object]:
-        wrong = _wrong(body, name)
-        if wrong:
-            raise HTTPException(400, wrong)
-        given = body["input"]
+        given = body.get("input")
+        texts = given if isinstance(given, list) else [given]
+        if not texts or not all(isinstance(each, str) and each for each in texts):
+            raise HTTPException(400, "input is not a text, or a list of texts")
+        as_bytes = body.get("encoding_format") == "base64"
+        another = body.get("model", name) != name or body.get("dimensions") is not None
+        if another or not (as_bytes or body.get("encoding_format") in (None, "float")):
+            raise HTTPException(
+                400, f"this is the model {name!r}: no dimensions, encoding_format float or base64"
+            )
         try:
-            vectors, tokens = embed([given] if isinstance(given, str) else given)  # type: ignore[arg-type]
+            vectors, tokens = embed(texts)
         except ValueError as error:
             raise HTTPException(400, f"input: {error}") from error
-        as_bytes = body.get("encoding_format") == "base64"
         rows = [
             {"object": "embedding", "index": n, "embedding": _encoded(vector, as_bytes)}
             for n, vector in enumerate(vectors)
@@ -103,21 +117,6 @@ def make_embedding_server(name: str, embed: Embedder) -> uvicorn.Server:
 
     app.get("/health")(lambda: {"status": "ok"})
     return uvicorn.Server(uvicorn.Config(app, log_level="info"))
-
-
-def _wrong(body: dict[str, object], name: str) -> str:
-    """Which part of a request can't be answered; empty if all can."""
-    if body.get("model", name) != name:
-        return f"model: this server has {name!r} and no other model"
-    if body.get("encoding_format") not in (None, "float", "base64"):
-        return f"encoding_format: {body['encoding_format']!r} is not float or base64"
-    if body.get("dimensions") is not None:
-        return "dimensions: this model's embeddings have one size"
-    given = body.get("input")
-    texts = given if isinstance(given, list) else [given]
-    if not texts or not all(isinstance(each, str) and each for each in texts):
-        return "input: it is neither a text nor a list of texts"
-    return ""
 
 
 def _encoded(vector: torch.Tensor, as_bytes: bool) -> object:

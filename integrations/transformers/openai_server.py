@@ -1,7 +1,7 @@
-"""A stitched model behind transformers' own OpenAI-style server. In: what makes the model, its name, where to listen. Out: a uvicorn server.
+"""A stitched model behind transformers' own OpenAI-style server.
 
-It answers no request itself: routes, generation, streams and cancels are those of ``transformers serve``, which loads models by itself and has no place to stitch them.
-What it can't serve is refused before (`openai_requests`).
+Routes, generation, streams, cancels and refusals are those of ``transformers serve``, which loads
+models by itself and has no place to stitch them: here it gets a model that was stitched before.
 """
 
 from __future__ import annotations
@@ -14,19 +14,20 @@ from typing import TYPE_CHECKING
 
 from transformers import AutoTokenizer, ContinuousBatchingConfig, PreTrainedModel
 from transformers.cli.serving.model_manager import ModelManager, TimedModel
+from transformers.cli.serving.utils import GenerationState
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from piecework.errors import InputError, UsageError
 from piecework.integrations.protocol import first_line, require_packages
-from piecework.integrations.transformers.openai_answers import answer_errors, joined
-from piecework.integrations.transformers.openai_requests import Checked, Generation, bad_request
 from piecework.integrations.transformers.stitcher import stitched_module
 
 if TYPE_CHECKING:
     import uvicorn
+    from fastapi import FastAPI
 
-_PACKAGES = ("fastapi", "uvicorn", "openai")
 _NEVER = -1
+
+MakeModel = Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]]
 
 
 class StitchedModels(ModelManager):
@@ -34,16 +35,11 @@ class StitchedModels(ModelManager):
 
     Args:
         name: what requests call it.
-        make: the stitched model and its tokenizer; called again if a client has the server unload its models (``POST /reset``).
+        make: the stitched model and its tokenizer; called again after ``POST /reset``.
         state: what generates, which ends with the models.
     """
 
-    def __init__(
-        self,
-        name: str,
-        make: Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]],
-        state: Generation,
-    ) -> None:
+    def __init__(self, name: str, make: MakeModel, state: GenerationState) -> None:
         super().__init__(model_timeout=_NEVER)
         self.force_model = name
         self._make, self._state = make, state
@@ -67,9 +63,9 @@ class StitchedModels(ModelManager):
                     model, _NEVER, tokenizer, on_unload=lambda: self.loaded_models.pop(name, None)
                 )
                 self.loaded_models[name] = held
-            if progress_callback is not None:
-                progress_callback({"status": "ready", "model": name, "cached": cached})
-            return held.model, held.processor
+        if progress_callback is not None:
+            progress_callback({"status": "ready", "model": name, "cached": cached})
+        return held.model, held.processor
 
     def get_gen_models(self) -> list[dict[str, object]]:  # type: ignore[override]
         """What ``/v1/models`` lists."""
@@ -87,11 +83,7 @@ class StitchedModels(ModelManager):
 
 
 def tokenizer_of(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in a model's folder.
-
-    Raises:
-        UsageError: there is none, or it can't be read.
-    """
+    """The tokenizer in a model's folder; raises `UsageError` where none can be read."""
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
@@ -120,28 +112,41 @@ def bound_socket(host: str, port: int) -> socket.socket:
     return listener
 
 
+def answer_errors(app: FastAPI) -> None:
+    """Have an application's errors, and what a stitched model refuses, told as OpenAI's clients
+    read it.
+    """
+    from fastapi.responses import JSONResponse
+    from starlette.exceptions import HTTPException
+
+    async def refused(_request: object, error: Exception) -> JSONResponse:
+        status = error.status_code if isinstance(error, HTTPException) else 400
+        message = error.detail if isinstance(error, HTTPException) else str(error)
+        kind = "invalid_request_error" if status < 500 else "server_error"
+        return JSONResponse({"error": {"message": message, "type": kind}}, status)
+
+    for kind in (HTTPException, InputError):
+        app.add_exception_handler(kind, refused)
+
+
 def make_server(
-    name: str,
-    make: Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]],
-    *,
-    batching: ContinuousBatchingConfig | None = None,
+    name: str, make: MakeModel, *, batching: ContinuousBatchingConfig | None = None
 ) -> uvicorn.Server:
-    """The server of a model, which is made now; ``run(sockets=[bound_socket(…)])`` serves until a signal or ``should_exit``.
+    """The server of a model, which is made now; ``run(sockets=[bound_socket(…)])`` serves until a
+    signal or ``should_exit``.
 
     Args:
         name: what requests call the model.
         make: the stitched model, and its tokenizer.
-        batching: requests are computed together, by transformers' continuous batching; None: one after the other.
+        batching: requests are computed together, by transformers' continuous batching; None: one
+            after the other.
 
     Raises:
         UsageError: fastapi, uvicorn or openai is missing.
     """
-    require_packages(_PACKAGES, "serve")
+    require_packages(("fastapi", "uvicorn", "openai"), "serve")
     import uvicorn
-    from fastapi import HTTPException, Request, Response
-    from fastapi.responses import JSONResponse, PlainTextResponse
-    from jinja2 import TemplateError
-    from starlette.exceptions import HTTPException as AnyHTTPException
+    from fastapi.responses import PlainTextResponse
     from transformers.cli.serving.chat_completion import ChatCompletionHandler
     from transformers.cli.serving.completion import CompletionHandler
     from transformers.cli.serving.response import ResponseHandler
@@ -149,54 +154,18 @@ def make_server(
     from transformers.cli.serving.systemone import SystemOneHandler
     from transformers.cli.serving.transcription import TranscriptionHandler
 
-    class Chat(Checked, ChatCompletionHandler):
-        needed = "messages"
-
-    class Completion(Checked, CompletionHandler):
-        needed = "prompt"
-
-        async def handle_request(self, body: dict[str, object], request_id: str) -> Response:
-            prompts = body.get("prompt")
-            if not isinstance(prompts, list):
-                return await super().handle_request(body, request_id)
-            if not prompts or not all(isinstance(each, str) for each in prompts):
-                raise bad_request("prompt is neither a text nor a list of texts", "prompt")
-            if body.get("stream") and len(prompts) > 1:
-                raise bad_request("a stream answers one prompt", "stream")
-            answers = [
-                await super(Completion, self).handle_request({**body, "prompt": each}, request_id)
-                for each in prompts
-            ]
-            return answers[0] if body.get("stream") else JSONResponse(joined(answers))
-
-    class Responses(Checked, ResponseHandler):
-        needed = "input"
-
-        async def handle_request(self, body: dict[str, object], request_id: str) -> Response:
-            # OpenAI's own answers whole unless a stream is asked for.
-            return await super().handle_request({"stream": False, **body}, request_id)
-
-    class NoTranscriptions(TranscriptionHandler):
-        async def handle_request(self, request: Request) -> Response:
-            raise HTTPException(501, "this server's model reads text, and transcribes nothing")
-
-    async def refused(request: Request, error: Exception) -> Response:
-        return await app.exception_handlers[AnyHTTPException](request, bad_request(str(error)))
-
-    state = Generation(batching)
+    state = GenerationState(continuous_batching=batching is not None, cb_config=batching)
     models = StitchedModels(name, make, state)
     models.load_model_and_processor(models.process_model_name(name))
     app = build_server(
         models,
-        Chat(models, state),
-        completion_handler=Completion(models, state),
-        response_handler=Responses(models, state),
-        transcription_handler=NoTranscriptions(models, state),
+        ChatCompletionHandler(models, state),
+        completion_handler=CompletionHandler(models, state),
+        response_handler=ResponseHandler(models, state),
+        transcription_handler=TranscriptionHandler(models, state),
         systemone_handler=SystemOneHandler(models, state),
         generation_state=state,
     )
     answer_errors(app)
-    for kind in (InputError, TemplateError):  # by the model, and by its chat template
-        app.add_exception_handler(kind, refused)
     app.get("/metrics", response_class=PlainTextResponse)(models.metrics)
     return uvicorn.Server(uvicorn.Config(app, log_level="info"))

@@ -85,21 +85,18 @@ def test_embeddings_are_the_eager_models(served: tuple[object, torch.nn.Module])
 
 
 @pytest.mark.parametrize(
-    ("asked", "param"),
+    ("asked", "said"),
     [
-        ({"input": []}, "input"),
-        ({"input": ["w1", ""]}, "input"),
-        ({"input": [5, 6]}, "input"),
-        ({"input": " ".join(["w1"] * 25)}, "input"),
+        ({"input": ["w1", ""]}, "a list of texts"),
+        ({"input": [5, 6]}, "a list of texts"),
+        ({"input": " ".join(["w1"] * 25)}, "positions for 24"),
         ({"input": "w1", "dimensions": 4}, "dimensions"),
-        ({"input": "w1", "encoding_format": "int8"}, "encoding_format"),
         ({"input": "w1", "model": "other"}, "model"),
     ],
 )
 def test_what_can_not_be_embedded_is_told(
-    served: tuple[object, torch.nn.Module], asked: dict[str, object], param: str
+    served: tuple[object, torch.nn.Module], asked: dict[str, object], said: str
 ) -> None:
     client, _ = served
-    with pytest.raises(openai.BadRequestError) as refused:
+    with pytest.raises(openai.BadRequestError, match=said):
         client.embeddings.create(**{"model": "bert", **asked})
-    assert f"{param}:" in refused.value.message

@@ -1,10 +1,8 @@
-"""transformers' OpenAI-style server with a stitched model: real requests over HTTP, the eager model's tokens; cancels, wrong names, shutdown, the command."""
+"""transformers' OpenAI-style server with a stitched model: over HTTP the eager model's tokens."""
 
 from __future__ import annotations
 
-import asyncio
 import gc
-import json
 import re
 import shutil
 import signal
@@ -13,7 +11,6 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.error
 import urllib.request
 import weakref
 from collections.abc import Callable, Iterator
@@ -33,15 +30,13 @@ from piecework.errors import UsageError
 from piecework.runtime.counters import counters
 
 transformers = pytest.importorskip("transformers")
+openai = pytest.importorskip("openai")
+for package in ("fastapi", "uvicorn"):
+    pytest.importorskip(package)
 from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
 
-from piecework.integrations.transformers import (  # noqa: E402
-    openai_answers,
-    stitch,
-    stitched_module,
-)
 from piecework.integrations.transformers import openai_server as served_by  # noqa: E402
-from piecework.integrations.transformers.openai_requests import positions_of  # noqa: E402
+from piecework.integrations.transformers import stitch, stitched_module  # noqa: E402
 
 # One word a token; transformers finds out by "abcdef" how the tokens of stop strings are written.
 WORDS = ["<unk>", "<s>", "</s>", "abcdef", *(f"w{n}" for n in range(93))]
@@ -112,8 +107,6 @@ class Running:
         return f"http://127.0.0.1:{self.port}"
 
     def client(self):  # type: ignore[no-untyped-def]
-        import openai
-
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
 
     def steps(self) -> int:
@@ -133,14 +126,8 @@ def comes_true(condition: Callable[[], bool]) -> bool:
     return True
 
 
-def require_packages() -> None:
-    for package in ("fastapi", "uvicorn", "openai"):
-        pytest.importorskip(package)
-
-
 @contextmanager
 def serving(folder: Path, batching: object = None) -> Iterator[Running]:
-    require_packages()
     made = []
 
     def make() -> tuple[torch.nn.Module, object]:
@@ -212,11 +199,9 @@ def test_two_at_once(running: Running, folder: Path) -> None:
 
 
 def test_a_wrong_name_is_refused(running: Running, folder: Path) -> None:
-    import openai
-
     with pytest.raises(openai.BadRequestError) as refused:
         running.client().completions.create(model="other", prompt=PROMPT)
-    assert "requested 'other'" in refused.value.message and refused.value.code == "invalid_value"
+    assert "other" in refused.value.message
     assert "no other model" in fetch(f"{running.url}/load_model", b'{"model": "other"}')
     assert [each.id for each in running.client().models.list()] == [NAME]
     assert complete(running, PROMPT, 3) == expected(folder, PROMPT, 3)
@@ -234,182 +219,6 @@ def test_a_stream_that_the_client_leaves_is_not_computed_on(running: Running, fo
     while last != (last := running.steps()):  # what is computed meanwhile is over
         time.sleep(0.2)
     assert last - before < LONG
-
-
-BAD = {
-    "completions": [
-        *({"max_tokens": each} for each in (-5, 0, 2.5, "many", True)),
-        *({"prompt": each} for each in ("", "   ", [], [5, 6], ["w5", ""], None, 5)),
-        *({"n": 2}, {"logprobs": 2}, {"echo": True}, {"temperature": -1}, {"top_p": 7}),
-        *({"stop": 3}, {"stop": [""]}, {"seed": 2**70}, {"frequency_penalty": -1}),
-        *({"generation_config": each} for each in ("nope", '{"output_hidden_states": true}')),
-    ],
-    "chat/completions": [
-        *({"messages": each} for each in ([], "w5", [5], [{"content": "w5"}], None)),
-        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]},
-        {"messages": [{"role": "user", "content": 5}]},
-        *({"logit_bias": {"x": 1}}, {"tools": 5}, {"response_format": {"type": "json_object"}}),
-    ],
-    "responses": [{"input": 5}, {"input": [5]}, {"max_output_tokens": -1}, {"top_logprobs": 2}],
-}
-GOOD = {
-    "completions": {"prompt": PROMPT, "max_tokens": 4},
-    "chat/completions": {"messages": [{"role": "user", "content": PROMPT}], "max_tokens": 4},
-    "responses": {"input": PROMPT, "max_output_tokens": 4},
-}
-
-
-def answer_to(running: Running, route: str, body: dict[str, object] | bytes) -> tuple[int, str]:
-    """Status and text."""
-    given = body if isinstance(body, bytes) else json.dumps(body).encode()
-    try:
-        return 200, fetch(f"{running.url}/v1/{route}", given)
-    except urllib.error.HTTPError as error:
-        return error.code, error.read().decode()
-
-
-@pytest.mark.parametrize("route", BAD)
-def test_what_a_request_can_not_have_is_told(running: Running, folder: Path, route: str) -> None:
-    good = {"model": NAME, "temperature": 0, "stream": False, **GOOD[route]}
-    assert answer_to(running, route, good)[0] == 200
-    for stream in (False, True):
-        for bad in BAD[route]:
-            status, said = answer_to(running, route, {**good, "stream": stream, **bad})
-            if stream and "output_hidden_states" in str(bad) and status == 200:
-                assert "output_hidden_states is asked for" in said  # begun before the model saw it
-                continue
-            assert status in (400, 422), (bad, status, said)
-            error = json.loads(said)["error"]
-            assert error["message"] and error["type"] == "invalid_request_error"
-            assert error["param"] in (None, *bad, *good), error
-    for body in (b"", b"{", b"[]", b"null", b"\xff"):
-        assert answer_to(running, route, body)[0] in (400, 422)
-    assert complete(running, PROMPT, 9) == expected(folder, PROMPT, 9)
-
-
-def test_several_prompts_are_answered_in_order(running: Running, folder: Path) -> None:
-    prompts = [PROMPT, "w9", "w1 w2"]
-    answer = running.client().completions.create(
-        model=NAME, prompt=prompts, max_tokens=6, temperature=0
-    )
-    assert [each.index for each in answer.choices] == [0, 1, 2]
-    assert [each.text for each in answer.choices] == [expected(folder, p, 6) for p in prompts]
-    assert answer.usage.prompt_tokens == 6 and answer.usage.completion_tokens == 18
-
-
-def test_a_response_is_whole_unless_a_stream_is_asked_for(running: Running, folder: Path) -> None:
-    answer = running.client().responses.create(model=NAME, **GOOD["responses"])
-    assert answer.object == "response" and len(answer.output_text.split()) == 4
-
-
-@pytest.mark.parametrize("cut", range(1, 12))
-def test_a_stop_is_found_however_a_text_is_cut_into_parts(cut: int) -> None:
-    text, stops = "one two, two three. END of it", ["two three", "END"]
-    queue: asyncio.Queue[object] = asyncio.Queue()
-    for start in range(0, len(text), cut):
-        queue.put_nowait(text[start : start + cut])
-    queue.put_nowait(None)
-    parts = []
-    ours = openai_answers.UpToStop(queue, stops)
-    while (part := ours.get_nowait()) is not None:
-        parts.append(part)
-    assert "".join(parts) == "one two, "
-    queue.put_nowait("on")
-    queue.put_nowait("e t")
-    queue.put_nowait(None)
-    unstopped = openai_answers.UpToStop(queue, stops)
-    assert [unstopped.get_nowait() for _ in range(4)] == ["on", "e ", "t", None]
-
-
-def test_stop_and_biases_one_by_one(folder: Path) -> None:
-    with serving(folder) as running:
-        words = expected(folder, PROMPT, 9).split()
-        answer = running.client().completions.create(
-            model=NAME, prompt=PROMPT, max_tokens=9, temperature=0, stop=[words[2]]
-        )
-        assert answer.choices[0].text.split() == words[: words.index(words[2])]
-        streamed = complete(running, PROMPT, 9, stream=True, stop=[words[2]])
-        assert streamed.split() == words[: words.index(words[2])]
-        answer = running.client().chat.completions.create(
-            model=NAME, logit_bias={"40": 100}, **GOOD["chat/completions"]
-        )
-        assert answer.choices[0].message.content.split() == [WORDS[40]] * 4
-
-
-def test_together_one_request_ends_no_other(folder: Path) -> None:
-    """Neither one that chooses tokens otherwise, nor one that the cache has no room for, nor an error in the worker."""
-    pages = transformers.ContinuousBatchingConfig(**{**TOGETHER, "num_blocks": 8})
-    room = 8 * 8
-    asked = {"model": NAME, "prompt": PROMPT, "max_tokens": 5}
-    with serving(folder, pages) as running:
-        assert complete(running, PROMPT, 9) == expected(folder, PROMPT, 9)
-        for differing in ({"stop": "w5"}, {"frequency_penalty": 0.5}):
-            assert answer_to(running, "completions", {**asked, **differing})[0] == 400
-        assert (
-            answer_to(running, "completions", asked)[0] == 200
-        )  # greedy, in another way of saying
-        long = " ".join(["w5"] * room)
-        status, said = answer_to(running, "completions", {**asked, "prompt": long})
-        assert status == 400 and f"has room for {room}" in said
-        fits = " ".join(["w5"] * (room - 2))
-        answer = running.client().completions.create(**{**asked, "prompt": fits}, temperature=0)
-        assert answer.choices[0].text == expected(folder, fits, 2)
-        assert answer.choices[0].finish_reason == "length"
-
-        def fail(*_: object) -> None:
-            raise RuntimeError("no memory")
-
-        hook = running.model().register_forward_pre_hook(fail)
-        status, _ = answer_to(running, "completions", asked)
-        assert status in (500, 503)  # before or after the worker says that it failed
-        hook.remove()
-        assert complete(running, PROMPT, 9) == expected(folder, PROMPT, 9)
-
-
-@pytest.mark.parametrize("route", GOOD)
-def test_a_prompt_longer_than_the_positions_is_told(
-    running: Running, folder: Path, route: str
-) -> None:
-    positions = loaded(folder)[0].config.max_position_embeddings
-    field = {"completions": "prompt", "responses": "input"}.get(route, "messages")
-    for stream in (False, True):
-        long: object = " ".join(["w5"] * (positions + 1))
-        long = [{"role": "user", "content": long}] if field == "messages" else long
-        body = {"model": NAME, "temperature": 0, "stream": stream, **GOOD[route], field: long}
-        status, said = answer_to(running, route, body)
-        assert status == 400, said
-        assert re.search(rf"(has room for|has positions for) {positions}\b", said)
-
-
-def test_an_answer_ends_where_the_positions_do(folder: Path) -> None:
-    with serving(folder) as running:
-        positions = loaded(folder)[0].config.max_position_embeddings
-        fits = " ".join(["w5"] * (positions - 1))
-        answer = running.client().completions.create(
-            model=NAME, prompt=fits, max_tokens=9, temperature=0
-        )
-        assert answer.usage.completion_tokens == 2
-        assert answer.choices[0].text == expected(folder, fits, 2)
-        assert answer.choices[0].finish_reason == "length"
-
-
-def test_the_positions_of_configs() -> None:
-    def positions(family: str, **fields: object) -> int | None:
-        return positions_of(transformers.CONFIG_MAPPING[family](**fields))
-
-    assert positions("llama", max_position_embeddings=64) == 64
-    assert positions("gpt2", n_positions=48) == 48
-    assert positions("mpt", max_seq_len=32) == 32
-    assert positions("bloom") is positions("mamba") is None
-    dynamic = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
-    assert positions("llama", max_position_embeddings=64, rope_parameters=dynamic) is None
-
-
-def test_what_no_text_model_does_is_told(running: Running) -> None:
-    status, said = answer_to(running, "audio/transcriptions", b"--x--")
-    assert status == 501 and "reads text" in said
-    status, said = answer_to(running, "systemone", {"model": NAME, "state": "", "questions": {}})
-    assert status in (400, 422), said
 
 
 def test_metrics_are_answered(running: Running) -> None:
@@ -431,6 +240,9 @@ def test_a_model_that_was_unloaded_is_stitched_again_and_shutdown_leaves_nothing
         assert running.steps() == 9
         assert complete(running, PROMPT, 5, stream=True) == expected(folder, PROMPT, 5)
         assert running.model() is not first()
+        asked = {"generation_config": '{"output_hidden_states": true}'}
+        with pytest.raises(openai.BadRequestError, match="output_hidden_states is asked for"):
+            running.client().completions.create(model=NAME, prompt=PROMPT, extra_body=asked)
     assert comes_true(lambda: first() is None and running.model() is None)
     with pytest.raises(OSError), socket.create_connection(("127.0.0.1", running.port)):
         pass
@@ -451,7 +263,6 @@ def test_stop_strings_reach_a_stitched_model_with_their_tokenizer(folder: Path) 
 
 
 def test_the_command_serves_what_compile_made(folder: Path) -> None:
-    require_packages()
     made = folder.with_name(COMPILED)
     kept = {path: path.stat().st_mtime_ns for path in made.rglob("*")}
     command = [sys.executable, "-m", "piecework", "serve", str(made), "--port", "0"]
@@ -505,6 +316,5 @@ def test_what_can_not_be_served_is_refused_before_any_work(
     assert result.exit_code == 2 and "can't listen" in result.output
     with pytest.raises(UsageError, match="can't load a tokenizer"):
         served_by.tokenizer_of(tmp_path)
-    require_packages()
     result = invoke(folder / "config.json", "--port", 0)
     assert result.exit_code == 2 and "no model that has a tokenizer" in result.output
