@@ -1,8 +1,8 @@
 """Code generation: a graph in, readable stitching source out. Pure: no environment, no files, no device, no global state."""
 
 from piecework.codegen.proof.prove import Proof
-from piecework.codegen.split.op_check import OpReport, check_op
 from piecework.codegen.split.split import SplitItem, split_graph
+from piecework.codegen.split.splitting import OpReport, check_op
 from piecework.codegen.stitch.bind import compile_execution_fn
 from piecework.codegen.stitch.lower import LowerOptions
 from piecework.codegen.stitch.source import (

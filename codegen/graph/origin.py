@@ -9,7 +9,7 @@ import ast
 import itertools
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 import torch.fx
@@ -171,7 +171,7 @@ def _from_to(places: Sequence[str]) -> str:
     return " … ".join(dict.fromkeys((places[0], places[-1]))) if places else ""
 
 
-def shapes_of(nodes: Iterable[torch.fx.Node], symbols: SymbolNames) -> str:
+def shapes_of(nodes: Iterable[torch.fx.Node], symbols: Callable[[object], str]) -> str:
     """Types of what ``nodes`` yield, tensors with their shapes: ``f32[1, s0, 64], i64[4]``."""
     found: list[str] = []
     for node in nodes:

@@ -1,8 +1,8 @@
-"""Regions of state that a graph opens and closes: autocast, gradient and inference mode.
+"""Regions of state that a graph opens and closes: autocast, gradient and inference mode, levels of torch.func.
 
-State belongs to the thread, not to the graph: a region that stayed open from one piece to another would be lost by a compiled piece, and one that an
-exception leaves open changes everything that the thread does later. So each submodule opens and closes its own, and emitted text closes in ``finally``.
-Any other state (a level of ``torch.func``, the default dtype) stays inside of one piece: a graph is not cut there.
+State belongs to the thread, not to the graph: a region that stayed open from one piece to another would be lost by a compiled piece, and
+one that an exception leaves open changes everything that the thread does later. So each submodule opens and closes autocast, gradient and
+inference mode for itself, and emitted text closes in ``finally``. Any other state stays inside of one piece: a graph is not cut there.
 """
 
 from __future__ import annotations
@@ -19,189 +19,133 @@ from torch.fx.node import Argument
 from piecework.codegen.graph.origin import node_where
 from piecework.errors import SplitError
 
+# torch's functions that open a region, and those that close it.
+_PAIRS = {
+    "_enter_autocast": "_exit_autocast",
+    "_enter_inference_mode": "_exit_inference_mode",
+    "_vmap_increment_nesting": "_vmap_decrement_nesting",
+    "_grad_increment_nesting": "_grad_decrement_nesting",
+    "_jvp_increment_nesting": "_jvp_decrement_nesting",
+    "_func_increment_nesting": "_func_decrement_nesting",
+    "pop_dynamic_layer_stack": "push_dynamic_layer_stack",
+    "_enter_dual_level": "_exit_dual_level",
+    "_exchange_device": "_maybe_exchange_device",
+    "_accelerator_exchangeDevice": "_accelerator_maybeExchangeDevice",
+    "_record_function_enter_new": "_record_function_exit",
+    "_record_function_enter": "_record_function_exit",
+    "_saved_tensors_hooks_disable": "_saved_tensors_hooks_enable",
+}
+# What is set, and set again to what it was before.
+_SETTINGS = frozenset(
+    [
+        *("_set_grad_enabled", "_set_fwd_grad_enabled", "set_inplace_requires_grad_allowed"),
+        *("set_default_dtype", "_set_default_dtype", "_sdpa_kernel"),
+        *("use_deterministic_algorithms", "_set_deterministic_algorithms"),
+        *("set_float32_matmul_precision", "_set_float32_matmul_precision"),
+    ]
+)
+_STATE = _SETTINGS | _PAIRS.keys() | {*_PAIRS.values()}
+_CUT = ("_enter_autocast", "_enter_inference_mode", "_set_grad_enabled")
 
-@dataclass(frozen=True, slots=True)
-class Kind:
-    """One kind of state.
 
-    Attributes:
-        name: what messages call it.
-        enter, leave: torch's functions that open and close a region. One function for a setting: it is set, and set again to what it was.
-        whole: a region may not be cut.
-        in_pieces: compiled pieces open it too. Inference mode changes no value, only what may be recorded of them, and
-            compilers can't trace it.
-    """
+@dataclass(eq=False, slots=True)
+class Region:
+    """A stretch of a graph in one state: torch's function that opens it, the node that calls it, and the one that closes it."""
 
     name: str
-    enter: str
-    leave: str
-    whole: bool = True
-    in_pieces: bool = True
+    enter: torch.fx.Node
+    leave: torch.fx.Node
 
     @property
-    def is_setting(self) -> bool:
-        return self.enter == self.leave
-
-
-# fmt: off
-_KINDS = (
-    Kind("autocast", "_enter_autocast", "_exit_autocast", whole=False),
-    Kind("gradient mode", "_set_grad_enabled", "_set_grad_enabled", whole=False),
-    Kind("inference mode", "_enter_inference_mode", "_exit_inference_mode", whole=False, in_pieces=False),
-    Kind("torch.vmap", "_vmap_increment_nesting", "_vmap_decrement_nesting"),
-    Kind("torch.func.grad", "_grad_increment_nesting", "_grad_decrement_nesting"),
-    Kind("torch.func.jvp", "_jvp_increment_nesting", "_jvp_decrement_nesting"),
-    Kind("torch.func.functionalize", "_func_increment_nesting", "_func_decrement_nesting"),
-    Kind("the torch.func stack", "pop_dynamic_layer_stack", "push_dynamic_layer_stack"),
-    Kind("forward-mode differentiation", "_enter_dual_level", "_exit_dual_level"),
-    Kind("the current device", "_exchange_device", "_maybe_exchange_device"),
-    Kind("the current device", "_accelerator_exchangeDevice", "_accelerator_maybeExchangeDevice"),
-    Kind("a profiler range", "_record_function_enter_new", "_record_function_exit"),
-    Kind("a profiler range", "_record_function_enter", "_record_function_exit"),
-    Kind("saved-tensor hooks", "_saved_tensors_hooks_disable", "_saved_tensors_hooks_enable"),
-    *(Kind(f"the state of {name}", name, name) for name in (
-        "_set_fwd_grad_enabled", "set_default_dtype", "_set_default_dtype", "_set_deterministic_algorithms", "use_deterministic_algorithms",
-        "set_float32_matmul_precision", "_set_float32_matmul_precision", "_sdpa_kernel", "set_inplace_requires_grad_allowed",
-    )),
-)
-# fmt: on
-_ENTERS = {kind.enter: kind for kind in _KINDS}
-_LEAVES = frozenset(kind.leave for kind in _KINDS)
+    def may_cut(self) -> bool:
+        return self.name in _CUT
 
 
 def _state(node: torch.fx.Node) -> str:
     """The function of torch that ``node`` opens or closes a region with; "" for any other node."""
     name = getattr(node.target, "__name__", None) if node.op == "call_function" else None
-    if type(name) is not str or (name := name.partition(".")[0]) not in _ENTERS.keys() | _LEAVES:
+    if type(name) is not str or (name := name.partition(".")[0]) not in _STATE:
         return ""  # an overload is called op.overload
     module = getattr(node.target, "__module__", None) or ""
     return name if module.partition(".")[0] == "torch" else ""
 
 
-@dataclass(eq=False, slots=True)
-class Region:
-    """A stretch of a graph in one state: the node that opens it, and the one that closes it."""
-
-    kind: Kind
-    enter: torch.fx.Node
-    leave: torch.fx.Node
-
-
-def regions_in(graph: torch.fx.Graph) -> list[Region]:
-    """The regions of ``graph``; each lies inside of another or beside it.
-
-    Raises:
-        SplitError: a region is not closed, is closed twice, or overlaps with another.
-    """
-    finals = {name: node for node in graph.nodes if (name := _state(node))}
-    found: list[Region] = []
-    stack: list[Region] = []
-    for node in graph.nodes if finals else ():
-        name = _state(node)
-        kind, last = _ENTERS.get(name), stack[-1] if stack else None
-        inside = kind is not None and kind.is_setting and any(each.kind is kind for each in stack)
-        if inside and not _same_call(node, finals[name]):
-            continue  # set again inside the region
-        if kind is not None and not inside:
-            stack.append(Region(kind, node, node))
-            continue
-        if not name:
-            continue
-        if last is None or last.kind.leave != name or _closes_another(node, last):
-            raise _unbalanced(name, node, "is closed where it is not the last one opened")
-        last.leave = stack.pop().leave = node
-        if not (node.users or any(last.enter < each for each in node.all_input_nodes)):
-            found.append(last)
-        elif not last.kind.whole:
-            why = "is closed with a value that is made inside of it, or for its result"
-            raise _unbalanced(name, node, why)
-    if stack:
-        raise _left_open(stack[-1])
-    return found
-
-
-def _left_open(region: Region) -> SplitError:
-    name = region.kind.name
-    return SplitError(
-        f"the model changes {name} and does not change it back, which compiled pieces can't do to their caller",
-        where=node_where(region.enter),
-        hint=f"set {name} with a with-statement, or outside of the model",
-    )
+def _same_call(left: torch.fx.Node, right: torch.fx.Node) -> bool:
+    return left is right or repr((left.args, left.kwargs)) == repr((right.args, right.kwargs))
 
 
 def _closes_another(node: torch.fx.Node, region: Region) -> bool:
     """Whether a call that closes a region is handed what opened another one."""
-    given = node.args[0] if node.args else None
-    node_given = isinstance(given, torch.fx.Node) and not region.kind.is_setting
-    return node_given and given is not region.enter
+    given = node.args[0] if node.args and region.name not in _SETTINGS else None
+    return isinstance(given, torch.fx.Node) and given is not region.enter
 
 
-def _unbalanced(name: str, node: torch.fx.Node, what: str) -> SplitError:
+def _unbalanced(what: str, node: torch.fx.Node) -> SplitError:
     return SplitError(
-        f"a region that {name} closes {what}, so that an exception would leave it open",
+        f"the model {what}, which compiled pieces can't do to their caller",
         where=node_where(node),
-        hint="set it with a with-statement",
+        hint="set it with a with-statement, or outside of the model",
     )
 
 
-def _same_call(left: torch.fx.Node, right: torch.fx.Node) -> bool:
-    """Two nodes that call the same with the same constants."""
-    calls = [(each.target, each.args, dict(each.kwargs)) for each in (left, right)]
-    return left is right or repr(calls[0]) == repr(calls[1])
-
-
-# --- across cuts ---------------------------------------------------------------------------------
-
-
 class Regions:
-    """The regions of a graph that is cut.
+    """The regions of a graph.
 
     Attributes:
-        borders: the nodes that open and close regions; each piece has its own. Regions that are not cut stay where they are.
+        closed: those that a ``finally`` can close; each lies inside of another or beside it.
+        borders: the nodes that open and close regions that may be cut; each piece has its own.
     """
 
     def __init__(self, graph: torch.fx.Graph) -> None:
         """Read ``graph``.
 
         Raises:
-            SplitError: something is entered or set, and not left or set back.
+            SplitError: something is entered or set and not left or set back.
         """
+        self.closed: list[Region] = []
         self.borders: set[torch.fx.Node] = set()
+        self.crossing: torch.fx.Node | None = None  # it closes a region that is not the last one
         self._around: dict[torch.fx.Node, tuple[Region, ...]] = {}
-        states = [(name, node) for node in graph.nodes if (name := _state(node))]
-        finals, calls = dict(states), Counter(name for name, _ in states)
-        now: list[Region] = []
+        states = {node: name for node in graph.nodes if (name := _state(node))}
+        finals = {name: node for node, name in states.items()}
+        calls, now = Counter(states.values()), list[Region]()
         for node in graph.nodes if states else ():
-            name = _state(node)
-            if name:
-                own = [each for each in now if each.kind.leave == name]
-                own = [each for each in own if not _closes_another(node, each)]
-                kind = own[-1].kind if own else _ENTERS.get(name)
-                if kind is None:
-                    raise _unbalanced(name, node, "was not opened")
-                if not kind.whole:
-                    self.borders.add(node)
-                place = now.index(own[-1]) if own else len(now)
-                if kind.is_setting:
-                    # It is set last to what it was before; whatever else is set in between is a region.
-                    back = calls[name] > 1 and _same_call(node, finals[name])
-                    now[place : place + 1] = [] if back else [Region(kind, node, finals[name])]
-                elif own:
-                    now.pop(place).leave = node
-                else:
-                    now.append(Region(kind, node, node))
+            name = states.get(node, "")
+            own = [each for each in now if _PAIRS.get(each.name, each.name) == name]
+            own = [each for each in own if not _closes_another(node, each)]
+            # A setting is set last to what it was before.
+            back = calls[name] > 1 and _same_call(node, finals[name])
+            if name in _PAIRS or (name in _SETTINGS and not own and not back):
+                now.append(Region(name, node, node))
+                own = now[-1:]
+            elif own and (back or name not in _SETTINGS):
+                self._close(now, own[-1], node)
+            elif name and name not in _SETTINGS:
+                raise _unbalanced(f"calls {name} without what opens its region", node)
+            if (own and own[-1].may_cut) or name in _CUT:
+                self.borders.add(node)
             self._around[node] = tuple(now)
         if now:
-            raise _left_open(now[-1])
+            raise _unbalanced(f"calls {now[-1].name} and does not change it back", now[-1].enter)
         self.borders |= _feeding_only(self.borders)
+
+    def _close(self, now: list[Region], region: Region, node: torch.fx.Node) -> None:
+        region.leave = node
+        if region is not now[-1]:
+            self.crossing = self.crossing or node
+        now.remove(region)
+        if not (node.users or any(region.enter < each for each in node.all_input_nodes)):
+            self.closed.append(region)
+        elif region.may_cut:
+            self.crossing = self.crossing or node
 
     def around(self, node: torch.fx.Node) -> tuple[Region, ...]:
         """The regions that are open at ``node`` and may be cut, outermost first."""
-        return tuple(each for each in self._around.get(node, ()) if not each.kind.whole)
+        return tuple(each for each in self._around.get(node, ()) if each.may_cut)
 
     def may_cut(self, node: torch.fx.Node) -> bool:
         """Whether a graph can be cut before ``node``."""
-        return not any(region.kind.whole for region in self._around.get(node, ()))
+        return all(region.may_cut for region in self._around.get(node, ()))
 
     def refuse_cuts(self, splitting: Iterable[torch.fx.Node]) -> None:
         """Check that no splitting op is inside a region that can't be cut.
@@ -211,12 +155,24 @@ class Regions:
         """
         for node in splitting:
             for region in self._around.get(node, ()):
-                if region.kind.whole:
+                if not region.may_cut:
                     raise SplitError(
-                        f"splitting op {node.target} is called inside {region.kind.name}, which is kept in one compiled piece",
+                        f"splitting op {node.target} is called inside what {region.name} opens, which is kept in one compiled piece",
                         where=node_where(node),
-                        hint=f"call the operator outside of {region.kind.name}, or leave it out of the splitting ops",
+                        hint="call the operator outside of it, or leave it out of the splitting ops",
                     )
+
+
+def regions_in(graph: torch.fx.Graph) -> list[Region]:
+    """The regions of ``graph`` that a ``finally`` can close.
+
+    Raises:
+        SplitError: one is left where another was entered last, or as `Regions` says.
+    """
+    regions = Regions(graph)
+    if regions.crossing is not None:
+        raise _unbalanced("closes a region inside of which another one is open", regions.crossing)
+    return regions.closed
 
 
 def _feeding_only(borders: set[torch.fx.Node]) -> set[torch.fx.Node]:
@@ -232,7 +188,10 @@ def _feeding_only(borders: set[torch.fx.Node]) -> set[torch.fx.Node]:
 
 
 class RegionWriter:
-    """Opens and closes regions in the graph of a submodule, so that each node that is written next runs in its own."""
+    """Opens and closes regions in the graph of a submodule, so that each node that is written next runs in its own.
+
+    A compiled piece opens no inference mode: it changes no value, only what may be recorded of them, and compilers can't trace it.
+    """
 
     def __init__(self, regions: Regions, graph: torch.fx.Graph, *, splitting: bool) -> None:
         self._regions, self._graph, self._splitting = regions, graph, splitting
@@ -240,7 +199,8 @@ class RegionWriter:
 
     def move_to(self, node: torch.fx.Node) -> None:
         wanted = self._regions.around(node)
-        wanted = tuple(each for each in wanted if self._splitting or each.kind.in_pieces)
+        if not self._splitting:
+            wanted = tuple(each for each in wanted if each.name != "_enter_inference_mode")
         pairs = zip(wanted, self._open, strict=False)
         common = len([*itertools.takewhile(lambda pair: pair[0] is pair[1][0], pairs)])
         self.close(common)
@@ -261,7 +221,7 @@ class RegionWriter:
                 continue
             if source.all_input_nodes or source.op != "call_function":
                 raise SplitError(
-                    f"{region.kind.name} is set to a value that the graph computes",
+                    f"{region.name} is given a value that the graph computes",
                     where=node_where(region.enter),
                     hint="set it to a constant",
                 )

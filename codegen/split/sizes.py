@@ -1,13 +1,12 @@
-"""Whole-shape reads made per-dimension. In: a graph that is about to be cut. Out: the same graph without `x.size()`, `x.shape` and `torch.Size(…)` as one value.
+"""Sizes at cuts: whole-shape reads become one read per dimension, and each piece is found the sizes that its compiler needs.
 
-A `torch.Size` can't cross a cut; integers and symbols can. Every form of consumer is rewritten, and nothing else is changed.
+A `torch.Size` can't cross a cut; integers and symbols can.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
-from typing import cast
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import torch
 import torch.fx
@@ -15,6 +14,8 @@ from torch._ops import OpOverload, OpOverloadPacket
 from torch.fx.node import Argument
 
 from piecework.codegen.graph.origin import value_of
+
+Sizes = Sequence[torch.fx.Node | int]
 
 _SIZE_FUNCTIONS = (torch.ops.aten.sym_size.int, torch.ops.aten.sym_size)
 
@@ -32,33 +33,8 @@ def is_size_read(node: torch.fx.Node) -> bool:
 
 def _reads_whole_shape(node: torch.fx.Node) -> bool:
     if node.op == "call_method" and node.target == "size":
-        dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
-        return dim is None
-    return (
-        node.op == "call_function"
-        and node.target is getattr
-        and len(node.args) == 2
-        and node.args[1] == "shape"
-    )
-
-
-def decompose_sizes(graph: torch.fx.Graph) -> None:
-    """Replace each whole-shape read by one read per dimension that is used, and each shape that is put together by its sizes, in place."""
-    known = {None, *map(symbol_of, map(value_of, graph.find_nodes(op="placeholder")))}
-    for node in list(graph.nodes):
-        if _reads_whole_shape(node):
-            rank = _rank(node)
-            if rank is not None:
-                sizes = _reads_of(graph, node, rank)
-                _rewrite_users(graph, node, sizes)
-                for read in (each for each in sizes if isinstance(each, torch.fx.Node)):
-                    # Pieces may need a size that only the data decides, and find it by its read.
-                    if not read.users and symbol_of(value_of(read)) in known:
-                        graph.erase_node(read)
-        elif node.op == "call_function" and node.target is torch.Size and not node.kwargs:
-            parts = node.args[0] if node.args else ()
-            if isinstance(parts, (list, tuple)):
-                _rewrite_users(graph, node, cast(list[torch.fx.Node | int], list(parts)))
+        return (node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")) is None
+    return node.target is getattr and is_size_read(node) and node.args[1] == "shape"
 
 
 def symbol_of(size: object) -> object:
@@ -66,43 +42,51 @@ def symbol_of(size: object) -> object:
     return size.node.expr if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol else None
 
 
-def _rank(node: torch.fx.Node) -> int | None:
-    for value in (value_of(node), value_of(cast(torch.fx.Node, node.args[0]))):
-        if isinstance(value, torch.Tensor):
-            return value.dim()
-        if isinstance(value, (tuple, list)):
-            return len(value)
-    return None
+def decompose_sizes(graph: torch.fx.Graph) -> None:
+    """Replace each whole-shape read by one read per dimension that is used, and each shape that is put together by its sizes, in place.
+
+    Every form of consumer is rewritten, and nothing else is changed.
+    """
+    known = {None, *map(symbol_of, map(value_of, graph.find_nodes(op="placeholder")))}
+    for node in list(graph.nodes):
+        if _reads_whole_shape(node):
+            sizes = _reads_of(graph, node)
+            if sizes is None:
+                continue
+            _rewrite_users(graph, node, sizes)
+            for read in (each for each in sizes if isinstance(each, torch.fx.Node)):
+                # Pieces may need a size that only the data decides, and find it by its read.
+                if not read.users and symbol_of(value_of(read)) in known:
+                    graph.erase_node(read)
+        elif node.op == "call_function" and node.target is torch.Size and not node.kwargs:
+            parts = node.args[0] if node.args else ()
+            if isinstance(parts, (list, tuple)):
+                _rewrite_users(graph, node, [*parts])
 
 
-def _reads_of(graph: torch.fx.Graph, node: torch.fx.Node, rank: int) -> list[torch.fx.Node | int]:
-    """One read per dimension of what ``node`` reads whole; numbers where they are known."""
-    tensor = cast(torch.fx.Node, node.args[0])
-    shape = value_of(tensor)
-    whole = value_of(node)
+def _reads_of(graph: torch.fx.Graph, node: torch.fx.Node) -> Sizes | None:
+    """One read per dimension of what ``node`` reads whole, numbers where they are known; None where its rank is not."""
+    tensor, *_ = node.all_input_nodes
+    value, shape = value_of(tensor), value_of(node)
+    if isinstance(value, torch.Tensor):
+        shape = value.shape
+    if not isinstance(shape, (tuple, list)):
+        return None
     sizes: list[torch.fx.Node | int] = []
     with graph.inserting_before(node):
-        for dim in range(rank):
-            size = (
-                shape.shape[dim]
-                if isinstance(shape, torch.Tensor)
-                else cast(Sequence[object], whole)[dim] if whole is not None else None
-            )
+        for dim, size in enumerate(shape):
             fixed = size.node.maybe_as_int() if isinstance(size, torch.SymInt) else size
             if type(fixed) is int:
                 sizes.append(fixed)
                 continue
             read = graph.call_function(torch.ops.aten.sym_size.int, (tensor, dim))
             read.meta = {k: v for k, v in node.meta.items() if k not in ("example_value", "val")}
-            if size is not None:
-                read.meta["example_value"] = size
+            read.meta["example_value"] = size
             sizes.append(read)
     return sizes
 
 
-def _rewrite_users(
-    graph: torch.fx.Graph, node: torch.fx.Node, sizes: list[torch.fx.Node | int]
-) -> None:
+def _rewrite_users(graph: torch.fx.Graph, node: torch.fx.Node, sizes: Sizes) -> None:
     for user in list(node.users):
         _rewrite_user(graph, user, node, sizes)
     if not node.users:
@@ -110,51 +94,38 @@ def _rewrite_users(
 
 
 def _rewrite_user(
-    graph: torch.fx.Graph,
-    user: torch.fx.Node,
-    node: torch.fx.Node,
-    sizes: list[torch.fx.Node | int],
+    graph: torch.fx.Graph, user: torch.fx.Node, node: torch.fx.Node, sizes: Sizes
 ) -> None:
-    if user.target is operator.getitem and user.args[0] is node:
+    picks = user.target is operator.getitem and user.args[0] is node
+    if picks and user.all_input_nodes == [node]:
         index = user.args[1]
+        if isinstance(index, slice):
+            _rewrite_users(graph, user, sizes[index])
+            return
         if isinstance(index, int):
-            _replace_with(graph, user, sizes[index])
-            return
-        if isinstance(index, slice) and not _has_node(index):
-            chosen = sizes[index]
             for each in list(user.users):
-                _rewrite_user(graph, each, user, chosen)
-            if not user.users:
-                graph.erase_node(user)
+                _swap(each, user, sizes[index])
+            graph.erase_node(user)
             return
-    if not _takes_sizes(user, node):
-        # It needs the torch.Size itself: have it again beside the user, so that the tensor or its sizes cross the cut instead.
-        with graph.inserting_before(user):
-            again = graph.node_copy(node)
-        user.replace_input_with(node, again)
+    if _takes_sizes(user, node):
+        _swap(user, node, tuple(sizes))
         return
-    _swap(user, node, tuple(sizes))
+    # It needs the torch.Size itself: have it again beside the user, so that the tensor or its sizes cross the cut instead.
+    with graph.inserting_before(user):
+        again = graph.node_copy(node)
+    user.replace_input_with(node, again)
 
 
 def _takes_sizes(user: torch.fx.Node, node: torch.fx.Node) -> bool:
     """True if ``user`` does the same with a plain tuple of sizes as with a `torch.Size`."""
-    if user.op == "output":
-        return True
     if user.op == "call_method":
         return user.args[0] is not node
     if user.op != "call_function":
-        return False
+        return user.op == "output"
     if isinstance(user.target, (OpOverload, OpOverloadPacket)):
         return True
     module = getattr(user.target, "__module__", None) or ""
     return module.partition(".")[0] in ("torch", "_operator")
-
-
-def _replace_with(graph: torch.fx.Graph, user: torch.fx.Node, size: torch.fx.Node | int) -> None:
-    """Put ``size`` wherever ``user`` was used."""
-    for each in list(user.users):
-        _swap(each, user, size)
-    graph.erase_node(user)
 
 
 def _swap(user: torch.fx.Node, old: torch.fx.Node, new: Argument) -> None:
@@ -163,5 +134,65 @@ def _swap(user: torch.fx.Node, old: torch.fx.Node, new: Argument) -> None:
     user.kwargs = torch.fx.node.map_arg(user.kwargs, lambda n: new if n is old else n)
 
 
-def _has_node(index: slice) -> bool:
-    return any(isinstance(p, torch.fx.Node) for p in (index.start, index.stop, index.step))
+# --- the sizes of a piece ------------------------------------------------------------------------
+
+#: Values of a piece → the symbols that what was asserted of them mentions.
+Asserted = Callable[[Iterable[object]], Collection[object]]
+
+
+class PieceSizes:
+    """Finds the sizes that a compiled piece takes although none of its nodes reads them.
+
+    Compilers need them: to make views of a written input again, for arithmetic that they bring in (the N / (N - 1) of a variance), for
+    inputs whose shape is computed, and for what the trace asserted of sizes that only the data decides, which each piece checks again.
+
+    Args:
+        graph: the graph that is being cut.
+        number_of: the partition of each computing node, in order of execution.
+        asserted: which symbols the trace related to those of a piece.
+    """
+
+    def __init__(
+        self,
+        graph: torch.fx.Graph,
+        number_of: Mapping[torch.fx.Node, int],
+        asserted: Asserted | None,
+    ) -> None:
+        self._number_of = number_of
+        self._asserted = asserted
+        self._given: dict[object, torch.fx.Node] = {}  # symbol → the placeholder that is its value
+        self._computed: dict[object, torch.fx.Node] = {}  # symbol → the node that computes it
+        for node in graph.nodes:
+            symbol = symbol_of(value_of(node))
+            if symbol is not None and node.op == "placeholder":
+                self._given.setdefault(symbol, node)
+            elif symbol is not None and node in number_of:
+                self._computed.setdefault(symbol, node)
+
+    def of(
+        self, number: int, inputs: Collection[torch.fx.Node], members: Iterable[torch.fx.Node]
+    ) -> list[torch.fx.Node]:
+        """What piece ``number`` takes before everything else, in order of the graph: placeholders of sizes, and sizes computed earlier."""
+        if not self._given and not self._computed:
+            return []
+        # imports sympy, half a second
+        from torch.fx.experimental.symbolic_shapes import free_symbols
+
+        values = list(map(value_of, inputs))
+        needed = set(free_symbols([each for each in values if isinstance(each, torch.Tensor)]))
+        if self._asserted is not None:
+            needed |= set(self._asserted([*values, *map(value_of, members)]))
+        leading = [
+            node for symbol, node in self._given.items() if symbol in needed or node in inputs
+        ]
+        # A compiler reads a symbol where it is a size of an input as it is.
+        bound: set[object] = set()
+        for value in values:
+            sizes = value.shape if isinstance(value, torch.Tensor) else [value]
+            bound.update(map(symbol_of, sizes))
+        missing = needed - self._given.keys() - bound
+        return leading + [
+            node
+            for symbol, node in self._computed.items()
+            if symbol in missing and self._number_of[node] < number
+        ]

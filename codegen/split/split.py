@@ -6,7 +6,7 @@ The order of nodes is kept exactly, so mutations stay where they were; the cost 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -20,10 +20,9 @@ from piecework.codegen.graph.origin import node_where, value_of
 from piecework.codegen.graph.schemas import overloads_of
 from piecework.codegen.graph.structure import attribute_of, new_placeholder
 from piecework.codegen.split.blocks import block_starts
-from piecework.codegen.split.piece_sizes import Asserted, PieceSizes
 from piecework.codegen.split.regions import Regions, RegionWriter
-from piecework.codegen.split.sizes import decompose_sizes, is_size_read
-from piecework.codegen.split.splitting import SplittingOp, SplittingOps, check_cuts, names_of
+from piecework.codegen.split.sizes import Asserted, PieceSizes, decompose_sizes, is_size_read
+from piecework.codegen.split.splitting import SplittingOp, SplittingOps, names_of
 from piecework.errors import SplitError, short_errors
 
 MakeModule = Callable[[dict[str, object], torch.fx.Graph, str], torch.fx.GraphModule]
@@ -51,8 +50,6 @@ def split_graph(
     graph: torch.fx.GraphModule,
     splitting_ops: Iterable[SplittingOp],
     *,
-    strict: bool | None = None,
-    required: Iterable[SplittingOp] = (),
     asserted: Asserted | None = None,
     blocks: Literal["found", "off"] | Sequence[str] = "off",
     module: MakeModule = torch.fx.GraphModule,
@@ -62,9 +59,6 @@ def split_graph(
     Args:
         graph: a captured graph, one level (submodules of higher-order operators stay whole).
         splitting_ops: operators as ``"ns::op"`` (every overload), ``"ns::op.overload"``, overloads, packets or functions.
-        strict: what to do about splitting ops that the graph does not call, and about ``required`` ones that would
-            end inside a compiled piece: True raises, False warns, None keeps silent.
-        required: operators that must stay outside of compiled pieces, whether they are in ``splitting_ops`` or not.
         asserted: which symbols the trace asserted something of, together with those of a piece; the piece takes them too.
         blocks: which blocks: those that are found, or the children of modules with these dotted names.
         module: makes a submodule of what it holds, its graph and a name.
@@ -76,7 +70,7 @@ def split_graph(
 
     Raises:
         SplitError: an operator's name is malformed, ``graph`` is no graph, it uses a value before it defines it, its inputs are a
-            pytree, it enters a state and does not leave it, a cut would go through ``torch.vmap``, ``blocks`` names a module without blocks, or ``strict`` found something.
+            pytree, it enters a state and does not leave it, a cut would go through ``torch.vmap``, or ``blocks`` names a module without blocks.
 
     Example:
         >>> split_gm, items = split_graph(gm, ["mylib::attention"])
@@ -95,8 +89,10 @@ def split_graph(
             where=type(graph.graph._codegen).__name__,
             hint="flatten it first: gm.graph.set_codegen(torch.fx.graph.CodeGen())",
         )
-    check_cuts(graph, is_splitting, SplittingOps(required), strict)
-    work = _copy_of(graph.graph)
+    work = torch.fx.Graph()
+    copies: dict[torch.fx.Node, torch.fx.Node] = {}
+    for node in graph.graph.nodes:
+        copies[node] = work.node_copy(node, lambda n: copies[n])
     decompose_sizes(work)
     regions = Regions(work)
     regions.refuse_cuts(filter(is_splitting, work.nodes))
@@ -108,14 +104,6 @@ def split_graph(
     for number, partition in enumerate(partitions):
         partition.number = number
     return _build(work, partitions, regions, graph, asserted, module)
-
-
-def _copy_of(graph: torch.fx.Graph) -> torch.fx.Graph:
-    copy = torch.fx.Graph()
-    mapping: dict[torch.fx.Node, torch.fx.Node] = {}
-    for node in graph.nodes:
-        mapping[node] = copy.node_copy(node, lambda n: mapping[n])
-    return copy
 
 
 @dataclass(eq=False, slots=True)
@@ -179,21 +167,25 @@ def _returns_sequence(node: torch.fx.Node) -> bool:
 # --- pieces with nothing to launch ---------------------------------------------------------------
 
 _ALLOCATIONS = frozenset({"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"})
-
-
-# Views, by the names of methods and functions: of what may be one of them, the recorded values say whether it is.
+# Methods and functions that may view their argument: the recorded values say whether they do.
 _VIEWS = frozenset(
     [
-        *("alias", "as_strided", "chunk", "contiguous", "detach", "diagonal", "expand"),
-        *("expand_as", "flatten", "movedim", "moveaxis", "narrow", "permute", "reshape"),
-        *("reshape_as", "select", "slice", "split", "split_with_sizes", "squeeze", "swapaxes"),
-        *("swapdims", "t", "tensor_split", "transpose", "unbind", "unflatten", "unsafe_chunk"),
-        *("unsafe_split", "unsqueeze", "view", "view_as", "_reshape_alias", "_unsafe_view"),
-        *("getitem",),
+        *(
+            "alias",
+            "as_strided",
+            "chunk",
+            "contiguous",
+            "detach",
+            "diagonal",
+            "expand",
+            "expand_as",
+        ),
+        *("flatten", "getitem", "movedim", "moveaxis", "narrow", "permute", "reshape", "select"),
+        *("reshape_as", "slice", "split", "split_with_sizes", "squeeze", "swapaxes", "swapdims"),
+        *("t", "tensor_split", "transpose", "unbind", "unflatten", "unsafe_chunk", "unsafe_split"),
+        *("unsqueeze", "view", "view_as", "_reshape_alias", "_unsafe_view"),
     ]
 )
-
-
 # Where functions of integers live that do nothing but compute.
 _PURE_MODULES = ("_operator", "math", "builtins", "torch")
 
@@ -333,8 +325,8 @@ def _build(
 ) -> tuple[torch.fx.GraphModule, list[SplitItem]]:
     home = {node: p for p in partitions for node in p.nodes}
     sizes = PieceSizes(work, {node: p.number for node, p in home.items()}, asserted)
-    reads = {partition: _reads_of(partition, home, sizes) for partition in partitions}
-    outputs = _outputs(partitions, home, reads)
+    inputs = {partition: _inputs_of(partition, home, sizes) for partition in partitions}
+    taken = {node for each in inputs.values() for node in each}
     stitching = torch.fx.Graph()
     attributes: dict[str, object] = {}
     # What each node of `gm` is called in the stitching graph.
@@ -344,11 +336,16 @@ def _build(
     items: list[SplitItem] = []
     for partition in partitions:
         name = f"submod_{partition.number}"
-        piece = _build_piece(gm, partition, outputs[partition], reads[partition], regions, module)
+        outputs = [
+            node
+            for node in partition.nodes
+            if node in taken or any(home.get(user) is not partition for user in node.users)
+        ]
+        piece = _build_piece(gm, partition, outputs, inputs[partition], regions, module)
         # A GraphModule that is there when the whole is made would be compiled to Python once more.
         attributes[name] = torch.nn.Module()
-        call = stitching.call_module(name, tuple(values[n] for n in reads[partition].inputs))
-        _unpack_call(stitching, call, partition, outputs[partition], values)
+        call = stitching.call_module(name, tuple(values[n] for n in inputs[partition]))
+        _unpack_call(stitching, call, partition, outputs, values)
         items.append(SplitItem(name, partition.number, partition.splitting, piece))
     output_node = work.output_node()
     for node in output_node.all_input_nodes:
@@ -364,56 +361,29 @@ def _build(
     return split_gm, items
 
 
-def _outputs(
-    partitions: Sequence[_Partition],
-    home: dict[torch.fx.Node, _Partition],
-    reads: dict[_Partition, _Reads],
-) -> dict[_Partition, list[torch.fx.Node]]:
-    """What each partition must return: nodes with a user outside, or that another one takes, in order of execution."""
-    outputs: dict[_Partition, list[torch.fx.Node]] = {}
-    taken = {node for each in reads.values() for node in each.inputs}
-    for partition in partitions:
-        outputs[partition] = [
-            node
-            for node in partition.nodes
-            if node in taken or any(home.get(user) is not partition for user in node.users)
-        ]
-    return outputs
-
-
-@dataclass(frozen=True, slots=True)
-class _Reads:
-    """What a submodule takes, in the order in which it is passed, and the attributes that it reads."""
-
-    inputs: list[torch.fx.Node]
-    attributes: list[torch.fx.Node]
-
-
-def _reads_of(
-    partition: _Partition, home: dict[torch.fx.Node, _Partition], sizes: PieceSizes
-) -> _Reads:
-    """Inputs come in order of first use; a piece takes the sizes that its compiler needs before the rest."""
-    members = set(partition.nodes)
+def _inputs_of(
+    partition: _Partition, home: Mapping[torch.fx.Node, _Partition], sizes: PieceSizes
+) -> list[torch.fx.Node]:
+    """What a submodule takes, in order of first use; a piece takes the sizes that its compiler needs before the rest."""
     inputs: dict[torch.fx.Node, None] = {}
-    attributes: dict[torch.fx.Node, None] = {}
     for node in partition.nodes:
         for source in node.all_input_nodes:
-            if source in members:
+            if source.op == "get_attr" or home.get(source) is partition:
                 continue
-            if source.op != "get_attr" and source.op != "placeholder" and source not in home:
+            if source.op != "placeholder" and source not in home:
                 raise SplitError("a node is used before it is defined", where=node_where(source))
-            (attributes if source.op == "get_attr" else inputs)[source] = None
-    leading: list[torch.fx.Node] = []
-    if not partition.splitting:
-        leading = sizes.of(partition.number, inputs.keys(), partition.nodes)
-    return _Reads(list(dict.fromkeys(leading) | inputs), list(attributes))
+            inputs[source] = None
+    if partition.splitting:
+        return list(inputs)
+    leading = sizes.of(partition.number, inputs.keys(), partition.nodes)
+    return list(dict.fromkeys(leading) | inputs)
 
 
 def _build_piece(
     gm: torch.fx.GraphModule,
     partition: _Partition,
     outputs: list[torch.fx.Node],
-    reads: _Reads,
+    inputs: list[torch.fx.Node],
     regions: Regions,
     module: MakeModule,
 ) -> torch.fx.GraphModule:
@@ -421,12 +391,13 @@ def _build_piece(
     graph = torch.fx.Graph()
     inside: dict[torch.fx.Node, torch.fx.Node] = {}
     attributes: dict[str, object] = {}
-    for source in reads.inputs:
+    for source in inputs:
         inside[source] = new_placeholder(graph, source.name)
         inside[source].meta.update(source.meta)
-    for source in reads.attributes:
-        inside[source] = graph.node_copy(source)
-        attributes[str(source.target)] = attribute_of(gm, str(source.target))
+    for source in (source for node in partition.nodes for source in node.all_input_nodes):
+        if source.op == "get_attr" and source not in inside:
+            inside[source] = graph.node_copy(source)
+            attributes[str(source.target)] = attribute_of(gm, str(source.target))
     writer = RegionWriter(regions, graph, splitting=partition.splitting)
     for node in partition.nodes:
         writer.move_to(node)
@@ -434,22 +405,12 @@ def _build_piece(
         if node.op == "call_module":
             attributes[str(node.target)] = attribute_of(gm, str(node.target))
     writer.close()
-    returned = [inside[node] for node in outputs]
-    if not partition.splitting:
-        graph.output(tuple(returned))
-    elif len(returned) == 1:
-        graph.output(returned[0])
+    returned = tuple(inside[node] for node in outputs)
+    if not partition.splitting or len(returned) > 1:
+        graph.output(returned)
     else:
-        graph.output(tuple(returned) if returned else None)
-    name = f"submod_{partition.number}"
-    return module(attributes, graph, name)
-
-
-def _says_only_what_is_called(nodes: Sequence[torch.fx.Node]) -> bool:
-    """True for one call of a function whose result has the name that FX makes of that, and not one of the user's variables."""
-    node, *more = nodes
-    name = getattr(node.target, "__name__", "").partition(".")[0]
-    return node.op == "call_function" and not more and node.name.rstrip("_0123456789") == name
+        graph.output(returned[0] if returned else None)
+    return module(attributes, graph, f"submod_{partition.number}")
 
 
 def _unpack_call(
@@ -462,7 +423,10 @@ def _unpack_call(
     """Bind what ``call`` returns to the nodes that it stands for."""
     if partition.splitting and len(outputs) == 1:
         call.meta.update(outputs[0].meta)
-        if not _says_only_what_is_called(partition.nodes):
+        # A result that has the name that FX makes of its function, and not one of the user's variables, says nothing.
+        node, *more = partition.nodes
+        name = getattr(node.target, "__name__", "").partition(".")[0]
+        if more or node.op != "call_function" or node.name.rstrip("_0123456789") != name:
             call._rename(outputs[0].name)
         values[outputs[0]] = call
         return

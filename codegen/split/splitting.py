@@ -1,69 +1,49 @@
-"""Which nodes a graph is cut at. In: operators by name, overload, packet or function. Out: for each node, whether it calls one of them.
-
-Nothing is cut here, and no operator is run.
-"""
+"""Operators that a graph is cut at: which nodes call one, and whether an operator is fit for it."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.fx
 from torch._ops import OpOverload, OpOverloadPacket
 
-from piecework.codegen.graph.origin import node_where
-from piecework.codegen.graph.schemas import overloads_of
-from piecework.codegen.graph.structure import attribute_of
-from piecework.errors import SplitError
+from piecework.codegen.graph.schemas import overloads_of, shows_nothing, writes_to
+from piecework.errors import SplitError, short_errors
 
 SplittingOp = str | OpOverload | OpOverloadPacket | Callable[..., object]
 
 
 class SplittingOps:
-    """Tells whether a node calls one of the given operators."""
+    """Tells whether a node calls one of the given operators; ``declared`` are their names."""
 
     def __init__(self, ops: Iterable[SplittingOp]) -> None:
+        listed = isinstance(ops, Iterable) and not isinstance(ops, (OpOverloadPacket, Mapping))
+        if isinstance(ops, str) or not listed:
+            raise SplitError(
+                f"splitting ops must be a list; got {ops!s:.80}",
+                hint="pass a list of them; [] cuts nowhere",
+            )
         self._names: set[str] = set()
         self._targets: list[object] = []
         self.declared: list[str] = []
-        for op in _listed(ops):
+        for op in ops:
             op = getattr(op, "splitting_op_name", op)  # the handle of `piecework.splitting_op`
-            if isinstance(op, str):
-                if op.count("::") != 1 or not all(op.split("::")):
-                    raise SplitError(
-                        f"splitting op {op!a} is not of the form 'ns::op' or 'ns::op.overload'",
-                        hint=(
-                            f"pass the function itself, without quotes: [{op}]"
-                            if op.startswith("torch.")
-                            else "name it as in torch.ops.ns.op, or pass the operator itself"
-                        ),
-                    )
-                self._names.add(op)
-                self.declared.append(op)
-            elif isinstance(op, OpOverload):
-                self._names.add(f"{op._schema.name}.{op._overloadname}")
-                self.declared.append(f"{op._schema.name}.{op._overloadname}")
-            elif isinstance(op, OpOverloadPacket):
-                self._names.add(op._qualified_op_name)
-                self.declared.append(op._qualified_op_name)
-            elif isinstance(op, torch.nn.Module) or (
-                isinstance(op, type) and issubclass(op, torch.nn.Module)
-            ):
-                kind = op if isinstance(op, type) else type(op)
-                what = "a class of modules" if isinstance(op, type) else "a module of a model"
-                raise SplitError(
-                    f"splitting op {kind.__qualname__} is {what}; a graph is cut at the operators that forwards call",
-                    hint="name the operator that does its work, or make it one with piecework.splitting_op",
-                )
-            elif callable(op):
+            name = op if isinstance(op, str) else operator_name(op)
+            if isinstance(op, OpOverload):
+                name = f"{name}.{op._overloadname}"
+            if name is None:
+                name = _written(op)
                 self._targets.append(op)
-                self.declared.append(_written(op))
-            else:
+            elif name.count("::") != 1 or not all(name.split("::")):
                 raise SplitError(
-                    f"splitting op {op!r} is neither a name nor an operator",
-                    hint="write 'ns::op', torch.ops.ns.op, or a function that the model calls, such as torch.sin",
+                    f"splitting op {name!a} is not of the form 'ns::op' or 'ns::op.overload'",
+                    hint="name it as in torch.ops.ns.op, or pass the operator or the function itself, without quotes",
                 )
+            else:
+                self._names.add(name)
+            self.declared.append(name)
 
     def __call__(self, node: torch.fx.Node) -> bool:
         if node.op != "call_function":
@@ -74,30 +54,34 @@ class SplittingOps:
 
     def missing_from(self, graph: torch.fx.Graph) -> list[str]:
         """Declared operators that no node of ``graph`` calls."""
-        present: set[object] = set()
+        present: set[str] = set()
         for node in graph.nodes:
             if node.op == "call_function":
-                present |= names_of(node)
-                present.add(_written(node.target))
+                present |= {*names_of(node), _name_of(node.target)}
         return [name for name in self.declared if name not in present]
 
 
-def _listed(ops: object) -> Iterable[SplittingOp]:
-    """``ops``, if it is a list of operators: a text, a packet or a dict can be gone through too, and holds none."""
-    if isinstance(ops, str):
-        raise SplitError(
-            f"splitting ops must be a list; got the text {ops!a}", hint=f"pass [{ops!a}]"
-        )
-    if isinstance(ops, Iterable) and not isinstance(ops, (OpOverloadPacket, Mapping)):
-        return ops
-    raise SplitError(
-        f"splitting ops must be a list; got {ops!s:.80}",
-        hint="pass a list of them; [] cuts nowhere",
+def _written(op: object) -> str:
+    """A function as code writes it.
+
+    Raises:
+        SplitError: it is no function, but a module or the like.
+    """
+    module = isinstance(op, torch.nn.Module) or (
+        isinstance(op, type) and issubclass(op, torch.nn.Module)
     )
+    if module or not callable(op):
+        shown = op if not module else getattr(op, "__qualname__", type(op).__qualname__)
+        raise SplitError(
+            f"splitting op {shown} is neither a name nor an operator that a forward calls",
+            hint="write 'ns::op', torch.ops.ns.op, or a function that the model calls, such as torch.sin; "
+            "of a module, the operator that does its work",
+        )
+    return _name_of(op)
 
 
-def _written(function: object) -> str:
-    """A function as code writes it: ``torch.sin``, or its own name."""
+def _name_of(function: object) -> str:
+    """``torch.sin``, or a function's own name."""
     name = str(getattr(function, "__qualname__", repr(function)))
     short = name.rpartition(".")[2]
     return f"torch.{short}" if getattr(torch, short, None) is function else name
@@ -122,65 +106,150 @@ def names_of(node: torch.fx.Node) -> set[str]:
     return {name, f"{name}.{overloads[0]._overloadname}"} if len(overloads) == 1 else {name}
 
 
-def check_cuts(
-    gm: torch.fx.GraphModule,
-    cut: SplittingOps,
-    required: SplittingOps,
-    strict: bool | None,
-) -> None:
-    """Report operators to cut at that the graph does not call, and required ones that would end inside a compiled piece.
-
-    Args:
-        strict: True raises, False warns, None keeps silent.
-
-    Raises:
-        SplitError: something was found and ``strict`` is True.
-    """
-    if strict is None:
-        return
-    problems = [
-        (f"splitting op {name!a} is not in the graph", "check its spelling, or leave it out")
-        for name in cut.missing_from(gm.graph)
-    ]
-    for node, depth in _calls(gm, 0):
-        if required(node) and not (depth == 0 and cut(node)):
-            inside = "inside the subgraph of a higher-order operator" if depth else "not cut at"
-            what = f"{node.target} must stay outside of compiled pieces, but is {inside} ({node_where(node)})"
-            hint = "move it out of the subgraph" if depth else "name it among the splitting ops"
-            problems.append((what, hint))
-    if problems and strict:
-        raise SplitError("; ".join(text for text, _ in problems), hint=problems[0][1])
-    for text, hint in problems:
-        warnings.warn(f"{text}. Hint: {hint}", stacklevel=4)
+_RECURRENT = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
 
 
-def _calls(gm: torch.fx.GraphModule, depth: int) -> Iterator[tuple[torch.fx.Node, int]]:
-    """The calls of ``gm`` and of the graphs that it refers to, each with its depth."""
-    for node in gm.graph.nodes:
-        if node.op == "call_function":
-            yield node, depth
-        elif node.op in ("get_attr", "call_module"):
-            try:
-                value = attribute_of(gm, str(node.target))
-            except AttributeError:
-                continue
-            if isinstance(value, torch.fx.GraphModule):
-                yield from _calls(value, depth + 1)
-
-
-_RECURRENT: tuple[Callable[..., object], ...] = (
-    torch.lstm,
-    torch.gru,
-    torch.rnn_tanh,
-    torch.rnn_relu,
-)
-
-
-def recurrent_layers(graph: torch.fx.Graph) -> tuple[Callable[..., object], ...]:
+def recurrent_layers(graph: torch.fx.Graph) -> list[Callable[..., object]]:
     """The functions of torch that run a whole recurrent layer, as far as ``graph`` calls them.
 
     They stay outside of compiled pieces: a compiler would unroll them over the sequence, which fixes its length and gains nothing
     over the kernels that torch has for them.
     """
     called = {node.target for node in graph.nodes if node.op == "call_function"}
-    return tuple(layer for layer in _RECURRENT if layer in called)
+    return [layer for layer in _RECURRENT if layer in called]
+
+
+# --- whether an operator is fit ------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class OpReport:
+    """What is known of an operator.
+
+    Attributes:
+        name: ``ns::op.overload``.
+        schema: its schema, as text.
+        mutates: names of the arguments that it changes.
+        returns: types of what it returns.
+        problems: why it is not fit to be a splitting op; empty if it is.
+    """
+
+    name: str
+    schema: str
+    mutates: tuple[str, ...]
+    returns: tuple[str, ...]
+    problems: tuple[str, ...]
+
+    @property
+    def fit(self) -> bool:
+        return not self.problems
+
+    @property
+    def style(self) -> str:
+        """Where results go: ``"out-buffer"``, ``"fresh outputs"``, ``"both"`` or ``"none"``."""
+        if self.mutates:
+            return "both" if self.returns else "out-buffer"
+        return "fresh outputs" if self.returns else "none"
+
+
+@short_errors
+def check_op(
+    op: SplittingOp,
+    args: Sequence[object] | None = None,
+    kwargs: Mapping[str, object] | None = None,
+) -> OpReport:
+    """Tell whether ``op`` is fit to be a splitting op: schema, fake implementation, mutation, results.
+
+    Args:
+        op: ``"ns::op"``, ``"ns::op.overload"``, an overload, a packet, or what `piecework.splitting_op` returned.
+        args, kwargs: arguments to run it with, on copies. Only a run can tell that it changes an argument or returns one
+            against its schema, or that its fake implementation has other shapes than the real one (`torch.library.opcheck`).
+
+    Raises:
+        SplitError: there is no such operator, or its overload is not clear.
+
+    Example:
+        >>> check_op("mylib::attention").problems
+        ('it has no fake implementation, so that graphs with it can not be traced',)
+    """
+    if isinstance(args, torch.Tensor):
+        raise SplitError("args must be a tuple of arguments; got a Tensor", hint="pass (x,)")
+    overload = _overload(op)
+    schema = overload._schema
+    problems: list[str] = []
+    if any(each.alias_info is not None for each in schema.returns):
+        problems.append(
+            "it returns an alias of an argument, which a captured piece can not tell from a fresh tensor"
+        )
+    if shows_nothing(overload):
+        problems.append("it neither returns nor changes anything, so that a compiler may drop it")
+    if not _has_fake(overload):
+        problems.append("it has no fake implementation, so that graphs with it can not be traced")
+    elif args is not None or kwargs is not None:
+        results = torch.library.opcheck(
+            overload,
+            tuple(args or ()),
+            dict(kwargs or {}),
+            test_utils=("test_schema", "test_faketensor"),
+            raise_exception=False,
+        )
+        failures = {" ".join(str(each).split()): None for each in results.values()}
+        problems += [
+            f"it does not do what its schema and fake say: {text[:300]}"
+            for text in failures
+            if text != "SUCCESS"
+        ]
+    return OpReport(
+        name=f"{schema.name}.{schema.overload_name or 'default'}",
+        schema=str(schema),
+        mutates=tuple(each.name for each in schema.arguments if writes_to(each)),
+        returns=tuple(str(each.type) for each in schema.returns),
+        problems=tuple(problems),
+    )
+
+
+def _overload(op: SplittingOp) -> OpOverload:
+    op = getattr(op, "splitting_op_name", op)
+    found: object = op
+    if isinstance(op, str):
+        namespace, _, rest = op.partition("::")
+        base, _, overload = rest.partition(".")
+        packet = getattr(getattr(torch.ops, namespace, None), base, None) if base else None
+        found = getattr(packet, overload, None) if overload else packet
+    overloads: tuple[OpOverload, ...] = overloads_of(found)
+    if not overloads:
+        raise SplitError(
+            f"there is no operator {str(op)!a}",
+            hint="register it first (piecework.splitting_op), and name it as 'ns::op'",
+        )
+    if len(overloads) > 1:
+        names = ", ".join(each._overloadname for each in overloads)
+        raise SplitError(
+            f"operator {str(op)!a} has several overloads", hint=f"name one of them: {names}"
+        )
+    return overloads[0]
+
+
+def _has_fake(overload: OpOverload) -> bool:
+    """Run ``overload`` on meta tensors: only its absence raises what it raises then."""
+    required = [each for each in overload._schema.arguments if not each.has_default_value()]
+    args = [_sample(str(each.type)) for each in required if not each.kwarg_only]
+    kwargs = {each.name: _sample(str(each.type)) for each in required if each.kwarg_only}
+    try:
+        overload(*args, **kwargs)
+    except NotImplementedError:
+        return False
+    except Exception as error:  # noqa: BLE001 - a fake that dislikes the sample is a fake
+        return "no fake impl" not in str(error)
+    return True
+
+
+def _sample(kind: str) -> object:
+    """A value of a schema's type, tensors without data."""
+    if kind.startswith("Optional"):
+        return None
+    if kind.startswith("List["):
+        return [_sample(kind[5:-1])]
+    if kind == "Tensor":
+        return torch.empty(2, 2, device="meta")
+    return {"str": "", "float": 1.0, "bool": False}.get(kind, 1)

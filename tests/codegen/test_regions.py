@@ -251,7 +251,7 @@ def other_dtype(x: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("model", "inside"),
-    [(cut_inside, "torch.vmap"), (other_attention, "_sdpa_kernel"), (other_dtype, "_dtype")],
+    [(cut_inside, "_vmap_increment"), (other_attention, "_sdpa_kernel"), (other_dtype, "_dtype")],
 )
 def test_a_cut_inside_what_is_kept_whole_is_refused(
     model: Callable[[torch.Tensor], torch.Tensor], inside: str

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -741,44 +740,6 @@ def test_a_graph_with_a_pytree_signature_is_refused() -> None:
     gm.graph.set_codegen(Other())
     with pytest.raises(SplitError, match=r"pytree.*set_codegen"):
         split_graph(gm, [CUT])
-
-
-# --- strictness (S6) -----------------------------------------------------------------------------
-
-
-def test_an_operator_that_is_not_in_the_graph_is_reported_as_strictly_as_asked() -> None:
-    gm = graph_of(lambda g, x: (g.call_function(CUT, (x,)),))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        split_graph(gm, [CUT, "test_split::absent"])
-    with pytest.warns(UserWarning, match="test_split::absent' is not in the graph"):
-        split_graph(gm, [CUT, "test_split::absent"], strict=False)
-    with pytest.raises(SplitError, match=r"test_split::absent.*Hint: check its spelling"):
-        split_graph(gm, [CUT, "test_split::absent"], strict=True)
-
-
-def test_a_required_operator_inside_a_piece_is_reported() -> None:
-    gm = graph_of(lambda g, x: (g.call_function(CUT, (x,)),))
-    with pytest.raises(
-        SplitError, match=r"test_split.cut.default must stay outside .*not cut at \(node %cut"
-    ):
-        split_graph(gm, [], strict=True, required=["test_split::cut"])
-    _, items = split_graph(gm, ["test_split::cut"], strict=True, required=["test_split::cut"])
-    assert pieces(items) == ["cut"]
-
-
-def test_a_required_operator_inside_a_subgraph_is_reported() -> None:
-    branch = torch.fx.Graph()
-    branch.output((branch.call_function(CUT, (branch.placeholder("x"),)),))
-    root = torch.nn.Module()
-    root.branch = torch.fx.GraphModule(torch.nn.Module(), branch)
-    graph = torch.fx.Graph()
-    x = graph.placeholder("x")
-    first, second = graph.get_attr("branch"), graph.get_attr("branch")
-    graph.output((graph.call_function(torch.ops.higher_order.cond, (True, first, second, (x,))),))
-    gm = torch.fx.GraphModule(root, graph)
-    with pytest.warns(UserWarning, match="inside the subgraph of a higher-order operator"):
-        split_graph(gm, [], strict=False, required=[CUT])
 
 
 # --- fitness (S8) --------------------------------------------------------------------------------

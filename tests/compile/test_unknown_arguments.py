@@ -122,7 +122,7 @@ def test_an_option_that_means_nothing_is_named(name: str) -> None:
             "generate_source(split_gm, LowerOptions(banner=...))",
         ),
         (lambda: codegen.LowerOptions(emit_dels=False), "did you mean emit_del?"),
-        (lambda: piecework.split_graph(None, [], stricts=True), "did you mean strict?"),
+        (lambda: piecework.split_graph(None, [], blockz="off"), "did you mean blocks?"),
         (lambda: piecework.compile_execution_fn("", {}, [], const=[]), "did you mean consts?"),
         (lambda: piecework.check_op("aten::sin", arg=()), "did you mean args?"),
         (lambda: piecework.load("x", None, config={}), "holds what it was compiled with"),
