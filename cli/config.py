@@ -1,6 +1,6 @@
 """``piecework config``: in, a file and options; out, the configuration that they mean, its schema, or what is wrong with it.
 
-It never compiles anything, and it changes no file except the page that ``schema --update`` names.
+It never compiles anything, and it changes no file.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ from piecework.cli.options import Overrides, read_configuration
 from piecework.errors import ConfigError
 from piecework.runtime.batch.ranges import Range
 from piecework.runtime.config.compilation import CompilationConfig, RuntimeConfig
-from piecework.runtime.config.docs import field_rows, json_schema, markdown_table, update_page
 from piecework.runtime.config.model import FrozenModel
 from piecework.runtime.config.text import (
+    field_rows,
+    json_schema,
+    markdown_table,
     merge,
     parse_overrides,
     read_data,
@@ -93,16 +95,11 @@ def schema(
         bool, typer.Option("--runtime", help="Describe RuntimeConfig instead.")
     ] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
-    update: Annotated[
-        Path | None, typer.Option("--update", help="Write the tables of this page anew.")
-    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Describe every field: default, meaning, and whether it is part of the cache key."""
     model = RuntimeConfig if runtime else CompilationConfig
-    if update is not None:
-        _update(update)
-    elif as_json:
+    if as_json:
         _print_json(json_schema(model))
     elif markdown:
         typer.echo(markdown_table(model), nl=False)
@@ -175,16 +172,6 @@ def _comments(config: CompilationConfig, limits: RuntimeConfig | None) -> str:
 
 def _entries(config: CompilationConfig, limits: RuntimeConfig) -> tuple[Range, ...]:
     return config.range_table(limits.max_num_batched_tokens).entries
-
-
-def _update(page: Path) -> None:
-    try:
-        text = page.read_text(encoding="utf-8")
-        page.write_text(update_page(text), encoding="utf-8")
-    except OSError as error:
-        _misuse(ConfigError(f"the page can't be updated: {error}", where=str(page)))
-    except ConfigError as error:
-        _misuse(error)
 
 
 def _problems(error: ConfigError) -> list[dict[str, str]]:

@@ -8,7 +8,7 @@ from piecework.runtime.compilers.inductor import InductorAdaptor, InductorStanda
 from piecework.runtime.compilers.interface import CompiledPiece, CompilerInterface
 from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.config.groups import CompilationMode
-from piecework.runtime.config.qualified_name import import_qualified
+from piecework.runtime.config.model import import_qualified
 
 __all__ = [
     "CompiledPiece",

@@ -4,40 +4,25 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import AliasChoices, Field
+from pydantic import AliasChoices
 
 from piecework.errors import ConfigError, ConfigProblem, short_methods
+from piecework.runtime.batch import sizes as batch_sizes
 from piecework.runtime.batch.mode import CUDAGraphMode
 from piecework.runtime.batch.ranges import Range, RangeTable, derive_ranges
-from piecework.runtime.batch.sizes import (
-    adjust_sizes_for_spec_decode,
-    padded_sizes,
-    resolve_capture_sizes,
-)
+from piecework.runtime.config import groups, model
 from piecework.runtime.config.groups import (
-    BackendName,
     CompilationMode,
-    CompileSizes,
-    CUDAGraphModeField,
-    CustomOps,
     DynamicShapesConfig,
     DynamicShapesType,
-    Endpoints,
-    ModeField,
-    OpNames,
-    Options,
     PassConfig,
-    Passes,
     RuntimeConfig,
-    Sizes,
     StitchingConfig,
 )
-from piecework.runtime.config.model import KEY, FrozenModel, digest, factors_of, ignored, report
-from piecework.runtime.config.qualified_name import import_qualified
+from piecework.runtime.config.model import key, no_key
 
 __all__ = [
     "CUDAGraphMode",
@@ -54,11 +39,11 @@ _WHOLE = (CompilationMode.STOCK_TORCH_COMPILE, CompilationMode.DYNAMO_TRACE_ONCE
 _log = logging.getLogger(__name__)
 _A_PATH = "a path does not change what is compiled"
 _A_BATCH_RANGE = "each compiled form is kept under its own batch range"
-_A_CAPTURE_SIZE = "captured graphs are not cached, and the code is the same for every size"
+_CAPTURED = "captured graphs are not cached, and the code is the same for all of them"
 
 
 @short_methods
-class CompilationConfig(FrozenModel):
+class CompilationConfig(model.FrozenModel):
     """Everything that decides how a model is captured, split, compiled, stitched and replayed.
 
     The names are the field's. A fresh object holds what the user chose, with None (or a missing base
@@ -77,191 +62,165 @@ class CompilationConfig(FrozenModel):
 
         def __init__(self, **fields: Any) -> None: ...
 
-    mode: Annotated[ModeField, KEY] = Field(
+    mode: groups.ModeField = key(
         CompilationMode.PIECEWORK_COMPILE,
-        description="`NONE` (0): run as written; `STOCK_TORCH_COMPILE` (1): torch.compile; "
-        "`DYNAMO_TRACE_ONCE` (2): one trace, no recompilation; `PIECEWORK_COMPILE` (3): split, "
-        "compile the pieces, stitch. By number or name; `VLLM_COMPILE` means 3.",
+        "`NONE` (0): run as written; `STOCK_TORCH_COMPILE` (1): torch.compile; `DYNAMO_TRACE_ONCE` "
+        "(2): one trace, no recompilation; `PIECEWORK_COMPILE` (3): split, compile the pieces, "
+        "stitch. By number or name; `VLLM_COMPILE` means 3.",
     )
-    backend: Annotated[BackendName, KEY] = Field(
+    backend: groups.BackendName = key(
         "inductor",
-        description="What compiles a piece: `inductor`, `eager` (compiles nothing) or a qualified "
-        "name. In modes 1 and 2, the torch.compile backend.",
+        "What compiles a piece: `inductor`, `eager` (compiles nothing) or a qualified name. In "
+        "modes 1 and 2, the torch.compile backend.",
     )
-    debug_dump_path: Annotated[Path | None, ignored(_A_PATH)] = Field(
-        None, description="A folder that receives the stages of each compilation."
+    debug_dump_path: Path | None = no_key(
+        None, _A_PATH, "A folder that receives the stages of each compilation."
     )
-    cache_dir: Annotated[Path | None, ignored(_A_PATH)] = Field(
-        None, description="The compile cache's folder; None is one in the user's cache folder."
+    cache_dir: Path | None = no_key(
+        None, _A_PATH, "The compile cache's folder; None is one in the user's cache folder."
     )
-    compile_cache_save_format: Annotated[Literal["binary"], ignored("there is one format")] = Field(
-        "binary",
-        description="One checked file an artifact. The field's `unpacked` is refused: "
-        "`debug_dump_path` writes what can be looked into.",
+    compile_cache_save_format: Literal["binary"] = no_key(
+        "binary", "there is one format", "One checked file an artifact; `unpacked` is refused."
     )
-    custom_ops: Annotated[CustomOps, KEY] = Field(
+    custom_ops: groups.CustomOps = key(
         (),
-        description="Which custom ops run as such: `all` or `none`, then `+op` and `-op`. Without a "
-        "base, `none` where Inductor compiles and `all` elsewhere. A model asks with "
-        "`config.is_custom_op_enabled(op)`; its graph is held to the rules: calling an op that a rule "
-        "switches off is an error, `+ns::op` of an op that it does not call a warning.",
+        "Which custom ops run as such: `all` or `none`, then `+op` and `-op`. Without a base, "
+        "`none` where Inductor compiles. A model asks with `config.is_custom_op_enabled(op)`; a "
+        "graph that calls an op switched off is refused, `+ns::op` of an absent one is warned of.",
     )
-    splitting_ops: Annotated[OpNames | None, KEY] = Field(
+    splitting_ops: groups.OpNames | None = key(
         None,
-        description="Where the graph is cut: `ns::op` (every overload) or `ns::op.overload`. None "
-        "is every op registered with `piecework.splitting_op`; an empty list cuts nowhere.",
+        "Where the graph is cut: `ns::op` (every overload) or `ns::op.overload`. None is every op "
+        "registered with `piecework.splitting_op`; an empty list cuts nowhere.",
     )
-    repeated_layers: Annotated[
-        tuple[str, ...],
-        ignored("layers that share a trace have the graph that a trace of each has"),
-    ] = Field(
+    repeated_layers: tuple[str, ...] = no_key(
         (),
-        description="Which layers share one trace where torch finds them alike: dotted names of the modules whose children "
-        "they are. By default each layer is traced.",
+        "layers that share a trace have the graph that a trace of each has",
+        "Which layers share one trace where torch finds them alike: dotted names of the modules "
+        "whose children they are. By default each layer is traced.",
     )
-    repeated_blocks: Annotated[Literal["found", "off"] | tuple[str, ...], KEY] = Field(
+    repeated_blocks: Literal["found", "off"] | tuple[str, ...] = key(
         "found",
-        description="Where a graph that calls no splitting op is cut: between the calls of modules that are alike. `found` (at least 4 "
-        "of one class that one module calls, of 8 operators each, none a convolution), the dotted names of the modules that hold "
-        "them (2 are enough there), or `off`. An empty `splitting_ops` cuts nowhere.",
+        "Where a graph that calls no splitting op is cut: between the calls of modules that are "
+        "alike. `found` (at least 4 of one class that one module calls, of 8 operators each, none "
+        "a convolution), the dotted names of the modules that hold them (2 are enough there), or "
+        "`off`. An empty `splitting_ops` cuts nowhere.",
     )
-    compile_mm_encoder: Annotated[
-        Literal[False], ignored("it decides whether an encoder is compiled, not how")
-    ] = Field(
+    compile_mm_encoder: Literal[False] = no_key(
         False,
-        description="Refused if true: an encoder is a model of its own here, compiled by itself under "
-        "`set_model_tag(name, is_encoder=True)`.",
+        "it decides whether an encoder is compiled, not how",
+        "Refused if true: compile an encoder by itself, under `set_model_tag(…, is_encoder=True)`.",
     )
-    strict: Annotated[bool, ignored("it decides what is refused, not what is compiled")] = Field(
+    strict: bool = no_key(
         False,
-        description="Refuse instead of warning: a splitting op that is named and not in the graph, a model in training mode that goes by "
-        "it, a `cudagraph_mode` under which nothing is captured when the first call comes.",
+        "it decides what is refused, not what is compiled",
+        "Refuse instead of warning: a splitting op that is not in the graph, a model in training "
+        "mode that goes by it, a `cudagraph_mode` that has captured nothing by the first call.",
     )
-    compile_sizes: Annotated[CompileSizes, ignored(_A_BATCH_RANGE)] = Field(
+    compile_sizes: groups.CompileSizes = no_key(
         (),
-        description="Batch sizes that get code for exactly that size, which wins over a range. "
+        _A_BATCH_RANGE,
+        "Batch sizes that get code for exactly that size, which wins over a range. "
         '`"cudagraph_capture_sizes"` stands for those.',
     )
-    compile_ranges_endpoints: Annotated[Endpoints, ignored(_A_BATCH_RANGE)] = Field(
+    compile_ranges_endpoints: groups.Endpoints = no_key(
         (),
+        _A_BATCH_RANGE,
+        "Last sizes of the compiled ranges: `[1, e0] [e0+1, e1] …` up to the largest batch. Also "
+        "accepted as `compile_ranges_split_points`.",
         validation_alias=AliasChoices("compile_ranges_endpoints", "compile_ranges_split_points"),
-        description="Last sizes of the compiled ranges: `[1, e0] [e0+1, e1] …` up to the largest "
-        "batch. Also accepted as `compile_ranges_split_points`.",
     )
-    inductor_compile_config: Annotated[Options, KEY] = Field(
-        {}, description="Options for Inductor, by its own names (`max_autotune`, …)."
+    inductor_compile_config: groups.Options = key(
+        {}, "Options for Inductor, by its own names (`max_autotune`, …)."
     )
-    single_size_inductor_config: Annotated[Options, KEY] = Field(
-        {},
-        description="Options for Inductor on top of those where code is made for one batch size, "
-        "such as `max_autotune` and `coordinate_descent_tuning`.",
+    single_size_inductor_config: groups.Options = key(
+        {}, "Further ones where code is for one batch size, such as `coordinate_descent_tuning`."
     )
-    compile_workers: Annotated[int, ignored("it decides who compiles, not what")] = Field(
+    compile_workers: int = no_key(
         1,
+        "it decides who compiles, not what",
+        "Processes that compile different pieces at the same time; 1 compiles one after another. "
+        "They are forked, so there is only one where CUDA is in use.",
         ge=1,
         strict=True,
-        description="Processes that compile different pieces at the same time; 1 compiles one after "
-        "another. They are forked, so there is only one where CUDA is in use.",
     )
-    inductor_passes: Annotated[Passes, KEY] = Field(
-        {},
-        description="Inductor pass slots and what runs there: a qualified name, or (in Python) a "
-        "callable.",
+    inductor_passes: groups.Passes = key(
+        {}, "Inductor pass slots and what runs there: a qualified name, or a callable (in Python)."
     )
-    cudagraph_mode: Annotated[CUDAGraphModeField, KEY] = Field(
+    cudagraph_mode: groups.CUDAGraphModeField = key(
         CUDAGraphMode.NONE,
-        description="What is captured: `NONE`, `PIECEWISE` (the pieces), `FULL` (the whole "
-        "forward), `FULL_DECODE_ONLY` (FULL for decode batches, else NONE) or `FULL_AND_PIECEWISE`.",
+        "What is captured: `NONE`, `PIECEWISE` (the pieces), `FULL` (the whole forward), "
+        "`FULL_DECODE_ONLY` (FULL for decode batches, else NONE) or `FULL_AND_PIECEWISE`.",
     )
-    cudagraph_num_of_warmups: Annotated[
-        int, ignored("warm-ups run before capture and leave no code behind")
-    ] = Field(0, ge=0, strict=True, description="Runs of a batch shape before it is captured.")
-    cudagraph_capture_sizes: Annotated[Sizes | None, ignored(_A_CAPTURE_SIZE)] = Field(
-        None,
-        description="Batch sizes to capture. None is 1, 2, 4, then by 8 to 256, then by 16 to the "
-        "maximum, and the same steps in requests up to max_num_seqs; an empty list goes with mode "
-        "`NONE` only.",
+    cudagraph_num_of_warmups: int = no_key(
+        0, _CAPTURED, "Runs of a batch shape before it is captured.", ge=0, strict=True
     )
-    max_cudagraph_capture_size: Annotated[int | None, ignored(_A_CAPTURE_SIZE)] = Field(
+    cudagraph_capture_sizes: groups.Sizes | None = no_key(
         None,
+        _CAPTURED,
+        "Batch sizes to capture. None is 1, 2, 4, then by 8 to 256, then by 16 to the maximum, and "
+        "the same steps in requests up to max_num_seqs; an empty list goes with mode `NONE` only.",
+    )
+    max_cudagraph_capture_size: int | None = no_key(
+        None,
+        _CAPTURED,
+        "The largest size to capture. None is min(2 · max_num_seqs · query length, 512, "
+        "max_num_batched_tokens), or the largest of `cudagraph_capture_sizes`.",
         ge=0,
         strict=True,
-        description="The largest size to capture. None is min(2 · max_num_seqs · query length, 512, "
-        "max_num_batched_tokens), or the largest of `cudagraph_capture_sizes`.",
     )
-    cudagraph_copy_inputs: Annotated[
-        bool, ignored("inputs are staged around the compiled code, never in it")
-    ] = Field(
+    cudagraph_copy_inputs: bool = no_key(
         True,
-        description="Copy inputs into persistent buffers before a replay. Off, the caller writes into "
-        "these buffers (`static_graphs.static_inputs(size)`) and passes views of them; a batch that lies "
-        "elsewhere is an error.",
+        _CAPTURED,
+        "Copy inputs into persistent buffers before a replay. Off, the caller writes into them "
+        "(`static_graphs.static_inputs(size)`) and passes views; another batch is an error.",
     )
-    cudagraph_specialize_lora: Annotated[bool, ignored("it only adds captured descriptors")] = (
-        Field(True, description="Capture once with and once without active adapters.")
+    cudagraph_specialize_lora: bool = no_key(
+        True, _CAPTURED, "Capture once with and once without active adapters."
     )
-    use_inductor_graph_partition: Annotated[bool, KEY] = Field(
-        False,
-        description="Let Inductor cut the compiled code at the splitting ops instead of cutting the "
-        "graph before it.",
+    use_inductor_graph_partition: bool = key(
+        False, "Let Inductor cut the compiled code at the splitting ops; the graph stays whole."
     )
-    pass_config: Annotated[PassConfig, KEY] = Field(
-        PassConfig(), description="Which graph passes run."
+    pass_config: PassConfig = key(PassConfig(), "Which graph passes run.")
+    dynamic_shapes_config: DynamicShapesConfig = key(
+        DynamicShapesConfig(), "How dynamic dimensions are traced."
     )
-    dynamic_shapes_config: Annotated[DynamicShapesConfig, KEY] = Field(
-        DynamicShapesConfig(), description="How dynamic dimensions are traced."
-    )
-    stitching_config: Annotated[StitchingConfig, KEY] = Field(
-        StitchingConfig(), description="The levers of the stitched function and its entry."
-    )
+    stitching_config: StitchingConfig = key(StitchingConfig(), "Levers of the stitched function.")
 
     def conflicts(self) -> Iterator[ConfigProblem]:
         mode, captures = self.mode, self.cudagraph_mode
         sizes, largest = self.cudagraph_capture_sizes, self.max_cudagraph_capture_size
         pieces = captures.requires_piecewise_compilation()
-        capturing, partitions = (
-            captures is not CUDAGraphMode.NONE,
-            self.use_inductor_graph_partition,
-        )
-        found = max(sizes or (), default=0)
-        if partitions and self.backend != "inductor":
+        nothing = CUDAGraphMode.NONE
+        if self.use_inductor_graph_partition and self.backend != "inductor":
             why = f"only Inductor partitions a graph, and the backend is {self.backend!r}"
             yield ConfigProblem("use_inductor_graph_partition, backend", why)
-        if partitions and mode is CompilationMode.NONE:
+        if self.use_inductor_graph_partition and mode is CompilationMode.NONE:
             why = "mode NONE compiles nothing, so Inductor has nothing to partition"
             yield ConfigProblem("use_inductor_graph_partition, mode", why)
-        if capturing and mode is CompilationMode.NONE:
-            why = f"mode NONE traces nothing, so there is nothing that {captures} could capture"
-            hint = "use PIECEWORK_COMPILE, with backend 'eager' to compile nothing"
-            yield ConfigProblem("cudagraph_mode, mode", f"{why}; {hint}")
-        if pieces and mode in _WHOLE:
-            why = f"{captures} captures pieces, and mode {mode} makes none"
-            hint = f"use PIECEWORK_COMPILE, or cudagraph_mode {captures.without_piecewise()}"
-            yield ConfigProblem("cudagraph_mode, mode", f"{why}; {hint}")
+        if (pieces and mode in _WHOLE) or (captures is not nothing and not mode):
+            why = f"mode {mode} makes nothing that {captures} could capture; use PIECEWORK_COMPILE"
+            hint = f" or cudagraph_mode {captures.without_piecewise()}" if mode else ""
+            yield ConfigProblem("cudagraph_mode, mode", why + hint)
         if pieces and self.splitting_ops == ():
             why = (
                 f"{captures} captures the pieces between splitting ops, and splitting_ops is empty"
             )
             hint = "use FULL to capture the whole graph"
             yield ConfigProblem("cudagraph_mode, splitting_ops", f"{why}; {hint}")
-        if sizes is not None and largest not in (None, found):
-            why = f"the largest listed size is {found} and the maximum {largest}"
+        if sizes is not None and largest not in (None, max(sizes, default=0)):
+            why = f"the largest of {sizes} is not {largest}; give only one of the two"
             names = "cudagraph_capture_sizes, max_cudagraph_capture_size"
-            yield ConfigProblem(names, f"{why}; give only one of the two")
-        if capturing and sizes == ():
-            why = (
-                f"{captures} captures, and no size is listed; use mode NONE, or leave the list out"
-            )
+            yield ConfigProblem(names, why)
+        if captures is not nothing and (sizes == () or largest == 0):
+            why = f"{captures} captures, and there is no size to capture; use mode NONE"
             yield ConfigProblem("cudagraph_mode, cudagraph_capture_sizes", why)
-        if capturing and largest == 0:
-            why = f"{captures} captures, and the largest size is 0; use mode NONE"
-            yield ConfigProblem("cudagraph_mode, max_cudagraph_capture_size", why)
         # A batch that may run uncaptured keeps its own size, so that any size is reached.
-        if sizes and captures.mixed_mode() is not CUDAGraphMode.NONE:
-            below = (n for n in self.compile_sizes if isinstance(n, int) and n < found)
-            if idle := ", ".join(str(size) for size in below if size not in sizes):
-                why = f"no batch runs in {idle}: they are padded"
-                hint = f"compile captured sizes, or sizes above {found}"
+        if sizes and captures.mixed_mode() is not nothing:
+            idle = [n for n in self.compile_sizes if isinstance(n, int) and n < max(sizes)]
+            if idle := [n for n in idle if n not in sizes]:
+                why = f"no batch runs in {', '.join(map(str, idle))}: they are padded"
+                hint = f"compile captured sizes, or sizes above {max(sizes)}"
                 yield ConfigProblem("compile_sizes, cudagraph_capture_sizes", f"{why}; {hint}")
 
     # --- choices settled; each returns a copy ----------------------------------------------------
@@ -284,26 +243,24 @@ class CompilationConfig(FrozenModel):
         Raises:
             ConfigError: something does not fit ``runtime``; the problems of every step are listed.
         """
-        cls = type(self)
-        steps: list[Callable[[CompilationConfig], CompilationConfig]] = [
-            partial(cls._with_capture_sizes, runtime=runtime),
-            partial(cls._fit_decode_sizes, runtime=runtime),
-            partial(cls._fit_compile_sizes, runtime=runtime),
-            partial(cls._fit_ranges, runtime=runtime),
-        ]
-        if registered_splitting_ops is not None:
-            ops = {"registered": registered_splitting_ops, "attention_ops": attention_ops}
-            steps.insert(0, partial(cls.set_splitting_ops_for_v1, **ops))
         problems: list[ConfigProblem] = []
         done = self
-        for step in steps:
+
+        def settle(name: str, *args: Any) -> CompilationConfig:
             try:
-                done = step(done)
+                return getattr(done, name)(*args)  # type: ignore[no-any-return]
             except ConfigError as error:
                 text = error.message if error.hint is None else f"{error.message} ({error.hint})"
                 problems.extend(error.problems or (ConfigProblem(error.where or "", text),))
+                return done
+
+        if registered_splitting_ops is not None:
+            done = settle("set_splitting_ops_for_v1", registered_splitting_ops, attention_ops)
+        done = settle("_with_capture_sizes", runtime)
+        done = settle("_fit_compile_sizes", runtime.max_num_batched_tokens)
+        done = settle("_fit_ranges", runtime.max_num_batched_tokens)
         if problems:
-            raise report(cls.__name__, problems)
+            raise model.report(type(self).__name__, problems)
         if {"all", "none"}.isdisjoint(done.custom_ops):
             done = done.replace(custom_ops=(done.custom_op_base(), *done.custom_ops))
         return done
@@ -320,7 +277,7 @@ class CompilationConfig(FrozenModel):
             return self if self.splitting_ops is not None else self.replace(splitting_ops=())
         if self.pass_config.fuse_attn_quant and not self.use_inductor_graph_partition:
             return self.set_splitting_ops_for_attn_fusion(registered, attention_ops)
-        return self if self.splitting_ops is not None else self._split_at(registered)
+        return self._split_at(registered)
 
     def set_splitting_ops_for_attn_fusion(
         self, registered: Iterable[str], attention_ops: Iterable[str]
@@ -345,21 +302,21 @@ class CompilationConfig(FrozenModel):
                 where="splitting_ops",
                 hint="remove it from splitting_ops, or use use_inductor_graph_partition",
             )
-        if self.splitting_ops is not None:
-            return self
         return self._split_at(op for op in registered if not _has_op(attention, op))
 
     def _split_at(self, ops: Iterable[str]) -> CompilationConfig:
+        """A copy with ``ops`` as its splitting ops, unless it has its own."""
+        if self.splitting_ops is not None:
+            return self
         chosen, captures = tuple(sorted(set(ops))), self.cudagraph_mode
         if not chosen and captures.requires_piecewise_compilation():
-            fallback = captures.without_piecewise()
             _log.warning(
                 "there is no op to cut at, so there are no pieces to capture: "
                 "cudagraph_mode %s becomes %s",
                 captures,
-                fallback,
+                captures.without_piecewise(),
             )
-            captures = fallback
+            captures = captures.without_piecewise()
         return self.replace(splitting_ops=chosen, cudagraph_mode=captures)
 
     def post_init_cudagraph_sizes(self, runtime: RuntimeConfig) -> CompilationConfig:
@@ -369,14 +326,14 @@ class CompilationConfig(FrozenModel):
     def _with_capture_sizes(self, runtime: RuntimeConfig) -> CompilationConfig:
         captured: tuple[int, ...] = ()
         if self.cudagraph_mode is not CUDAGraphMode.NONE:
-            found = resolve_capture_sizes(
+            found = batch_sizes.resolve_capture_sizes(
                 self.cudagraph_capture_sizes,
                 self.max_cudagraph_capture_size,
                 max_num_seqs=runtime.max_num_seqs,
                 max_num_batched_tokens=runtime.max_num_batched_tokens,
                 decode_query_lens=runtime.query_lens,
             )
-            ranks = self._ranks_that_cut(runtime.tensor_parallel_size)
+            ranks = runtime.tensor_parallel_size if self.pass_config.enable_sp else 1
             captured = tuple(size for size in found if size % ranks == 0)
             if found and not captured:
                 raise ConfigError(
@@ -392,13 +349,13 @@ class CompilationConfig(FrozenModel):
             _log.warning(
                 "cudagraph_mode NONE captures nothing: cudagraph_capture_sizes are dropped"
             )
-        return self.replace(
+        done = self.replace(
             cudagraph_capture_sizes=captured, max_cudagraph_capture_size=max(captured, default=0)
         )
-
-    def _ranks_that_cut(self, tensor_parallel_size: int) -> int:
-        """Over how many ranks the tokens of a batch are cut."""
-        return tensor_parallel_size if self.pass_config.enable_sp else 1
+        if captured and self.cudagraph_mode.separate_routine():
+            for length in runtime.query_lens:  # decode batches of each need a size
+                done.adjust_cudagraph_sizes_for_spec_decode(length, runtime.tensor_parallel_size)
+        return done
 
     def _with_compile_sizes(self) -> CompilationConfig:
         """A copy with the capture sizes in place of a reference to them in ``compile_sizes``."""
@@ -423,30 +380,20 @@ class CompilationConfig(FrozenModel):
         sizes, largest = self.cudagraph_capture_sizes, self.max_cudagraph_capture_size
         if sizes is None or largest is None:
             raise self._open("cudagraph_capture_sizes")
-        adjusted = adjust_sizes_for_spec_decode(
+        adjusted = batch_sizes.adjust_sizes_for_spec_decode(
             sizes,
             uniform_decode_query_len,
             max_size=largest,
-            tensor_parallel_size=self._ranks_that_cut(tensor_parallel_size),
+            tensor_parallel_size=tensor_parallel_size if self.pass_config.enable_sp else 1,
         )
         return self.replace(
             cudagraph_capture_sizes=adjusted, max_cudagraph_capture_size=max(adjusted, default=0)
         )
 
-    def _fit_decode_sizes(self, runtime: RuntimeConfig) -> CompilationConfig:
-        """Itself, if decode batches of every query length have a size to be captured in."""
-        captures = self.cudagraph_mode
-        decode = captures.separate_routine() and captures.decode_mode() is CUDAGraphMode.FULL
-        if decode and self.cudagraph_capture_sizes and self.max_cudagraph_capture_size:
-            for query_len in runtime.query_lens:
-                self.adjust_cudagraph_sizes_for_spec_decode(query_len, runtime.tensor_parallel_size)
-        return self
-
-    def _fit_compile_sizes(self, runtime: RuntimeConfig) -> CompilationConfig:
+    def _fit_compile_sizes(self, largest: int) -> CompilationConfig:
         """A copy with its compile sizes settled, each of which a batch can have."""
         # Where the capture sizes could not be chosen, that is the problem.
         done = self if self.cudagraph_capture_sizes is None else self._with_compile_sizes()
-        largest = runtime.max_num_batched_tokens
         beyond = [size for size in done.compile_sizes if isinstance(size, int) and size > largest]
         if beyond:
             raise ConfigError(
@@ -456,9 +403,9 @@ class CompilationConfig(FrozenModel):
             )
         return done
 
-    def _fit_ranges(self, runtime: RuntimeConfig) -> CompilationConfig:
+    def _fit_ranges(self, largest: int) -> CompilationConfig:
         """A copy with the endpoints that cut something: the largest batch itself does not."""
-        ranges = derive_ranges(self.compile_ranges_endpoints, runtime.max_num_batched_tokens)
+        ranges = derive_ranges(self.compile_ranges_endpoints, largest)
         return self.replace(compile_ranges_endpoints=tuple(each.end for each in ranges[:-1]))
 
     # --- what follows from it --------------------------------------------------------------------
@@ -466,9 +413,10 @@ class CompilationConfig(FrozenModel):
     @property
     def bs_to_padded_graph_size(self) -> tuple[int | None, ...]:
         """Entry ``n`` is the captured size that serves ``n`` tokens; empty if nothing is captured."""
-        if self.cudagraph_capture_sizes is None:
+        sizes = self.cudagraph_capture_sizes
+        if sizes is None:
             raise self._open("cudagraph_capture_sizes")
-        return padded_sizes(self.cudagraph_capture_sizes) if self.cudagraph_capture_sizes else ()
+        return batch_sizes.padded_sizes(sizes) if sizes else ()
 
     def get_compile_ranges(
         self, max_size: int | None = None, *, is_encoder: bool = False
@@ -515,11 +463,11 @@ class CompilationConfig(FrozenModel):
         """
         present, registered = set(in_model), set(known)
         _log.debug("custom ops: %s", {op: self.is_custom_op_enabled(op) for op in sorted(present)})
-        idle = [rule for rule in self.custom_ops if rule[0] in "+-" and rule[1:] not in present]
         notes = tuple(
             f"custom op rule {rule!r} has no effect: "
             + ("the model has no such op" if rule[1:] in registered else "no such op is registered")
-            for rule in idle
+            for rule in self.custom_ops
+            if rule[0] in "+-" and rule[1:] not in present
         )
         for note in notes:
             _log.warning("%s", note)
@@ -534,17 +482,15 @@ class CompilationConfig(FrozenModel):
 
     def is_attention_compiled_piecewise(self, attention_ops: Iterable[str]) -> bool:
         """Whether attention stays outside the compiled pieces, by either way of cutting."""
-        if not self.splitting_ops_contain_attention(attention_ops):
-            return False
-        if self.use_inductor_graph_partition:
-            return self.backend == "inductor" and self.mode is not CompilationMode.NONE
-        return self.mode is CompilationMode.PIECEWORK_COMPILE
+        by_mode = self.mode is CompilationMode.PIECEWORK_COMPILE
+        by_inductor = self.use_inductor_graph_partition
+        return self.splitting_ops_contain_attention(attention_ops) and (by_mode or by_inductor)
 
     def init_backend(
         self, runtime: RuntimeConfig | None = None, *, prefix: str = "", is_encoder: bool = False
     ) -> str | Callable[..., Any]:
         """What Dynamo is given as its backend in this mode: `piecework.runtime.backend_of`."""
-        backend_of = import_qualified("piecework.runtime:backend_of", where="backend")
+        backend_of = model.import_qualified("piecework.runtime:backend_of", where="backend")
         return backend_of(self, runtime, prefix=prefix, is_encoder=is_encoder)  # type: ignore[no-any-return]
 
     def hash_factors(self) -> dict[str, str]:
@@ -556,7 +502,7 @@ class CompilationConfig(FrozenModel):
         """
         base = self.custom_op_base()
         rules = {op for op in self.custom_ops if op[0] == ("-" if base == "all" else "+")}
-        factors = factors_of(self._with_compile_sizes())
+        factors = model.factors_of(self._with_compile_sizes())
         factors["custom_ops"] = ",".join([base, *sorted(rules)])
         if self.splitting_ops is not None:  # their order means nothing
             factors["splitting_ops"] = ",".join(sorted(set(self.splitting_ops)))
@@ -564,7 +510,7 @@ class CompilationConfig(FrozenModel):
 
     def compute_hash(self) -> str:
         """SHA-256 of what decides compiled and emitted code; equal in all processes and machines."""
-        return digest(self.hash_factors())
+        return model.digest(self.hash_factors())
 
     def _open(self, field: str) -> ConfigError:
         return ConfigError(f"{field} is not settled yet", where=field, hint="call resolve() first")

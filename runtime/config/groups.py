@@ -7,19 +7,13 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BeforeValidator,
-    Field,
-    PlainSerializer,
-    WithJsonSchema,
-)
+from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, WithJsonSchema
 
 from piecework.errors import ConfigError, ConfigProblem, short_methods
 from piecework.runtime.batch.mode import CUDAGraphMode
 from piecework.runtime.batch.sizes import LARGEST
-from piecework.runtime.config.model import KEY, FrozenMap, FrozenModel, ignored, thaw
-from piecework.runtime.config.qualified_name import QUALIFIED_NAME, qualified_name
+from piecework.runtime.config import model
+from piecework.runtime.config.model import FrozenMap, FrozenModel, key, no_key
 
 _OP_NAME = re.compile(r"[A-Za-z_]\w*::[A-Za-z_]\w*(\.[A-Za-z_]\w*)?")
 
@@ -61,34 +55,30 @@ def _op_name(value: Any) -> str:
 
 
 def _custom_ops(rules: tuple[str, ...]) -> tuple[str, ...]:
-    """Check ``all``/``none``/``+op``/``-op``; every fault is named."""
-    bases = [rule for rule in rules if rule in ("all", "none")]
-    faults = [
-        f"{rule!r} is not 'all', 'none', '+op' or '-op'"
-        for rule in rules
-        if rule not in bases and not re.fullmatch(r"[+-][\w.:]+", rule)
-    ]
-    if len(bases) > 1:
-        faults.append(f"{' and '.join(map(repr, bases))} are both given")
-    both = sorted({rule[1:] for rule in rules if rule[0] == "+" and f"-{rule[1:]}" in rules})
-    faults += [f"'+{name}' and '-{name}' are both given" for name in both]
-    if faults:
-        raise ValueError("; ".join(faults))
+    ops = [rule[1:] for rule in dict.fromkeys(rules) if rule not in ("all", "none")]
+    known = all(re.fullmatch(r"all|none|[+-][\w.:]+", rule) for rule in rules)
+    if not known or len(set(ops)) < len(ops) or rules.count("all") + rules.count("none") > 1:
+        raise ValueError(
+            "takes one of 'all' and 'none', and '+op' or '-op' for an op, not "
+            + ", ".join(map(repr, rules))
+        )
     return tuple(dict.fromkeys(rules))
 
 
 def _passes(value: Mapping[str, Any]) -> FrozenMap:
     for name, each in value.items():
-        if not (QUALIFIED_NAME.fullmatch(each) if isinstance(each, str) else callable(each)):
+        if not (model.QUALIFIED_NAME.fullmatch(each) if isinstance(each, str) else callable(each)):
             raise ValueError(f"{name!r} must be a callable or a qualified name, not {each!r}")
     return FrozenMap(value)
 
 
 def _passes_by_name(value: Mapping[str, Any]) -> dict[str, str]:
-    return {slot: qualified_name(each) for slot, each in value.items()}
+    return {slot: model.qualified_name(each) for slot, each in value.items()}
 
 
 def parsed_by(parse: Callable[[Any], enum.Enum]) -> BeforeValidator:
+    """A field's validator that asks ``parse``, which raises `ConfigError`."""
+
     def validate(value: Any) -> enum.Enum:
         try:
             return parse(value)
@@ -106,11 +96,10 @@ Endpoints = Annotated[tuple[PositiveInt, ...], _LISTED, AfterValidator(_each_onc
 CompileSizes = Annotated[
     tuple[Size | Literal["cudagraph_capture_sizes"], ...], _LISTED, AfterValidator(_sorted_unique)
 ]
-OpName = Annotated[str, BeforeValidator(_op_name)]
-OpNames = Annotated[tuple[OpName, ...], _LISTED]
+OpNames = Annotated[tuple[Annotated[str, BeforeValidator(_op_name)], ...], _LISTED]
 CustomOps = Annotated[tuple[str, ...], _LISTED, AfterValidator(_custom_ops)]
 Options = Annotated[
-    Mapping[str, Any], AfterValidator(FrozenMap), PlainSerializer(thaw, when_used="json")
+    Mapping[str, Any], AfterValidator(FrozenMap), PlainSerializer(model.thaw, when_used="json")
 ]
 Passes = Annotated[
     Mapping[str, Any],
@@ -118,7 +107,7 @@ Passes = Annotated[
     PlainSerializer(_passes_by_name, when_used="json"),
     WithJsonSchema({"type": "object", "additionalProperties": {"type": "string"}}),
 ]
-BackendName = Annotated[str, Field(pattern=rf"^([A-Za-z_]\w*|{QUALIFIED_NAME.pattern})$")]
+BackendName = Annotated[str, Field(pattern=rf"^([A-Za-z_]\w*|{model.QUALIFIED_NAME.pattern})$")]
 
 # --- modes ---------------------------------------------------------------------------------------
 
@@ -138,14 +127,11 @@ class CompilationMode(enum.IntEnum):
         Raises:
             ConfigError: nothing has that name or number; the message lists both.
         """
-        if isinstance(value, str):
-            name = value.strip().upper()
-            name = "PIECEWORK_COMPILE" if name == "VLLM_COMPILE" else name
-            if name in cls.__members__:
-                return cls[name]
-            value = int(name) if name.isdecimal() else value
-        if isinstance(value, int) and not isinstance(value, bool) and value in range(len(cls)):
-            return cls(value)
+        if isinstance(value, (int, str)) and not isinstance(value, bool):
+            name = str(int(value) if isinstance(value, int) else value.strip().upper())
+            for mode in cls:
+                if name in (mode.name, str(mode.value)) or (mode == 3 and name == "VLLM_COMPILE"):
+                    return mode
         names = ", ".join(f"{mode.name} ({mode.value})" for mode in cls)
         raise ConfigError(f"no compilation mode {value!r}; use {names}", where="mode")
 
@@ -163,51 +149,36 @@ class DynamicShapesType(enum.StrEnum):
 
 
 _BY_NAME = PlainSerializer(lambda value: value.name, when_used="json")
-
-
+_A_MODE: Any = {
+    "anyOf": [
+        {"type": "string", "enum": [*CompilationMode.__members__, "VLLM_COMPILE"]},
+        {"type": "integer", "minimum": 0, "maximum": 3},
+    ]
+}
+_A_GRAPH_MODE: Any = {"type": "string", "enum": list(CUDAGraphMode.__members__)}
 ModeField = Annotated[
-    CompilationMode,
-    parsed_by(CompilationMode.parse),
-    _BY_NAME,
-    WithJsonSchema(
-        {
-            "anyOf": [
-                {"type": "string", "enum": [*CompilationMode.__members__, "VLLM_COMPILE"]},
-                {"type": "integer", "minimum": 0, "maximum": 3},
-            ]
-        }
-    ),
+    CompilationMode, parsed_by(CompilationMode.parse), _BY_NAME, WithJsonSchema(_A_MODE)
 ]
 CUDAGraphModeField = Annotated[
-    CUDAGraphMode,
-    parsed_by(CUDAGraphMode.parse),
-    _BY_NAME,
-    WithJsonSchema({"type": "string", "enum": list(CUDAGraphMode.__members__)}),
+    CUDAGraphMode, parsed_by(CUDAGraphMode.parse), _BY_NAME, WithJsonSchema(_A_GRAPH_MODE)
 ]
 
-Flag = Annotated[bool, KEY]
+_CAPTURED = "it only decides which shapes are captured"
+_FOLDER = "each rank has a folder of its own"
+
+# --- groups --------------------------------------------------------------------------------------
 
 
 class StitchingConfig(FrozenModel):
     """The levers of the stitched function and its entry; each one off is slower, never different."""
 
-    bind_weights: Flag = Field(
-        True, description="Bind the weights once instead of fetching and passing them per call."
+    bind_weights: bool = key(True, "Bind the weights once instead of passing them per call.")
+    direct_splitting_ops: bool = key(
+        True, "Call a splitting op past the dispatcher, where that is equivalent."
     )
-    direct_splitting_ops: Flag = Field(
-        True,
-        description="Call a splitting op's own implementation, without the dispatcher, where that is equivalent.",
-    )
-    direct_artifact_entry: Flag = Field(
-        True, description="Call a compiled piece's inner entry instead of its public wrapper."
-    )
-    check_inputs: Flag = Field(
-        True, description="Check each call's inputs against what the trace assumed of them."
-    )
-    emit_del: Flag = Field(
-        True,
-        description="Write `del` after the last use of a value, so that memory is freed early.",
-    )
+    direct_artifact_entry: bool = key(True, "Call a piece's inner entry, not its public wrapper.")
+    check_inputs: bool = key(True, "Check each call's inputs against what the trace assumed.")
+    emit_del: bool = key(True, "Write `del` after the last use of a value, to free memory early.")
 
 
 class DynamicShapesConfig(FrozenModel):
@@ -217,38 +188,40 @@ class DynamicShapesConfig(FrozenModel):
 
         def __init__(self, **fields: Any) -> None: ...
 
-    type: Annotated[DynamicShapesType, KEY] = Field(
+    type: DynamicShapesType = key(
         DynamicShapesType.AUTO,
-        description="`auto`: every size is served, by one trace where that is known to be right, else by several, made when "
-        "a call first needs them; the others make one trace: `backed`: symbols with a hint, sizes 0 and 1 are not served; "
-        "`unbacked`: no hint, so nothing can be specialised; `backed_size_oblivious`: a hint, but sizes 0 and 1 are not special.",
+        "`auto`: every size is served, by one trace where that is known to be right, else by "
+        "several, made when a call first needs them; the others make one trace: `backed`: symbols "
+        "with a hint, sizes 0 and 1 are not served; `unbacked`: no hint, so nothing can be "
+        "specialised; `backed_size_oblivious`: a hint, but sizes 0 and 1 are not special.",
     )
-    evaluate_guards: Flag = Field(
+    evaluate_guards: bool = key(
         False,
-        description="Check each call's sizes against Dynamo's shape guards, also where `check_inputs` is off.",
+        "Check each call's sizes against Dynamo's shape guards, also where `check_inputs` is off.",
     )
-    max_traces: Annotated[int, ignored("each trace is what it is, however many there are")] = Field(
+    max_traces: int = no_key(
         8,
+        "each trace is what it is, however many there are",
+        "How many traces calls may get by themselves under `auto`: the example's, and others for "
+        "sizes that it does not serve; what `piecework.compile(sizes=...)` and `capture` ask for "
+        "does not count.",
         ge=1,
-        description="How many traces calls may get by themselves under `auto`: the example's, and others for sizes that it "
-        "does not serve; what `piecework.compile(sizes=...)` and `capture` ask for does not count.",
     )
 
 
 class PassConfig(FrozenModel):
     """What a user's passes need of the compilation; the passes themselves are `inductor_passes`."""
 
-    fuse_attn_quant: Flag = Field(
-        False,
-        description="A user pass fuses attention with what follows, so attention stays in the graph.",
+    fuse_attn_quant: bool = key(
+        False, "A user pass fuses attention with what follows, so it stays in the graph."
     )
-    enable_sp: Flag = Field(
+    enable_sp: bool = key(
         False,
-        description="A user pass cuts the sequence over the tensor-parallel ranks, so captured "
-        "sizes are multiples of their number.",
+        "A user pass cuts the sequence over the tensor-parallel ranks, so captured sizes are "
+        "multiples of their number.",
     )
-    report_matches: Annotated[bool, ignored("it only adds a report")] = Field(
-        False, description="Report how often each pass matched."
+    report_matches: bool = no_key(
+        False, "it only adds a report", "Report how often each pass matched."
     )
 
 
@@ -260,47 +233,33 @@ class RuntimeConfig(FrozenModel):
 
         def __init__(self, **fields: Any) -> None: ...
 
-    max_num_batched_tokens: Annotated[int, KEY] = Field(
-        8192, ge=1, description="The most tokens in one forward; the end of the last range."
+    max_num_batched_tokens: int = key(
+        8192, "The most tokens in one forward; the end of the last range.", ge=1
     )
-    max_num_seqs: Annotated[int, ignored("it only bounds the captured sizes")] = Field(
-        256, ge=1, description="The most requests in one forward."
+    max_num_seqs: int = no_key(256, _CAPTURED, "The most requests in one forward.", ge=1)
+    uniform_decode_query_len: int = no_key(
+        1, _CAPTURED, "Query tokens of a request in a decode batch (1 plus the speculated).", ge=1
     )
-    uniform_decode_query_len: Annotated[int, ignored("it only shapes the captured sizes")] = Field(
-        1, ge=1, description="Query tokens of a request in a decode batch (1 plus the speculated)."
+    further_decode_query_lens: Sizes = no_key(
+        (), _CAPTURED, "Narrower query lengths of decode batches, where the draft's width varies."
     )
-    further_decode_query_lens: Annotated[Sizes, ignored("they only shape the captured sizes")] = (
-        Field(
-            (),
-            description="Narrower query lengths that decode batches have too, where the width of the draft varies.",
-        )
+    enable_lora: bool = no_key(
+        False, _CAPTURED, "Adapters may be active, so captured graphs are kept apart by it."
     )
-    enable_lora: Annotated[bool, ignored("it only adds captured descriptors")] = Field(
-        False, description="Adapters may be active, so captured graphs are kept apart by it."
+    rank: int = no_key(0, _FOLDER, "This process among the `world_size` of one replica.", ge=0)
+    dp_rank: int = no_key(0, _FOLDER, "This replica's number among the data-parallel ones.", ge=0)
+    world_size: int = key(1, "Processes of one replica: collectives span them.", ge=1)
+    tensor_parallel_size: int = key(1, "Ranks that one layer is cut over.", ge=1)
+    data_parallel_size: int = no_key(
+        1, "replicas run the same code", "How many replicas run side by side.", ge=1
     )
-    rank: Annotated[int, ignored("each rank has a folder of its own")] = Field(
-        0, ge=0, description="This process among the `world_size` of one replica."
-    )
-    dp_rank: Annotated[int, ignored("each rank has a folder of its own")] = Field(
-        0, ge=0, description="This replica's number among the data-parallel ones."
-    )
-    world_size: Annotated[int, KEY] = Field(
-        1, ge=1, description="Processes of one replica: collectives span them."
-    )
-    tensor_parallel_size: Annotated[int, KEY] = Field(
-        1, ge=1, description="Ranks that one layer is cut over."
-    )
-    data_parallel_size: Annotated[int, ignored("replicas run the same code")] = Field(
-        1, ge=1, description="How many replicas run side by side."
-    )
-    dtype: Annotated[str, KEY] = Field(
+    dtype: str = key(
         "",
+        "The model's dtype, by torch's name: an error where none of its weights has it. Empty asks "
+        "nothing of them.",
         pattern=r"^([a-z][a-z0-9_]*)?$",
-        description="The model's dtype, by torch's name: an error where none of its weights has it. Empty asks nothing of them.",
     )
-    model_name: Annotated[str, ignored("only a label; the key has the model's content")] = Field(
-        "", description="The model's name in reports and folders."
-    )
+    model_name: str = no_key("", "only a label", "The model's name in reports and folders.")
 
     @property
     def query_lens(self) -> tuple[int, ...]:
@@ -309,22 +268,20 @@ class RuntimeConfig(FrozenModel):
 
     def conflicts(self) -> Iterator[ConfigProblem]:
         widest, tokens = self.uniform_decode_query_len, self.max_num_batched_tokens
-        ranks, replicas, seqs = self.world_size, self.data_parallel_size, self.max_num_seqs
-        wider = ", ".join(str(n) for n in self.further_decode_query_lens if n > widest)
-        if wider:
+        if max(self.query_lens) > widest:
             names = "further_decode_query_lens, uniform_decode_query_len"
-            yield ConfigProblem(names, f"{wider} is more than {widest}, the widest")
+            yield ConfigProblem(names, f"{widest} must be the widest of {self.query_lens}")
         if widest > tokens:
             names = "uniform_decode_query_len, max_num_batched_tokens"
             yield ConfigProblem(names, f"a request of {widest} tokens does not fit in {tokens}")
-        if self.rank >= ranks:
-            yield ConfigProblem("rank, world_size", f"rank {self.rank} of {ranks}")
-        if self.dp_rank >= replicas:
-            names = "dp_rank, data_parallel_size"
-            yield ConfigProblem(names, f"replica {self.dp_rank} of {replicas}")
-        if ranks % self.tensor_parallel_size:
-            why = f"{ranks} ranks are no multiple of {self.tensor_parallel_size}"
+        if self.rank >= self.world_size:
+            yield ConfigProblem("rank, world_size", f"rank {self.rank} of {self.world_size}")
+        if self.dp_rank >= self.data_parallel_size:
+            why = f"replica {self.dp_rank} of {self.data_parallel_size}"
+            yield ConfigProblem("dp_rank, data_parallel_size", why)
+        if self.world_size % self.tensor_parallel_size:
+            why = f"{self.world_size} ranks are no multiple of {self.tensor_parallel_size}"
             yield ConfigProblem("world_size, tensor_parallel_size", why)
-        if seqs > tokens:
-            why = f"{seqs} requests of at least one token do not fit in {tokens} tokens"
+        if self.max_num_seqs > tokens:
+            why = f"{self.max_num_seqs} requests do not fit in {tokens} tokens"
             yield ConfigProblem("max_num_seqs, max_num_batched_tokens", why)

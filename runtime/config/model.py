@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import pkgutil
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from piecework.errors import ConfigError, ConfigProblem, did_you_mean
-from piecework.runtime.config.qualified_name import import_qualified
 from piecework.runtime.store.digest import canonical, text_of
 
 CACHE_KEY = "x-cache-key"
-# Every field says, also in its JSON schema, whether the compile cache's key has it, or why not.
-KEY: Any = Field(json_schema_extra={CACHE_KEY: True})
+# ``package.module:name.attribute``, or dots throughout.
+QUALIFIED_NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*[.:][A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 
 
-def ignored(reason: str) -> Any:
-    """For a field that cannot change what is compiled or emitted, with the reason."""
-    return Field(json_schema_extra={CACHE_KEY: reason})
+def key(default: Any, description: str, **limits: Any) -> Any:
+    """A field that the compile cache's key has, as its JSON schema says."""
+    return Field(default, description=description, json_schema_extra={CACHE_KEY: True}, **limits)
+
+
+def no_key(default: Any, reason: str, description: str, **limits: Any) -> Any:
+    """A field that cannot change what is compiled or emitted, for this reason."""
+    return Field(default, description=description, json_schema_extra={CACHE_KEY: reason}, **limits)
 
 
 class FrozenModel(BaseModel):
@@ -80,31 +86,24 @@ class FrozenModel(BaseModel):
         return type(self)(**{**dict(self), **changes})
 
 
-class FrozenMap(Mapping[str, Any]):
-    """A read-only, hashable mapping; the lists and dicts inside are frozen with it."""
-
-    __slots__ = ("_items",)
+class FrozenMap(dict[str, Any]):
+    """A read-only, hashable dict; the lists and dicts inside are frozen with it."""
 
     def __init__(self, items: Mapping[str, Any]) -> None:
-        self._items = {key: _frozen(value) for key, value in items.items()}
+        ordered = sorted(items, key=str)  # so that equal ones are also written alike
+        super().__init__((name, _frozen(items[name])) for name in ordered)
 
-    def __getitem__(self, key: str) -> Any:
-        return self._items[key]
+    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError("a configuration is frozen: replace(...) makes another")
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._items)
+    __setitem__ = __delitem__ = __ior__ = _refuse
+    update = pop = popitem = clear = setdefault = _refuse
 
-    def __len__(self) -> int:
-        return len(self._items)
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(frozenset(self.items()))
 
-    def __hash__(self) -> int:
-        return hash(frozenset(self._items.items()))
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Mapping) and self._items == FrozenMap(other)._items
-
-    def __repr__(self) -> str:
-        return repr(self._items)
+    def __reduce__(self) -> tuple[type[FrozenMap], tuple[dict[str, Any]]]:
+        return FrozenMap, (dict(self),)
 
 
 def _frozen(value: Any) -> Any:
@@ -116,7 +115,7 @@ def _frozen(value: Any) -> Any:
 def thaw(value: Any) -> Any:
     """``value`` with plain dicts and lists in place of frozen ones."""
     if isinstance(value, Mapping):
-        return {key: thaw(item) for key, item in value.items()}
+        return {name: thaw(item) for name, item in value.items()}
     return list(map(thaw, value)) if isinstance(value, tuple) else value
 
 
@@ -141,13 +140,13 @@ def factors_of(model: FrozenModel) -> dict[str, str]:
         if field.json_schema_extra[CACHE_KEY] is not True:  # type: ignore[index]
             continue
         if isinstance(value, FrozenModel):
-            factors |= {f"{name}.{key}": text for key, text in factors_of(value).items()}
+            factors |= {f"{name}.{inner}": text for inner, text in factors_of(value).items()}
         elif isinstance(value, FrozenMap):
-            for key, each in sorted(value.items()):
-                where = f"{name}.{key}"
+            for option, each in sorted(value.items()):
+                where = f"{name}.{option}"
                 if name == "inductor_passes" and isinstance(each, str):
                     each = import_qualified(each, where=where)
-                factors[where] = text_of(canonical(each, where))
+                factors[where] = text_of(canonical(thaw(each), where))
         else:
             factors[name] = text_of(canonical(value, name))
     return factors
@@ -164,21 +163,16 @@ def report(
     """One error that lists every problem of ``subject``, one a line."""
     count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
     lines = "".join(f"\n  {each.field or subject}: {each.message}" for each in problems)
-    return ConfigError(
-        f"{count} in {subject}:{lines}",
-        hint=hint,
-        problems=tuple(problems),
-    )
+    return ConfigError(f"{count} in {subject}:{lines}", hint=hint, problems=tuple(problems))
 
 
 def _config_error(model: type[FrozenModel], error: ValidationError) -> ConfigError:
     problems = []
     for detail in error.errors(include_url=False):
-        *path, name = map(str, detail["loc"]) if detail["loc"] else ("",)
+        *path, name = map(str, detail["loc"] or ("",))
         if detail["type"] == "extra_forbidden":
             owner = group_of(model, path[0]) if path else model
-            known = owner.model_fields if owner is not None else ()
-            hint = did_you_mean(name, known)
+            hint = did_you_mean(name, owner.model_fields if owner is not None else ())
             message = f"is not a field of this configuration{hint and f'; {hint}'}"
         elif detail["type"] == "value_error":
             message = str(detail["ctx"]["error"])
@@ -186,3 +180,39 @@ def _config_error(model: type[FrozenModel], error: ValidationError) -> ConfigErr
             message = f"{detail['msg'][0].lower()}{detail['msg'][1:]}, got {detail['input']!r:.80}"
         problems.append(ConfigProblem(".".join([*path, name]), message))
     return report(model.__name__, problems, model.explained_by)
+
+
+# --- Python objects by name ----------------------------------------------------------------------
+
+
+def qualified_name(value: str | Callable[..., Any]) -> str:
+    """How a callable is written in a file: ``module:name``; a string stays as it is.
+
+    Raises:
+        ValueError: it has no name that can be imported (a lambda, a local function, an object).
+    """
+    if isinstance(value, str):
+        return value
+    module, name = getattr(value, "__module__", None), getattr(value, "__qualname__", None)
+    if not module or not name or "<" in name or module == "__main__":
+        raise ValueError(f"{value!r} has no importable name, so it can't be written to a file")
+    return f"{module}:{name}"
+
+
+def import_qualified(name: str, *, where: str) -> Any:
+    """The object that ``name`` points to: ``module:name`` or ``module.name``, nested names included.
+
+    Args:
+        where: the field it comes from, for the error.
+
+    Raises:
+        ConfigError: the module can't be imported or has no such name.
+    """
+    try:
+        return pkgutil.resolve_name(name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(
+            f"{name!r} can't be imported: {error}",
+            where=where,
+            hint="write package.module:name, and put the package on the Python path",
+        ) from error

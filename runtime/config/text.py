@@ -1,17 +1,17 @@
-"""Configurations as text: JSON, TOML and ``-O`` options, each read and written."""
+"""Configurations as text: JSON, TOML and ``-O`` options, each read and written; their fields described."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic_core import PydanticSerializationError
 
 from piecework.errors import ConfigError
-from piecework.runtime.config.model import FrozenModel
+from piecework.runtime.config.model import CACHE_KEY, FrozenModel, group_of
 
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 
@@ -50,19 +50,17 @@ def to_toml(config: FrozenModel, *, only_changed: bool = False) -> str:
     """
     data = to_data(config, only_changed=only_changed)
     plain = {n: each for n, each in data.items() if not isinstance(each, (dict, type(None)))}
-    blocks = [_toml_lines(plain)] if plain else []
-    for name, table in data.items():
-        if isinstance(table, dict):
-            blocks.append(f"[{name}]\n{_toml_lines(table)}")
-    return "\n".join(blocks)
+    tables = {n: each for n, each in data.items() if isinstance(each, dict)}
+    blocks = [("", plain)] if plain else []
+    blocks += [(f"[{name}]\n", table) for name, table in tables.items()]
+    return "\n".join(
+        head + "".join(f"{_toml_key(name)} = {_toml(value)}\n" for name, value in table.items())
+        for head, table in blocks
+    )
 
 
-def _toml_lines(table: Mapping[str, Any]) -> str:
-    return "".join(f"{_toml_key(key)} = {_toml(value)}\n" for key, value in table.items())
-
-
-def _toml_key(key: str) -> str:
-    return key if _BARE_KEY.fullmatch(key) else _toml(key)
+def _toml_key(name: str) -> str:
+    return name if _BARE_KEY.fullmatch(name) else _toml(name)
 
 
 def _toml(value: Any) -> str:
@@ -85,20 +83,18 @@ def read_data(path: Path) -> dict[str, Any]:
     import tomllib  # few configurations are files
 
     parse = {".json": json.loads, ".toml": tomllib.loads}.get(path.suffix.lower())
-    if parse is None:
-        raise ConfigError(
-            f"a configuration file ends in .json or .toml, not {path.suffix!r}", where=str(path)
-        )
     try:
+        if parse is None:
+            raise ValueError(f"its name must end in .json or .toml, not {path.suffix!r}")
         data = parse(path.read_text(encoding="utf-8"))
+        if not isinstance(data, dict):
+            raise ValueError("a configuration is an object of fields")
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(
             f"the file can't be read: {error}",
             where=str(path),
             hint="`piecework config show` prints one as TOML, with --format json as JSON",
         ) from None
-    if not isinstance(data, dict):
-        raise ConfigError("a configuration is an object of fields", where=str(path))
     return data
 
 
@@ -161,12 +157,57 @@ def to_overrides(config: FrozenModel, *, flag: str = "-O") -> list[str]:
     """
     options = []
     for name, value in to_data(config, only_changed=True).items():
-        for key, each in value.items() if isinstance(value, dict) else [("", value)]:
+        for inner, each in value.items() if isinstance(value, dict) else [("", value)]:
             text = json.dumps(each, ensure_ascii=False, separators=(",", ":"))
             if isinstance(each, str) and _value(each) == each == each.strip():
                 text = each  # bare where that reads back as the same string
-            if isinstance(value, dict) and not re.fullmatch(r"[\w-]+(\.[\w-]+)*", key):
-                options.append(flag + json.dumps({name: {key: each}}, ensure_ascii=False))
+            if isinstance(value, dict) and not re.fullmatch(r"[\w-]+(\.[\w-]+)*", inner):
+                options.append(flag + json.dumps({name: {inner: each}}, ensure_ascii=False))
             else:
-                options.append(f"{flag}.{name}{key and '.' + key}={text}")
+                options.append(f"{flag}.{name}{inner and '.' + inner}={text}")
     return options
+
+
+# --- the fields described ------------------------------------------------------------------------
+
+
+class FieldRow(NamedTuple):
+    """One field as it is documented, all as text."""
+
+    name: str
+    default: str
+    role: str
+    description: str
+
+
+def field_rows(model: type[FrozenModel], prefix: str = "") -> Iterator[FieldRow]:
+    """Every field of ``model`` in order; a group is followed by its own fields."""
+    defaults = to_data(model())
+    for name, field in model.model_fields.items():
+        group = group_of(model, name)
+        if group is not None:
+            yield from field_rows(group, f"{prefix}{name}.")
+            continue
+        default = defaults[name]
+        shown = str(default).lower() if default is None or default in (True, False) else default
+        reason = field.json_schema_extra[CACHE_KEY]  # type: ignore[index]
+        role = "yes" if reason is True else f"no: {reason}"
+        yield FieldRow(prefix + name, str(shown) or '""', role, field.description or "")
+
+
+def json_schema(model: type[FrozenModel]) -> dict[str, Any]:
+    """pydantic's JSON schema of ``model``; each field has its role in the cache key."""
+    schema = model.model_json_schema(by_alias=False)
+    for name, default in to_data(model()).items():  # as a file would hold it: a mode by name
+        schema["properties"][name]["default"] = default
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+def markdown_table(model: type[FrozenModel]) -> str:
+    """The fields of ``model`` as a Markdown table."""
+    lines = ["| field | default | meaning | in the cache key |", "|---|---|---|---|"]
+    for row in field_rows(model):
+        # Why a field is not in the key is in the schema, and in `piecework config schema`.
+        cells = (f"`{row.name}`", f"`{row.default}`", row.description, row.role.partition(":")[0])
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "".join(f"{line}\n" for line in lines)

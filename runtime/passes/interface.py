@@ -15,7 +15,7 @@ import torch.fx
 
 from piecework.errors import ConfigError
 from piecework.runtime.batch.ranges import Range
-from piecework.runtime.config.qualified_name import import_qualified
+from piecework.runtime.config.model import import_qualified
 from piecework.runtime.store.digest import digest_of
 from piecework.scope import set_for
 

@@ -13,8 +13,7 @@ from typer.testing import CliRunner
 
 from piecework.cli.config import config_app
 from piecework.runtime.config.compilation import CompilationConfig
-from piecework.runtime.config.docs import json_schema, markdown_table
-from piecework.runtime.config.text import parse_overrides
+from piecework.runtime.config.text import json_schema, markdown_table, parse_overrides
 
 GOOD = 'mode = 0\n[stitching_config]\nemit_del = false\n[inductor_compile_config]\n"a.b" = 1\n'
 
@@ -88,7 +87,6 @@ def test_show_resolved_as_text_reads_back():
         "check absent.toml",
         "check -O.mode",
         "check -O.mode=0 -R.x.=1",
-        "schema --update absent.md",
         "show --no-such-option",
     ],
 )
@@ -152,21 +150,6 @@ def test_schema_in_each_form(tmp_path):
         for line in lines
     )
     assert run("schema", "--runtime").stdout.startswith("max_num_batched_tokens (")
-
-
-def test_schema_updates_a_page(tmp_path):
-    page = tmp_path / "page.md"
-    blocks = [
-        f"<!-- fields of {name} -->\nstale\n<!-- end of fields -->"
-        for name in ("CompilationConfig", "RuntimeConfig")
-    ]
-    page.write_text("# Title\n" + "\n".join(blocks))
-    assert run("schema", "--update", page).exit_code == 0
-    text = page.read_text(encoding="utf-8")
-    assert "stale" not in text and markdown_table(CompilationConfig) in text
-    page.write_text("no markers")
-    assert run("schema", "--update", page).exit_code == 2
-    assert page.read_text() == "no markers"
 
 
 def test_configurations_are_read_without_torch():

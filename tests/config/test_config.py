@@ -129,19 +129,13 @@ def test_a_wrong_splitting_op_is_named(op):
 
 
 @pytest.mark.parametrize(
-    ("rules", "said"),
-    [
-        (["all", "none"], ["'all' and 'none' are both given"]),
-        (["all", "all"], ["'all' and 'all' are both given"]),
-        (["+x", "-x"], ["'+x' and '-x' are both given"]),
-        (["silu"], ["'silu' is not 'all', 'none', '+op' or '-op'"]),
-        (["+"], ["'+' is not"]),
-        (["none", "all", "y", "+x", "-x"], ["'y' is not", "'none' and 'all'", "'+x' and '-x'"]),
-    ],
+    "rules",
+    [["all", "none"], ["all", "all"], ["+x", "-x"], ["silu"], ["+"], ["none", "y"]],
 )
-def test_custom_op_rules_that_contradict(rules, said):
+def test_custom_op_rules_that_contradict(rules):
     message = fails(custom_ops=rules)["custom_ops"]
-    assert all(part in message for part in said)
+    assert message.startswith("takes one of 'all' and 'none', and '+op' or '-op' for an op")
+    assert all(repr(rule) in message for rule in rules)
 
 
 @pytest.mark.parametrize(
@@ -174,19 +168,6 @@ def test_passes_are_callables_or_names():
     assert "'d' must be" in fails(inductor_passes={"d": "no name"})["inductor_passes"]
 
 
-def test_all_conflicts_are_reported_together():
-    found = fails(
-        use_inductor_graph_partition=True,
-        backend="eager",
-        cudagraph_capture_sizes=[1, 2],
-        max_cudagraph_capture_size=4,
-    )
-    assert set(found) == {
-        "use_inductor_graph_partition, backend",
-        "cudagraph_capture_sizes, max_cudagraph_capture_size",
-    }
-
-
 def test_wrong_fields_are_reported_together():
     found = fails(
         mode="x",
@@ -213,6 +194,15 @@ def test_wrong_fields_are_reported_together():
             "use_inductor_graph_partition, backend",
         ),
         ({"use_inductor_graph_partition": True, "mode": 0}, "use_inductor_graph_partition, mode"),
+        ({"cudagraph_mode": "FULL", "mode": 0}, "cudagraph_mode, mode"),
+        (
+            {"cudagraph_mode": "FULL", "cudagraph_capture_sizes": []},
+            "cudagraph_mode, cudagraph_capture_sizes",
+        ),
+        (
+            {"cudagraph_mode": "FULL", "cudagraph_capture_sizes": [4], "compile_sizes": [3]},
+            "compile_sizes, cudagraph_capture_sizes",
+        ),
         ({"cudagraph_mode": "PIECEWISE", "mode": 1}, "cudagraph_mode, mode"),
         ({"cudagraph_mode": "FULL_AND_PIECEWISE", "mode": 2}, "cudagraph_mode, mode"),
         ({"cudagraph_mode": "PIECEWISE", "splitting_ops": []}, "cudagraph_mode, splitting_ops"),
@@ -263,7 +253,7 @@ def test_nothing_can_be_assigned_or_deleted():
     assert config == before
 
 
-def test_replace_makes_a_checked_copy():
+def test_replace_and_validate_make_checked_copies():
     config = CompilationConfig(backend="eager")
     changed = config.replace(mode=0, stitching_config={"emit_del": False})
     assert (config.mode, changed.mode) == (CompilationMode.PIECEWORK_COMPILE, CompilationMode.NONE)
@@ -272,15 +262,11 @@ def test_replace_makes_a_checked_copy():
         config.replace(mode=1, cudagraph_mode="PIECEWISE")
     with pytest.raises(ConfigError, match="unknown"):
         config.replace(unknown=1)
-
-
-def test_pydantic_validation_raises_the_same_error():
     with pytest.raises(ConfigError) as caught:
         CompilationConfig.model_validate({"mode": 9, "unknown": 1})
     assert set(problems(caught)) == {"mode", "unknown"}
     with pytest.raises(ConfigError):
         CompilationConfig.model_validate([])
-    assert CompilationConfig.model_validate({"mode": 0}) == CompilationConfig(mode=0)
 
 
 def test_configs_are_values():
@@ -290,4 +276,3 @@ def test_configs_are_values():
     for copied in (pickle.loads(pickle.dumps(config)), copy.deepcopy(config), config.replace()):
         assert copied == config and hash(copied) == hash(config)
     assert config != CompilationConfig()
-    assert FrozenMap({"a": [1]}) == {"a": [1]} != FrozenMap({"a": [2]})

@@ -8,7 +8,7 @@ import torch
 from piecework.errors import ConfigError
 from piecework.runtime.batch.ranges import OPEN_END, Range
 from piecework.runtime.config.compilation import CompilationConfig, RuntimeConfig
-from piecework.runtime.config.qualified_name import import_qualified, qualified_name
+from piecework.runtime.config.model import import_qualified, qualified_name
 from piecework.runtime.pieces.backend import PieceworkBackend
 
 

@@ -194,8 +194,8 @@ def test_options_as_a_person_would_write_them():
         "-O.mode=NONE",
         '-O.cache_dir="12"',
         "-O.compile_sizes=[1,8]",
-        "-O.inductor_compile_config.triton.cudagraphs=true",
         '-O{"inductor_compile_config": {"a = b": "x"}}',
+        "-O.inductor_compile_config.triton.cudagraphs=true",
         "-O.stitching_config.emit_del=false",
     ]
 

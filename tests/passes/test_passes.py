@@ -12,7 +12,7 @@ import piecework
 from piecework.errors import ConfigError, PieceCompileError
 from piecework.runtime.batch.ranges import Range
 from piecework.runtime.config.compilation import CompilationConfig
-from piecework.runtime.config.qualified_name import import_qualified
+from piecework.runtime.config.model import import_qualified
 from piecework.runtime.passes import (
     CallableInductorPass,
     InductorPass,
