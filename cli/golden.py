@@ -44,16 +44,12 @@ def check(
 ) -> None:
     """Compare what every case emits with its golden, and check that the text runs, names and repeats right.
 
-    Nothing is accepted. Where CI is set nothing is written; elsewhere each difference is left beside its golden as a .new file. Where the
-    goldens are those of tests, the tests with the fixture stitched_golden are run (NAMES are then files or test ids).
+    Nothing is accepted. Where CI is set nothing is written; elsewhere each difference is left beside its golden as a .new file. Goldens of
+    tests are compared by pytest: pytest --piecework-only.
     """
     from piecework.golden import snapshot
     from piecework.golden.check import check_cases
 
-    with typed_errors():
-        tests = _tests(names, root)
-        if tests is not None:
-            raise typer.Exit(_run_tests(tests, as_json))
     with typed_errors(), _progress() as step:
         run = check_cases(
             _root(root),
@@ -83,9 +79,6 @@ def update(
                 "goldens are not written in continuous integration (the variable CI is set)",
                 hint="update them on your machine, review and commit them",
             )
-        tests = _tests(names, root)
-        if tests is not None:
-            raise typer.Exit(_run_tests(tests, as_json, write=True))
     with typed_errors(), _progress() as step:
         run = update_cases(_root(root), names or (), two_seeds=not fast, progress=step)
     _report_run(run, as_json)
@@ -215,27 +208,12 @@ def report(
 ) -> None:
     """Write one page that shows every golden that differs from what its case emits, side by side.
 
-    No golden or proposal of a case is written; tests leave their proposals. Exit code 1 if any differs.
+    No golden or proposal is written. Exit code 1 if any differs.
     """
-    from piecework.golden import snapshot
-    from piecework.golden.check import check_cases, run_suite, shown, suite_proposals
+    from piecework.golden.check import check_cases, shown
     from piecework.golden.page import entry_of, write_page
 
     with typed_errors():
-        tests = _tests(names, root)
-        if tests is not None:
-            if snapshot.in_ci():
-                raise UsageError(
-                    "tests leave no proposals to show in continuous integration (the variable CI is set)",
-                    hint="make the report where you work, without the variable",
-                )
-            run_suite(tests, update=False, quiet=True)
-            goldens = suite_proposals(tests)
-            pages = [entry_of(snapshot.proposed(golden), shown(golden)) for golden in goldens]
-            write_page(output, pages)
-            differ = "1 golden differs" if len(pages) == 1 else f"{len(pages)} goldens differ"
-            _say(f"{differ}; page: {shown(output)}")
-            raise typer.Exit(DIFFERS if pages else DONE)
         with _progress() as step:
             run = check_cases(
                 _root(root), names or (), propose=False, two_seeds=False, progress=step
@@ -295,27 +273,6 @@ def _progress() -> Iterator[object]:
 # --- arguments ---------------------------------------------------------------------------------------
 
 
-def _tests(names: Sequence[str] | None, root: Path | None) -> Sequence[Path] | None:
-    """The tests whose goldens a command is about; None if it is about cases."""
-    from piecework.golden.check import default_root, suite_under
-
-    _import_from_here()
-    if root is not None or default_root() is not None:
-        return None
-    found = suite_under(Path.cwd())
-    return [Path(name) for name in names] if found and names else found or None
-
-
-def _run_tests(tests: Sequence[Path], as_json: bool, write: bool = False) -> int:
-    from piecework.golden.check import run_suite, shown, suite_proposals
-
-    passed = run_suite(tests, update=write, quiet=as_json)
-    if as_json:
-        left = [] if write else [shown(golden) for golden in suite_proposals(tests)]
-        print(json.dumps({"passed": passed, "proposed": left}, indent=2))
-    return DONE if passed else DIFFERS
-
-
 def _import_from_here() -> None:
     """Let cases import packages of the working folder, as ``python -m`` does."""
     if "" not in sys.path and os.getcwd() not in sys.path:
@@ -333,11 +290,12 @@ def _graph_beside(source: Path) -> str:
 def _root(root: Path | None) -> Path:
     from piecework.golden.check import default_root
 
+    _import_from_here()
     found = root or default_root()
     if found is None:
         raise UsageError(
-            "there is no folder golden/cases here, and no test that uses stitched_golden",
-            hint="name a folder of cases with --root",
+            "there is no folder golden/cases here",
+            hint="name a folder of cases with --root; goldens of tests are compared by pytest --piecework-only",
         )
     return found
 

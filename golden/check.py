@@ -1,4 +1,4 @@
-"""The four checks of a golden case, and pytest runs of a suite's goldens.
+"""The four checks of a golden case.
 
 A text is equal, has no undefined name, does what `torch.fx.Interpreter` does, and is the same under two hash seeds. `check_cases`
 writes proposals only where it is told to; goldens are written by `update_cases` alone, and only texts that passed the other checks.
@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -29,13 +28,10 @@ from piecework.golden.cases import (
     unreferenced,
 )
 from piecework.golden.execute import call_differences, differences
-from piecework.golden.plugin import ONLY, OPTION
 from piecework.golden.snapshot import Comparison, State
 from piecework.golden.texts import STITCHED, EmittedText, undefined_names
 
 _SEEDS = ("1", "2")
-_FIXTURE = b"stitched_golden"
-_TEST_FILE = re.compile(r"test_.*\.py|.*_test\.py|conftest\.py")
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,9 +234,7 @@ def update_command(names: Sequence[str], root: Path) -> str:
 
 
 def default_root() -> Path | None:
-    """``golden/cases`` in the working folder; else None if there are tests with goldens, else that of an editable installation."""
-    if not (Path.cwd() / "golden" / "cases").is_dir() and suite_under(Path.cwd()):
-        return None
+    """``golden/cases`` in the working folder, else that of an editable installation."""
     for base in (Path.cwd(), Path(__file__).parent.parent):
         root = base / "golden" / "cases"
         if root.is_dir():
@@ -300,50 +294,6 @@ def _first_difference(here: str, there: str) -> str:
         if left != right:
             return f"line {number} is {left.strip()!a} here and {right.strip()!a} there"
     return f"{len(ours)} lines here, {len(theirs)} there: {there[:200]!a}"
-
-
-# --- goldens of tests ----------------------------------------------------------------------------------
-
-
-def suite_under(place: Path) -> list[Path]:
-    """Test files that speak of the fixture; the whole folder of a ``conftest.py`` that does."""
-    found: list[Path] = []
-    for folder, files in snapshot.folders(place):
-        tests = [folder / name for name in files if _TEST_FILE.fullmatch(name)]
-        speak = [path for path in tests if _FIXTURE in path.read_bytes()]
-        found += [folder] if folder / "conftest.py" in speak else speak
-    return [path for path in found if not any(other in path.parents for other in found)]
-
-
-def run_suite(tests: Iterable[str | os.PathLike[str]], *, update: bool, quiet: bool) -> bool:
-    """Run the tests that use the fixture in a process of its own; True if they all passed. ``quiet`` keeps pytest's output back.
-
-    Raises:
-        UsageError: none of ``tests`` uses the fixture, or pytest could not run them.
-    """
-    # What torch logs while it traces says nothing of a golden.
-    options = [ONLY, "-q", "--tb=short", "--show-capture=no", *([OPTION] if update else [])]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, *map(os.fspath, tests)],
-        stdout=subprocess.PIPE if quiet else None,
-        stderr=subprocess.STDOUT if quiet else None,
-        text=True,
-        check=False,
-    )
-    if done.returncode == 5:
-        hint = "name test files, or cases with --root"
-        raise UsageError("no test here uses stitched_golden", hint=hint)
-    if done.returncode > 1:
-        tail = "\n".join((done.stdout or "").splitlines()[-20:])
-        problem = f"pytest could not run the tests (exit code {done.returncode})\n{tail}"
-        raise UsageError(problem.rstrip())
-    return done.returncode == 0
-
-
-def suite_proposals(tests: Sequence[Path]) -> list[Path]:
-    """Goldens of these tests that have a proposal."""
-    places = {path if path.is_dir() else path.parent / snapshot.STORE_NAME for path in tests}
-    return snapshot.pending(places)
 
 
 if __name__ == "__main__":

@@ -7,11 +7,9 @@ and to the graph's own tensors. Other state of the graph's modules is not watche
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import zip_longest
-from typing import NamedTuple
 
 import torch
 import torch.fx
@@ -25,15 +23,6 @@ from piecework.golden.cases import LoadedCase
 
 _SEED = 20
 _PLAIN: dict[type, type] = {immutable_list: list, immutable_dict: dict}
-
-
-class _Outcome(NamedTuple):
-    """What one run left behind; ``aliases`` says of each tensor which earlier one shares its memory or is itself."""
-
-    result: object
-    arguments: tuple[object, ...]
-    state: dict[str, torch.Tensor]
-    aliases: dict[str, tuple[str, str, int]]
 
 
 class Interpreter(torch.fx.Interpreter):
@@ -80,12 +69,17 @@ def differences(loaded: LoadedCase) -> list[str]:
         for side, function in sides.items():
             try:
                 with loaded.context(number):
-                    outcomes.append(_run(loaded.gm, function, arguments))
+                    outcomes.append(_run(loaded.gm, function, arguments)[1])
             except Exception as error:  # noqa: BLE001 - whatever an operator raises is the finding
                 problems.append(f"inputs[{number}]: {side} fails: {_one_line(error)}")
                 break
         else:
-            problems += [f"inputs[{number}]: {text}" for text in _compare(*outcomes)]
+            pairs = zip_longest(*outcomes, fillvalue=("", "nothing", "nothing"))
+            unequal = next(((one, other) for one, other in pairs if one != other), None)
+            if unequal is not None:
+                (name, what, wanted), (_, _, found) = unequal
+                problem = f"{name} has {what} {found} and should have {wanted}"
+                problems.append(f"inputs[{number}]: {problem}")
     return problems
 
 
@@ -98,15 +92,15 @@ def call_differences(loaded: LoadedCase) -> list[str]:
     for number, (arguments, call) in enumerate(zip(loaded.inputs, loaded.calls, strict=True)):
         try:
             with loaded.context(number):
-                graph = _run(loaded.gm, Interpreter(loaded.gm).run, arguments)
+                graph, _ = _run(loaded.gm, Interpreter(loaded.gm).run, arguments)
             with loaded.context(number):
                 result = call()
         except Exception as error:  # noqa: BLE001 - whatever is raised is the finding
             problems.append(f"inputs[{number}]: the call fails: {_one_line(error)}")
             continue
-        made = [tensor for _, tensor in _tensors(graph.result, "")]
-        for name, tensor in _tensors(result, "result"):
-            if not any(_close(tensor, each) for each in made):
+        made = [leaf for _, leaf in _leaves(graph, "") if isinstance(leaf, torch.Tensor)]
+        for name, leaf in _leaves(result, "result"):
+            if isinstance(leaf, torch.Tensor) and not any(_close(leaf, each) for each in made):
                 problems.append(f"inputs[{number}]: {name} is none of what the graph returns")
     return problems
 
@@ -135,10 +129,13 @@ def _emitted(loaded: LoadedCase) -> Callable[..., object]:
     return call
 
 
+Fact = tuple[str, str, object]
+
+
 def _run(
     gm: torch.fx.GraphModule, function: Callable[..., object], arguments: Sequence[object]
-) -> _Outcome:
-    """Run on copies of the arguments, and put the graph's tensors back as they were."""
+) -> tuple[object, list[Fact]]:
+    """The result of a run on copies of the arguments, and all that can be seen of it; the graph's tensors are put back as they were."""
     state = dict(_tensors_of(gm))
     before = {name: tensor.detach().clone() for name, tensor in state.items()}
     copies = copy.deepcopy(tuple(arguments))
@@ -146,12 +143,23 @@ def _run(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(_SEED)
             result = function(*copies)
-        after = {name: tensor.detach().clone() for name, tensor in state.items()}
-        return _Outcome(result, copies, after, _aliases(result, copies, state))
+        memory: dict[object, str] = {}
+        parts = {
+            "the graph's": state,
+            "an argument afterwards:": copies,
+            "result": result,
+        }
+        facts = [
+            (name, *fact)
+            for part, value in parts.items()
+            for name, leaf in _leaves(value, part)
+            for fact in _seen(leaf, name, memory)
+        ]
+        return result, facts
     finally:
         with torch.no_grad():
             for name, tensor in state.items():
-                if not _equal_bits(tensor, before[name]):
+                if _values(tensor) != _values(before[name]):
                     tensor.copy_(before[name])
 
 
@@ -167,109 +175,36 @@ def _tensors_of(gm: torch.fx.GraphModule) -> Iterator[tuple[str, torch.Tensor]]:
                 yield f"{path}.{node.target}" if path else str(node.target), value
 
 
-def _compare(expected: _Outcome, actual: _Outcome) -> Iterator[str]:
-    yield from _unequal(expected.result, actual.result, "result")
-    yield from _unequal(expected.arguments, actual.arguments, "arguments afterwards")
-    yield from _unequal(expected.state, actual.state, "the graph's tensors afterwards")
-    for name, alias in expected.aliases.items():
-        found = actual.aliases.get(name)
-        if found is not None and found != alias:
-            is_, should = (
-                f"the memory of {storage} at {offset} (the object of {same})"
-                for storage, same, offset in (found, alias)
-            )
-            yield f"{name} aliases {is_} and should alias {should}"
-
-
-def _unequal(expected: object, actual: object, where: str) -> Iterator[str]:
-    pairs = zip_longest(_leaves(expected, where), _leaves(actual, where))
-    for (name, left), (_, right) in pairs:
-        why = _why_unequal(left, right)
-        if why:
-            yield f"{name} {why}"
-            if isinstance(left, _Container):
-                return  # what is in it does not stand side by side
-
-
-class _Container(NamedTuple):
-    kind: type
-    keys: tuple[object, ...]
-
-
 def _leaves(value: object, name: str) -> Iterator[tuple[str, object]]:
-    """Every list, tuple and dict, by type and keys, then what is in it; FX's containers as those that they stand for."""
-    kind = _PLAIN.get(type(value), type(value))
-    if isinstance(value, (list, tuple)):
-        yield name, _Container(kind, tuple(range(len(value))))
-        for index, each in enumerate(value):
-            yield from _leaves(each, f"{name}[{index}]")
-    elif isinstance(value, dict):
-        yield name, _Container(kind, tuple(value))
-        for key, each in value.items():
-            yield from _leaves(each, f"{name}[{key!a}]")
+    """Every list, tuple and dict, as its type and keys, then what is in it; FX's containers as those that they stand for."""
+    if isinstance(value, (list, tuple, dict)):
+        keys = tuple(value) if isinstance(value, dict) else range(len(value))
+        yield name, (_PLAIN.get(type(value), type(value)), tuple(keys))
+        for key in keys:
+            yield from _leaves(value[key], f"{name}[{key!a}]")  # type: ignore[call-overload]
     else:
         yield name, value
 
 
-def _tensors(value: object, name: str) -> Iterator[tuple[str, torch.Tensor]]:
-    for at, each in _leaves(value, name):
-        if isinstance(each, torch.Tensor):
-            yield at, each
+def _seen(leaf: object, name: str, memory: dict[object, str]) -> Iterator[tuple[str, object]]:
+    """What can be seen of a value; of a tensor also the first one whose memory it shares, and the first one that it is."""
+    yield "type", type(leaf)
+    if not isinstance(leaf, torch.Tensor):
+        yield "value", repr(leaf) if isinstance(leaf, float) else leaf  # NaN, and the sign of 0
+        return
+    for what in ("dtype", "device", "layout", "shape", "requires_grad"):
+        yield what, getattr(leaf, what)
+    if leaf.layout == torch.strided:
+        yield "strides", leaf.stride()
+        yield "offset", leaf.storage_offset()
+        yield "the memory of", memory.setdefault(leaf.untyped_storage()._cdata, name)
+        yield "the object of", memory.setdefault(("object", id(leaf)), name)
+    yield "other values:", _values(leaf)
 
 
-def _why_unequal(expected: object, actual: object) -> str:
-    kinds = [
-        each.kind if isinstance(each, _Container) else type(each) for each in (expected, actual)
-    ]
-    if kinds[0] is not kinds[1]:
-        return f"is a {kinds[1].__qualname__} and should be a {kinds[0].__qualname__}"
-    if isinstance(expected, _Container) and isinstance(actual, _Container):
-        if expected.keys != actual.keys:
-            return f"has the keys {list(actual.keys)!a} and should have {list(expected.keys)!a}"
-        return ""
-    if isinstance(expected, torch.Tensor) and isinstance(actual, torch.Tensor):
-        for what in ("dtype", "device", "layout", "shape", "requires_grad"):
-            left, right = getattr(expected, what), getattr(actual, what)
-            if left != right:
-                return f"has {what} {right} and should have {left}"
-        if expected.layout == torch.strided and expected.stride() != actual.stride():
-            return f"has strides {actual.stride()} and should have {expected.stride()}"
-        return "" if _equal_bits(expected, actual) else "has other values"
-    if isinstance(expected, float) and isinstance(actual, float):
-        nan = math.isnan(expected) and math.isnan(actual)
-        signs = math.copysign(1, expected) == math.copysign(1, actual)
-        same = nan or (expected == actual and signs)
-    else:
-        same = expected is actual or bool(expected == actual)
-    return "" if same else f"is {actual!a} and should be {expected!a}"
-
-
-def _equal_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
-    """Equal, with NaN equal to itself."""
-    if left.shape != right.shape or left.dtype != right.dtype:
-        return False
-    left, right = left.detach(), right.detach()
-    if left.layout != torch.strided:
-        return torch.equal(left.to_dense(), right.to_dense())
-    if left.dtype.is_floating_point or left.dtype.is_complex:
-        return bool(torch.isclose(left, right, rtol=0, atol=0, equal_nan=True).all())
-    return torch.equal(left, right)
-
-
-def _aliases(
-    result: object, arguments: object, state: dict[str, torch.Tensor]
-) -> dict[str, tuple[str, str, int]]:
-    """For each tensor: the first one that it shares memory with, the first one that it is, and its offset."""
-    storages: dict[int, str] = {}
-    objects: dict[int, str] = {}
-    found: dict[str, tuple[str, str, int]] = {}
-    groups = (("state", state), ("arguments", arguments), ("result", result))
-    for name, tensor in [pair for group, value in groups for pair in _tensors(value, group)]:
-        if tensor.layout == torch.strided:
-            storage = storages.setdefault(tensor.untyped_storage()._cdata, name)
-            same = objects.setdefault(id(tensor), name)
-            found[name] = (storage, same, int(tensor.storage_offset()))
-    return found
+def _values(tensor: torch.Tensor) -> str:
+    plain = tensor.detach()
+    return repr((plain if plain.layout == torch.strided else plain.to_dense()).tolist())
 
 
 def _one_line(error: Exception) -> str:
