@@ -176,14 +176,8 @@ def diff(
     from piecework.golden.diff import compare_sources
 
     with typed_errors():
-        left, right = _source_file(before), _source_file(after)
-        found = compare_sources(
-            _read(left),
-            _read(right),
-            before_name=str(before),
-            after_name=str(after),
-            graphs=(_graph_beside(left), _graph_beside(right)),
-        )
+        texts = _read(_source_file(before)), _read(_source_file(after))
+        found = compare_sources(*texts, before_name=str(before), after_name=str(after))
         if html is not None:
             from piecework.golden.page import Entry, write_page
 
@@ -277,14 +271,6 @@ def _import_from_here() -> None:
     """Let cases import packages of the working folder, as ``python -m`` does."""
     if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
-
-
-def _graph_beside(source: Path) -> str:
-    """The printed graph that `piecework compile` leaves beside a source; "" where there is none."""
-    from piecework.runtime.bundle import GRAPH, MANIFEST
-
-    graph = source.parent / GRAPH
-    return _read(graph) if graph.is_file() and (source.parent / MANIFEST).is_file() else ""
 
 
 def _root(root: Path | None) -> Path:

@@ -112,14 +112,9 @@ class SourceDiff:
 
 
 def compare_sources(
-    before: str,
-    after: str,
-    *,
-    before_name: str = "before",
-    after_name: str = "after",
-    graphs: tuple[str, str] = ("", ""),
+    before: str, after: str, *, before_name: str = "before", after_name: str = "after"
 ) -> SourceDiff:
-    """Compare two emitted sources; ``graphs`` are their graphs as printed, to say how pieces differ.
+    """Compare two emitted sources.
 
     Raises:
         UsageError: one of them is not Python or defines no function; the message has its name.
@@ -129,7 +124,7 @@ def compare_sources(
         'pieces: 1, arguments: 2'
     """
     sides = outline_of(before, before_name), outline_of(after, after_name)
-    return _Comparison(*sides, *map(_calls_by_piece, graphs)).run()
+    return _Comparison(*sides).run()
 
 
 # --- whether they mean the same ----------------------------------------------------------------------
@@ -218,8 +213,6 @@ def _one_del(function: ast.FunctionDef) -> ast.FunctionDef:
 class _Comparison:
     before: Outline
     after: Outline
-    calls: Mapping[str, Counter[str]]
-    calls_after: Mapping[str, Counter[str]]
     weights: dict[str, str] = field(default_factory=dict)
     renamed: dict[str, str] = field(default_factory=dict)  # functions and aliases
 
@@ -303,9 +296,6 @@ class _Comparison:
             names = [step.callee for _, step in steps]
             who = f"{names[0]} … {names[-1]} ({len(names)} pieces)" if names[1:] else names[0]
             message = f"{who} {'compute' if names[1:] else 'computes'} something else"
-            was, now = self.calls.get(old.callee), self.calls_after.get(new.callee)
-            if was is not None and now is not None and was != now:
-                message += f" ({_difference(was, now)})"
             yield Change("pieces", "changed", message, "", old.line, new.line)
 
     def _functions(self, partner: Mapping[str, str]) -> Iterator[Change]:
@@ -721,41 +711,3 @@ def _layer(path: str) -> str:
     parts = path.split(".")
     number = next((i for i, part in enumerate(parts) if part.isdigit()), None)
     return "" if number is None else ".".join(parts[: number + 1])
-
-
-# --- what pieces call, from a printed graph ------------------------------------------------------------
-
-
-def _calls_by_piece(text: str) -> dict[str, Counter[str]]:
-    """Submodule → how often it calls what; {} for a text that is not Python."""
-    try:
-        tree = ast.parse(text)
-    except (SyntaxError, ValueError, RecursionError):
-        return {}
-    return {
-        node.name: Counter(
-            _callee(call) for call in ast.walk(node) if isinstance(call, (ast.Call, ast.BinOp))
-        )
-        for node in ast.walk(tree)
-        if isinstance(node, ast.ClassDef)
-    }
-
-
-def _callee(call: ast.Call | ast.BinOp) -> str:
-    """``torch.relu``, ``.sum`` of a value, ``add`` of an operator."""
-    if isinstance(call, ast.BinOp):
-        return type(call.op).__name__.lower()
-    text = ast.unparse(call.func)
-    value = isinstance(call.func, ast.Attribute) and not text.startswith(("torch.", "operator."))
-    return f".{text.rpartition('.')[2]}" if value or "(" in text else text
-
-
-def _difference(before: Counter[str], after: Counter[str]) -> str:
-    """``gelu in place of silu``."""
-    was, now = (
-        ", ".join(name if count == 1 else f"{count} {name}" for name, count in calls.items())
-        for calls in (before - after, after - before)
-    )
-    if was and now:
-        return f"{now} in place of {was}"
-    return f"{now} more" if now else f"{was} less"

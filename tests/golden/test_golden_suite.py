@@ -6,10 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
 import piecework
-from piecework.cli.golden import golden_app
 from piecework.golden import check
 
 SOURCE = """# __vllm_submods__:
@@ -70,33 +68,3 @@ def test_an_empty_folder_has_nothing_to_check(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(check, "__file__", str(tmp_path / "site" / "golden" / "check.py"))
     assert check.default_root() is None
-
-
-PRINTED = """
-class GraphModule(torch.nn.Module):
-    def forward(self, L_x_: "f32[s0, 4]"):
-        submod_0 = self.submod_0(L_x_);  L_x_ = None
-        return submod_0
-
-    class submod_0(torch.nn.Module):
-        def forward(self, x: "f32[s0, 4]"):
-            # No stacktrace found for following nodes
-            linear = torch._C._nn.linear(x, x, None)
-            y: "f32[s0, 4]" = {act}(linear).contiguous();  linear = None
-            return (y,)
-"""
-
-
-def test_diff_of_folders_says_what_a_piece_calls_now(tmp_path: Path) -> None:
-    for name, act in (("before", "torch._C._nn.gelu"), ("after", "torch.relu")):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "stitched.py").write_text(SOURCE.format(digest=name))
-        (tmp_path / name / "graph.py").write_text(PRINTED.format(act=act))
-        (tmp_path / name / "manifest.json").write_text("{}")
-    places = [str(tmp_path / name) for name in ("before", "after")]
-    found = CliRunner().invoke(golden_app, ["diff", *places, "--summary"])
-    words = "submod_0 computes something else (torch.relu in place of torch._C._nn.gelu)"
-    assert found.exit_code == 1 and words in found.output
-    (tmp_path / "after" / "graph.py").write_text("not a graph (")
-    found = CliRunner().invoke(golden_app, ["diff", *places, "--summary"])
-    assert "computes something else  (" in found.output, "without a graph it says that much"
