@@ -38,7 +38,7 @@ class Ready:
 def dynamic(example: torch.Tensor, *, unbacked: bool) -> torch.Tensor:
     """``example`` with its batch marked so that one trace serves batch 1 as well; unmarked otherwise."""
     if unbacked:
-        torch_compat.mark_unbacked(example, 0)
+        torch._dynamo.decorators.mark_unbacked(example, 0)
     return example
 
 

@@ -26,8 +26,8 @@ from piecework.runtime.model_tag import compilation_complete
 from piecework.runtime.splitting_op import registry
 from piecework.runtime.stitched import StitchedModule
 from piecework.runtime.store.folder import Place, directory_of, has_artifact
-from piecework.runtime.trace.sizes.dynamic_dims import set_mark, unmarked_afterwards
-from piecework.runtime.trace.sizes.example_sizes import SizePolicy
+from piecework.runtime.trace.dynamic_dims import unmarked_afterwards
+from piecework.runtime.trace.sizes import SizePolicy
 from piecework.runtime.traces.traces import inside
 
 _log = logging.getLogger(__name__)
@@ -340,7 +340,7 @@ def _make_unbacked(tensors: Sequence[torch.Tensor]) -> None:
     for tensor in tensors:
         first = (0,) if tensor.dim() else ()
         for dim in torch_compat.unmark_dynamic(tensor) if marked else first:
-            set_mark(tensor, dim, unbacked=True)
+            torch_compat.unbacked_mark(tensor, dim).put_on(tensor)
 
 
 class UnstitchedModule(StitchedModule):

@@ -34,8 +34,8 @@ from piecework.runtime.model_tag import (
     use_model_tag,
 )
 from piecework.runtime.stitched import StitchedModule
-from piecework.runtime.trace.sizes.dynamic_dims import DimsByName, dims_of, marked
-from piecework.runtime.trace.sizes.example_sizes import DeclaredDimensions
+from piecework.runtime.trace.dynamic_dims import DimsByName, dims_of, marked
+from piecework.runtime.trace.sizes import DeclaredDimensions
 
 _log = logging.getLogger(__name__)
 

@@ -29,7 +29,6 @@ from piecework.errors import (
     tell,
 )
 from piecework.runtime import torch_compat
-from piecework.runtime.analysis.doubts import tell_of_gradients, tell_of_training
 from piecework.runtime.artifact.fit import made_with, require_made_so
 from piecework.runtime.artifact.load import Artifact
 from piecework.runtime.batch.mode import CUDAGraphMode
@@ -42,9 +41,9 @@ from piecework.runtime.pieces.backend import PieceworkBackend
 from piecework.runtime.pieces.program import Program
 from piecework.runtime.pieces.report import Piece, Report
 from piecework.runtime.store.folder import Place
-from piecework.runtime.trace.errors import OPAQUE
+from piecework.runtime.trace.errors import OPAQUE, tell_of_gradients, tell_of_training
 from piecework.runtime.trace.one_trace import ModelTrace
-from piecework.runtime.trace.sizes.example_sizes import SizePolicy
+from piecework.runtime.trace.sizes import SizePolicy
 from piecework.runtime.traces.captured import Captures
 from piecework.runtime.traces.observed import Observed, summary
 from piecework.runtime.traces.traced_model import TracedModel

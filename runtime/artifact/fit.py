@@ -22,7 +22,7 @@ from piecework.runtime.pieces.layer_names import NAMESPACE
 from piecework.runtime.store.digest import digest_of
 from piecework.runtime.store.operators import operator_content
 from piecework.runtime.store.surroundings import operator_facts
-from piecework.runtime.trace.sizes.example_sizes import SizePolicy
+from piecework.runtime.trace.sizes import SizePolicy
 
 _OPERATOR = "make the function an operator with torch.library.custom_op and register_fake"
 #: What of a configuration says where and how fast to compile.

@@ -17,7 +17,6 @@ import torch.fx
 
 from piecework.errors import ArtifactError
 from piecework.runtime import torch_compat
-from piecework.runtime.analysis.writes import mutations_in
 from piecework.runtime.artifact.fit import files_of, operators, partition, tree
 from piecework.runtime.artifact.program import EDITED, ENTRY, GRAPHS, STATE, saved_program
 from piecework.runtime.artifact.values import MAX_TENSOR, to_bytes
@@ -32,6 +31,7 @@ from piecework.runtime.store.folder import (
     write_folder,
 )
 from piecework.runtime.store.surroundings import is_foreign, processes, source_factors, surroundings
+from piecework.runtime.trace.writes import mutations_in
 from piecework.runtime.traces.traced_model import TracedModel
 from piecework.runtime.watch.reachable import modules_of, tensors_of
 from piecework.runtime.watch.state import SavedState

@@ -27,10 +27,10 @@ from piecework.codegen.entry.plan import (
 from piecework.codegen.graph.origin import value_of
 from piecework.errors import InputError
 from piecework.runtime import torch_compat
-from piecework.runtime.analysis.writes import mutations_in
 from piecework.runtime.pieces.program import Program
 from piecework.runtime.trace.inputs import Argument, GraphInput
 from piecework.runtime.trace.one_trace import ModelTrace
+from piecework.runtime.trace.writes import mutations_in
 from piecework.runtime.watch.weights import BoundWeights, Weight
 
 

@@ -19,14 +19,13 @@ from piecework.codegen.entry.emit import FUNCTION_NAME, EntrySource
 from piecework.codegen.stitch.bind import execute_source
 from piecework.errors import InputError, StaticGraphError
 from piecework.runtime import torch_compat
-from piecework.runtime.analysis.doubts import tell_of_gradients
 from piecework.runtime.call.argument_memory import ArgumentMemory
 from piecework.runtime.call.edited import EditedSource
 from piecework.runtime.call.entry_plan import MadeEntry, made_entry
 from piecework.runtime.call.execution import Execution, Graphs, by_path_of, is_running
 from piecework.runtime.call.explain import input_error
 from piecework.runtime.pieces.program import Program
-from piecework.runtime.trace.errors import OPAQUE
+from piecework.runtime.trace.errors import OPAQUE, tell_of_gradients
 from piecework.runtime.trace.one_trace import ModelTrace
 from piecework.runtime.watch.weights import BoundWeights
 

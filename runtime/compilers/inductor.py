@@ -13,7 +13,6 @@ import torch.fx
 from piecework.codegen.graph.origin import value_of
 from piecework.errors import CaptureError, ConfigError, Unidentifiable
 from piecework.runtime import torch_compat
-from piecework.runtime.analysis.writes import written_aliases
 from piecework.runtime.batch.ranges import Range
 from piecework.runtime.compilers.eager import left_uncompiled
 from piecework.runtime.compilers.interface import CompiledPiece
@@ -26,6 +25,7 @@ from piecework.runtime.passes import PostGradPassManager, pass_context
 from piecework.runtime.splitting_op import registry
 from piecework.runtime.store.digest import digest_of, text_of
 from piecework.runtime.store.surroundings import operator_facts, settings_factors
+from piecework.runtime.trace.writes import written_inputs
 
 #: Stands beside the real names where partitions are wrapped. Inductor's partitioning depends on whether a wrapper is set,
 #: which its cache key does not show; this name is in the key and matches no operator.
@@ -125,7 +125,7 @@ class _Inductor(ABC):
         config: CompilationConfig,
         compile_range: Range | None,
     ) -> CompiledPiece:
-        if written_aliases(graph):
+        if written_inputs(graph, shared=True):
             return left_uncompiled(graph)
         _require_sizes(graph, example_inputs)
         await_test()

@@ -13,8 +13,6 @@ from piecework.codegen import SplitItem
 from piecework.codegen.split.split import SplittingOp as SplittingOpLike
 from piecework.codegen.split.split import SplittingOps
 from piecework.errors import BindError, ConfigError, short_errors
-from piecework.runtime.analysis.doubts import tell_of_gradients
-from piecework.runtime.analysis.unbacked import EverySize, NotAdmitted
 from piecework.runtime.batch.mode import CUDAGraphMode
 from piecework.runtime.batch.ranges import Range, RangeTable
 from piecework.runtime.config.compilation import CompilationConfig, RuntimeConfig
@@ -35,6 +33,8 @@ from piecework.runtime.pieces.manager import CompilerManager
 from piecework.runtime.pieces.program import Program, ranges_of
 from piecework.runtime.splitting_op import registry
 from piecework.runtime.store.artifacts import StandaloneCompiledArtifacts
+from piecework.runtime.trace.errors import tell_of_gradients
+from piecework.runtime.trace.every_size import EverySize, NotAdmitted
 
 
 class PieceworkBackend:

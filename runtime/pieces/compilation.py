@@ -23,13 +23,6 @@ from piecework.codegen.split.split import SplittingOps
 from piecework.codegen.split.splitting import operator_name, recurrent_layers
 from piecework.errors import ConfigError, SplitError, did_you_mean, tell
 from piecework.runtime import torch_compat
-from piecework.runtime.analysis.unbacked import EverySize
-from piecework.runtime.analysis.writes import (
-    held_by_source,
-    mutations_in,
-    refuse_mutations,
-    written_later,
-)
 from piecework.runtime.batch.mode import CUDAGraphMode
 from piecework.runtime.batch.ranges import Range, RangeTable
 from piecework.runtime.config.compilation import CompilationConfig, RuntimeConfig
@@ -52,6 +45,13 @@ from piecework.runtime.pieces.program import (
 from piecework.runtime.pieces.ranks import require_agreement, together
 from piecework.runtime.pieces.report import counted
 from piecework.runtime.splitting_op import registry
+from piecework.runtime.trace.every_size import EverySize
+from piecework.runtime.trace.writes import (
+    held_by_source,
+    mutations_in,
+    refuse_mutations,
+    written_later,
+)
 from piecework.runtime.watch.direct_ops import DirectOps
 
 _TORCHS_OWN = ("aten", "prim", "prims")

@@ -231,28 +231,6 @@ def own_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.ExternalStream(made.value, device)
 
 
-def traits_of(value: object) -> tuple[object, ...] | None:
-    """What code can ask of a fake tensor, or of a size of the same trace, but for the memory it lies in; to be compared, and to be looked up by.
-
-    None where there could be more to ask: a value that is known, another layout, a subclass.
-    """
-    if value is None or type(value) in (int, bool):
-        return (type(value), value)
-    if isinstance(value, (torch.SymInt, torch.SymBool)):
-        expr = getattr(value.node, "expr", None)
-        return None if expr is None else (type(value), expr)
-    mode = getattr(value, "fake_mode", None)
-    if not isinstance(value, torch.Tensor) or mode is None or value.layout is not torch.strided:
-        return None
-    if any(getattr(value, each, value) is not None for each in ("constant", "real_tensor")):
-        return None
-    sizes = [*value.shape, *value.stride(), value.storage_offset()]
-    sizes = [traits_of(each) for each in (*sizes, value.untyped_storage().nbytes())]
-    around = (type(value), id(mode), value.dtype, value.device, value.requires_grad)
-    lazy = (value.is_neg(), value.is_conj(), value.is_inference())
-    return None if None in sizes else (*around, *lazy, *sizes)
-
-
 class MemoryLike:
     """Fake tensors that lie in memory as others do. In: pairs that correspond. Out: for a tensor of the first kind one of the second.
 

@@ -1,62 +1,41 @@
 """Why a model can't be captured: a typed error with the user's own words and line, of what was raised while Dynamo traced.
 
-It tells apart errors of piecework's own, of the model's code, and of Dynamo.
+It tells apart errors of piecework's own, of the model's code, and of Dynamo. Beside them, what is said of a model that asks for training.
 """
 
 from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
+from functools import cache
 
 import torch
+from torch.utils import _pytree as pytree
 
-from piecework.errors import CaptureError, PieceworkError
+from piecework.code_objects import with_inner_code
+from piecework.errors import CaptureError, PieceworkError, tell
 from piecework.runtime import torch_compat
 
 #: Why no trace goes through a stitched module.
-OPAQUE = "it calls a stitched module, which is compiled already; leave that call out, or allow graph breaks"
-_REMEDY = "move the Python construct out of forward or behind a piecework.splitting_op"
-_MORE = (
-    "; docs/graph-breaks.md has what usually replaces one, "
+OPAQUE = "it calls a stitched module, which is compiled already; leave that call out, put its .model there, or allow graph breaks"
+_REMEDY = (
+    "move the Python construct out of forward or behind a piecework.splitting_op; docs/graph-breaks.md has what usually replaces one, "
     "and with PIECEWORK_FULL_TRACEBACK=1 Dynamo's whole explanation is shown"
 )
-# What to write in place of what Dynamo stops at, by a word of its explanation; the first that is found.
-_REMEDIES = (
-    (
-        r"(?s)data-dependent.*(nn/modules/transformer\.py|multi_head_attention_forward)",
-        "torch looks at the mask's values to see whether it is causal: pass is_causal=True beside "
-        "a causal mask (tgt_is_causal=True to nn.Transformer)",
-    ),
-    (
-        r"pack_padded_sequence|pad_packed_sequence|PackedSequence",
-        "run the layer over the padded batch, and gather each row's last state by its length",
-    ),
-    (
-        r"[Dd]ata-dependent",
-        "choose by torch.where, or by torch.cond where one side is dear; read a size that data "
-        "decides outside of forward, or behind a piecework.splitting_op",
-    ),
-    (r"tolist|numpy", "stay in torch, or do it behind a piecework.splitting_op"),
-    (r"Random\.random|`time\.|datetime", "pass the number as an argument"),
-    (r"deepcopy", "clone the tensor"),
-    # Dynamo names `print` as an example, "(e.g. `print`)", beside builtins of every kind.
-    (
-        r"(?<!e\.g\. )`print`|Logg|`warnings\.",
-        "print and log only if not torch.compiler.is_compiling()",
-    ),
-    (
-        r"torch\.compiler\.disable",
-        "leave torch.compiler.disable out there, or put the call behind a piecework.splitting_op",
-    ),
+_OWN_FAULT = (
+    "call the model itself with the example arguments: it has to run with them, on one device"
 )
-_OWN_FAULT = "call the model itself with the example arguments: it has to run with them"
-_MARKED = re.compile(
-    r"You marked L\['k?w?args'\]\[(.+?)\]\.size\(\)\[(\d+)\] as dynamic but your code specialized it to be a constant \((\d+)\)"
+# How Dynamo tells of an exception of the code that it traces, by version and by where it was raised.
+_RAISED = (
+    r"Developer debug context: raised exception (\w+)\((.*)\)$",
+    r"Developer debug context: (TypeError) <.+?>: (.+)$",
+    r"\): got (\w+)\((.*)\)$",
 )
-_ONE_DEVICE = "move the model and its arguments to one device"
 _OURS = os.path.dirname(os.path.abspath(__file__)) + os.sep
-_TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
-_PYTHON = os.path.dirname(os.path.abspath(os.__file__)) + os.sep
+_LIBRARIES = tuple(
+    os.path.dirname(os.path.abspath(each)) + os.sep for each in (torch.__file__, os.__file__)
+)
 
 
 def own_error(error: BaseException) -> PieceworkError | None:
@@ -86,81 +65,40 @@ def capture_error(error: BaseException) -> CaptureError:
             where=line,
             hint=f'register one with @torch.library.register_fake("{name}")',
         )
-    raised = _raised_by_model(error, text)
-    if raised is None and text.startswith("Data-dependent assertion failed"):
-        raised = f"AssertionError at {code}"
-    two_devices = re.search(
-        r"device mismatch|on the same device|different devices|expected device", text
-    )
+    raised = _raised_by_model(text, code)
     if raised is not None:
-        hint = _ONE_DEVICE if two_devices else _OWN_FAULT
-        return CaptureError(f"the model's own forward raises {raised}", where=line, hint=hint)
-    opaque = re.search(r"\(reason: (.+)\)$", text, re.MULTILINE)
-    if text.startswith("Skip inlining") and opaque is not None:
-        return CaptureError(
-            f"the model can't be captured as one graph: {opaque[1]}",
-            where=line,
-            hint="put its .model there" if opaque[1] == OPAQUE else _remedy(text),
-        )
-    unknown = re.match(r"ModuleNotFoundError: No module named '(.+)'", text)
-    if unknown is not None:
-        return CaptureError(
-            f"the model's code is of a module {unknown[1]} that can't be imported, which is how Dynamo finds what the code reads",
-            where=line,
-            hint=f'put the module into sys.modules["{unknown[1]}"] before it is executed',
-        )
+        return CaptureError(f"the model's own forward raises {raised}", where=line, hint=_OWN_FAULT)
     reason = text.splitlines()[0] if text else type(error).__name__
     if not torch_compat.dynamo_failure(error):
         reason = f"{type(error).__name__}: {reason}"
-    marked = _MARKED.search(text)
-    if marked is not None:
-        return CaptureError(
-            f"dimension {marked[2]} of argument {marked[1]} is marked as dynamic, and the model's code fixes it to {marked[3]}",
-            where=line,
-            hint="leave the mark out, or change what fixes the size",
-        )
-    violated = re.search(r"^\s*- (.+?\.)(?:\s|$)", text, re.MULTILINE)
-    if "Constraints violated" in reason and violated is not None:
-        reason = violated[1].rstrip(".")
-    explained = re.search(r"^  Explanation: (.+)$", text, re.MULTILINE)
+    explained = re.search(
+        r"^  Explanation: (.+)$|\(reason: (.+)\)$|^\s*- (.+?\.)(?:\s|$)", text, re.M
+    )
     if explained is not None:
-        reason += f". {explained[1].rstrip('.')}"
+        reason += f". {next(filter(None, explained.groups())).rstrip('.')}"
+    hints = re.findall(r"^  Hint: (.+)$", text, re.M)
+    useful = [
+        each for each in hints if not each.startswith(("This graph break", "It may be possible"))
+    ]
     return CaptureError(
         f"the model can't be captured as one graph: {reason}",
         where=line,
-        hint=_ONE_DEVICE if two_devices else _remedy(text),
+        hint="; ".join([*(each.rstrip(".") for each in useful[:1]), _REMEDY]),
     )
 
 
-def _remedy(text: str) -> str:
-    """What to write in place of what Dynamo's ``text`` stops at."""
-    found = (cure for words, cure in _REMEDIES if re.search(words, text))
-    return next(found, _REMEDY) + _MORE
-
-
-def _raised_by_model(error: BaseException, text: str) -> str | None:
+def _raised_by_model(text: str, code: str) -> str | None:
     """The exception that the model's code raised, as ``ValueError: text``; None if it raised none."""
-    found = re.search(r"Developer debug context: raised exception (\w+)\((.*)\)$", text, re.M)
-    if found is not None:
-        return f"{found[1]}: {_unquoted(found[2])}".removesuffix(": ")
-    found = re.search(r"Developer debug context: TypeError <.+?>: (.+)$", text, re.M)
-    if found is not None and text.startswith("TypeError when making fake tensor call"):
-        return f"TypeError: {found[1].replace('immutable_list', 'list')}"
-    found = re.search(r"\): got (\w+)\((.*)\)$", text, re.M)
-    if found is not None and "with fake tensors" in text:
-        return f"{found[1]}: {_unquoted(found[2])}"
+    if text.startswith("Data-dependent assertion failed"):
+        return f"AssertionError at {code}"
+    for pattern in _RAISED:
+        found = re.search(pattern, text, re.MULTILINE)
+        if found is not None and (found.re.pattern == _RAISED[0] or "fake tensor" in text):
+            words = re.sub(r"^\[ConstantVariable\(\w+: (.*)\)\]$", r"\1", found[2].rstrip(","))
+            if len(words) > 1 and words[0] == words[-1] in "'\"":
+                words = words[1:-1].replace(f"\\{found[2][0]}", found[2][0]).replace("\\n", " ")
+            return f"{found[1]}: {words}".removesuffix(": ")
     return None
-
-
-def _unquoted(text: str) -> str:
-    """The text of a string literal that stands for a single argument; anything else as it is."""
-    text = text.rstrip(",")
-    wrapped = re.fullmatch(r"\[ConstantVariable\(\w+: (.*)\)\]", text)  # as torch 2.11 has it
-    text = wrapped[1] if wrapped else text
-    for quote in ("'", '"'):
-        if len(text) > 1 and text[0] == text[-1] == quote:
-            return text[1:-1].replace(f"\\{quote}", quote).replace("\\n", " ")
-    return text
 
 
 def _user_line(text: str) -> tuple[str | None, str]:
@@ -177,13 +115,57 @@ def _user_line(text: str) -> tuple[str | None, str]:
     ]
     if not frames:
         return None, ""
-    own = [each for each in frames if not _of_a_library(each[1][1])]
+    # Models of installed packages are the user's.
+    own = [
+        each
+        for each in frames
+        if not each[1][1].startswith(_LIBRARIES[0])
+        and ("-packages" in each[1][1] or not each[1][1].startswith(_LIBRARIES[1]))
+    ]
     number, found = (own or frames)[-1]
     code = lines[number + 1].strip() if number + 1 < len(lines) else ""
     inside = f" in {found[3]}" if found[3] else ""
     return f"{os.path.basename(found[1])}:{found[2]}{inside}", code
 
 
-def _of_a_library(path: str) -> bool:
-    """Whether a file is torch's or Python's own; models of installed packages are the user's."""
-    return path.startswith(_TORCH) or (path.startswith(_PYTHON) and "-packages" not in path)
+# --- what a caller may have meant otherwise ------------------------------------------------------------
+
+
+def tell_of_training(model: object, strict: bool) -> None:
+    """Say that a model is in training mode, if a module of it goes by that: a warning, or an error where ``strict``."""
+    if not isinstance(model, torch.nn.Module):
+        return
+    names = [
+        f"{name or type(model).__name__} ({type(each).__name__})"
+        for name, each in model.named_modules()
+        if each.training and _asks_for_training(type(each))
+    ]
+    if names:
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        problem = CaptureError(
+            f"the model is in training mode, and its module {names[0]}{more} goes by that: what is compiled stays so, with random dropout and norms of each batch",
+            hint="call model.eval() before compiling",
+        )
+        tell(problem, strict=strict)
+
+
+@cache
+def _asks_for_training(kind: type[torch.nn.Module]) -> bool:
+    code = getattr(kind.forward, "__code__", None)
+    return code is not None and any("training" in each.co_names for each in with_inner_code([code]))
+
+
+def tell_of_gradients(values: Sequence[object], strict: bool) -> None:
+    """Say that results carry no gradients, if an argument asks for them. Weights always do, and mean nothing."""
+    leaves = (
+        values
+        if all(isinstance(x, torch.Tensor) for x in values)
+        else pytree.tree_leaves(list(values))
+    )
+    asks = any(isinstance(x, torch.Tensor) and x.requires_grad for x in leaves)
+    if asks and torch.is_grad_enabled():
+        problem = CaptureError(
+            "an argument requires grad, and what is compiled records no gradients: its results have no grad_fn, and backward() ends there",
+            hint="train the model itself; for inference pass detached tensors, or call under torch.no_grad()",
+        )
+        tell(problem, strict=strict)

@@ -83,13 +83,6 @@ _SIZE_SOURCE = re.compile(r"(?P<tensor>.+)\.size\(\)\[(?P<dim>\d+)\]")
 _LAYOUT_SOURCE = re.compile(r"(?P<tensor>.+)\.(?:stride\(\)\[(?P<dim>\d+)\]|storage_offset\(\))")
 
 
-def dynamic_wish(leaves: Sequence[object], wish: bool | None) -> bool | None:
-    """What ``torch.compile`` is told: all dimensions are dynamic, unless some are marked or the caller has a wish."""
-    if wish is not None:
-        return wish
-    return None if any(map(torch_compat.marks_of, leaves)) else True
-
-
 def signature_of(model: Callable[..., object]) -> inspect.Signature | None:
     """What a model takes; None where there is none to read, as of a callable written in C."""
     function = model.forward if isinstance(model, torch.nn.Module) else model

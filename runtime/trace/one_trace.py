@@ -5,7 +5,6 @@ The model is never run on data; its weights and its state are left as they were.
 
 from __future__ import annotations
 
-import contextlib
 import types
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -19,11 +18,11 @@ from torch.utils import _pytree as pytree
 from piecework.codegen.entry.plan import Parameter
 from piecework.errors import CaptureError
 from piecework.runtime import torch_compat
-from piecework.runtime.analysis.as_eager import as_eager
 from piecework.runtime.counters import counters
 from piecework.runtime.trace.arguments import parameters_of
 from piecework.runtime.trace.assumptions import Assumptions
-from piecework.runtime.trace.dynamo import call_idle, call_model, returning, run_dynamo
+from piecework.runtime.trace.dynamic_dims import marks_on, unmarked_afterwards
+from piecework.runtime.trace.errors import capture_error, own_error
 from piecework.runtime.trace.inputs import (
     Argument,
     GraphInput,
@@ -39,13 +38,15 @@ from piecework.runtime.trace.layers import RepeatedLayers
 from piecework.runtime.trace.results import (
     FromWeight,
     ResultLeaf,
+    let_dynamo_ask,
     opened,
     refuse_kept,
     result_leaf,
+    sizes_from_graph,
     stand_ins,
 )
 from piecework.runtime.trace.side_effects import refuse_writes
-from piecework.runtime.trace.sizes.dynamic_dims import unmarked_afterwards
+from piecework.runtime.trace.sizes import Attempt
 from piecework.runtime.watch.guards import TraceGuards, asks_strides
 from piecework.runtime.watch.places import place_text
 from piecework.runtime.watch.reachable import modules_of, tensors_of
@@ -96,25 +97,13 @@ class ModelTrace:
         return replace(self, weights=weights, inputs=inputs, result=())
 
 
-@dataclass(frozen=True, slots=True)
-class Attempt:
-    """One way to trace a model.
-
-    Attributes:
-        args, kwargs: the example call.
-        dynamic: what ``torch.compile`` is told of dimensions that are not marked.
-        marks: entered for the trace; puts marks on the example's dimensions.
-        check: told what stood for the arguments; raises if that won't do.
-    """
-
-    args: Sequence[object]
-    kwargs: Mapping[str, object]
-    dynamic: bool | None
-    marks: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext
-    check: Callable[[Mapping[int, object]], None] | None = None
-
-
-def trace_once(model: Callable[..., object], attempt: Attempt, layers: RepeatedLayers) -> OpenTrace:
+def trace_once(
+    model: Callable[..., object],
+    args: Sequence[object],
+    kwargs: Mapping[str, object],
+    attempt: Attempt,
+    layers: RepeatedLayers,
+) -> OpenTrace:
     """Run Dynamo on ``model`` in one way; layers that are alike once, where torch lets that be done.
 
     Raises:
@@ -122,17 +111,15 @@ def trace_once(model: Callable[..., object], attempt: Attempt, layers: RepeatedL
         CaptureError: a graph break, no tensor operation, state that the forward changes in Python, an error of the model's
             own, or an input or output that cannot be traced back.
     """
-    with attempt.marks():
+    dynamic, marks = attempt
+    given = model, args, kwargs, dynamic, layers
+    with marks_on(marks):
         while True:
-            given = model, attempt, layers
             try:
                 try:
-                    made = OpenTrace(*given, {}).run()
+                    return OpenTrace(*given, {}).run()
                 except UnreachableInput:  # then it is a constant like any other that the trace read
-                    made = OpenTrace(*given, {"specialize_int": True}).run()
-                if attempt.check is not None:
-                    attempt.check(made.fakes)
-                return made
+                    return OpenTrace(*given, {"specialize_int": True}).run()
             except Exception as error:
                 if not layers.gave_up(error):
                     raise
@@ -144,7 +131,6 @@ class OpenTrace:
     Attributes:
         graph: flat placeholders (named after weights, parameters and sizes) and a flat tuple of outputs.
         inputs: where each placeholder comes from.
-        fakes: what stands for each flattened argument.
     """
 
     graph: torch.fx.GraphModule
@@ -153,13 +139,14 @@ class OpenTrace:
     def __init__(
         self,
         model: Callable[..., object],
-        attempt: Attempt,
+        args: Sequence[object],
+        kwargs: Mapping[str, object],
+        dynamic: bool | None,
         layers: RepeatedLayers,
         settings: Mapping[str, object],
     ) -> None:
-        args, kwargs = attempt.args, attempt.kwargs
         self._model, self._args, self._kwargs = model, args, kwargs
-        self._dynamic, self._layers, self._settings = attempt.dynamic, layers, settings
+        self._dynamic, self._layers, self._settings = dynamic, layers, settings
         self._leaves = pytree.tree_leaves((tuple(args), dict(kwargs)))
         self._names = leaf_names(model, args, kwargs)  # what a user calls each
         # What Dynamo calls flattened arguments, and whole ones.
@@ -167,13 +154,21 @@ class OpenTrace:
         nothing = ([None] * len(args), dict.fromkeys(kwargs))
         self._whole = dict(zip(leaf_sources(*nothing), leaf_names(model, *nothing), strict=True))
         self._held = tensors_of(model)
-        self.fakes: dict[int, object] = {}
-        self._asks_grad = self._asks_strides = True
+        self._fakes: dict[int, object] = {}  # what stands for each flattened argument
         self._standing_in: list[object] = []
 
     def run(self) -> OpenTrace:
         """Run Dynamo. Raises as `trace_once`."""
-        result, self._state = self._run_marked()
+        held = (tensor for _, tensor in self._held.values())
+        weights = [each for each in held if not torch.nn.parameter.is_lazy(each)]
+        with unmarked_afterwards(weights):
+            for weight in weights:
+                # Dynamo takes those of a module that it saw changed for arguments.
+                torch._dynamo.mark_static(weight)
+            result, self._state = self._run(_call_model)
+            if not hasattr(self, "graph"):
+                result, self._state = self._run(_call_idle)
+                result = result[0]  # type: ignore[index]
         counters.num_graphs_seen += 1
         tree, made = opened(result)
         del result
@@ -188,81 +183,97 @@ class OpenTrace:
         """The context in which its graph is compiled: Dynamo's, opened again."""
         return self._context.opened()
 
-    def weight_paths(self) -> dict[str, str]:
-        """Placeholder → path of the weight that it is."""
+    def weights(self) -> dict[str, Weight]:
+        """Placeholder → the weight that it is."""
         placeholders = self.graph.graph.find_nodes(op="placeholder")
         pairs = zip(placeholders, self.inputs, strict=True)
-        return {node.name: source.path for node, source in pairs if isinstance(source, Weight)}
-
-    def _run_marked(self) -> tuple[object, TracedState]:
-        """The result of the traced call, and what it rests on; weights are static while it runs."""
-        held = (tensor for _, tensor in self._held.values())
-        weights = [each for each in held if not torch.nn.parameter.is_lazy(each)]
-        with unmarked_afterwards(weights):
-            for weight in weights:
-                # Dynamo takes those of a module that it saw changed for arguments.
-                torch._dynamo.mark_static(weight)
-            result, state = self._run(call_model)
-            if not hasattr(self, "graph"):
-                result, state = self._run(call_idle)
-                result = result[0]  # type: ignore[index]
-        return result, state
+        return {node.name: source for node, source in pairs if isinstance(source, Weight)}
 
     def _run(self, traced: types.FunctionType) -> tuple[object, TracedState]:
+        """The result of the traced call, and what it rests on."""
         # Dynamo caches by code object, and puts what it compiles into the function's globals: with copies of its own, captures
         # are independent of each other, and nothing outlives them.
         code = traced.__code__.replace()
         function = types.FunctionType(code, dict(traced.__globals__), "piecework_capture")
         guards = TraceGuards(self._model, self._args, self._kwargs, function.__globals__)
+        # torch keeps every backend that it was ever given, and must not keep a model with it
+        lent = [partial(self._backend, guards)]
+        compiled = torch.compile(
+            function,
+            backend=lambda gm, example_inputs: lent[0](gm, example_inputs),
+            fullgraph=True,
+            dynamic=self._dynamic,
+            options={"guard_filter_fn": guards.reader.choose},
+        )
+        settings = {
+            # What Dynamo remembers of sizes that other captures had must not decide which dimensions of this one are dynamic.
+            "automatic_dynamic_shapes": False,
+            "specialize_float": True,
+            # An argument may be a parameter; weights are marked one by one.
+            "force_parameter_static_shapes": False,
+            "replay_side_effects": False,  # a traced call leaves the user's objects alone
+            "allow_rnn": True,  # a recurrent layer is one call
+            **torch_compat.guard_settings(),
+            **torch_compat.region_settings(),
+            **self._settings,
+        }
+        patched = torch._dynamo.config.patch(settings)
+        call = partial(compiled, self._model, *self._args, **self._kwargs)
+        own_symbols = torch_compat.own_symbol_per_dimension()
+        torch_compat.forget_imports()
+        let_dynamo_ask()
         try:
-            with self._layers.marked(self._model):
-                result = run_dynamo(
-                    function,
-                    (self._model, *self._args),
-                    self._kwargs,
-                    partial(self._backend, guards),
-                    guards.reader.choose,
-                    self._dynamic,
-                    self._settings,
-                )
+            with self._layers.marked(self._model), torch.no_grad(), own_symbols, patched:
+                result = torch_compat.in_default_stance(call)
             return result, guards.state(code, self._whole)
+        except Exception as error:
+            own = own_error(error)
+            if own is not None:
+                raise own from own.__cause__ or error
+            inner = torch_compat.backend_failure(error)
+            if inner is not None:
+                raise inner from None
+            raise capture_error(error) from error
         finally:
+            lent.clear()
             guards.give_back()
 
     def _backend(
         self, guards: TraceGuards, gm: torch.fx.GraphModule, example_inputs: list[object]
     ) -> Callable[..., object]:
+        """Note where the graph's inputs come from, and refuse what it would do otherwise than the model."""
         guards.look_inside()
-        gm = self._layers.write_out(gm)
-        as_eager(gm.graph)
-        self.graph = gm
-        self._look(guards, gm, example_inputs)
+        gm = self.graph = self._layers.write_out(gm)
+        leaves, code = self._leaves, torch_compat.traced_code()
+        refuse_writes(gm, example_inputs, self._whole)
+        places = leaves, self._names, self._sources, self._held
+        self.inputs = trace_back(gm, example_inputs, *places, guards.path_of)
+        self._fakes = _fakes(leaves, self._sources)
+        if "specialize_int" not in self._settings and int in map(type, leaves):
+            refuse_texts_of_numbers(code)
+        self._asks_grad = bool(torch_compat.trace_names("requires_grad", *_IN_AUTOGRAD))
+        self._asks_strides = asks_strides(code)
+        _require_own_example(leaves, self._fakes)
         rename(gm, self.inputs)
         self._context = torch_compat.TraceContext.running()
         self._standing_in = stand_ins(gm)
-        return returning(self._standing_in)
-
-    def _look(
-        self, guards: TraceGuards, gm: torch.fx.GraphModule, example_inputs: list[object]
-    ) -> None:
-        """Note where the graph's inputs come from, and refuse what it would do otherwise than the model."""
-        leaves, names = self._leaves, self._names
-        refuse_writes(gm, example_inputs, self._whole)
-        self.inputs = trace_back(
-            gm, example_inputs, leaves, names, self._sources, self._held, guards.path_of
-        )
-        self.fakes = _fakes(leaves, self._sources)
-        if "specialize_int" not in self._settings and int in map(type, leaves):
-            refuse_texts_of_numbers(torch_compat.traced_code())
-        self._asks_grad = bool(torch_compat.trace_names("requires_grad", *_IN_AUTOGRAD))
-        self._asks_strides = asks_strides(torch_compat.traced_code())
-        numbers_of(leaves, self.fakes)  # the trace must serve its own example
+        return _returning(self._standing_in)
 
     def closed(self) -> ModelTrace:
         """What it gave, once its graph is compiled."""
-        graph, state, results = self.graph, self._state, self._results
-        assumptions = self._assumptions(graph)
-        found = self._weights(state)
+        graph, state = self.graph, self._state
+        placeholders = graph.graph.find_nodes(op="placeholder")
+        wished: dict[str, str] = {}
+        for node, source in zip(placeholders, self.inputs, strict=True):
+            value = node.meta["example_value"]
+            if isinstance(source, Argument):
+                self._fakes[source.leaf] = value
+            symbol = torch_compat.symbol_of(value)
+            if isinstance(source, Size) and symbol is not None:
+                wished[symbol] = source.name
+        named = self._leaves, self._names
+        assumptions = Assumptions(self._fakes, wished, *named, self._asks_grad, self._asks_strides)
+        found = self._every_weight(state)
         own = self._held.keys() | {id(tensor) for _, tensor in state.tensors}
         state.tensors.clear()  # who rebinds replaces them
         return ModelTrace(
@@ -272,11 +283,11 @@ class OpenTrace:
             assumptions=assumptions,
             weights=BoundWeights.of(self._model, modules_of(self._model), found, state),
             out_spec=self._out_spec,
-            result=results,
+            result=self._results,
             weights_given=frozenset(i for i, leaf in enumerate(self._leaves) if id(leaf) in own),
         )
 
-    def _weights(self, state: TracedState) -> list[Weight]:
+    def _every_weight(self, state: TracedState) -> list[Weight]:
         """The weights that the graph reads, those that are only returned, and those that were only looked at: their shape may be in the graph."""
         found = {id(each.tensor): each for each in self.inputs if isinstance(each, Weight)}
         for leaf in self._results:
@@ -289,29 +300,25 @@ class OpenTrace:
                 found.setdefault(id(tensor), Weight(path, tensor, way))
         return list(found.values())
 
-    def _assumptions(self, graph: torch.fx.GraphModule) -> Assumptions:
-        placeholders = graph.graph.find_nodes(op="placeholder")
-        fakes = dict(self.fakes)
-        wished: dict[str, str] = {}
-        for node, source in zip(placeholders, self.inputs, strict=True):
-            value = node.meta["example_value"]
-            if isinstance(source, Argument):
-                fakes[source.leaf] = value
-            symbol = torch_compat.symbol_of(value)
-            if isinstance(source, Size) and symbol is not None:
-                wished[symbol] = source.name
-        return Assumptions(
-            fakes, wished, self._leaves, self._names, self._asks_grad, self._asks_strides
-        )
+
+def _returning(values: list[object]) -> Callable[..., object]:
+    """A function that returns ``values``; it holds nothing else, since Dynamo keeps it for a while."""
+    return lambda *_: list(values)
+
+
+def _call_model(model, *args, **kwargs):  # type: ignore[no-untyped-def]
+    return sizes_from_graph(model(*args, **kwargs))
+
+
+def _call_idle(model, *args, **kwargs):  # type: ignore[no-untyped-def]
+    """The same with an operator that nobody needs: Dynamo asks no backend about a model that computes nothing."""
+    return sizes_from_graph(model(*args, **kwargs)), torch.zeros(())
 
 
 def _fakes(leaves: Sequence[object], sources: Mapping[str, int]) -> dict[int, object]:
     """What stands for each flattened argument in the trace that is running, whether the graph reads it or not."""
-    found = {
-        sources[name]: value
-        for name, value in torch_compat.traced_inputs().items()
-        if name in sources
-    }
+    traced = torch_compat.traced_inputs().items()
+    found = {sources[name]: value for name, value in traced if name in sources}
     by_id = {id(leaves[i]): value for i, value in found.items()}
     for index, leaf in enumerate(leaves):  # an argument that is passed twice is traced once
         if isinstance(leaf, torch.Tensor) and id(leaf) in by_id:
@@ -319,22 +326,17 @@ def _fakes(leaves: Sequence[object], sources: Mapping[str, int]) -> dict[int, ob
     return found
 
 
-def numbers_of(leaves: Sequence[object], fakes: Mapping[int, object]) -> dict[str, int]:
-    """The number that arguments have for each symbol of a trace.
-
-    Raises:
-        CaptureError: they have two for one: the trace took sizes as equal that differ, and could not serve these arguments.
-    """
+def _require_own_example(leaves: Sequence[object], fakes: Mapping[int, object]) -> None:
+    """Raise `CaptureError` if a trace took sizes as equal that differ: it could not serve its own example."""
     numbers: dict[str, int] = {}
     for index, fake in fakes.items():
         leaf = leaves[index]
-        if not (isinstance(fake, torch.Tensor) and isinstance(leaf, torch.Tensor)):
-            continue
-        pairs = zip(map(torch_compat.symbol_of, fake.shape), leaf.shape, strict=True)
-        for symbol, size in pairs:
-            if symbol is not None and numbers.setdefault(symbol, size) != size:
-                raise CaptureError(
-                    f"the model takes sizes {numbers[symbol]} and {size} of its arguments as equal",
-                    hint="call the model itself with these arguments: it has to run with them",
-                )
-    return numbers
+        if isinstance(fake, torch.Tensor) and isinstance(leaf, torch.Tensor):
+            for size, number in zip(
+                map(torch_compat.symbol_of, fake.shape), leaf.shape, strict=True
+            ):
+                if size is not None and numbers.setdefault(size, number) != number:
+                    raise CaptureError(
+                        f"the model takes sizes {numbers[size]} and {number} of its arguments as equal",
+                        hint="call the model itself with these arguments: it has to run with them",
+                    )

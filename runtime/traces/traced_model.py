@@ -23,7 +23,6 @@ from piecework.errors import (
     Unidentifiable,
 )
 from piecework.runtime import torch_compat
-from piecework.runtime.analysis.unbacked import EverySize, NotAdmitted, written_copies
 from piecework.runtime.call.edited import EditedSource, check_edited
 from piecework.runtime.call.entry import Entry
 from piecework.runtime.call.example_call import example_call
@@ -33,11 +32,11 @@ from piecework.runtime.pieces.backend import PieceworkBackend
 from piecework.runtime.pieces.compilation import Trace, require_registered
 from piecework.runtime.pieces.program import Program
 from piecework.runtime.store.surroundings import settings_factors
+from piecework.runtime.trace.every_size import EverySize, NotAdmitted
 from piecework.runtime.trace.layers import RepeatedLayers
-from piecework.runtime.trace.one_trace import OpenTrace, trace_once
+from piecework.runtime.trace.one_trace import trace_once
 from piecework.runtime.trace.side_effects import settled
-from piecework.runtime.trace.sizes.example_sizes import KeptMarks, SizePolicy
-from piecework.runtime.trace.tracing import BatchWasFixed, attempts
+from piecework.runtime.trace.sizes import KeptMarks, SizePolicy, attempts, require_fitting
 from piecework.runtime.watch.weights import Weight
 
 if TYPE_CHECKING:
@@ -299,6 +298,7 @@ def trace_model(
     except Unidentifiable:
         settings = None
     require_registered(backend.declared_ops)  # before a trace that may take long
+    require_fitting(model, args, kwargs)
     backend.compiler_manager.begin()
     start = time.perf_counter()
     if backend.compiler_manager.progress is not None:
@@ -306,15 +306,17 @@ def trace_model(
     layers = RepeatedLayers(backend.config.repeated_layers)
     failures: list[CaptureError | PieceCompileError] = []
     with ExitStack() as undo:
-        for attempt in attempts(model, args, kwargs, sizes, failures):
-            run = partial(trace_once, model, attempt, layers)
+        for attempt in attempts(args, kwargs, sizes, failures):
+            run = partial(trace_once, model, args, kwargs, attempt, layers)
             try:
                 traced = run() if backend.trace is Trace.ANOTHER else settled(run, undo)
                 if backend.used:  # what was made of an earlier trace is not
                     backend = new_backend()
                 with traced.compiling():
-                    tried = _tried(traced, sizes)
-                    made = backend.prepare(traced.graph, traced.weight_paths(), tried)
+                    weights = traced.weights()
+                    tried = _tried(traced.graph, weights, sizes)
+                    paths = {name: each.path for name, each in weights.items()}
+                    made = backend.prepare(traced.graph, paths, tried)
             except (CaptureError, PieceCompileError) as error:
                 if isinstance(error, PieceCompileError) and error.whatever_is_traced:
                     raise
@@ -332,27 +334,18 @@ def trace_model(
 
 def _clearest(failures: Sequence[CaptureError | PieceCompileError]) -> Exception:
     """The failure that says best why a model can't be compiled: that of the first attempt that was meant to be made in any case."""
-    plain = [each for each in failures if not isinstance(each, (BatchWasFixed, NotAdmitted))]
+    plain = [each for each in failures if not isinstance(each, NotAdmitted)]
     last = [each for each in plain if not torch_compat.data_dependent(each)]
     return (last or plain or list(failures))[0]
 
 
-def _tried(traced: OpenTrace, sizes: SizePolicy | None) -> EverySize | None:
-    """The try of a trace that would serve every size; None for one whose sizes all have numbers behind them.
-
-    Raises:
-        NotAdmitted: it would not.
-    """
+def _tried(
+    graph: torch.fx.GraphModule, weights: Mapping[str, Weight], sizes: SizePolicy | None
+) -> EverySize | None:
+    """The try of a trace that would serve every size; None for one whose sizes all have numbers behind them."""
     if sizes is None or isinstance(sizes, KeptMarks):
         return None
-    graph = traced.graph
     placeholders = graph.graph.find_nodes(op="placeholder")
     symbols = torch_compat.unbacked_symbols(map(value_of, placeholders))
-    if not symbols:
-        return None
-    reason = written_copies(graph)
-    if reason is not None:
-        raise NotAdmitted(reason)
-    pairs = zip(placeholders, traced.inputs, strict=True)
-    weights = {node.name: each.tensor for node, each in pairs if isinstance(each, Weight)}
-    return EverySize(symbols, weights, sizes.rows_in_one)
+    tensors = {name: each.tensor for name, each in weights.items()}
+    return EverySize(symbols, tensors, sizes.rows_in_one) if symbols else None

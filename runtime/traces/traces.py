@@ -22,7 +22,7 @@ from piecework.runtime.observe.progress import warn_of_another
 from piecework.runtime.pieces.backend import PieceworkBackend
 from piecework.runtime.pieces.compilation import Trace
 from piecework.runtime.pieces.ranks import require_agreement
-from piecework.runtime.trace.sizes.example_sizes import (
+from piecework.runtime.trace.sizes import (
     AllDimensions,
     KeptMarks,
     SizePolicy,

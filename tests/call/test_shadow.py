@@ -14,11 +14,11 @@ from torch import nn
 
 import piecework
 from piecework.errors import BindError, ConfigError
-from piecework.runtime.analysis import unbacked
 from piecework.runtime.call.shadow import Shadow
 from piecework.runtime.compilers import EagerAdaptor
 from piecework.runtime.compilers.interface import CompiledPiece
 from piecework.runtime.stitched import StitchedModule
+from piecework.runtime.trace import every_size
 
 sys.modules.setdefault("shadow_compilers", sys.modules[__name__])
 
@@ -273,7 +273,7 @@ def test_each_batch_range_is_compared(spoil) -> None:  # type: ignore[no-untyped
 def test_a_trace_that_is_made_meanwhile_is_compared_too(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(unbacked.EverySize, "refusal", lambda *_: "not in this test")
+    monkeypatch.setattr(every_size.EverySize, "refusal", lambda *_: "not in this test")
     stitched = piecework.compile(layers(1), (X,), config={"backend": "eager"})
     with torch.no_grad(), stitched.shadow() as found:
         stitched(X)

@@ -19,13 +19,13 @@ from piecework.errors import (
     PieceworkError,
     SplitError,
 )
-from piecework.runtime.analysis import unbacked
+from piecework.runtime.trace import every_size
 
 
 @pytest.fixture
 def nothing_admitted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Trace for sizes of 2 and more, whatever the graph is."""
-    monkeypatch.setattr(unbacked.EverySize, "refusal", lambda *_: "not in this test")
+    monkeypatch.setattr(every_size.EverySize, "refusal", lambda *_: "not in this test")
 
 
 def compiled(model: Callable[..., object], *args: object, **kwargs: object):  # type: ignore[no-untyped-def]
@@ -435,7 +435,7 @@ def test_a_captured_batch_of_one_has_the_other_sizes_that_were_asked_for(
 def test_a_compiler_that_asks_for_the_number_of_a_size_gets_a_trace_that_has_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(unbacked.EverySize, "_never_tried", lambda *_: None)
+    monkeypatch.setattr(every_size.EverySize, "_never_tried", lambda *_: None)
 
     def model(x: torch.Tensor) -> torch.Tensor:
         return torch.vmap(torch.func.grad(lambda row: row.sin().sum()))(x) + 1

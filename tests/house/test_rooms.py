@@ -46,7 +46,6 @@ ORDER = (
     "runtime.config",
     "runtime.watch",
     "runtime.store",
-    "runtime.analysis",
     "codegen",
     "templates",
     "runtime.batch",

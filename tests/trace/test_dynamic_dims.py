@@ -10,7 +10,7 @@ import torch
 
 from piecework.errors import ConfigError, InputError
 from piecework.runtime.config.groups import DynamicShapesType
-from piecework.runtime.trace.sizes.dynamic_dims import dims_of, marked
+from piecework.runtime.trace.dynamic_dims import dims_of, marked
 
 if TYPE_CHECKING:
     from nowhere import Hidden
@@ -86,7 +86,7 @@ def test_a_declaration_replaces_what_annotations_say() -> None:
         ({"x": 0.0}, "must be a dimension or a list"),
         ({"x": []}, "must be a dimension or a list"),
         ({"x": [0, None]}, "must be a dimension or a list"),
-        ({"x": [0, 0]}, "repeats a dimension"),
+        ({"x": [0, 0]}, "each once"),
         ({}, "names no parameter"),
         (["x"], "must map parameter names"),
         (0, "must map parameter names"),
@@ -106,7 +106,7 @@ def test_nothing_to_infer_is_an_error_that_says_why() -> None:
     def forward(self: object, x, n: int) -> None: ...  # type: ignore[no-untyped-def]
 
     with pytest.raises(
-        ConfigError, match=r"nothing is dynamic; parameters: x, n; x has no annotation"
+        ConfigError, match="nothing is dynamic; parameters: x, n; without annotation: x"
     ):
         dims_of(forward)
 

@@ -18,9 +18,9 @@ from piecework.integrations.transformers.request.attention import attention, thr
 from piecework.runtime.compile import compile_with_mode
 from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.stitched import StitchedModule
-from piecework.runtime.torch_compat import mark_unbacked
-from piecework.runtime.trace.sizes.dynamic_dims import unmarked_afterwards
-from piecework.runtime.trace.sizes.example_sizes import SizePolicy
+from piecework.runtime.torch_compat import Mark, unbacked_mark
+from piecework.runtime.trace.dynamic_dims import Marks
+from piecework.runtime.trace.sizes import SizePolicy
 
 # What stands for the number of tokens when a forward is traced; any number above one does.
 _TRACED_ROWS = 6
@@ -92,20 +92,11 @@ class TokenDimension(SizePolicy):
 
     rows_in_one = True
 
-    @contextmanager
-    def every_size(self, args: Sequence[object], kwargs: Mapping[str, object]) -> Iterator[int]:
-        with unmarked_afterwards(list(args)):
-            for tensor in args:
-                mark_unbacked(tensor, 1, shape_id="tokens")
-            yield len(args)
+    def every_size(self, args: Sequence[object], kwargs: Mapping[str, object]) -> Marks:
+        return [(tensor, unbacked_mark(tensor, 1)) for tensor in args]
 
-    @contextmanager
-    def larger_sizes(self, args: Sequence[object], kwargs: Mapping[str, object]) -> Iterator[None]:
-        with unmarked_afterwards(list(args)):
-            for tensor in args:
-                if tensor.size(1) > 1:
-                    torch._dynamo.mark_dynamic(tensor, 1)
-            yield
+    def larger_sizes(self, args: Sequence[object], kwargs: Mapping[str, object]) -> Marks:
+        return [(tensor, Mark("dynamic", 1)) for tensor in args if tensor.size(1) > 1]
 
     def may_differ(self, leaf: int, dim: int) -> bool:
         return dim == 1

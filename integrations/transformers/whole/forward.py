@@ -6,8 +6,7 @@ Attention is part of the graph, which is cut between repeated blocks.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +16,8 @@ from piecework.integrations.transformers.own.cache_state import CacheForm, held_
 from piecework.runtime.compile import compile_with_mode
 from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.stitched import StitchedModule
-from piecework.runtime.trace.sizes.example_sizes import AllDimensions
+from piecework.runtime.trace.dynamic_dims import Marks
+from piecework.runtime.trace.sizes import AllDimensions
 
 Fields = dict[str, object]
 Held = list[dict[str, object]]
@@ -126,12 +126,11 @@ class WholeForward(nn.Module):
 class CallDimensions(AllDimensions):
     """Every size of a call may differ, and has a number behind it in a trace."""
 
-    @contextmanager
-    def every_size(self, args: Sequence[object], kwargs: Mapping[str, object]) -> Iterator[int]:
-        yield 0
+    def every_size(self, args: Sequence[object], kwargs: Mapping[str, object]) -> Marks:
+        return []
 
-    def narrower(self, args: Sequence[object], kwargs: Mapping[str, object]) -> None:
-        """Nothing: with the batch alone dynamic, each length would be compiled anew."""
+    def batch_alone(self, args: Sequence[object], kwargs: Mapping[str, object]) -> None:
+        return None  # with the batch alone dynamic, each length would be compiled anew
 
 
 def wholly(

@@ -17,10 +17,10 @@ from piecework.codegen.graph.origin import results_of, value_of
 from piecework.codegen.plan.size_text import evaluate, symbols_in
 from piecework.errors import ConfigError, StaticGraphError
 from piecework.runtime import torch_compat
-from piecework.runtime.analysis.writes import held_by_source, mutations_in, refuse_mutations
 from piecework.runtime.pieces.program import Program
 from piecework.runtime.trace.inputs import Argument, GraphInput, Layout, Size
 from piecework.runtime.trace.one_trace import ModelTrace
+from piecework.runtime.trace.writes import held_by_source, mutations_in, refuse_mutations
 from piecework.runtime.watch.weights import Weight
 
 Asked = Mapping[str, Sequence[int] | str]

@@ -21,7 +21,6 @@ from piecework.codegen.stitch.bind import filename_of
 from piecework.codegen.stitch.source import StitchedSource
 from piecework.errors import StaticGraphError
 from piecework.runtime import torch_compat
-from piecework.runtime.analysis.writes import mutations_in, written_inputs
 from piecework.runtime.batch.descriptor import BatchDescriptor
 from piecework.runtime.batch.forward_context import (
     ForwardContext,
@@ -51,6 +50,7 @@ from piecework.runtime.graphs.serve.arguments import CapturedInputs
 from piecework.runtime.graphs.serve.replay import Replay, facts_of, make_replay
 from piecework.runtime.graphs.serve.writes import DryWrites
 from piecework.runtime.pieces.program import Program
+from piecework.runtime.trace.writes import mutations_in, written_inputs
 from piecework.runtime.watch.weights import Weight
 
 _FULL, _PIECES = CUDAGraphMode.FULL, CUDAGraphMode.PIECEWISE

@@ -95,11 +95,6 @@ def as_inductor_graph_pass(
     return GraphPass()
 
 
-def auto_functionalized_ops() -> tuple[object, ...]:
-    """The higher-order operators that stand for a call of a mutating operator in a functional graph."""
-    return torch.ops.higher_order.auto_functionalized, torch.ops.higher_order.auto_functionalized_v2
-
-
 def is_opaque_to_inductor(op: torch._ops.OpOverload) -> bool:
     """Whether Inductor calls ``op`` as it is: it is no operator of torch, and nothing decomposes, lowers or orders it."""
     if op.namespace in ("aten", "prims", "prim", "inductor", "quantized", "_c10d_functional"):

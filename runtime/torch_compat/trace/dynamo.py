@@ -9,44 +9,46 @@ import threading
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 import torch.fx
 from torch.fx._lazy_graph_module import _LazyGraphModule
 
-
-def mark_unbacked(tensor: torch.Tensor, dim: int, *, shape_id: str | None = None) -> None:
-    """Declare dimension ``dim`` of an example input unbacked: captured for every size, zero and one included.
-
-    Args:
-        shape_id: dimensions with one id become one symbol.
-    """
-    torch._dynamo.decorators.mark_unbacked(tensor, dim, shape_id=shape_id)
-
-
-Kind = Literal["dynamic", "unbacked", "static"]
+Kind = Literal["dynamic", "unbacked", "static", "maybe"]
 
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """One mark of Dynamo's on a dimension of an example; ``low`` and ``high`` bound a dynamic one."""
+    """One mark of Dynamo's on a dimension of an example.
+
+    Attributes:
+        kind: ``unbacked``: captured for every size, zero and one included; ``maybe``: dynamic, unless the code fixes it.
+        low, high: bounds of a dynamic dimension.
+        shape_id: unbacked dimensions with one id become one symbol.
+    """
 
     kind: Kind
     dim: int
     low: int | None = None
     high: int | None = None
+    shape_id: str | None = None
 
     def put_on(self, tensor: torch.Tensor) -> None:
-        """Mark ``tensor`` likewise; a dynamic dimension of 0 or 1 as static."""
-        if self.dim >= tensor.dim():
-            return
+        """Mark ``tensor`` likewise."""
         if self.kind == "unbacked":
-            mark_unbacked(tensor, self.dim)
-        elif self.kind == "static" or tensor.size(self.dim) < 2:
+            torch._dynamo.decorators.mark_unbacked(tensor, self.dim, shape_id=self.shape_id)
+        elif self.kind == "static":
             torch._dynamo.mark_static(tensor, self.dim)
+        elif self.kind == "maybe":
+            torch._dynamo.maybe_mark_dynamic(tensor, self.dim)
         else:
             torch._dynamo.mark_dynamic(tensor, self.dim, min=self.low, max=self.high)
+
+
+def unbacked_mark(tensor: torch.Tensor, dim: int) -> Mark:
+    """The mark of an unbacked dimension; dimensions of equal size become one symbol."""
+    return Mark("unbacked", dim, shape_id=f"size_{tensor.size(dim)}")
 
 
 def marks_of(value: object) -> tuple[Mark, ...]:
@@ -54,7 +56,7 @@ def marks_of(value: object) -> tuple[Mark, ...]:
     if not isinstance(value, torch.Tensor):
         return ()
     ranges = {each.dim: each for each in getattr(value, "_dynamo_dynamic_range", None) or ()}
-    kinds: tuple[Kind, ...] = get_args(Kind)
+    kinds: tuple[Kind, ...] = ("dynamic", "unbacked", "static")
     found = []
     for kind in kinds:
         for dim in sorted(getattr(value, f"_dynamo_{kind}_indices", None) or ()):

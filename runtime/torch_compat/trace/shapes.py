@@ -238,21 +238,6 @@ def _follows_from_ranges(env: object, expr: object) -> bool:
     return bool(bounds.is_singleton() and bounds.lower)
 
 
-def broken_guard(sizes: Sequence[object], values: Mapping[str, int]) -> str:
-    """The first shape guard or range of the trace behind ``sizes`` that these values of symbols break; "" if none does."""
-    env = shape_env_of(sizes)
-    for guard in getattr(env, "guards", ()):
-        expr = env.replace(guard.expr)
-        found = _evaluated(expr, values)
-        if found is not None and not found:
-            return str(expr)
-    for symbol, bounds in getattr(env, "var_to_range", {}).items():
-        value = values.get(str(symbol))
-        if value is not None and not bounds.lower <= value <= bounds.upper:
-            return f"{bounds.lower} <= {symbol} <= {bounds.upper}"
-    return ""
-
-
 def _evaluated(expr: object, values: Mapping[str, int]) -> object:
     """A symbolic expression or relation with numbers for its symbols; None if one is missing."""
     symbols = getattr(expr, "free_symbols", ())

@@ -159,3 +159,82 @@ def test_a_piece_that_makes_room_for_a_splitting_op() -> None:
         x = torch.randn(count, 8)
         torch.testing.assert_close(stitched(x), x * 2 + 1)
     assert len(stitched.traces) == 1
+
+
+# --- copies that are none for one row --------------------------------------------------------------------
+
+Step = Callable[[torch.Tensor], torch.Tensor]
+UP = nn.Linear(6, 6).eval()
+# Traced with AOTAutograd, which makes of writes what a compiler gets to see, and run as it is.
+TRACED_AGAIN = {"backend": "aot_eager", "mode": "DYNAMO_TRACE_ONCE"}
+IN_ORDER_WHERE_ONE: dict[str, Step] = {
+    "some columns": lambda x: x[:, 1:3].contiguous(),
+    "one column": lambda x: x[:, :1].contiguous(),
+    "columns in a row": lambda x: x[:, :2].reshape(-1),
+    "transposed, in a row": lambda x: x.T.reshape(-1),
+    "transposed and flat": lambda x: x.T.ravel(),
+    "flattened": lambda x: x[:, :2].flatten(),
+    "another order": lambda x: x[:, None, :3].contiguous(memory_format=torch.contiguous_format),
+}
+
+
+def written(step: Step) -> Callable[[torch.Tensor], object]:
+    """Writes to what a step gives, and reads what it was given."""
+
+    def forward(x: torch.Tensor) -> object:
+        hidden = UP(x)
+        step(hidden).add_(1)
+        return hidden * 2
+
+    return forward
+
+
+def written_before(step: Step) -> Callable[[torch.Tensor], object]:
+    """Writes to what a step was given, and reads what it gives."""
+
+    def forward(x: torch.Tensor) -> object:
+        hidden = UP(x)
+        given = step(hidden)
+        hidden.mul_(2)
+        return given + 0
+
+    return forward
+
+
+def written_argument(step: Step) -> Callable[[torch.Tensor], object]:
+    def forward(x: torch.Tensor) -> object:
+        step(x).add_(1)
+        return x * 2
+
+    return forward
+
+
+WAYS = {"result": written, "source": written_before, "argument": written_argument}
+
+
+@pytest.mark.sample(4)
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", IN_ORDER_WHERE_ONE)
+def test_a_write_is_seen_wherever_eager_shows_it(name: str, way: str) -> None:
+    model = WAYS[way](IN_ORDER_WHERE_ONE[name])
+    stitched = piecework.compile(model, (torch.randn(4, 6),), config=TRACED_AGAIN)
+    for count in (4, 3, 1, 2, 0):
+        x = torch.randn(count, 6)
+        mine, theirs = x.clone(), x.clone()
+        with torch.no_grad():
+            torch.testing.assert_close(stitched(mine), model(theirs), msg=f"{count} rows")
+        torch.testing.assert_close(mine, theirs, msg=f"{count} rows")
+
+
+@pytest.mark.sample(3)
+@pytest.mark.parametrize("name", IN_ORDER_WHERE_ONE)
+def test_one_trace_serves_one_row_where_nothing_is_written(name: str) -> None:
+    step = IN_ORDER_WHERE_ONE[name]
+    stitched = piecework.compile(
+        lambda x: step(UP(x)) * 2, (torch.randn(4, 6),), config={"backend": "eager"}
+    )
+    kept = piecework.compile(written(step), (torch.randn(4, 6),), config={"backend": "eager"})
+    for each in (stitched, kept):
+        each(torch.randn(1, 6))
+    assert len(kept.traces) == 2
+    assert len(stitched.traces) <= len(kept.traces)

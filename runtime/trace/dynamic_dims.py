@@ -19,6 +19,7 @@ from piecework.runtime.trace.inputs import leaves_of
 
 Dims = int | Sequence[int]
 DimsByName = Mapping[str, Dims]
+Marks = list[tuple[torch.Tensor, torch_compat.Mark]]
 _NO_TENSORS = (int, float, bool, str, None, "int", "float", "bool", "str", "None")
 
 
@@ -58,53 +59,33 @@ def dims_of(
         ConfigError: a name is no parameter, a dimension is no int, or nothing is declared or annotated.
     """
     where = f"{owner.__qualname__}.forward" if owner is not None else forward.__qualname__
-    parameters = _parameters_of(forward, owner)
-    if dynamic is None:
-        chosen: dict[str, tuple[int, ...]] = {
-            name: (0,) for name, each in parameters.items() if _may_hold_tensors(each)
-        }
-        if not chosen and not unbacked:
-            raise _nothing_dynamic(where, parameters)
-    else:
-        chosen = _declared(dynamic, parameters, where, "dynamic_arg_dims")
-        if not chosen and not unbacked:
-            raise ConfigError(
-                "dynamic_arg_dims names no parameter", where=where, hint="leave it out to infer"
-            )
-    return DynamicDims(
-        where,
-        chosen,
-        _declared(unbacked or {}, parameters, where, "mark_unbacked_dims"),
-        declared=dynamic is not None,
-    )
-
-
-def _may_hold_tensors(parameter: inspect.Parameter) -> bool:
-    return parameter.annotation is not parameter.empty and parameter.annotation not in _NO_TENSORS
-
-
-def _parameters_of(
-    forward: Callable[..., object], owner: type | None
-) -> dict[str, inspect.Parameter]:
-    """The parameters of ``forward`` by name, without the instance's."""
-    found = dict(inspect.signature(forward).parameters)
-    first = next(iter(found), None)
+    parameters = dict(inspect.signature(forward).parameters)
+    first = next(iter(parameters), None)
     unbound = forward is getattr(owner, "forward", None) or first == "self"
     if first is not None and unbound and not inspect.ismethod(forward):
-        del found[first]
-    return found
-
-
-def _nothing_dynamic(where: str, parameters: Mapping[str, inspect.Parameter]) -> ConfigError:
-    listed = ", ".join(parameters) or "none"
-    bare = [name for name, each in parameters.items() if each.annotation is each.empty]
-    has = "has" if len(bare) == 1 else "have"
-    reason = f"; {', '.join(bare)} {has} no annotation" if bare else ""
-    return ConfigError(
-        f"no parameter is annotated as a tensor, so nothing is dynamic; parameters: {listed}{reason}",
-        where=where,
-        hint=f"annotate tensor parameters with torch.Tensor, or pass dynamic_arg_dims={{{next(iter(bare or parameters), 'x')!r}: 0}}",
-    )
+        del parameters[first]
+    if dynamic is None:
+        chosen = {
+            name: (0,)
+            for name, each in parameters.items()
+            if each.annotation is not each.empty and each.annotation not in _NO_TENSORS
+        }
+    else:
+        chosen = _declared(dynamic, parameters, where, "dynamic_arg_dims")
+    wanted = _declared(unbacked or {}, parameters, where, "mark_unbacked_dims")
+    if not chosen and not wanted:
+        what = "dynamic_arg_dims names no parameter"
+        if dynamic is None:
+            bare = [name for name, each in parameters.items() if each.annotation is each.empty]
+            what = "no parameter is annotated as a tensor, so nothing is dynamic; parameters: "
+            what += ", ".join(parameters) or "none"
+            what += f"; without annotation: {', '.join(bare)}" if bare else ""
+        raise ConfigError(
+            what,
+            where=where,
+            hint="annotate tensor parameters with torch.Tensor, or pass dynamic_arg_dims={'x': 0}",
+        )
+    return DynamicDims(where, chosen, wanted, declared=dynamic is not None)
 
 
 def _declared(
@@ -123,32 +104,21 @@ def _declared(
             where=where,
             hint="parameters: " + (", ".join(parameters) or "none"),
         )
-    return {name: _as_dims(value, name, where, argument) for name, value in dims.items()}
-
-
-def _as_dims(value: object, name: str, where: str, argument: str) -> tuple[int, ...]:
-    several = isinstance(value, Sequence) and not isinstance(value, (str, bytes))
-    dims = tuple(value) if several else (value,)  # type: ignore[arg-type,var-annotated]
-    if not dims or any(type(each) is not int for each in dims):
-        raise ConfigError(
-            f"{argument}[{name!r}] must be a dimension or a list of them; got {value!r}",
-            where=where,
-            hint=f"{argument}={{{name!r}: 0}} is the first one",
-        )
-    if len(set(dims)) != len(dims):
-        raise ConfigError(f"{argument}[{name!r}] repeats a dimension: {value!r}", where=where)
-    return tuple(each for each in dims if isinstance(each, int))
+    found: dict[str, tuple[int, ...]] = {}
+    for name, value in dims.items():
+        several = isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+        given = tuple(value) if several else (value,)
+        if not given or any(type(each) is not int for each in given) or len({*given}) < len(given):
+            raise ConfigError(
+                f"{argument}[{name!r}] must be a dimension or a list of them, each once; got {value!r}",
+                where=where,
+                hint=f"{argument}={{{name!r}: 0}} is the first one",
+            )
+        found[name] = given
+    return found
 
 
 # --- marks on the first call's tensors -----------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Mark:
-    tensor: torch.Tensor
-    dim: int
-    label: str
-    unbacked: bool
 
 
 @contextmanager
@@ -156,11 +126,18 @@ def marked(
     dims: DynamicDims,
     arguments: Mapping[str, object],
     shapes: DynamicShapesType = DynamicShapesType.BACKED,
-) -> Iterator[list[Mark]]:
-    """Mark the dynamic dimensions of a call's arguments for the trace in the block; yields the marks.
+) -> Iterator[None]:
+    """Mark the dynamic dimensions of a call's arguments for the trace in the block; see `marks_for`."""
+    with marks_on(marks_for(dims, arguments, shapes)):
+        yield
 
-    Unbacked dimensions of one size share one symbol. Under ``AUTO``, which serves other sizes by other traces, backed dimensions
-    of 0 and 1 are left to be fixed.
+
+def marks_for(
+    dims: DynamicDims, arguments: Mapping[str, object], shapes: DynamicShapesType
+) -> Marks:
+    """The marks that dynamic dimensions of a call's arguments get.
+
+    Under ``AUTO``, which serves other sizes by other traces, backed dimensions of 0 and 1 are left to be fixed.
 
     Args:
         dims: what is dynamic.
@@ -171,73 +148,46 @@ def marked(
         ConfigError: a declared dimension is out of range, or its argument holds no tensor.
         InputError: nothing dynamic is passed, or a backed dimension has size 0 or 1, which a trace would fix.
     """
-    marks = _marks(dims, arguments, shapes is DynamicShapesType.UNBACKED)
-    if not marks:
-        raise InputError(
-            "the first call passes no tensor for a dynamic parameter",
-            where=dims.where,
-            hint="make the first call with tensors, or declare other dynamic_arg_dims",
-        )
-    if shapes is DynamicShapesType.BACKED:
-        _require_two(dims, marks)
-    with unmarked_afterwards([mark.tensor for mark in marks]):
-        for mark in marks:
-            small = mark.tensor.size(mark.dim) < 2 and not mark.unbacked
-            if not (small and shapes is DynamicShapesType.AUTO):
-                set_mark(mark.tensor, mark.dim, unbacked=mark.unbacked)
-        yield marks
-
-
-def set_mark(tensor: torch.Tensor, dim: int, *, unbacked: bool) -> None:
-    """Mark one dimension; unbacked dimensions of equal size become one symbol."""
-    if unbacked:
-        torch_compat.mark_unbacked(tensor, dim, shape_id=f"size_{tensor.size(dim)}")
-    else:
-        torch._dynamo.mark_dynamic(tensor, dim)
-
-
-@contextmanager
-def unmarked_afterwards(tensors: Sequence[torch.Tensor]) -> Iterator[None]:
-    """Give tensors their Python attributes back after the block: marks are such attributes."""
-    before = [(tensor, dict(vars(tensor))) for tensor in tensors]
-    kept = [(tensor, {k: _copied(v) for k, v in found.items()}) for tensor, found in before]
-    try:
-        yield
-    finally:
-        for tensor, attributes in kept:
-            vars(tensor).clear()
-            vars(tensor).update(attributes)
-
-
-def _copied(value: object) -> object:
-    """Dynamo adds to the sets and dicts of earlier marks in place."""
-    return value.copy() if type(value) in (set, dict) else value  # type: ignore[attr-defined]
-
-
-def _marks(dims: DynamicDims, arguments: Mapping[str, object], all_unbacked: bool) -> list[Mark]:
     _register_holders([arguments.get(name) for name in (*dims.dynamic, *dims.unbacked)])
-    found: dict[tuple[int, int], Mark] = {}
-    for unbacked, table in ((False, dims.dynamic), (True, dims.unbacked)):
+    found: dict[tuple[int, int], tuple[torch.Tensor, torch_compat.Mark]] = {}
+    labels: dict[tuple[int, int], str] = {}
+    for table in (dims.dynamic, dims.unbacked):
         for name, wanted in table.items():
-            argument = arguments.get(name)
-            tensors = _tensors_in(argument, name)
-            must = dims.declared or unbacked
-            if must and not tensors and not _is_absent(argument):
+            argument, must = arguments.get(name), dims.declared or table is dims.unbacked
+            leaves = leaves_of(argument)
+            tensors = [(name + at, x) for at, x in leaves if isinstance(x, torch.Tensor)]
+            if must and not tensors and not (argument is None or argument == () or argument == {}):
                 raise ConfigError(
                     f"parameter {name} is declared dynamic, and the first call passes "
                     f"a {type(argument).__qualname__} without tensors",
                     where=dims.where,
                     hint="declare the parameters that tensors come in",
                 )
+            unbacked = table is dims.unbacked or shapes is DynamicShapesType.UNBACKED
             for label, tensor in tensors:
                 for dim in _in_range(dims.where, label, tensor, wanted, must):
-                    key = (id(tensor), dim)
-                    found[key] = Mark(tensor, dim, label, unbacked or all_unbacked)
+                    fixed = shapes is DynamicShapesType.AUTO and tensor.size(dim) < 2
+                    mark = torch_compat.Mark("static" if fixed else "dynamic", dim)
+                    if unbacked:
+                        mark = torch_compat.unbacked_mark(tensor, dim)
+                    found[id(tensor), dim], labels[id(tensor), dim] = (tensor, mark), label
+    if not found:
+        raise InputError(
+            "the first call passes no tensor for a dynamic parameter",
+            where=dims.where,
+            hint="make the first call with tensors, or declare other dynamic_arg_dims",
+        )
+    for place, (tensor, mark) in found.items():
+        small = tensor.size(mark.dim) < 2 and mark.kind == "dynamic"
+        if small and shapes is DynamicShapesType.BACKED:
+            raise InputError(
+                f"argument {labels[place]} has size {tensor.size(mark.dim)} in dynamic dimension {mark.dim} at the first call, "
+                "which a trace with backed shapes would fix",
+                where=dims.where,
+                hint="make the first call with size 2 or more, name the dimension in mark_unbacked_dims, or set "
+                "dynamic_shapes_config.type to unbacked or backed_size_oblivious",
+            )
     return list(found.values())
-
-
-def _is_absent(argument: object) -> bool:
-    return argument is None or argument == () or argument == {}
 
 
 def _in_range(
@@ -257,26 +207,28 @@ def _in_range(
     return positive
 
 
-def _require_two(dims: DynamicDims, marks: Sequence[Mark]) -> None:
-    for mark in marks:
-        size = mark.tensor.size(mark.dim)
-        if size < 2 and not mark.unbacked:
-            raise InputError(
-                f"argument {mark.label} has size {size} in dynamic dimension {mark.dim} at the first call, "
-                "which a trace with backed shapes would fix",
-                where=dims.where,
-                hint="make the first call with size 2 or more, name the dimension in mark_unbacked_dims, or set "
-                "dynamic_shapes_config.type to unbacked or backed_size_oblivious",
-            )
+@contextmanager
+def marks_on(marks: Marks) -> Iterator[None]:
+    """Put marks on tensors for the block."""
+    with unmarked_afterwards([tensor for tensor, _ in marks]):
+        for tensor, mark in marks:
+            mark.put_on(tensor)
+        yield
 
 
-def _tensors_in(value: object, name: str) -> list[tuple[str, torch.Tensor]]:
-    """The tensors in ``value`` with their paths, such as ``hidden.tensors['h']``."""
-    if isinstance(value, torch.Tensor):  # the common case, also for tensor subclasses
-        return [(name, value)]
-    return [
-        (name + suffix, leaf) for suffix, leaf in leaves_of(value) if isinstance(leaf, torch.Tensor)
+@contextmanager
+def unmarked_afterwards(tensors: Sequence[torch.Tensor]) -> Iterator[None]:
+    """Give tensors their Python attributes back after the block: marks are such attributes."""
+    kept = [  # Dynamo adds to the sets and dicts of earlier marks in place
+        (t, {k: v.copy() if type(v) in (set, dict) else v for k, v in vars(t).items()})
+        for t in tensors
     ]
+    try:
+        yield
+    finally:
+        for tensor, attributes in kept:
+            vars(tensor).clear()
+            vars(tensor).update(attributes)
 
 
 # --- classes that hold tensors -------------------------------------------------------------------------
@@ -317,12 +269,9 @@ def _register(kind: type) -> None:
             object.__setattr__(value, name, child)
         return value
 
+    name = f"{kind.__module__}.{kind.__qualname__}"
     pytree.register_pytree_node(
-        kind,
-        children,
-        rebuilt,
-        serialized_type_name=f"{kind.__module__}.{kind.__qualname__}",
-        flatten_with_keys_fn=with_keys,
+        kind, children, rebuilt, serialized_type_name=name, flatten_with_keys_fn=with_keys
     )
 
 

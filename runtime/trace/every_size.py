@@ -1,13 +1,12 @@
-"""Whether one compiled form serves every size of a batch: tries pieces that were traced with a size that no number stands behind.
+"""Whether one compiled form serves every size of a batch: pieces that were traced with a size that no number stands behind are tried.
 
-It is tried: the piece's graph runs on made data with 3, 1 and 0 rows, each value must have the shape that was traced, and the compiled
-form must give equal values, shapes and strides. Splitting ops and the model's Python are not run; a piece that draws random numbers,
-convolves, or runs a graph of its own is not tried.
+A piece's graph runs on made data with 3, 1 and 0 rows. Each value must have the shape that was traced, no copy that is written to may be
+none for one row, and the compiled form must give equal values, shapes, strides and sharing of memory. Splitting ops and the model's
+Python are not run.
 """
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,25 +14,32 @@ from typing import Any
 
 import torch
 import torch.fx
-from torch._ops import HigherOrderOperator
+from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from piecework.closeness import same_values
 from piecework.codegen.graph.origin import graph_of, value_of
 from piecework.codegen.graph.structure import Structure, input_signature, structure_of
 from piecework.errors import CaptureError, InputError
 from piecework.runtime import torch_compat
-from piecework.runtime.analysis.writes import (
-    computes,
-    copies_by_layout,
-    last_writes,
+from piecework.runtime.trace.writes import (
     memory_of,
     unwritten_outputs,
+    written_inputs,
+    written_memory,
 )
 
-SIZES = (3, 1, 0)
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+ROWS = (3, 1, 0)
+# Where functions are from that compute of their arguments and change nothing of what runs after them, as a level of torch.func does.
+_COMPUTING = (
+    *("_operator", "builtins", "math", "torch", "torch.functional", "torch.nn.functional"),
+    *("torch._C._nn", "torch._C._linalg", "torch._C._fft", "torch._C._special"),
+    "torch.amp.autocast_mode",
+)
+_SETTING = ("_log_api_usage_once", "_set_grad_enabled")
 Compiled = Callable[..., object]
+_Conflicts = set[tuple[int, int]]
 
 
 class _Unlike(Exception):
@@ -66,25 +72,36 @@ class EverySize:
         Raises:
             NotAdmitted: one does not.
         """
-        found: dict[str, Structure] = {}
-        seen: set[str] = set()
+        structures: dict[str, Structure] = {}
+        first: dict[str, str] = {}  # structure → the piece that is run for all of it
+        shared: dict[int, str] = (
+            {}
+        )  # memory that is apart for several rows alone → what is no copy for one
         calls = {str(n.target): n for n in split_gm.graph.find_nodes(op="call_module")}
         for name in names:
             piece = graph_of(split_gm, name)
-            found[name] = structure_of(piece, describe_input=input_signature)
-            if found[name].key in seen:
-                continue
-            seen.add(found[name].key)
-            pairs = zip(piece.graph.find_nodes(op="placeholder"), calls[name].args, strict=True)
-            weights = {
-                own.name: self.weights[given.name]
-                for own, given in pairs
-                if isinstance(given, torch.fx.Node) and given.name in self.weights
-            }
-            reason = self.refusal(name, piece, weights)
-            if reason is not None:
-                raise NotAdmitted(f"{name}: {reason}")
-        return found
+            structures[name] = structure_of(piece, describe_input=input_signature)
+            one = first.setdefault(structures[name].key, name)
+            if one == name:
+                pairs = zip(piece.graph.find_nodes(op="placeholder"), calls[name].args, strict=True)
+                weights = {
+                    own.name: self.weights[given.name]
+                    for own, given in pairs
+                    if isinstance(given, torch.fx.Node) and given.name in self.weights
+                }
+                reason = self.refusal(name, piece, weights)
+                if reason is not None:
+                    raise NotAdmitted(f"{name}: {reason}")
+            nodes = list(piece.graph.nodes)
+            for numbers in (c for run in self._runs.get(one, ()) for c in run.conflicts):
+                for number in numbers:
+                    shared[memory_of(value_of(nodes[number]))] = nodes[max(numbers)].name  # type: ignore[index]
+        for name in calls if shared else ():
+            for key in written_memory(graph_of(split_gm, name), shared):
+                raise NotAdmitted(
+                    f"{shared[key]} is no copy where the batch is one row, and it or what it is a copy of is written to"
+                )
+        return structures
 
     def refusal(
         self, name: str, piece: torch.fx.GraphModule, weights: Mapping[str, torch.Tensor]
@@ -99,15 +116,20 @@ class EverySize:
         except _Unlike as unlike:
             return str(unlike)
         except Exception as error:  # noqa: BLE001  (an operator has no answer for so many rows)
-            return f"it does not run with {', '.join(map(str, SIZES))} rows: {_first_line(error)}"
+            return f"it does not run with {', '.join(map(str, ROWS))} rows: {_first_line(error)}"
         return None
 
     def _runs_of(
         self, piece: torch.fx.GraphModule, weights: Mapping[str, torch.Tensor]
     ) -> Iterator[_Run]:
-        for rows in SIZES:
+        values = [value_of(node) for node in piece.graph.nodes]
+        sizes = [s for v in values for s in (v.shape if isinstance(v, torch.Tensor) else (v,))]
+        hints: dict[str, int] = {}
+        for size in sizes:
+            hints |= torch_compat.symbol_hints(size)
+        for rows in ROWS:
             try:
-                yield _Run.of(piece, self._sizes(piece, rows), weights)
+                yield _Run.of(piece, {**hints, **dict.fromkeys(self.symbols, rows)}, weights)
             except RuntimeError:
                 if rows:
                     raise
@@ -132,21 +154,12 @@ class EverySize:
                 why = f"what it was compiled to does not run: {_first_line(error)}"
                 raise NotAdmitted(f"{name}: {why}") from error
 
-    def _sizes(self, piece: torch.fx.GraphModule, rows: int) -> dict[str, int]:
-        values = [value_of(node) for node in piece.graph.nodes]
-        found: dict[str, int] = {}
-        for value in values:
-            for size in value.shape if isinstance(value, torch.Tensor) else (value,):
-                if isinstance(size, torch.SymInt):
-                    found.update(torch_compat.symbol_hints(size))
-        return {**found, **dict.fromkeys(self.symbols, rows)}
-
     def _never_tried(self, piece: torch.fx.GraphModule) -> str | None:
         for node in piece.graph.nodes:
             name = getattr(node.target, "__name__", str(node.target))
             if isinstance(node.target, HigherOrderOperator):
                 return f"{node.target.name()} runs a graph of its own"
-            if node.op == "call_function" and not computes(node.target):
+            if node.op == "call_function" and not _computes(node.target):
                 return f"{node.name} is no operator: it changes what those after it mean"
             if "conv" in name:
                 return "the compiler chooses the layout of a convolution"
@@ -158,13 +171,20 @@ class EverySize:
         return None
 
     def _in_stride(self, value: object) -> bool:
-        if not isinstance(value, torch.Tensor) or value.layout is not torch.strided:
+        if memory_of(value) is None:
             return False
-        pairs = zip(value.shape, value.stride(), strict=True)
+        pairs = zip(value.shape, value.stride(), strict=True)  # type: ignore[attr-defined]
         steps = [
             n for size, n in pairs if not (self.rows_in_one and type(size) is int and size == 1)
         ]
         return any(set(torch_compat.symbols_in(each)) & set(self.symbols) for each in steps)
+
+
+def _computes(target: object) -> bool:
+    if isinstance(target, (OpOverload, OpOverloadPacket)):
+        return True
+    module, name = (getattr(target, each, None) for each in ("__module__", "__name__"))
+    return module in _COMPUTING or (module == "torch._C" and name in _SETTING)
 
 
 @dataclass
@@ -173,15 +193,19 @@ class _Run:
 
     Attributes:
         given: what it was given, as it was before.
+        own: numbers of inputs that are the model's own tensors and not written to.
         expected: what it gave.
         after: what it left in what it was given.
-    unwritten: numbers of results whose memory nothing wrote to.
+        unwritten: numbers of results whose memory nothing wrote to.
+        conflicts: pairs of nodes, by number, that share memory and were traced apart.
     """
 
     given: list[object]
+    own: Collection[int]
     expected: list[object]
     after: list[object]
     unwritten: Collection[int]
+    conflicts: _Conflicts
 
     @classmethod
     def of(
@@ -190,23 +214,17 @@ class _Run:
         sizes: Mapping[str, int],
         weights: Mapping[str, torch.Tensor],
     ) -> _Run:
-        inputs = piece.graph.find_nodes(op="placeholder")
-        keys = {memory_of(value_of(node)) for node in inputs if node.name in weights} - {None}
-        written = last_writes(piece, keys)  # type: ignore[arg-type]
-        given: list[object] = []
-        for node in inputs:
-            own = weights.get(node.name)
-            if own is None or memory_of(value_of(node)) in written:
-                given.append(_made(value_of(node), sizes))
-            else:
-                given.append(own)
-        after = [
-            _copy(each) if node.name not in weights else each
-            for node, each in zip(inputs, given, strict=True)
+        inputs, written = piece.graph.find_nodes(op="placeholder"), written_inputs(piece)
+        own = {n for n, node in enumerate(inputs) if node.name in weights and n not in written}
+        given = [
+            weights[node.name] if n in own else _made(value_of(node), sizes)
+            for n, node in enumerate(inputs)
         ]
+        after = _copies(given, own)
+        run = _AsTraced(piece, sizes)
         with _NothingDrawn():
-            expected = _AsTraced(piece, sizes).run(*after)
-        return cls(given, pytree.tree_leaves(expected), after, unwritten_outputs(piece))
+            expected = pytree.tree_leaves(run.run(*after))
+        return cls(given, own, expected, after, unwritten_outputs(piece), run.conflicts)
 
     def require_alike(self, compiled: Compiled, any_order: bool) -> None:
         """Run the compiled form on the same data.
@@ -214,10 +232,7 @@ class _Run:
         Raises:
             _Unlike: it gives something else.
         """
-        ours = [
-            mine if theirs is mine else _copy(mine)
-            for mine, theirs in zip(self.given, self.after, strict=True)
-        ]
+        ours = _copies(self.given, self.own)
         with torch.no_grad(), warnings.catch_warnings(action="ignore"):
             found = pytree.tree_leaves(compiled(*ours))
         if len(found) != len(self.expected):
@@ -231,20 +246,29 @@ class _Run:
 
 
 class _AsTraced(torch.fx.Interpreter):
-    """Runs a piece's graph, and compares the shape of each value with what was traced."""
+    """Runs a piece's graph, and compares the shape of each value with what was traced, and which values share memory."""
 
     def __init__(self, piece: torch.fx.GraphModule, sizes: Mapping[str, int]) -> None:
-        super().__init__(piece)
+        super().__init__(piece, garbage_collect_values=False)  # so that no memory is used again
         self.extra_traceback = False
         self._sizes = sizes
+        self._numbers = {node: number for number, node in enumerate(piece.graph.nodes)}
+        self._first: dict[int, torch.fx.Node] = {}
+        self.conflicts: _Conflicts = set()
 
     def run_node(self, n: torch.fx.Node) -> Any:
         value = super().run_node(n)
         traced = value_of(n)
-        if isinstance(value, torch.Tensor) and isinstance(traced, torch.Tensor):
-            shape = [torch_compat.number_at(size, self._sizes) for size in traced.shape]
-            if list(value.shape) != shape:
-                raise _Unlike(f"{n.name} has shape {list(value.shape)} and was traced as {shape}")
+        if not (isinstance(value, torch.Tensor) and isinstance(traced, torch.Tensor)):
+            return value
+        shape = [torch_compat.number_at(size, self._sizes) for size in traced.shape]
+        if list(value.shape) != shape:
+            raise _Unlike(f"{n.name} has shape {list(value.shape)} and was traced as {shape}")
+        memory = memory_of(value)
+        if memory is not None and value.numel():
+            first = self._first.setdefault(memory, n)
+            if memory_of(value_of(first)) != memory_of(traced):
+                self.conflicts.add((self._numbers[first], self._numbers[n]))
         return value
 
 
@@ -253,35 +277,6 @@ class _NothingDrawn(TorchDispatchMode):
         if torch.Tag.nondeterministic_seeded in func.tags:
             raise _Unlike(f"{func} draws random numbers")
         return func(*args, **(kwargs or {}))
-
-
-def written_copies(graph: torch.fx.GraphModule) -> str | None:
-    """Why a whole graph, with the operators that it is cut at, can't serve a size of 1 as it serves others; None if it can.
-
-    There what ``contiguous`` or ``reshape`` copies is in order already and is not copied, and a write to either is a write to both.
-    """
-    copies = list(copies_by_layout(graph))
-    written = last_writes(graph, {key for _, own, taken in copies for key in (own, *taken)})
-    if not written:
-        return None
-    used, nodes = _last_uses(graph), list(graph.graph.nodes)
-    for number, own, taken in copies:
-        pairs = [pair for each in taken for pair in ((own, each), (each, own))]
-        if any(written.get(one, -1) > number and used[other] > number for one, other in pairs):
-            return f"{nodes[number].name} is no copy where the batch is one row, and it or what it is a copy of is written to"
-    return None
-
-
-def _last_uses(graph: torch.fx.GraphModule) -> dict[int, float]:
-    """Memory → the number of the last node that has to do with it; infinity where it is an argument's or a result's, which outlive the graph."""
-    used: dict[int, float] = {}
-    for number, node in enumerate(graph.graph.nodes):
-        for each in (node, *node.all_input_nodes):
-            key = memory_of(value_of(each))
-            if key is not None:
-                outlives = each.op == "placeholder" or node.op == "output"
-                used[key] = math.inf if outlives else max(number, used.get(key, 0))
-    return used
 
 
 def _made(fake: Any, sizes: Mapping[str, int]) -> object:
@@ -302,44 +297,28 @@ def _made(fake: Any, sizes: Mapping[str, int]) -> object:
     return memory.as_strided(shape, strides, offset[0])
 
 
-def _copy(value: object) -> object:
-    if not isinstance(value, torch.Tensor):
-        return value
-    memory = torch.empty(0, dtype=value.dtype, device=value.device)
-    memory.set_(value.untyped_storage().clone())
-    return memory.as_strided(value.shape, value.stride(), value.storage_offset())
+def _copies(values: Sequence[object], but: Collection[int]) -> list[object]:
+    """``values`` with copies of the tensors, but for some by number."""
+    found = list(values)
+    for number, value in enumerate(values):
+        if isinstance(value, torch.Tensor) and number not in but:
+            memory = torch.empty(0, dtype=value.dtype, device=value.device)
+            memory.set_(value.untyped_storage().clone())
+            found[number] = memory.as_strided(value.shape, value.stride(), value.storage_offset())
+    return found
 
 
 def _require_equal(one: object, other: object, any_order: bool, values: bool = True) -> None:
     if one is other:
         return
-    if not (isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor)):
-        if one != other:
-            raise _Unlike(f"it gives {one!r} for {other!r}")
-        return
-    if (one.shape, one.dtype) != (other.shape, other.dtype):
-        raise _Unlike(f"it gives {_kind(one)} for {_kind(other)}")
-    matters = one.numel() and not any_order and min(one.shape, default=1) > 1
-    if matters and one.stride() != other.stride():
-        raise _Unlike(f"it gives strides {one.stride()} for {other.stride()}")
-    tolerance = _TOLERANCE.get(other.dtype, 1e-4 if other.is_complex() else 0.0)
-    if not values:
-        return
-    wide = torch.complex128 if other.is_complex() else torch.float64
-    margins = {"rtol": tolerance, "atol": tolerance * _largest(other)}
-    if not torch.allclose(one.to(wide), other.to(wide), equal_nan=True, **margins):
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        if (one.shape, one.dtype) != (other.shape, other.dtype):
+            raise _Unlike(f"it gives {one.dtype} {[*one.shape]} for {other.dtype} {[*other.shape]}")
+        matters = one.numel() and not any_order and min(one.shape, default=1) > 1
+        if matters and one.stride() != other.stride():
+            raise _Unlike(f"it gives strides {one.stride()} for {other.stride()}")
+    if values and not same_values(one, other):
         raise _Unlike("it computes something else")
-
-
-def _largest(tensor: torch.Tensor) -> float:
-    if not tensor.numel():
-        return 0.0
-    found = float(tensor.abs().double().nan_to_num(0, 0, 0).max())
-    return max(found, 1e-3)
-
-
-def _kind(tensor: torch.Tensor) -> str:
-    return f"{tensor.dtype} {list(tensor.shape)}"
 
 
 def _sharing(results: Sequence[object], given: Sequence[object]) -> list[list[int]]:

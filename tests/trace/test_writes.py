@@ -1,4 +1,4 @@
-"""Writes to the model's own tensors inside captured pieces: found by schema and memory, named, and refused."""
+"""What graphs write to: found by schema and memory, once for nodes that are alike; in captured pieces refused by name."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ import pytest
 import torch
 from models import EAGER, mix
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 
 import piecework
 from piecework.errors import StaticGraphError
-from piecework.runtime.analysis.writes import Mutation, mutations_in
 from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.pieces.backend import PieceworkBackend
+from piecework.runtime.trace.writes import Mutation, mutations_in, written_inputs
 
 CAPTURED = CompilationConfig(backend="eager", cudagraph_mode="PIECEWISE")
 
@@ -99,7 +100,7 @@ def test_a_write_is_found_whatever_form_it_has(
     assert found and {each.path for each in found} == {"inner.state"}
     assert any(op in each.op for each in found), found
     assert {each.piece for each in found} == {"submod_0"}
-    assert all("test_mutation.py:" in each.where for each in found)
+    assert all("test_writes.py:" in each.where for each in found)
 
 
 @pytest.mark.parametrize(
@@ -117,17 +118,6 @@ def test_reading_a_buffer_is_no_write(
     statement: Callable[[nn.Module, torch.Tensor], object],
 ) -> None:
     assert found_in(Model(statement)) == ()
-
-
-def test_a_method_called_update_is_no_write() -> None:
-    """The name of a function says nothing about what it does."""
-
-    def update(module: nn.Module, y: torch.Tensor) -> torch.Tensor:
-        settings: dict[str, int] = {}
-        settings.update(a=1)
-        return module.state * settings["a"]
-
-    assert found_in(Model(update)) == ()
 
 
 class WritesInSplittingOp(nn.Module):
@@ -174,16 +164,8 @@ def test_capturing_such_a_piece_is_refused_before_anything_is_compiled() -> None
     )
     with refused as caught, piecework.counters.expect(num_backend_compilations=0):
         piecework.compile(model, (torch.randn(4, 8),), config=CAPTURED)
-    assert "test_mutation.py:" in str(caught.value) and "splitting_op" in str(caught.value)
+    assert "test_writes.py:" in str(caught.value) and "splitting_op" in str(caught.value)
     assert not model.inner.state.any()
-
-
-def test_without_capture_the_write_is_served() -> None:
-    model = Model(lambda module, y: module.state.add_(1).sum())
-    stitched = piecework.compile(model, (torch.randn(4, 8),), config=EAGER)
-    for _ in range(3):
-        stitched(torch.randn(5, 8))
-    assert model.inner.state.tolist() == [3.0] * 8
 
 
 def test_the_dynamo_backend_refuses_it_too() -> None:
@@ -209,3 +191,74 @@ def test_looking_leaves_the_recorded_values_alone() -> None:
     first = mutations_in(stitched.split_gm, ["submod_0"], bound)
     assert first == mutations_in(stitched.split_gm, ["submod_0"], bound)
     assert [getattr(n.meta["example_value"], "shape", None) for n in nodes] == before
+
+
+# --- nodes that are alike -----------------------------------------------------------------------------
+
+
+def test_a_write_is_said_of_the_memory_of_each_node() -> None:
+    """One operator with the same literals: the first writes to fresh memory, the others each to another input."""
+    graph = torch.fx.Graph()
+    with FakeTensorMode():
+        a, b, c = (torch.empty(4) for _ in range(3))
+        given = [graph.placeholder(name) for name in "abc"]
+        for node, value in zip(given, (a, b, c), strict=True):
+            node.meta["example_value"] = value
+        views = [torch.empty(4), b.view(4), c.view(4)]
+    for view in views:
+        node = graph.call_method("view", (given[0], 4))
+        node.meta["example_value"] = view
+        graph.call_function(torch.ops.aten.add.out, (given[0], 1), {"out": node})
+    graph.output(())
+    assert written_inputs(torch.fx.GraphModule(nn.Module(), graph)) == {1, 2}
+
+
+def test_literals_tell_nodes_apart() -> None:
+    """The same function on arguments of one kind, which writes where a literal says so."""
+    calls: list[object] = []
+
+    def function(x: torch.Tensor, inplace: bool) -> torch.Tensor:
+        calls.append(inplace)
+        return x.add_(1) if inplace else x + 1
+
+    graph = torch.fx.Graph()
+    with FakeTensorMode():
+        for number in range(6):
+            node = graph.placeholder(f"x{number}")
+            node.meta["example_value"] = torch.empty(4)
+            graph.call_function(function, (node, number % 2 == 1))
+    graph.output(())
+    assert written_inputs(torch.fx.GraphModule(nn.Module(), graph)) == {1, 3, 5}
+    assert calls == [False, True]
+
+
+class Layer(nn.Module):
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+        self.number = number
+        self.register_buffer(
+            "state", torch.zeros(8, dtype=(torch.float32, torch.float64)[number % 2])
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.linear(x)
+        if self.number != 2:
+            self.state.add_(1)
+        y = y + self.state.float()
+        out = torch.empty_like(y)
+        mix(y, out)
+        return out
+
+
+def test_layers_together_write_what_each_writes_alone() -> None:
+    model = nn.Sequential(*map(Layer, range(5)), nn.Linear(8, 8))
+    x = torch.randn(4, 8)
+    torch._dynamo.mark_dynamic(x, 0)
+    stitched = piecework.compile(model, (x,), config=EAGER)
+    bound = {row.name: row.path for row in stitched.source.module.bound}
+    pieces = [piece.name for piece in stitched.pieces]
+    together = mutations_in(stitched.split_gm, pieces, bound)
+    alone = [each for name in pieces for each in mutations_in(stitched.split_gm, [name], bound)]
+    assert together == tuple(alone)
+    assert {each.path for each in together} == {f"{n}.state" for n in (0, 1, 3, 4)}

@@ -1,0 +1,193 @@
+"""Which sizes of example arguments may differ in later calls, told to a trace by marks, and which trace is tried after which."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.utils import _pytree as pytree
+
+from piecework.errors import CaptureError
+from piecework.runtime import torch_compat
+from piecework.runtime.config.groups import DynamicShapesType
+from piecework.runtime.torch_compat import Mark, unbacked_mark
+from piecework.runtime.trace.dynamic_dims import DynamicDims, Marks, marks_for
+from piecework.runtime.trace.inputs import require_traceable, signature_of
+
+Args = Sequence[object]
+Kwargs = Mapping[str, object]
+#: What ``torch.compile`` is told of dimensions that are not marked, and the marks of one trace.
+Attempt = tuple[bool | None, Marks]
+_log = logging.getLogger(__name__)
+
+
+class SizePolicy:
+    """Which dimensions are dynamic, for the first trace of a model and for those that follow: all; the first of each tensor is a batch's.
+
+    Attributes:
+        dynamic: what ``torch.compile`` is told of dimensions that are not marked.
+        rows_in_one: the batch is the second dimension of ``[1, rows, …]``; see `piecework.runtime.trace.every_size`.
+    """
+
+    dynamic: bool | None = None
+    rows_in_one: bool = False
+
+    def every_size(self, args: Args, kwargs: Kwargs) -> Marks:
+        """Marks for a trace that serves 0, 1 and every other size at once; none where there is to be no such trace."""
+        return []
+
+    def larger_sizes(self, args: Args, kwargs: Kwargs) -> Marks:
+        """Marks for a trace that serves sizes of 2 and more, and 0 and 1 where these arguments have them."""
+        return []
+
+    def may_differ(self, leaf: int, dim: int) -> bool:
+        """Whether the size of a dimension of the flattened argument ``leaf`` may differ between calls."""
+        raise NotImplementedError
+
+    def batch_alone(self, args: Args, kwargs: Kwargs) -> Marks | None:
+        """What to try where a model can't be compiled with all that may differ; None if nothing is left out by it."""
+        return None
+
+
+class AllDimensions(SizePolicy):
+    """Every dimension is dynamic; the first of each tensor is one that a batch has."""
+
+    dynamic = True
+
+    def every_size(self, args: Args, kwargs: Kwargs) -> Marks:
+        """Equal sizes become one symbol. A first dimension of 1 beside larger ones is left alone: it is there to be broadcast."""
+        tensors = _tensors(args, kwargs)
+        largest = max((tensor.size(0) for tensor in tensors), default=0)
+        return [(t, unbacked_mark(t, 0)) for t in tensors if t.size(0) != 1 or largest == 1]
+
+    def may_differ(self, leaf: int, dim: int) -> bool:
+        return True
+
+    def batch_alone(self, args: Args, kwargs: Kwargs) -> Marks | None:
+        tensors = _tensors(args, kwargs)
+        others = any(size > 1 for tensor in tensors for size in tensor.shape[1:])
+        return [(t, Mark("maybe", 0)) for t in tensors if t.size(0) > 1] if others else None
+
+
+def _tensors(args: Args, kwargs: Kwargs) -> list[torch.Tensor]:
+    """The plain tensors with a dimension among the flattened arguments."""
+    leaves = pytree.tree_leaves((tuple(args), dict(kwargs)))
+    return [leaf for leaf in leaves if type(leaf) is torch.Tensor and leaf.dim()]
+
+
+class DeclaredDimensions(SizePolicy):
+    """The dimensions that a decorator declares, or reads off annotations.
+
+    Args:
+        dims: what is dynamic, by parameter.
+        forward: whose parameters these are.
+    """
+
+    def __init__(self, dims: DynamicDims, forward: Callable[..., object]) -> None:
+        self._dims = dims
+        self._signature = inspect.signature(forward)
+        self._found: set[tuple[int, int]] = set()
+
+    def every_size(self, args: Args, kwargs: Kwargs) -> Marks:
+        return self._marks(args, kwargs, DynamicShapesType.UNBACKED)
+
+    def larger_sizes(self, args: Args, kwargs: Kwargs) -> Marks:
+        return self._marks(args, kwargs, DynamicShapesType.AUTO)
+
+    def _marks(self, args: Args, kwargs: Kwargs, shapes: DynamicShapesType) -> Marks:
+        arguments = self._signature.bind(*args, **kwargs).arguments
+        marks = marks_for(self._dims, arguments, shapes)
+        leaves = enumerate(pytree.tree_leaves((tuple(args), dict(kwargs))))
+        self._found = {(i, m.dim) for i, leaf in leaves for t, m in marks if leaf is t}
+        return marks
+
+    def may_differ(self, leaf: int, dim: int) -> bool:
+        return (leaf, dim) in self._found
+
+
+class KeptMarks(SizePolicy):
+    """The dimensions that somebody marked on the first example's tensors; later examples get the same marks.
+
+    Args:
+        leaves: the flattened arguments of the first example.
+    """
+
+    def __init__(self, leaves: Sequence[object]) -> None:
+        self._marks = {index: torch_compat.marks_of(leaf) for index, leaf in enumerate(leaves)}
+
+    @property
+    def any(self) -> bool:
+        return any(self._marks.values())
+
+    def larger_sizes(self, args: Args, kwargs: Kwargs) -> Marks:
+        """As they are on marked tensors; a dimension of 0 or 1 is fixed, for torch refuses it as dynamic."""
+        found: Marks = []
+        for index, leaf in enumerate(pytree.tree_leaves((tuple(args), dict(kwargs)))):
+            if not isinstance(leaf, torch.Tensor) or torch_compat.marks_of(leaf):
+                continue
+            for mark in self._marks.get(index, ()):
+                if mark.dim < leaf.dim():
+                    small = mark.kind == "dynamic" and leaf.size(mark.dim) < 2
+                    found.append((leaf, replace(mark, kind="static") if small else mark))
+        return found
+
+    def may_differ(self, leaf: int, dim: int) -> bool:
+        return any(mark.dim == dim and mark.kind != "static" for mark in self._marks.get(leaf, ()))
+
+
+# --- attempts ------------------------------------------------------------------------------------------
+
+
+def attempts(
+    args: Args, kwargs: Kwargs, sizes: SizePolicy | None, failures: Sequence[Exception]
+) -> Iterator[Attempt]:
+    """The ways in which a model is traced, one after another until what one of them gives is compiled.
+
+    A trace for every size comes first; then one for sizes of 2 and more (or the example's 0 or 1); then one whose batch alone is dynamic,
+    if the policy leaves that open.
+
+    Args:
+        args, kwargs: example arguments; any pytree of tensors, numbers and None.
+        sizes: which dimensions are dynamic. None: all of the tensor arguments, unless some are marked
+            (``torch._dynamo.mark_dynamic``, ``mark_unbacked``, ``mark_static``), then those.
+        failures: why attempts failed; whoever makes them adds to it.
+    """
+    if sizes is None:
+        leaves = pytree.tree_leaves((tuple(args), dict(kwargs)))
+        yield None if any(map(torch_compat.marks_of, leaves)) else True, []
+        return
+    every = sizes.every_size(args, kwargs)
+    if every:
+        yield sizes.dynamic, every
+        _log.info("not for every size at once: %s", failures[-1])
+    yield sizes.dynamic, sizes.larger_sizes(args, kwargs)
+    batch = sizes.batch_alone(args, kwargs)
+    if batch is not None:
+        _log.info("tried again with the batch alone dynamic: %s", failures[-1])
+        yield None, batch
+
+
+def require_fitting(model: Callable[..., object], args: Args, kwargs: Kwargs) -> None:
+    """Raise `CaptureError` if the example arguments don't fit the model's signature, or hold something that can't be traced."""
+    signature = signature_of(model)
+    if signature is not None:
+        try:
+            signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise CaptureError(
+                f"the example arguments don't fit the model: {error}",
+                where=f"signature {signature}",
+                hint="pass what the model's forward takes",
+            ) from error
+    for name, module in model.named_modules() if isinstance(model, torch.nn.Module) else ():
+        if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
+            raise CaptureError(
+                f"{type(module).__name__} has no weights before its first call",
+                where=name,
+                hint="call the model once with the example arguments, then compile it",
+            )
+    require_traceable(model, args, kwargs)

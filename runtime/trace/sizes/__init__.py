@@ -1,1 +1,0 @@
-"""Which sizes of a forward's arguments may differ from the example's."""
