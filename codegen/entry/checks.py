@@ -5,6 +5,7 @@ The emitted ``check_inputs`` is the table as text; the explanation of a refused 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import EllipsisType, NoneType
@@ -29,7 +30,6 @@ from piecework.codegen.entry.plan import (
 from piecework.codegen.plan.literals import is_inline_literal, literal_text
 from piecework.codegen.plan.names import NameTable
 from piecework.codegen.plan.one_line import targets_text, tuple_text
-from piecework.codegen.plan.size_text import checked_text, renamed
 
 
 @dataclass(frozen=True, slots=True)
@@ -323,8 +323,9 @@ class EntryTable:
         return Check(kind, text, leaf, name, self._labels[leaf], size, dim)
 
     def _relation(self, text: str) -> str:
-        """A relation over symbols; it does not hold where it has no value."""
-        return renamed(checked_text(text), self.symbols)
+        """A relation over symbols, by what the text calls them."""
+        names = r"(?<![\w.])[A-Za-z_]\w*"
+        return re.sub(names, lambda each: self.symbols.get(each.group(), each.group()), text)
 
 
 _VALUE = "__value__"  # no symbol's name

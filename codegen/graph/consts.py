@@ -1,4 +1,4 @@
-"""Literals and constants of emitted source. In: Python values found in node arguments. Out: their text, and the consts table.
+"""Node arguments as text, and the consts table for what has no literal.
 
 A value is written inline only if its exact type has a literal that evaluates back to it; nothing is ever written by a
 user-defined ``repr``, and an FX node never becomes a constant.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-import types
 from collections.abc import Callable
 
 import torch
@@ -26,7 +25,6 @@ from piecework.errors import UnsupportedNode
 MAX_NESTING = 60
 
 _SIZES = (torch.SymInt, torch.SymFloat, torch.SymBool)
-_TRACED = (torch.fx.Node, *_SIZES)
 
 LIST_TYPES = (list, immutable_list)
 DICT_TYPES = (dict, immutable_dict)
@@ -84,53 +82,46 @@ def to_text(
                 where=where(),
                 hint="flatten the container",
             )
-        if isinstance(item, torch.fx.Node):
-            return refer(item)
-        inner = depth + 1
-        if kind in LIST_TYPES:
-            return f"[{', '.join(convert(each, inner) for each in item)}]"  # type: ignore[attr-defined]
-        if kind is tuple:
-            return tuple_text([convert(each, inner) for each in item])  # type: ignore[attr-defined]
-        if kind in DICT_TYPES:
-            pairs = item.items()  # type: ignore[attr-defined]
-            if any(type(key) is not str and holds_node(key) for key, _ in pairs):
-                raise UnsupportedNode(
-                    "an FX node is the key of a dict, where FX does not look for nodes",
-                    where=where(),
-                    hint="build the dict in a function that the graph calls",
+        match item:
+            case torch.fx.Node():
+                return refer(item)
+            case list() if kind in LIST_TYPES:
+                return f"[{', '.join(convert(each, depth + 1) for each in item)}]"
+            case tuple() if kind is tuple:
+                return tuple_text([convert(each, depth + 1) for each in item])
+            case dict() if kind in DICT_TYPES and not any(map(holds_node, item)):
+                pairs = [(convert(k, depth + 1), convert(v, depth + 1)) for k, v in item.items()]
+                return f"{{{', '.join(f'{key}: {value}' for key, value in pairs)}}}"
+            case slice(start=start, stop=stop, step=step):
+                return (
+                    f"slice({', '.join(convert(each, depth + 1) for each in (start, stop, step))})"
                 )
-            shown = (f"{convert(key, inner)}: {convert(each, inner)}" for key, each in pairs)
-            return f"{{{', '.join(shown)}}}"
-        if kind is slice:
-            parts = (item.start, item.stop, item.step)  # type: ignore[attr-defined]
-            return f"slice({', '.join(convert(part, inner) for part in parts)})"
         if is_inline_literal(item):
             return literal(item)
-        hidden = _first_inside(item, _TRACED)
+        hidden = _first_inside(item, (torch.fx.Node, *_SIZES))
+        if hidden is None:
+            return consts.add(item)
         if isinstance(hidden, _SIZES):
             raise UnsupportedNode(
                 f"the size {hidden} of the trace is an argument; it would be that of the traced example for ever",
                 where=where(),
                 hint="pass the node that computes it (torch.ops.aten.sym_size.int)",
             )
-        if hidden is not None and isinstance(item, tuple) and hasattr(item, "_fields"):
-            function = consts.add(kind)
-            return f"{function}({', '.join(convert(each, inner) for each in item)})"
-        if hidden is not None:
-            raise UnsupportedNode(
-                f"a {kind.__name__} that contains an FX node can't be written as source",
-                where=where(),
-                hint="pass lists, tuples, dicts or slices of nodes",
-            )
-        return consts.add(item)
+        if isinstance(item, tuple) and hasattr(item, "_fields"):
+            return f"{consts.add(kind)}({', '.join(convert(each, depth + 1) for each in item)})"
+        raise UnsupportedNode(
+            f"a {kind.__name__} that contains an FX node can't be written as source",
+            where=where(),
+            hint="pass lists, tuples, slices of nodes, or dicts that have them as values",
+        )
 
     def cut(item: object) -> str:
-        if type(item) is not slice:
+        if not isinstance(item, slice):
             return convert(item)
-        start, stop, step = (
-            "" if part is None else convert(part, 1) for part in (item.start, item.stop, item.step)
-        )
-        return f"{start}:{stop}" + (f":{step}" if step else "")
+        parts = [
+            "" if each is None else convert(each, 1) for each in (item.start, item.stop, item.step)
+        ]
+        return ":".join(parts if parts[2] else parts[:2])
 
     if index and type(value) is tuple and len(value) > 1:
         return ", ".join(map(cut, value))
@@ -154,15 +145,12 @@ def _first_inside(value: object, kinds: tuple[type, ...]) -> object | None:
         seen.add(id(item))
         if isinstance(item, (list, tuple, set, frozenset, collections.deque)):
             stack.extend(item)
-        elif isinstance(item, (dict, types.MappingProxyType)):
-            stack.extend(item.keys())
-            stack.extend(item.values())
+        elif isinstance(item, dict):
+            stack.extend((*item.keys(), *item.values()))
         elif isinstance(item, slice):
             stack.extend((item.start, item.stop, item.step))
         elif isinstance(item, functools.partial):
             stack.extend((*item.args, *item.keywords.values()))
-        elif isinstance(item, types.SimpleNamespace):
-            stack.extend(vars(item).values())
         elif dataclasses.is_dataclass(item) and not isinstance(item, type):
             stack.extend(getattr(item, f.name, None) for f in dataclasses.fields(item))
     return None
@@ -174,8 +162,9 @@ def describe(value: object) -> str:
         return f"tensor {short_type(value)}"
     if isinstance(value, (torch.dtype, torch.device, torch.layout, torch.memory_format)):
         return ascii(value)
-    if isinstance(value, (float, complex)):
-        return f"{type(value).__name__} {complex.__repr__(value) if isinstance(value, complex) else float.__repr__(value)}"
+    for base in (float, complex):
+        if isinstance(value, base):
+            return f"{type(value).__name__} {base.__repr__(value)}"
     if isinstance(value, torch.Size):
         return f"torch.Size of {len(value)} dimensions"
     if isinstance(value, type):

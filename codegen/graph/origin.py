@@ -1,4 +1,4 @@
-"""Where a statement comes from. In: FX nodes with Dynamo's metadata. Out: `ir.Origin` with module path, source line and shapes.
+"""Where a statement comes from: module path, source line and shapes, of FX nodes with Dynamo's metadata.
 
 Paths are the model's (``layers.3.self_attn``), files are base names; no absolute path and no address gets out.
 """

@@ -1,4 +1,4 @@
-"""What makes two graphs the same program. In: an FX graph. Out: a key that ignores names, and the literals found on the way.
+"""What makes two graphs the same program: a key that ignores names, and the literals found on the way.
 
 Two graphs with equal keys run the same operators on the same operands; nothing is compared by name or by position in a model.
 """
@@ -73,7 +73,7 @@ def structure_of(
 def call_text(gm: torch.fx.GraphModule, node: torch.fx.Node) -> str:
     """What one node of ``gm`` does, with its literals; the nodes that it takes are numbered in the order of ``all_input_nodes``."""
     writer = _Writer(gm, open_literals=False)
-    writer.number(node.all_input_nodes)
+    writer.number.update({each: index for index, each in enumerate(node.all_input_nodes)})
     writer.write(node, None)
     return writer.lines[0]
 
@@ -85,21 +85,19 @@ class _Writer:
         self.lines: list[str] = []
         self.holes: list[Hole] = []
         self.local = ""
-        self._number: dict[torch.fx.Node, int] = {}
+        self.number: dict[torch.fx.Node, int] = {}
         self._memory: dict[StorageWeakRef, int] = {}
         self._ordinal = 0
         self._open = open_literals
 
-    def number(self, nodes: Iterable[torch.fx.Node]) -> None:
-        """Take ``nodes`` for the first of the graph."""
-        self._number.update({each: index for index, each in enumerate(nodes)})
-
     def write(
         self, node: torch.fx.Node, describe_input: Callable[[torch.fx.Node], str] | None
     ) -> None:
-        number = self._number[node] = len(self._number)
+        number = self.number[node] = len(self.number)
         self._ordinal = 0
-        self._open = self.open_literals and _may_open(node)
+        # Literals that decide the form of a statement (an unpacked index, an attribute, a default) stay in the key.
+        fixed = node.op == "placeholder" or node.target in (operator.getitem, getattr)
+        self._open = self.open_literals and not fixed
         args = ", ".join(self._value(arg, number, str(i)) for i, arg in enumerate(node.args))
         kwargs = ", ".join(
             f"{key!a}={self._value(arg, number, key)}" for key, arg in node.kwargs.items()
@@ -174,43 +172,42 @@ class _Writer:
         return f"{kind}@{id(value):x}"
 
     def _value(self, value: object, node: int, argument: str) -> str:
-        if isinstance(value, torch.fx.Node):
-            return f"%{self._number[value]}"
+        def joined(items: Iterable[object]) -> str:
+            return ", ".join(self._value(item, node, argument) for item in items)
+
         kind = type(value)
-        if kind in LIST_TYPES or kind is tuple:
-            name = "list" if kind in LIST_TYPES else "tuple"
-            items = [self._value(item, node, argument) for item in value]  # type: ignore[attr-defined]
-            return f"{name}({', '.join(items)})"
-        if kind in DICT_TYPES:
-            items = [
-                f"{self._value(key, node, argument)}: {self._value(item, node, argument)}"
-                for key, item in value.items()  # type: ignore[attr-defined]
-            ]
-            return f"dict({', '.join(items)})"
-        if kind is slice:
-            parts = (value.start, value.stop, value.step)  # type: ignore[attr-defined]
-            return f"slice({', '.join(self._value(part, node, argument) for part in parts)})"
+        match value:
+            case torch.fx.Node():
+                return f"%{self.number[value]}"
+            case list() if kind in LIST_TYPES:
+                return f"list({joined(value)})"
+            case tuple() if kind is tuple:
+                return f"tuple({joined(value)})"
+            case dict() if kind in DICT_TYPES:
+                return (
+                    f"dict({', '.join(f'{joined([k])}: {joined([v])}' for k, v in value.items())})"
+                )
+            case slice(start=start, stop=stop, step=step):
+                return f"slice({joined((start, stop, step))})"
+            case (
+                torch.dtype()
+                | torch.device()
+                | torch.layout()
+                | torch.memory_format()
+                | torch.Size()
+            ):
+                return f"{kind.__name__}:{value!a}"
         if is_inline_literal(value):
             if self._open and is_liftable(value):
                 self.holes.append(Hole(node, self._ordinal, argument, value))
                 self._ordinal += 1
                 return f"<{kind.__name__}>"
             return f"{kind.__name__}:{value!a}"
-        if isinstance(value, (torch.dtype, torch.device, torch.layout, torch.memory_format)):
-            return f"{kind.__name__}:{value!a}"
-        if isinstance(value, torch.Size):
-            return f"Size:{value!a}"
         if kind is float:
             return f"float:{value!a}"
         if isinstance(value, tuple) and hasattr(value, "_fields") and holds_node(value):
-            items = [self._value(item, node, argument) for item in value]
-            return f"{self._object(kind)}({', '.join(items)})"
+            return f"{self._object(kind)}({joined(value)})"
         return self._object(value)
-
-
-def _may_open(node: torch.fx.Node) -> bool:
-    """Literals that decide the form of a statement (an unpacked index, an attribute, a default) stay in the key."""
-    return node.op != "placeholder" and node.target not in (operator.getitem, getattr)
 
 
 def is_liftable(value: object) -> bool:
@@ -251,21 +248,18 @@ def input_signature(node: torch.fx.Node) -> str:
 
 
 def _signature(value: torch.Tensor) -> str:
-    layout = value.layout
-    strided = layout == torch.strided
-    return " ".join(
-        str(part)
-        for part in (
-            type(value).__qualname__,
-            value.dtype,
-            value.device,
-            tuple(value.shape),
-            value.stride() if strided else layout,
-            value.storage_offset() if strided else 0,
-            value.requires_grad,
-            isinstance(value, torch.nn.Parameter),
-        )
+    strided = value.layout == torch.strided
+    parts = (
+        type(value).__qualname__,
+        value.dtype,
+        value.device,
+        tuple(value.shape),
+        value.stride() if strided else value.layout,
+        value.storage_offset() if strided else 0,
+        value.requires_grad,
+        isinstance(value, torch.nn.Parameter),
     )
+    return " ".join(map(str, parts))
 
 
 def taken_apart(tensor: object) -> tuple[dict[str, torch.Tensor], object] | None:

@@ -1,4 +1,4 @@
-"""Paths of functions in emitted source. In: the target of a ``call_function`` node. Out: a dotted path and its import, or None when the function has no name.
+"""Paths of functions in emitted source: a dotted path and its import for the target of a ``call_function`` node, or None when it has no name.
 
 A path is used only if looking it up gives the very same object at emission; nothing is found by name alone.
 """
@@ -60,7 +60,7 @@ def function_path(target: object) -> FunctionPath | None:
         if (
             all(is_identifier(part) for part in path.split("."))
             and (module is None or _may_import(path.partition(".")[0]))
-            and resolve_path(module, path) is target
+            and _resolve(module, path) is target
         ):
             return FunctionPath(path, module)
     return None
@@ -96,66 +96,51 @@ def _candidates(target: object) -> list[tuple[str | None, str]]:
     found += [("torch", f"{namespace}.{name}") for namespace in _TORCH_NAMESPACES]
     owner = getattr(target, "__module__", None)
     qualname = getattr(target, "__qualname__", name)
-    if not isinstance(qualname, str):
-        return found
     if isinstance(owner, str) and owner not in ("__main__", "builtins") and owner in sys.modules:
         public = owner.lstrip("_")  # functools.reduce says that it is of _functools
-        if public != owner and public in sys.modules:
-            found.append((public, f"{public}.{qualname}"))
-        found.append((owner, f"{owner}.{qualname}"))
-        if name != qualname:  # pybind's functions all have one qualname
-            found.append((owner, f"{owner}.{name}"))
+        owners = dict.fromkeys([public, owner] if public in sys.modules else [owner])
+        found += [(each, f"{each}.{qualname}") for each in owners]
+        found.append((owner, f"{owner}.{name}"))  # pybind's functions all have one qualname
     return found
 
 
 ABSENT = object()
 
 
-def resolve_path(module: str | None, path: str) -> object:
+def _resolve(module: str | None, path: str) -> object:
     """What ``path`` means after ``import module`` (None: among the builtins); `ABSENT` if nothing, or if only code can tell."""
-    parts = path.split(".")
-    value: object
-    if module is None:
-        value, rest = builtins, parts
-    else:
-        value = sys.modules.get(parts[0], ABSENT)
-        rest = parts[1:]
+    root, *rest = path.split(".")
+    value = sys.modules.get(root, ABSENT) if module else vars(builtins).get(root, ABSENT)
     for part in rest:
-        value = attribute_at_rest(value, part)
+        value = _attribute_at_rest(value, part)
     return value
 
 
-def attribute_at_rest(owner: object, name: str) -> object:
+def _attribute_at_rest(owner: object, name: str) -> object:
     """The attribute of a module, a class or an operator of torch, without running code of the owner; else `ABSENT`.
 
     A module's ``__getattr__``, properties and other descriptors are code. Those of ``torch.ops`` are torch's own, and look
     operators up.
     """
     if isinstance(owner, _OPERATORS):
-        return _operator_at(owner, name)
+        try:
+            return getattr(owner, name)
+        except (AttributeError, ImportError, RuntimeError, TypeError, ValueError):
+            return ABSENT
     if isinstance(owner, ModuleType):
         return ModuleType.__getattribute__(owner, "__dict__").get(name, ABSENT)
-    if isinstance(owner, type):
-        for base in type.__dict__["__mro__"].__get__(owner):
-            found = type.__dict__["__dict__"].__get__(base).get(name, ABSENT)
-            if found is not ABSENT:
-                return _from_class(found)
+    for base in type.__dict__["__mro__"].__get__(owner) if isinstance(owner, type) else ():
+        found = type.__dict__["__dict__"].__get__(base).get(name, ABSENT)
+        if isinstance(found, staticmethod):
+            return found.__func__
+        if found is not ABSENT:
+            plain = (FunctionType, BuiltinFunctionType, MethodDescriptorType, type)
+            return (
+                ABSENT
+                if hasattr(type(found), "__get__") and not isinstance(found, plain)
+                else found
+            )
     return ABSENT
-
-
-def _from_class(found: object) -> object:
-    """What a class attribute is when it is read from the class."""
-    if isinstance(found, staticmethod):
-        return found.__func__
-    plain = isinstance(found, (FunctionType, BuiltinFunctionType, MethodDescriptorType, type))
-    return found if plain or not hasattr(type(found), "__get__") else ABSENT
-
-
-def _operator_at(owner: object, name: str) -> object:
-    try:
-        return getattr(owner, name)
-    except (AttributeError, ImportError, RuntimeError, TypeError, ValueError):
-        return ABSENT
 
 
 # ``torch.ops``, its namespaces, and operators with overloads.

@@ -1,4 +1,4 @@
-"""Emitted text in black's format. In: Python source, or single statements. Out: the same, as black lays it out.
+"""Emitted text in black's format.
 
 Black takes over a millisecond a statement, and statements repeat from layer to layer with other numbers in their names. So it is
 shown each form of a statement once, with all digits zero, and the digits are put back. Nothing here knows what a text means.
@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cache
-from typing import TYPE_CHECKING
+from textwrap import indent
+from typing import Any
 
 from piecework.errors import EmitError
-
-if TYPE_CHECKING:
-    import black
 
 LINE_LENGTH = 100
 
@@ -28,15 +26,6 @@ _KEPT = 10_000  # forms
 Statement = tuple[str, int]
 
 
-@cache
-def black_mode() -> black.Mode:
-    """How black lays out. It is imported here, since those who load what was emitted need none of it."""
-    import black
-    from black.mode import TargetVersion
-
-    return black.Mode(line_length=LINE_LENGTH, target_versions={TargetVersion.PY311})
-
-
 def numbered(text: str) -> str:
     """``text`` with line numbers, for error messages."""
     lines = text.splitlines()
@@ -46,10 +35,12 @@ def numbered(text: str) -> str:
 
 def format_source(text: str) -> str:
     """``text`` as black formats it; `EmitError` with numbered lines if it is not Python."""
-    import black
+    import black  # here, since those who load what was emitted need none of it
+    from black.mode import TargetVersion
 
+    mode = black.Mode(line_length=LINE_LENGTH, target_versions={TargetVersion.PY311})
     try:
-        return black.format_str(text, mode=black_mode())
+        return black.format_str(text, mode=mode)
     except ValueError as error:  # black.InvalidInput; some releases do not export it
         raise EmitError(
             f"emitted source is not Python: {error}\n{numbered(text)}",
@@ -64,12 +55,14 @@ def format_statements(statements: Sequence[Statement]) -> list[str]:
     """
     forms = [(text.translate(_ZEROS), depth) for text, depth in statements]
     known = _laid_out()
-    found = {form: text for form in forms if (text := known.get(form)) is not None}
-    new = [form for form in dict.fromkeys(forms) if form not in found]
-    found |= zip(new, _format_each(new), strict=True)
-    known.update({form: found[form] for form in new[: max(0, _KEPT - len(known))]})
-    said = zip(statements, forms, strict=True)
-    return [_with_digits(found[form], form[0], text) for (text, _), form in said]
+    new = [form for form in dict.fromkeys(forms) if form not in known]
+    made = dict(zip(new, _format_each(new), strict=True))
+    found = {form: made[form] if form in made else known[form] for form in forms}
+    known.update({form: made[form] for form in new[: max(0, _KEPT - len(known))]})
+    return [
+        _with_digits(found[form], form[0], text)
+        for (text, _), form in zip(statements, forms, strict=True)
+    ]
 
 
 @cache
@@ -78,25 +71,24 @@ def _laid_out() -> dict[Statement, str]:
     return {}
 
 
-def _format_each(statements: Sequence[Statement]) -> Iterator[str]:
+def _format_each(statements: Sequence[Statement]) -> list[str]:
     """One call of black for all."""
     if not statements:
-        return
+        return []
     text = "def function():\n"
     for statement, depth in statements:
         text += "".join(f"{' ' * (4 * level)}if block:\n" for level in range(1, depth + 1))
-        indent = " " * (4 * depth + 4)
-        text += indent + statement.replace("\n", f"\n{indent}") + "\n"
+        text += indent(f"{statement}\n", " " * (4 * depth + 4))
     text = format_source(text)
     lines = text.splitlines()
-    function = ast.parse(text).body[0]
-    assert isinstance(function, ast.FunctionDef)
+    found: list[str] = []
+    function: Any = ast.parse(text).body[0]
     for (_, depth), block in zip(statements, function.body, strict=True):
         for _ in range(depth):
-            assert isinstance(block, ast.If)
             block = block.body[0]
         at = slice(block.lineno - 1, block.end_lineno)
-        yield "\n".join(line[4 * depth + 4 :] for line in lines[at])
+        found.append("\n".join(line[4 * depth + 4 :] for line in lines[at]))
+    return found
 
 
 def _with_digits(formatted: str, form: str, text: str) -> str:

@@ -1,4 +1,4 @@
-"""Identifiers of the emitted module. In: wished-for names from a graph, hostile or not. Out: unique, valid, unreserved ones.
+"""Identifiers of the emitted module: wished-for names from a graph, hostile or not, become unique, valid, unreserved ones.
 
 A name table never gives out a keyword, a builtin, an import, an alias or anything that starts with ``__vllm_``.
 """
@@ -9,6 +9,8 @@ import builtins
 import keyword
 import re
 
+SUBMODS, CONSTS = "__vllm_submods__", "__vllm_consts__"
+
 
 def _is_language_builtin(name: str) -> bool:
     """Leaves out what `site`, interactive shells and `gettext` add, so that names don't depend on how Python was started."""
@@ -18,21 +20,15 @@ def _is_language_builtin(name: str) -> bool:
     return (getattr(value, "__module__", None) or "builtins") in ("builtins", "_io", "io")
 
 
-SUBMODS, CONSTS = "__vllm_submods__", "__vllm_consts__"
-BUILTINS = frozenset(name for name in dir(builtins) if _is_language_builtin(name))
-_NOT_IDENTIFIER = re.compile(r"[^0-9A-Za-z_]")
+BUILTINS = frozenset(filter(_is_language_builtin, dir(builtins)))
 
 
 def is_identifier(text: object) -> bool:
     """True when ``text`` is an ASCII identifier and not a keyword, so that it means itself in source."""
-    return (
-        isinstance(text, str)
-        and text.isascii()
-        and text.isidentifier()
-        and not keyword.iskeyword(text)
-        and text
-        != "__debug__"  # a constant that no syntax may bind, not even as a keyword argument
-    )
+    if not (isinstance(text, str) and text.isascii() and text.isidentifier()):
+        return False
+    # `__debug__` is a constant that no syntax may bind, not even as a keyword argument.
+    return not keyword.iskeyword(text) and text != "__debug__"
 
 
 class NameTable:
@@ -54,11 +50,9 @@ class NameTable:
         if name.startswith("__") or not name.strip("_"):  # "_" would become "__1" when it is taken
             name = name.lstrip("_") or "value"
             name = name if is_identifier(name) else f"v_{name}"
-        if name in self._taken:
-            stem = name
+        stem = name
+        while name in self._taken:
             suffix = self._next_suffix.get(stem, 1)
-            while f"{stem}_{suffix}" in self._taken:
-                suffix += 1
             self._next_suffix[stem] = suffix + 1
             name = f"{stem}_{suffix}"
         self._taken.add(name)
@@ -69,7 +63,5 @@ class NameTable:
 
 
 def _sanitize(wish: str) -> str:
-    name = _NOT_IDENTIFIER.sub("_", wish)[:80]
-    if not name or name[0].isdigit() or not name.isidentifier() or keyword.iskeyword(name):
-        name = f"v_{name}"
-    return name
+    name = re.sub(r"[^0-9A-Za-z_]", "_", wish)[:80]
+    return name if is_identifier(name) else f"v_{name}"

@@ -16,10 +16,6 @@ def operand(text: str, *, receiver: bool = False) -> str:
     return f"({text})" if loose or number else text
 
 
-def call_text(function: str, arguments: str) -> str:
-    return f"{function}({arguments})"
-
-
 def arguments_text(args: Iterable[str], kwargs: Sequence[tuple[str, str]] = ()) -> str:
     """Positional arguments, then named ones.
 
@@ -41,12 +37,10 @@ def attribute_text(value: str, name: str) -> str:
     return f"getattr({value}, {literal_text(name)})"
 
 
-def targets_text(targets: tuple[str, ...], unpack: bool) -> str:
+def targets_text(targets: Sequence[str], unpack: bool) -> str:
     if not targets:
         return ""
-    if unpack and len(targets) == 1:
-        return f"({targets[0]},) = "
-    return f"{', '.join(targets)} = "
+    return f"({targets[0]},) = " if unpack and len(targets) == 1 else f"{', '.join(targets)} = "
 
 
 def tuple_text(items: Sequence[str]) -> str:

@@ -1,7 +1,6 @@
-"""From plan to text. In: an `ir.Module`. Out: the Python source, in black's format, and the statement that each line belongs to.
+"""From plan to text: an `ir.Module` becomes Python source in black's format, and each line is told its statement.
 
-Statements are written by `one_line` and laid out by `formatting`; what stands around them belongs to the templates; nothing is
-decided that the plan did not say.
+Statements are laid out by `formatting`; what stands around them belongs to the templates; nothing is decided that the plan did not say.
 """
 
 from __future__ import annotations
@@ -57,13 +56,17 @@ def render(
         EmitError: black could not parse a statement (a defect of piecework; the numbered text is in the message).
     """
     every = (*module.functions, module.entry)
-    said = [
-        (stmt.text, depth)
-        for function in every
-        for stmt, depth in with_depth(function.body)
-        if stmt.kind != "try"
-    ]
-    texts = iter(format_statements(said))
+    texts = iter(
+        format_statements(
+            [
+                (stmt.text, depth)
+                for function in every
+                for stmt, depth in _with_depth(function.body)
+                if stmt.kind != "try"
+            ]
+        )
+    )
+    aliases = [{"code": _alias(each), "note": _comment(each.note)} for each in module.aliases]
     text: str = (
         environment()
         .get_template("module.py.jinja")
@@ -72,9 +75,7 @@ def render(
             format_version=FORMAT_VERSION,
             header=[f"# {_comment(line)}".rstrip() for line in header],
             imports=module.imports,
-            aliases=[
-                {"code": _alias(alias), "note": _comment(alias.note)} for alias in module.aliases
-            ],
+            aliases=aliases,
             facts=facts,
             functions=[_function(function, texts) for function in every],
             bound=[_comment(f"{row.name}: {row.description} = {row.path}") for row in module.bound],
@@ -118,7 +119,7 @@ def _wrapped(note: str) -> str:
     return "\n    #   ".join(lines).replace("\N{NO-BREAK SPACE}", " ")
 
 
-def with_depth(body: Sequence[ir.Statement]) -> Iterator[tuple[ir.Statement, int]]:
+def _with_depth(body: Sequence[ir.Statement]) -> Iterator[tuple[ir.Statement, int]]:
     """Each statement, and the number of blocks around it: ``try:`` stands where its region was entered, the call of its ``finally:`` inside."""
     depth = 0
     for stmt in body:
@@ -129,7 +130,7 @@ def with_depth(body: Sequence[ir.Statement]) -> Iterator[tuple[ir.Statement, int
 def _lines_of(body: Sequence[ir.Statement], texts: Iterator[str]) -> Iterator[dict[str, str]]:
     """The comment and the code of each statement, indented by the blocks around it."""
     before = ""
-    for stmt, depth in with_depth(body):
+    for stmt, depth in _with_depth(body):
         text = "try:" if stmt.kind == "try" else next(texts)
         pad = " " * (4 * depth)
         comment = f"\n{pad}    ".join(f"# {each}" for each in _comment_lines(stmt, 4 + len(pad)))
@@ -152,32 +153,27 @@ def _comment(text: str, *, made_here: bool = False) -> str:
     return _DIRECTIVE.sub(r"\1 -", line).rstrip()
 
 
-def comment_text(stmt: ir.Statement) -> str:
+def _comment_text(stmt: ir.Statement) -> str:
     """``layers.0.self_attn  modeling.py:41  -> f32[1, s0, 64]``, as far as known."""
-    if stmt.kind in _UNCOMMENTED:
-        return ""
     origin = stmt.origin
-    shapes = f"-> {origin.shapes}" if origin.shapes else ""
-    if not origin.module and not origin.source:
+    if stmt.kind in _UNCOMMENTED or not (origin.module or origin.source):
         return ""
+    shapes = f"-> {origin.shapes}" if origin.shapes else ""
     code = origin.code if origin.source else ""
     text = "  ".join(part for part in (origin.module, origin.source, code, shapes) if part)
     return _comment(text, made_here=True)
 
 
 def _comment_lines(stmt: ir.Statement, indent: int) -> list[str]:
-    """`comment_text` in lines that fit: without the user's code where that is too long, shapes below in as many as it takes."""
-    text, width = comment_text(stmt), LINE_LENGTH - indent - len("# ")
-    if len(text) <= width or stmt.kind in _UNCOMMENTED:
+    """`_comment_text` in lines that fit: without the user's code where that is too long, shapes below in as many as it takes."""
+    text, width = _comment_text(stmt), LINE_LENGTH - indent - len("# ")
+    if len(text) <= width:
         return [text] if text else []
     origin = stmt.origin
     if origin.code:
-        stmt = replace(stmt, origin=replace(origin, code=""))
-        return _comment_lines(stmt, indent)
-    if not origin.shapes:
-        return [text]
-    lines = [comment_text(replace(stmt, origin=replace(origin, shapes="")))]
-    for shape in re.split(r", (?![^\[]*\])", origin.shapes):
+        return _comment_lines(replace(stmt, origin=replace(origin, code="")), indent)
+    lines = [_comment_text(replace(stmt, origin=replace(origin, shapes="")))]
+    for shape in re.split(r", (?![^\[]*\])", origin.shapes) if origin.shapes else ():
         grown = f"{lines[-1]}, {shape}"
         if len(lines) == 1 or len(grown) >= width:  # a comma may follow
             lines[-1] += "," if len(lines) > 1 else ""
@@ -196,21 +192,18 @@ def line_map(module: ir.Module, tree: ast.Module) -> dict[int, ir.Origin]:
     functions = [*module.functions, module.entry]
     defined = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
     for function, node in zip(functions, defined, strict=True):
-        said = [stmt for stmt in function.body if stmt.kind != "try"]
-        for stmt, written in zip(said, flat_statements(node.body), strict=True):
+        statements = [stmt for stmt in function.body if stmt.kind != "try"]
+        for stmt, written in zip(statements, _flat(node.body), strict=True):
             if stmt.kind != "del":
                 end = (written.end_lineno or written.lineno) + 1
                 lines.update(dict.fromkeys(range(written.lineno, end), stmt.origin))
     return lines
 
 
-def flat_statements(body: Sequence[ast.stmt]) -> Iterator[ast.stmt]:
+def _flat(body: Sequence[ast.stmt]) -> Iterator[ast.stmt]:
     """The statements of ``body`` and of the blocks in it, in order."""
     for stmt in body:
         if isinstance(stmt, ast.Try):
-            yield from flat_statements(
-                [each for each in stmt.body if not isinstance(each, ast.Pass)]
-            )
-            yield from stmt.finalbody
-        else:
+            yield from _flat([*stmt.body, *stmt.finalbody])
+        elif not isinstance(stmt, ast.Pass):
             yield stmt

@@ -16,9 +16,8 @@ from piecework.codegen.graph.origin import results_of
 from piecework.codegen.graph.structure import new_placeholder
 from piecework.codegen.plan import ir
 from piecework.codegen.plan.literals import is_inline_literal, literal_text
-from piecework.codegen.plan.liveness import deletion
 from piecework.codegen.plan.names import NameTable, is_identifier
-from piecework.codegen.plan.one_line import call_text, targets_text
+from piecework.codegen.plan.one_line import targets_text
 from piecework.codegen.plan.render import const_rows, render, table_rows
 from piecework.codegen.replay.plan import (
     Frozen,
@@ -136,7 +135,7 @@ class _Planner:
             elif stmt.kind == "del":
                 kept = tuple(name for name in stmt.targets if name in self.live)
                 if kept:
-                    yield deletion(kept)
+                    yield ir.deletion(kept)
             else:
                 self.live.update(stmt.targets)
                 yield stmt
@@ -149,7 +148,7 @@ class _Planner:
             self.held[name] = HeldReplay(index)
             self.live.update(stmt.targets)
             note = f"{stmt.origin.module}: runs uncaptured: {facts.eager_reason}"
-            text = targets_text(stmt.targets, stmt.unpack) + call_text(name, piece.arguments)
+            text = targets_text(stmt.targets, stmt.unpack) + f"{name}({piece.arguments})"
             yield replace(stmt, text=text, origin=_noted(note.removeprefix(": ")), piece=None)
             return
         leaves = piece.leaves
@@ -216,7 +215,7 @@ def _reads(
 
 def _call(name: str, args: tuple[str, ...], note: str) -> ir.Statement:
     used = tuple(filter(is_identifier, args))
-    return ir.Statement(call_text(name, ", ".join(args)), uses=used, origin=_noted(note))
+    return ir.Statement(f"{name}({', '.join(args)})", uses=used, origin=_noted(note))
 
 
 def _copy(into: str, value: str, note: str) -> ir.Statement:

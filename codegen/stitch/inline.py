@@ -1,4 +1,4 @@
-"""Which submodules become functions of the emitted module. In: `split_gm` and the names that stay outside. Out: an `InlinePlan`.
+"""Which submodules become functions of the emitted module.
 
 Submodules with the same body share one function, and literals in which they differ become its parameters; a body of a single
 call is written where it is called. Nothing is lowered here.
@@ -21,29 +21,21 @@ from piecework.codegen.plan.names import is_identifier
 from piecework.errors import UnsupportedNode
 
 
-@dataclass(frozen=True, slots=True)
-class LiftedLiteral:
-    """A literal that differs between the members of a shared function, so it becomes a parameter."""
-
-    node: int
-    ordinal: int
-    name: str
-
-
 @dataclass(eq=False, slots=True)
 class Inlined:
-    """One function to emit, and the submodules (by dotted path) that it stands for."""
+    """One function to emit, and the submodules (by dotted path) that it stands for.
+
+    ``lifted``: the literals that differ between them, each with the name of the parameter that it becomes.
+    """
 
     key: str
-    name: str
-    target: str
+    path: str
     graph_module: torch.fx.GraphModule
     direct_call: bool
-    members: list[str] = field(default_factory=list)
     graph_of: dict[str, torch.fx.GraphModule] = field(default_factory=dict)
     holes_of: dict[str, tuple[Hole, ...]] = field(default_factory=dict)
-    lifted: tuple[LiftedLiteral, ...] = ()
-    lifted_values: dict[str, tuple[object, ...]] = field(default_factory=dict)
+    lifted: list[tuple[Hole, str]] = field(default_factory=list)
+    lifted_values: dict[str, list[object]] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -69,9 +61,8 @@ def plan_inlining(split_gm: torch.fx.GraphModule, submods: Collection[str] | Non
         key = f"{structure.key}:{path}" if nested or direct is not None else structure.key
         group = groups.get(key)
         if group is None:
-            group = groups[key] = Inlined(key, path.replace(".", "_"), path, gm, direct is not None)
+            group = groups[key] = Inlined(key, path, gm, direct is not None)
             plan.graphs.append(gm)
-        group.members.append(path)
         group.graph_of[path] = gm
         group.holes_of[path] = structure.holes
         plan.by_target[path] = group
@@ -88,18 +79,15 @@ def is_plain(callee: object) -> bool:
     """True if calling ``callee`` is running its graph: no hooks, no own forward, no unusual signature."""
     if not isinstance(callee, torch.fx.GraphModule) or "forward" in vars(callee):
         return False
-    if (
-        callee._forward_hooks
-        or callee._forward_pre_hooks
-        or type(callee.graph._codegen) is not CodeGen
-    ):
+    if callee._forward_hooks or callee._forward_pre_hooks:
         return False
     placeholders = callee.graph.find_nodes(op="placeholder")
-    if any(str(node.target).startswith("*") for node in placeholders):
-        return False
-    # A default that is a container is one object for all calls; only the module itself keeps it.
-    return len(callee.graph.find_nodes(op="output")) == 1 and all(
-        is_inline_literal(default) for node in placeholders for default in node.args
+    return (
+        type(callee.graph._codegen) is CodeGen
+        and len(callee.graph.find_nodes(op="output")) == 1
+        and not any(str(node.target).startswith("*") for node in placeholders)
+        # A default that is a container is one object for all calls; only the module itself keeps it.
+        and all(is_inline_literal(default) for node in placeholders for default in node.args)
     )
 
 
@@ -119,14 +107,12 @@ def bind_call(
     """
     placeholders = callee.graph.find_nodes(op="placeholder")
     values = dict(zip(placeholders, node.args, strict=False))
-    named = {str(placeholder.target): placeholder for placeholder in placeholders}
-    fits = len(node.args) <= len(placeholders)
-    for key, value in node.kwargs.items():
-        fits = fits and key in named and named[key] not in values
-        if fits:
-            values[named[key]] = value
-    for placeholder in placeholders:
-        if placeholder not in values and placeholder.args:
+    named = {str(each.target): each for each in placeholders if each not in values}
+    fits = len(node.args) <= len(placeholders) and node.kwargs.keys() <= named.keys()
+    for name, placeholder in named.items():
+        if name in node.kwargs:
+            values[placeholder] = node.kwargs[name]
+        elif placeholder.args:
             values[placeholder] = placeholder.args[0]
     if not fits or len(values) != len(placeholders):
         raise UnsupportedNode(
@@ -150,9 +136,7 @@ def _inlinable(
     calls: dict[str, list[torch.fx.Node]],
 ) -> Iterator[tuple[str, torch.fx.GraphModule]]:
     """Called GraphModules with their dotted paths, callees before callers, each once; fills ``calls``."""
-    for node in gm.graph.nodes:
-        if node.op != "call_module":
-            continue
+    for node in gm.graph.find_nodes(op="call_module", sort=True):
         path = f"{prefix}.{node.target}" if prefix else str(node.target)
         if submods is not None and path in submods:
             continue
@@ -160,10 +144,9 @@ def _inlinable(
             callee = attribute_of(gm, str(node.target))
         except AttributeError:
             continue  # reported with the node when it is lowered
-        if is_plain(callee):
+        if isinstance(callee, torch.fx.GraphModule) and is_plain(callee):
             calls.setdefault(path, []).append(node)
             if len(calls[path]) == 1:
-                assert isinstance(callee, torch.fx.GraphModule)
                 yield from _inlinable(callee, submods, path, calls)
                 yield path, callee
 
@@ -179,31 +162,21 @@ def _single_call(gm: torch.fx.GraphModule) -> torch.fx.Node | None:
 
 def _lift(group: Inlined) -> None:
     """Find the literals in which members differ and make parameters of them."""
-    columns = list(zip(*(group.holes_of[path] for path in group.members), strict=True))
     nodes = list(group.graph_module.graph.nodes)
-    lifted: list[LiftedLiteral] = []
-    chosen: list[int] = []
-    for column, holes in enumerate(columns):
+    group.lifted_values = {path: [] for path in group.graph_of}
+    for holes in zip(*group.holes_of.values(), strict=True):
         first = holes[0]
-        if all(same_literal(first.value, hole.value) for hole in holes):
-            continue
-        lifted.append(LiftedLiteral(first.node, first.ordinal, _parameter_name(nodes, first)))
-        chosen.append(column)
-    group.lifted = tuple(lifted)
-    for path in group.members:
-        holes = group.holes_of[path]
-        group.lifted_values[path] = tuple(holes[column].value for column in chosen)
+        if not all(same_literal(first.value, hole.value) for hole in holes):
+            group.lifted.append((first, _parameter_name(nodes[first.node], first.argument)))
+            for values, hole in zip(group.lifted_values.values(), holes, strict=True):
+                values.append(hole.value)
 
 
-def _parameter_name(nodes: list[torch.fx.Node], hole: Hole) -> str:
+def _parameter_name(node: torch.fx.Node, argument: str) -> str:
     """The argument's name in the operator's schema, if it has one."""
-    if is_identifier(hole.argument):
-        return str(hole.argument)
-    schema = getattr(nodes[hole.node].target, "_schema", None)
-    if (
-        schema is not None
-        and hole.argument.isdigit()
-        and int(hole.argument) < len(schema.arguments)
-    ):
-        return str(schema.arguments[int(hole.argument)].name)
+    if is_identifier(argument):
+        return argument
+    arguments = getattr(getattr(node.target, "_schema", None), "arguments", ())
+    if argument.isdigit() and int(argument) < len(arguments):
+        return str(arguments[int(argument)].name)
     return "literal"

@@ -1,4 +1,4 @@
-"""From graph to plan. In: a stitching graph (`split_gm`). Out: an `ir.Module` and the values of its constants.
+"""From graph to plan: a stitching graph (`split_gm`) becomes an `ir.Module` and the values of its constants.
 
 Every FX node becomes at most one statement; what cannot be written is an `UnsupportedNode` that names the node and its
 source line. Nothing is executed and the graph is not changed.
@@ -6,8 +6,8 @@ source line. Nothing is executed and the graph is not changed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable, Collection, Hashable, Mapping
+from dataclasses import dataclass, field, fields
 from functools import partial
 
 import torch
@@ -18,11 +18,9 @@ from piecework.codegen.graph.consts import short_type, to_text
 from piecework.codegen.graph.origin import node_where, value_of
 from piecework.codegen.graph.targets import ENTRY_NAME
 from piecework.codegen.plan import ir
-from piecework.codegen.plan.liveness import insert_deletes
 from piecework.codegen.plan.names import NameTable
-from piecework.codegen.split.regions import regions_in
-from piecework.codegen.stitch.inline import Inlined, InlinePlan, plan_inlining
-from piecework.codegen.stitch.lower_node import ModuleState, NodeLowering, Scope
+from piecework.codegen.stitch.inline import Inlined, plan_inlining
+from piecework.codegen.stitch.lower_node import FunctionLowering, ModuleState, Scope
 from piecework.errors import UnsupportedNode, short_methods
 
 
@@ -87,33 +85,46 @@ class _Lowering:
             )
         self.gm = split_gm
         self.options = options
-        self.plan: InlinePlan = plan_inlining(split_gm, options.submods)
+        self.plan = plan_inlining(split_gm, options.submods)
         self.state = ModuleState(self.plan, line_numbers=options.line_numbers)
-        self.aliases: dict[str, ir.Alias] = {}
-        self.functions: list[ir.Function] = []
-        self.module_names = NameTable(frozenset({*self._possible_roots(), ENTRY_NAME}))
+        self.names = NameTable(frozenset({*self._possible_roots(), ENTRY_NAME}))
 
     def run(self) -> tuple[ir.Module, list[object]]:
+        state = self.state
         for key, inlined in self.plan.shared.items():
-            self.state.function_names[key] = self.module_names.claim(inlined.name)
-        self._claim_aliases()
-        bound = self._bind_weights()
-        names, scope, parameters = self._entry_scope(bound)
-        for inlined in self.plan.shared.values():
-            self._lower_shared(inlined)
-        entry = self._lower_entry(names, scope, parameters)
+            state.function_names[key] = self.names.claim(inlined.path.replace(".", "_"))
+        aliases = self._aliases()
+        scope: Scope = {}
+        bound = [
+            self._bound(node, scope)
+            for node in self.gm.graph.find_nodes(op="placeholder")
+            if node.name in self.options.bound
+        ]
+        names, held = NameTable(self.names.names()), frozenset(scope.values())
+        parameters = self._parameters(self.gm, names, scope)
+        # A size that is a parameter has its name in comments too, and no other value's.
+        sizes = {
+            str(value): name
+            for node, name in reversed(scope.items())
+            if isinstance(value := value_of(node), torch.SymInt)
+        }
+        state.symbols.know(sizes, {*scope.values(), *(node.name for node in self.gm.graph.nodes)})
+        functions = [self._shared(each) for each in self.plan.shared.values()]
+        legend = self._legend({node: name for node, name in scope.items() if name not in held})
+        body = FunctionLowering(state, self.gm, names, scope).body()
+        entry = self._function(ENTRY_NAME, parameters, body, held, True, legend)
         module = ir.Module(
-            imports=("torch", *sorted(self.state.imports - {"torch"})),
-            aliases=tuple(self.aliases.values()),
-            functions=tuple(self.functions),
+            imports=("torch", *sorted(state.imports - {"torch"})),
+            aliases=aliases,
+            functions=tuple(functions),
             entry=entry,
-            submod_names=tuple(self.state.submod_index),
-            const_specs=self.state.consts.specs,
-            bound=tuple(row for _, _, row in bound),
+            submod_names=tuple(state.submod_index),
+            const_specs=state.consts.specs,
+            bound=tuple(bound),
             banner=self.options.banner,
-            digests=tuple(self.options.digests.get(name, "") for name in self.state.submod_index),
+            digests=tuple(self.options.digests.get(name, "") for name in state.submod_index),
         )
-        return module, self.state.consts.values
+        return module, state.consts.values
 
     # --- before any function -------------------------------------------------------------------
 
@@ -127,115 +138,73 @@ class _Lowering:
                     roots.add(path.root)
         return roots
 
-    def _claim_aliases(self) -> None:
+    def _aliases(self) -> tuple[ir.Alias, ...]:
         """One module-level name per operator that is called straight from a splitting submodule, or past the dispatcher."""
-        inside = (node for gm in self.plan.graphs for node in gm.graph.nodes)
-        past = [
-            node
-            for node in inside
-            if node.op == "call_function" and self._implementation(node.target) is not None
-        ]
+        inside = [n for gm in self.plan.graphs for n in gm.graph.nodes if n.op == "call_function"]
+        past = [node for node in inside if self._implementation(node.target) is not None]
+        aliases: list[ir.Alias] = []
         for node in (*self.plan.direct_calls, *past):
             if id(node.target) in self.state.alias_of:
                 continue
             implementation = self._implementation(node.target)
             short = getattr(node.target, "__name__", None)
-            name = self.module_names.claim(
-                short.partition(".")[0] if isinstance(short, str) else "op"
-            )
+            name = self.names.claim(short.partition(".")[0] if isinstance(short, str) else "op")
             if implementation is not None:
                 value = self.state.consts.add(implementation)
                 note = f"{node.target}: its own implementation, past the dispatcher"
             else:
                 value, note = self.state.function(node), ""
-            self.aliases[name] = ir.Alias(name, value, note)
+            aliases.append(ir.Alias(name, value, note))
             self.state.alias_of[id(node.target)] = name
+        return tuple(aliases)
 
     def _implementation(self, target: object) -> Callable[..., object] | None:
-        direct = self.options.direct
-        return direct.get(target) if isinstance(target, Hashable) else None
+        return self.options.direct.get(target) if isinstance(target, Hashable) else None
 
-    def _bind_weights(self) -> list[tuple[torch.fx.Node, str, ir.BoundName]]:
-        rows = []
-        for node in self.gm.graph.nodes:
-            if node.op == "placeholder" and node.name in self.options.bound:
-                name = self.module_names.claim(node.name)
-                path = self.options.bound[node.name]
-                value = value_of(node)
-                kind = (
-                    short_type(value, self.state.symbols) if isinstance(value, torch.Tensor) else ""
-                )
-                rows.append((node, name, ir.BoundName(name, path, kind)))
-        return rows
+    def _bound(self, node: torch.fx.Node, scope: Scope) -> ir.BoundName:
+        """A weight that the module holds."""
+        name = scope[node] = self.names.claim(node.name)
+        value = value_of(node)
+        kind = short_type(value, self.state.symbols) if isinstance(value, torch.Tensor) else ""
+        return ir.BoundName(name, self.options.bound[node.name], kind)
 
     # --- functions -----------------------------------------------------------------------------
 
-    def _entry_scope(
-        self, bound: Sequence[tuple[torch.fx.Node, str, ir.BoundName]]
-    ) -> tuple[NameTable, Scope, tuple[ir.Parameter, ...]]:
-        """What the entry starts with; a size that is a parameter has its name in comments too, and no other value's."""
-        names = NameTable(self.module_names.names())
-        scope: Scope = {node: name for node, name, _ in bound}
-        parameters = self._parameters(self.gm, names, scope, skip=frozenset(scope))
-        sizes = {
-            str(value): name
-            for node, name in reversed(scope.items())
-            if isinstance(value := value_of(node), torch.SymInt)
-        }
-        taken = {*scope.values(), *(node.name for node in self.gm.graph.nodes)}
-        self.state.symbols.know(sizes, taken)
-        return names, scope, parameters
-
-    def _lower_entry(
-        self, names: NameTable, scope: Scope, parameters: tuple[ir.Parameter, ...]
-    ) -> ir.Function:
-        own = {parameter.name for parameter in parameters}
-        legend = self._legend({node: name for node, name in scope.items() if name in own})
-        borrowed = frozenset(name for name in scope.values() if name not in own)
-        body = self._lower_graph(self.gm, names, scope, prefix="")
-        return self._finish(ENTRY_NAME, parameters, body, borrowed, True, legend)
-
     def _legend(self, names_of: Mapping[torch.fx.Node, str]) -> str:
         """Where each size in the comments can be read: ``sizes: s0 = tokens.shape[0]``."""
-        told: dict[str, str] = {}
-        for node, name in names_of.items():
-            value = value_of(node)
-            if not isinstance(value, torch.Tensor):
-                continue
-            for dim, size in enumerate(value.shape):
+        legend: dict[str, str] = {}
+        values = [(name, value_of(node)) for node, name in names_of.items()]
+        for name, value in values:
+            for dim, size in enumerate(value.shape if isinstance(value, torch.Tensor) else ()):
                 symbol = self.state.symbols(size)
                 if symbol.isidentifier():
-                    told.setdefault(symbol, f"{symbol} = {name}.shape[{dim}]")
-        for node, name in names_of.items():
-            value = value_of(node)
+                    legend.setdefault(symbol, f"{symbol} = {name}.shape[{dim}]")
+        for name, value in values:
             if isinstance(value, torch.SymInt):
                 same = self.state.symbols(value)  # the trace found two sizes to be one
-                if same in told and same != name:
-                    told.setdefault(name, f"{name} = {same}")
-        return f"sizes: {', '.join(told.values())}" if told else ""
+                if same in legend and same != name:
+                    legend.setdefault(name, f"{name} = {same}")
+        return f"sizes: {', '.join(legend.values())}" if legend else ""
 
-    def _lower_shared(self, inlined: Inlined) -> None:
-        """Lower one function that several splitting submodules share; differing literals are its last parameters."""
+    def _shared(self, inlined: Inlined) -> ir.Function:
+        """One function that several splitting submodules share; differing literals are its last parameters."""
         gm, name = inlined.graph_module, self.state.function_names[inlined.key]
-        names = NameTable(self.module_names.names())
+        names = NameTable(self.names.names())
         scope: Scope = {}
-        parameters = list(self._parameters(gm, names, scope))
-        lifted: dict[tuple[int, int], str] = {}
-        for literal in inlined.lifted:
-            lifted[literal.node, literal.ordinal] = names.claim(literal.name)
-            parameters.append(ir.Parameter(lifted[literal.node, literal.ordinal]))
-        body = self._lower_graph(gm, names, scope, prefix=inlined.target, lifted=lifted)
-        takes = self.state.takes_submods[name] = any(
-            stmt.piece or stmt.kind == "nested" for stmt in body
-        )
-        count = len(inlined.members)
+        parameters = self._parameters(gm, names, scope)
+        lifted = {(hole.node, hole.ordinal): names.claim(wish) for hole, wish in inlined.lifted}
+        parameters += [ir.Parameter(each) for each in lifted.values()]
+        body = FunctionLowering(self.state, gm, names, scope, inlined.path, lifted).body()
+        takes = any(stmt.piece or stmt.kind == "nested" for stmt in body)
+        self.state.takes_submods[name] = takes
+        count = len(inlined.graph_of)
         note = f"shared by {count} submodules" if count > 1 else ""
-        self.functions.append(self._finish(name, tuple(parameters), body, frozenset(), takes, note))
+        return self._function(name, parameters, body, frozenset(), takes, note)
 
-    def _finish(
+    def _function(
         self,
         name: str,
-        parameters: tuple[ir.Parameter, ...],
+        parameters: list[ir.Parameter],
         body: list[ir.Statement],
         borrowed: frozenset[str],
         takes_submods: bool,
@@ -243,27 +212,24 @@ class _Lowering:
     ) -> ir.Function:
         stmts = tuple(body)
         if self.options.emit_del:
-            stmts = insert_deletes(stmts, borrowed | {p.name for p in parameters})
-        return ir.Function(name, parameters, stmts, takes_submods, note)
+            stmts = ir.insert_deletes(stmts, borrowed | {each.name for each in parameters})
+        return ir.Function(name, tuple(parameters), stmts, takes_submods, note)
 
     def _parameters(
-        self,
-        gm: torch.fx.GraphModule,
-        names: NameTable,
-        scope: Scope,
-        skip: Collection[torch.fx.Node] = frozenset(),
-    ) -> tuple[ir.Parameter, ...]:
+        self, gm: torch.fx.GraphModule, names: NameTable, scope: Scope
+    ) -> list[ir.Parameter]:
+        """The placeholders of ``gm`` that are not in ``scope`` yet."""
         parameters: list[ir.Parameter] = []
         for node in gm.graph.find_nodes(op="placeholder"):
-            if node in skip:
+            if node in scope:
                 continue
             target = str(node.target)
-            prefix = "**" if target.startswith("**") else "*" if target.startswith("*") else ""
+            prefix = target[: len(target) - len(target.lstrip("*"))]
             name = names.claim(node.name)
             default = None
             if node.args and not prefix and gm is self.gm:
                 where = partial(node_where, node)
-                default = to_text(node.args[0], self._no_node, self.state.consts, where)
+                default = to_text(node.args[0], _no_node, self.state.consts, where)
             parameter = ir.Parameter(name, prefix, default)
             problem = _misplaced(parameter, parameters)
             if problem is not None:
@@ -274,39 +240,11 @@ class _Lowering:
                 )
             scope[node] = name
             parameters.append(parameter)
-        return tuple(parameters)
+        return parameters
 
-    @staticmethod
-    def _no_node(node: torch.fx.Node) -> str:
-        raise UnsupportedNode("the default of a placeholder is a node", where=node_where(node))
 
-    # --- statements ----------------------------------------------------------------------------
-
-    def _lower_graph(
-        self,
-        gm: torch.fx.GraphModule,
-        names: NameTable,
-        scope: Scope,
-        *,
-        prefix: str,
-        lifted: Mapping[tuple[int, int], str] | None = None,
-    ) -> list[ir.Statement]:
-        body: list[ir.Statement] = []
-        regions = regions_in(gm.graph)
-        opening, closing = {each.enter for each in regions}, {each.leave for each in regions}
-        for number, node in enumerate(gm.graph.nodes):
-            if node.op == "placeholder" or node in scope:
-                continue
-            lower_node = NodeLowering(self.state, gm, names, scope, prefix, lifted or {}, number)
-            stmt = lower_node.statement(node)
-            if stmt is not None:
-                body.append(replace(stmt, kind="finally") if node in closing else stmt)
-            if node in opening:
-                body.append(ir.Statement("try:", "try"))
-            if node.op == "output":
-                return body  # nodes after the output never run
-        body.append(ir.Statement("return None", "return"))
-        return body
+def _no_node(node: torch.fx.Node) -> str:
+    raise UnsupportedNode("the default of a placeholder is a node", where=node_where(node))
 
 
 def _misplaced(parameter: ir.Parameter, before: list[ir.Parameter]) -> str | None:

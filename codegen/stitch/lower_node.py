@@ -1,4 +1,4 @@
-"""From one node to one statement. In: an FX node, what is known of the nodes before it, and what its module's functions share. Out: an `ir.Statement`.
+"""From the nodes of one function to statements.
 
 What cannot be written is an `UnsupportedNode` that names the node and its source line. Nothing is executed and the graph is not changed.
 """
@@ -15,26 +15,16 @@ import torch
 import torch.fx
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 
+from piecework.codegen.graph import origin
 from piecework.codegen.graph.consts import LIST_TYPES, ConstTable, describe, to_text
-from piecework.codegen.graph.origin import (
-    SymbolNames,
-    node_where,
-    origin_of,
-    origin_of_piece,
-    value_of,
-)
+from piecework.codegen.graph.origin import node_where
 from piecework.codegen.graph.structure import attribute_of, is_liftable
 from piecework.codegen.graph.targets import INFIX, PREFIX, FunctionPath, function_path, sign_of
 from piecework.codegen.plan import ir
 from piecework.codegen.plan.literals import is_inline_literal, literal_text
 from piecework.codegen.plan.names import SUBMODS, NameTable, is_identifier
-from piecework.codegen.plan.one_line import (
-    arguments_text,
-    attribute_text,
-    call_text,
-    operand,
-    targets_text,
-)
+from piecework.codegen.plan.one_line import arguments_text, attribute_text, operand, targets_text
+from piecework.codegen.split.regions import regions_in
 from piecework.codegen.stitch.inline import InlinePlan, bind_call, is_plain, returned_value
 from piecework.errors import UnsupportedNode
 
@@ -52,7 +42,7 @@ class ModuleState:
         self.plan = plan
         self.line_numbers = line_numbers
         self.consts = ConstTable()
-        self.symbols = SymbolNames()
+        self.symbols = origin.SymbolNames()
         self.imports: set[str] = set()
         self.alias_of: dict[int, str] = {}
         self.submod_index: dict[str, int] = {}
@@ -79,13 +69,9 @@ class ModuleState:
             self.imports.add(path.module)
         return str(path.path)
 
-    def submod(self, target: str) -> int:
-        """The place of a submodule in ``__vllm_submods__``."""
-        return self.submod_index.setdefault(target, len(self.submod_index))
 
-
-class NodeLowering:
-    """Lowers one node, in one graph and scope."""
+class FunctionLowering:
+    """Lowers one graph; ``lifted`` are its literals that became parameters, by their node's number and their own."""
 
     def __init__(
         self,
@@ -93,22 +79,37 @@ class NodeLowering:
         gm: torch.fx.GraphModule,
         names: NameTable,
         scope: Scope,
-        prefix: str,
-        lifted: Mapping[tuple[int, int], str],
-        number: int,
+        prefix: str = "",
+        lifted: Mapping[tuple[int, int], str] | None = None,
     ) -> None:
         self.module = module
         self.gm = gm
         self.names = names
         self.scope = scope
         self.prefix = prefix
-        self.lifted = lifted
-        self.number = number
-        self.ordinal = 0
+        self.lifted = lifted or {}
+        self.number = self.ordinal = 0
         self.uses: list[str] = []
         self.behind: dict[torch.fx.Node, list[str]] = {}  # the names in what a node stands for
 
-    def statement(self, node: torch.fx.Node) -> ir.Statement | None:
+    def body(self) -> list[ir.Statement]:
+        body: list[ir.Statement] = []
+        regions = regions_in(self.gm.graph)
+        opening, closing = {each.enter for each in regions}, {each.leave for each in regions}
+        for number, node in enumerate(self.gm.graph.nodes):
+            if node.op == "placeholder" or node in self.scope:
+                continue
+            self.number, self.ordinal, self.uses = number, 0, []
+            stmt = self._lower(node)
+            if stmt is not None:
+                body.append(replace(stmt, kind="finally") if node in closing else stmt)
+            if node in opening:
+                body.append(ir.Statement("try:", "try"))
+            if node.op == "output":
+                return body  # nodes after the output never run
+        return [*body, ir.Statement("return None", "return")]
+
+    def _lower(self, node: torch.fx.Node) -> ir.Statement | None:
         """The statement that ``node`` becomes; None if it becomes an operand of others."""
         match node.op:
             case "get_attr":
@@ -117,33 +118,42 @@ class NodeLowering:
             case "call_function":
                 return self._call_function(node)
             case "call_method":
-                return self._call_method(node)
+                if not node.args or type(node.target) is not str:
+                    raise UnsupportedNode("call_method without a receiver", where=node_where(node))
+                method = attribute_text(self._text(node.args[0], node), node.target)
+                return self._made(node, f"{method}({self._arguments(node, skip=1)})")
             case "call_module":
                 return self._call_module(node)
             case "output":
                 text = f"return {self._text(node.args[0], node)}"
-                return ir.Statement(text, "return", uses=self._used(), origin=self._origin(node))
-            case _:
-                raise UnsupportedNode(f"node kind {node.op!a}", where=node_where(node))
+                uses = tuple(dict.fromkeys(self.uses))
+                return ir.Statement(text, "return", uses=uses, origin=self._origin(node))
+        raise UnsupportedNode(f"node kind {node.op!a}", where=node_where(node))
 
     def _attribute(self, node: torch.fx.Node) -> str:
         target = str(node.target)
-        try:
-            value = attribute_of(self.gm, target)
-        except AttributeError as error:
-            raise UnsupportedNode(
-                f"get_attr reads {target!a}, which the graph's module does not have",
-                where=node_where(node),
-            ) from error
-        again = attribute_of(self.gm, target)
+        value = self._read(node)
+        again = self._read(node)
         if again is not value and not (is_inline_literal(value) and again == value):
             raise UnsupportedNode(
                 f"get_attr reads {target!a}, which is another object at each reading (a property or a parametrization)",
                 where=node_where(node),
                 hint="call the module that computes it, or remove the parametrization",
             )
-        path = f"{self.prefix}.{target}" if self.prefix else target
-        return self.module.consts.add(value, attribute=path)
+        return self.module.consts.add(value, attribute=self._path(node))
+
+    def _read(self, node: torch.fx.Node) -> object:
+        try:
+            return attribute_of(self.gm, str(node.target))
+        except AttributeError as error:
+            what = "get_attr reads" if node.op == "get_attr" else "call_module of"
+            raise UnsupportedNode(
+                f"{what} {node.target!a}, which the graph's module does not have",
+                where=node_where(node),
+            ) from error
+
+    def _path(self, node: torch.fx.Node) -> str:
+        return f"{self.prefix}.{node.target}" if self.prefix else str(node.target)
 
     def _call_function(self, node: torch.fx.Node) -> ir.Statement:
         if not callable(node.target):
@@ -151,16 +161,10 @@ class NodeLowering:
                 f"call_function of {describe(node.target)}, which is not callable",
                 where=node_where(node),
             )
-        text = None
-        if not node.kwargs and any(isinstance(arg, torch.fx.Node) for arg in node.args):
-            text = self._with_sign(node)
+        text = self._with_sign(node)
         if text is None:
-            text = call_text(self.module.function(node), self._arguments(node))
-            targets, unpack = self._targets(node)
-        else:
-            name = self._target(node)
-            targets, unpack = () if name is None else (name,), False
-        return self._statement(text, targets, unpack, self._origin(node))
+            return self._made(node, f"{self.module.function(node)}({self._arguments(node)})")
+        return self._made(node, text, targets=(self._target(node),) if node.users else ())
 
     def _with_sign(self, node: torch.fx.Node) -> str | None:
         """``x[i]``, ``x.a``, ``x + y`` and ``-x`` for the functions that mean just that.
@@ -168,15 +172,15 @@ class NodeLowering:
         Only where an operand is a value: ``-(1)`` would read back as a literal, ``(1)[x]`` draws a warning.
         """
         args, target = node.args, node.target
-        on_value = isinstance(args[0], torch.fx.Node)
-        if len(args) == 2 and target is operator.getitem and on_value:
-            value = operand(self._text(args[0], node), receiver=True)
-            return f"{value}[{self._text(args[1], node, index=True)}]"
-        if len(args) == 2 and target is getattr and on_value and type(args[1]) is str:
-            if not is_identifier(args[1]):
-                return None
-            return attribute_text(self._text(args[0], node), args[1])
-        sign = sign_of(INFIX if len(args) == 2 else PREFIX, target) if len(args) <= 2 else None
+        if node.kwargs or not any(isinstance(arg, torch.fx.Node) for arg in args) or len(args) > 2:
+            return None
+        if len(args) == 2 and isinstance(args[0], torch.fx.Node):
+            if target is operator.getitem:
+                value = operand(self._text(args[0], node), receiver=True)
+                return f"{value}[{self._text(args[1], node, index=True)}]"
+            if target is getattr and type(args[1]) is str and is_identifier(args[1]):
+                return attribute_text(self._text(args[0], node), args[1])
+        sign = sign_of(INFIX if len(args) == 2 else PREFIX, target)
         if sign is None:
             return None
         texts = [operand(self._text(arg, node)) for arg in args]
@@ -184,89 +188,78 @@ class NodeLowering:
             return f"{sign}{' ' if sign == 'not' else ''}{texts[0]}"
         return f"{texts[0]} {sign} {texts[1]}"
 
-    def _call_method(self, node: torch.fx.Node) -> ir.Statement:
-        if not node.args or type(node.target) is not str:
-            raise UnsupportedNode("call_method without a receiver", where=node_where(node))
-        receiver = attribute_text(self._text(node.args[0], node), node.target)
-        text = call_text(receiver, self._arguments(node, skip=1))
-        return self._statement(text, *self._targets(node), self._origin(node))
-
     def _call_module(self, node: torch.fx.Node) -> ir.Statement:
-        path = f"{self.prefix}.{node.target}" if self.prefix else str(node.target)
+        path = self._path(node)
         inlined = self.module.plan.by_target.get(path)
         if inlined is None:
-            try:
-                callee = attribute_of(self.gm, str(node.target))
-            except AttributeError as error:
-                raise UnsupportedNode(
-                    f"call_module of {node.target!a}, which the graph's module does not have",
-                    where=node_where(node),
-                ) from error
-            index = self.module.submod(path)
+            callee = self._read(node)
+            index = self.module.submod_index.setdefault(path, len(self.module.submod_index))
             arguments = self._arguments(node)
             piece = ir.PieceCall(index, arguments, self._leaves(node))
-            text = call_text(f"{SUBMODS}[{index}]", arguments)
-            return self._statement(
-                text, *self._targets(node, callee), self._origin(node, callee), piece
-            )
-        callee = inlined.graph_of[path]
+            return self._made(node, f"{SUBMODS}[{index}]({arguments})", callee, piece=piece)
+        graph = inlined.graph_of[path]
         if inlined.direct_call:
-            return self._call_direct(node, callee, path)
+            return self._call_direct(node, graph, path)
         # Positional only: parameters may have got other names than their placeholders.
-        given = [self._text(value, node) for _, value in bind_call(node, callee)]
+        given = [self._text(value, node) for _, value in bind_call(node, graph)]
         given += [literal_text(value) for value in inlined.lifted_values[path]]
         name = self.module.function_names[inlined.key]
         passes = self.module.takes_submods[name]
-        text = call_text(name, ", ".join([*given, *[f"{SUBMODS}={SUBMODS}"] * passes]))
-        made = self._statement(text, *self._targets(node, callee), self._origin(node, callee))
-        return replace(made, kind="nested") if passes else made
+        given += [f"{SUBMODS}={SUBMODS}"] * passes
+        stmt = self._made(node, f"{name}({', '.join(given)})", graph)
+        return replace(stmt, kind="nested") if passes else stmt
 
     def _call_direct(
         self, node: torch.fx.Node, callee: torch.fx.GraphModule, path: str
     ) -> ir.Statement:
         """Write the one call that ``callee`` consists of in place of a call of ``callee``."""
-        scope: Scope = {}
-        inside = NodeLowering(self.module, callee, self.names, scope, path, {}, self.number)
+        inside = FunctionLowering(self.module, callee, self.names, {}, path)
         before = self.uses
         for inner, value in bind_call(node, callee):
             self.uses = inside.behind[inner] = []
-            scope[inner] = self._text(value, node)
+            inside.scope[inner] = self._text(value, node)
         self.uses = before
         for inner in callee.graph.find_nodes(op="get_attr"):
-            scope[inner] = inside._attribute(inner)
+            inside.scope[inner] = inside._attribute(inner)
         (call,) = (n for n in callee.graph.nodes if n.op == "call_function")
-        text = call_text(self.module.function(call), inside._arguments(call))
+        text = f"{self.module.function(call)}({inside._arguments(call)})"
         self.uses += inside.uses
         if returned_value(callee.graph) is None:
-            targets: tuple[str, ...] = ()
-            unpack = False
             self.scope[node] = "None"
-        else:
-            targets, unpack = self._targets(node, callee)
-        origin = origin_of(call, self.module.symbols, line_numbers=self.module.line_numbers)
-        return self._statement(text, targets, unpack, origin)
+            return self._made(call, text, targets=())
+        return self._made(node, text, callee, stands_for=call)
 
-    def _statement(
+    def _made(
         self,
-        text: str,
-        targets: tuple[str, ...],
-        unpack: bool,
-        origin: ir.Origin,
+        node: torch.fx.Node,
+        call: str,
+        callee: object = None,
+        *,
+        targets: tuple[str, ...] | None = None,
         piece: ir.PieceCall | None = None,
+        stands_for: torch.fx.Node | None = None,
     ) -> ir.Statement:
-        text = targets_text(targets, unpack) + text
-        return ir.Statement(text, "", targets, unpack, self._used(), origin, piece)
+        """The statement that gives the result of ``call`` to ``targets``, or to what the users of ``node`` take of it."""
+        unpack = False
+        if targets is None:
+            targets, unpack = self._targets(node, callee)
+        text = targets_text(targets, unpack) + call
+        uses = tuple(dict.fromkeys(self.uses))
+        about = self._origin(node, callee) if stands_for is None else self._origin(stands_for)
+        return ir.Statement(text, "", targets, unpack, uses, about, piece)
 
-    def _used(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(self.uses))
+    def _origin(self, node: torch.fx.Node, callee: object = None) -> ir.Origin:
+        symbols, numbers = self.module.symbols, self.module.line_numbers
+        if isinstance(callee, torch.fx.GraphModule):
+            return origin.origin_of_piece(callee, symbols, line_numbers=numbers)
+        return origin.origin_of(node, symbols, line_numbers=numbers)
 
     # --- operands and targets --------------------------------------------------------------------
 
     def _text(self, value: object, node: torch.fx.Node, *, index: bool = False) -> str:
         literal = self._literal if self.lifted else literal_text
-        return to_text(
-            value, self._refer, self.module.consts, partial(node_where, node), literal, index=index
-        )
+        where = partial(node_where, node)
+        return to_text(value, self._refer, self.module.consts, where, literal, index=index)
 
     def _literal(self, value: object) -> str:
         """The literal itself, or the parameter that it was lifted to; counts as `structure_of` counts."""
@@ -306,64 +299,44 @@ class NodeLowering:
         self.ordinal = ordinal  # they were counted already
         return None if node.kwargs else tuple(found)
 
-    def _target(self, node: torch.fx.Node) -> str | None:
-        if not node.users:
-            return None
-        name = str(self.names.claim(node.name))
-        self.scope[node] = name
+    def _target(self, node: torch.fx.Node) -> str:
+        name = self.scope[node] = str(self.names.claim(node.name))
         return name
 
-    def _targets(self, node: torch.fx.Node, callee: object = None) -> tuple[tuple[str, ...], bool]:
+    def _targets(self, node: torch.fx.Node, callee: object) -> tuple[tuple[str, ...], bool]:
         """Names for the results: one per element when every user picks an element, else one or none."""
         if not node.users:
             return (), False
         arity = _arity(node, callee)
         if arity is None or not all(_picks_element(user, node, arity) for user in node.users):
-            target = self._target(node)
-            assert target is not None
-            return (target,), False
-        by_index: dict[int, str] = {}
+            return (self._target(node),), False
+        by_index: dict[Any, str] = {}
         for user in node.users:
             index = user.args[1]
-            assert isinstance(index, int)
             if index not in by_index:
                 by_index[index] = self.names.claim(user.name)
             self.scope[user] = by_index[index]
-        unused = [i for i in range(arity) if i not in by_index]
-        for index in unused:
-            by_index[index] = self.names.claim("unused")
+        for index in range(arity):
+            if index not in by_index:
+                by_index[index] = self.names.claim("unused")
         return tuple(by_index[i] for i in range(arity)), True
-
-    def _origin(self, node: torch.fx.Node, callee: object = None) -> ir.Origin:
-        numbers = self.module.line_numbers
-        if isinstance(callee, torch.fx.GraphModule):
-            return origin_of_piece(callee, self.module.symbols, line_numbers=numbers)
-        return origin_of(node, self.module.symbols, line_numbers=numbers)
 
 
 def _picks_element(user: torch.fx.Node, producer: torch.fx.Node, arity: int) -> bool:
-    return (
-        user.op == "call_function"
-        and user.target is operator.getitem
-        and len(user.args) == 2
-        and not user.kwargs
-        and user.args[0] is producer
-        and type(user.args[1]) is int
-        and 0 <= user.args[1] < arity
-    )
+    if user.target is not operator.getitem or len(user.args) != 2 or user.kwargs:
+        return False
+    index = user.args[1]
+    return user.args[0] is producer and type(index) is int and 0 <= index < arity
 
 
 def _arity(node: torch.fx.Node, callee: object) -> int | None:
     """How many elements the tuple or list that ``node`` yields is known to have; None if unknown."""
-    if is_plain(callee):
-        assert isinstance(callee, torch.fx.GraphModule)
+    if isinstance(callee, torch.fx.GraphModule) and is_plain(callee):
         returned = returned_value(callee.graph)
         if not isinstance(returned, torch.fx.Node):
-            if isinstance(returned, (tuple, list)) and type(returned) in _SEQUENCES:
-                return len(returned)
-            return None
+            return len(returned) if type(returned) in _SEQUENCES else None  # type: ignore[arg-type]
         node = returned
-    value = value_of(node)
-    if type(value) is not tuple and not (type(value) is list and isinstance(node.target, _OPS)):
-        return None  # a list that somebody else holds may have changed by the time an element is picked
-    return len(value)
+    value = origin.value_of(node)
+    if type(value) is tuple or (type(value) is list and isinstance(node.target, _OPS)):
+        return len(value)
+    return None  # a list that somebody else holds may have changed by the time an element is picked

@@ -13,7 +13,6 @@ from piecework.codegen.plan.formatting import format_source, format_statements
 from piecework.codegen.plan.literals import literal_text
 from piecework.codegen.plan.one_line import (
     arguments_text,
-    call_text,
     operand,
     targets_text,
     tuple_text,
@@ -64,7 +63,7 @@ def texts(depth: int = 2) -> st.SearchStrategy[str]:
         items.map(", ".join).map("[{}]".format),
         items.filter(bool).map(tuple_text),
         st.tuples(leaf, texts(depth - 1)).map(lambda pair: f"{{{pair[0]}: {pair[1]}}}"),
-        st.tuples(NAMES, items).map(lambda call: call_text(call[0], ", ".join(call[1]))),
+        st.tuples(NAMES, items).map(lambda call: f"{call[0]}({', '.join(call[1])})"),
     )
 
 
@@ -75,7 +74,9 @@ ARGUMENTS = st.builds(
     st.lists(PAIRS, max_size=3, unique_by=lambda pair: pair[0]),
 )
 CALLS = st.builds(
-    call_text, st.sampled_from(["torch.ops.aten.add.Tensor", "__vllm_submods__[12]"]), ARGUMENTS
+    "{}({})".format,
+    st.sampled_from(["torch.ops.aten.add.Tensor", "__vllm_submods__[12]"]),
+    ARGUMENTS,
 )
 SIGNED = st.tuples(NAMES, st.sampled_from(["+", "**", "<<", "=="]), LITERALS).map(
     lambda parts: f"{parts[0]} {parts[1]} {operand(literal_text(parts[2]))}"

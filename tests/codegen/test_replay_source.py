@@ -7,14 +7,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import black
 import pytest
 import torch
 from models import EAGER
 from torch import nn
 
 import piecework
-from piecework.codegen.plan.formatting import black_mode
+from piecework.codegen.plan.formatting import format_source
 from piecework.codegen.replay.plan import Frozen, InPlace, ReplayFacts, ReplaySource
 from piecework.codegen.replay.proof import verify_replay
 from piecework.errors import EmitError
@@ -73,7 +72,7 @@ def test_the_text_is_in_blacks_format_and_defines_what_it_reads(compiled, policy
     _, stitched = compiled
     capture(stitched, [8], address_policy=policy)
     source = stitched.static_graphs.source_for(8)
-    assert black.format_str(source.code, mode=black_mode()) == source.code
+    assert format_source(source.code) == source.code
     tree = ast.parse(source.code)
     stored = {
         n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and n.ctx.__class__ is ast.Store
