@@ -29,17 +29,9 @@ from piecework.bench.measure.result import Result, Row, Target, machine
 from piecework.bench.measure.timing import Timing, measure, ratio
 from piecework.errors import PieceworkError
 from piecework.runtime.config.compilation import CompilationConfig
-from piecework.runtime.config.groups import StitchingConfig
 
 LAYERS = (4, 16, 32)
 BATCHES = (1, 4, 64)
-LEVERS = (
-    "bind_weights",
-    "direct_splitting_ops",
-    "direct_artifact_entry",
-    "check_inputs",
-    "emit_del",
-)
 B2 = 1.05
 B3 = {"custom_op": 1.65, "light": 1.08}
 B3_CPP = 1.2
@@ -66,7 +58,6 @@ def run(
     *,
     rounds: int = 300,
     stock: bool = True,
-    levers: bool = True,
     seconds: float = SECONDS,
     report: Report = lambda text: None,
 ) -> Result:
@@ -76,7 +67,6 @@ def run(
         layers, batches, registrations: the settings.
         rounds: how often a line-up is timed, at most.
         stock: take part in ``torch.compile`` too.
-        levers: also measure piecework with each lever off, at 16 layers and batch 4.
         seconds: how long a line-up is timed, at most.
         report: told what happens.
 
@@ -92,8 +82,6 @@ def run(
                 found = _depth(depth, batches, registration, effort, stock, report)
                 rows += found
                 targets += _targets(found, registration, depth)
-            if levers:
-                rows += _levers(16, 4, registration, effort, report)
     notes = (
         f"at most {rounds} interleaved rounds and {seconds:g} s per setting, one thread, no_grad",
         "processor time, µs of the fastest round, ratios of the fastest tenth",
@@ -228,30 +216,6 @@ def _targets(rows: Sequence[Row], registration: str, depth: int) -> list[Target]
     return targets
 
 
-def _levers(depth: int, batch: int, registration: str, effort: Effort, report: Report) -> list[Row]:
-    """piecework with each lever off in turn, and with all of them off."""
-    torch.compiler.reset()
-    base = calls_for(depth, registration, False, stock=False, config=CompilationConfig())
-    line_up: dict[str, Call] = {
-        name: call for name, call in base.items() if name in ("eager", "piecework", "limit")
-    }
-    for label, off in (*((f"without {name}", (name,)) for name in LEVERS), ("no lever", LEVERS)):
-        levers = StitchingConfig(**dict.fromkeys(off, False))
-        config = CompilationConfig(stitching_config=levers)
-        line_up[label] = calls_for(depth, registration, False, stock=False, config=config)[
-            "piecework"
-        ]
-    report(f"{registration}: compiled with each lever off")
-    timings = _timings(line_up, batch, effort)
-    limit = timings["limit"]
-    setting: dict[str, object] = {"op": registration, "layers": depth, "batch": f"{batch}, levers"}
-    return [
-        Row(setting, name, timing.best, {"limit": ratio(timing, limit)})
-        for name, timing in timings.items()
-        if name != "eager"
-    ]
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run, print, and write ``host_overhead.json`` and ``.png``; 1 if a target is missed."""
     parser = argparse.ArgumentParser(
@@ -264,7 +228,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=300, help="of each setting, at most")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="of each setting, at most")
     parser.add_argument("--no-stock", action="store_true", help="leave torch.compile out")
-    parser.add_argument("--no-levers", action="store_true", help="leave the breakdown out")
     options = parser.parse_args(arguments)
     console = Console(stderr=True)
     start = time.monotonic()
@@ -275,7 +238,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rounds=options.rounds,
         seconds=options.seconds,
         stock=not options.no_stock,
-        levers=not options.no_levers,
         report=lambda text: console.print(
             f"{time.monotonic() - start:4.0f} s  {text}", style="dim"
         ),

@@ -14,7 +14,7 @@ from piecework.bench.contenders import FlatGraph
 SMALLEST = {
     "stitching": "stitching.run([3], rounds=2)",
     "emission": "emission.run([40], rounds=1)",
-    "host_overhead": "host_overhead.run([2], [4], rounds=2, stock=False, levers=False, seconds=0.1)",
+    "host_overhead": "host_overhead.run([2], [4], rounds=2, stock=False, seconds=0.1)",
     "decode_step": "decode_step.run([2], [1], rounds=2, stock=False, seconds=0.1)",
 }
 
