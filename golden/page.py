@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
-from markupsafe import Markup
+from markupsafe import Markup, escape
+from pygments.lexers.python import PythonLexer
+from pygments.token import Comment, Keyword, Name, Number, Operator, String, _TokenType
 
 from piecework.codegen.plan.render import environment
 from piecework.errors import UsageError
@@ -21,7 +23,6 @@ from piecework.golden.diff import COSMETIC, GROUPS, SourceDiff, compare_sources
 from piecework.golden.outline import Step
 from piecework.golden.show import summary, visible
 from piecework.golden.snapshot import Comparison
-from piecework.runtime.observe.highlight import line_html, token_styles
 
 TEMPLATE = "golden_report.html.jinja"
 
@@ -269,3 +270,54 @@ def _differing(before: str, after: str) -> tuple[set[int], set[int]]:
                 start = sum(map(len, words[side][:low]))
                 marks[side].update(range(start, start + sum(map(len, words[side][low:high]))))
     return marks
+
+
+# --- Python in colour: a class for each kind of token; the page says what colour a class has ------------
+
+Styles = list[str]  # for each character of a line, the class of its token
+_CLASSES = (
+    (Comment, "c"),
+    (String, "s"),
+    (Number, "n"),
+    (Keyword, "k"),
+    (Operator.Word, "k"),
+    (Name.Builtin, "b"),
+)
+
+
+def token_styles(text: str) -> list[Styles]:
+    """For each line, the class of each of its characters: c, s, n, k, b, v (a table) or ""."""
+    styles: list[Styles] = [[""] * len(line) for line in text.splitlines()]
+    line = column = 0
+    for kind, value in PythonLexer(stripnl=False, ensurenl=False).get_tokens(text):
+        style = _style(kind, value)
+        for character in value:
+            if character == "\n":
+                line, column = line + 1, 0
+                continue
+            if line < len(styles) and column < len(styles[line]):
+                styles[line][column] = style
+            column += 1
+    return styles
+
+
+def _style(kind: _TokenType, value: str) -> str:
+    if value.startswith("__vllm_"):
+        return "v"
+    return next((name for each, name in _CLASSES if kind in each), "")
+
+
+def line_html(line: str, styles: Styles, marks: Collection[int] = ()) -> Markup:
+    """``line`` with an element per run of equal styles; the columns in ``marks`` are marked."""
+    parts: list[Markup] = []
+    looks = [(style, at in marks) for at, style in enumerate(styles)]
+    start = 0
+    for column in range(1, len(line) + 1):
+        if column < len(line) and looks[column] == looks[start]:
+            continue
+        style, marked = looks[start]
+        part = escape(line[start:column])
+        part = Markup('<span class="{}">{}</span>').format(style, part) if style else part
+        parts.append(Markup("<mark>{}</mark>").format(part) if marked else part)
+        start = column
+    return Markup("").join(parts)

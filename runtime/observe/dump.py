@@ -13,7 +13,7 @@ import pprint
 import re
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +22,57 @@ import torch.fx
 
 from piecework.codegen import SplitItem, StitchedSource
 from piecework.codegen.graph.origin import SymbolNames, origin_of_piece
-from piecework.codegen.graph.targets import function_path
+from piecework.codegen.plan.render import environment
 from piecework.codegen.split.splitting import operator_name
 from piecework.errors import ConfigError
 from piecework.runtime import torch_compat
 from piecework.runtime.batch.ranges import file_name
 from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.config.text import to_json
-from piecework.runtime.observe.dump_page import Page, RangeCell, Step, render_page
 
 _log = logging.getLogger(__name__)
 
 _NOT_IN_A_NAME = re.compile(r"[^\w.-]+", re.ASCII)
 _LONGEST_NAME = 80
+_SAYS = {
+    "00_config.json": "the configuration",
+    "01_captured.py": "the captured graph",
+    "02_split.py": "the stitching graph and its submodules",
+    "03_plan.txt": "the plan of the source, statement by statement",
+    "04_stitched.py": "the emitted source, as it runs",
+    "times.json": "seconds per phase and piece",
+}
+
+
+@dataclass(slots=True)
+class RangeCell:
+    """A piece's compiled form for one batch range: ``origin`` is ``compiled``, ``cache``, or the piece that it is shared with; ``code`` the file of what Inductor wrote."""
+
+    batches: str
+    seconds: float
+    origin: str
+    code: str = ""
+
+
+@dataclass(slots=True)
+class Step:
+    """One submodule of the stitching graph, in order.
+
+    Attributes:
+        modules: the model's modules that it holds.
+        operators: what runs here outside the pieces; "" for a piece.
+        graph: the file of a piece's graph.
+        key: equal for equal programs; "" until the piece is compiled.
+        same_as: the equal piece before this one.
+    """
+
+    name: str
+    modules: str
+    operators: str = ""
+    graph: str = ""
+    key: str = ""
+    same_as: str = ""
+    ranges: list[RangeCell] = field(default_factory=list)
 
 
 def generated_sources(compiled: Any) -> tuple[str, ...]:
@@ -54,7 +92,6 @@ class Dump:
         self.folder = folder
         self.model = model
         self._steps: dict[str, Step] = {}
-        self._source: StitchedSource | None = None
 
     @classmethod
     def open(
@@ -100,7 +137,7 @@ class Dump:
         for item in items:
             name, modules = item.submod_name, _modules(item.graph)
             if item.is_splitting_graph:
-                self._steps[name] = Step(name, modules, _operators(item), _node(item))
+                self._steps[name] = Step(name, modules, _operators(item))
                 continue
             path = f"pieces/{_file_name(name)}/graph.py"
             self._write(path, _readable(item.graph))
@@ -110,7 +147,6 @@ class Dump:
         """Write the plan of the emitted source, and the source exactly as it runs."""
         if self.folder is None:
             return
-        self._source = source
         self._write("03_plan.txt", pprint.pformat(source.module, width=120))
         self._write("04_stitched.py", source.code)
 
@@ -142,8 +178,13 @@ class Dump:
                 self._piece(name, backend, "" if same_as == name else same_as)
         failure = "" if error is None else f"{type(error).__name__}: {error}"
         self._write("times.json", self._times(phases, failure))
-        if self.folder is not None:
-            self._write("index.html", render_page(self._page(self.folder, phases, failure)))
+        if self.folder is None:
+            return
+        files = sorted(path.name for path in self.folder.iterdir() if path.is_file())
+        stages = {name: _SAYS.get(name, "") for name in files if name != "index.html"}
+        place = f"{self.folder.parent.name}/{self.folder.name}, torch {torch.__version__}"
+        page = render_page(self.model, place, failure, stages, phases, list(self._steps.values()))
+        self._write("index.html", page)
 
     # --- parts -----------------------------------------------------------------------------------
 
@@ -173,19 +214,6 @@ class Dump:
             "pieces": [asdict(step) for step in self._steps.values() if step.graph],
         }
         return json.dumps(data, indent=2) + "\n"
-
-    def _page(self, folder: Path, phases: Mapping[str, float], failure: str) -> Page:
-        stages = sorted(p.name for p in folder.iterdir() if p.is_file())
-        return Page(
-            model=self.model,
-            place=f"{folder.parent.name}/{folder.name}",
-            versions=f"torch {torch.__version__}",
-            failure=failure,
-            stages=[name for name in stages if name != "index.html"],
-            phases=phases,
-            steps=list(self._steps.values()),
-            source=self._source,
-        )
 
     def _write(self, path: str, text: str) -> None:
         """Write one file; the first that can't be written ends the dump, and not the compilation."""
@@ -245,28 +273,33 @@ def _modules(graph: torch.fx.GraphModule) -> str:
 
 
 def _operators(item: SplitItem) -> str:
-    """The names of the operators that run outside the pieces here; "" for a piece."""
-    if not item.is_splitting_graph:
-        return ""
-    names: dict[str, None] = {}
-    for node in item.graph.graph.nodes:
-        if node.op == "call_function":
-            names[_operator_name(node.target)] = None
-    return ", ".join(names)
+    """The names of the operators that run outside the pieces here."""
+    calls = (node.target for node in item.graph.graph.nodes if node.op == "call_function")
+    return ", ".join(
+        dict.fromkeys(operator_name(each) or getattr(each, "__name__", "call") for each in calls)
+    )
 
 
-def _operator_name(target: object) -> str:
-    """``ns::op``, a function's own name, or what stands for an object without one."""
-    name = operator_name(target)
-    if name is not None:
-        return name
-    path = function_path(target)
-    if path is not None:
-        return path.path.rpartition(".")[2]
-    return str(getattr(target, "__name__", target))
-
-
-def _node(item: SplitItem) -> str:
-    """What the emitted statement names as its origin: the first operator of what is inlined; "" for a piece."""
-    calls = item.graph.graph.nodes if item.is_splitting_graph else ()
-    return next((node.name for node in calls if node.op == "call_function"), "")
+def render_page(
+    model: str,
+    place: str,
+    failure: str,
+    stages: Mapping[str, str],
+    phases: Mapping[str, float],
+    steps: Sequence[Step],
+) -> str:
+    """The page: stages with what they are, seconds per phase, a map of the steps, a table of the pieces; it needs no other file to be read."""
+    keys = dict.fromkeys(step.key for step in steps if step.key)
+    return (
+        environment()
+        .get_template("dump.html.jinja")
+        .render(
+            model=model,
+            place=place,
+            failure=failure,
+            stages=stages,
+            phases=phases,
+            steps=steps,
+            numbers={key: number for number, key in enumerate(keys, 1)},
+        )
+    )

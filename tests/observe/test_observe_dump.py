@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import json
 import logging
-import re
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -23,8 +22,7 @@ from piecework.runtime.compilers import CompiledPiece
 from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.counters import counters
 from piecework.runtime.model_tag import set_model_tag
-from piecework.runtime.observe.dump import Dump
-from piecework.runtime.observe.dump_page import Page, RangeCell, Step, render_page
+from piecework.runtime.observe.dump import Dump, RangeCell, Step, render_page
 
 HERE = "dumps_under_test"
 sys.modules.setdefault(HERE, sys.modules[__name__])
@@ -294,22 +292,12 @@ def test_the_page_needs_nothing_else(tmp_path: Path) -> None:
     assert "prefers-color-scheme: dark" in text
 
 
-def test_a_box_outside_the_pieces_links_to_its_line(tmp_path: Path) -> None:
-    folder, stitched = dumped(tmp_path)
-    text = (folder / "index.html").read_text()
-    lines = stitched.source.code.splitlines()
-    targets = re.findall(r'<a href="#L(\d+)"><g class="outside">', text)
-    assert len(targets) == 3 and len(set(targets)) == 3
-    assert all(lines[int(target) - 1].strip().startswith("mix(") for target in targets)
-
-
 def test_no_text_of_a_model_is_markup() -> None:
     evil = "<script>alert('1')</script>&\"'"
     cell = RangeCell(evil, 1.0, evil, evil)
     piece = Step(evil, evil, graph=evil, key=evil, ranges=[cell])
-    outside = Step(evil, evil, operators=evil, node=evil)
-    page = Page(evil, evil, evil, evil, [evil], {evil: 1.0}, [piece, outside], None)
-    shown = PageText(render_page(page))
+    outside = Step(evil, evil, operators=evil)
+    shown = PageText(render_page(evil, evil, evil, {evil: evil}, {evil: 1.0}, [piece, outside]))
     assert "script" not in shown.tags and shown.text.count(evil) >= 8
 
 
