@@ -313,7 +313,8 @@ class StitchedModule(Captures, Observed, SharedModule):
                 hint="compile it in each process: compiled pieces come from the cache",
             )
         with self._traces.changes.one("save()"), self._traces.lock:
-            if self._together is None:
+            in_one_row = self._traces.sizes is not None and self._traces.sizes.rows_in_one
+            if self._together is None or in_one_row:
                 self._traces.add_one()
             with collector_paused():
                 yield Part(self.model, self.traces, self._made_with())

@@ -10,7 +10,7 @@ import inspect
 import logging
 import os
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, TypeVar
@@ -27,30 +27,30 @@ from piecework.errors import (
     UsageError,
     short_errors,
 )
-from piecework.integrations.transformers.flat.admission import admit, forget_layers
-from piecework.integrations.transformers.flat.way import FlatWay
-from piecework.integrations.transformers.head import HeadForward, can_be_captured
-from piecework.integrations.transformers.own.keeping import LOADER
-from piecework.integrations.transformers.own.probe import is_encoder_decoder
-from piecework.integrations.transformers.own.refusals import refuse_model
+from piecework.integrations.transformers.flat_admission import admit_flat
+from piecework.integrations.transformers.flat_way import FlatWay, forget_layers
 from piecework.integrations.transformers.request.dry import dry_request
-from piecework.integrations.transformers.whole.admission import admit_whole
-from piecework.integrations.transformers.whole.way import WholeWay
+from piecework.integrations.transformers.settings import is_encoder_decoder, refuse_model
+from piecework.integrations.transformers.way import FOUND, LOADER, require_like, save_ways
+from piecework.integrations.transformers.whole_admission import admit_whole
+from piecework.integrations.transformers.whole_way import WholeWay, encoder_of
 from piecework.runtime import torch_compat
 from piecework.runtime.artifact.load import Artifact
+from piecework.runtime.artifact.values import from_bytes
 from piecework.runtime.batch.mode import CUDAGraphMode
 from piecework.runtime.batch.sizes import default_capture_sizes
+from piecework.runtime.compile import compile as compile_model
 from piecework.runtime.compile import keep, require_stitching, take_if_it_fits
 from piecework.runtime.config.compilation import CompilationConfig, RuntimeConfig
 from piecework.runtime.config.elsewhere import where_it_goes
-from piecework.runtime.graphs.serve.measured import Measurement
 from piecework.runtime.stitched import StitchedModule
 from piecework.runtime.store.folder import Place
 
 _log = logging.getLogger(__name__)
 
 Model = TypeVar("Model", bound=nn.Module)
-Way = FlatWay | WholeWay
+AnyWay = FlatWay | WholeWay
+WAYS: dict[str, type[AnyWay]] = {each.name: each for each in (FlatWay, WholeWay)}
 AUTO = "auto"
 #: The largest number of tokens that ``capture="auto"`` tries.
 AUTO_MAXIMUM = 64
@@ -102,97 +102,83 @@ def stitch(
     sizes = _sizes(capture)
     full = _full_mode(chosen, sizes, max_cache_len, max_num_seqs)
     decoder = _unstitched(model)
-
-    taken: Way | None = None
+    if way is not None and way not in WAYS:
+        raise ConfigError(f"there is no way {way!r}", where="way", hint=" or ".join(WAYS))
+    taken: AnyWay | None = None
 
     def take(found: Artifact) -> None:
         nonlocal taken
-        taken = _way_of(found, model, decoder, chosen, way)
+        taken = _loaded_way(found, model, decoder, chosen, way)
 
     if artifact is not None:
         require_stitching(chosen)
         take_if_it_fits(artifact, key_file, take)
     loaded = taken is not None
     if taken is None:
-        taken = _chosen_way(model, decoder, chosen, way)
-    if sizes is not None and taken.name != FlatWay.name:
+        taken = _admitted_way(model, decoder, chosen, way)
+    if sizes is not None and isinstance(taken, WholeWay):
         raise StaticGraphError(
             "a decoder that is served whole is not captured: its graphs would hold the memory of one cache",
             where=type(decoder).__name__,
             hint="leave capture out",
         )
     if artifact is not None and not loaded and taken.modules():
-        keep(partial(taken.save, artifact, key_file), artifact)
+        keep(partial(save_ways, taken.ways(), artifact, key_file), artifact)
     _serve_by(taken, model)
     try:
-        if sizes is not None:
+        if sizes is not None and isinstance(taken, FlatWay):
             limits = (max_num_seqs, max_cache_len)
-            _capture(model, sizes, full, limits, measured=capture == AUTO, config=chosen)
+            _capture(model, taken, sizes, full, limits, measured=capture == AUTO)
     except BaseException:
         unstitch(model)
         raise
     return model
 
 
-def _chosen_way(
+def _admitted_way(
     model: nn.Module, decoder: nn.Module, config: CompilationConfig | None, wanted: str | None
-) -> Way:
+) -> AnyWay:
     """The first way that takes the decoder, compiled unless torch's compiler is off; ``wanted``
     names the only one that may.
 
     Raises:
         CaptureError: none takes it, and why; the model is left as it was.
-        ConfigError: there is no way of that name.
     """
-    if wanted not in (None, FlatWay.name, WholeWay.name):
-        hint = f"{FlatWay.name} or {WholeWay.name}"
-        raise ConfigError(f"there is no way {wanted!r}", where="way", hint=hint)
     refuse_model(decoder)
-    if wanted == WholeWay.name:
-        return admit_whole(model, decoder, decoder.forward, config)
+    refused: CaptureError | None = None
+    if wanted != WholeWay.name:
+        try:
+            return admit_flat(model, decoder, config)
+        except CaptureError as error:
+            if wanted is not None:
+                raise
+            refused = error
     try:
-        return _flat_way(model, decoder, config)
+        way = admit_whole(model, decoder, config)
     except CaptureError as error:
-        if wanted is not None:
+        if refused is None:
             raise
-        refused = error
-    try:
-        way = admit_whole(model, decoder, decoder.forward, config)
-    except CaptureError as error:
         raise CaptureError(
-            f"it can't be served flattened: {_said(refused)}; nor whole: {error.message}",
+            f"it can't be served flattened: {_with_place(refused)}; nor whole: {error.message}",
             where=error.where or type(decoder).__name__,
             hint=error.hint,
         ) from error
-    way.not_flat = refused
+    way.not_flat = "" if refused is None else _with_place(refused)
     return way
 
 
-def _said(error: CaptureError) -> str:
+def _with_place(error: CaptureError) -> str:
     """A refusal without its hint."""
     return error.message if error.where is None else f"{error.message} ({error.where})"
 
 
-def _flat_way(model: nn.Module, decoder: nn.Module, config: CompilationConfig | None) -> FlatWay:
-    forward = decoder.forward
-    serving = admit(model, decoder, forward)
-    try:
-        way = FlatWay(model, serving, forward, config)
-        if torch_compat.compiler_off() is None:
-            way.entry("input_ids")
-    except BaseException:
-        forget_layers(decoder)
-        raise
-    return way
-
-
-def _way_of(
-    found: Artifact,
+def _loaded_way(
+    artifact: Artifact,
     model: nn.Module,
     decoder: nn.Module,
     config: CompilationConfig | None,
     wanted: str | None = None,
-) -> Way:
+) -> AnyWay:
     """The way that an artifact is of, for a model like the one that was saved.
 
     Raises:
@@ -200,24 +186,33 @@ def _way_of(
             the model is left as it was.
         CaptureError: the model is not fit, such as one in training mode.
     """
-    kept = found.folder.facts.get("kept")
-    name = kept.get("way") if isinstance(kept, dict) and kept.get("load") == LOADER else None
-    ways = {each.name: each.of_artifact for each in (FlatWay, WholeWay)}
-    if name not in ways:
+    kept = artifact.folder.facts.get("kept")
+    if not isinstance(kept, dict) or kept.get("load") != LOADER or kept.get("way") not in WAYS:
         raise ArtifactError(
             "the artifact is of no decoder of transformers",
             where=type(model).__name__,
             hint="piecework.load(path, model) loads what piecework.compile made",
         )
-    if wanted not in (None, name):
+    if wanted not in (None, kept["way"]):
         raise ArtifactError(
-            f"the artifact is of the {name} way, and {wanted!r} is wanted",
-            hint=f"leave way out, say way={name!r}, or save it anew",
+            f"the artifact is of the {kept['way']} way, and {wanted!r} is wanted",
+            hint=f"leave way out, say way={kept['way']!r}, or save it anew",
         )
-    return ways[name](found, model, decoder, config)
+    refuse_model(decoder)
+    require_like(kept, model, decoder)
+    first, *encoders = from_bytes(artifact.folder.read(FOUND), FOUND)
+    parts = iter(artifact.parts())
+    way = WAYS[kept["way"]].from_found(first, parts, model, decoder, config)
+    for found in encoders:
+        encoder = encoder_of(model, decoder)
+        if encoder is None:
+            why = "the artifact is of a model with an encoder"
+            raise ArtifactError(why, where=type(model).__name__)
+        way.encoder = WholeWay.from_found(found, parts, model, encoder, config)
+    return way
 
 
-def _serve_by(way: Way, model: nn.Module) -> None:
+def _serve_by(way: AnyWay, model: nn.Module) -> None:
     for each in way.ways():
         each.decoder.forward = StitchedForward(each)
     # generate() compiles a model for static caches by itself, where this gives it something to
@@ -226,16 +221,17 @@ def _serve_by(way: Way, model: nn.Module) -> None:
     model.get_compiled_call = lambda compile_config: found().__call__  # type: ignore[misc, union-attr]
 
 
+# --- static graphs --------------------------------------------------------------------------------
+
+
 def _sizes(capture: object) -> list[int] | None:
-    if capture is None:
-        return None
     if capture == AUTO:
         return list(default_capture_sizes(AUTO_MAXIMUM))
-    if isinstance(capture, str) or not isinstance(capture, Iterable):
+    if isinstance(capture, str) or not isinstance(capture, Iterable | None):
         raise ConfigError(
             f"capture is {capture!r}", where="stitch", hint="give a list of sizes, or 'auto'"
         )
-    return list(capture)
+    return None if capture is None else list(capture)
 
 
 def _full_mode(
@@ -253,40 +249,35 @@ def _full_mode(
     for name, number in (("max_cache_len", max_cache_len), ("max_num_seqs", max_num_seqs)):
         if number is not None and (type(number) is not int or number < 1):
             raise ConfigError(f"{name} is a positive number; got {number!r}", where="stitch")
-    if max_cache_len is None:
-        if max_num_seqs is not None or (sizes is not None and asked.has_mode(CUDAGraphMode.FULL)):
-            raise ConfigError(
-                "a graph of a whole decode step holds attention and the memory of a cache",
-                where="stitch",
-                hint="give max_cache_len, the longest static cache that such graphs serve",
-            )
+    wants_full = sizes is not None and asked.has_mode(CUDAGraphMode.FULL)
+    if max_cache_len is None and max_num_seqs is None and not wants_full:
         return None
-    if sizes is None or asked is CUDAGraphMode.PIECEWISE:
+    if max_cache_len is None or sizes is None or asked is CUDAGraphMode.PIECEWISE:
         raise ConfigError(
-            "max_cache_len is for decode steps that are captured whole",
+            "decode steps are captured whole for the sizes in capture and static caches of up to "
+            "max_cache_len tokens, in no cudagraph_mode of PIECEWISE",
             where="stitch",
-            hint="give capture, the numbers of tokens, and no cudagraph_mode of PIECEWISE",
+            hint="give capture and max_cache_len, or neither max_cache_len nor max_num_seqs",
         )
     return CUDAGraphMode.FULL_AND_PIECEWISE if asked is CUDAGraphMode.NONE else asked
 
 
 def _capture(
     model: nn.Module,
+    way: FlatWay,
     sizes: Sequence[int],
     full: CUDAGraphMode | None,
     limits: tuple[int | None, int | None],
     *,
     measured: bool,
-    config: CompilationConfig | None,
 ) -> None:
     """Capture the decoder's pieces, and the head, for these numbers of tokens; in mode ``full``
     decode steps whole too.
 
     ``limits``: the most sequences of such a step, and the longest cache.
     """
-    way = _required(_decoder_of(model)).way
     entry = stitched_module(model)
-    if entry.traces and next(model.parameters()).device.type == "cpu":
+    if entry.traces and way.device.type == "cpu":
         _log.warning(
             "static graphs on a CPU are a stand-in for testing, and slower than running uncaptured"
         )
@@ -296,7 +287,7 @@ def _capture(
         "context_for": dry_request,
         "pad": True,
     }
-    if full is not None and entry.traces and isinstance(way, FlatWay):
+    if full is not None and entry.traces:
         most, length = limits
         largest = max(sizes, default=1)
         most = min(most or largest, largest)
@@ -304,24 +295,57 @@ def _capture(
         static = way.static_decode(most, length or 1)
         options |= {"mode": full, "context_for": static.context_for, "runtime": runtime}
     if measured:
-        sizes = _worth(entry.measure(sizes, **options))
+        found = entry.measure(sizes, **options)
+        sizes = found.worth_capturing
+        others = [f"{row.size} ({row.best})" for row in found.rows if row.size not in sizes]
+        if others:
+            _log.warning(
+                "capture='auto' leaves out sizes that run faster in another way: %s",
+                ", ".join(others),
+            )
     else:
         entry.capture(sizes, progress=False, **options)
     head = model.get_output_embeddings()  # type: ignore[operator]
-    if sizes and entry.traces and can_be_captured(head):
-        forward = HeadForward(head, config)
+    # A plain product with its class's own forward and nothing around it.
+    plain = isinstance(head, nn.Linear) and "forward" not in vars(head)
+    if sizes and entry.traces and plain and not head._forward_hooks and not head._forward_pre_hooks:
+        forward = HeadForward(head, way.config)
         forward.stitched.capture(sizes, progress=False)
         head.forward = forward
 
 
-def _worth(found: Measurement) -> tuple[int, ...]:
-    """The sizes whose graphs were kept; the others are logged."""
-    kept = found.worth_capturing
-    others = [row for row in found.rows if row.size not in kept]
-    if others:
-        times = ", ".join(f"{row.size} ({row.best})" for row in others)
-        _log.warning("capture='auto' leaves out sizes that run faster in another way: %s", times)
-    return kept
+class FlatHead(nn.Module):
+    """A head on one row of hidden states, [tokens, hidden]."""
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.head = head
+        self._function = type(head).forward
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self._function(self.head, hidden)
+
+
+class HeadForward:
+    """Stands in for the ``forward`` of a linear head: any batch, by its static graphs of one row
+    of hidden states.
+    """
+
+    def __init__(self, head: nn.Linear, config: CompilationConfig | None) -> None:
+        self._original: Callable[[torch.Tensor], torch.Tensor] = head.forward
+        example = head.weight.new_zeros(2, head.in_features)
+        self.stitched: StitchedModule = compile_model(FlatHead(head), (example,), config=config)
+
+    @torch.compiler.disable
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled() or torch_compat.compiler_off() is not None:
+            return self._original(hidden)
+        rows = hidden.reshape(-1, hidden.shape[-1]).contiguous()
+        logits = self.stitched(rows)
+        return logits.view(*hidden.shape[:-1], logits.shape[-1])
+
+
+# --- what a stitched model is asked ---------------------------------------------------------------
 
 
 @short_errors
@@ -338,7 +362,7 @@ def save(model: nn.Module, path: Place, *, key_file: str | os.PathLike[str] | No
     Example:
         >>> save(stitch(model), "bloom.artifact")
     """
-    _required(_decoder_of(model)).way.save(path, key_file)
+    save_ways(_way_of(model).ways(), path, key_file)
 
 
 @partial(short_errors, elsewhere=where_it_goes)
@@ -361,7 +385,7 @@ def load(path: Place, model: Model, *, key_file: str | os.PathLike[str] | None =
     decoder = _unstitched(model)
     found = Artifact.open(path, key_file)
     config = CompilationConfig.given(found.folder.facts["config"], "config")
-    _serve_by(_way_of(found, model, decoder, config), model)
+    _serve_by(_loaded_way(found, model, decoder, config), model)
     return model
 
 
@@ -372,18 +396,17 @@ def unstitch(model: Model) -> Model:
     Raises:
         UsageError: the model is not stitched.
     """
-    decoder = _decoder_of(model)
-    stitched = _required(decoder)
+    stitched = _way_of(model)
     model.__dict__.pop("get_compiled_call", None)
     head = model.get_output_embeddings()  # type: ignore[operator]
     if head is not None and isinstance(head.__dict__.get("forward"), HeadForward):
         del head.forward
-    for way in stitched.way.ways():
+    for way in stitched.ways():
         if inspect.ismethod(way.forward) and way.forward.__func__ is type(way.decoder).forward:
             del way.decoder.forward
         else:
             way.decoder.forward = way.forward
-    forget_layers(decoder)
+    forget_layers(stitched.decoder)
     return model
 
 
@@ -399,7 +422,7 @@ def stitched_module(model: nn.Module, entry: str = "input_ids") -> StitchedModul
     Raises:
         UsageError: the model is not stitched, or there is no such entry.
     """
-    return _required(_decoder_of(model)).way.entry(entry)
+    return _way_of(model).entry(entry)
 
 
 @short_errors
@@ -412,11 +435,10 @@ def how_served(model: nn.Module) -> Served:
     Example:
         >>> print(how_served(stitch(model)))
     """
-    way = _required(_decoder_of(model)).way
-    not_flat = "" if way.not_flat is None else _said(way.not_flat)
-    static = way.serving.static if isinstance(way, FlatWay) else None
+    way = _way_of(model)
+    static = way.static if isinstance(way, FlatWay) else None
     outside = {} if static is None else dict(static.outside)
-    return Served(way.name, not_flat, way.modules(), dict(way.as_it_is), outside)
+    return Served(way.name, way.not_flat, way.modules(), way.calls_as_they_are(), outside)
 
 
 @dataclass(frozen=True, slots=True)
@@ -456,9 +478,9 @@ def sleep(model: nn.Module) -> None:
     """
     for each in _captured_parts(model):
         each.sleep()
-    way = _required(_decoder_of(model)).way
-    if isinstance(way, FlatWay) and way.serving.static is not None:
-        way.serving.static.release()
+    way = _way_of(model)
+    if isinstance(way, FlatWay) and way.static is not None:
+        way.static.release()
 
 
 @short_errors
@@ -475,10 +497,9 @@ def wake_up(model: nn.Module) -> None:
 
 
 def _captured_parts(model: nn.Module) -> list[StitchedModule]:
-    stitched = _required(_decoder_of(model))
     head = model.get_output_embeddings()  # type: ignore[operator]
     forward = None if head is None else head.__dict__.get("forward")
-    parts = list(stitched.way.modules().values())
+    parts = list(_way_of(model).modules().values())
     if isinstance(forward, HeadForward):
         parts.append(forward.stitched)
     return [each for each in parts if each.was_captured]
@@ -487,11 +508,11 @@ def _captured_parts(model: nn.Module) -> list[StitchedModule]:
 class StitchedForward:
     """Stands in for a decoder's ``forward``: takes its arguments, and has them served."""
 
-    def __init__(self, way: Way) -> None:
+    def __init__(self, way: AnyWay) -> None:
         self.way = way
         self.__signature__ = inspect.signature(way.forward)
         self._names = tuple(self.__signature__.parameters)
-        self._said: str | None = None
+        self._logged: str | None = None
 
     def __reduce_ex__(self, _protocol: object) -> object:
         raise UsageError(
@@ -515,8 +536,8 @@ class StitchedForward:
         if self.way.is_compiled(given) and torch_compat.stance_name() != torch_compat.FORCE_EAGER:
             return False
         switch = torch_compat.compiler_off()
-        if switch is not None and switch != self._said:
-            self._said = switch
+        if switch is not None and switch != self._logged:
+            self._logged = switch
             name = type(self.way.decoder).__name__
             _log.warning("%s runs as it is, uncompiled: %s", name, switch)
         return switch is not None
@@ -524,48 +545,41 @@ class StitchedForward:
 
 def _decoder_of(model: nn.Module) -> nn.Module:
     """The module that turns tokens into hidden states, below the LM head."""
+    where = type(model).__name__
     if not isinstance(model, PreTrainedModel):
         raise CaptureError(
             "this is not a transformers model",
-            where=type(model).__name__,
+            where=where,
             hint="use piecework.compile(model) with a splitting_op of your own",
         )
-    found = model.get_decoder()
-    for candidate in (found, model.base_model, getattr(model, "model", None)):
+    for candidate in (model.get_decoder(), model.base_model, getattr(model, "model", None)):
         if isinstance(candidate, PreTrainedModel) and candidate.get_output_embeddings() is None:
             return candidate
+    hint = "stitch the decoder module itself"
     if is_encoder_decoder(model):
-        raise CaptureError(
-            f"its decoder is a {type(found).__name__}, which is no decoder of transformers' without a head",
-            where=type(model).__name__,
-            hint="piecework.compile(model.get_encoder(), args) stitches the encoder; give generate() its result as encoder_outputs",
+        hint = (
+            "piecework.compile(model.get_encoder(), args) stitches the encoder; "
+            "give generate() its result as encoder_outputs"
         )
-    raise CaptureError(
-        "no decoder was found below its head",
-        where=type(model).__name__,
-        hint="stitch the decoder module itself",
-    )
+    raise CaptureError("it has no decoder of transformers' without a head", where=where, hint=hint)
 
 
 def _unstitched(model: nn.Module) -> nn.Module:
     """The decoder of a model that is not stitched."""
     decoder = _decoder_of(model)
-    if _stitched_forward(decoder) is not None:
+    if isinstance(vars(decoder).get("forward"), StitchedForward):
         raise UsageError(
             "the model is stitched already", where="stitch", hint="call unstitch(model) first"
         )
     return decoder
 
 
-def _stitched_forward(decoder: nn.Module) -> StitchedForward | None:
-    forward = decoder.__dict__.get("forward")
-    return forward if isinstance(forward, StitchedForward) else None
-
-
-def _required(decoder: nn.Module) -> StitchedForward:
-    stitched = _stitched_forward(decoder)
-    if stitched is None:
+def _way_of(model: nn.Module) -> AnyWay:
+    """How a stitched model is served."""
+    decoder = _decoder_of(model)
+    forward = vars(decoder).get("forward")
+    if not isinstance(forward, StitchedForward):
         raise UsageError(
             "the model is not stitched", where=type(decoder).__name__, hint="call stitch(model)"
         )
-    return stitched
+    return forward.way

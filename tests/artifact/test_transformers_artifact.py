@@ -73,7 +73,7 @@ REQUESTS = ((1, 1), (1, 7), (2, 5), (3, 9), (1, 2))
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One artifact that tests read and do not change."""
     path = tmp_path_factory.mktemp("llama") / "artifact"
-    stitched_module(stitch(build(), config=EAGER)).save(path)
+    save(stitch(build(), config=EAGER), path)
     return path
 
 
@@ -88,7 +88,7 @@ def test_a_loaded_family_generates_the_tokens_of_eager_and_traces_nothing(
     family: str, tmp_path: Path
 ) -> None:
     path = tmp_path / "artifact"
-    stitched_module(stitch(build(family, seed=1), config=EAGER)).save(path)
+    save(stitch(build(family, seed=1), config=EAGER), path)
     model = build(family)
     expected = [tokens_of(model, *each) for each in REQUESTS]
     before = counters.snapshot()
@@ -97,7 +97,10 @@ def test_a_loaded_family_generates_the_tokens_of_eager_and_traces_nothing(
     for name in ("num_graphs_seen", "num_backend_compilations", "num_eager_compiles"):
         assert getattr(counters, name) == before[name]
     assert all(map(torch.equal, found, expected))
-    assert next(path.glob("trace_0/stitched.*")).read_text() == stitched_module(model).source.code
+    assert (
+        next(path.glob("part_0/trace_0/stitched.*")).read_text()
+        == stitched_module(model).source.code
+    )
     unstitch(model)
     assert torch.equal(tokens_of(model, *REQUESTS[1]), expected[1])
 
@@ -105,7 +108,7 @@ def test_a_loaded_family_generates_the_tokens_of_eager_and_traces_nothing(
 def test_rotary_frequencies_that_change_are_held_by_a_loaded_model(tmp_path: Path) -> None:
     fields = {"rope_parameters": CHANGING_ROPE, "max_position_embeddings": 8}
     path = tmp_path / "artifact"
-    stitched_module(stitch(build(**fields), config=EAGER)).save(path)
+    save(stitch(build(**fields), config=EAGER), path)
     requests = [(1, 3), (2, 12), (1, 3)]  # short, longer than was trained for, and back
     plain, model = build(seed=7, **fields), load(path, build(seed=7, **fields))
     for each in requests:
@@ -135,7 +138,7 @@ def test_one_line_loads_what_fits_and_compiles_and_saves_what_does_not(
         and "compile_ranges_endpoints" in warned.pop()
     )
     assert not traced(build(num_hidden_layers=2), config=ranged) and not warned
-    next(path.glob("trace_0/entry.*")).write_text("raise SystemExit")
+    next(path.glob("part_0/trace_0/entry.*")).write_text("raise SystemExit")
     assert traced(build(num_hidden_layers=1)) and "trace_0/entry." in warned.pop()
     assert not traced(build(num_hidden_layers=1)) and not warned
 

@@ -57,7 +57,7 @@ def models(llama: Models) -> Models:
     """Llama, with nothing in the memory of its graphs and nothing counted."""
     gc.collect()
     stitched_module(llama[1]).static_graphs.count_anew()
-    llama[1].model.forward.way.serving.static.outside.clear()
+    llama[1].model.forward.way.static.outside.clear()
     return llama
 
 
@@ -170,7 +170,7 @@ def test_capturing_again_over_a_full_cache_stores_nothing_behind_its_end() -> No
     models = both()
     request = Request(models, length=LENGTH)
     request.steps(LENGTH - IDS.shape[1])
-    entry, static = stitched_module(models[1]), models[1].model.forward.way.serving.static
+    entry, static = stitched_module(models[1]), models[1].model.forward.way.static
     told = {"context_for": static.context_for, "runtime": {"max_num_seqs": 4}}
     entry.capture([2, 4], mode="FULL_DECODE_ONLY", progress=False, **told)
     request.steps(0)
@@ -296,7 +296,7 @@ def test_sleep_and_wake_up_while_a_cache_lies_there(models: Models) -> None:
     del request
     gc.collect()
     sleep(models[1])
-    assert models[1].model.forward.way.serving.static.step is None
+    assert models[1].model.forward.way.static.step is None
     Request(models).steps(1)
     wake_up(models[1])
     Request(models).steps(1)
@@ -428,12 +428,11 @@ def test_models_whose_steps_are_not_captured(
 @pytest.mark.parametrize(
     "given, why",
     [
-        ({"max_cache_len": 16}, "give capture"),
+        ({"max_cache_len": 16}, "sizes in capture"),
         ({"max_cache_len": 0, "capture": [1]}, "positive number"),
-        ({"max_cache_len": True, "capture": [1]}, "positive number"),
         ({"max_cache_len": 16, "max_num_seqs": -1, "capture": [1]}, "positive number"),
-        ({"max_num_seqs": 2, "capture": [1]}, "give max_cache_len"),
-        ({"capture": [1], "config": {"cudagraph_mode": "FULL"}}, "give max_cache_len"),
+        ({"max_num_seqs": 2, "capture": [1]}, "up to max_cache_len tokens"),
+        ({"capture": [1], "config": {"cudagraph_mode": "FULL"}}, "up to max_cache_len tokens"),
         (
             {"capture": [1], "max_cache_len": 16, "config": {"cudagraph_mode": "PIECEWISE"}},
             "no cudagraph_mode of PIECEWISE",

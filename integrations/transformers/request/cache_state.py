@@ -13,12 +13,10 @@ from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache, S
 
 from piecework.errors import InputError
 
-#: Caches that do nothing but hold layers.
-_KINDS = (DynamicCache, StaticCache)
+#: Caches that do nothing but hold layers, or two of these.
+_KINDS = (DynamicCache, StaticCache, EncoderDecoderCache)
 _CONSTANTS = (int, float, bool, str, type(None), torch.dtype, torch.device)
-_LEAF, _COUNT, _TABLE, _VALUE = "leaf", "count", "table", "value"
-#: The kind of a part that is a cache of a pair, by its form.
-CACHE = "cache"
+_LEAF, _COUNT, _TABLE, _VALUE, _CACHE = "leaf", "count", "table", "value", "cache"
 # What of a pair of caches a forward sets: by layer, whether it holds the encoder's states.
 _FILLED = "is_updated"
 
@@ -69,19 +67,14 @@ def take_apart(cache: Cache, counts: Set[str]) -> TakenApart:
         InputError: it is of another class, or holds what is neither a tensor nor a plain value.
     """
     leaves: list[torch.Tensor] = []
-    form = _form(cache, leaves, counts)
-    taken = TakenApart(form, leaves)
+    taken = TakenApart(_form(cache, leaves, counts), leaves)
     leaves[:] = [_plain(leaf, taken.lent) for leaf in leaves]
     return taken
 
 
 def _form(cache: Cache, leaves: list[torch.Tensor], counts: Set[str]) -> CacheForm:
-    if type(cache) not in (*_KINDS, EncoderDecoderCache):
-        raise InputError(
-            f"past_key_values is a {type(cache).__name__}, which a decoder that is compiled whole does not take",
-            where="past_key_values",
-            hint="pass a DynamicCache, or unstitch(model) for this call",
-        )
+    if type(cache) not in _KINDS:
+        raise _refused(f"past_key_values is a {type(cache).__name__}")
     held = [] if isinstance(cache, EncoderDecoderCache) else cache.layers
     first = len(leaves)
     layers = tuple((type(each), _attributes(vars(each), leaves, counts)) for each in held)
@@ -100,7 +93,7 @@ def _attributes(
 def _part(name: str, value: object, leaves: list[torch.Tensor], counts: Set[str]) -> Part:
     kind = type(value)
     if isinstance(value, Cache):
-        return CACHE, _form(value, leaves, counts)
+        return _CACHE, _form(value, leaves, counts)
     if kind is torch.Tensor:
         leaves.append(value)
         return _LEAF, len(leaves) - 1
@@ -113,8 +106,12 @@ def _part(name: str, value: object, leaves: list[torch.Tensor], counts: Set[str]
         return _TABLE, tuple(inner)
     if kind in _CONSTANTS or isinstance(value, type):
         return _VALUE, (value, kind)  # with its class: True and 1 are equal
-    raise InputError(
-        f"its {name} is a {kind.__name__}, which a graph can't be given",
+    raise _refused(f"{name} of past_key_values is a {kind.__name__}")
+
+
+def _refused(why: str) -> InputError:
+    return InputError(
+        f"{why}, which a decoder that is compiled whole does not take",
         where="past_key_values",
         hint="pass a plain DynamicCache, or unstitch(model) for this call",
     )
@@ -134,18 +131,17 @@ def _plain(tensor: torch.Tensor, lent: dict[int, torch.Tensor]) -> torch.Tensor:
 
 def rebuilt(form: CacheForm, leaves: Sequence[torch.Tensor]) -> Cache:
     """A cache of ``form`` around ``leaves``; traced by Dynamo."""
-    layers = []
-    for kind, attributes in form.layers:
-        layer = object.__new__(kind)
-        for name, part in attributes:
-            setattr(layer, name, _value(part, leaves))
-        layers.append(layer)
-    cache = object.__new__(form.kind)
-    for name, part in form.own:
-        setattr(cache, name, _value(part, leaves))
+    cache = _with_attributes(form.kind, form.own, leaves)
     if form.kind is not EncoderDecoderCache:
-        cache.layers = layers
+        cache.layers = [_with_attributes(kind, parts, leaves) for kind, parts in form.layers]
     return cache
+
+
+def _with_attributes(kind, attributes, leaves):  # type: ignore[no-untyped-def]
+    made = object.__new__(kind)
+    for name, part in attributes:
+        setattr(made, name, _value(part, leaves))
+    return made
 
 
 def _value(part, leaves):  # type: ignore[no-untyped-def]
@@ -156,7 +152,7 @@ def _value(part, leaves):  # type: ignore[no-untyped-def]
         return leaves[what].shape[0]
     if kind == _TABLE:
         return {key: _value(inner, leaves) for key, inner in what}
-    if kind == CACHE:
+    if kind == _CACHE:
         return rebuilt(what, leaves)
     return what[0]
 
@@ -185,14 +181,14 @@ def layers_of(cache: object) -> list[object]:
 
 def put_back(cache: Cache, taken: TakenApart, held: Sequence[Mapping[str, object]]) -> None:
     """Let a cache hold what a forward on the `rebuilt` one, which ``held`` is of, made of it."""
+    parts = [cache]
     if isinstance(cache, EncoderDecoderCache):
-        *of_layers, own = held
+        *held, own = held
         cache.is_updated.update(own[_FILLED])  # type: ignore[arg-type]
-        for part in (cache.self_attention_cache, cache.cross_attention_cache):
-            _grow(part, len(of_layers) // 2)  # a layer of the decoder has one in both
-        held = of_layers
-    else:
-        _grow(cache, len(held))
+        parts = [cache.self_attention_cache, cache.cross_attention_cache]
+    for part in parts:  # a layer of a decoder has one in both caches of a pair
+        while len(part.layers) < len(held) // len(parts):
+            part.layers.append(part.layer_class_to_replicate())
     copied: set[int] = set()
     for layer, values in zip(layers_of(cache), held, strict=True):
         for name, value in values.items():
@@ -203,11 +199,6 @@ def put_back(cache: Cache, taken: TakenApart, held: Sequence[Mapping[str, object
                 own = _own(value, taken, copied)
                 if getattr(layer, name, layer) is not own:
                     setattr(layer, name, own)
-
-
-def _grow(cache: Cache, layers: int) -> None:
-    while len(cache.layers) < layers:
-        cache.layers.append(cache.layer_class_to_replicate())
 
 
 def _own(value: object, taken: TakenApart, copied: set[int]) -> object:

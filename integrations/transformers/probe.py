@@ -1,22 +1,18 @@
-"""The few tokens that a model is tried on, and whether two results on them are the same.
-
-It never decides what a model is fit for.
-"""
+"""The few tokens that a model is tried on, and whether two results on them are the same."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 from transformers.cache_utils import Cache
-from transformers.configuration_utils import PreTrainedConfig
 
 from piecework.closeness import tolerance_of
 from piecework.errors import CaptureError, InputError
-from piecework.integrations.transformers.own.cache_state import take_apart
+from piecework.integrations.transformers.settings import embedding_of, field_of
 
 #: A decoder's own forward, bound.
 Forward = Callable[..., object]
@@ -36,11 +32,6 @@ def probe_tokens(decoder: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
     mask = torch.ones(2, 3, dtype=torch.long, device=embedding.device)
     mask[0, 0] = 0
     return ids.view(2, 3), mask
-
-
-def embedding_of(decoder: nn.Module) -> torch.Tensor:
-    """The weight of the token embedding; where it is, the decoder takes its inputs."""
-    return decoder.get_input_embeddings().weight
 
 
 def require_finite(hidden: torch.Tensor) -> None:
@@ -75,50 +66,41 @@ def limit_of(dtype: torch.dtype, *, compiled: bool = False) -> float:
     return tolerance_of(dtype) if compiled else tolerance_of(dtype) / 5
 
 
-def require_same_output(
+def require_same(
     got: Mapping[str, object], expected: Mapping[str, object], *, compiled: bool
 ) -> None:
-    """Compare all fields but caches; raises `CaptureError` where one is missing or differs."""
+    """Compare two outputs, or what two caches hold; caches among their fields are left out.
+
+    Raises:
+        CaptureError: a value is missing, is of another form, or differs.
+    """
     if got.keys() != expected.keys():
         raise CaptureError(
-            f"compiled whole, its forward returns {', '.join(sorted(got))}; its own returns {', '.join(sorted(expected))}",
+            f"it gives {', '.join(sorted(got))}; its own forward {', '.join(sorted(expected))}",
             hint=HINT,
         )
     for name, value in expected.items():
         if isinstance(value, Cache) or isinstance(got[name], Cache):
             continue
         ours, theirs = pytree.tree_leaves(got[name]), pytree.tree_leaves(value)
-        if len(ours) != len(theirs):
-            raise CaptureError(f"compiled whole, its {name} has another structure", hint=HINT)
-        for mine, their in zip(ours, theirs, strict=True):
-            _require_same(name, mine, their, compiled)
+        why = "" if len(ours) == len(theirs) else "has another structure than the model's own"
+        for mine, their in zip(ours, theirs, strict=False):
+            why = why or _difference(mine, their, compiled)
+        if why:
+            raise CaptureError(f"compiled whole, its {name} {why}", hint=HINT)
 
 
-def require_same_cache(got: Cache, expected: Cache, counts: Set[str], *, compiled: bool) -> None:
-    """Compare what two caches hold; raises `CaptureError` where it differs."""
-    ours, theirs = take_apart(got, counts), take_apart(expected, counts)
-    if ours.form != theirs.form:
-        raise CaptureError("compiled whole, it leaves a cache of another form", hint=HINT)
-    for mine, their in zip(ours.leaves, theirs.leaves, strict=True):
-        _require_same("cache", mine, their, compiled)
-
-
-def _require_same(name: str, got: object, expected: object, compiled: bool) -> None:
-    if isinstance(expected, torch.Tensor) and isinstance(got, torch.Tensor):
-        forms = [(each.shape, each.dtype, each.device) for each in (got, expected)]
-        if forms[0] == forms[1]:
-            apart = distance(got, expected)
-            if apart <= limit_of(expected.dtype, compiled=compiled):
-                return
-            why = f"differs from the model's own by {apart:.1e} of its norm"
-        else:
-            ours, theirs = (f"{tuple(each.shape)} of {each.dtype}" for each in (got, expected))
-            why = f"is {ours}; its own is {theirs}"
-    elif type(got) is type(expected) and got == expected:
-        return
-    else:
-        why = f"is {got!r}; its own is {expected!r}"
-    raise CaptureError(f"compiled whole, its {name} {why}", hint=HINT)
+def _difference(got: object, expected: object, compiled: bool) -> str:
+    if not (isinstance(expected, torch.Tensor) and isinstance(got, torch.Tensor)):
+        same = type(got) is type(expected) and got == expected
+        return "" if same else f"is {got!r}; its own is {expected!r}"
+    if (got.shape, got.dtype, got.device) != (expected.shape, expected.dtype, expected.device):
+        ours, theirs = (f"{tuple(each.shape)} of {each.dtype}" for each in (got, expected))
+        return f"is {ours}; its own is {theirs}"
+    apart = distance(got, expected)
+    if apart <= limit_of(expected.dtype, compiled=compiled):
+        return ""
+    return f"differs from the model's own by {apart:.1e} of its norm"
 
 
 @contextmanager
@@ -152,16 +134,3 @@ def narrow_windows(decoder: nn.Module) -> Iterator[None]:
     finally:
         for name, value in wide.items():
             setattr(config, name, value)
-
-
-def field_of(config: PreTrainedConfig, name: str) -> object:
-    """A field of ``config``; None without one, or where layers differ."""
-    try:
-        return getattr(config, name, None)
-    except RuntimeError:  # raised for a field of the layers that is asked of the whole
-        return None
-
-
-def is_encoder_decoder(model: nn.Module) -> bool:
-    """Whether a model, or the decoder in it, reads an encoder's states."""
-    return bool(getattr(model.config, "is_encoder_decoder", False))

@@ -14,20 +14,21 @@ from transformers.generation import GenerationMixin
 from transformers.utils import ModelOutput
 
 from piecework.errors import CaptureError
-from piecework.integrations.transformers.own.cache_state import layers_of, take_apart
-from piecework.integrations.transformers.own.probe import (
+from piecework.integrations.transformers.probe import (
     HINT,
-    Forward,
     as_refusal,
-    embedding_of,
-    is_encoder_decoder,
     narrow_windows,
     require_finite,
-    require_same_output,
+    require_same,
 )
-from piecework.integrations.transformers.own.refusals import refuse_model
-from piecework.integrations.transformers.whole.forward import CallKind, Habits, WholeForward
-from piecework.integrations.transformers.whole.way import (
+from piecework.integrations.transformers.request.cache_state import layers_of, take_apart
+from piecework.integrations.transformers.settings import (
+    embedding_of,
+    is_encoder_decoder,
+    refuse_model,
+)
+from piecework.integrations.transformers.whole_forward import CallKind, Habits, WholeForward
+from piecework.integrations.transformers.whole_way import (
     UNROLLED,
     WholeWay,
     encoder_of,
@@ -42,9 +43,7 @@ _STEPS = 3
 Given = dict[str, object]
 
 
-def admit_whole(
-    model: nn.Module, decoder: nn.Module, forward: Forward, config: CompilationConfig | None
-) -> WholeWay:
+def admit_whole(model: nn.Module, decoder: nn.Module, config: CompilationConfig | None) -> WholeWay:
     """Prove that a decoder can be served whole, and its encoder, and compile what generation needs.
 
     An encoder that can't be served stays as it is. Nothing is compiled while torch's compiler is
@@ -54,7 +53,7 @@ def admit_whole(
         CaptureError: the decoder is not fit, and why.
         PieceCompileError: as ``piecework.compile``.
     """
-    way = _admitted(model, decoder, forward, config)
+    way = _admitted(model, decoder, config)
     if is_encoder_decoder(decoder):
         encoder = encoder_of(model, decoder)
         try:
@@ -62,27 +61,23 @@ def admit_whole(
                 way.encoder = "no encoder was found beside the decoder"
             else:
                 refuse_model(encoder)
-                way.encoder = _admitted(model, encoder, encoder.forward, config)
+                way.encoder = _admitted(model, encoder, config)
         except CaptureError as error:
             way.encoder = error.message
     return way
 
 
-def _admitted(
-    model: nn.Module, decoder: nn.Module, forward: Forward, config: CompilationConfig | None
-) -> WholeWay:
+def _admitted(model: nn.Module, decoder: nn.Module, config: CompilationConfig | None) -> WholeWay:
     with torch.no_grad():
         with as_refusal(decoder, "as it is"):
-            calls = _generations(model, decoder, forward)
-            habits = _habits(decoder, forward, calls)
-        way = WholeWay(model, decoder, forward, habits, config)
-        with as_refusal(decoder, "as it is"):
+            calls = _generations(model, decoder)
+            way = WholeWay(model, decoder, config, _habits(decoder, calls))
             _require_stateless(way, calls)
         with narrow_windows(decoder), as_refusal(decoder, "around tensors of its cache"):
-            for given in _generations(model, decoder, forward):
+            for given in _generations(model, decoder):
                 kind, own = way.call_of(given).kind, way.own_result(given)
-                held = held_names(own[1])
-                run = WholeForward(decoder, forward, kind, habits.cache_name, held)
+                cache_name, held = way.habits.cache_name, held_names(own[1])
+                run = WholeForward(decoder, way.forward, kind, cache_name, held)
                 way.require_same(run, given, own, compiled=False)
         if torch_compat.compiler_off() is None:
             with as_refusal(decoder, "compiled whole"):
@@ -95,12 +90,11 @@ def _require_stateless(way: WholeWay, calls: Sequence[Given]) -> None:
     for given in calls:
         (first, _), (again, _) = way.own_result(given), way.own_result(given)
         try:
-            require_same_output(again, first, compiled=False)
+            require_same(again, first, compiled=False)
         except CaptureError as error:
-            raise CaptureError(
+            raise _refused(
                 "called again with the same arguments its forward gives another result: it keeps state in its modules, outside its cache",
-                where=type(way.decoder).__name__,
-                hint=HINT,
+                way.decoder,
             ) from error
 
 
@@ -122,26 +116,22 @@ def _compile(way: WholeWay, calls: Sequence[Given]) -> None:
         enough = len(_SIZES) if way.habits.counts or way.habits.is_pair else 2
         if seen[kind] == enough and len(stitched.traces) == enough:
             if not way.habits.makes_cache or (kind.cache is not None and kind.cache.is_filled):
-                raise CaptureError(UNROLLED, where=type(way.decoder).__name__, hint=HINT)
-            way.leave_tokens(kind)
+                raise _refused(UNROLLED, way.decoder)
+            way.leave(kind, UNROLLED)
 
 
-def _generations(model: nn.Module, decoder: nn.Module, forward: Forward) -> list[Given]:
+def _generations(model: nn.Module, decoder: nn.Module) -> list[Given]:
     """What ``generate`` calls the decoder with, for several batches with padding on the left."""
-    if not isinstance(model, GenerationMixin):
+    if not isinstance(model, GenerationMixin) or model.main_input_name != "input_ids":
+        what = f"from {model.main_input_name}" if isinstance(model, GenerationMixin) else "nothing"
         raise CaptureError(
-            "it has no generate(), by which a decoder that is served whole is tried",
+            f"it generates {what}, and a decoder that is served whole is tried by prompts of tokens",
             where=type(model).__name__,
-            hint="stitch is for models that generate: compile an encoder by "
-            "piecework.compile(model, args), and stitch a decoder with its head",
-        )
-    if model.main_input_name != "input_ids":
-        raise CaptureError(
-            f"it generates from {model.main_input_name}, and a decoder that is served whole is tried by prompts of tokens",
-            where=type(model).__name__,
-            hint="piecework.compile(model.get_encoder(), args) stitches the encoder; give generate() its result as encoder_outputs",
+            hint="piecework.compile(model, args) compiles an encoder, whose result generate() takes "
+            "as encoder_outputs; a decoder is stitched with its head",
         )
     calls: list[Given] = []
+    forward = decoder.forward
     names = tuple(inspect.signature(forward).parameters)
 
     def noted(*args: object, **kwargs: object) -> object:
@@ -171,26 +161,21 @@ def _generations(model: nn.Module, decoder: nn.Module, forward: Forward) -> list
     return calls
 
 
-def _habits(decoder: nn.Module, forward: Forward, calls: Sequence[Given]) -> Habits:
+def _habits(decoder: nn.Module, calls: Sequence[Given]) -> Habits:
     """What the calls, and the output of the first, show."""
-    accepted = inspect.signature(forward).parameters
+    accepted = inspect.signature(decoder.forward).parameters
     first = copy.deepcopy(calls[0])
-    output = forward(**{**first, "return_dict": True})
+    output = decoder.forward(**{**first, "return_dict": True})
     if not isinstance(output, ModelOutput) or not isinstance(output[0], torch.Tensor):
-        raise CaptureError(
-            f"its forward returns a {type(output).__name__}",
-            where=type(decoder).__name__,
-            hint=HINT,
-        )
+        raise _refused(f"its forward returns a {type(output).__name__}", decoder)
     tokens = first.get("attention_mask")
     seen = tokens.bool() if isinstance(tokens, torch.Tensor) and tokens.ndim == 2 else ...
     require_finite(output[0][seen])
     made = {name for name, value in output.items() if isinstance(value, Cache)}
     if len(made) > 1 or not made <= set(accepted):
-        raise CaptureError(
+        raise _refused(
             f"its forward returns {', '.join(sorted(made))}, and takes no one cache of that name",
-            where=type(decoder).__name__,
-            hint=HINT,
+            decoder,
         )
     if not made:
         name = "past_key_values" if "past_key_values" in accepted else None
@@ -200,9 +185,12 @@ def _habits(decoder: nn.Module, forward: Forward, calls: Sequence[Given]) -> Hab
     held = [_numbers(call.get(name)) for call in calls]
     # From the second call on: in the first there may be nothing yet.
     counts = {what for what, _ in set().union(*(each ^ held[1] for each in held[1:_STEPS]))}
-    return Habits(
-        name, True, frozenset(counts), type(output), isinstance(output[name], EncoderDecoderCache)
-    )
+    is_pair = isinstance(output[name], EncoderDecoderCache)
+    return Habits(name, True, frozenset(counts), type(output), is_pair)
+
+
+def _refused(why: str, decoder: nn.Module) -> CaptureError:
+    return CaptureError(why, where=type(decoder).__name__, hint=HINT)
 
 
 def _numbers(cache: object) -> set[tuple[str, tuple[int, int]]]:

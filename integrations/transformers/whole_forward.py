@@ -5,17 +5,22 @@ Attention is part of the graph, which is cut between repeated blocks.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers.cache_utils import Cache
 
-from piecework.integrations.transformers.own.cache_state import CacheForm, held_by, rebuilt
-from piecework.runtime.compile import compile_with_mode
-from piecework.runtime.config.compilation import CompilationConfig
-from piecework.runtime.stitched import StitchedModule
+from piecework.integrations.transformers.probe import Forward
+from piecework.integrations.transformers.request.cache_state import (
+    CacheForm,
+    TakenApart,
+    held_by,
+    put_back,
+    rebuilt,
+)
+from piecework.integrations.transformers.way import TracedForward
 from piecework.runtime.trace.dynamic_dims import Marks
 from piecework.runtime.trace.sizes import AllDimensions
 
@@ -80,23 +85,38 @@ class Habits:
     is_pair: bool = False
 
 
-class WholeForward(nn.Module):
+@dataclass(slots=True)
+class WholeCall:
+    """One forward: its kind, its tensors by name, and its cache, taken apart."""
+
+    kind: CallKind
+    tensors: Given
+    cache: Cache | None
+    taken: TakenApart | None
+
+    def run(self, run: Forward, habits: Habits) -> Fields:
+        """The output's fields, the cache among them if it is one."""
+        leaves = [] if self.taken is None else self.taken.leaves
+        fields, returned, held = run(self.tensors, leaves)  # type: ignore[misc]
+        if self.cache is not None and self.taken is not None:
+            put_back(self.cache, self.taken, held)
+        if returned and habits.cache_name is not None:
+            fields[habits.cache_name] = self.cache
+        return fields
+
+
+class WholeForward(TracedForward):
     """The decoder's forward for one kind of call; ``held``: what the cache's layers have then."""
 
     def __init__(
         self,
         decoder: nn.Module,
-        forward: Callable[..., object],
+        forward: Forward,
         kind: CallKind,
         cache_name: str | None,
         held: Sequence[str],
     ) -> None:
-        super().__init__()
-        self.model = decoder
-        # Unbound where it is the decoder's own, so that weights are named by way of ``self.model``.
-        own = inspect.ismethod(forward) and forward.__self__ is decoder
-        self._function = forward.__func__ if own else None
-        self._bound = None if own else forward
+        super().__init__(decoder, forward)
         self._flags = dict(kind.flags)
         self._form = kind.cache
         self._cache_name = cache_name
@@ -104,18 +124,14 @@ class WholeForward(nn.Module):
 
     def forward(self, given: Given, leaves: Sequence[torch.Tensor]) -> tuple[Fields, bool, Held]:
         """The output's fields beside its cache, whether that is one of them, and what it holds."""
-        arguments = {**given, **self._flags, "return_dict": True}
+        arguments = {**given, **self._flags}
         cache = None
         if self._form is not None:
             cache = rebuilt(self._form, leaves)
             arguments[self._cache_name] = cache
-        if self._function is not None:
-            output = self._function(self.model, **arguments)
-        else:
-            output = self._bound(**arguments)
         fields = {}
         returned = False
-        for name, value in output.items():
+        for name, value in self.output(**arguments).items():
             if cache is not None and value is cache:
                 returned = True
             else:
@@ -131,24 +147,3 @@ class CallDimensions(AllDimensions):
 
     def batch_alone(self, args: Sequence[object], kwargs: Mapping[str, object]) -> None:
         return None  # with the batch alone dynamic, each length would be compiled anew
-
-
-def wholly(
-    decoder: nn.Module,
-    forward: Callable[..., object],
-    kind: CallKind,
-    cache_name: str | None,
-    held: Sequence[str],
-    config: CompilationConfig | None,
-    kept: Mapping[str, object],
-) -> StitchedModule:
-    """The forward for calls of ``kind``, stitched at its first call, or taken from an artifact."""
-    # The class's name labels the model in the emitted banner and in the report.
-    named = type(type(decoder).__name__, (WholeForward,), {})
-    return compile_with_mode(
-        named(decoder, forward, kind, cache_name, held),
-        config=config,
-        sizes=CallDimensions(),
-        kept=kept,
-        deferred=True,
-    )

@@ -1,4 +1,4 @@
-"""What both ways read of a decoder's config and of a call, and what neither serves."""
+"""What is read of a decoder's config and of a call, and what no way serves."""
 
 from __future__ import annotations
 
@@ -16,12 +16,10 @@ INERT = (
     *("return_dict", "cache_position", "logits_to_keep", "num_items_in_batch"),
     *("tokenizer", "assistant_tokenizer", "assistant_model", "streamer"),
 )
-
-
-_UNSTITCH = "unstitch(model) for this call"
 RECORDED = ("output_attentions", "output_hidden_states", "output_router_logits")
 # Without any of these, all layers attend to all that came before.
 _NARROWER = ("layer_types", "sliding_window", "attention_chunk_size")
+_UNSTITCH = "unstitch(model) for this call"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,20 +48,13 @@ class Settings:
             recorded=frozenset(name for name in RECORDED if getattr(config, name, False)),
             sees_all=config.get_text_config() is config
             and getattr(config, "is_causal", True) is True
-            and not any(_differs_or_set(config, name) for name in _NARROWER),
+            and all(field_of(config, name, differs=True) is None for name in _NARROWER),
         )
 
     def returned(self, output: object, given: Mapping[str, object]) -> object:
         """``output``, or a tuple of it where the call asks for that."""
         asked = given.get("return_dict")
         return output if (self.return_dict if asked is None else asked) else output.to_tuple()  # type: ignore[attr-defined]
-
-
-def _differs_or_set(config: PreTrainedConfig, name: str) -> bool:
-    try:
-        return getattr(config, name, None) is not None
-    except RuntimeError:  # raised for a field that differs from layer to layer
-        return True
 
 
 class ConfigReader:
@@ -79,6 +70,24 @@ class ConfigReader:
             before = dict(held)
             self._read = read = (before, Settings.of(self._config))
         return read[1]
+
+
+def field_of(config: PreTrainedConfig, name: str, differs: object = None) -> object:
+    """A field of ``config``; None without one, and ``differs`` where layers differ in it."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:  # raised for a field of the layers that is asked of the whole
+        return differs
+
+
+def embedding_of(decoder: nn.Module) -> torch.Tensor:
+    """The weight of the token embedding; where it is, the decoder takes its inputs."""
+    return decoder.get_input_embeddings().weight
+
+
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether a model, or the decoder in it, reads an encoder's states."""
+    return bool(getattr(model.config, "is_encoder_decoder", False))
 
 
 def refuse_model(decoder: nn.Module) -> None:
@@ -102,7 +111,11 @@ def refuse_model(decoder: nn.Module) -> None:
 def refuse_call(
     decoder: nn.Module, given: Mapping[str, object], settings: Settings, strange: Sequence[str]
 ) -> None:
-    """Raise `InputError` where a forward asks for more than hidden states and a cache."""
+    """Raise `InputError` where a forward asks for more than hidden states and a cache.
+
+    Args:
+        strange: names of arguments that are not served.
+    """
     where = type(decoder).__name__
     for name in RECORDED:
         asked = given.get(name)
@@ -133,35 +146,23 @@ def tokens_of(
             or the model was moved or cast.
     """
     ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
+    entry, tokens, ranks = ("input_ids", ids, 2) if embeds is None else ("inputs_embeds", embeds, 3)
     if (ids is None) == (embeds is None):
-        raise InputError(
-            "give exactly one of input_ids and inputs_embeds",
-            where="input_ids",
-            hint="as in model(input_ids)",
-        )
-    where = type(decoder).__name__
-    weight = decoder.get_input_embeddings().weight
+        raise InputError("give exactly one of input_ids and inputs_embeds", where=entry)
+    if (
+        not isinstance(tokens, torch.Tensor)
+        or tokens.ndim != ranks
+        or 0 in tokens.shape
+        or (embeds is None and (tokens.is_floating_point() or tokens.dtype is torch.bool))
+    ):
+        form = "[batch, tokens] of integers" if embeds is None else "[batch, tokens, hidden]"
+        raise InputError(f"{entry} is no tensor {form}, or it is empty", where=entry)
+    weight, where = embedding_of(decoder), type(decoder).__name__
     if weight.dtype != dtype or weight.device != device:
         raise InputError(
             f"the model was stitched as {dtype} on {device} and is {weight.dtype} on {weight.device} now",
             where=where,
             hint="unstitch(model), then stitch it where it shall run",
-        )
-    entry, tokens = ("input_ids", ids) if embeds is None else ("inputs_embeds", embeds)
-    if not isinstance(tokens, torch.Tensor):
-        raise InputError(
-            f"{entry} is a {type(tokens).__name__}, not a tensor",
-            where=entry,
-            hint="""tokenizer(text, return_tensors="pt") gives tensors""",
-        )
-    ranks = 2 if embeds is None else 3
-    whole = not tokens.is_floating_point() and tokens.dtype is not torch.bool
-    if tokens.ndim != ranks or 0 in tokens.shape or (embeds is None and not whole):
-        kind = " of integers" if embeds is None else ""
-        raise InputError(
-            f"{entry} is {tuple(tokens.shape)} of {tokens.dtype}; expected {ranks} dimensions{kind}, none of them empty",
-            where=entry,
-            hint="the first dimension is the batch, the second the tokens: unsqueeze(0) for one sequence",
         )
     if torch.is_grad_enabled() and (
         tokens.requires_grad or any(p.requires_grad for p in decoder.parameters())

@@ -1,1 +1,0 @@
-"""What both ways share: probes, refusals, keeping, a cache taken apart."""

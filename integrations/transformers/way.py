@@ -1,0 +1,166 @@
+"""What both ways to serve a decoder have: its forward traced, its settings, and how it is kept.
+
+An artifact holds the stitched modules, and beside them what the admission found, pickled.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import threading
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import ExitStack
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import transformers
+from torch import nn
+
+from piecework.errors import ArtifactError
+from piecework.integrations.transformers.probe import Forward
+from piecework.integrations.transformers.settings import ConfigReader, embedding_of
+from piecework.runtime.artifact.fit import files_of
+from piecework.runtime.artifact.load import Artifact
+from piecework.runtime.artifact.save import Part, save_together
+from piecework.runtime.config.compilation import CompilationConfig
+from piecework.runtime.stitched import StitchedModule
+from piecework.runtime.store.folder import Place
+from piecework.runtime.store.surroundings import source_factors, tree_digest
+
+LOADER, SAVER = (f"piecework.integrations.transformers.{name}" for name in ("load", "save"))
+AGAIN = "build the model as it was saved, or stitch it with artifact=path, which compiles it again"
+ENCODER = "encoder"
+#: The file of an artifact that holds what admissions found: JSON has no classes and dtypes.
+FOUND = "found.pickle"
+#: Fields that say where a model came from, are read in each call, or are compared by the weights.
+_NO_EFFECT = (
+    *("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"),
+    *("use_cache", "return_dict", "output_hidden_states", "output_attentions"),
+)
+
+
+class TracedForward(nn.Module):
+    """The decoder's own forward, for a trace of it in some form."""
+
+    def __init__(self, decoder: nn.Module, forward: Forward) -> None:
+        super().__init__()
+        self.model = decoder
+        # Unbound where it is the decoder's own, so that weights are named by way of ``self.model``.
+        own = inspect.ismethod(forward) and forward.__self__ is decoder
+        self._function = forward.__func__ if own else None
+        self._bound = None if own else forward
+
+    def output(self, **given: object) -> Any:
+        if self._function is not None:
+            return self._function(self.model, **given, return_dict=True)
+        return self._bound(**given, return_dict=True)  # type: ignore[misc]
+
+
+class Way:
+    """A decoder whose forwards are served by stitched functions.
+
+    Args:
+        model: what was stitched.
+        decoder: the module whose forward is replaced.
+        config: handed to ``piecework.compile``.
+
+    Attributes:
+        forward: the decoder's own, bound.
+        not_flat: why it is not served flat, if that was tried.
+        encoder: serves the encoder beside it, if that is stitched too, or says why it is not.
+        as_it_is: calls that the decoder's own forward served, by the reason.
+        compiling: held while something is compiled or saved.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(
+        self, model: nn.Module, decoder: nn.Module, config: CompilationConfig | None
+    ) -> None:
+        self.model, self.decoder, self.config = model, decoder, config
+        self.forward: Forward = decoder.forward
+        weight = embedding_of(decoder)
+        self.dtype, self.device = weight.dtype, weight.device
+        self.settings = ConfigReader(decoder.config)
+        self.accepted = frozenset(inspect.signature(self.forward).parameters)
+        self.not_flat = ""
+        self.encoder: Way | str | None = None
+        self.as_it_is: Counter[str] = Counter()
+        self.compiling = threading.RLock()
+
+    def ways(self) -> list[Way]:
+        """This one, and that of the encoder if it has one."""
+        return [self, self.encoder] if isinstance(self.encoder, Way) else [self]
+
+    def calls_as_they_are(self) -> dict[str, int]:
+        """Calls that the model's own forwards served, by the reason."""
+        mine, *encoder = (each.as_it_is for each in self.ways())
+        return dict(mine) | {f"{ENCODER}: {why}": n for c in encoder for why, n in c.items()}
+
+    def found(self) -> object:
+        """What the admission found, and what was compiled since, as `from_found` takes it."""
+        raise NotImplementedError
+
+    def kept_modules(self) -> list[StitchedModule]:
+        """What an artifact holds, in the order of `found`."""
+        raise NotImplementedError
+
+    @cached_property
+    def kept(self) -> dict[str, Any]:
+        """What a manifest says of the modules that serve the decoder, as JSON reads it back."""
+        of = _surroundings(self.model, self.decoder)
+        return {"load": LOADER, "save": SAVER, "way": self.name, "of": of}
+
+    def adopt(self, made: StitchedModule, part: Artifact) -> None:
+        """Serve by what an artifact has; raises `ArtifactError` where it does not fit."""
+        made.require_made_so(part, (), {})
+        made.take(part)
+
+
+def save_ways(ways: list[Way], place: Place, key_file: str | os.PathLike[str] | None) -> None:
+    """Write what serves a decoder, and the encoder beside it.
+
+    Raises:
+        ArtifactError: nothing is compiled, or as `StitchedModule.save`.
+    """
+    with ExitStack() as stack:
+        for each in ways:
+            stack.enter_context(each.compiling)
+        made = [module for each in ways for module in each.kept_modules()]
+        if not made:
+            where = type(ways[0].decoder).__name__
+            raise ArtifactError("nothing is compiled", where=where, hint="call it first")
+        parts: list[Part] = [stack.enter_context(each.saved()) for each in made]
+        found = [each.found() for each in ways]
+        save_together(place, parts, parts[0].settings, {FOUND: found}, key_file=key_file)
+
+
+def require_like(kept: Mapping[str, Any], model: nn.Module, decoder: nn.Module) -> None:
+    """Raise `ArtifactError` at the first difference of a model from the saved one."""
+    before, now = kept["of"], _surroundings(model, decoder)
+    for name in sorted(before.keys() | now.keys()):
+        was, is_now = (repr(each.get(name))[:99] for each in (before, now))
+        if before.get(name) != now.get(name):
+            why = f"{name} was {was} when the model was saved and is {is_now} now"
+            raise ArtifactError(why, hint=AGAIN)
+
+
+def _surroundings(model: nn.Module, decoder: nn.Module) -> dict[str, Any]:
+    """What a saved model and another one have to have alike, as JSON reads it back."""
+    config = decoder.config
+    fields = {k: v for k, v in config.to_dict().items() if k not in _NO_EFFECT}
+    kinds = [type(model), type(decoder)]
+    of = {
+        "transformers": transformers.__version__,
+        "the integration": tree_digest(Path(__file__).parent),
+        "class": [f"{each.__module__}.{each.__qualname__}" for each in kinds],
+        "source": source_factors(files_of(kinds)),
+        "attention": config._attn_implementation,
+        "experts": getattr(config, "_experts_implementation", None),
+        **{f"config.{name}": value for name, value in fields.items()},
+    }
+    data: dict[str, Any] = json.loads(json.dumps(of, default=repr))
+    return data

@@ -1,1 +1,0 @@
-"""The whole way: a decoder's own forward, its cache's tensors as arguments."""

@@ -1,0 +1,355 @@
+"""The whole way: one stitched forward for each kind of call, compared with the model's own first.
+
+A kind that can't be compiled, or would differ, is served by the model's own forward, and counted.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+
+from piecework.errors import CaptureError, InputError, PieceworkError, UsageError
+from piecework.integrations.transformers.probe import HINT, Forward, require_same
+from piecework.integrations.transformers.request.cache_state import layers_of, take_apart
+from piecework.integrations.transformers.settings import (
+    INERT,
+    RECORDED,
+    Settings,
+    refuse_call,
+    refuse_model,
+    tokens_of,
+)
+from piecework.integrations.transformers.way import ENCODER, Way
+from piecework.integrations.transformers.whole_forward import (
+    CallDimensions,
+    CallKind,
+    Form,
+    Given,
+    Habits,
+    WholeCall,
+    WholeForward,
+)
+from piecework.runtime import torch_compat
+from piecework.runtime.artifact.load import Artifact
+from piecework.runtime.compile import compile_with_mode
+from piecework.runtime.config.compilation import CompilationConfig
+from piecework.runtime.stitched import StitchedModule
+
+_log = logging.getLogger(__name__)
+
+#: A kind of call that needs more traces is left as it is.
+MAX_TRACES = 6
+UNROLLED = "a graph of it holds for one length alone, and each other one would be compiled anew"
+#: So many kinds of calls are compiled.
+MAX_KINDS = 32
+# Told apart by name: what a call asks of its output, and whether of a cache.
+_SETTLED = ("use_cache", *INERT, *RECORDED)
+
+
+class WholeWay(Way):
+    """A decoder served whole, and the encoder beside it if there is one.
+
+    Args:
+        habits: what running it showed.
+        The others are those of `Way`.
+    """
+
+    name = "whole"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        decoder: nn.Module,
+        config: CompilationConfig | None,
+        habits: Habits,
+    ) -> None:
+        super().__init__(model, decoder, config)
+        self.habits = habits
+        self._kinds: dict[CallKind, StitchedModule | str] = {}
+
+    # --- calls -----------------------------------------------------------------------------------
+
+    def serve(self, given: Mapping[str, object]) -> object:
+        """One forward, its arguments by name.
+
+        Raises:
+            InputError: the arguments ask for what a stitched decoder can't give.
+        """
+        settings = self.settings.now()
+        call = self.call_of(given, settings)
+        stitched = self._kinds.get(call.kind)
+        if stitched is None:
+            stitched = self._stitched(call, given)
+        if isinstance(stitched, str):
+            return self._run_as_it_is(given, stitched)
+        try:
+            with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
+                fields = call.run(stitched, self.habits)
+        except InputError as error:
+            if error.refused_by is None:  # else its arguments were, before anything ran
+                raise
+            return self._run_as_it_is(given, "no graph of it serves these sizes or strides")
+        if len(stitched.traces) > MAX_TRACES:
+            self.leave(call.kind, f"it needs more than {MAX_TRACES} traces")
+        return settings.returned(self.habits.output_class(**fields), given)
+
+    def _run_as_it_is(self, given: Mapping[str, object], why: str) -> object:
+        with self.compiling:
+            self.as_it_is[why] += 1
+        return self.forward(**given)
+
+    def call_of(self, given: Mapping[str, object], settings: Settings | None = None) -> WholeCall:
+        """What ``given`` asks for.
+
+        Raises:
+            InputError: it asks for what a stitched decoder can't give.
+        """
+        settings = settings or self.settings.now()
+        cache_name = self.habits.cache_name
+        tensors: Given = {}
+        flags: dict[str, bool] = {}
+        strange = []
+        for name, value in sorted(given.items()):
+            if value is None or name == cache_name:
+                continue
+            taken_by_name = name in self.accepted
+            if taken_by_name and isinstance(value, torch.Tensor):
+                tensors[name] = value.contiguous()
+            elif taken_by_name and isinstance(value, dict) and _is_table(value):
+                tensors[name] = {
+                    key: None if each is None else each.contiguous() for key, each in value.items()
+                }
+            elif name not in _SETTLED:
+                if taken_by_name and isinstance(value, bool):
+                    flags[name] = value
+                else:
+                    strange.append(name)
+        refuse_call(self.decoder, given, settings, strange)
+        _, tokens = tokens_of(self.decoder, given, self.dtype, self.device)
+        asked = given.get("use_cache")
+        use_cache = bool(settings.use_cache if asked is None else asked)
+        if "use_cache" in self.accepted:
+            flags["use_cache"] = use_cache
+        cache = None if cache_name is None else given.get(cache_name)
+        if cache is None and self.habits.makes_cache and use_cache:
+            cache = DynamicCache(config=self.decoder.config)
+            if self.habits.is_pair:
+                cache = EncoderDecoderCache(cache, DynamicCache(config=self.decoder.config))
+        if isinstance(cache, EncoderDecoderCache) and not self.habits.is_pair:
+            raise InputError(
+                "past_key_values is an EncoderDecoderCache, and this is no encoder-decoder",
+                where="past_key_values",
+                hint="pass a DynamicCache",
+            )
+        taken = None if cache is None else take_apart(cache, self.habits.counts)  # type: ignore[arg-type]
+        kind = CallKind(
+            tensors=tuple((name, _form(each)) for name, each in tensors.items()),
+            flags=tuple(sorted(flags.items())),
+            cache=None if taken is None else taken.form,
+            one=(tokens.shape[0] == 1, tokens.shape[1] == 1),
+            implementation=settings.implementation,
+        )
+        return WholeCall(kind, tensors, cache, taken)  # type: ignore[arg-type]
+
+    # --- kinds of calls --------------------------------------------------------------------------
+
+    def _stitched(self, call: WholeCall, given: Mapping[str, object]) -> StitchedModule | str:
+        """What serves calls of this kind from now on, or why the model's own forward does."""
+        switch = torch_compat.compiler_off()
+        if switch is not None:
+            return switch
+        with self.compiling:
+            if call.kind not in self._kinds:
+                if len(self._kinds) >= MAX_KINDS:
+                    return f"more than {MAX_KINDS} kinds of calls"
+                if self.is_left(call.kind):
+                    return UNROLLED
+                try:
+                    self.compile(call.kind, given)
+                except PieceworkError as error:
+                    self.leave(call.kind, error.message)
+            return self._kinds[call.kind]
+
+    def leave(self, kind: CallKind, why: str) -> None:
+        """Let the model's own forward serve calls of ``kind`` from now on."""
+        name = type(self.decoder).__name__
+        _log.warning("%s runs as it is for %s: %s", name, kind.describe(), why)
+        self._kinds[kind] = why
+
+    def is_left(self, kind: CallKind) -> bool:
+        """Whether calls of ``kind``, or others of one token, or of several as these, are unrolled."""
+        return any(
+            why == UNROLLED and each.one[1] == kind.one[1] for each, why in self._kinds.items()
+        )
+
+    def serving(self, kind: CallKind) -> StitchedModule | None:
+        """What was compiled for ``kind``."""
+        made = self._kinds.get(kind)
+        return None if isinstance(made, str) else made
+
+    def compile(self, kind: CallKind, given: Mapping[str, object]) -> StitchedModule:
+        """Compile for calls of ``kind``, of which ``given`` is one.
+
+        Raises:
+            CaptureError: it can't be captured, or gives another result than the model's own.
+        """
+        own = self.own_result(given)
+        stitched = self._module_for(kind, held_names(own[1]))
+        self.require_same(stitched, given, own, compiled=True)
+        self._kinds[kind] = stitched
+        return stitched
+
+    def _module_for(self, kind: CallKind, held: tuple[str, ...]) -> StitchedModule:
+        """The forward for calls of ``kind``, stitched at its first call, or by an artifact."""
+        # The class's name labels the model in the emitted banner and in the report.
+        named = type(type(self.decoder).__name__, (WholeForward,), {})
+        return compile_with_mode(
+            named(self.decoder, self.forward, kind, self.habits.cache_name, held),
+            config=self.config,
+            sizes=CallDimensions(),
+            kept=self.kept,
+            deferred=True,
+        )
+
+    def own_result(self, given: Mapping[str, object]) -> tuple[Any, object]:
+        """The model's own output, and the cache afterwards; ``given`` is left as it is."""
+        own, name = self._copied(given), self.habits.cache_name
+        with torch.no_grad():
+            output: Any = self.forward(**{**own, "return_dict": True})
+        cache = None if name is None else own.get(name)
+        if cache is None and name is not None:
+            cache = output.get(name)
+        return output, cache
+
+    def _copied(self, given: Mapping[str, object]) -> dict[str, object]:
+        name = self.habits.cache_name
+        return {key: copy.deepcopy(value) if key == name else value for key, value in given.items()}
+
+    def require_same(
+        self, run: Forward, given: Mapping[str, object], own: tuple[Any, object], *, compiled: bool
+    ) -> None:
+        """Raise `CaptureError` where ``run`` gives another result or cache than ``own``."""
+        with torch.no_grad():
+            call = self.call_of(self._copied(given))
+            fields = call.run(run, self.habits)
+        expected, theirs = own
+        compiled = compiled and getattr(self.config, "backend", None) != "eager"
+        another = type(expected) is not self.habits.output_class
+        if another or (call.cache is None) != (theirs is None):
+            self._refuse("its forward returns another class, or leaves another cache, than before")
+        require_same(fields, expected, compiled=compiled)
+        if call.cache is not None:
+            mine, own_cache = (
+                take_apart(each, self.habits.counts) for each in (call.cache, theirs)  # type: ignore[arg-type]
+            )
+            if mine.form != own_cache.form:
+                self._refuse("compiled whole, it leaves a cache of another form")
+            held = {"cache": mine.leaves}, {"cache": own_cache.leaves}
+            require_same(*held, compiled=compiled)
+
+    def _refuse(self, why: str) -> None:
+        raise CaptureError(why, where=type(self.decoder).__name__, hint=HINT)
+
+    # --- what is there ---------------------------------------------------------------------------
+
+    def entry(self, name: str) -> StitchedModule:
+        """The first kind of call that was compiled; for ``decode`` of one token with a past."""
+        if name == ENCODER and isinstance(self.encoder, WholeWay):
+            return self.encoder.entry("input_ids")
+        for kind, made in list(self._kinds.items()):
+            if not isinstance(made, str) and (
+                name == "input_ids" or (name == "decode" and kind.is_step)
+            ):
+                return made
+        why = f": {self.encoder}" if name == ENCODER and self.encoder else ""
+        raise UsageError(
+            f"there is no entry {name!r}{why}",
+            where="entry",
+            hint="input_ids or decode, once it ran",
+        )
+
+    def is_compiled(self, given: Mapping[str, object]) -> bool:
+        """Whether calls like this one run what is compiled already."""
+        return bool(self._kinds)
+
+    def modules(self) -> dict[str, StitchedModule]:
+        """What is compiled, by the calls that it serves."""
+        found: dict[str, StitchedModule] = {}
+        for each in self.ways():
+            of = "" if each is self else f"{ENCODER}: "
+            for kind, made in list(each._kinds.items()):
+                if not isinstance(made, str):
+                    name = f"{of}{kind.describe()}"
+                    found[name if name not in found else f"{name} ({len(found)})"] = made
+        return found
+
+    # --- artifacts -------------------------------------------------------------------------------
+
+    def kept_modules(self) -> list[StitchedModule]:
+        return [made for made in self._kinds.values() if not isinstance(made, str)]
+
+    def found(self) -> object:
+        kinds = [
+            (kind, (), made) if isinstance(made, str) else (kind, made.model.held, None)
+            for kind, made in self._kinds.items()
+        ]
+        encoder = self.encoder if isinstance(self.encoder, str) else None
+        return self.habits, kinds, self.not_flat, encoder
+
+    @classmethod
+    def from_found(
+        cls,
+        found: Any,
+        parts: Iterator[Artifact],
+        model: nn.Module,
+        decoder: nn.Module,
+        config: CompilationConfig | None,
+    ) -> WholeWay:
+        """The way that was saved, for a model like that one.
+
+        Raises:
+            ArtifactError: it does not fit.
+            CaptureError: the model is not fit, such as one in training mode.
+        """
+        refuse_model(decoder)
+        habits, kinds, not_flat, encoder = found
+        way = cls(model, decoder, config, habits)
+        way.not_flat, way.encoder = not_flat, encoder
+        for kind, held, why in kinds:
+            if why is None:
+                way._kinds[kind] = made = way._module_for(kind, held)
+                way.adopt(made, next(parts))
+            else:
+                way._kinds[kind] = why
+        return way
+
+
+def held_names(cache: object) -> tuple[str, ...]:
+    """The attributes that the layers of a cache have."""
+    return tuple(sorted({name for layer in layers_of(cache) for name in vars(layer)}))
+
+
+def encoder_of(model: nn.Module, decoder: nn.Module) -> nn.Module | None:
+    """The encoder beside a decoder; None if transformers knows none."""
+    found = model.get_encoder()  # type: ignore[operator]
+    return None if found is decoder or found is model else found
+
+
+def _is_table(value: Mapping[object, object]) -> bool:
+    return all(
+        isinstance(key, str) and (each is None or isinstance(each, torch.Tensor))
+        for key, each in value.items()
+    )
+
+
+def _form(value: torch.Tensor | Mapping[str, torch.Tensor | None]) -> Form:
+    if isinstance(value, torch.Tensor):
+        return value.dtype, value.ndim
+    return tuple((key, None if each is None else _form(each)) for key, each in value.items())
