@@ -87,34 +87,23 @@ def coverage(dispatcher: CudagraphDispatcher, max_num_batched_tokens: int) -> li
         largest = min(max_num_batched_tokens, dispatcher.max_num_seqs * step)
         sizes = range(step, largest + 1, step) if step else range(1, max_num_batched_tokens + 1)
         batch = BatchKind(step > 0, *lora, axes, query_len=step or None)
+        alike: object = None
         for size in sizes:
             found = dispatcher.explain(size, batch, strict=False)
-            captured = found.mode is not CUDAGraphMode.NONE
-            row = CoverageRow(
-                first=size,
-                last=size,
-                batch=batch,
-                mode=found.mode,
-                descriptor=found.descriptor if captured else None,
-                padding=found.padding,
-                reason=found.reason,
-                is_fallback=found.is_fallback,
-            )
-            before = rows[-1] if rows else None
-            if before is not None and _runs_alike(before, row):
-                padding = max(before.padding, row.padding)
-                rows[-1] = replace(before, last=size, padding=padding)
+            graph = None if found.mode is CUDAGraphMode.NONE else found.descriptor
+            # A size that fits exactly and those padded to it share a graph, so they share a row.
+            before, alike = alike, (found.mode, graph or found.reason)
+            if before == alike:
+                padding = max(rows[-1].padding, found.padding)
+                rows[-1] = replace(rows[-1], last=size, padding=padding)
             else:
-                rows.append(row)
+                how = (found.padding, found.reason, found.is_fallback)
+                rows.append(CoverageRow(size, size, batch, found.mode, graph, *how))
     return rows
 
 
 def require_coverage(rows: Iterable[CoverageRow]) -> None:
-    """Check that no batch silently falls back to running uncaptured.
-
-    Raises:
-        StaticGraphError: some do; the message lists the sizes and the reason.
-    """
+    """Refuse a table in which batches silently fall back to running uncaptured; they are listed."""
     gaps = [row for row in rows if row.is_fallback]
     if gaps:
         shown = "; ".join(f"{row.kind} {_span(row)}: {row.reason.value}" for row in gaps[:5])
@@ -147,14 +136,6 @@ def coverage_json(rows: Sequence[CoverageRow]) -> list[Mapping[str, object]]:
         }
         for row in rows
     ]
-
-
-def _runs_alike(one: CoverageRow, other: CoverageRow) -> bool:
-    # A size that fits exactly and those padded to it share a graph, so they share a row.
-    same_graph = one.descriptor is not None and one.descriptor == other.descriptor
-    return (one.batch, one.mode) == (other.batch, other.mode) and (
-        same_graph or (one.descriptor is other.descriptor is None and one.reason is other.reason)
-    )
 
 
 def _span(row: CoverageRow) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import enum
 import itertools
 import math
-from bisect import bisect_left
 from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -35,24 +34,13 @@ class Reason(enum.Enum):
     NO_LORA = "no graph is captured for this many adapters"
     NOT_CAPTURED = "its graph was not captured, or was given up"
     NOT_EXACT = "rows are not known to stay apart, so nothing is padded"
-    UNDECLARED = "an operator does not say what it does with rows, so nothing is padded around it"
-    CHECKED = "a padded run at the capture gave other rows, so nothing is padded"
     UNPADDED = "pad=False, so nothing is padded"
     AXIS = "nothing is captured for this value of an axis"
     FACTOR = "the next captured size is more than max_padding_factor times as large"
 
 
-# What nobody asked for: the batch could have run captured.
-_FALLBACKS = frozenset(
-    {
-        Reason.NO_LORA,
-        Reason.NOT_CAPTURED,
-        Reason.NOT_EXACT,
-        Reason.UNDECLARED,
-        Reason.CHECKED,
-        Reason.AXIS,
-    }
-)
+# What nobody chose: the batch could have run captured.
+_FALLBACKS = (Reason.NO_LORA, Reason.NOT_CAPTURED, Reason.NOT_EXACT, Reason.AXIS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,13 +91,11 @@ class LoraCases:
 
     def key(self, has_lora: bool, num_active_loras: int) -> tuple[bool, int] | None:
         """The captured pair that a batch runs in, or None."""
-        if not has_lora and (not self.enabled or self.specialize):
-            return (False, 0)
-        if not self.enabled:
-            return None
-        if not self.counts:
-            return (True, 0)
-        return next(((True, n) for n in self.counts if n >= num_active_loras), None)
+        for pair in self.captured():
+            covers = pair[0] and (not self.counts or num_active_loras <= pair[1])
+            if covers or not (has_lora or pair[0]):
+                return pair
+        return None
 
 
 class CudagraphDispatcher:
@@ -126,7 +112,7 @@ class CudagraphDispatcher:
         axes: further axes of the descriptor, each with the values to capture; the first is the
             default. A batch runs in a graph of its own value; in ``max_query_len``, in one of the
             next larger value, and of the largest where it doesn't say.
-        strict: a fall-back to NONE that nobody asked for is an error.
+        strict: a fall-back to NONE that nobody chose is an error.
         exact: why nothing is padded, if so: a batch then runs captured only in its own size.
         max_padding_factor: a batch runs in no graph of more than so many times its tokens.
 
@@ -157,7 +143,7 @@ class CudagraphDispatcher:
     ) -> None:
         self.capture_sizes = require_positive_sizes(capture_sizes)
         self.bs_to_padded_graph_size = padded_sizes(self.capture_sizes)
-        self.axes = {name: tuple(each) for name, each in (axes or {}).items()}
+        self.axes = {name: tuple(each) for name, each in sorted((axes or {}).items())}
         self.lora, self.max_num_seqs = lora or LoraCases(), max_num_seqs
         if max_num_seqs < 1:
             raise ConfigError(f"a batch of {max_num_seqs} requests", where="max_num_seqs")
@@ -181,62 +167,58 @@ class CudagraphDispatcher:
             )
         self.cudagraph_mode = cudagraph_mode
         self.uniform_decode_query_len = max(lens)
+        limits = {"max_num_seqs": self.max_num_seqs, "multiple_of": self._decode_multiple_of}
         self.decode_sizes = {
-            query_len: decode_sizes(
-                self.capture_sizes,
-                query_len,
-                max_num_seqs=self.max_num_seqs,
-                multiple_of=self._decode_multiple_of,
-            )
+            query_len: decode_sizes(self.capture_sizes, query_len, **limits)
             for query_len in sorted(set(lens))
         }
         self.cudagraph_keys: dict[CUDAGraphMode, set[BatchDescriptor]] = {
             each: set() for each in _CAPTURING
         }
         for lora, axes in itertools.product(self.lora.captured(), self.every_axes()):
-            self._add_keys(lora, axes)
+            for query_len in (0, *self.decode_sizes):
+                for mode, key in self._keys(query_len, lora, axes):
+                    self.cudagraph_keys[mode].add(key)
         self._known: dict[tuple[int | bool, ...], tuple[CUDAGraphMode, BatchDescriptor]] = {}
 
     def every_axes(self) -> list[Axes]:
         """Every combination of values of the axes."""
-        names = sorted(self.axes)
-        values = itertools.product(*(self.axes[name] for name in names))
-        return [tuple(zip(names, each, strict=True)) for each in values]
+        values = itertools.product(*self.axes.values())
+        return [tuple(zip(self.axes, each, strict=True)) for each in values]
 
-    def _add_keys(self, lora: tuple[bool, int], axes: Axes) -> None:
-        """Capture every size in these cases."""
-        mixed = self.cudagraph_mode.mixed_mode()
-        if mixed in _CAPTURING:
-            keys = (self._mixed_key(mixed, size, lora, axes) for size in self.capture_sizes)
-            self.cudagraph_keys[mixed].update(keys)
-        if self._has_decode_graphs():
-            self.cudagraph_keys[CUDAGraphMode.FULL].update(
-                BatchDescriptor(size, size // query_len, True, *lora, axes)
-                for query_len, sizes in self.decode_sizes.items()
-                for size in sizes
-            )
+    def _keys(
+        self, query_len: int, lora: tuple[bool, int], axes: Axes, fits: int | None = None
+    ) -> Iterator[tuple[CUDAGraphMode, BatchDescriptor]]:
+        """The keys of one case, best first: decode graphs, unless ``query_len`` is 0, and others.
 
-    def _mixed_key(
-        self, mode: CUDAGraphMode, size: int, lora: tuple[bool, int], axes: Axes
-    ) -> BatchDescriptor:
-        """The key of any batch of ``size`` tokens.
-
-        A full graph holds attention, which is captured for as many requests as there can be.
+        ``fits`` leaves those that a batch of so many tokens may run in. A full graph holds
+        attention, which is captured for as many requests as there can be.
         """
-        reqs = min(size, self.max_num_seqs) if mode is CUDAGraphMode.FULL else None
-        return BatchDescriptor(size, reqs, False, *lora, axes)
+        mode, full = self.cudagraph_mode, CUDAGraphMode.FULL
+        if query_len and mode.separate_routine() and mode.decode_mode() is full:
+            for size in self._fitting(self.decode_sizes.get(query_len, ()), fits):
+                yield full, BatchDescriptor(size, size // query_len, True, *lora, axes)
+        mixed = mode.mixed_mode()
+        if mixed in _CAPTURING:
+            for size in self._fitting(self.capture_sizes, fits):
+                reqs = min(size, self.max_num_seqs) if mixed is full else None
+                yield mixed, BatchDescriptor(size, reqs, False, *lora, axes)
 
-    def _has_decode_graphs(self) -> bool:
-        """Whether uniform decode batches have graphs of their own."""
-        mode = self.cudagraph_mode
-        return mode.separate_routine() and mode.decode_mode() is CUDAGraphMode.FULL
+    def _fitting(self, sizes: Sequence[int], fits: int | None) -> list[int]:
+        if fits is None:
+            return list(sizes)
+        largest = fits if self.exact is not None else fits * self.max_padding_factor
+        return [size for size in sizes if fits <= size <= largest]
 
     def get_capture_descs(self) -> list[tuple[CUDAGraphMode, list[BatchDescriptor]]]:
-        """What to capture, PIECEWISE before FULL, largest first."""
+        """What to capture, PIECEWISE before FULL, largest first: smaller ones reuse their memory."""
+
+        def order(key: BatchDescriptor) -> tuple[object, ...]:
+            sizes = (-key.num_tokens, -(key.num_reqs or 0), -key.num_active_loras)
+            return (sizes, not key.has_lora, repr(key.extra))
+
         return [
-            (mode, sorted(keys, key=_capture_order))
-            for mode, keys in self.cudagraph_keys.items()
-            if keys
+            (mode, sorted(keys, key=order)) for mode, keys in self.cudagraph_keys.items() if keys
         ]
 
     def give_up(self, mode: CUDAGraphMode, descriptor: BatchDescriptor) -> None:
@@ -264,15 +246,8 @@ class CudagraphDispatcher:
         question = (num_tokens, uniform_decode, has_lora, num_active_loras)
         if plain and question in self._known:
             return self._known[question]
-        kind = BatchKind.of(
-            uniform_decode,
-            has_lora,
-            num_active_loras,
-            valid_modes=valid_modes,
-            invalid_modes=invalid_modes,
-            axes=axes,
-            query_len=query_len,
-        )
+        how = {"valid_modes": valid_modes, "invalid_modes": invalid_modes, "axes": axes}
+        kind = BatchKind.of(*question[1:], query_len=query_len, **how)  # type: ignore[arg-type]
         found = self.explain(num_tokens, kind)
         answer = (found.mode, found.descriptor)
         if plain:
@@ -294,120 +269,65 @@ class CudagraphDispatcher:
             StaticGraphError: ``strict``, and its mode promises a graph that there is not.
         """
         require_whole_number(num_tokens)
-        allowed = frozenset((CUDAGraphMode.NONE, *_CAPTURING)) - kind.invalid_modes
         extra = self._extra(dict(kind.axes))
         query_len = kind.query_len or self.uniform_decode_query_len
         # What is no whole number of requests can't be a decode batch, whatever the caller says.
-        uniform_decode = kind.uniform_decode and num_tokens % query_len == 0
+        uniform = kind.uniform_decode and num_tokens % query_len == 0
         adapters = (kind.has_lora, kind.num_active_loras)
         lora = self.lora.key(*adapters)
-        if lora is None:
-            own = BatchDescriptor(num_tokens, None, False, *adapters, extra)
-            return self._uncaptured(own, Reason.NO_LORA, uniform_decode, allowed, strict)
-        considered = False
-        excluded = False
-        for mode, key in self._candidates(num_tokens, query_len * uniform_decode, lora, extra):
-            considered = True
-            if key not in self.cudagraph_keys[mode]:
-                continue
-            if mode in allowed:
+        # Larger sizes follow the nearest one, for the case that it was given up.
+        fitting = lora and list(self._keys(query_len * uniform, lora, extra, num_tokens))
+        captured = [(m, key) for m, key in fitting or () if key in self.cudagraph_keys[m]]
+        for mode, key in captured:
+            if mode not in kind.invalid_modes:
                 padding = key.num_tokens - num_tokens
                 return Dispatch(mode, key, padding, Reason.PADDED if padding else Reason.EXACT)
-            excluded = True
-        own = BatchDescriptor(num_tokens, None, False, *lora, extra)
-        if excluded:
+        mode = self.cudagraph_mode
+        promised = (mode.decode_mode() if uniform else mode.mixed_mode()) in _CAPTURING
+        if lora is None:
+            reason = Reason.NO_LORA
+        elif captured:
             reason = Reason.EXCLUDED
-        elif considered:
+        elif fitting:
             known = all(value in self.axes[name] for name, value in extra)
             reason = Reason.NOT_CAPTURED if known else Reason.AXIS
-        elif not self._promises_graph(uniform_decode):
+        elif not promised:
             reason = Reason.MODE
+        elif num_tokens > max(self.capture_sizes, default=0):
+            reason = Reason.TOO_LARGE
         else:
-            fits = num_tokens <= max(self.capture_sizes, default=0)
-            reason = (self.exact or Reason.FACTOR) if fits else Reason.TOO_LARGE
-        return self._uncaptured(own, reason, uniform_decode, allowed, strict)
-
-    def _candidates(
-        self, num_tokens: int, query_len: int, lora: tuple[bool, int], extra: Axes
-    ) -> Iterator[tuple[CUDAGraphMode, BatchDescriptor]]:
-        """The keys that a batch could run as, best first, whether captured or not.
-
-        The larger sizes follow the nearest one, for the case that it was given up. A ``query_len``
-        of 0 is no decode batch.
-        """
-        if query_len and self._has_decode_graphs():
-            for size in self._fitting(self.decode_sizes.get(query_len, ()), num_tokens):
-                key = BatchDescriptor(size, size // query_len, True, *lora, extra)
-                yield CUDAGraphMode.FULL, key
-        mixed = self.cudagraph_mode.mixed_mode()
-        if mixed in _CAPTURING:
-            for size in self._fitting(self.capture_sizes, num_tokens):
-                yield mixed, self._mixed_key(mixed, size, lora, extra)
-
-    def _fitting(self, sizes: Sequence[int], num_tokens: int) -> Sequence[int]:
-        first = bisect_left(sizes, num_tokens)
-        if self.exact is None:
-            largest = num_tokens * self.max_padding_factor
-            return [size for size in sizes[first:] if size <= largest]
-        return (num_tokens,) if num_tokens in sizes[first : first + 1] else ()
-
-    def _promises_graph(self, uniform: bool) -> bool:
-        mode = self.cudagraph_mode
-        return (mode.decode_mode() if uniform else mode.mixed_mode()) in _CAPTURING
-
-    def _uncaptured(
-        self,
-        descriptor: BatchDescriptor,
-        reason: Reason,
-        uniform: bool,
-        allowed: frozenset[CUDAGraphMode],
-        strict: bool | None,
-    ) -> Dispatch:
-        kind = "decode" if uniform else "mixed"
-        where = f"{kind} batch, {descriptor.describe()}"
-        if CUDAGraphMode.NONE not in allowed:
+            reason = self.exact or Reason.FACTOR
+        own = BatchDescriptor(num_tokens, None, False, *(lora or adapters), extra)
+        where = f"{'decode' if uniform else 'mixed'} batch, {own.describe()}"
+        if CUDAGraphMode.NONE in kind.invalid_modes:
             raise InputError(
                 f"no captured graph fits, and mode NONE is left out: {reason.value}",
                 where=where,
                 hint="allow NONE, or capture this shape",
             )
         # Decode batches are bounded by max_num_seqs: one that is too large is a size nobody listed.
-        fallback = self._promises_graph(uniform) and (
-            reason in _FALLBACKS or (uniform and reason is Reason.TOO_LARGE)
-        )
+        fallback = promised and (reason in _FALLBACKS or (uniform and reason is Reason.TOO_LARGE))
         if fallback and (self.strict if strict is None else strict):
             raise StaticGraphError(
                 f"the batch would silently run uncaptured: {reason.value}",
                 where=where,
                 hint="capture this shape, or dispatch without strict",
             )
-        return Dispatch(CUDAGraphMode.NONE, descriptor, 0, reason, fallback)
+        return Dispatch(CUDAGraphMode.NONE, own, 0, reason, fallback)
 
     def _extra(self, given: Mapping[str, Hashable]) -> Axes:
-        axes = self.axes
-        unknown = sorted(set(given) - set(axes))
+        """The value of each axis in the descriptor of a batch; its own where nothing fits."""
+        unknown = sorted(set(given) - set(self.axes))
         if unknown:
             raise InputError(
                 f"no descriptor axis {', '.join(unknown)}",
                 where="dispatch",
-                hint=f"declared axes: {', '.join(sorted(axes)) or 'none'}",
+                hint=f"declared axes: {', '.join(self.axes) or 'none'}",
             )
-        return tuple((name, _captured_value(name, axes[name], given)) for name in sorted(axes))
-
-
-def _capture_order(key: BatchDescriptor) -> tuple[object, ...]:
-    """Larger ones first: smaller ones reuse their memory."""
-    sizes = (-key.num_tokens, -(key.num_reqs or 0), -key.num_active_loras)
-    return (sizes, not key.has_lora, repr(key.extra))
-
-
-def _captured_value(
-    name: str, captured: Sequence[Hashable], given: Mapping[str, Hashable]
-) -> Hashable:
-    """The value of an axis in the descriptor of a batch; the batch's own where nothing fits."""
-    if name not in BOUNDS:
-        return given.get(name, captured[0])
-    values = sorted(captured)  # type: ignore[type-var]
-    if name not in given:
-        return values[-1]
-    return next((value for value in values if value >= given[name]), given[name])  # type: ignore[operator]
+        found: list[tuple[str, Hashable]] = []
+        for name, captured in self.axes.items():
+            value = given.get(name, max(captured) if name in BOUNDS else captured[0])  # type: ignore[type-var]
+            if name in BOUNDS:
+                value = min((n for n in captured if n >= value), default=value)  # type: ignore[operator, type-var]
+            found.append((name, value))
+        return tuple(found)

@@ -51,7 +51,7 @@ _CURRENT: ContextVar[ForwardContext | None] = ContextVar("piecework_forward_cont
 
 
 class ForwardScope:
-    """The block in which a context is current; made by ``set_forward_context``. It may be entered once at a time."""
+    """The block in which a context (or none at all) is current."""
 
     __slots__ = ("_token", "context")
 
@@ -64,6 +64,10 @@ class ForwardScope:
 
     def __exit__(self, *exception: object) -> None:
         _CURRENT.reset(self._token)
+
+
+#: Makes an existing context (or none at all) current for a ``with`` block.
+override_forward_context = ForwardScope
 
 
 def set_forward_context(
@@ -95,17 +99,8 @@ def set_forward_context(
     return ForwardScope(context)
 
 
-def override_forward_context(context: ForwardContext | None) -> ForwardScope:
-    """Make an existing context (or none at all) current for a ``with`` block."""
-    return ForwardScope(context)
-
-
 def get_forward_context() -> ForwardContext:
-    """The current context.
-
-    Raises:
-        InputError: there is none; a splitting op that needs request state was called outside a forward.
-    """
+    """The current context; an `InputError` outside of a forward."""
     context = _CURRENT.get()
     if context is None:
         raise InputError(

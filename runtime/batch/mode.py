@@ -26,11 +26,7 @@ class CUDAGraphMode(enum.Enum):
 
     @classmethod
     def parse(cls, value: CUDAGraphMode | str | int) -> CUDAGraphMode:
-        """The mode meant by ``value``: a mode, a name in any case, or the number of a single mode.
-
-        Raises:
-            ConfigError: nothing has that name or number; the message lists the names.
-        """
+        """The mode meant by ``value``: a mode, a name in any case, or the number of a single mode."""
         if isinstance(value, cls):
             return value
         if isinstance(value, str) and value.upper() in cls.__members__:
@@ -56,11 +52,7 @@ class CUDAGraphMode(enum.Enum):
         return CUDAGraphMode(self.value[1]) if self.separate_routine() else self
 
     def has_mode(self, mode: CUDAGraphMode) -> bool:
-        """Whether some batch runs in the single mode ``mode``.
-
-        Raises:
-            ConfigError: ``mode`` is one of the two composite modes.
-        """
+        """Whether some batch runs in the single mode ``mode``; of a pair a `ConfigError`."""
         if mode.separate_routine():
             raise ConfigError(
                 f"{mode.name} is a pair of modes, so no batch runs in it",
@@ -75,13 +67,11 @@ class CUDAGraphMode(enum.Enum):
 
     def without_piecewise(self) -> CUDAGraphMode:
         """The same mode where the graph is not split: PIECEWISE becomes NONE."""
-        match self:
-            case CUDAGraphMode.PIECEWISE:
-                return CUDAGraphMode.NONE
-            case CUDAGraphMode.FULL_AND_PIECEWISE:
-                return CUDAGraphMode.FULL_DECODE_ONLY
-            case _:
-                return self
+        pieces_go = {
+            CUDAGraphMode.PIECEWISE: CUDAGraphMode.NONE,
+            CUDAGraphMode.FULL_AND_PIECEWISE: CUDAGraphMode.FULL_DECODE_ONLY,
+        }
+        return pieces_go.get(self, self)
 
     def requires_piecewise_compilation(self) -> bool:
         """Whether the graph must be split for this mode to be possible."""

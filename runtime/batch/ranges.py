@@ -18,9 +18,6 @@ OPEN_END = sys.maxsize
 class Range:
     """Batch sizes from ``start`` to ``end``, both included; ordered by start.
 
-    Raises:
-        ConfigError: ``start`` is below 1 or above ``end``.
-
     Example:
         >>> 16 in Range(1, 16), str(Range(17, OPEN_END))
         (True, '[17, …]')
@@ -44,19 +41,19 @@ class Range:
         """Whether exactly one size falls in it."""
         return self.start == self.end
 
-    def is_open_ended(self) -> bool:
-        """Whether it has no upper limit."""
-        return self.end == OPEN_END
+    def overlaps(self, low: int | None, high: int | None) -> bool:
+        """Whether some batch from ``low`` to ``high`` falls in it; None is no bound."""
+        return (high is None or self.start <= high) and (low is None or self.end >= low)
 
     def __str__(self) -> str:
-        return f"[{self.start}, {'…' if self.is_open_ended() else self.end}]"
+        return f"[{self.start}, {'…' if self.end == OPEN_END else self.end}]"
 
 
 def file_name(stem: str, served: Range | None) -> str:
     """A piece, or what belongs to one, with its batch range as a name for files, such as ``submod_4_1_16``."""
     if served is None:
         return stem
-    return f"{stem}_{served.start}_{'up' if served.is_open_ended() else served.end}"
+    return f"{stem}_{served.start}_{'up' if served.end == OPEN_END else served.end}"
 
 
 def derive_ranges(
@@ -64,10 +61,8 @@ def derive_ranges(
 ) -> tuple[Range, ...]:
     """Cut 1 to ``max_size`` after each endpoint: ``[1, e0] [e0+1, e1] … [en+1, max_size]``.
 
-    Without ``max_size``, or ``open_ended`` (encoders), the last range has no upper limit.
-
-    Raises:
-        ConfigError: endpoints lie beyond the largest batch (their ranges would be empty).
+    Without ``max_size``, or ``open_ended`` (encoders), the last range has no upper limit. Endpoints
+    beyond the largest batch are a `ConfigError`: their ranges would be empty.
 
     Example:
         >>> [str(each) for each in derive_ranges([16], 256)]
@@ -94,9 +89,7 @@ class RangeTable:
 
     ``entries`` are what must be compiled, each once: the single sizes ascending, then the ranges.
     A range that is itself a single size and a compile size of the same value are one entry.
-
-    Raises:
-        ConfigError: two ranges overlap.
+    Ranges that overlap are a `ConfigError`.
 
     Example:
         >>> table = RangeTable(derive_ranges([16], 64), sizes=[8])
@@ -127,11 +120,7 @@ class RangeTable:
         return cls((each for each in kept if not each.is_single_size()), single)
 
     def index(self, size: int) -> int:
-        """The position in ``entries`` of what serves ``size``, in O(log ranges).
-
-        Raises:
-            InputError: the size is outside every entry; they are listed.
-        """
+        """The position in ``entries`` of what serves ``size``; an `InputError` that lists them."""
         exact = self.single_sizes.get(size)
         if exact is not None:
             return exact
@@ -145,28 +134,16 @@ class RangeTable:
         )
 
     def find(self, size: int) -> Range:
-        """The entry that serves ``size``; errors as :meth:`index`."""
+        """The entry that serves ``size``."""
         return self.entries[self.index(size)]
 
     def within(self, low: int | None, high: int | None) -> RangeTable:
         """The entries that serve some batch from ``low`` to ``high``; None is no bound."""
-        return RangeTable.of(
-            each
-            for each in self.entries
-            if (high is None or each.start <= high) and (low is None or each.end >= low)
-        )
+        return RangeTable.of(each for each in self.entries if each.overlaps(low, high))
 
     def require_reachable(self, low: int | None, high: int | None) -> None:
-        """Check that each entry serves some batch from ``low`` to ``high``; None is no bound.
-
-        Raises:
-            ConfigError: one would be compiled for nothing; all such are named.
-        """
-        idle = [
-            each
-            for each in self.entries
-            if (high is not None and each.start > high) or (low is not None and each.end < low)
-        ]
+        """Refuse entries that serve no batch from ``low`` to ``high``; all of them are named."""
+        idle = [each for each in self.entries if not each.overlaps(low, high)]
         if idle:
             allowed = f"from {low or 0}" + ("" if high is None else f" to {high}")
             raise ConfigError(

@@ -16,13 +16,6 @@ WORTH_CAPTURING = 512
 LARGEST = 1 << 24
 
 
-def default_max_capture_size(
-    max_num_seqs: int, max_num_batched_tokens: int, decode_query_len: int = 1
-) -> int:
-    """The largest size captured when nobody names one: twice the decode batch, within bounds."""
-    return min(2 * max_num_seqs * decode_query_len, WORTH_CAPTURING, max_num_batched_tokens)
-
-
 def default_capture_sizes(
     maximum: int, *, max_num_seqs: int | None = None, decode_query_lens: Iterable[int] = ()
 ) -> tuple[int, ...]:
@@ -39,10 +32,7 @@ def default_capture_sizes(
     """
     sizes = set(_steps(maximum))
     if max_num_seqs is not None:
-        requests = _steps(max_num_seqs)
-        sizes |= {
-            count * query_len for query_len in decode_query_lens or (1,) for count in requests
-        }
+        sizes |= {n * each for each in decode_query_lens or (1,) for n in _steps(max_num_seqs)}
     return tuple(sorted(size for size in sizes if size <= maximum))
 
 
@@ -63,12 +53,8 @@ def resolve_capture_sizes(
 ) -> tuple[int, ...]:
     """The sizes to capture, ascending, from what the user gave and what the engine can reach.
 
-    Args:
-        sizes: the user's list, ascending; None: the default steps; an empty list captures nothing.
-        max_size: the user's ``max_cudagraph_capture_size``; alone it truncates the default steps.
-
-    Raises:
-        ConfigError: sizes can't be reached; all of them are named.
+    ``sizes`` is the user's list (None: the default steps; an empty list captures nothing), and
+    ``max_size`` alone truncates the default steps. A `ConfigError` names all that no batch reaches.
 
     Example:
         >>> resolve_capture_sizes(None, 8, max_num_seqs=8, max_num_batched_tokens=64)
@@ -82,9 +68,8 @@ def resolve_capture_sizes(
                 where="cudagraph_capture_sizes",
             )
         return tuple(sizes)
-    if max_size is None:
-        widest = max(decode_query_lens)
-        max_size = default_max_capture_size(max_num_seqs, max_num_batched_tokens, widest)
+    if max_size is None:  # twice the decode batch, within bounds
+        max_size = min(2 * max_num_seqs * max(decode_query_lens), WORTH_CAPTURING)
     return default_capture_sizes(
         min(max_size, max_num_batched_tokens),
         max_num_seqs=max_num_seqs,
@@ -93,11 +78,7 @@ def resolve_capture_sizes(
 
 
 def require_positive_sizes(sizes: Iterable[int]) -> tuple[int, ...]:
-    """``sizes`` ascending, each once.
-
-    Raises:
-        ConfigError: some are no positive whole numbers, or too large; all of these are named.
-    """
+    """``sizes`` ascending, each once; a `ConfigError` names those that no batch can have."""
     given = [_plain(size) for size in sizes]
     wrong = [n for n in given if type(n) is not int or not 0 < n <= LARGEST]
     if wrong:
@@ -118,14 +99,13 @@ def decode_sizes(
         >>> decode_sizes((1, 2, 4, 8), 3, max_num_seqs=8)
         (3, 6)
     """
-    step = math.lcm(query_len, multiple_of)
-    largest = max(sizes, default=0)
-    if step > largest:
-        return ()
-    found = adjust_sizes_for_spec_decode(
-        sizes, query_len, max_size=largest, tensor_parallel_size=multiple_of
-    )
-    return tuple(size for size in found if size <= max_num_seqs * query_len)
+    rounded = _multiples(sizes, math.lcm(query_len, multiple_of), max(sizes, default=0))
+    return tuple(size for size in rounded if 0 < size <= max_num_seqs * query_len)
+
+
+def _multiples(sizes: Iterable[int], step: int, largest: int) -> tuple[int, ...]:
+    """``sizes`` as multiples of ``step``: rounded up, but never beyond ``largest``."""
+    return tuple(sorted({min(-(-size // step), largest // step) * step for size in sizes}))
 
 
 def adjust_sizes_for_spec_decode(
@@ -136,8 +116,7 @@ def adjust_sizes_for_spec_decode(
     A uniform batch holds ``query_len`` tokens per request, so only multiples of it are ever run.
     Where the tokens are cut over ranks the multiple must suit both.
 
-    Raises:
-        ConfigError: ``query_len`` is not positive, or not even one multiple fits.
+    A `ConfigError` where ``query_len`` is not positive, or not even one multiple fits.
 
     Example:
         >>> adjust_sizes_for_spec_decode((1, 2, 4, 8), 3, max_size=8)
@@ -158,8 +137,7 @@ def adjust_sizes_for_spec_decode(
             where="cudagraph_capture_sizes",
             hint=f"raise max_cudagraph_capture_size to {step} or more, or speculate fewer tokens",
         )
-    largest = max_size // step * step
-    return tuple(sorted({min(-(-size // step) * step, largest) for size in sizes}))
+    return _multiples(sizes, step, max_size)
 
 
 def padded_sizes(sizes: Iterable[int], maximum: int | None = None) -> tuple[int | None, ...]:
@@ -171,7 +149,7 @@ def padded_sizes(sizes: Iterable[int], maximum: int | None = None) -> tuple[int 
     """
     ordered = sorted(set(sizes))
     if maximum is None:
-        maximum = ordered[-1] if ordered else 0
+        maximum = max(ordered, default=0)
     positions = (bisect_left(ordered, count) for count in range(maximum + 1))
     return tuple(ordered[at] if at < len(ordered) else None for at in positions)
 

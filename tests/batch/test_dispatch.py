@@ -375,3 +375,17 @@ def test_no_batch_is_padded_by_more_than_the_factor(mode: CUDAGraphMode, factor:
         else:
             assert (found.mode, found.reason) == (NONE, Reason.FACTOR)
             assert found.descriptor.num_tokens == tokens and not found.is_fallback
+
+
+BOUNDED = {"max_query_len": [4, 1, 16], "num_ubatches": [1, 2]}
+
+
+@pytest.mark.parametrize(
+    ("asked", "captured"), [(1, 1), (2, 4), (4, 4), (5, 16), (16, 16), (None, 16), (17, None)]
+)
+def test_the_longest_query_is_a_bound_and_other_axes_are_values(asked, captured):
+    axes = {"num_ubatches": 2} | ({} if asked is None else {"max_query_len": asked})
+    found = dispatcher(PIECEWISE, axes=BOUNDED).explain(7, BatchKind.of(axes=axes))
+    assert dict(found.descriptor.extra) == {"max_query_len": captured or asked, "num_ubatches": 2}
+    assert (found.mode is PIECEWISE) == (captured is not None) == (found.reason is Reason.PADDED)
+    assert captured or found.reason is Reason.AXIS

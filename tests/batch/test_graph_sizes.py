@@ -11,20 +11,11 @@ from piecework.errors import ConfigError
 from piecework.runtime.batch.sizes import (
     adjust_sizes_for_spec_decode,
     default_capture_sizes,
-    default_max_capture_size,
     padded_sizes,
     resolve_capture_sizes,
 )
 
 LIMITS = {"max_num_seqs": 256, "max_num_batched_tokens": 8192}
-
-
-@pytest.mark.parametrize(
-    ("seqs", "tokens", "query", "expected"),
-    [(256, 8192, 1, 512), (8, 8192, 1, 16), (8, 8192, 3, 48), (256, 300, 1, 300), (1, 1, 1, 1)],
-)
-def test_default_maximum(seqs, tokens, query, expected):
-    assert default_max_capture_size(seqs, tokens, query) == expected
 
 
 @pytest.mark.parametrize(
@@ -48,9 +39,7 @@ def test_default_sizes(maximum, expected):
         ((1, 2, 8), None, (1, 2, 8)),
         ((1, 8), 8, (1, 8)),
         ([], None, ()),
-        ([], 0, ()),
         (None, 6, (1, 2, 4, 6)),
-        (None, 0, ()),
     ],
 )
 def test_users_choice(sizes, maximum, expected):

@@ -49,9 +49,7 @@ def test_ranges_from_endpoints(endpoints, largest, expected):
 
 @pytest.mark.parametrize("endpoints", [[16], [16, 256]])
 def test_an_encoder_has_an_open_last_range(endpoints):
-    ranges = derive_ranges(endpoints, 256, open_ended=True)
-    assert pairs(ranges) == [(1, 16), (17, OPEN_END)]
-    assert ranges[-1].is_open_ended()
+    assert pairs(derive_ranges(endpoints, 256, open_ended=True)) == [(1, 16), (17, OPEN_END)]
 
 
 def test_every_endpoint_beyond_the_largest_batch_is_named():

@@ -114,16 +114,16 @@ MIXED: dict[str, tuple[Callable[[torch.Tensor], object], Reason]] = {
     "mean": (lambda x: x - x.mean(0), Reason.NOT_EXACT),
     "statistic without rows": (lambda x: (x * 2, x.amax()), Reason.NOT_EXACT),
     "last row": (lambda x: x + x[-1], Reason.NOT_EXACT),
-    "rows counted": (lambda x: x / x.shape[0], Reason.CHECKED),
-    "softmax": (lambda x: F.softmax(x, 0), Reason.CHECKED),
-    "softmax without NaN": (lambda x: torch.nan_to_num(x).softmax(0), Reason.CHECKED),
-    "flip": (lambda x: x.flip(0), Reason.CHECKED),
-    "sorted by size": (lambda x: x[x[:, 0].argsort()], Reason.CHECKED),
-    "truth values sorted": (lambda x: (x > 0).sort(0).values, Reason.CHECKED),
-    "attention": (lambda x: torch.softmax(x @ x.t(), -1) @ x, Reason.CHECKED),
-    "last row set": (lambda x: set_to_zero(x, -1), Reason.CHECKED),
-    "batch norm in training": (lambda x: F.batch_norm(x, None, None, training=True), Reason.CHECKED),
-    "random numbers": (lambda x: x + torch.rand_like(x), Reason.CHECKED),
+    "rows counted": (lambda x: x / x.shape[0], Reason.NOT_EXACT),
+    "softmax": (lambda x: F.softmax(x, 0), Reason.NOT_EXACT),
+    "softmax without NaN": (lambda x: torch.nan_to_num(x).softmax(0), Reason.NOT_EXACT),
+    "flip": (lambda x: x.flip(0), Reason.NOT_EXACT),
+    "sorted by size": (lambda x: x[x[:, 0].argsort()], Reason.NOT_EXACT),
+    "truth values sorted": (lambda x: (x > 0).sort(0).values, Reason.NOT_EXACT),
+    "attention": (lambda x: torch.softmax(x @ x.t(), -1) @ x, Reason.NOT_EXACT),
+    "last row set": (lambda x: set_to_zero(x, -1), Reason.NOT_EXACT),
+    "batch norm in training": (lambda x: F.batch_norm(x, None, None, training=True), Reason.NOT_EXACT),
+    "random numbers": (lambda x: x + torch.rand_like(x), Reason.NOT_EXACT),
     "twice the rows": (lambda x: torch.cat([x, x]), Reason.NOT_EXACT),
     "in a branch": (
         lambda x: torch.cond(x[0, 0] > 9, lambda z: z + 1, lambda z: z - z.mean(0), (x,)),
@@ -152,8 +152,8 @@ def test_rows_that_meet_are_not_padded(name: str, warned: list[str]) -> None:
 @pytest.mark.parametrize("dtype", [torch.long, torch.bool])
 def test_whole_numbers_are_tried_too(dtype: torch.dtype) -> None:
     x = torch.zeros(5, 2).to(dtype)
-    assert reason_of(captured(lambda x: x.flip(0), x)) is Reason.CHECKED
-    assert reason_of(captured(lambda x: x.sort(0).values, x)) is Reason.CHECKED
+    assert reason_of(captured(lambda x: x.flip(0), x)) is Reason.NOT_EXACT
+    assert reason_of(captured(lambda x: x.sort(0).values, x)) is Reason.NOT_EXACT
     assert reason_of(captured(lambda x: x.logical_not(), x)) is Reason.PADDED
 
 
@@ -163,7 +163,7 @@ def test_whole_numbers_are_tried_too(dtype: torch.dtype) -> None:
 def test_an_operator_that_says_nothing_is_not_padded_around(warned: list[str]) -> None:
     model = lambda x: silent(x + 1) * 2  # noqa: E731
     module = captured(model)
-    assert reason_of(module) is Reason.UNDECLARED
+    assert reason_of(module) is Reason.NOT_EXACT
     [text] = [text for text in warned if "captured size" in text]
     assert "silent (test_padding.py" in text and "declare_rows" in text
     require_right(module, model)
@@ -172,7 +172,7 @@ def test_an_operator_that_says_nothing_is_not_padded_around(warned: list[str]) -
 def test_an_operator_that_says_what_is_not_so_is_found_at_the_capture(warned: list[str]) -> None:
     model = lambda x: lies(x + 1) * 2  # noqa: E731
     module = captured(model)
-    assert reason_of(module) is Reason.CHECKED
+    assert reason_of(module) is Reason.NOT_EXACT
     assert any("result 0" in text for text in warned)
     require_right(module, model)
 
@@ -226,12 +226,12 @@ def test_an_operator_of_another_library_is_declared_by_name() -> None:
     def reason() -> Reason:
         return reason_of(captured(lambda x: plain(x * 2) + 1, ops=("padding::plain",)))
 
-    assert reason() is Reason.UNDECLARED
+    assert reason() is Reason.NOT_EXACT
     for op in ("padding::plain", plain, torch.ops.padding.plain.default):
         piecework.declare_rows(op, "independent")
         assert reason() is Reason.PADDED
         piecework.declare_rows(op, None)
-    assert reason() is Reason.UNDECLARED
+    assert reason() is Reason.NOT_EXACT
     for rows in ("Independent", 3):
         with pytest.raises(SplitError, match="independent"):
             piecework.declare_rows("padding::plain", rows)  # type: ignore[arg-type]

@@ -59,7 +59,7 @@ def mixing(
         declared = _declared(node)
         if declared is None:
             text = f"{_told(node)} does not say what it does with rows"
-            return NotPadded(Reason.UNDECLARED, text)
+            return NotPadded(Reason.NOT_EXACT, text)
         if declared != "context" and _loses_rows(node, shape.symbols):
             return NotPadded(Reason.NOT_EXACT, f"{_told(node)} makes one value of all rows")
     if reads_context(split_gm):

@@ -227,7 +227,7 @@ class CapturedModel(CapturedGraphs):
         agreed = self._in_common([] if found else ["rows are independent"])
         if found is None and not agreed:
             text = "on another rank a padded run gave other rows"
-            found = NotPadded(Reason.CHECKED, text)
+            found = NotPadded(Reason.NOT_EXACT, text)
         if found is None:
             return
         if self.options.pad:
@@ -238,7 +238,7 @@ class CapturedModel(CapturedGraphs):
             )
         self.unpadded, self.dispatcher.exact = found.text, found.reason
         if self.options.pad is None:
-            hint = "; " + HOW_TO_DECLARE if found.reason is Reason.UNDECLARED else ""
+            hint = "; " + HOW_TO_DECLARE if found.reason is Reason.NOT_EXACT else ""
             _log.warning(
                 "capture: only batches of a captured size are replayed: %s%s", found.text, hint
             )
@@ -265,7 +265,7 @@ class CapturedModel(CapturedGraphs):
                 why = f"{type(error).__name__}: {error}"
             else:
                 text = f"{found} is another one in a padded run"
-                return None if found is None else NotPadded(Reason.CHECKED, text)
+                return None if found is None else NotPadded(Reason.NOT_EXACT, text)
         _log.info("capture: padding was not tried: %s", why)
         text = f"padding could not be tried ({why}); pad=True says that rows are independent"
         return None if pad else NotPadded(Reason.NOT_EXACT, text)
