@@ -36,9 +36,9 @@ if TYPE_CHECKING:
     from piecework.runtime.decorators import ignore_torch_compile as ignore_torch_compile
     from piecework.runtime.decorators import stitched_of as stitched_of
     from piecework.runtime.decorators import support_torch_compile as support_torch_compile
-    from piecework.runtime.graphs.device.weak_ref import weak_ref_tensors as weak_ref_tensors
-    from piecework.runtime.graphs.memory.captured_call import CUDAGraphOptions as CUDAGraphOptions
+    from piecework.runtime.graphs.device.contract import weak_ref_tensors as weak_ref_tensors
     from piecework.runtime.graphs.memory.wrapper import CUDAGraphEntry as CUDAGraphEntry
+    from piecework.runtime.graphs.memory.wrapper import CUDAGraphOptions as CUDAGraphOptions
     from piecework.runtime.graphs.memory.wrapper import CUDAGraphWrapper as CUDAGraphWrapper
     from piecework.runtime.graphs.memory.wrapper import (
         wrap_with_cudagraph_if_needed as wrap_with_cudagraph_if_needed,

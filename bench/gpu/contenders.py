@@ -24,9 +24,8 @@ from piecework.runtime.batch.dispatcher import CudagraphDispatcher
 from piecework.runtime.batch.forward_context import set_forward_context
 from piecework.runtime.batch.mode import CUDAGraphMode
 from piecework.runtime.config.compilation import CompilationConfig
-from piecework.runtime.graphs.memory.captured_call import CapturedCall
 from piecework.runtime.graphs.memory.owner import StaticGraphs
-from piecework.runtime.graphs.memory.wrapper import wrap_with_cudagraph_if_needed
+from piecework.runtime.graphs.memory.wrapper import CapturedCall, wrap_with_cudagraph_if_needed
 from piecework.runtime.graphs.plan.phase import capture_graphs
 from piecework.runtime.pieces.backend import PieceworkBackend
 from piecework.runtime.stitched import StitchedModule

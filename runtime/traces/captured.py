@@ -23,9 +23,8 @@ if TYPE_CHECKING:
     from piecework.runtime.batch.coverage import Coverage
     from piecework.runtime.graphs.plan.options import CaptureOptions
     from piecework.runtime.graphs.plan.phase import CaptureWatcher
-    from piecework.runtime.graphs.serve.measured import Measurement
     from piecework.runtime.graphs.serve.model import CapturedModel
-    from piecework.runtime.graphs.serve.report import CallRow, MemoryReport
+    from piecework.runtime.graphs.serve.report import CallRow, Measurement, MemoryReport
 
 
 @short_methods
@@ -174,7 +173,7 @@ class Captures:
             sizes, options: as for `capture`.
             seconds: how long each size is timed.
         """
-        from piecework.runtime.graphs.serve.measured import CAPTURED, Measurement
+        from piecework.runtime.graphs.serve.report import CAPTURED, Measurement
 
         made = self._traces.made
         if not isinstance(seconds, (int, float)) or not seconds > 0:

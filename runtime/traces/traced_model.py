@@ -46,9 +46,8 @@ if TYPE_CHECKING:
     from piecework.runtime.graphs.plan.batch_shape import BatchShape, FixedBatch
     from piecework.runtime.graphs.plan.options import CaptureOptions
     from piecework.runtime.graphs.plan.phase import CaptureWatcher
-    from piecework.runtime.graphs.serve.measured import MeasuredSize
     from piecework.runtime.graphs.serve.model import CapturedModel
-    from piecework.runtime.graphs.serve.report import CallRow
+    from piecework.runtime.graphs.serve.report import CallRow, MeasuredSize
 
 Call = tuple[tuple[object, ...], dict[str, object]]
 NewBackend = Callable[[], PieceworkBackend]
@@ -194,7 +193,7 @@ class TracedModel:
 
     def call_of(self, size: int, options: CaptureOptions) -> Call:
         """A call with a batch of ``size``, zeros in all tensors."""
-        return self._call_of(size, self._shape(options), options)
+        return self._call_of(size, self._shape(options))
 
     def call_of_one(self, options: CaptureOptions) -> Call | None:
         """A call with a batch of one, which this trace does not serve; None if it does, or has no batch at all."""
@@ -202,28 +201,23 @@ class TracedModel:
         if self.program.batch.symbol is None or not self.entry.made.plan.checks:
             return None
         shape = self._shape(options)
-        return None if shape.low < 2 else self._call_of(1, shape, options)
+        return None if shape.low < 2 else self._call_of(1, shape)
 
     def _shape(self, options: CaptureOptions) -> BatchShape:
         from piecework.runtime.graphs.plan.batch_shape import batch_shape
 
         return batch_shape(self.entry.captured, self.program, options.other_sizes)
 
-    def _call_of(self, size: int, shape: BatchShape, options: CaptureOptions) -> Call:
-        """A call with a batch of ``size``, and the first captured value of every other size."""
+    def _call_of(self, size: int, shape: BatchShape) -> Call:
+        """A call with a batch of ``size``, and the captured value of every other size."""
         captured = self.entry.captured
         symbols = {each.name: max(each.low or 0, 2) for each in captured.assumptions.symbols()}
-        for other in shape.others:
-            given = (options.other_sizes[x] for x in other.labels if x in options.other_sizes)
-            values = next((each for each in given if not isinstance(each, str)), ())
-            symbols[other.symbol] = next(iter(values), other.example or symbols[other.symbol])
-        symbols |= {name: size for name in (shape.symbol, *(each.symbol for each in shape.equal))}
-        return example_call(captured.parameters, symbols)
+        return example_call(captured.parameters, symbols | shape.sizes(size))
 
     def measure(self, *, seconds: float) -> Iterator[MeasuredSize]:
         """Time each captured size eager, uncaptured, and as it was captured; see `StitchedModule.measure`."""
         from piecework.runtime.batch.mode import CUDAGraphMode
-        from piecework.runtime.graphs.serve.measured import CAPTURED, EAGER, STITCHED, measured
+        from piecework.runtime.graphs.serve.report import CAPTURED, EAGER, STITCHED, measured
 
         static = self.static
         if static is None:
@@ -232,7 +226,7 @@ class TracedModel:
         for mode, group in static.dispatcher.get_capture_descs():
             for descriptor in (each for each in group if (mode, each) in captured):
                 size = descriptor.num_tokens
-                args, kwargs = self._call_of(size, static.shape, static.options)
+                args, kwargs = self._call_of(size, static.shape)
                 ways = {
                     EAGER: partial(self._dry, CUDAGraphMode.NONE, descriptor, self.as_it_is),
                     STITCHED: partial(self._dry, CUDAGraphMode.NONE, descriptor, self.call),

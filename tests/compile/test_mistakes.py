@@ -674,7 +674,7 @@ MISTAKES: list[tuple[Callable[[], object], type[PieceworkError], str, str]] = [
         "",
     ),
     (
-        lambda: stitched().capture([4], other_sizes={"x.1": [8]}),
+        lambda: stitched().capture([4], other_sizes={"x.1": 8}),
         ConfigError,
         "no dynamic size 'x.1'",
         "there are: none",

@@ -425,8 +425,8 @@ def test_a_captured_batch_of_one_has_the_other_sizes_that_were_asked_for(
         return x * 2 + y.mean()
 
     stitched = compiled(model, torch.randn(4, 6), torch.randn(3))
-    stitched.capture([1, 2], other_sizes={"x.1": [6], "y.0": [3, 5]}, progress=False)
-    for batch, others in ((1, 3), (2, 5), (1, 5), (1, 3)):
+    stitched.capture([1, 2], other_sizes={"x.1": 6, "y.0": 3}, progress=False)
+    for batch, others in ((1, 3), (2, 3), (1, 3)):
         same(stitched, model, torch.randn(batch, 6), torch.randn(others))
     assert all(row.mode != "NONE" for row in stitched.call_report())
 

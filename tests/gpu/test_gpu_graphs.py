@@ -11,7 +11,7 @@ from piecework.bench.gpu.model import TINY, build, token_ids
 from piecework.runtime.batch.descriptor import BatchKind
 from piecework.runtime.batch.forward_context import set_forward_context
 from piecework.runtime.batch.mode import CUDAGraphMode
-from piecework.runtime.graphs.plan.estimate import estimate_memory
+from piecework.runtime.graphs.plan.phase import estimate_memory
 from piecework.runtime.graphs.stage.inputs import InputSpec, StaticInputs
 
 pytestmark = [

@@ -12,7 +12,7 @@ from torch import nn
 
 import piecework
 from piecework.errors import ConfigError, StaticGraphError
-from piecework.runtime.graphs import BatchKind, CUDAGraphMode
+from piecework.runtime.graphs import CUDAGraphMode
 
 MODES = ["PIECEWISE", "FULL"]
 
@@ -102,64 +102,40 @@ def test_a_result_that_takes_all_rows_is_replayed_for_captured_sizes_only(mode: 
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_other_sizes_have_graphs_of_their_own(mode: str) -> None:
+@pytest.mark.parametrize("others", [{}, {"x.1": 9, "n": 4}])
+def test_other_sizes_are_those_of_the_example_or_those_that_are_named(mode: str, others) -> None:
     def model(x, mask, n):
         return fresh(x * mask) + n, x.shape[1]
 
     args = torch.randn(5, 6), torch.ones(6), 3
     stitched = piecework.compile(model, args, config=EAGER)
-    stitched.capture(
-        [2, 4],
-        mode=mode,
-        other_sizes={"x.1": [6, 9], "n": [3]},
-        progress=False,
-        estimate=True,
-        poison=True,
-    )
-    assert len(stitched.static_graphs.replays) == 4
+    stitched.capture([2, 4], mode=mode, other_sizes=others, progress=False, poison=True)
+    wide, number = others.get("x.1", 6), others.get("n", 3)
     for rows in (2, 3, 4):
         for columns in (6, 7, 9):
             for n in (3, 4):
                 same(stitched, model, torch.randn(rows, columns), torch.randn(columns), n)
     assert reasons(stitched) == {
-        "its size is captured": 4,
-        "padded to the next captured size": 2,
-        "nothing is captured for this value of an axis": 12,
+        "its size is captured": 2,
+        "padded to the next captured size": 1,
+        "a size beside the batch size is not the captured one": 15,
     }
-    spans = {(row.kind, row.mode.name) for row in stitched.coverage(4)}
-    assert ("mixed, n=3, x.1=9", mode) in spans
-    code = stitched.static_graphs.source_for(4, BatchKind(axes=(("n", 3), ("x.1", 9)))).code
-    assert "x.1=9" in code
-
-
-def test_other_sizes_are_those_of_the_example_by_default() -> None:
-    def model(x, n):
-        return fresh(x) * n
-
-    stitched = piecework.compile(model, (torch.randn(5, 6), 3), config=EAGER)
-    stitched.capture([4], progress=False, estimate=False)
-    for rows, columns, n in ((4, 6, 3), (4, 7, 3), (4, 6, 2)):
-        same(stitched, model, torch.randn(rows, columns), n)
-    assert (
-        sum(count for why, count in reasons(stitched).items() if "its size is captured" in why) == 1
-    )
+    held = stitched.static_graphs.static_inputs(4)
+    assert held["x"].shape[1] == wide
+    assert number in stitched.static_graphs.shape.numbers.values()
 
 
 @pytest.mark.parametrize(
-    ("other", "error", "why"),
+    ("other", "why"),
     [
-        (
-            {"x.1": []},
-            StaticGraphError,
-            r"is dynamic beside the batch size.*input x\.1.*other_sizes=",
-        ),
-        ({"y": [3]}, ConfigError, r"no dynamic size 'y'.*there are: x\.1"),
-        ({"x.1": [1]}, ConfigError, r"size 4 with x\.1=1 can't be captured"),
+        ({"y": 3}, r"no dynamic size 'y'.*there are: x\.1"),
+        ({"x.1": 1}, r"size 4 can't be captured: the trace allows x\.1 from 2"),
+        ({"x.1": [6]}, r"other_sizes\.x\.1.*should be"),
     ],
 )
-def test_other_sizes_are_checked(other, error, why: str) -> None:
+def test_other_sizes_are_checked(other, why: str) -> None:
     stitched = piecework.compile(lambda x: fresh(x) + 1, (torch.randn(5, 6),), config=EAGER)
-    with pytest.raises(error, match=why):
+    with pytest.raises(ConfigError, match=why):
         stitched.capture([4], other_sizes=other, progress=False)
 
 
@@ -174,11 +150,11 @@ def test_sizes_that_equal_the_batch_size_are_checked_at_every_call() -> None:
     assert reasons(stitched) == {
         "its size is captured": 1,
         "padded to the next captured size": 1,
-        "a size that is taken to equal the batch size doesn't": 2,
+        "a size beside the batch size is not the captured one": 2,
     }
     for wrong, why in (
         ({"y.1": "batch"}, "no dynamic size 'y.1'"),
-        ({"y.0": "all"}, "should be 'batch'"),
+        ({"y.0": "all"}, "should be"),
     ):
         with pytest.raises(ConfigError, match=why):
             stitched.capture([4], progress=False, other_sizes=wrong)

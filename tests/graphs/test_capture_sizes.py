@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from piecework.errors import ConfigError, StaticGraphError
-from piecework.runtime.batch.dispatcher import Reason
 from piecework.runtime.config.compilation import CompilationConfig, RuntimeConfig
-from piecework.runtime.graphs import BatchKind, CUDAGraphMode
+from piecework.runtime.graphs import CUDAGraphMode
 from piecework.runtime.graphs.plan.batch_shape import BatchShape, ResultRule, StagedInput
 from piecework.runtime.graphs.plan.options import CaptureOptions, plan_capture
 
@@ -19,27 +16,14 @@ STEPS = [1, 2, 4, *range(8, 256, 8), *range(256, 513, 16)]
 
 
 def shape(low: int = 1, high: int | None = None) -> BatchShape:
-    x = StagedInput(0, "x", torch.zeros(1), 0, {})
-    return BatchShape(
-        ("x",),
-        (x,),
-        (),
-        {},
-        (),
-        (),
-        {},
-        (ResultRule((0,)),),
-        frozenset({"s0"}),
-        low,
-        high,
-        (),
-        "s0",
-    )
+    x = StagedInput(0, "x", torch.zeros(1), 0, (1,))
+    rules, symbols = (ResultRule((0,)),), frozenset({"s0"})
+    return BatchShape(("x",), (x,), {}, (), {}, rules, symbols, low, high, (), "s0")
 
 
 def plan(sizes=None, at=None, config=None, **options):
     chosen = CompilationConfig(backend="eager", **(config or {}))
-    return plan_capture(at or shape(), chosen, sizes, CaptureOptions(**options))
+    return plan_capture(at or shape(), chosen, sizes, CaptureOptions(**options))[0]
 
 
 def limits(**fields: object) -> RuntimeConfig:
@@ -83,7 +67,7 @@ TABLE = [
 @pytest.mark.parametrize(("config", "sizes", "runtime", "expected"), TABLE)
 def test_sizes(config, sizes, runtime, expected) -> None:
     options = {} if runtime is None else {"runtime": limits(**runtime)}
-    assert list(plan(sizes, config=config, **options).sizes) == expected
+    assert list(plan(sizes, config=config, **options).capture_sizes) == expected
 
 
 @pytest.mark.parametrize(
@@ -114,56 +98,3 @@ def test_sizes(config, sizes, runtime, expected) -> None:
 def test_what_can_not_be_captured_is_said(call, error, why: str) -> None:
     with pytest.raises(error, match=why):
         call()
-
-
-MODES = ["PIECEWISE", "FULL", "FULL_DECODE_ONLY", "FULL_AND_PIECEWISE"]
-
-
-@given(
-    mode=st.sampled_from(MODES),
-    sizes=st.sets(st.integers(1, 40), min_size=1, max_size=5),
-    query_len=st.integers(1, 4),
-    loras=st.sampled_from([(), (1,), (2, 5)]),
-    tokens=st.integers(1, 50),
-    uniform=st.booleans(),
-    active=st.integers(0, 6),
-    exact=st.booleans(),
-)
-@settings(deadline=None, max_examples=100)
-def test_every_batch_has_a_graph_of_at_least_its_size_or_a_reason(
-    mode, sizes, query_len, loras, tokens, uniform, active, exact
-) -> None:
-    runtime = limits(max_num_seqs=16, uniform_decode_query_len=query_len)
-    try:
-        made = plan(
-            sizes,
-            shape(),
-            mode=mode,
-            runtime=runtime,
-            lora_counts=loras,
-        )
-    except ConfigError as error:
-        assert "multiple of" in str(error)
-        return
-    made.dispatcher.exact = Reason.NOT_EXACT if exact else None
-    kind = BatchKind(uniform, active > 0, active)
-    keys = {m: set(found) for m, found in made.dispatcher.cudagraph_keys.items()}
-    found = made.dispatcher.explain(tokens, kind)
-    assert made.dispatcher.cudagraph_keys == keys
-    if found.mode is NONE:
-        assert found.descriptor.num_tokens == tokens and found.reason.name not in (
-            "EXACT",
-            "PADDED",
-        )
-        return
-    descriptor = found.descriptor
-    assert descriptor in keys[found.mode] and descriptor.num_tokens >= tokens
-    assert not exact or descriptor.num_tokens == tokens
-    # no captured size in between was passed over
-    assert not any(tokens <= size < descriptor.num_tokens for size in made.sizes) or (
-        descriptor.uniform
-    )
-    assert descriptor.num_active_loras >= active or not loras
-    if descriptor.uniform:
-        assert uniform and descriptor.num_tokens == descriptor.num_reqs * query_len
-        assert descriptor.num_reqs <= 16

@@ -13,7 +13,7 @@ import piecework
 from piecework.errors import BindError, EmitError
 from piecework.runtime.batch.forward_context import get_forward_context, set_forward_context
 from piecework.runtime.graphs import BatchKind, CUDAGraphMode, FailurePolicy
-from piecework.runtime.graphs.serve import model as captured
+from piecework.runtime.graphs.plan import phase
 from piecework.runtime.graphs.serve import replay as captured_replay
 
 SIZES = [1, 2, 4, 8]
@@ -161,16 +161,14 @@ def test_what_turns_out_too_expensive_is_given_up_while_capturing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The estimate was far too low, as on a GPU that somebody else uses meanwhile."""
-    real = captured.estimate_memory
+    real = phase.estimate_memory
 
     def far_too_low(*args, **kwargs):
         found = real(*args, **kwargs)
-        models = {
-            kind: replace(model, per_token=0.0, fixed=0.0) for kind, model in found.models.items()
-        }
+        models = {kind: replace(model, pool=(0.0, 0.0)) for kind, model in found.models.items()}
         return replace(found, models=models)
 
-    monkeypatch.setattr(captured, "estimate_memory", far_too_low)
+    monkeypatch.setattr(phase, "estimate_memory", far_too_low)
     model, stitched = small()
     stitched.capture([1, 2, 4], memory_budget=100, progress=False)
     assert sizes_of(stitched) == [4]  # the first tells what captures really take

@@ -8,10 +8,10 @@ import torch
 from piecework.errors import ConfigError, StaticGraphError
 from piecework.runtime.batch.descriptor import BatchDescriptor
 from piecework.runtime.batch.mode import CUDAGraphMode
-from piecework.runtime.graphs.device.weak_ref import view_of_storage
+from piecework.runtime.graphs.device.contract import view_of_storage
 from piecework.runtime.graphs.memory.addresses import AddressBook, ValueOrigin
-from piecework.runtime.graphs.memory.captured_call import CapturedCall, CUDAGraphOptions
 from piecework.runtime.graphs.memory.owner import CaptureRecord, StaticGraphs
+from piecework.runtime.graphs.memory.wrapper import CapturedCall, CUDAGraphOptions
 
 PIECEWISE = CUDAGraphMode.PIECEWISE
 DESCRIPTOR = BatchDescriptor(4)
@@ -51,7 +51,7 @@ def test_classes():
     ]
     for tensor, origin, name in table:
         assert book.classify(tensor, DESCRIPTOR) is origin
-        assert book.name_of(tensor, DESCRIPTOR) == name
+        assert book.find(tensor, DESCRIPTOR)[1] == name
     # An output of one descriptor's capture is nobody's at another one's.
     assert book.classify(piece, BatchDescriptor(8)) is ValueOrigin.FRESH
     assert book.classify(piece) is ValueOrigin.FRESH
@@ -76,7 +76,7 @@ def test_tied_weights_and_weights_that_are_replaced():
     book.register_weights({"embed": one, "head": one, "norm": two})
     assert book.changed_weights({"embed": one, "head": one, "norm": two}) == {}
     book.register_weights({"embed": two})
-    assert book.name_of(one) == "head"
+    assert book.find(one, None)[1] == "head"
     assert book.changed_weights({"embed": two, "head": one, "norm": two}) == {}
 
 

@@ -13,12 +13,12 @@ from rich.console import Console
 from piecework.errors import StaticGraphError
 from piecework.runtime.batch.descriptor import BatchDescriptor
 from piecework.runtime.batch.mode import CUDAGraphMode
-from piecework.runtime.graphs.plan.estimate import (
+from piecework.runtime.graphs.plan.phase import (
+    CaptureProgress,
     MemoryModel,
     cost_of,
     estimate_memory,
 )
-from piecework.runtime.graphs.plan.phase import CaptureProgress
 
 NONE, PIECEWISE, FULL = CUDAGraphMode.NONE, CUDAGraphMode.PIECEWISE, CUDAGraphMode.FULL
 BOTH = CUDAGraphMode.FULL_AND_PIECEWISE
@@ -119,24 +119,11 @@ def test_estimating_after_capturing_is_an_error():
         estimate_memory(model.dummy, model.dispatcher.get_capture_descs(), model.graphs)
 
 
-KINDS = [(mode, BatchDescriptor(0)) for mode in (PIECEWISE, FULL)]
-
-
-def key(size, mode=PIECEWISE):
-    return mode, BatchDescriptor(size)
-
-
-def test_what_was_measured_tells_the_rest():
-    model = MemoryModel.fit({8: 1050, 2: 50}, alone=(2, 450))
-    assert (model.per_token, model.fixed) == (100.0, 200.0)
-    assert cost_of([key(4)], {KINDS[0]: model}) == 650
-    one = {KINDS[0]: MemoryModel.fit({8: 800}, alone=(8, 800))}
-    assert [cost_of(map(key, sizes), one) for sizes in ([8], [4, 2], [])] == [800, 400, 0]
-    # A smaller size can't need more of the pool than the largest.
-    assert MemoryModel.fit({8: 800, 4: 0}, alone=(4, 900)).fixed == 800.0
-
-
-def test_kinds_share_the_pool():
-    models = {KINDS[0]: MemoryModel(10.0, 0.0, ((4, 5),)), KINDS[1]: MemoryModel(20.0)}
-    assert cost_of([key(8), key(2, FULL)], models) == 80 + 5
-    assert cost_of([key(8), key(8, FULL)], models) == 160 + 5
+def test_kinds_share_the_pool_and_a_smaller_size_adds_its_step():
+    kinds = [(mode, BatchDescriptor(0)) for mode in (PIECEWISE, FULL)]
+    known = MemoryModel((200.0, 10.0), (5.0, 1.0)), MemoryModel((0.0, 20.0))
+    models = dict(zip(kinds, known, strict=True))
+    pieces, whole = ((mode, BatchDescriptor(8)) for mode in (PIECEWISE, FULL))
+    assert cost_of([pieces], models) == 280 + 13
+    assert cost_of([pieces, (PIECEWISE, BatchDescriptor(2)), whole], models) == 280 + 13 + 7
+    assert cost_of([], models) == 0

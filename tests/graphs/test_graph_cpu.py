@@ -7,7 +7,7 @@ import torch
 
 from piecework.errors import StaticGraphError
 from piecework.runtime.graphs.device.cpu import CpuGraphPool, CpuStaticGraph
-from piecework.runtime.graphs.device.platforms import platform_for
+from piecework.runtime.graphs.memory.owner import platform_for
 
 
 def test_outputs_are_poison_until_the_first_replay():

@@ -7,7 +7,7 @@ import weakref
 import pytest
 import torch
 
-from piecework.runtime.graphs.device.weak_ref import weak_ref_tensor, weak_ref_tensors
+from piecework.runtime.graphs.device.contract import weak_ref_tensor, weak_ref_tensors
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 DTYPES = sorted(

@@ -7,7 +7,7 @@ import torch
 
 import piecework
 from piecework.runtime.config.compilation import CompilationConfig
-from piecework.runtime.graphs.serve.measured import MeasuredSize, Measurement, measured
+from piecework.runtime.graphs.serve.report import MeasuredSize, Measurement, measured
 
 
 @piecework.splitting_op("measure_tests::count", mutates_args=("out", "seen"), rows="independent")
@@ -74,7 +74,7 @@ def test_graphs_are_kept_where_they_were_faster(
         better = faster if size == 4 else "captured"
         return MeasuredSize(size, {**dict.fromkeys(ways, 2.0), better: 1.0})  # type: ignore[call-overload]
 
-    monkeypatch.setattr("piecework.runtime.graphs.serve.measured.measured", judge)
+    monkeypatch.setattr("piecework.runtime.graphs.serve.report.measured", judge)
     stitched = compiled()
     found = stitched.measure([2, 4])
     assert found.worth_capturing == ((2, 4) if faster == "captured" else (2,))

@@ -14,7 +14,7 @@ from piecework.integrations.transformers import stitch, stitched_module, unstitc
 from piecework.integrations.transformers.request.dry import dry_request
 from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.counters import counters
-from piecework.runtime.graphs.serve.measured import MeasuredSize
+from piecework.runtime.graphs.serve.report import MeasuredSize
 from piecework.runtime.stitched import StitchedModule
 
 transformers = pytest.importorskip("transformers")
@@ -89,7 +89,7 @@ def test_auto_that_keeps_nothing_says_so(
     def judge(size: int, ways: object, device: object, *, seconds: float) -> MeasuredSize:
         return MeasuredSize(size, {"stitched": 1.0, "captured": 2.0})
 
-    monkeypatch.setattr("piecework.runtime.graphs.serve.measured.measured", judge)
+    monkeypatch.setattr("piecework.runtime.graphs.serve.report.measured", judge)
     monkeypatch.setattr("piecework.integrations.transformers.stitcher.AUTO_MAXIMUM", 2)
     model = stitch(build(), config=EAGER_PIECES, capture="auto")
     assert (

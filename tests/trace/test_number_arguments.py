@@ -129,7 +129,7 @@ def test_a_broken_branch_is_refused_in_the_words_of_the_guard(
 
 def test_the_root_in_a_guard_is_captured_too() -> None:
     stitched = compiled(long_root, (torch.randn(12, 8),), "eager", "backed")
-    stitched.capture([4, 8], progress=False, other_sizes={"x.1": [8]})
+    stitched.capture([4, 8], progress=False, other_sizes={"x.1": 8})
     torch.testing.assert_close(stitched(torch.ones(4, 8)), long_root(torch.ones(4, 8)))
 
 

@@ -45,7 +45,7 @@ from piecework.runtime.batch.forward_context import (
     set_forward_context,
 )
 from piecework.runtime.batch.mode import CUDAGraphMode
-from piecework.runtime.graphs.device.platforms import platform_for
+from piecework.runtime.graphs.memory.owner import platform_for
 from piecework.runtime.stitched import StitchedModule
 
 

@@ -1,6 +1,7 @@
 """What a static graph is on every device: captured once, then replayed on the same memory.
 
-``cuda`` and ``cpu`` keep this contract, and ``platforms`` picks one by device.
+``cuda`` and ``cpu`` keep this contract; results are handed on as weak references where the pool
+owns them.
 """
 
 from __future__ import annotations
@@ -9,8 +10,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
+from piecework.codegen.graph.structure import taken_apart
 from piecework.errors import StaticGraphError
+from piecework.runtime.torch_compat import negative_view, storage_at
 
 
 class StaticGraph:
@@ -28,11 +32,6 @@ class StaticGraph:
         self._pool = pool
         self._held: Any = None
 
-    @property
-    def captured(self) -> bool:
-        """Whether there is something to replay."""
-        return self._held is not None
-
     def capture(
         self,
         runnable: Callable[..., object],
@@ -43,12 +42,9 @@ class StaticGraph:
     ) -> object:
         """Capture ``runnable(*args, **kwargs)`` and return its output, any pytree.
 
-        Args:
-            weak_output: let go of the output inside the capture, so that the next one may reuse its
-                memory; what is returned then owns nothing.
-
-        Raises:
-            StaticGraphError: the output can't be static memory, or this graph is captured already.
+        With ``weak_output`` the output is let go of inside the capture, so that the next one may
+        reuse its memory; what is returned then owns nothing. Where the output can't be static
+        memory, or this graph is captured already, it is a `StaticGraphError`.
         """
         if self._held is not None:
             raise StaticGraphError("this static graph is captured already", hint="reset() it first")
@@ -74,7 +70,6 @@ class StaticGraph:
         raise NotImplementedError
 
     def require_captured(self) -> Any:
-        """What was captured; a `StaticGraphError` if nothing was."""
         if self._held is None:
             raise StaticGraphError("nothing was captured", hint="call capture() first")
         return self._held
@@ -84,24 +79,11 @@ class StaticGraph:
         self._held = None
 
 
-class GraphPool:
-    """The memory that the static graphs of one owner share.
-
-    Attributes:
-        nbytes: what is held for outputs (and, on CUDA, for intermediates and the graphs themselves).
-        driver_bytes: of these, what the driver took for graphs, told in coarse steps.
-    """
-
-    nbytes: int
-    driver_bytes: int
-
-    def clear(self) -> None:
-        """Give the memory back; every graph of the pool must have been reset."""
-        raise NotImplementedError
-
-
 class GraphPlatform:
     """How graphs are made on one device; by default work is done there when a call returns.
+
+    A pool is the memory that the graphs of one owner share: ``nbytes`` is what it holds, and
+    ``driver_bytes`` how much of that the driver took for graphs; ``clear()`` gives it back.
 
     Attributes:
         unmarked: why kernels inside graphs can't carry what they stand for; "" where they can.
@@ -112,7 +94,7 @@ class GraphPlatform:
     unmarked: str
     stand_in = False
 
-    def new_pool(self) -> GraphPool:
+    def new_pool(self) -> Any:
         raise NotImplementedError
 
     def new_graph(self, pool: Any, *, marked: bool = False) -> StaticGraph:
@@ -136,3 +118,67 @@ class GraphPlatform:
 
     def synchronize(self) -> None:
         """Wait until the device has done what was queued."""
+
+
+def weak_ref_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory in a tensor that does not keep it alive; who reads it answers for it.
+
+    A tensor without plain memory (sparse, a subclass, on the meta device) is returned as it is; one
+    without elements becomes a new one.
+
+    Example:
+        >>> t = torch.arange(3)
+        >>> weak_ref_tensor(t).data_ptr() == t.data_ptr()
+        True
+    """
+    if not owns_plain_memory(tensor):
+        return tensor
+    if tensor.numel() == 0:
+        with torch.inference_mode(False):
+            return torch.empty_strided(
+                tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
+            )
+    storage = tensor.untyped_storage()
+    unowned = storage_at(storage.data_ptr(), tensor.device, storage.nbytes())
+    return view_of_storage(unowned, like=tensor)
+
+
+def weak_ref_tensors(tree: object) -> object:
+    """``weak_ref_tensor`` of every tensor in ``tree``; other leaves and the containers stay."""
+    return pytree.tree_map_only(torch.Tensor, weak_ref_tensor, tree)
+
+
+def owns_plain_memory(tensor: torch.Tensor) -> bool:
+    """Whether ``tensor`` is dense memory on a real device, so that an address describes it."""
+    return (
+        type(tensor) in (torch.Tensor, torch.nn.Parameter)
+        and tensor.layout is torch.strided
+        and tensor.device.type != "meta"
+        and not tensor.is_quantized
+    )
+
+
+def plain_parts(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """Itself, or the plain tensors that a subclass holds; none where that can't be told."""
+    apart = taken_apart(tensor)
+    if apart is None:
+        return [tensor] if owns_plain_memory(tensor) else []
+    parts = [plain_parts(each) for each in apart[0].values()]
+    return [part for each in parts for part in each] if all(parts) else []
+
+
+def view_of_storage(
+    storage: torch.UntypedStorage, *, like: torch.Tensor, byte_shift: int = 0
+) -> torch.Tensor:
+    """A tensor like ``like`` over ``storage``, ``byte_shift`` bytes earlier in it.
+
+    It is never an inference tensor: graphs that were captured under ``torch.inference_mode`` are
+    replayed outside of it too, and operators write into their results there.
+    """
+    offset = like.storage_offset() - byte_shift // like.element_size()
+    with torch.inference_mode(False):
+        base = torch.empty(0, dtype=like.dtype, device=like.device)
+        view = base.set_(storage, offset, like.shape, like.stride())
+        if like.is_conj():
+            view = view.conj()
+        return negative_view(view) if like.is_neg() else view

@@ -1,7 +1,7 @@
 """Static graphs without a GPU: the contract of a CUDA graph, kept by running the callable again.
 
-It never adapts to moved inputs or changed contexts: it fails in the ways a CUDA graph fails, so
-that tests find them.
+It fails in the ways a CUDA graph fails (moved inputs, changed contexts, memory that was let go of),
+so that tests find them.
 """
 
 from __future__ import annotations
@@ -9,20 +9,19 @@ from __future__ import annotations
 import contextvars
 import ctypes
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import torch
 
 from piecework.errors import StaticGraphError
 from piecework.runtime.batch.forward_context import (
-    ForwardContext,
     current_forward_context,
     override_forward_context,
 )
-from piecework.runtime.graphs.device.contract import GraphPlatform, GraphPool, StaticGraph
-from piecework.runtime.graphs.device.weak_ref import (
+from piecework.runtime.graphs.device.contract import (
+    GraphPlatform,
+    StaticGraph,
     owns_plain_memory,
     plain_parts,
     view_of_storage,
@@ -58,7 +57,7 @@ class CpuGraphPlatform(GraphPlatform):
         return _CAPTURING.get()
 
 
-class CpuGraphPool(GraphPool):
+class CpuGraphPool:
     """Blocks of output memory; one is free again when the last tensor over it is gone."""
 
     driver_bytes = 0
@@ -68,16 +67,18 @@ class CpuGraphPool(GraphPool):
         self._free: list[torch.Tensor] = []
 
     @property
-    def nbytes(self) -> int:  # type: ignore[override]
+    def nbytes(self) -> int:
         return sum(block.nbytes for block in self._blocks)
 
     def clear(self) -> None:
         self._blocks.clear()
         self._free.clear()
 
-    def owns(self, tensor: torch.Tensor) -> bool:
-        """Whether ``tensor`` lies in a block, which stays until the pool is cleared."""
-        start = tensor.untyped_storage().data_ptr()
+    def owns(self, leaf: object) -> bool:
+        """Whether ``leaf`` lies in a block, which stays until the pool is cleared."""
+        if not isinstance(leaf, torch.Tensor) or not owns_plain_memory(leaf) or not leaf.numel():
+            return False
+        start = leaf.untyped_storage().data_ptr()
         return any(b.data_ptr() <= start < b.data_ptr() + b.nbytes for b in self._blocks)
 
     def take(self, nbytes: int) -> tuple[torch.UntypedStorage, torch.Tensor]:
@@ -99,17 +100,6 @@ class CpuGraphPool(GraphPool):
             self._free.append(block)
 
 
-class _Recording(NamedTuple):
-    """What a replay uses; ``copies``: output → where the bytes of its storage go."""
-
-    runnable: Callable[..., object]
-    args: tuple[object, ...]
-    kwargs: Mapping[str, object]
-    context: ForwardContext | None
-    layouts: list[object]
-    copies: Mapping[int, torch.Tensor]
-
-
 class CpuStaticGraph(StaticGraph):
     """A callable re-run on the inputs of its capture, its results copied to the outputs of then.
 
@@ -124,18 +114,33 @@ class CpuStaticGraph(StaticGraph):
         args: tuple[object, ...],
         kwargs: Mapping[str, object],
         weak: bool,
-    ) -> tuple[_Recording, object]:
+    ) -> tuple[Callable[[], None], object]:
         given, spec = flatten_tree((args, kwargs))
         inputs = _storages(given)
-        with torch.no_grad(), _contents_kept(inputs.values()), set_for(_CAPTURING, True):
-            output = runnable(*args, **kwargs)
-            leaves, output_spec = flatten_tree(output)
+        with torch.no_grad(), _contents_kept(inputs), set_for(_CAPTURING, True):
+            leaves, output_spec = flatten_tree(runnable(*args, **kwargs))
         static, copies = self._make_static(leaves, inputs)
-        held = unflatten_tree([weak_ref_tensors(x) if self._pooled(x) else x for x in given], spec)
-        layouts = list(map(_layout, leaves))
-        held = _Recording(runnable, *held, current_forward_context(), layouts, copies)  # type: ignore[misc]
+        kept = [weak_ref_tensors(each) if self._pool.owns(each) else each for each in given]
+        held_args, held_kwargs = unflatten_tree(kept, spec)
+        layouts, context = list(map(_layout, leaves)), current_forward_context()
+        del leaves, given
+
+        def run_again() -> None:
+            with torch.no_grad(), override_forward_context(context), set_for(_CAPTURING, True):
+                now, _ = flatten_tree(runnable(*held_args, **held_kwargs))
+                found = list(map(_layout, now))
+                if found != layouts:
+                    pairs = enumerate(zip(found, layouts, strict=False))
+                    index = next((n for n, (new, then) in pairs if new != then), 0)
+                    raise StaticGraphError(
+                        f"output {index} came out with another layout than at capture",
+                        hint="shapes must not depend on the values of a captured callable's inputs",
+                    )
+                for index, window in copies.items():
+                    window.copy_(_bytes_of(now[index].untyped_storage()))
+
         result = unflatten_tree(static, output_spec)
-        return held, weak_ref_tensors(result) if weak else result
+        return run_again, weak_ref_tensors(result) if weak else result
 
     def replay_function(self) -> Callable[[], None]:
         self.require_captured()
@@ -147,25 +152,7 @@ class CpuStaticGraph(StaticGraph):
                 "a replay while something is captured", hint="run the callable itself there"
             )
         # In a copy of the context: an interrupt can't leave the capture's forward context behind.
-        contextvars.copy_context().run(self._run_again, self.require_captured())
-
-    def _run_again(self, held: _Recording) -> None:
-        with torch.no_grad(), override_forward_context(held.context), set_for(_CAPTURING, True):
-            leaves, _ = flatten_tree(held.runnable(*held.args, **held.kwargs))
-            found = list(map(_layout, leaves))
-            if found != held.layouts:
-                pairs = enumerate(zip(found, held.layouts, strict=False))
-                index = next((n for n, (now, then) in pairs if now != then), 0)
-                raise StaticGraphError(
-                    f"output {index} came out with another layout than at capture",
-                    hint="shapes must not depend on the values of a captured callable's inputs",
-                )
-            for index, window in held.copies.items():
-                window.copy_(_bytes_of(leaves[index].untyped_storage()))
-
-    def _pooled(self, leaf: object) -> bool:
-        plain = isinstance(leaf, torch.Tensor) and owns_plain_memory(leaf) and leaf.numel() > 0
-        return plain and self._pool.owns(leaf)  # type: ignore[arg-type]
+        contextvars.copy_context().run(self.require_captured())
 
     def _make_static(
         self, leaves: list[object], inputs: Mapping[int, torch.UntypedStorage]
@@ -210,9 +197,9 @@ def _storages(leaves: list[object]) -> dict[int, torch.UntypedStorage]:
 
 
 @contextmanager
-def _contents_kept(storages: Iterable[torch.UntypedStorage]) -> Iterator[None]:
+def _contents_kept(storages: Mapping[int, torch.UntypedStorage]) -> Iterator[None]:
     """Undo in-place changes of ``storages``: capturing on CUDA computes nothing either."""
-    saved = [(now := _bytes_of(storage), now.clone()) for storage in storages]
+    saved = [(now := _bytes_of(storage), now.clone()) for storage in storages.values()]
     try:
         yield
     finally:

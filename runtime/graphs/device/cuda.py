@@ -14,8 +14,7 @@ import torch
 from piecework.collector import collector_paused
 from piecework.errors import StaticGraphError
 from piecework.runtime import torch_compat
-from piecework.runtime.graphs.device.contract import GraphPlatform, GraphPool, StaticGraph
-from piecework.runtime.graphs.device.weak_ref import weak_ref_tensors
+from piecework.runtime.graphs.device.contract import GraphPlatform, StaticGraph, weak_ref_tensors
 from piecework.scope import set_for
 
 # torch takes one capture in a process, and who waits for a device meanwhile makes it invalid.
@@ -30,11 +29,7 @@ _STATEMENT: contextvars.ContextVar[Mapping[str, object]] = contextvars.ContextVa
 def kernels_of(what: str, layer: str, line: int, graph: str) -> Iterator[None]:
     """Mark what is captured in the block as the work of one statement.
 
-    Args:
-        what: the piece or the operator that it calls.
-        layer: its module; inside a statement that calls a shared function, that statement's counts.
-        line: where it is in the emitted source.
-        graph: mode and batch of what is captured.
+    ``layer``: its module; inside a statement that calls a shared function, that statement's counts.
     """
     layer = str(_STATEMENT.get().get("layer") or layer)
     name = f"{what} {layer}".strip()
@@ -44,11 +39,7 @@ def kernels_of(what: str, layer: str, line: int, graph: str) -> Iterator[None]:
 
 
 class CudaGraphPlatform(GraphPlatform):
-    """Static graphs on one CUDA device.
-
-    Raises:
-        StaticGraphError: there is no such device, or its allocator has no private pools.
-    """
+    """Static graphs on one CUDA device, whose allocator must have private pools."""
 
     def __init__(self, device: torch.device) -> None:
         if not torch.cuda.is_available():
@@ -111,7 +102,7 @@ class _CallOrder:
             self._number, self._stream = number, stream
 
 
-class CudaGraphPool(GraphPool):
+class CudaGraphPool:
     """A private memory pool with one stream, which all captures into it use, and nothing else does.
 
     Blocks of the caching allocator belong to a stream, so captures share memory only on the same
@@ -171,12 +162,12 @@ class CudaGraphPool(GraphPool):
         return [(each["address"], each["total_size"]) for each in here]
 
     @property
-    def nbytes(self) -> int:  # type: ignore[override]
+    def nbytes(self) -> int:
         """What the captures so far took from the device, graphs included."""
         return self._abandoned_bytes + self._segment_bytes + self.driver_bytes
 
     @property
-    def driver_bytes(self) -> int:  # type: ignore[override]
+    def driver_bytes(self) -> int:
         """Of these, what the driver took for graphs, which the device tells in coarse steps."""
         return max(0, self._driver_bytes)
 

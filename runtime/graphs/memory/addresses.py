@@ -14,7 +14,7 @@ import torch
 
 from piecework.errors import ConfigError, StaticGraphError
 from piecework.runtime.batch.descriptor import BatchDescriptor
-from piecework.runtime.graphs.device.weak_ref import owns_plain_memory, plain_parts
+from piecework.runtime.graphs.device.contract import owns_plain_memory, plain_parts
 
 
 class ValueOrigin(enum.Enum):
@@ -32,7 +32,7 @@ class Policy(enum.Enum):
 
     @classmethod
     def parse(cls, value: Self | str) -> Self:
-        """The policy of that name; a `ConfigError` that lists the names if there is none."""
+        """The policy of that name."""
         try:
             return cls(value.lower() if isinstance(value, str) else value)
         except ValueError:
@@ -57,7 +57,7 @@ class AddressPolicy(Policy):
 class Placement:
     """Where one tensor is and how it is laid out; equal ones mean a replay reads the right memory.
 
-    ``turned`` tells lazy conjugation and negation, ``parts`` where the tensors of a subclass are.
+    ``turned`` is lazy conjugation and negation, ``parts`` are the tensors that a subclass holds.
     """
 
     address: int
@@ -151,24 +151,33 @@ class AddressBook:
 
     def forget_captured(self, descriptor: BatchDescriptor | None = None) -> None:
         """Vouch no longer for the outputs captured for ``descriptor``, or for any."""
-        if descriptor is None:
-            self._captured.clear()
-        else:
-            self._captured.pop(descriptor, None)
+        for each in list(self._captured) if descriptor is None else [descriptor]:
+            self._captured.pop(each, None)
 
     def classify(
         self, tensor: torch.Tensor, descriptor: BatchDescriptor | None = None
     ) -> ValueOrigin:
         """Who owns the memory of ``tensor``, seen from a piece captured for ``descriptor``."""
-        region = self._find(tensor, descriptor)
-        return ValueOrigin.FRESH if region is None else region.origin
+        return self.find(tensor, descriptor)[0]
 
-    def name_of(
-        self, tensor: torch.Tensor, descriptor: BatchDescriptor | None = None
-    ) -> str | None:
-        """The name under which the memory of ``tensor`` was registered."""
-        region = self._find(tensor, descriptor)
-        return None if region is None else region.name
+    def find(
+        self, tensor: torch.Tensor, descriptor: BatchDescriptor | None
+    ) -> tuple[ValueOrigin, str | None]:
+        """Who owns the memory of ``tensor``, and the name under which it was registered."""
+        unknown = (ValueOrigin.FRESH, None)
+        if not owns_plain_memory(tensor):
+            # Of a subclass, if somebody vouches for all that it holds.
+            found = [self.find(part, descriptor) for part in plain_parts(tensor)]
+            return found[0] if found and unknown not in found else unknown
+        storage = tensor.untyped_storage()
+        start = storage.data_ptr()
+        captured = self._captured.get(descriptor, {}) if descriptor is not None else {}
+        for regions in (self._weight_regions, self._buffers, captured):
+            region = regions.get(start)
+            if region is not None:
+                fits = start + storage.nbytes() <= region.end
+                return (region.origin, region.name) if fits else unknown
+        return unknown
 
     def changed_weights(self, weights: Mapping[str, torch.Tensor]) -> dict[str, str]:
         """Which registered weights are missing, moved or laid out differently: name → how."""
@@ -179,17 +188,6 @@ class AddressBook:
             if difference is not None:
                 changes[name] = difference
         return changes
-
-    def _find(self, tensor: torch.Tensor, descriptor: BatchDescriptor | None) -> _Region | None:
-        if not owns_plain_memory(tensor):
-            # Of a subclass, if somebody vouches for all that it holds.
-            found = [self._find(part, descriptor) for part in plain_parts(tensor)]
-            return found[0] if found and all(found) else None
-        storage = tensor.untyped_storage()
-        start = storage.data_ptr()
-        captured = self._captured.get(descriptor, {}) if descriptor is not None else {}
-        region = self._weight_regions.get(start) or self._buffers.get(start) or captured.get(start)
-        return region if region is not None and start + storage.nbytes() <= region.end else None
 
 
 def _enter(

@@ -5,33 +5,46 @@ from __future__ import annotations
 import threading
 import time
 import weakref
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any
 
 import torch
 
 from piecework.errors import StaticGraphError
 from piecework.runtime.batch.descriptor import BatchDescriptor
 from piecework.runtime.batch.mode import CUDAGraphMode
-from piecework.runtime.graphs.device.contract import GraphPlatform, GraphPool, StaticGraph
-from piecework.runtime.graphs.device.platforms import platform_for
+from piecework.runtime.graphs.device.contract import GraphPlatform, StaticGraph
+from piecework.runtime.graphs.device.cpu import CpuGraphPlatform
+from piecework.runtime.graphs.device.cuda import CudaGraphPlatform
 from piecework.runtime.graphs.memory.addresses import AddressBook, AddressPolicy
 
 # How long a capture waits for a call to leave the memory, in seconds.
 _PATIENCE = 60.0
 
 
+def platform_for(device: torch.device | str) -> GraphPlatform:
+    """The platform that captures on ``device``; a `StaticGraphError` where none does."""
+    device = torch.device(device)
+    if device.type == "cpu":
+        return CpuGraphPlatform()
+    if device.type == "cuda":
+        return CudaGraphPlatform(device)
+    raise StaticGraphError(
+        f"no static graphs on {device.type!r} devices",
+        where=str(device),
+        hint="use cudagraph_mode NONE, or a CPU or CUDA device",
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class CaptureRecord:
-    """One capture that happened.
+    """One capture that happened: what it added to the pool, and outside of it for fresh inputs.
 
-    Attributes:
-        nbytes: what it added to the pool.
-        staged_bytes: new static buffers for fresh inputs, outside the pool.
-        eager_reason: why this piece runs uncaptured in this shape, if the address policy said so.
-        driver_bytes: how much of ``nbytes`` the driver took, for the graph itself.
+    ``eager_reason``: why this piece runs uncaptured in this shape, if the address policy said so;
+    ``driver_bytes``: how much of ``nbytes`` the driver took, for the graph itself.
     """
 
     name: str
@@ -47,19 +60,11 @@ class CaptureRecord:
         return f"{self.name}, {self.mode.name} {self.descriptor.describe()}"
 
 
-class GraphHolder(Protocol):
-    """Whoever keeps captures by descriptor; the owner tells it what to forget."""
-
-    def discard(self, mode: CUDAGraphMode, descriptor: BatchDescriptor) -> None: ...
-
-    def clear_graphs(self) -> None: ...
-
-
 class _SharedPool:
     """A pool, and who uses it."""
 
     def __init__(self, platform: GraphPlatform) -> None:
-        self.pool: GraphPool = platform.new_pool()
+        self.pool = platform.new_pool()
         self.call_order = platform.call_order()
         self.owners: weakref.WeakSet[StaticGraphs] = weakref.WeakSet()
         self.users: dict[int, object] = {}
@@ -126,7 +131,7 @@ class StaticGraphs:
         self.staging_bytes = 0
         self._in_use: set[tuple[CUDAGraphMode, BatchDescriptor]] = set()
         self._busy_with: str | None = None
-        self._holders: weakref.WeakSet[GraphHolder] = weakref.WeakSet()
+        self._holders: weakref.WeakSet[Any] = weakref.WeakSet()
         self._staging: dict[tuple[object, int], torch.Tensor] = {}
 
     @contextmanager
@@ -144,8 +149,7 @@ class StaticGraphs:
     def alone(self) -> Iterator[None]:
         """Have this memory to oneself: calls that come meanwhile, of any model, run uncaptured.
 
-        Raises:
-            StaticGraphError: a call that has it does not return, as the block is part of it, say.
+        A call that has the memory and does not return (the block is part of it, say) is an error.
         """
         shared, me, mine = self._shared, threading.get_ident(), object()
         if shared.alone == me:
@@ -174,7 +178,7 @@ class StaticGraphs:
         return self._busy_with is None and self.platform.is_capturing()
 
     def require_open(self, where: str) -> None:
-        """Raise a `StaticGraphError` where the capture phase is closed."""
+        """Refuse to capture where the capture phase is closed."""
         if not self.is_open:
             raise StaticGraphError(
                 "capture outside the capture phase",
@@ -202,8 +206,8 @@ class StaticGraphs:
                 hint="capture all pieces of a shape in one forward; the next one may",
             )
 
-    def register(self, holder: GraphHolder) -> None:
-        """Remember (weakly) who holds captures, so that they can be forgotten together."""
+    def register(self, holder: Any) -> None:
+        """Remember (weakly) who holds captures and has ``discard`` and ``clear_graphs``."""
         self._holders.add(holder)
 
     @contextmanager
@@ -250,10 +254,9 @@ class StaticGraphs:
 
     def bytes_by_descriptor(self) -> Mapping[tuple[CUDAGraphMode, BatchDescriptor], int]:
         """What each descriptor added when it was captured, all its pieces together."""
-        totals: dict[tuple[CUDAGraphMode, BatchDescriptor], int] = {}
+        totals: Counter[tuple[CUDAGraphMode, BatchDescriptor]] = Counter()
         for record in self.records:
-            key = (record.mode, record.descriptor)
-            totals[key] = totals.get(key, 0) + record.nbytes + record.staged_bytes
+            totals[record.mode, record.descriptor] += record.nbytes + record.staged_bytes
         return totals
 
     def discard(self, mode: CUDAGraphMode, descriptor: BatchDescriptor) -> None:

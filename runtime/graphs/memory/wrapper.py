@@ -1,11 +1,17 @@
-"""A callable that is captured per batch shape: the forward context's mode and descriptor decide."""
+"""A callable that is captured per batch shape, and replayed safely.
+
+The forward context's mode and descriptor decide when. No address is trusted that nobody vouched for.
+"""
 
 from __future__ import annotations
 
+import gc
 import logging
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 
@@ -14,11 +20,319 @@ from piecework.runtime.batch.descriptor import BatchDescriptor
 from piecework.runtime.batch.forward_context import ForwardContext, current_forward_context
 from piecework.runtime.batch.mode import CUDAGraphMode
 from piecework.runtime.config.compilation import CompilationConfig
-from piecework.runtime.graphs.memory.captured_call import CapturedCall, CUDAGraphOptions
+from piecework.runtime.graphs.device.contract import (
+    StaticGraph,
+    owns_plain_memory,
+    view_of_storage,
+    weak_ref_tensors,
+)
+from piecework.runtime.graphs.memory.addresses import AddressPolicy, Placement, ValueOrigin
 from piecework.runtime.graphs.memory.owner import CaptureRecord, StaticGraphs
-from piecework.runtime.torch_compat import flatten_tree
+from piecework.runtime.torch_compat import flatten_tree, unflatten_tree
 
 _log = logging.getLogger(__name__)
+# Python values that are the same when they are equal; any other object must be the very same one.
+_SCALARS = (bool, int, float, complex, str, bytes)
+Args, Kwargs = tuple[object, ...], Mapping[str, object]
+
+
+@dataclass(frozen=True, slots=True)
+class CUDAGraphOptions:
+    """How one wrapper captures.
+
+    Attributes:
+        debug_log_enable: log each capture of this wrapper.
+        gc_disable: don't collect garbage first; only the first piece of a forward needs to.
+        weak_ref_output: let go of the output inside the capture; right for the last piece, whose
+            output no other piece reads.
+        mutated_args: leaves of the arguments that the callable changes in place.
+    """
+
+    debug_log_enable: bool = True
+    gc_disable: bool = False
+    weak_ref_output: bool = False
+    mutated_args: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class InputSlot:
+    """One leaf of the captured arguments: a tensor at its place, or a frozen Python value.
+
+    Attributes:
+        origin, name: who owns a tensor's memory, and its name; None for a Python value.
+        placement: what a replay expects; None for a Python value.
+        value: the Python value; None for a tensor.
+        static: the buffer that a fresh tensor is copied into before each replay.
+        writes_back: the piece changes it, so the caller's tensor is updated after a replay.
+    """
+
+    index: int
+    origin: ValueOrigin | None = None
+    name: str | None = None
+    placement: Placement | None = None
+    value: object = None
+    static: torch.Tensor | None = None
+    writes_back: bool = False
+
+    def describe(self) -> str:
+        if self.origin is None:
+            return f"argument {self.index}"
+        kind = self.origin.value if self.name is None else f"{self.origin.value} {self.name!r}"
+        return f"argument {self.index} ({kind})"
+
+    def mismatch(self, leaf: object) -> str | None:
+        """Why ``leaf`` can't take this slot, or None; what is staged may lie elsewhere."""
+        if self.placement is None:
+            alike = type(self.value) is type(leaf) and type(leaf) in _SCALARS
+            if self.value is leaf or (alike and self.value == leaf):
+                return None
+            found = "a tensor" if isinstance(leaf, torch.Tensor) else repr(leaf)
+            return f"was {self.value!r}, is {found}"
+        if not isinstance(leaf, torch.Tensor):
+            return f"was a tensor, is a {type(leaf).__name__}"
+        now = Placement.of(leaf)
+        staged = self.static is not None and self.placement.same_layout(now)
+        return None if staged else self.placement.differs(now)
+
+    def source(self, leaves: Sequence[object]) -> torch.Tensor:
+        """A staged argument as it is now, laid out as at capture (``copy_`` would broadcast)."""
+        now, static = leaves[self.index], self.static
+        assert static is not None
+        layout = (static.shape, static.stride(), static.dtype)
+        if isinstance(now, torch.Tensor) and (now.shape, now.stride(), now.dtype) == layout:
+            return now
+        what = Placement.of(now).describe() if isinstance(now, torch.Tensor) else repr(now)
+        raise StaticGraphError(
+            f"argument {self.index} was captured as {Placement.of(static).describe()}, and is "
+            f"{what} now",
+            hint="pad inputs to the captured shape before calling",
+        )
+
+
+def _nothing_captured() -> None:
+    raise StaticGraphError("nothing is captured here", hint="look at eager_reason")
+
+
+@dataclass(slots=True)
+class CapturedCall:
+    """A captured callable with its inputs' slots, or the reason why it runs uncaptured.
+
+    Attributes:
+        output: the static output, weakly referenced.
+        checked: the arguments of a replay were checked once.
+        trusted: checked, and nothing has to be copied: a replay may skip looking at the arguments.
+        replay: the graph's own replay, bound once; for a trusted call it is all there is to do.
+        flat: the arguments are their own leaves.
+        copies: the slots that are staged.
+    """
+
+    where: str
+    graph: StaticGraph | None
+    output: object
+    slots: tuple[InputSlot, ...]
+    eager_reason: str | None = None
+    checked: bool = False
+    trusted: bool = False
+    always_check: bool = False
+    replay: Callable[[], None] = _nothing_captured
+    on_first_replay: Callable[[], None] = _nothing_captured
+    flat: bool = False
+    copies: tuple[InputSlot, ...] = ()
+
+    @classmethod
+    def make(
+        cls,
+        runnable: Callable[..., object],
+        args: Args,
+        kwargs: Kwargs,
+        record: CaptureRecord,
+        options: CUDAGraphOptions,
+        graphs: StaticGraphs,
+    ) -> tuple[CapturedCall, object]:
+        """Capture, replay once, and return the call with its output held strongly.
+
+        The replay makes the output right, so that what follows in the same forward computes on real
+        values. It is a `StaticGraphError` where capturing is closed, the callable failed, an input
+        is on another device, or a fresh one is refused.
+        """
+        key, where = (record.mode, record.descriptor), record.where
+        graphs.require_open(where)
+        graphs.require_unused(*key, where)
+        leaves, spec = flatten_tree((args, dict(kwargs)))
+        slots = [_slot(n, leaf, record, graphs) for n, leaf in enumerate(leaves)]
+        fresh = [i for i, slot in enumerate(slots) if slot.origin is ValueOrigin.FRESH]
+        if fresh and graphs.address_policy is AddressPolicy.REFUSE:
+            raise StaticGraphError(
+                f"{slots[fresh[0]].describe()} enters a captured piece, and nothing keeps its address",
+                where=where,
+                hint="let the splitting op write into an out-buffer, or use address policy "
+                "'copy' or 'eager'",
+            )
+        if fresh and graphs.address_policy is AddressPolicy.EAGER:
+            reason = f"{slots[fresh[0]].describe()} enters it"
+            graphs.records.append(replace(record, eager_reason=reason))
+            return cls(where, None, None, tuple(slots), reason), runnable(*args, **kwargs)
+        before = graphs.staging_bytes
+        memory = partial(graphs.staging_memory, (record.name, id(runnable)))
+        buffers = _buffers_for(leaves, fresh, options.mutated_args, memory)
+        for n, buffer in buffers.items():
+            slots[n] = replace(slots[n], static=buffer, writes_back=n in options.mutated_args)
+            buffer.copy_(slots[n].source(leaves))
+        held = [buffers.get(n, leaf) for n, leaf in enumerate(leaves)]
+        static_args, static_kwargs = unflatten_tree(held, spec)
+        record = replace(record, staged_bytes=graphs.staging_bytes - before)
+        graph, output = _record(runnable, static_args, static_kwargs, record, options, graphs)
+        call = cls(
+            where,
+            graph,
+            weak_ref_tensors(output),
+            tuple(slots),
+            always_check=graphs.check_addresses,
+            replay=graph.replay_function(),
+            on_first_replay=partial(graphs.mark_in_use, *key),
+            flat=not kwargs and len(leaves) == len(args) and all(map(operator.is_, leaves, args)),
+            copies=tuple(slots[n] for n in buffers),
+        )
+        call._replay(leaves)
+        tensors = [leaf for leaf in flatten_tree(call.output)[0] if isinstance(leaf, torch.Tensor)]
+        graphs.addresses.register_captured(record.name, tensors, record.descriptor)
+        return call, output
+
+    def __call__(self, runnable: Callable[..., object], args: Args, kwargs: Kwargs) -> object:
+        """Replay for these arguments, or run ``runnable`` where the policy said so."""
+        if self.graph is None:
+            return runnable(*args, **kwargs)
+        leaves = args if self.flat and self.checked else flatten_tree((args, dict(kwargs)))[0]
+        if self.always_check or not self.checked:
+            self._check(leaves)
+            self.checked = True
+            self.on_first_replay()
+            self.trusted = not self.copies and not self.always_check
+        self._replay(leaves)
+        return self.output
+
+    def _replay(self, leaves: Sequence[object]) -> None:
+        for slot in self.copies:
+            slot.static.copy_(slot.source(leaves))  # type: ignore[union-attr]
+        self.replay()
+        for slot in self.copies:
+            if slot.writes_back:
+                slot.source(leaves).copy_(slot.static)  # type: ignore[arg-type]
+
+    def _check(self, leaves: Sequence[object]) -> None:
+        if len(leaves) != len(self.slots):
+            raise StaticGraphError(
+                f"captured with {len(self.slots)} arguments, called with {len(leaves)}",
+                where=self.where,
+            )
+        for slot, leaf in zip(self.slots, leaves, strict=True):
+            difference = slot.mismatch(leaf)
+            if difference is not None:
+                raise StaticGraphError(
+                    f"{slot.describe()} {difference}; a replay would read stale memory",
+                    where=self.where,
+                    hint="write new values in place, register the buffer, or capture again",
+                )
+
+    def reset(self) -> None:
+        """Give the graph up."""
+        if self.graph is not None:
+            self.graph.reset()
+        self.graph, self.output, self.trusted = None, None, False
+        self.replay = _nothing_captured
+        self.eager_reason = "the graph was reset"
+
+
+def _slot(index: int, leaf: object, record: CaptureRecord, graphs: StaticGraphs) -> InputSlot:
+    book, descriptor = graphs.addresses, record.descriptor
+    if not isinstance(leaf, torch.Tensor):
+        return InputSlot(index, value=leaf)
+    if not graphs.platform.computes_on(leaf.device):
+        raise StaticGraphError(
+            f"argument {index} is on {leaf.device}, and the graph on {graphs.platform.device}: "
+            "what is done with it would be done once, at the capture",
+            where=record.where,
+            hint="give the callable tensors of one device, or run it uncaptured",
+        )
+    origin, name = book.find(leaf, descriptor)
+    if origin is ValueOrigin.FRESH and isinstance(leaf, torch.nn.Parameter):
+        # Parameters live as long as their module; the book holds this one from now on.
+        origin, name = ValueOrigin.WEIGHT, f"parameter {index}"
+        book.register_persistent(name, leaf, origin)
+    if leaf.numel() == 0:
+        origin = ValueOrigin.PERSISTENT  # nothing is read from it, wherever it is
+    return InputSlot(index, origin, name, Placement.of(leaf))
+
+
+def _buffers_for(
+    leaves: list[object],
+    fresh: Sequence[int],
+    mutated: frozenset[int],
+    memory: Callable[[int, int, torch.device], torch.Tensor],
+) -> dict[int, torch.Tensor]:
+    """A static buffer for each leaf at ``fresh``, in bytes of ``memory``.
+
+    Refused are leaves that are no dense memory, or are changed and share memory with another.
+    """
+    buffers: dict[int, torch.Tensor] = {}
+    owners: dict[int, list[int]] = {}
+    for number, index in enumerate(fresh):
+        leaf = leaves[index]
+        if not isinstance(leaf, torch.Tensor) or not owns_plain_memory(leaf) or _overlaps(leaf):
+            raise StaticGraphError(
+                f"argument {index} is not dense memory, so it can't be in a static buffer",
+                hint="make it contiguous before the piece, or run this piece uncaptured",
+            )
+        sharing = owners.setdefault(leaf.untyped_storage().data_ptr(), [])
+        sharing.append(index)
+        if len(sharing) > 1 and not mutated.isdisjoint(sharing):
+            raise StaticGraphError(
+                f"arguments {sharing[0]} and {index} share memory that the piece changes, and "
+                "would have a static buffer each",
+                hint="clone one before the piece, or use address policy 'eager'",
+            )
+        size = leaf.element_size()
+        last = sum((n - 1) * step for n, step in zip(leaf.shape, leaf.stride(), strict=True))
+        held = memory(number, (last + 1) * size, leaf.device).untyped_storage()
+        before = int(leaf.storage_offset()) * size
+        buffers[index] = view_of_storage(held, like=leaf, byte_shift=before)
+    return buffers
+
+
+def _overlaps(tensor: torch.Tensor) -> bool:
+    """Whether two elements may have one place, which ``copy_`` can't write."""
+    last = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride <= last:
+            return True
+        last += (size - 1) * stride
+    return False
+
+
+def _record(
+    runnable: Callable[..., object],
+    args: Args,
+    kwargs: Kwargs,
+    record: CaptureRecord,
+    options: CUDAGraphOptions,
+    graphs: StaticGraphs,
+) -> tuple[StaticGraph, object]:
+    named = torch.profiler.record_function(f"capture {record.where}")
+    with named, graphs.one_capture(record) as graph:
+        if not options.gc_disable:
+            gc.collect(1 if graphs.in_phase else 2)  # a phase begins with a full collection
+            graphs.platform.release_cached_memory()
+        try:
+            output = graph.capture(runnable, args, kwargs, weak_output=options.weak_ref_output)
+        except StaticGraphError as error:
+            raise StaticGraphError(error.message, where=record.where, hint=error.hint) from error
+        except Exception as error:
+            raise StaticGraphError(
+                f"the capture failed: {type(error).__name__}: {error}",
+                where=record.where,
+                hint="run this batch shape uncaptured to see whether the piece itself fails",
+            ) from error
+    return graph, output
 
 
 @dataclass(slots=True)
@@ -92,8 +406,9 @@ class CUDAGraphWrapper:
             or context.cudagraph_runtime_mode is not self.runtime_mode
             or context.skip_cuda_graphs
         ):
-            if context is not None and context.batch_descriptor is not None:
-                self._count_warmup(context.batch_descriptor)
+            shape = None if context is None else context.batch_descriptor
+            if shape is not None and self.graphs is not None and self.graphs.is_open:
+                self._entry(shape).num_finished_warmup += 1
             return self.runnable(*args, **kwargs)
         entry = self.concrete_cudagraph_entries.get(context.batch_descriptor)
         call = None if entry is None else entry.call
@@ -110,17 +425,10 @@ class CUDAGraphWrapper:
         """What is wrapped."""
         return self.runnable
 
-    def _count_warmup(self, descriptor: BatchDescriptor) -> None:
-        """An uncaptured run of a shape, while the capture phase is open, is a warm-up of it."""
-        if self.graphs is not None and self.graphs.is_open:
-            self._entry(descriptor).num_finished_warmup += 1
-
     def _entry(self, descriptor: BatchDescriptor) -> CUDAGraphEntry:
         return self.concrete_cudagraph_entries.setdefault(descriptor, CUDAGraphEntry(descriptor))
 
-    def _warm_up_or_capture(
-        self, context: ForwardContext, args: tuple[object, ...], kwargs: dict[str, object]
-    ) -> object:
+    def _warm_up_or_capture(self, context: ForwardContext, args: Args, kwargs: Kwargs) -> object:
         descriptor = context.batch_descriptor
         if descriptor is None:
             raise StaticGraphError(

@@ -23,54 +23,53 @@ from piecework.runtime.trace.one_trace import ModelTrace
 from piecework.runtime.trace.writes import held_by_source, mutations_in, refuse_mutations
 from piecework.runtime.watch.weights import Weight
 
-Asked = Mapping[str, Sequence[int] | str]
+OtherSizes = Mapping[str, int | str]
 
 
 @dataclass(frozen=True, slots=True)
 class StagedInput:
     """A tensor argument: its position among the parameters of ``execution_fn``, and that one's name.
 
-    ``dim`` is its batch dimension, if it has one; ``others`` are the labels of its other symbols.
+    ``dim`` is its batch dimension, if it has one; ``row`` its shape in a batch of one.
     """
 
     position: int
     name: str
     fake: torch.Tensor
     dim: int | None
-    others: Mapping[int, str]
+    row: tuple[int, ...]
     written: bool = False
 
-    def sizes(self, count: int, others: Mapping[str, int]) -> list[int]:
-        """Its shape in a batch of ``count`` with these other sizes."""
-        known = {self.dim: count, **{dim: others[label] for dim, label in self.others.items()}}
-        return [known[d] if d in known else int(n) for d, n in enumerate(self.fake.shape)]
+    def sizes(self, count: int) -> list[int]:
+        """Its shape in a batch of ``count``."""
+        return [count if dim == self.dim else size for dim, size in enumerate(self.row)]
 
 
 @dataclass(frozen=True, slots=True)
 class OtherSize:
-    """A dynamic size, or an integer argument, beside the batch size; a captured graph fixes it.
+    """A dynamic size or an integer argument beside the batch size, which a captured graph fixes.
 
     Attributes:
-        label, labels: ``x.1`` is dimension 1 of argument ``x``, ``n`` an integer; and equal ones.
+        label: ``x.1`` is dimension 1 of argument ``x``, ``n`` an integer; the first that has it.
         symbol: what guards call it.
         position, dim: where a call has it; ``dim`` is None for a number.
+        value: what is captured; None if it equals the batch size.
         low, high: values that the trace allows; None where there is no bound.
-        example: what the example had, captured if nothing else is asked for.
     """
 
     label: str
-    labels: tuple[str, ...]
     symbol: str
     position: int
     dim: int | None
+    value: int | None
     low: int | None = None
     high: int | None = None
-    example: int | None = None
 
-    def of(self, flat: Sequence[object]) -> int:
-        """Its value in a call."""
-        value = flat[self.position]
-        return value if self.dim is None else value.shape[self.dim]  # type: ignore[return-value, attr-defined]
+    def fits(self, flat: Sequence[object], count: int) -> bool:
+        """Whether a call with a batch of ``count`` has the captured value."""
+        given = flat[self.position]
+        size = given if self.dim is None else given.shape[self.dim]  # type: ignore[attr-defined]
+        return bool(size == (count if self.value is None else self.value))
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,9 +96,8 @@ class BatchShape:
     """Arguments of ``execution_fn`` and its results, as far as the batch size matters.
 
     Attributes:
-        sizes: positions of arguments that are the batch size.
-        numbers: position → label, for arguments that are another size.
-        equal: sizes that equal the batch size; a call in which one doesn't runs uncaptured.
+        numbers: position → value, for integer arguments; None is the batch size.
+        others: the sizes beside it; a call in which one is not as captured runs uncaptured.
         weights: position → path, for weights that are passed per call.
         symbols: what the trace calls the batch size; none where it has it as a number.
         low, high: batch sizes that the trace allows; None where there is no bound.
@@ -108,10 +106,8 @@ class BatchShape:
 
     names: tuple[str, ...]
     staged: tuple[StagedInput, ...]
-    sizes: tuple[int, ...]
-    numbers: Mapping[int, str]
+    numbers: Mapping[int, int | None]
     others: tuple[OtherSize, ...]
-    equal: tuple[OtherSize, ...]
     weights: Mapping[int, str]
     results: tuple[ResultRule, ...]
     symbols: frozenset[str]
@@ -124,14 +120,16 @@ class BatchShape:
     def dynamic(self) -> tuple[StagedInput, ...]:
         return tuple(each for each in self.staged if each.dim is not None)
 
-    def refusal(self, size: int, others: Mapping[str, int]) -> str | None:
-        """Why no batch of ``size`` is served with these other sizes, or None."""
-        values = {self.symbol: size, **{each.symbol: size for each in self.equal}}
-        bounds = [("sizes", self.symbol, self.low, self.high)]
-        for other in self.others:
-            values[other.symbol] = others[other.label]
-            bounds.append((other.label, other.symbol, other.low, other.high))
-        for what, symbol, low, high in bounds:
+    def sizes(self, count: int) -> dict[str, int]:
+        """The size behind each symbol in a batch of ``count``."""
+        other = {e.symbol: count if e.value is None else e.value for e in self.others}
+        return {self.symbol: count, **other}
+
+    def refusal(self, size: int) -> str | None:
+        """Why no batch of ``size`` is served, or None."""
+        values = self.sizes(size)
+        bounds = [(each.label, each.symbol, each.low, each.high) for each in self.others]
+        for what, symbol, low, high in (("sizes", self.symbol, self.low, self.high), *bounds):
             bounded = symbol and (low is not None or high is not None)
             if bounded and not evaluate(range_text(symbol, low, high), values):
                 most = "" if high is None else f" to {high}"
@@ -162,13 +160,24 @@ def batch_dims(captured: ModelTrace, program: Program) -> dict[int, int]:
     return found
 
 
+def passed_inputs(
+    captured: ModelTrace, program: Program
+) -> Iterator[tuple[torch.fx.Node, GraphInput]]:
+    """The placeholders that are arguments of ``execution_fn``: all but weights its source holds."""
+    bound = {row.path for row in program.source.module.bound}
+    nodes = program.split_gm.graph.find_nodes(op="placeholder")
+    for node, each in zip(nodes, captured.inputs, strict=True):
+        if not (isinstance(each, Weight) and each.path in bound):
+            yield node, each
+
+
 def batch_shape(
-    captured: ModelTrace, program: Program, asked: Asked, fixed: FixedBatch | None = None
+    captured: ModelTrace, program: Program, given: OtherSizes, fixed: FixedBatch | None = None
 ) -> BatchShape:
     """Read ``captured`` for capturing static graphs.
 
     Args:
-        asked: the values of other sizes by label, or ``"batch"`` where one equals the batch size;
+        given: the value of other sizes by label, or ``"batch"`` where one equals the batch size;
             so does a dimension 0 of which nothing is said, if it did in the example.
         fixed: the batch size, if the trace has it as a number.
 
@@ -181,205 +190,148 @@ def batch_shape(
             where="capture",
             hint="mark the batch dimension with torch._dynamo.mark_dynamic and compile again",
         )
-    return _Reader(captured, program, asked, fixed).read()
-
-
-def passed_inputs(
-    captured: ModelTrace, program: Program
-) -> Iterator[tuple[torch.fx.Node, GraphInput]]:
-    """The placeholders that are arguments of ``execution_fn``: all but weights its source holds."""
-    bound = {row.path for row in program.source.module.bound}
-    nodes = program.split_gm.graph.find_nodes(op="placeholder")
-    for node, each in zip(nodes, captured.inputs, strict=True):
-        if not (isinstance(each, Weight) and each.path in bound):
-            yield node, each
-
-
-class _Reader:
-    """Goes through the inputs and results of one graph."""
-
-    def __init__(
-        self, captured: ModelTrace, program: Program, asked: Asked, fixed: FixedBatch | None
-    ) -> None:
-        self.captured, self.program, self.fixed = captured, program, fixed
-        self.symbol = program.batch.symbol if fixed is None else None
-        self.passed = list(passed_inputs(captured, program))
-        # Where a call has its sizes: label, size, position, and dimension; None for a number.
-        self.places: list[tuple[str, object, int, int | None]] = []
-        for position, (node, each) in enumerate(self.passed):
-            value = value_of(node)
-            if isinstance(value, torch.Tensor) and isinstance(each, Argument):
-                for dim, size in enumerate(value.shape):
-                    self.places.append((f"{each.name}.{dim}", size, position, dim))
-            elif isinstance(each, (Argument, Size)):
-                self.places.append((self._label(each), value, position, None))
-        self.symbols = self._batch_symbols(asked)
-        self.sizes = self._sizes()
-
-    def _batch_symbols(self, asked: Asked) -> set[str]:
-        """The symbols of the batch size, and of other sizes that equal it."""
-        found = {label: size for label, size, *_ in self.places}
-        same = {label for label, said in asked.items() if said == "batch"}
-        dynamic = {label for label, size in found.items() if torch_compat.symbol_of(size)}
-        # A trace of one batch size may have the others that equal it as numbers too.
-        wrong = sorted(same.difference(dynamic if self.fixed is None else found))
-        if wrong:
-            raise ConfigError(
-                f"no dynamic size {wrong[0]!r}",
-                where="other_sizes",
-                hint=f"there are: {', '.join(sorted(dynamic)) or 'none'}",
+    symbol = program.batch.symbol if fixed is None else None
+    passed = list(passed_inputs(captured, program))
+    others = _other_sizes(captured, passed, symbol, given, fixed)
+    symbols = {s for s, each in others.items() if each.value is None} | ({symbol} - {None})
+    names = tuple(each.name for each in program.source.module.entry.parameters)
+    written = _written(captured, program)
+    staged: list[StagedInput] = []
+    numbers: dict[int, int | None] = {}
+    weights: dict[int, str] = {}
+    for position, (node, each) in enumerate(passed):
+        fake, name = value_of(node), names[position]
+        if isinstance(each, Weight):
+            weights[position] = each.path
+        elif isinstance(each, Layout):
+            raise _not_dense(_argument_of(captured, each))
+        elif isinstance(fake, torch.Tensor):
+            dims = [d for d, n in enumerate(fake.shape) if torch_compat.symbol_of(n) in symbols]
+            if fixed is not None and each.leaf in fixed.dims:
+                dims.insert(0, fixed.dims[each.leaf])
+            _require_stageable(each.name, fake, dims)
+            row = tuple(
+                1 if d in dims else _fixed_size(n, others) for d, n in enumerate(fake.shape)
             )
-        batch = [n for n in found.values() if self.symbol and self._is(n, {self.symbol})]
-        example = torch_compat.example_of(batch[0]) if batch else None
-        firsts = {label for label in dynamic - asked.keys() if label.endswith(".0")}
-        if example is not None:
-            same |= {n for n in firsts if torch_compat.example_of(found[n]) == example}
-        symbols = {self.symbol, *(torch_compat.symbol_of(found[label]) for label in same)}
-        return {symbol for symbol in symbols if symbol}
-
-    def _sizes(self) -> dict[str, OtherSize]:
-        """The dynamic sizes with a symbol of their own; the first place that has one names it."""
-        rows = {each.name: each for each in self.captured.assumptions.symbols()}
-        found: dict[str, OtherSize] = {}
-        for label, size, position, dim in self.places:
-            symbol = torch_compat.symbol_of(size)
-            if not torch_compat.symbols_in(size) or symbol == self.symbol:
-                continue
-            name = self.captured.assumptions.name_of(symbol or "")
-            row = rows.get(name)
-            if symbol is None or (row is None and symbol not in self.symbols):
-                raise StaticGraphError(
-                    "has a size that is computed from several, which can't be staged",
-                    where=f"input {label}",
-                    hint="pass sizes that don't depend on each other",
-                )
-            before = found.get(symbol)
-            if before is None:
-                bounds = (None, None) if row is None else (row.low, row.high)
-                example = torch_compat.example_of(size)
-                before = OtherSize(label, (), name, position, dim, *bounds, example)
-            elif dim is None:  # a number is read faster than a shape
-                before = replace(before, position=position, dim=None)
-            found[symbol] = replace(before, labels=tuple(dict.fromkeys((*before.labels, label))))
-        return found
-
-    def read(self) -> BatchShape:
-        written = self._written()
-        names = tuple(each.name for each in self.program.source.module.entry.parameters)
-        staged, sizes, numbers, weights = [], [], {}, {}
-        for position, (node, each) in enumerate(self.passed):
-            fake, name = value_of(node), names[position]
-            if isinstance(each, Weight):
-                weights[position] = each.path
-            elif isinstance(each, Layout):
-                raise _not_dense(self._owner(each))
-            elif isinstance(fake, torch.Tensor):
-                staged.append(self._staged(position, name, each, fake, node.name in written))
-            elif self._is(fake, self.symbols):
-                sizes.append(position)
-            elif torch_compat.symbols_in(fake):
-                numbers[position] = self.sizes[torch_compat.symbol_of(fake) or ""].label
-            else:
-                raise StaticGraphError(
-                    f"is a {type(fake).__name__} that is passed per call, which a graph freezes",
-                    where=f"input {name}",
-                    hint="make it a constant of the model, or a tensor",
-                )
-        if all(each.dim is None for each in staged):
+            dim = next(iter(dims), None)
+            staged.append(StagedInput(position, name, fake, dim, row, node.name in written))
+        elif torch_compat.symbol_of(fake) in symbols:
+            numbers[position] = None
+        elif torch_compat.symbols_in(fake):
+            numbers[position] = _fixed_size(fake, others)
+        else:
             raise StaticGraphError(
-                "the graph reads the batch size alone, and no tensor of the batch",
-                where="capture",
-                hint="there is nothing to replay; don't capture this model",
+                f"is a {type(fake).__name__} that is passed per call, which a graph freezes",
+                where=f"input {name}",
+                hint="make it a constant of the model, or a tensor",
             )
-        rows = {each.name: each for each in self.captured.assumptions.symbols()}
-        batch = rows.get(self.captured.assumptions.name_of(self.symbol or ""))
-        if self.fixed is not None:
-            batch = Symbol("", self.fixed.size, self.fixed.size)
-        return BatchShape(
-            names=names,
-            staged=tuple(staged),
-            sizes=tuple(sizes),
-            numbers=numbers,
-            others=tuple(e for symbol, e in self.sizes.items() if symbol not in self.symbols),
-            equal=tuple(e for symbol, e in self.sizes.items() if symbol in self.symbols),
-            weights=weights,
-            results=tuple(self._results()),
-            symbols=frozenset(self.symbols),
-            low=max(1, (batch.low if batch is not None else None) or 1),
-            high=None if batch is None else batch.high,
-            guards=self.captured.assumptions.guards(),
-            symbol="" if batch is None else batch.name,
+    if all(each.dim is None for each in staged):
+        raise StaticGraphError(
+            "the graph reads the batch size alone, and no tensor of the batch",
+            where="capture",
+            hint="there is nothing to replay; don't capture this model",
         )
+    rows = {each.name: each for each in captured.assumptions.symbols()}
+    batch = rows.get(captured.assumptions.name_of(symbol or ""))
+    if fixed is not None:
+        batch = Symbol("", fixed.size, fixed.size)
+    return BatchShape(
+        names=names,
+        staged=tuple(staged),
+        numbers=numbers,
+        others=tuple(others.values()),
+        weights=weights,
+        results=tuple(_results(program.split_gm, passed, symbols)),
+        symbols=frozenset(symbols),
+        low=max(1, (batch.low if batch is not None else None) or 1),
+        high=None if batch is None else batch.high,
+        guards=captured.assumptions.guards(),
+        symbol="" if batch is None else batch.name,
+    )
 
-    def _staged(
-        self, position: int, name: str, each: Argument | Size, fake: torch.Tensor, written: bool
-    ) -> StagedInput:
-        empty = any(type(size) is int and size == 0 for size in fake.shape)
-        if not (empty or torch_compat.is_traced_contiguous(fake)):
-            raise _not_dense(each.name)
-        found = [dim for dim, size in enumerate(fake.shape) if self._is(size, self.symbols)]
-        if self.fixed is not None and each.leaf in self.fixed.dims:
-            found.insert(0, self.fixed.dims[each.leaf])
-        if len(found) > 1:
+
+def _fixed_size(size: object, others: Mapping[str, OtherSize]) -> int:
+    known = others.get(torch_compat.symbol_of(size) or "")
+    return int(size) if known is None else known.value  # type: ignore[call-overload, return-value]
+
+
+def _other_sizes(
+    captured: ModelTrace,
+    passed: Sequence[tuple[torch.fx.Node, GraphInput]],
+    batch: str | None,
+    given: OtherSizes,
+    fixed: FixedBatch | None,
+) -> dict[str, OtherSize]:
+    """The sizes with a symbol beside that of the batch, by that symbol."""
+    places: list[tuple[str, object, int, int | None]] = []
+    for position, (node, each) in enumerate(passed):
+        value = value_of(node)
+        if isinstance(value, torch.Tensor) and isinstance(each, Argument):
+            for dim, size in enumerate(value.shape):
+                places.append((f"{each.name}.{dim}", size, position, dim))
+        elif isinstance(each, Argument):
+            places.append((each.name, value, position, None))
+        elif isinstance(each, Size):
+            label = f"{_argument_of(captured, each)}.{each.dim}"
+            places.append((label, value, position, None))
+    dynamic = {label: size for label, size, *_ in places if torch_compat.symbols_in(size)}
+    of_batch = {
+        n: dynamic[n] for n in dynamic if batch and torch_compat.symbol_of(dynamic[n]) == batch
+    }
+    example = torch_compat.example_of(next(iter(of_batch.values()), None))
+    # A trace of one batch size may have the others as numbers.
+    known = dynamic.keys() if fixed is None else {label for label, *_ in places}
+    known = known - {label for label in of_batch if given.get(label) != "batch"}
+    for label in sorted(given.keys() - known):
+        raise ConfigError(
+            f"no dynamic size {label!r}",
+            where="other_sizes",
+            hint=f"there are: {', '.join(sorted(dynamic.keys() & known)) or 'none'}",
+        )
+    rows = {each.name: each for each in captured.assumptions.symbols()}
+    found: dict[str, OtherSize] = {}
+    for label, size, position, dim in places:
+        symbol = torch_compat.symbol_of(size)
+        if label not in dynamic or symbol == batch:
+            continue
+        value: object = given.get(label, torch_compat.example_of(size))
+        first = label.endswith(".0") and label not in given and example is not None
+        if value == "batch" or (first and value == example):
+            value = None
+        elif value is None:
             raise StaticGraphError(
-                f"has the batch size in dimensions {found}; one can be padded",
-                where=f"input {each.name}",
-                hint="compute the larger tensor inside a splitting op",
+                "is dynamic beside the batch size, and a captured graph fixes it",
+                where=f"input {label}",
+                hint=f"pass the value to capture, such as other_sizes={{{label!r}: 16}}, or "
+                "'batch' if it always equals that",
             )
-        others = {
-            dim: self.sizes[torch_compat.symbol_of(size) or ""].label
-            for dim, size in enumerate(fake.shape)
-            if dim not in found and torch_compat.symbols_in(size)
-        }
-        return StagedInput(position, name, fake, next(iter(found), None), others, written)
-
-    def _is(self, size: object, symbols: Collection[str]) -> bool:
-        return torch_compat.symbol_of(size) in symbols
-
-    def _label(self, each: Argument | Size) -> str:
-        """An integer argument is named by itself, a size by its tensor."""
-        return each.name if isinstance(each, Argument) else f"{self._owner(each)}.{each.dim}"
-
-    def _owner(self, each: Size | Layout) -> str:
-        arguments = (a for a in self.captured.inputs if isinstance(a, Argument))
-        return next((a.name for a in arguments if a.leaf == each.leaf), each.name)
-
-    # --- results -----------------------------------------------------------------------------------
-
-    def _results(self) -> Iterator[ResultRule]:
-        arguments = {id(value_of(node)): number for number, (node, _) in enumerate(self.passed)}
-        earlier: dict[int, int] = {}
-        for index, node in enumerate(results_of(self.program.split_gm.graph)):
-            value = value_of(node) if isinstance(node, torch.fx.Node) else node
-            if not isinstance(value, torch.Tensor):
-                is_count = self._is(value, self.symbols)
-                computed = not is_count and self._has_batch(value)
-                yield ResultRule(is_count=is_count, computed=computed)
-                continue
-            held = [d for d, size in enumerate(value.shape) if self._has_batch(size)]
-            if not all(self._is(value.shape[d], self.symbols) for d in held):
-                yield ResultRule(computed=True)
-                continue
-            first = earlier.setdefault(id(value), index)
-            yield ResultRule(
-                dims=tuple(held),
-                argument=arguments.get(id(value)),
-                earlier=None if first == index else first,
+        name = captured.assumptions.name_of(symbol or "")
+        row = rows.get(name)
+        if symbol is None or (row is None and value is not None):
+            raise StaticGraphError(
+                "has a size that is computed from several, which can't be staged",
+                where=f"input {label}",
+                hint="pass sizes that don't depend on each other",
             )
+        bounds = (None, None) if row is None else (row.low, row.high)
+        made = OtherSize(label, name, position, dim, value, *bounds)  # type: ignore[arg-type]
+        before = found.setdefault(symbol, made)
+        if label in given or dim is None:  # a number is read faster than a shape
+            kept = made if label in given else before
+            found[symbol] = replace(kept, position=position, dim=dim)
+    return found
 
-    def _has_batch(self, size: object) -> bool:
-        return not self.symbols.isdisjoint(torch_compat.symbols_in(size))
 
-    def _written(self) -> frozenset[str]:
-        """The arguments that the graph writes to; a piece that writes to weights is refused."""
-        split_gm, pieces = self.program.split_gm, self.program.source.submod_names
-        nodes = split_gm.graph.find_nodes(op="placeholder")
-        pairs = list(zip(nodes, self.captured.inputs, strict=True))
-        held = {node.name: each.path for node, each in pairs if isinstance(each, Weight)}
-        refuse_mutations(mutations_in(split_gm, pieces, held or held_by_source(split_gm)))
-        every = [item.submod_name for item in self.program.items]
-        arguments = {n.name: n.name for n, each in pairs if isinstance(each, Argument)}
-        return frozenset(each.path for each in mutations_in(split_gm, every, arguments))
+def _require_stageable(name: str, fake: torch.Tensor, batch_dims: Sequence[int]) -> None:
+    empty = any(type(size) is int and size == 0 for size in fake.shape)
+    if not (empty or torch_compat.is_traced_contiguous(fake)):
+        raise _not_dense(name)
+    if len(batch_dims) > 1:
+        raise StaticGraphError(
+            f"has the batch size in dimensions {batch_dims}; one can be padded",
+            where=f"input {name}",
+            hint="compute the larger tensor inside a splitting op",
+        )
 
 
 def _not_dense(name: str) -> StaticGraphError:
@@ -388,3 +340,45 @@ def _not_dense(name: str) -> StaticGraphError:
         where=f"input {name}",
         hint="trace with contiguous example arguments",
     )
+
+
+def _argument_of(captured: ModelTrace, each: Size | Layout) -> str:
+    arguments = (a for a in captured.inputs if isinstance(a, Argument))
+    return next((a.name for a in arguments if a.leaf == each.leaf), each.name)
+
+
+def _results(
+    split_gm: torch.fx.GraphModule,
+    passed: Sequence[tuple[torch.fx.Node, GraphInput]],
+    symbols: Collection[str],
+) -> Iterator[ResultRule]:
+    def has_batch(size: object) -> bool:
+        return not set(symbols).isdisjoint(torch_compat.symbols_in(size))
+
+    arguments = {id(value_of(node)): number for number, (node, _) in enumerate(passed)}
+    earlier: dict[int, int] = {}
+    for index, node in enumerate(results_of(split_gm.graph)):
+        value = value_of(node) if isinstance(node, torch.fx.Node) else node
+        if not isinstance(value, torch.Tensor):
+            is_count = torch_compat.symbol_of(value) in symbols
+            yield ResultRule(is_count=is_count, computed=not is_count and has_batch(value))
+            continue
+        dims = tuple(d for d, size in enumerate(value.shape) if has_batch(size))
+        if not all(torch_compat.symbol_of(value.shape[d]) in symbols for d in dims):
+            yield ResultRule(computed=True)
+            continue
+        first = earlier.setdefault(id(value), index)
+        before = None if first == index else first
+        yield ResultRule(dims, argument=arguments.get(id(value)), earlier=before)
+
+
+def _written(captured: ModelTrace, program: Program) -> frozenset[str]:
+    """The arguments that the graph writes to; a piece that writes to weights is refused."""
+    split_gm, pieces = program.split_gm, program.source.submod_names
+    nodes = split_gm.graph.find_nodes(op="placeholder")
+    pairs = list(zip(nodes, captured.inputs, strict=True))
+    held = {node.name: each.path for node, each in pairs if isinstance(each, Weight)}
+    refuse_mutations(mutations_in(split_gm, pieces, held or held_by_source(split_gm)))
+    every = [item.submod_name for item in program.items]
+    arguments = {n.name: n.name for n, each in pairs if isinstance(each, Argument)}
+    return frozenset(each.path for each in mutations_in(split_gm, every, arguments))

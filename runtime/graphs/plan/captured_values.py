@@ -26,10 +26,7 @@ def capture_device(
 ) -> torch.device:
     """The device of every tensor in the submodules ``captured``; ``default`` if they have none.
 
-    What is elsewhere would be read at the capture, and its value be a part of the graph.
-
-    Raises:
-        StaticGraphError: there are several; the message names one value on each of two.
+    Several are refused: what is elsewhere would be read at the capture, and be a part of the graph.
     """
     found: dict[torch.device, str] = {}
     for name, node in nodes_of(split_gm, captured):

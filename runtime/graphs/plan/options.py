@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import numbers
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from types import MappingProxyType
-from typing import Annotated, ClassVar, Literal, NamedTuple, get_args
+from typing import Annotated, ClassVar, Literal, get_args
 
 import torch
 import torch.fx
@@ -49,9 +48,9 @@ class CaptureOptions(FrozenModel):
         runtime: the program's limits, against which sizes are resolved.
         lora_counts: numbers of active adapters to capture for; none: one graph for any number.
         axes: further axes of the descriptor, each with the values to capture.
-        other_sizes: values to capture of each dynamic size beside the batch size (``x.1``:
-            dimension 1 of argument ``x``; ``n``: an integer argument); or ``"batch"``, where it
-            always equals the batch size and the trace did not see it.
+        other_sizes: the value to capture of a dynamic size beside the batch size (``x.1``:
+            dimension 1 of argument ``x``; ``n``: an integer argument), by default the example's; or
+            ``"batch"``, where it always equals the batch size and the trace did not see it.
         kind_of: tells from the call's tensor arguments, by name, what kind of batch it is; by
             default the forward context's ``batch`` tells.
         address_policy: what becomes of fresh tensors that enter a captured piece.
@@ -86,7 +85,7 @@ class CaptureOptions(FrozenModel):
     runtime: RuntimeConfig | None = None
     lora_counts: tuple[int, ...] = ()
     axes: Mapping[str, tuple[Hashable, ...]] = {}
-    other_sizes: Mapping[str, tuple[int, ...] | Literal["batch"]] = {}
+    other_sizes: Mapping[str, Annotated[int, Field(strict=True)] | Literal["batch"]] = {}
     kind_of: Callable[..., BatchKind] | None = None
     address_policy: _Policy = AddressPolicy.COPY
     warmups: _Count | None = None
@@ -107,60 +106,41 @@ class CaptureOptions(FrozenModel):
     mark_kernels: _Switch = True
 
 
-class CapturePlan(NamedTuple):
-    """What is captured.
-
-    ``others`` are combinations of other sizes by label, one empty one if there are none;
-    ``lowered`` says why that is less than the mode that was asked for, "" if it isn't.
-    """
-
-    sizes: tuple[int, ...]
-    others: tuple[Mapping[str, int], ...]
-    dispatcher: CudagraphDispatcher
-    lowered: str
-
-
 def plan_capture(
     shape: BatchShape,
     config: CompilationConfig,
     sizes: Iterable[int] | None,
     options: CaptureOptions,
-    said: Mapping[str, GraphsOf] = MappingProxyType({}),
-) -> CapturePlan:
+    declared: Mapping[str, GraphsOf] = MappingProxyType({}),
+) -> tuple[CudagraphDispatcher, str]:
     """Settle what ``capture(sizes, …)`` means for one model.
 
-    ``said``: which whole forwards may be captured with each operator between the pieces inside.
+    Args:
+        declared: which whole forwards may be captured with each operator between the pieces inside.
+
+    Returns:
+        The dispatcher, and why that is less than the mode that was configured, "" if it isn't.
 
     Raises:
         ConfigError: a size can't be reached or served, or sizes and limits disagree.
-        StaticGraphError: nothing is left to capture, or a dynamic size has no values to capture.
+        StaticGraphError: nothing is left to capture.
     """
     runtime = options.runtime
     lens = (1,) if runtime is None else tuple(runtime.query_lens)
-    asked = config.cudagraph_mode if options.mode is None else options.mode
-    if asked is CUDAGraphMode.NONE:
+    wanted = config.cudagraph_mode if options.mode is None else options.mode
+    if wanted is CUDAGraphMode.NONE:
         if options.mode is not None:
             hint = "don't call capture()"
             raise ConfigError("mode NONE captures nothing", where="mode", hint=hint)
-        asked = CUDAGraphMode.PIECEWISE
-    mode, able, lowered = negotiated(asked, said, lens)
+        wanted = CUDAGraphMode.PIECEWISE
+    mode, able, lowered = negotiated(wanted, declared, lens)
     if lowered and (options.strict or mode is CUDAGraphMode.NONE):
         raise StaticGraphError(
-            f"mode {asked.name} can't be: {lowered}",
+            f"mode {wanted.name} can't be: {lowered}",
             where="capture",
             hint="capture in mode PIECEWISE, or say splitting_op(..., full_graphs=...)",
         )
-    given = {label: v for label, v in options.other_sizes.items() if not isinstance(v, str)}
-    values = _other_values(shape, given)
-    every = itertools.product(*values.values())
-    others = tuple(dict(zip(values, each, strict=True)) for each in every)
-    chosen = _sizes(shape, config, mode, sizes, others, runtime)
-    for clash in sorted(set(values) & set(options.axes)):
-        raise ConfigError(
-            f"axis {clash!r} is a size of the model",
-            where="axes",
-            hint="name sizes of the model in other_sizes, and axes of your own otherwise",
-        )
+    chosen = _sizes(shape, config, mode, sizes, runtime)
     adapters = (runtime is not None and runtime.enable_lora) or bool(options.lora_counts)
     parallel = runtime is not None and config.pass_config.enable_sp
     dispatcher = CudagraphDispatcher(
@@ -170,7 +150,7 @@ def plan_capture(
         uniform_decode_query_len=lens,
         decode_multiple_of=runtime.tensor_parallel_size if parallel else 1,
         lora=LoraCases(adapters, config.cudagraph_specialize_lora, options.lora_counts),
-        axes={**options.axes, **values},
+        axes=options.axes,
         strict=options.strict,
         max_padding_factor=options.max_padding_factor,
     )
@@ -178,10 +158,9 @@ def plan_capture(
         # A batch that doesn't say how wide its requests are has the widest, so those widths stay
         # known to the dispatcher. Decode sizes that follow from the others may be out of reach.
         too_wide = key.uniform and key.num_tokens // (key.num_reqs or 1) not in able
-        reachable = key.num_tokens in chosen or _refused(shape, key.num_tokens, others) is None
-        if too_wide or not reachable:
+        if too_wide or shape.refusal(key.num_tokens) is not None:
             dispatcher.give_up(CUDAGraphMode.FULL, key)
-    return CapturePlan(chosen, others, dispatcher, lowered)
+    return dispatcher, lowered
 
 
 def full_graphs_of(split_gm: torch.fx.GraphModule, between: Iterable[str]) -> dict[str, GraphsOf]:
@@ -192,49 +171,38 @@ def full_graphs_of(split_gm: torch.fx.GraphModule, between: Iterable[str]) -> di
 
 
 def negotiated(
-    mode: CUDAGraphMode, said: Mapping[str, GraphsOf], query_lens: Sequence[int]
+    mode: CUDAGraphMode, declared: Mapping[str, GraphsOf], query_lens: Sequence[int]
 ) -> tuple[CUDAGraphMode, tuple[int, ...], str]:
     """The most of ``mode`` that every operator can be captured in.
 
     Args:
-        said: operator → which whole forwards may be captured with it inside.
+        declared: operator → which whole forwards may be captured with it inside.
         query_lens: tokens of each request in a decode batch, where drafts differ in width.
 
     Returns:
-        The mode; the query lengths that decode graphs can have; and why these are less than asked.
+        The mode; the query lengths that decode graphs can have; and why these are less than wanted.
 
     Example:
-        >>> said = {"my::attention": "single_token_decode"}
-        >>> mode, lens, why = negotiated(CUDAGraphMode.FULL, said, (1, 4))
+        >>> declared = {"my::attention": "single_token_decode"}
+        >>> mode, lens, why = negotiated(CUDAGraphMode.FULL, declared, (1, 4))
         >>> mode.name, lens, why
         ('FULL_AND_PIECEWISE', (1,), 'my::attention can be captured whole for single_token_decode only')
     """
     lens = tuple(query_lens)
-    weakest = min(said, key=lambda name: _ORDER.index(said[name]), default="")
-    if not mode.has_mode(CUDAGraphMode.FULL) or said.get(weakest, "always") == "always":
+    weakest = min(declared, key=lambda name: _ORDER.index(declared[name]), default="")
+    kind = declared.get(weakest, "always")
+    if not mode.has_mode(CUDAGraphMode.FULL) or kind == "always":
         return mode, lens, ""
-    why = f"{weakest} can be captured whole for {said[weakest]} only"
-    able: tuple[int, ...] = ()
-    if said[weakest] == "uniform_decode":
-        able = lens
-    elif said[weakest] == "single_token_decode":
-        able = tuple(n for n in lens if n == 1)
+    why = f"{weakest} can be captured whole for {kind} only"
+    if kind == "never":
+        why = f"{weakest} can't be captured in a whole forward"
+    able = {"never": (), "single_token_decode": tuple(n for n in lens if n == 1)}.get(kind, lens)
     mixed = mode.mixed_mode()
     if not able:
-        if said[weakest] == "never":
-            why = f"{weakest} can't be captured in a whole forward"
         return (CUDAGraphMode.PIECEWISE if mixed is CUDAGraphMode.FULL else mixed), lens, why
     if mixed is CUDAGraphMode.FULL:
         return CUDAGraphMode.FULL_AND_PIECEWISE, able, why
     return mode, able, "" if able == lens else why
-
-
-def _refused(
-    shape: BatchShape, size: int, others: Sequence[Mapping[str, int]]
-) -> tuple[Mapping[str, int], str] | None:
-    """With which other sizes the trace serves no batch of ``size``, and why; None if with all."""
-    whys = ((each, shape.refusal(size, each)) for each in others)
-    return next(((each, why) for each, why in whys if why is not None), None)
 
 
 def _sizes(
@@ -242,66 +210,34 @@ def _sizes(
     config: CompilationConfig,
     mode: CUDAGraphMode,
     sizes: Iterable[int] | None,
-    others: Sequence[Mapping[str, int]],
     runtime: RuntimeConfig | None,
 ) -> tuple[int, ...]:
     named = config.cudagraph_capture_sizes if sizes is None else require_positive_sizes(sizes)
     wanted = named
     if runtime is not None and named != ():
         largest = None if named is not None else config.max_cudagraph_capture_size
-        asked = config.replace(
+        limited = config.replace(
             cudagraph_mode=mode,
             cudagraph_capture_sizes=named,
             max_cudagraph_capture_size=largest,
             compile_sizes=(),  # they are compiled already, and serve what runs uncaptured
         )
-        wanted = asked.resolve(runtime).cudagraph_capture_sizes
+        wanted = limited.resolve(runtime).cudagraph_capture_sizes
     elif named is None:
         wanted = default_capture_sizes(config.max_cudagraph_capture_size or WORTH_CAPTURING)
-    found = []
-    for size in wanted or ():
-        refused = _refused(shape, size, others)
-        if refused is None:
-            found.append(size)
-        elif named is not None:  # else a step that nobody asked for
-            told = "".join(f" with {label}={value}" for label, value in refused[0].items())
+    refusals = {size: shape.refusal(size) for size in wanted or ()}
+    for size, why in refusals.items() if named is not None else ():
+        if why is not None:  # else a step that nobody named
             one = (
                 "for size 1 too, mark the batch dimension with "
                 "torch._dynamo.decorators.mark_unbacked and compile again"
             )
             raise ConfigError(
-                f"size {size}{told} can't be captured: {refused[1]}",
+                f"size {size} can't be captured: {why}",
                 where="capture sizes",
                 hint=one if size == 1 else "capture sizes that the trace allows",
             )
+    found = tuple(size for size, why in refusals.items() if why is None)
     if not found:
         raise StaticGraphError("there is no size to capture", where="capture sizes")
-    return tuple(found)
-
-
-def _other_values(
-    shape: BatchShape, given: Mapping[str, Sequence[int]]
-) -> dict[str, tuple[int, ...]]:
-    """The values to capture of each other size: those given, or the example's."""
-    first = {label: each.label for each in shape.others for label in each.labels}
-    for label in sorted(set(given) - set(first)):
-        raise ConfigError(
-            f"no dynamic size {label!r} beside the batch size",
-            where="other_sizes",
-            hint=f"there are: {', '.join(sorted(first)) or 'none'}",
-        )
-    found = {first[label]: tuple(dict.fromkeys(values)) for label, values in given.items()}
-    for other in shape.others:
-        where, example = f"input {other.label}", other.example
-        if other.label not in found and example is not None:
-            found[other.label] = (example,)
-        if not found.get(other.label):
-            argument, dot, dim = other.label.rpartition(".")
-            static = f": torch._dynamo.mark_static({argument}, {dim})" if dot else ""
-            raise StaticGraphError(
-                "is dynamic beside the batch size, and a captured graph fixes it",
-                where=where,
-                hint=f"pass the values to capture, such as other_sizes={{{other.label!r}: [16]}}, "
-                f"or 'batch' if it always equals that; or compile for one value of it{static}",
-            )
-    return {each.label: found[each.label] for each in shape.others}
+    return found

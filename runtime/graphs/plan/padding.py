@@ -1,4 +1,4 @@
-"""Whether batches may be padded to the next captured size, as declared by the caller and tried.
+"""Whether batches may be padded to the next captured size, as declared and tried.
 
 A padded batch computes on rows that are not there, so each row must be computed from its own alone.
 The caller says so with ``pad=True``; without a word, operators of others must say so, none of
@@ -11,8 +11,6 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.fx
@@ -20,61 +18,75 @@ import torch.fx
 from piecework.closeness import same_values
 from piecework.codegen.graph.origin import source_line, value_of
 from piecework.runtime import torch_compat
-from piecework.runtime.batch.dispatcher import Reason
 from piecework.runtime.graphs.plan.batch_shape import BatchShape, StagedInput
 from piecework.runtime.graphs.stage.inputs import Number
-from piecework.runtime.splitting_op import registry
+from piecework.runtime.splitting_op import HOW_TO_DECLARE, registry
 
 Run = Callable[[Sequence[torch.Tensor], int], Sequence[object]]
 # What takes a tensor for its shape, dtype and device alone, also as ``zeros_like`` or ``new_zeros``.
 _OF_SHAPE = ("empty", "zeros", "ones", "full")
+_INDEXING = ("index", "gather", "scatter", "take", "getitem", "setitem", "embedding", "one_hot")
+# Whole numbers that point at something whatever the floats are, or that do not come from them.
+_POINT_INSIDE = (*_OF_SHAPE, "arg", "topk", "sort", "max", "min", "searchsorted", "bucketize")
+# What a try is made of, None being random: whole numbers of the batch (0 and 1 where they are
+# random); floating values behind it; whole numbers behind it. The first try pads as calls are padded.
+_TRIES = ((None, 0, 0), (0, math.nan, 1), (1, 1e4, 0), (None, -1e4, None))
 
 
-# --- what the graph shows ----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class NotPadded:
-    """Why no batch is padded: the reason that coverage gives, and the whole of it in words."""
-
-    reason: Reason
-    text: str
-
-
-def never_padded(shape: BatchShape) -> str | None:
-    """Which result only a batch of the captured size has, if there is one."""
-    number = next((n for n, rule in enumerate(shape.results) if rule.computed), None)
-    return None if number is None else f"result {number}: its size is computed from the batch size"
-
-
-def mixing(
-    split_gm: torch.fx.GraphModule, shape: BatchShape, state: Collection[str]
-) -> NotPadded | None:
-    """What forbids to pad where nobody said that rows are independent, as a try may miss it.
+def why_not_padded(
+    split_gm: torch.fx.GraphModule,
+    shape: BatchShape,
+    pad: bool | None,
+    state: Collection[str],
+    attempt: Callable[[], str | None],
+    *,
+    survives: bool,
+) -> str | None:
+    """Why no batch may be padded; None if all may.
 
     Args:
+        pad: True where the caller says that rows are independent, None where nothing is said.
         state: the model's tensors that the graph writes to, by path.
+        attempt: runs a padded batch and says what differs, if something does.
+        survives: a number that points beyond a table is an error there, and not the device's end.
     """
-    for node in _calls(split_gm):
-        declared = _declared(node)
-        if declared is None:
-            text = f"{_told(node)} does not say what it does with rows"
-            return NotPadded(Reason.NOT_EXACT, text)
-        if declared != "context" and _loses_rows(node, shape.symbols):
-            return NotPadded(Reason.NOT_EXACT, f"{_told(node)} makes one value of all rows")
-    if reads_context(split_gm):
-        text = "an operator reads the batch's real size from the forward context: say pad=True"
-        return NotPadded(Reason.NOT_EXACT, text)
+    for number, rule in enumerate(shape.results):
+        if rule.computed:
+            return f"result {number}: its size is computed from the batch size"
+    declared = {node: _declared(node) for node in _calls(split_gm)}
+    if pad is None:
+        shown = _mixing(declared, shape, state)
+        if shown is not None:
+            return shown
+    elif "context" in declared.values():
+        return None  # the operator would read another size than is tried, and the caller said so
+    why = None if survives else _may_point_beyond(declared)
+    if why is None:
+        try:
+            found = attempt()
+        except Exception as error:  # noqa: BLE001 - a user's model, on data that it may refuse
+            why = f"{type(error).__name__}: {error}"
+        else:
+            return None if found is None else f"{found} is another one in a padded run"
+    text = f"padding could not be tried ({why}); pad=True says that rows are independent"
+    return None if pad else text
+
+
+def _mixing(
+    declared: Mapping[torch.fx.Node, str | None], shape: BatchShape, state: Collection[str]
+) -> str | None:
+    """What forbids to pad where nobody said that rows are independent, as a try may miss it."""
+    for node, rows in declared.items():
+        if rows is None:
+            return f"{_described(node)} does not say what it does with rows; {HOW_TO_DECLARE}"
+        if rows != "context" and _loses_rows(node, shape.symbols):
+            return f"{_described(node)} makes one value of all rows"
+    if "context" in declared.values():
+        return "an operator reads the batch's real size from the forward context: say pad=True"
     written = [*state, *(each.name for each in shape.staged if each.written and each.dim is None)]
     if written:
-        text = f"{written[0]} is written to, and would keep rows beyond the batch"
-        return NotPadded(Reason.NOT_EXACT, text)
+        return f"{written[0]} is written to, and would keep rows beyond the batch"
     return None
-
-
-def reads_context(split_gm: torch.fx.GraphModule) -> bool:
-    """Whether an operator reads the batch's real size from the forward context."""
-    return any(_declared(node) == "context" for node in _calls(split_gm))
 
 
 def _calls(split_gm: torch.fx.GraphModule) -> Iterator[torch.fx.Node]:
@@ -105,8 +117,32 @@ def _loses_rows(node: torch.fx.Node, symbols: Collection[str]) -> bool:
     def has_rows(tensor: torch.Tensor) -> bool:
         return any(not set(torch_compat.symbols_in(n)).isdisjoint(symbols) for n in tensor.shape)
 
-    made = _tensors(value_of(node))
-    return any(map(has_rows, _tensors(taken))) and not all(map(has_rows, made))
+    return any(map(has_rows, _tensors(taken))) and not all(map(has_rows, _tensors(value_of(node))))
+
+
+def _may_point_beyond(nodes: Collection[torch.fx.Node]) -> str | None:
+    """The operator for which made-up data may point beyond a table; None if there is none.
+
+    Whole numbers that are drawn are 0 and 1, so a table of two rows is safe; those that are made of
+    floats can be any.
+    """
+    for node in nodes:
+        name = _name(node)
+        taken = _tensors([value_of(each) for each in node.all_input_nodes])
+        floats = [each for each in taken if each.is_floating_point()]
+        indexes = any(each in name for each in _INDEXING)
+        makes = any(map(_is_whole, _tensors(value_of(node)))) and not indexes
+        if floats and makes and not name.removeprefix("new_").startswith(_POINT_INSIDE):
+            return f"{_described(node)} makes whole numbers of floats"
+        single = any(type(n) is int and n < 2 for each in floats for n in each.shape)
+        if indexes and any(map(_is_whole, taken)) and single:
+            return f"{_described(node)} may index a single row"
+    return None
+
+
+def _is_whole(tensor: torch.Tensor) -> bool:
+    inexact = tensor.is_floating_point() or tensor.is_complex()
+    return not inexact and tensor.dtype is not torch.bool
 
 
 def _tensors(value: object) -> list[torch.Tensor]:
@@ -119,7 +155,7 @@ def _name(node: torch.fx.Node) -> str:
     return str(name).partition(".")[0]
 
 
-def _told(node: torch.fx.Node) -> str:
+def _described(node: torch.fx.Node) -> str:
     line = source_line(node)
     return f"{_name(node)} ({line})" if line else _name(node)
 
@@ -127,31 +163,9 @@ def _told(node: torch.fx.Node) -> str:
 # --- the try -------------------------------------------------------------------------------------------
 
 
-class _Data(NamedTuple):
-    """What one try is made of; None: random numbers, which are 0 and 1 where they are whole.
-
-    Whole numbers of the batch; floating values behind it; whole numbers behind it; and whether the
-    tail is what calls are padded with.
-    """
-
-    whole: int | None
-    tail: float | None
-    whole_tail: int | None
-    as_served: bool = False
-
-
-_TRIES = (
-    _Data(None, None, None, as_served=True),
-    _Data(0, math.nan, 1),
-    _Data(1, 1e4, 0),
-    _Data(None, -1e4, None),
-)
-
-
 def padded_difference(
     shape: BatchShape,
     sizes: Sequence[int],
-    others: Mapping[str, int],
     pads: Mapping[str, Number],
     run: Run,
 ) -> str | None:
@@ -160,15 +174,25 @@ def padded_difference(
     ``run`` runs the model uncaptured on tensors of a batch of a size, and what it raises goes on;
     ``pads`` fills tails, by the input's name, and 0 others.
     """
-    chosen = _sizes_to_try(shape, sizes, others)
+    chosen = _sizes_to_try(shape, sizes)
     if chosen is None:
         return None
     count, padded = chosen
     found: list[str | None] = []
-    for data in _TRIES:  # all of them: ranks that run together make as many forwards each
-        rows = [_drawn(x, x.sizes(count, others), None, data.whole, seed=0) for x in shape.staged]
-        pairs = zip(rows, shape.staged, strict=True)
-        tails = [_with_tail(x, each, padded - count, data, pads) for x, each in pairs]
+    for tried, (whole, tail, whole_tail) in enumerate(_TRIES):  # all: each rank makes as many
+        rows = [_drawn(x, x.sizes(count), None, whole, seed=0) for x in shape.staged]
+        tails = []
+        for each, own in zip(shape.staged, rows, strict=True):
+            if each.dim is None:
+                tails.append(own.clone())
+                continue
+            beyond = list(own.shape)
+            beyond[each.dim] = padded - count
+            if tried == 0 or each.name in pads:  # what the caller pads with is said to be right
+                more = own.new_full(beyond, pads.get(each.name, 0))
+            else:
+                more = _drawn(each, beyond, tail, whole_tail, seed=1)
+            tails.append(torch.cat([own, more], each.dim))
         alone, beside = run(rows, count), run(tails, padded)
         found.append(_difference(shape, count, (alone, rows), (beside, tails)))
     return next((each for each in found if each is not None), None)
@@ -181,9 +205,9 @@ def _difference(
     padded: tuple[Sequence[object], Sequence[torch.Tensor]],
 ) -> str | None:
     for index, rule in enumerate(shape.results):
-        if rule.is_count or rule.computed:
-            continue
-        if not same_values(alone[0][index], _front(padded[0][index], rule.dims, count)):
+        if not rule.is_count and not same_values(
+            alone[0][index], _front(padded[0][index], rule.dims, count)
+        ):
             return f"result {index}"
     for number, each in enumerate(shape.staged):
         dims = () if each.dim is None else (each.dim,)
@@ -194,14 +218,12 @@ def _difference(
     return None
 
 
-def _sizes_to_try(
-    shape: BatchShape, sizes: Sequence[int], others: Mapping[str, int]
-) -> tuple[int, int] | None:
+def _sizes_to_try(shape: BatchShape, sizes: Sequence[int]) -> tuple[int, int] | None:
     """A batch, and a captured size of about twice as many rows: what mixes them differs most."""
     for padded in sorted(sizes, key=lambda size: (size < 3, size)):
         counts = range(max(shape.low, 1), padded)
         for count in sorted(counts, key=lambda n: (n < 2, abs(n - padded // 2))):
-            if shape.refusal(count, others) is None:
+            if shape.refusal(count) is None:
                 return count, padded
     return None
 
@@ -211,21 +233,6 @@ def _front(value: object, dims: Sequence[int], count: int) -> object:
         for dim in dims:
             value = value.narrow(dim, 0, count)
     return value
-
-
-def _with_tail(
-    rows: torch.Tensor, each: StagedInput, more: int, data: _Data, pads: Mapping[str, Number]
-) -> torch.Tensor:
-    """The rows with ``more`` behind them; what the caller pads with is said to be right."""
-    if each.dim is None:
-        return rows.clone()
-    shape = list(rows.shape)
-    shape[each.dim] = more
-    if data.as_served or each.name in pads:
-        tail = rows.new_full(shape, pads.get(each.name, 0))
-    else:
-        tail = _drawn(each, shape, data.tail, data.whole_tail, seed=1)
-    return torch.cat([rows, tail], each.dim)
 
 
 def _drawn(
@@ -238,35 +245,3 @@ def _drawn(
     elif value is not None:
         drawn = drawn.fill_(value)
     return drawn.to(each.fake.device, each.fake.dtype)
-
-
-# --- on an accelerator -----------------------------------------------------------------------------------
-
-_INDEXING = ("index", "gather", "scatter", "take", "getitem", "setitem", "embedding", "one_hot")
-# Whole numbers that point at something whatever the floats are, or that do not come from them.
-_POINT_INSIDE = (*_OF_SHAPE, "arg", "topk", "sort", "max", "min", "searchsorted", "bucketize")
-
-
-def may_point_beyond(split_gm: torch.fx.GraphModule) -> str | None:
-    """The operator for which made-up data may point beyond a table; None if there is none.
-
-    A CPU raises there; on a GPU it ends the process's use of the device. Whole numbers that are
-    drawn are 0 and 1, so a table of two rows is safe; those that are made of floats can be any.
-    """
-    for node in _calls(split_gm):
-        name = _name(node)
-        taken = _tensors([value_of(each) for each in node.all_input_nodes])
-        floats = [each for each in taken if each.is_floating_point()]
-        indexes = any(each in name for each in _INDEXING)
-        makes = any(map(_is_whole, _tensors(value_of(node)))) and not indexes
-        if floats and makes and not name.removeprefix("new_").startswith(_POINT_INSIDE):
-            return f"{_told(node)} makes whole numbers of floats"
-        single = any(type(n) is int and n < 2 for each in floats for n in each.shape)
-        if indexes and any(map(_is_whole, taken)) and single:
-            return f"{_told(node)} may index a single row"
-    return None
-
-
-def _is_whole(tensor: torch.Tensor) -> bool:
-    inexact = tensor.is_floating_point() or tensor.is_complex()
-    return not inexact and tensor.dtype is not torch.bool

@@ -1,4 +1,4 @@
-"""The capture phase: every descriptor captured, largest first, and a report of what became of it.
+"""The capture phase: every descriptor captured, largest first, what that will take, and a report.
 
 It never leaves half of a descriptor behind: a failed one is forgotten, and no longer dispatched to.
 """
@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Protocol
 
 from piecework.errors import PieceworkError, StaticGraphError
@@ -131,8 +132,7 @@ def capture_graphs(
 
     Raises:
         StaticGraphError: a capture failed under ``FailurePolicy.RAISE``; what was captured before
-            it stays usable.
-        KeyboardInterrupt: Ctrl-C, likewise.
+            it stays usable, as after Ctrl-C.
 
     Example:
         >>> from piecework.runtime.graphs.memory.wrapper import CUDAGraphWrapper
@@ -199,20 +199,19 @@ def _capture(
                 where=text_of(key),
                 hint="wrap the model or its pieces for this mode, and warm up as they expect",
             )
-    except PieceworkError as failure:
-        error = failure
+    except BaseException as failure:
         graphs.discard(*key)
-    except Exception as failure:  # noqa: BLE001 - a user's forward; reported, raised by policy
-        graphs.discard(*key)
-        error = StaticGraphError(
-            f"the forward failed while it was captured: {type(failure).__name__}: {failure}",
-            where=text_of(key),
-            hint="run this batch shape uncaptured to see whether the model itself fails",
-        )
-        error.__cause__ = failure
-    except BaseException:
-        graphs.discard(*key)
-        raise
+        if not isinstance(failure, Exception):
+            raise
+        if isinstance(failure, PieceworkError):
+            error = failure
+        else:
+            error = StaticGraphError(
+                f"the forward failed while it was captured: {type(failure).__name__}: {failure}",
+                where=text_of(key),
+                hint="run this batch shape uncaptured to see whether the model itself fails",
+            )
+            error.__cause__ = failure
     records = graphs.records[first:] if error is None else []
     return CaptureOutcome(
         mode,
@@ -223,6 +222,13 @@ def _capture(
         tuple(f"{r.name}: {r.eager_reason}" for r in records if r.eager_reason is not None),
         error,
     )
+
+
+def plain_context(
+    mode: CUDAGraphMode, descriptor: BatchDescriptor
+) -> AbstractContextManager[object]:
+    """A forward context that says no more than mode and descriptor."""
+    return set_forward_context(cudagraph_runtime_mode=mode, batch_descriptor=descriptor)
 
 
 def format_bytes(nbytes: int) -> str:
@@ -238,13 +244,6 @@ def format_bytes(nbytes: int) -> str:
             return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"
         amount /= 1024
     return f"{amount:.2f} GiB"
-
-
-def plain_context(
-    mode: CUDAGraphMode, descriptor: BatchDescriptor
-) -> AbstractContextManager[object]:
-    """A forward context that says no more than mode and descriptor."""
-    return set_forward_context(cudagraph_runtime_mode=mode, batch_descriptor=descriptor)
 
 
 class CaptureProgress:
@@ -264,3 +263,139 @@ class CaptureProgress:
 
     def ended(self) -> None:
         self._bar.ended()
+
+
+# --- what captures will take ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryModel:
+    """What capturing sizes of one kind of batch takes, largest first, into an empty pool.
+
+    ``pool`` and ``step`` are (fixed, per token): of the largest size, and of each size beside it.
+    """
+
+    pool: tuple[float, float]
+    step: tuple[float, float] = (0.0, 0.0)
+
+    def step_of(self, size: int) -> int:
+        """What ``size`` adds where a larger one is captured."""
+        return max(0, round(self.step[0] + self.step[1] * size))
+
+    def pool_of(self, size: int) -> float:
+        """What the pool takes of ``size`` where it is the largest."""
+        return self.pool[0] + self.pool[1] * size
+
+
+def cost_of(keys: Iterable[Key], models: Mapping[Key, MemoryModel]) -> int:
+    """What these take together: the kinds share one pool, which the most demanding pays."""
+    pairs = [(models[kind_of(*key)], key[1].num_tokens) for key in keys]
+    pool = max((model.pool_of(size) for model, size in pairs), default=0)
+    return round(pool) + sum(model.step_of(size) for model, size in pairs)
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryEstimate:
+    """What a planned capture will take: bytes by descriptor, in the order of capture.
+
+    ``measured`` were captured to find out; ``models`` are by kind: a mode, and no sizes.
+    """
+
+    rows: tuple[tuple[Key, int], ...]
+    measured: frozenset[Key]
+    models: Mapping[Key, MemoryModel]
+
+    @property
+    def total(self) -> int:
+        return sum(nbytes for _, nbytes in self.rows)
+
+    def __str__(self) -> str:
+        measured = f"{len(self.measured)} of {len(self.rows)} sizes were measured"
+        return f"captures will take {format_bytes(self.total)} ({measured})"
+
+
+def estimate_memory(
+    forward: Forward,
+    descs: Sequence[tuple[CUDAGraphMode, Sequence[BatchDescriptor]]],
+    graphs: StaticGraphs,
+    *,
+    warmups: int = 0,
+    context_for: ContextFor | None = None,
+) -> MemoryEstimate:
+    """Capture the smallest size of each kind alone, then its largest, middle and smallest, and tell.
+
+    What was captured is forgotten again. A `StaticGraphError` where there are captures already.
+    """
+    if graphs.records:
+        raise StaticGraphError(
+            "memory can't be estimated once graphs are captured",
+            where=f"{len(graphs.records)} captures",
+            hint="estimate first, or call clear_all_graphs()",
+        )
+    was_open = graphs.is_open
+    measured: set[Key] = set()
+    models: dict[Key, MemoryModel] = {}
+    planned: dict[Key, list[BatchDescriptor]] = {}
+    for mode, group in descs:
+        for descriptor in sorted(group, key=lambda d: -d.num_tokens):
+            planned.setdefault(kind_of(mode, descriptor), []).append(descriptor)
+    for kind, group in planned.items():
+        probes = [group[at] for at in sorted({0, len(group) // 2, len(group) - 1})]
+        found: list[dict[int, int]] = []
+        driver = 0  # it is told in coarse steps, so it is averaged over all that is captured
+        for plan in ([probes[-1]], probes):
+            try:
+                todo = [(kind[0], plan)]
+                capture_graphs(forward, todo, graphs, warmups=warmups, context_for=context_for)
+                found.append(dict.fromkeys((each.num_tokens for each in plan), 0))
+                for record in graphs.records:
+                    driver += record.driver_bytes
+                    own = record.nbytes - record.driver_bytes + record.staged_bytes
+                    found[-1][record.descriptor.num_tokens] += own
+            finally:
+                graphs.clear_all_graphs()
+                graphs.is_open = was_open
+        measured.update((kind[0], each) for each in probes)
+        models[kind] = _model(found[0], found[1], driver / (1 + len(probes)))
+    keys = [(kind[0], descriptor) for kind, group in planned.items() for descriptor in group]
+    costs = [cost_of(keys[:count], models) for count in range(len(keys) + 1)]
+    more = (after - before for before, after in pairwise(costs))
+    return MemoryEstimate(tuple(zip(keys, more, strict=True)), frozenset(measured), models)
+
+
+def _model(alone: Mapping[int, int], together: Mapping[int, int], driver: float) -> MemoryModel:
+    """The model of bytes by size: of the smallest alone, and of several captured largest first."""
+    [(small, alone_bytes)], large = alone.items(), max(together)
+    steps = sorted((size, nbytes) for size, nbytes in together.items() if size != large)
+    fixed, slope = _line(*steps) if steps else (0.0, 0.0)
+    pool = max(0.0, together[large] - max(0.0, fixed + slope * large))
+    least = min(pool, max(0.0, alone_bytes - max(0.0, fixed + slope * small)))
+    line = _line((small, least), (large, pool)) if small != large else (0.0, pool / large)
+    if line[0] < 0:
+        line = (0.0, pool / large)
+    return MemoryModel(line, (fixed + driver, slope))
+
+
+def _line(first: tuple[float, float], *more: tuple[float, float]) -> tuple[float, float]:
+    """What the line through one or two points is at zero, and its slope."""
+    last = more[-1] if more else first
+    slope = 0.0 if last[0] == first[0] else (last[1] - first[1]) / (last[0] - first[0])
+    return first[1] - slope * first[0], slope
+
+
+def fit_budget(
+    estimate: MemoryEstimate, dispatcher: CudagraphDispatcher, budget_bytes: int
+) -> tuple[Key, ...]:
+    """Give up the largest sizes until the rest fits ``budget_bytes``, and return them."""
+    left, dropped = [key for key, _ in estimate.rows], list[Key]()
+    while left and cost_of(left, estimate.models) > budget_bytes:
+        largest = max(reversed(left), key=lambda key: key[1].num_tokens)
+        left.remove(largest)
+        dropped.append(largest)
+        dispatcher.give_up(*largest)
+    return tuple(dropped)
+
+
+def kind_of(mode: CUDAGraphMode, descriptor: BatchDescriptor) -> Key:
+    """The kind of a descriptor: what it is besides its size."""
+    return mode, replace(descriptor, num_tokens=0, num_reqs=None)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from types import FunctionType
 
@@ -20,7 +20,6 @@ from piecework.codegen.replay.plan import ReplayFacts
 from piecework.codegen.stitch.bind import filename_of
 from piecework.codegen.stitch.source import StitchedSource
 from piecework.errors import StaticGraphError
-from piecework.runtime import torch_compat
 from piecework.runtime.batch.descriptor import BatchDescriptor
 from piecework.runtime.batch.forward_context import (
     ForwardContext,
@@ -34,9 +33,8 @@ from piecework.runtime.call.profile_names import by_statement
 from piecework.runtime.compilers.partitions import Partition, partitions_taken_by
 from piecework.runtime.graphs.device.cuda import kernels_of
 from piecework.runtime.graphs.memory.addresses import Placement, ValueOrigin
-from piecework.runtime.graphs.memory.captured_call import CapturedCall
 from piecework.runtime.graphs.memory.owner import StaticGraphs
-from piecework.runtime.graphs.memory.wrapper import CUDAGraphOptions, CUDAGraphWrapper
+from piecework.runtime.graphs.memory.wrapper import CapturedCall, CUDAGraphOptions, CUDAGraphWrapper
 from piecework.runtime.graphs.plan.batch_shape import FixedBatch, batch_shape, passed_inputs
 from piecework.runtime.graphs.plan.captured_values import (
     capture_device,
@@ -54,32 +52,7 @@ from piecework.runtime.trace.writes import mutations_in, written_inputs
 from piecework.runtime.watch.weights import Weight
 
 _FULL, _PIECES = CUDAGraphMode.FULL, CUDAGraphMode.PIECEWISE
-
-
-@dataclass(eq=False, slots=True)
-class Step:
-    """How calls of one kind are served: ``call`` takes the tensor arguments; None runs uncaptured.
-
-    ``bring_back`` copies written arguments back; ``calls`` counts, of a batch of ``count``.
-    """
-
-    call: Callable[..., object] | None
-    padded: int
-    mode: CUDAGraphMode
-    descriptor: BatchDescriptor
-    reason: str = ""
-    bring_back: Callable[..., None] | None = None
-    calls: int = 0
-    count: int = 0
-
-    @classmethod
-    def uncaptured(cls, reason: str) -> Step:
-        return cls(None, 0, CUDAGraphMode.NONE, BatchDescriptor(0), reason)
-
-    @property
-    def padding(self) -> int:
-        """Rows that were computed for nobody, over all calls."""
-        return self.calls * (self.padded - self.count) if self.call is not None else 0
+_WHOLE = "the whole forward"
 
 
 class CapturedGraphs:
@@ -89,6 +62,7 @@ class CapturedGraphs:
         shape: how the graph depends on the batch size.
         sizes: the batch sizes that were to be captured.
         lowered: why less is captured than the mode that was asked for; "" if it isn't.
+        inputs: the persistent buffers.
         replays: mode and descriptor → its replay.
         weights, forward: of the execution that was captured; a change retires these graphs.
         dry_writes: puts back what runs on dummy inputs write.
@@ -105,23 +79,26 @@ class CapturedGraphs:
     ) -> None:
         self._entry, self._program, self.options = entry, program, options
         self.shape = batch_shape(entry.captured, program, options.other_sizes, fixed)
-        between = [item.submod_name for item in program.items if item.is_splitting_graph]
-        said = full_graphs_of(program.split_gm, between)
-        plan = plan_capture(self.shape, program.config, sizes, options, said)
-        self.sizes, self.dispatcher, self.lowered = plan.sizes, plan.dispatcher, plan.lowered
-        require_sizes_only(program.split_gm, self._captured_names())
+        self._between = [item.submod_name for item in program.items if item.is_splitting_graph]
+        declared = full_graphs_of(program.split_gm, self._between)
+        self.dispatcher, self.lowered = plan_capture(
+            self.shape, program.config, sizes, options, declared
+        )
+        self.sizes = self.dispatcher.capture_sizes
+        # What is captured: the pieces, and all where a whole forward is.
+        self._every = [item.submod_name for item in program.items]
+        captured = self._every if self.dispatcher.cudagraph_keys[_FULL] else []
+        captured = captured or list(program.source.submod_names)
+        require_sizes_only(program.split_gm, captured)
         self._parameters = [node for node, _ in passed_inputs(entry.captured, program)]
         # Of one execution; a change retires these graphs instead of reaching them.
         self.forward = entry.execution_fn
         self._telling: FunctionType | None = None
         copies = program.config.cudagraph_copy_inputs
-        self._inputs = {
-            tuple(each.items()): CapturedInputs(self.shape, max(self.sizes), each, options, copies)
-            for each in plan.others
-        }
+        self.inputs = CapturedInputs(self.shape, max(self.sizes), options, copies)
         cut_inside = program.config.use_inductor_graph_partition
         # Inductor's own partitions leave out what is elsewhere.
-        inside = () if cut_inside else self._captured_names()
+        inside = () if cut_inside else captured
         device = capture_device(program.split_gm, inside, self.shape.dynamic[0].fake.device)
         self.graphs = StaticGraphs(
             device,
@@ -131,13 +108,11 @@ class CapturedGraphs:
             memory_of=options.memory_of,
         )
         self.partitions: dict[Partition, CUDAGraphWrapper] | None = {} if cut_inside else None
-        for inputs in self._inputs.values():
-            inputs.register(self.graphs)
+        self.inputs.register(self.graphs.addresses)
         self.weights = by_path_of(entry.weights)
         self.graphs.addresses.register_weights(self.weights)
         self._whole_source: tuple[torch.fx.GraphModule, StitchedSource] | None = None
-        weights = list(self.weights.values())
-        kept = [each for inputs in self._inputs.values() for each in inputs.written_outside]
+        weights, kept = list(self.weights.values()), self.inputs.written_outside
         self.written_weights = self._written_weights()
         known = [self.weights[path] for path in self.written_weights]
         self.dry_writes = DryWrites(self._is_own, [*weights, *kept], [*known, *kept], always=kept)
@@ -157,40 +132,18 @@ class CapturedGraphs:
                     hint="it makes them for GPUs only; without that option the graph is cut before",
                 )
 
-    def run_partition(self, partition: Partition, values: tuple[object, ...]) -> object:
-        """Capture, replay or run a partition of Inductor's code, as the forward context says."""
-        assert self.partitions is not None
-        wrapper = self.partitions.get(partition)
-        if wrapper is None:
-            first, last = partition.index == 0, partition.index == partition.count - 1
-            options = CUDAGraphOptions(first, not first, last)
-            name = f"partition {partition.index} of {partition.count}"
-            wrapper = CUDAGraphWrapper(partition.run, None, _PIECES, options, self.graphs, name)
-            self.partitions[partition] = wrapper
-        return wrapper(*values)
-
-    def _captured_names(self) -> list[str]:
-        """The submodules that are captured: the pieces, and all where a whole forward is."""
-        whole = bool(self.dispatcher.cudagraph_keys[_FULL])
-        every = [item.submod_name for item in self._program.items]
-        return every if whole else list(self._program.source.submod_names)
-
-    def static_inputs(
-        self, size: int, others: Mapping[str, int] | None = None
-    ) -> dict[str, torch.Tensor]:
+    def static_inputs(self, size: int) -> dict[str, torch.Tensor]:
         """The buffers that graphs of a captured size read, by parameter.
 
-        ``others`` are the other sizes by label; a batch of fewer rows is the head of a buffer.
+        A batch of fewer rows is the head of a buffer.
         """
-        inputs = {frozenset(key): each for key, each in self._inputs.items()}
-        found = inputs.get(frozenset((others or {}).items()))
-        if found is None or not 0 < size <= max(self.sizes):
+        if not 0 < size <= max(self.sizes):
             raise StaticGraphError(
                 "no graph has inputs of this size",
                 where=f"static_inputs({size})",
                 hint=f"captured sizes: {', '.join(map(str, self.sizes))}",
             )
-        return found.by_name(size)
+        return self.inputs.by_name(size)
 
     # --- what is captured --------------------------------------------------------------------------
 
@@ -203,22 +156,39 @@ class CapturedGraphs:
         names, made = self._program.source.submod_names, []
         for index, (submod, name) in enumerate(zip(submods, names, strict=True)):
             written = written_inputs(self._program.backends[name].compiled_of()[0])
-            is_first, is_last = index == 0, index == len(submods) - 1
-            options = CUDAGraphOptions(is_first, not is_first, is_last, written)
             name += f" of range {number}" if number else ""
-            made.append(CUDAGraphWrapper(submod, None, _PIECES, options, self.graphs, name))
+            made.append(self._piece(submod, index, len(submods), name, written))
         return made
+
+    def _piece(
+        self,
+        run: Callable[..., object],
+        index: int,
+        count: int,
+        name: str,
+        written: frozenset[int] = frozenset(),
+    ) -> CUDAGraphWrapper:
+        options = CUDAGraphOptions(index == 0, index > 0, index == count - 1, written)
+        return CUDAGraphWrapper(run, None, _PIECES, options, self.graphs, name)
+
+    def run_partition(self, partition: Partition, values: tuple[object, ...]) -> object:
+        """Capture, replay or run a partition of Inductor's code, as the forward context says."""
+        assert self.partitions is not None
+        wrapper = self.partitions.get(partition)
+        if wrapper is None:
+            index, count = partition.index, partition.count
+            name = f"partition {index} of {count}"
+            wrapper = self._piece(partition.run, index, count, name)
+            self.partitions[partition] = wrapper
+        return wrapper(*values)
 
     def _wrap_whole(self, number: int) -> CUDAGraphWrapper:
         """The whole forward of one batch range; the pieces' own wrappers stand aside in it."""
-        return CUDAGraphWrapper(
-            partial(self._to_capture, __vllm_submods__=self._as_called(self._wrapped[number])),
-            None,
-            _FULL,
-            CUDAGraphOptions(weak_ref_output=True),
-            graphs=self.graphs,
-            name="the whole forward" + (f" of range {number}" if number else ""),
-        )
+        name = _WHOLE + (f" of range {number}" if number else "")
+        pieces = self._as_called(self._wrapped[number])
+        run = partial(self._to_capture, __vllm_submods__=pieces)
+        options = CUDAGraphOptions(weak_ref_output=True)
+        return CUDAGraphWrapper(run, None, _FULL, options, self.graphs, name)
 
     def _to_capture(self, *flat: object, **submods: object) -> object:
         """The forward; while it is captured, its statements tell what kernels stand for."""
@@ -237,8 +207,7 @@ class CapturedGraphs:
         nodes = split_gm.graph.find_nodes(op="placeholder")
         pairs = zip(nodes, self._entry.captured.inputs, strict=True)
         held = {node.name: each.path for node, each in pairs if isinstance(each, Weight)}
-        every = [item.submod_name for item in self._program.items]
-        return tuple(dict.fromkeys(write.path for write in mutations_in(split_gm, every, held)))
+        return tuple(dict.fromkeys(w.path for w in mutations_in(split_gm, self._every, held)))
 
     def _as_called(
         self, pieces: Sequence[Callable[..., object]]
@@ -261,54 +230,49 @@ class CapturedGraphs:
         table = self._program.range_table
         return 0 if table is None else table.index(size)
 
-    def context_for(self, mode: CUDAGraphMode, descriptor: BatchDescriptor):  # type: ignore[no-untyped-def]
+    def context_for(
+        self, mode: CUDAGraphMode, descriptor: BatchDescriptor
+    ) -> AbstractContextManager[object]:
         return (self.options.context_for or plain_context)(mode, descriptor)
 
-    def others(self, descriptor: BatchDescriptor) -> dict[str, int]:
-        """The sizes beside the batch size that a descriptor was captured for."""
-        axes = dict(descriptor.extra)
-        return {other.label: axes[other.label] for other in self.shape.others}  # type: ignore[misc]
-
-    def inputs_of(self, descriptor: BatchDescriptor) -> CapturedInputs:
-        return self._inputs[tuple(self.others(descriptor).items())]
+    # --- runs on dummy inputs ----------------------------------------------------------------------
 
     def dummy(self, descriptor: BatchDescriptor) -> object:
         """One forward on the static inputs; the context's mode says which wrapper acts."""
         size = descriptor.num_tokens
-        views = self.inputs_of(descriptor).views(size)
         if self.graphs.call_order is not None:
             self.graphs.call_order()
         if self.options.join is not None:
             self.options.join()
-        flat, number = self._flat(views, descriptor), self._range_of(size)
+        flat, context = self._flat(self.inputs.views(size), size), current_forward_context()
+        with torch.no_grad():
+            if self._is_blind(context) and self.graphs.is_open:
+                # As it will be captured: what an operator does for the first time (load a kernel,
+                # tune it) would make the capture invalid, and what it writes is seen here, to be
+                # put back after the capture's own replay.
+                assert context is not None
+                real = replace(context, cudagraph_runtime_mode=CUDAGraphMode.NONE, dry=False)
+                with self._without_traces(real):
+                    self._run(flat, size)
+            with self._harmless():
+                return self._run(flat, size)
+
+    def _is_blind(self, context: ForwardContext | None) -> bool:
+        """Whether nothing can be copied: while a GPU captures, and its replays run no Python."""
+        full = context is not None and context.cudagraph_runtime_mode is _FULL
+        return full and not self.graphs.platform.stand_in
+
+    def _harmless(self) -> AbstractContextManager[None]:
+        """A run on dummy inputs in the current context; what it writes is put back."""
         context = current_forward_context()
         full = context is not None and context.cudagraph_runtime_mode is _FULL
-        # Nothing can be copied while a GPU captures, and its replays run no Python.
-        blind = full and not self.graphs.platform.stand_in
-        with torch.no_grad():
-            if blind and self.graphs.is_open:
-                self._run_as_captured(flat, number, context)
-            with self._without_traces(context if full else _dry(context), watched=not blind):
-                return self._run(flat, number)
-
-    def _run_as_captured(
-        self, flat: Sequence[object], number: int, context: ForwardContext | None
-    ) -> None:
-        """Run a whole forward uncaptured, splitting operators as in its capture, which follows.
-
-        What an operator does for the first time (load a kernel, tune it) would make the capture
-        invalid; and what it writes is seen here, to be put back after the capture's own replay.
-        """
-        assert context is not None
-        real = replace(context, cudagraph_runtime_mode=CUDAGraphMode.NONE, dry=False)
-        with self._without_traces(real):
-            self._run(flat, number)
+        watched = not self._is_blind(context)
+        return self._without_traces(context if full else _dry(context), watched=watched)
 
     @contextmanager
     def _without_traces(
         self, context: ForwardContext | None, *, watched: bool = True
     ) -> Iterator[None]:
-        """A run on dummy inputs in ``context``; what it writes is put back."""
         # Splitting ops that run inside Inductor's code can't be looked at.
         watched = watched and self.partitions is None
         with ExitStack() as stack:
@@ -317,10 +281,10 @@ class CapturedGraphs:
             stack.enter_context(override_forward_context(context))
             yield
 
-    def _run(self, flat: Sequence[object], number: int) -> object:
+    def _run(self, flat: Sequence[object], size: int) -> object:
         inside = nullcontext() if self.partitions is None else partitions_taken_by(self)
         with inside:
-            return self._whole[number](*flat)
+            return self._whole[self._range_of(size)](*flat)
 
     def run_uncaptured(
         self, like: BatchDescriptor, tensors: Sequence[torch.Tensor], size: int
@@ -328,10 +292,9 @@ class CapturedGraphs:
         """One forward on tensors of a batch of ``size``, otherwise ``like`` a captured one."""
         descriptor = replace(like, num_tokens=size)
         submods = self._as_called(self._program.submod_lists[self._range_of(size)])
-        flat = self._flat(tensors, descriptor)
         scope = self.context_for(CUDAGraphMode.NONE, descriptor)
         with scope, torch.no_grad(), self._without_traces(_dry(current_forward_context())):
-            results = self.forward(*flat, __vllm_submods__=submods)
+            results = self.forward(*self._flat(tensors, size), __vllm_submods__=submods)
             found = results if isinstance(results, (tuple, list)) else (results,)
             # Copies: a result may lie in memory that is put back.
             return [each.clone() if isinstance(each, torch.Tensor) else each for each in found]
@@ -339,46 +302,47 @@ class CapturedGraphs:
     @contextmanager
     def without_traces(self, descriptor: BatchDescriptor) -> Iterator[None]:
         """Put back, after the block, what a run of a captured size beforehand wrote."""
-        self.run_uncaptured(
-            descriptor,
-            self.inputs_of(descriptor).views(descriptor.num_tokens),
-            descriptor.num_tokens,
-        )
+        size = descriptor.num_tokens
+        self.run_uncaptured(descriptor, self.inputs.views(size), size)
         with self.dry_writes.put_back(watched=False):
             yield
         self.dry_writes.forget()
 
-    def _flat(self, tensors: Sequence[torch.Tensor], descriptor: BatchDescriptor) -> list[object]:
-        others = self.others(descriptor)
-        flat: list[object] = [descriptor.num_tokens] * len(self.shape.names)
+    def _flat(self, tensors: Sequence[torch.Tensor], size: int) -> list[object]:
+        flat: list[object] = [size] * len(self.shape.names)
         for each, tensor in zip(self.shape.staged, tensors, strict=True):
             flat[each.position] = tensor
-        for position, label in self.shape.numbers.items():
-            flat[position] = others[label]
+        for position, value in self.shape.numbers.items():
+            flat[position] = size if value is None else value
         for position, path in self.shape.weights.items():
             flat[position] = self.weights[path]
         return flat
 
     # --- what serves it ----------------------------------------------------------------------------
 
-    def step_of(self, mode: CUDAGraphMode, descriptor: BatchDescriptor) -> Step:
+    def replay_of(self, mode: CUDAGraphMode, descriptor: BatchDescriptor) -> Callable[..., object]:
         """What serves a captured descriptor, after a replay that checks every address."""
         with self.context_for(mode, descriptor):
-            results = self.dummy(descriptor)
-        inputs, padded = self.inputs_of(descriptor), descriptor.num_tokens
-        inputs.stage_once(padded)
-        _copy_once(results)
+            self.dummy(descriptor)
         # Inductor's own code calls the replays of its partitions, so nothing is emitted for them.
-        emits = self.partitions is None or mode is _FULL
-        call = self._emit(mode, descriptor) if emits else None
-        if call is None or self.options.check_addresses:
-            call = self._checked_call(mode, descriptor)  # through the wrappers, which check
-        return Step(call, padded, mode, descriptor, bring_back=inputs.bringer(padded))
+        call = self._emit(mode, descriptor) if self.partitions is None or mode is _FULL else None
+        if call is not None and not self.options.check_addresses:
+            return call
+        size = descriptor.num_tokens
+        stage, flat = self.inputs.stager(size), self._flat(self.inputs.views(size), size)
+
+        def through_wrappers(tensors: Sequence[torch.Tensor]) -> object:
+            stage(tensors)
+            outer = current_forward_context() or ForwardContext()
+            inner = replace(outer, cudagraph_runtime_mode=mode, batch_descriptor=descriptor)
+            with override_forward_context(inner):
+                return self._run(flat, size)
+
+        return through_wrappers
 
     def _emit(self, mode: CUDAGraphMode, descriptor: BatchDescriptor) -> Callable[..., object]:
-        size, inputs = descriptor.num_tokens, self.inputs_of(descriptor)
-        number, others = self._range_of(size), self.others(descriptor)
-        views, shape, program = inputs.views(size), self.shape, self._program
+        size, shape, program = descriptor.num_tokens, self.shape, self._program
+        number, views = self._range_of(size), self.inputs.views(size)
         wrapped, pieces = self._wrapped[number], program.submod_lists[number]
         split_gm, source = program.split_gm, program.source
         if mode is _FULL:
@@ -390,47 +354,22 @@ class CapturedGraphs:
         held |= {names[at]: self.weights[path] for at, path in shape.weights.items()}
         staged = tuple(names[each.position] for each in shape.staged)
         held |= dict(zip(staged, views, strict=True))
-        sizes = dict.fromkeys((names[position] for position in shape.sizes), size)
+        numbers = {names[n]: size if v is None else v for n, v in shape.numbers.items()}
         facts = ReplayFacts(
             title=f"{mode.name} {descriptor.describe()}",
             tokens=size,
             policy=self.graphs.address_policy.value,  # type: ignore[arg-type]
             staged=staged,
-            sizes=sizes | {names[at]: others[label] for at, label in shape.numbers.items()},
+            sizes=numbers,
             places={name: Placement.of(tensor) for name, tensor in held.items()},
             pieces=tuple(map(facts_of, calls)),
-            numbers=numbers_of(split_gm, sizes_of(self._parameters, self._flat(views, descriptor))),
+            numbers=numbers_of(split_gm, sizes_of(self._parameters, self._flat(views, size))),
             banner=(f"model: {program.name}",),
         )
-        stage = inputs.stager(size)
+        stage = self.inputs.stager(size)
         made = make_replay(split_gm, source, facts, calls, pieces, stage, held)
         self.replays[mode, descriptor] = made
         return made.call
-
-    def _checked_call(
-        self, mode: CUDAGraphMode, descriptor: BatchDescriptor
-    ) -> Callable[..., object]:
-        inputs, size = self.inputs_of(descriptor), descriptor.num_tokens
-        stage, flat = inputs.stager(size), self._flat(inputs.views(size), descriptor)
-        number = self._range_of(size)
-
-        def run(tensors: Sequence[torch.Tensor]) -> object:
-            stage(tensors)
-            outer = current_forward_context() or ForwardContext()
-            inner = replace(outer, cudagraph_runtime_mode=mode, batch_descriptor=descriptor)
-            with override_forward_context(inner):
-                return self._run(flat, number)
-
-        return run
-
-
-def _copy_once(results: object) -> None:
-    """Copy results as a served call does, so that the kernels for it are loaded."""
-    for each in torch_compat.flatten_tree(results)[0]:
-        if isinstance(each, torch.Tensor):
-            copy = each.clone()
-            if each.dtype in torch_compat.COPIED_TOGETHER:
-                torch_compat.copy_each([copy], [each], True)
 
 
 def _dry(context: ForwardContext | None) -> ForwardContext | None:

@@ -6,10 +6,10 @@ It never captures while serving; a batch that no graph covers runs as it ran bef
 from __future__ import annotations
 
 import logging
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -25,40 +25,18 @@ from piecework.runtime.batch.mode import CUDAGraphMode
 from piecework.runtime.call.entry import Entry
 from piecework.runtime.call.execution import by_path_of
 from piecework.runtime.counters import counters
-from piecework.runtime.graphs.device.weak_ref import plain_parts
+from piecework.runtime.graphs.device.contract import plain_parts
+from piecework.runtime.graphs.plan import phase
 from piecework.runtime.graphs.plan.batch_shape import FixedBatch
-from piecework.runtime.graphs.plan.estimate import (
-    MemoryEstimate,
-    estimate_memory,
-    fit_budget,
-    kind_of,
-)
 from piecework.runtime.graphs.plan.options import CaptureOptions
-from piecework.runtime.graphs.plan.padding import (
-    NotPadded,
-    may_point_beyond,
-    mixing,
-    never_padded,
-    padded_difference,
-    reads_context,
-)
-from piecework.runtime.graphs.plan.phase import (
-    CaptureProgress,
-    CaptureReport,
-    CaptureWatcher,
-    Console,
-    FailurePolicy,
-    Key,
-    capture_graphs,
-    text_of,
-)
-from piecework.runtime.graphs.serve.graphs import CapturedGraphs, Step
+from piecework.runtime.graphs.plan.padding import padded_difference, why_not_padded
+from piecework.runtime.graphs.plan.phase import Key, text_of
+from piecework.runtime.graphs.serve.graphs import CapturedGraphs
 from piecework.runtime.graphs.serve.replay import STAGE
 from piecework.runtime.graphs.serve.report import CallRow, MemoryReport, careful_rows
 from piecework.runtime.graphs.serve.writes import acting_unseen
 from piecework.runtime.pieces.program import Program
 from piecework.runtime.pieces.ranks import in_common, require_agreement
-from piecework.runtime.splitting_op import HOW_TO_DECLARE
 from piecework.runtime.watch.weights import BoundWeights
 
 _log = logging.getLogger(__name__)
@@ -70,8 +48,29 @@ _ALWAYS = {
     "skipped": "the forward context skips graphs",
     "told": "the forward context says mode NONE for this descriptor",
     "empty": "the batch is empty",
-    "unequal": "a size that is taken to equal the batch size doesn't",
+    "unequal": "a size beside the batch size is not the captured one",
 }
+
+
+@dataclass(eq=False, slots=True)
+class Step:
+    """How calls of one kind are served: ``call`` takes the tensor arguments; None runs uncaptured.
+
+    ``bring_back`` copies written arguments back; ``calls`` counts, of a batch of ``count``.
+    """
+
+    call: Callable[..., object] | None
+    padded: int
+    mode: CUDAGraphMode
+    descriptor: BatchDescriptor
+    reason: str = ""
+    bring_back: Callable[..., None] | None = None
+    calls: int = 0
+    count: int = 0
+
+    @classmethod
+    def uncaptured(cls, reason: str) -> Step:
+        return cls(None, 0, CUDAGraphMode.NONE, BatchDescriptor(0), reason)
 
 
 class CapturedModel(CapturedGraphs):
@@ -93,8 +92,8 @@ class CapturedModel(CapturedGraphs):
     ) -> None:
         super().__init__(entry, program, sizes, options, fixed)
         self.unpadded: str | None = None
-        self.report: CaptureReport | None = None
-        self.estimate: MemoryEstimate | None = None
+        self.report: phase.CaptureReport | None = None
+        self.estimate: phase.MemoryEstimate | None = None
         self.dropped: tuple[Key, ...] = ()
         self.failures: dict[Key, PieceworkError] = {}
         self._ready: dict[Key, Step] = {}
@@ -113,24 +112,22 @@ class CapturedModel(CapturedGraphs):
         is_another = (n for n, e in enumerate(rules) if (e.argument, e.earlier) != (None, None))
         self._same = [(number, rules[number]) for number in is_another]
         self._order, self._join = self.graphs.call_order, options.join
-        self._raises = options.on_failure is FailurePolicy.RAISE
+        self._raises = options.on_failure is phase.FailurePolicy.RAISE
         first = self.shape.dynamic[0]
         self._batch_at = (first.position, first.dim)
-        self._asks = bool(self.shape.others or self.shape.equal) or options.kind_of is not None
+        self._asks = bool(self.shape.others) or options.kind_of is not None
         self.count_anew()
 
     # --- capture -----------------------------------------------------------------------------------
 
     def capture(
-        self, *, memory_budget: int | None, progress: bool | CaptureWatcher, estimate: bool
+        self, *, memory_budget: int | None, progress: bool | phase.CaptureWatcher, estimate: bool
     ) -> None:
         """Capture, largest first, and serve from then on what was captured, also after a stop."""
-        lowered, split_gm = self.lowered, self._program.split_gm
-        between = [i.submod_name for i in self._program.items if i.is_splitting_graph]
         try:
-            if lowered:
-                _log.warning("capture: less than a whole forward is captured: %s", lowered)
-            for name in acting_unseen(split_gm, between):
+            if self.lowered:
+                _log.warning("capture: less than a whole forward is captured: %s", self.lowered)
+            for name in acting_unseen(self._program.split_gm, self._between):
                 _log.warning(
                     "%s declares neither a result nor a write: capturing runs it on dummy inputs, "
                     "and only what it writes through torch's operators is put back. Let it look "
@@ -138,58 +135,57 @@ class CapturedModel(CapturedGraphs):
                     name,
                 )
             with self.graphs.alone():
-                self._capture(memory_budget, progress, estimate)
+                try:
+                    how = self._prepare(memory_budget, progress, estimate)
+                except BaseException:
+                    self.release()
+                    raise
+                self._capture(how)
         finally:
             self.dry_writes.forget()
             if self._retired:
                 self._free()
 
-    def _capture(
-        self, memory_budget: int | None, progress: bool | CaptureWatcher, estimate: bool
-    ) -> None:
-        console = Console(stderr=True)
+    def _prepare(
+        self, budget: int | None, progress: bool | phase.CaptureWatcher, estimate: bool
+    ) -> dict[str, object]:
+        """Agree with other ranks, settle padding and the sizes that fit; what a phase is given."""
+        console = phase.Console(stderr=True)
         warmups = self.options.warmups
         if warmups is None:
             least = int(not self.graphs.platform.stand_in)
             warmups = max(self._program.config.cudagraph_num_of_warmups, least)
         around = self.options.around or nullcontext
-        measures = estimate or memory_budget is not None
+        measures = estimate or budget is not None
         how = {"warmups": warmups, "context_for": self.context_for}
+        planned = [
+            f"{warmups} warm-ups" + ", an estimate" * measures,
+            *map(text_of, self._planned()),
+        ]
+        require_agreement(self._program, self.options.runtime, planned)
+        self._settle_padding()
+        if measures:
+            try:
+                with around():
+                    descs = self.dispatcher.get_capture_descs()
+                    self.estimate = phase.estimate_memory(self.dummy, descs, self.graphs, **how)  # type: ignore[arg-type]
+            except PieceworkError:
+                if self._raises or budget is not None:
+                    raise
+        if progress is True and self.estimate is not None:
+            console.print(str(self.estimate), markup=False, highlight=False)
+        if budget is not None and self.estimate is not None:
+            self.dropped = phase.fit_budget(self.estimate, self.dispatcher, budget)
+            self.dropped += self._keep_in_common()
+        watcher = phase.CaptureProgress(console) if progress is True else progress or None
+        return {**how, "watcher": watcher, "affordable": partial(self._affordable, budget)}
+
+    def _capture(self, how: dict[str, object]) -> None:
+        descs = self.dispatcher.get_capture_descs()
+        how |= {"dispatcher": self.dispatcher, "on_failure": self.options.on_failure}
         try:
-            planned = [
-                f"{warmups} warm-ups" + ", an estimate" * measures,
-                *map(text_of, self._planned()),
-            ]
-            require_agreement(self._program, self.options.runtime, planned)
-            self._settle_padding()
-            if measures:
-                try:
-                    with around():
-                        descs = self.dispatcher.get_capture_descs()
-                        self.estimate = estimate_memory(self.dummy, descs, self.graphs, **how)
-                except PieceworkError:
-                    if self._raises or memory_budget is not None:
-                        raise
-            if progress is True and self.estimate is not None:
-                console.print(str(self.estimate), markup=False, highlight=False)
-            if memory_budget is not None and self.estimate is not None:
-                self.dropped = fit_budget(self.estimate, self.dispatcher, memory_budget)
-                self.dropped += self._keep_in_common()
-        except BaseException:
-            self.release()
-            raise
-        try:
-            with around():
-                self.report = capture_graphs(
-                    self.dummy,
-                    self.dispatcher.get_capture_descs(),
-                    self.graphs,
-                    dispatcher=self.dispatcher,
-                    on_failure=self.options.on_failure,
-                    watcher=CaptureProgress(console) if progress is True else progress or None,
-                    affordable=partial(self._affordable, memory_budget),
-                    **how,
-                )
+            with (self.options.around or nullcontext)():
+                self.report = phase.capture_graphs(self.dummy, descs, self.graphs, **how)  # type: ignore[arg-type]
         finally:
             captured = sum(not record.eager_reason for record in self.graphs.records)
             counters.num_cudagraph_captured += captured
@@ -223,68 +219,43 @@ class CapturedModel(CapturedGraphs):
 
     def _settle_padding(self) -> None:
         """Have the dispatcher pad no batch where that isn't declared, or a try says otherwise."""
-        found = self._not_padded()
-        agreed = self._in_common([] if found else ["rows are independent"])
-        if found is None and not agreed:
-            text = "on another rank a padded run gave other rows"
-            found = NotPadded(Reason.NOT_EXACT, text)
-        if found is None:
+        pad = self.options.pad
+        why: str | None = Reason.UNPADDED.value
+        if pad is not False:
+            survives = self.graphs.platform.stand_in
+            split_gm, state = self._program.split_gm, self.written_weights
+            how = (pad, state, self._try_padding)
+            why = why_not_padded(split_gm, self.shape, *how, survives=survives)
+        agreed = self._in_common([] if why else ["rows are independent"])
+        if why is None and not agreed:
+            why = "on another rank a padded run gave other rows"
+        if why is None:
             return
-        if self.options.pad:
+        if pad:
             raise StaticGraphError(
-                f"pad=True, and rows are not independent: {found.text}",
+                f"pad=True, and rows are not independent: {why}",
                 where="capture",
                 hint="leave pad out, and only batches of a captured size are replayed",
             )
-        self.unpadded, self.dispatcher.exact = found.text, found.reason
-        if self.options.pad is None:
-            hint = "; " + HOW_TO_DECLARE if found.reason is Reason.NOT_EXACT else ""
-            _log.warning(
-                "capture: only batches of a captured size are replayed: %s%s", found.text, hint
-            )
-
-    def _not_padded(self) -> NotPadded | None:
-        """Why no batch is padded, if so."""
-        pad, split_gm = self.options.pad, self._program.split_gm
-        if pad is False:
-            return NotPadded(Reason.UNPADDED, Reason.UNPADDED.value)
-        computed = never_padded(self.shape)
-        if computed is not None:
-            return NotPadded(Reason.NOT_EXACT, computed)
+        self.unpadded = why
+        self.dispatcher.exact = Reason.UNPADDED if pad is False else Reason.NOT_EXACT
         if pad is None:
-            shown = mixing(split_gm, self.shape, self.written_weights)
-            if shown is not None:
-                return shown
-        elif reads_context(split_gm):
-            return None  # nothing can be tried, and the caller said so
-        why = None if self.graphs.platform.stand_in else may_point_beyond(split_gm)
-        if why is None:
-            try:
-                found = self._try_padding()
-            except Exception as error:  # noqa: BLE001 - a user's model, on data that it may refuse
-                why = f"{type(error).__name__}: {error}"
-            else:
-                text = f"{found} is another one in a padded run"
-                return None if found is None else NotPadded(Reason.NOT_EXACT, text)
-        _log.info("capture: padding was not tried: %s", why)
-        text = f"padding could not be tried ({why}); pad=True says that rows are independent"
-        return None if pad else NotPadded(Reason.NOT_EXACT, text)
+            _log.warning("capture: only batches of a captured size are replayed: %s", why)
 
     def _try_padding(self) -> str | None:
         planned = [descriptor for _, descriptor in self._planned()]
         if not planned:
             return None
         smallest = min(planned, key=lambda each: each.num_tokens)
-        others = self.others(smallest)
         run = partial(self.run_uncaptured, smallest)
-        return padded_difference(self.shape, self.sizes, others, self.options.pads, run)
+        return padded_difference(self.shape, self.sizes, self.options.pads, run)
 
     def _affordable(self, budget: int | None, key: Key) -> bool:
         """Whether a capture still fits the budget, in view of what the captures before it took."""
         if budget is None or self.estimate is None:
             return True
         held, text = self.graphs.nbytes, text_of(key)
-        step = self.estimate.models[kind_of(*key)].step(key[1].num_tokens)
+        step = self.estimate.models[phase.kind_of(*key)].step_of(key[1].num_tokens)
         if self._in_common([text] if held == 0 or held + step <= budget else []) >= {text}:
             return True
         self.dropped = (*self.dropped, key)
@@ -297,7 +268,7 @@ class CapturedModel(CapturedGraphs):
             while waiting:
                 key = waiting[0]
                 try:
-                    self._ready[key] = self.step_of(*key)
+                    self._ready[key] = self._step_of(*key)
                 except PieceworkError as error:
                     self.failures[key] = error
                     self._give_up(key)
@@ -309,6 +280,17 @@ class CapturedModel(CapturedGraphs):
                 self._give_up(key)
             self._forget_steps()
             self._entry.capture(self)
+
+    def _step_of(self, mode: CUDAGraphMode, descriptor: BatchDescriptor) -> Step:
+        """What serves a captured descriptor, after a call that loads the kernels of serving it."""
+        padded = descriptor.num_tokens
+        step = Step(self.replay_of(mode, descriptor), padded, mode, descriptor)
+        step.bring_back = self.inputs.bringer(padded)
+        if not self.graphs.platform.stand_in:
+            given, count = self.inputs.short_batch(padded)
+            with torch.no_grad(), self.context_for(mode, descriptor), self._harmless():
+                self._serve(step, given, self._flat(given, count), count)
+        return step
 
     def _give_up(self, key: Key) -> None:
         self.graphs.discard(*key)
@@ -354,8 +336,7 @@ class CapturedModel(CapturedGraphs):
     def __call__(self, *flat: object, **submods: object) -> object:
         """What the entry calls in place of ``execution_fn``."""
         step, count = self._step_for(flat)
-        call = step.call
-        if call is None:
+        if step.call is None:
             step.calls += 1
             return self.forward(*flat, **submods)
         if self._is_capturing():
@@ -369,8 +350,7 @@ class CapturedModel(CapturedGraphs):
                 next(iter(self.graphs.addresses.changed_weights(self.weights)), ""), "moved"
             )
         inputs = [flat[each.position] for each in self.shape.staged]
-        bring_back = step.bring_back
-        if bring_back is not None and self.inputs_of(step.descriptor).shares_what_is_written(inputs):  # type: ignore[arg-type]
+        if step.bring_back is not None and self.inputs.shares_what_is_written(inputs):  # type: ignore[arg-type]
             self._always["shared"].calls += 1
             return self.forward(*flat, **submods)
         mine = object()
@@ -382,10 +362,7 @@ class CapturedModel(CapturedGraphs):
                     self._order()
                 if self._join is not None:
                     self._join()
-                outputs = call(inputs)
-                if bring_back is not None:
-                    bring_back(inputs, count)  # type: ignore[arg-type]
-                return self._trimmed(outputs, flat, count, step.padded)
+                return self._serve(step, inputs, flat, count)
         finally:
             try:
                 if user[0] is mine:
@@ -396,6 +373,14 @@ class CapturedModel(CapturedGraphs):
                 self._free()
         self._always["busy"].calls += 1
         return self.forward(*flat, **submods)
+
+    def _serve(
+        self, step: Step, inputs: Sequence[object], flat: Sequence[object], count: int
+    ) -> object:
+        outputs = step.call(inputs)  # type: ignore[misc]
+        if step.bring_back is not None:
+            step.bring_back(inputs, count)
+        return self._trimmed(outputs, flat, count, step.padded)
 
     def _trimmed(self, outputs: object, flat: Sequence[object], count: int, padded: int) -> object:
         assert isinstance(outputs, (tuple, list))
@@ -429,7 +414,7 @@ class CapturedModel(CapturedGraphs):
         return self._asked(count, context, flat), count
 
     def _asked(self, count: int, context: ForwardContext | None, flat: Sequence[object]) -> Step:
-        if any(each.of(flat) != count for each in self.shape.equal):
+        if not all(each.fits(flat, count) for each in self.shape.others):
             return self._always["unequal"]
         kind = PLAIN
         if context is not None:
@@ -440,9 +425,6 @@ class CapturedModel(CapturedGraphs):
             kind = context.batch or kind
         if self.options.kind_of is not None and kind is PLAIN:
             kind = self.options.kind_of(**{e.name: flat[e.position] for e in self.shape.staged})
-        if self.shape.others:
-            sizes = tuple((other.label, other.of(flat)) for other in self.shape.others)
-            kind = replace(kind, axes=(*kind.axes, *sizes))
         key: object = count if kind is PLAIN else (count, kind)
         step = self._steps.get(key)
         return self._find(count, kind, key) if step is None else step
@@ -486,16 +468,6 @@ class CapturedModel(CapturedGraphs):
         self._finished += [step for step in tuple(self._steps.values()) if step.calls]
         self._steps.clear()
 
-    def _rows(self) -> Iterator[CallRow]:
-        """The counts so far, one row for each graph and reason."""
-        totals: dict[tuple[str, str, str], tuple[int, int]] = {}
-        for step in (*self._finished, *self._steps.values(), *self._always.values()):
-            graph = "" if step.call is None else step.descriptor.describe()
-            key = (step.mode.name, graph, step.reason)
-            calls, padding = totals.get(key, (0, 0))
-            totals[key] = calls + step.calls, padding + step.padding
-        return (CallRow(*key, *counts) for key, counts in totals.items() if counts[0])
-
     # --- what it says ------------------------------------------------------------------------------
 
     @short_errors
@@ -516,7 +488,15 @@ class CapturedModel(CapturedGraphs):
 
     def calls(self) -> list[CallRow]:
         """What the calls since the capture ran as, and why, most frequent first."""
-        rows = [*self._rows(), *careful_rows(self._entry.careful_calls)]
+        calls: Counter[tuple[str, str, str]] = Counter()
+        padding: Counter[tuple[str, str, str]] = Counter()
+        for step in (*self._finished, *self._steps.values(), *self._always.values()):
+            graph = "" if step.call is None else step.descriptor.describe()
+            key = (step.mode.name, graph, step.reason)
+            calls[key] += step.calls
+            padding[key] += 0 if step.call is None else step.calls * (step.padded - step.count)
+        rows = [CallRow(*key, n, padding[key]) for key, n in calls.items() if n]
+        rows += careful_rows(self._entry.careful_calls)
         return sorted(rows, key=lambda row: (-row.calls, row.mode, row.graph, row.reason))
 
     def count_anew(self) -> None:

@@ -31,7 +31,7 @@ from piecework.codegen.stitch.bind import execute_source
 from piecework.codegen.stitch.source import StitchedSource
 from piecework.runtime.call.profile_names import layer_by_line, named_globals
 from piecework.runtime.graphs.memory.addresses import Placement
-from piecework.runtime.graphs.memory.captured_call import CapturedCall
+from piecework.runtime.graphs.memory.wrapper import CapturedCall
 
 Stage = Callable[[Sequence[torch.Tensor]], object]
 #: What staging is called in a profile.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -56,7 +56,7 @@ class Slot:
 
     @classmethod
     def make(cls, spec: InputSpec, buffer: torch.Tensor, *, poison: bool) -> Slot:
-        dim = dimension_of(spec, buffer)
+        dim = _dimension_of(spec, buffer)
         if not buffer.is_contiguous():
             raise ConfigError(
                 f"a buffer must be contiguous; this one has strides {list(buffer.stride())}",
@@ -74,12 +74,9 @@ class Slot:
                 where=f"input {spec.name}",
                 hint="declare a padding value of the input's own type",
             )
-        pad = math.nan if poison and buffer.is_floating_point() else spec.pad
-        return cls(spec, buffer, dim, pad)
-
-    @property
-    def maximum(self) -> int:
-        return self.buffer.shape[self.dim]  # type: ignore[index]
+        return cls(
+            spec, buffer, dim, math.nan if poison and buffer.is_floating_point() else spec.pad
+        )
 
     @property
     def outer(self) -> int:
@@ -93,40 +90,42 @@ class Slot:
         """The static tensor that a graph captured for ``padded`` reads."""
         if self.dim is None:
             return self.buffer
-        if padded > self.maximum:
+        maximum = self.buffer.shape[self.dim]
+        if padded > maximum:
             raise InputError(
-                f"can't be padded to {padded}; its buffer holds {self.maximum} in dimension {self.dim}",
+                f"can't be padded to {padded}; its buffer holds {maximum} in dimension {self.dim}",
                 where=f"input {self.spec.name}",
                 hint="allocate the buffers for the largest captured size",
             )
         shape = (*self.buffer.shape[: self.dim], padded, *self.buffer.shape[self.dim + 1 :])
         return self.buffer.view(-1)[: math.prod(shape)].view(shape)
 
-    def check(self, tensor: torch.Tensor, padded: int) -> None:
-        where = f"input {self.spec.name}"
+    def count(self, tensor: torch.Tensor, padded: int) -> int:
+        """The size of ``tensor`` in the dynamic dimension, where it fits."""
+        where, shape = f"input {self.spec.name}", list(self.buffer.shape)
         if not isinstance(tensor, torch.Tensor) or tensor.dtype != self.buffer.dtype:
             found = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
             raise InputError(f"is {found}, its buffer {self.buffer.dtype}", where=where)
-        fixed = list(tensor.shape)
-        if self.dim is not None:
-            fixed[self.dim : self.dim + 1] = [self.maximum] if self.dim < tensor.dim() else []
-        if tensor.dim() != self.buffer.dim() or fixed != list(self.buffer.shape):
+        count = padded
+        if self.dim is not None and tensor.dim() == len(shape):
+            count = shape[self.dim] = tensor.shape[self.dim]
+        if list(tensor.shape) != shape:
             raise InputError(
                 f"has shape {list(tensor.shape)}, which does not fit its buffer "
                 f"{list(self.buffer.shape)} (dimension {self.dim} may be smaller)",
                 where=where,
             )
-        count = padded if self.dim is None else tensor.shape[self.dim]
         if count > padded:
             raise InputError(
                 f"has size {count} in dimension {self.dim}, more than the {padded} it is staged "
-                f"for (the buffer holds {self.maximum})",
+                f"for (the buffer holds {self.buffer.shape[self.dim]})",  # type: ignore[index]
                 where=where,
                 hint="dispatch to a captured size of at least that, or run uncaptured",
             )
+        return count
 
 
-def dimension_of(spec: InputSpec, tensor: torch.Tensor) -> int | None:
+def _dimension_of(spec: InputSpec, tensor: torch.Tensor) -> int | None:
     """The dynamic dimension of an input, counted from the front."""
     if spec.dim is None:
         return None
@@ -143,7 +142,7 @@ def dimension_of(spec: InputSpec, tensor: torch.Tensor) -> int | None:
 class _Plan:
     """How batches of one size reach one padded size: views that are made once and used every step.
 
-    ``groups`` are inputs of one dtype on one device with their heads, ``kept_tails`` what is filled
+    ``groups`` are inputs that are copied together with their heads, ``kept_tails`` what is filled
     unless it holds its padding already. ``waits``: batches come from another device, so copies are
     done when they are staged, and pinned memory may be written again at once.
     """
@@ -152,12 +151,11 @@ class _Plan:
     count: int | None
     padded: int
     static: tuple[torch.Tensor, ...]
-    heads: tuple[tuple[int, torch.Tensor], ...]
     in_place: tuple[tuple[int, torch.Tensor], ...]
     groups: tuple[tuple[tuple[int, ...], list[torch.Tensor]], ...]
     tails: tuple[_Fill, ...]
     kept_tails: tuple[_Fill, ...]
-    waits: bool = False
+    waits: bool
 
 
 @dataclass(eq=False)
@@ -186,18 +184,14 @@ class StaticInputs:
     poison: bool = False
     keeps_tails: bool = False
     _slots: tuple[Slot, ...] = field(init=False)
-    _plans: dict[tuple[int, tuple[int, ...]], _Plan] = field(init=False, default_factory=dict)
-    _checked: dict[tuple[object, ...], _Plan] = field(init=False, default_factory=dict)
+    # Graphs were captured on these views: they stay the same objects.
+    _views: dict[int, tuple[torch.Tensor, ...]] = field(init=False, default_factory=dict)
+    _plans: dict[tuple[object, ...], _Plan] = field(init=False, default_factory=dict)
     _launcher: Any = field(init=False, default=None)
     # Rows from the first of these to the second hold their padding, where a buffer keeps it.
     _clean: tuple[int, int] = field(init=False, default=(0, 0))
 
     def __post_init__(self) -> None:
-        if len(self.specs) != len(self.buffers):
-            raise ConfigError(
-                f"{len(self.specs)} inputs are declared, {len(self.buffers)} buffers given",
-                where="StaticInputs",
-            )
         pairs = zip(self.specs, self.buffers, strict=True)
         self._slots = tuple(Slot.make(*pair, poison=self.poison) for pair in pairs)
         if self._slots and self.kernel == "triton":
@@ -234,14 +228,16 @@ class StaticInputs:
         chosen = [declared.get(name, InputSpec(name)) for name in examples]
         buffers = []
         for spec, example in zip(chosen, examples.values(), strict=True):
-            dim, shape = dimension_of(spec, example), list(example.shape)
+            dim = _dimension_of(spec, example)
             if dim is None:
                 buffers.append(example)
                 continue
+            shape = list(example.shape)
             shape[dim] = maximum
+            where = example.device if device is None else device
             try:
+                # Replays write to buffers, also outside of the inference mode they were made in.
                 with torch.inference_mode(False):
-                    where = example.device if device is None else device
                     buffers.append(torch.zeros(shape, dtype=example.dtype, device=where))
             except RuntimeError as error:
                 raise StaticGraphError(
@@ -258,11 +254,13 @@ class StaticInputs:
 
     def views(self, padded: int) -> tuple[torch.Tensor, ...]:
         """The static tensors that graphs captured for ``padded`` read; the same at every call."""
-        return self._plan(padded, (padded,) * len(self._slots)).static
+        found = self._views.get(padded)
+        if found is None:
+            found = self._views[padded] = tuple(slot.view(padded) for slot in self._slots)
+        return found
 
     def batch_size(self, tensors: Sequence[torch.Tensor]) -> int:
         """The size that ``tensors`` have in their dynamic dimensions; an `InputError` if none."""
-        self._require_as_many(tensors, "batch_size")
         sizes = {
             slot.spec.name: (
                 tensor.shape[slot.dim]
@@ -278,34 +276,32 @@ class StaticInputs:
             raise InputError(text, where="batch_size")
         return first
 
-    def _require_as_many(self, tensors: Sequence[torch.Tensor], where: str) -> None:
-        if len(tensors) != len(self._slots):
-            text = f"{len(tensors)} tensors for {len(self._slots)} staged inputs"
-            raise InputError(text, where=where)
-
     def stage(self, tensors: Sequence[torch.Tensor], padded: int) -> tuple[torch.Tensor, ...]:
         """Copy ``tensors`` into the buffers, pad to ``padded``, and return the static tensors.
 
         Raises:
             InputError: an input has another dtype or shape, or does not fit; nothing is copied.
         """
-        signature = (
-            padded,
-            *[tuple(getattr(t, each, None) for each in _TRAITS) for t in tensors],
-        )
-        plan = self._checked.get(signature)
+        traits = [tuple(getattr(t, each, None) for each in _TRAITS) for t in tensors]
+        plan = self._plans.get((padded, *traits))
         if plan is None:
-            plan = self._checked[signature] = self._check(tensors, padded)
+            if len(tensors) != len(self._slots):
+                text = f"{len(tensors)} tensors for {len(self._slots)} staged inputs"
+                raise InputError(text, where="stage")
+            pairs = list(zip(self._slots, tensors, strict=True))
+            counts = tuple(slot.count(tensor, padded) for slot, tensor in pairs)
+            waits = any(tensor.device != slot.buffer.device for slot, tensor in pairs)
+            plan = self._remember((padded, *traits), padded, counts, waits)
         return self._run(plan, tensors)
 
     def stage_alike(
         self, tensors: Sequence[torch.Tensor], padded: int, count: int
     ) -> tuple[torch.Tensor, ...]:
         """``stage`` for tensors of one batch size that are known to fit."""
-        key = (padded, count)
-        plan = self._checked.get(key)
+        plan = self._plans.get((padded, count))
         if plan is None:
-            plan = self._checked[key] = self._plan(padded, (count,) * len(self._slots))
+            counts = (count,) * len(self._slots)
+            plan = self._remember((padded, count), padded, counts, False)
         return self._run(plan, tensors)
 
     def _run(self, plan: _Plan, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
@@ -314,15 +310,11 @@ class StaticInputs:
         if self._launcher is not None and self._launcher.fits(tensors, plan.counts):
             self._launcher.launch(tensors, plan.counts[0], plan.padded)
             return plan.static
-        elif self.kernel == "reference":
-            for number, head in plan.heads:
-                head.copy_(tensors[number], non_blocking=not plan.waits)
-        else:
-            for positions, heads in plan.groups:
-                if len(positions) == 1:
-                    heads[0].copy_(tensors[positions[0]], non_blocking=not plan.waits)
-                else:
-                    torch_compat.copy_each(heads, [tensors[n] for n in positions], not plan.waits)
+        for positions, heads in plan.groups:
+            if len(positions) == 1:
+                heads[0].copy_(tensors[positions[0]], non_blocking=not plan.waits)
+            else:
+                torch_compat.copy_each(heads, [tensors[n] for n in positions], not plan.waits)
         for tail, pad in plan.tails:
             tail.fill_(pad)
         if self.keeps_tails:
@@ -344,61 +336,42 @@ class StaticInputs:
 
     def let_write(self) -> None:
         """Somebody else may write to the buffers from now on: pad in every step."""
-        if self.keeps_tails:
-            self.keeps_tails = False
+        self.keeps_tails = False
+        self._plans.clear()
+
+    def _remember(
+        self, key: tuple[object, ...], padded: int, counts: tuple[int, ...], waits: bool
+    ) -> _Plan:
+        if len(self._plans) >= _MOST_PLANS:
             self._plans.clear()
-            self._checked.clear()
-
-    def _check(self, tensors: Sequence[torch.Tensor], padded: int) -> _Plan:
-        """The plan for tensors of shapes that were not seen before; what fits once fits again."""
-        self._require_as_many(tensors, "stage")
-        pairs = list(zip(self._slots, tensors, strict=True))
-        for slot, tensor in pairs:
-            slot.check(tensor, padded)
-        counts = (padded if slot.dim is None else tensor.shape[slot.dim] for slot, tensor in pairs)
-        plan = self._plan(padded, tuple(counts))
-        waits = any(tensor.device != slot.buffer.device for slot, tensor in pairs)
-        return replace(plan, waits=True) if waits else plan
-
-    def _plan(self, padded: int, counts: tuple[int, ...]) -> _Plan:
-        plan = self._plans.get((padded, counts))
-        if plan is None:
-            if len(self._checked) >= _MOST_PLANS:
-                # Not those whose views graphs were captured on: they stay the same objects.
-                self._plans = {k: each for k, each in self._plans.items() if {*k[1]} == {k[0]}}
-                self._checked.clear()
-            plan = self._plans[padded, counts] = self._make_plan(padded, counts)
-        return plan
-
-    def _make_plan(self, padded: int, counts: tuple[int, ...]) -> _Plan:
-        full = (padded,) * len(self._slots)
-        if counts == full:
-            static = tuple(slot.view(padded) for slot in self._slots)
-        else:
-            static = self._plan(padded, full).static
-        heads: dict[int, torch.Tensor] = {}
-        groups: dict[tuple[object, ...], list[int]] = {}
+        static = self.views(padded)
+        groups: dict[tuple[object, ...], list[tuple[int, torch.Tensor]]] = {}
+        in_place: list[tuple[int, torch.Tensor]] = []
         tails: list[_Fill] = []
         kept: list[_Fill] = []
         sizes = {n for slot, n in zip(self._slots, counts, strict=True) if slot.dim is not None}
         count = sizes.pop() if len(sizes) == 1 else None
         for number, (slot, view, own) in enumerate(zip(self._slots, static, counts, strict=True)):
-            heads[number] = view if slot.dim is None else view.narrow(slot.dim, 0, own)
-            if not slot.spec.in_place:
-                alone = () if view.dtype in torch_compat.COPIED_TOGETHER else (number,)
-                groups.setdefault((view.dtype, view.device, *alone), []).append(number)
+            head = view if slot.dim is None else view.narrow(slot.dim, 0, own)
+            if slot.spec.in_place:
+                in_place.append((number, head))
+            else:
+                single = (
+                    self.kernel == "reference" or view.dtype not in torch_compat.COPIED_TOGETHER
+                )
+                group = (view.dtype, view.device, number if single else None)
+                groups.setdefault(group, []).append((number, head))
             if slot.dim is not None and padded > own:
                 # Only where nothing lies before the dynamic dimension is a row at one place.
                 keeps = self.keeps_tails and count is not None and slot.outer == 1
                 rest = view.narrow(slot.dim, own, padded - own)
                 (kept if keeps and not slot.spec.written else tails).append((rest, slot.pad))
-        together = tuple((tuple(ns), [heads[n] for n in ns]) for ns in groups.values())
-        both: tuple[list[tuple[int, torch.Tensor]], ...] = ([], [])
-        for number, head in heads.items():
-            both[self._slots[number].spec.in_place].append((number, head))
-        copied, in_place = map(tuple, both)
+        together = tuple((tuple(n for n, _ in g), [head for _, head in g]) for g in groups.values())
         fills = (tuple(tails), tuple(kept))
-        return _Plan(counts, count, padded, static, copied, in_place, together, *fills)
+        self._plans[key] = plan = _Plan(
+            counts, count, padded, static, tuple(in_place), together, *fills, waits
+        )
+        return plan
 
 
 def _require_in_place(name: str, tensor: torch.Tensor, static: torch.Tensor) -> None:
