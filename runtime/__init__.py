@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from piecework.runtime.compilers import InductorAdaptor as InductorAdaptor
     from piecework.runtime.compilers import InductorStandaloneAdaptor as InductorStandaloneAdaptor
     from piecework.runtime.compilers import make_compiler as make_compiler
+    from piecework.runtime.compilers.passes import CallableInductorPass as CallableInductorPass
+    from piecework.runtime.compilers.passes import InductorPass as InductorPass
+    from piecework.runtime.compilers.passes import PostGradPassManager as PostGradPassManager
+    from piecework.runtime.compilers.passes import pass_context as pass_context
     from piecework.runtime.config.compilation import CompilationConfig as CompilationConfig
     from piecework.runtime.config.compilation import CompilationMode as CompilationMode
     from piecework.runtime.config.compilation import DynamicShapesConfig as DynamicShapesConfig
@@ -53,10 +57,6 @@ if TYPE_CHECKING:
     from piecework.runtime.model_tag import (
         set_on_compilation_complete as set_on_compilation_complete,
     )
-    from piecework.runtime.passes import CallableInductorPass as CallableInductorPass
-    from piecework.runtime.passes import InductorPass as InductorPass
-    from piecework.runtime.passes import PostGradPassManager as PostGradPassManager
-    from piecework.runtime.passes import pass_context as pass_context
     from piecework.runtime.pieces.backend import PieceworkBackend as PieceworkBackend
     from piecework.runtime.pieces.backend import backend_of as backend_of
     from piecework.runtime.pieces.manager import CompilerManager as CompilerManager

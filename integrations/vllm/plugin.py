@@ -163,7 +163,7 @@ def _choosing(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _forwarding(original: Callable[..., Any]) -> Callable[..., Any]:
     def aot_compile(self: Any, *args: Any, **kwargs: Any) -> Any:
-        from piecework.runtime.compilers.vector_isa import begin_test
+        from piecework.runtime.compilers.inductor import begin_test
 
         begin_test()
         return _forward(original(self, *args, **kwargs))

@@ -20,8 +20,8 @@ from piecework.runtime import torch_compat
 from piecework.runtime.artifact.fit import files_of, operators, partition, tree
 from piecework.runtime.artifact.program import EDITED, ENTRY, GRAPHS, STATE, saved_program
 from piecework.runtime.artifact.values import MAX_TENSOR, to_bytes
-from piecework.runtime.compilers.eager import EagerAdaptor
 from piecework.runtime.compilers.inductor import InductorStandaloneAdaptor
+from piecework.runtime.compilers.interface import EagerAdaptor
 from piecework.runtime.store.files import signing_key
 from piecework.runtime.store.folder import (
     PARTS,

@@ -20,7 +20,7 @@ from piecework.codegen.graph.schemas import every_node, shows_nothing
 from piecework.codegen.split.splitting import SplittingOps
 from piecework.errors import BindError, ConfigError
 from piecework.runtime import torch_compat
-from piecework.runtime.compilers.eager import uncompiled
+from piecework.runtime.compilers.interface import uncompiled
 from piecework.runtime.pieces.program import Program
 from piecework.runtime.splitting_op import registry
 from piecework.runtime.store.surroundings import SELF_CONTAINED

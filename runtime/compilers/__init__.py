@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from piecework.errors import ConfigError
-from piecework.runtime.compilers.eager import DynamoBackendAdaptor, EagerAdaptor
 from piecework.runtime.compilers.inductor import InductorAdaptor, InductorStandaloneAdaptor
-from piecework.runtime.compilers.interface import CompiledPiece, CompilerInterface
+from piecework.runtime.compilers.interface import (
+    CompiledPiece,
+    CompilerInterface,
+    DynamoBackendAdaptor,
+    EagerAdaptor,
+)
 from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.config.groups import CompilationMode
 from piecework.runtime.config.model import import_qualified
@@ -24,16 +28,16 @@ __all__ = [
 def make_compiler(config: CompilationConfig) -> CompilerInterface:
     """The compiler that ``config.backend`` names.
 
-    ``inductor``, ``inductor_compile_fx``, ``eager``,
-    or ``module:Class`` / ``module.Class``, which is called without arguments. In mode
-    ``DYNAMO_TRACE_ONCE`` also the name of any backend that torch knows, or the qualified name of
-    one.
+    ``inductor``, ``inductor_compile_fx``, ``eager``, or ``module:Class`` / ``module.Class``, which
+    is called without arguments. In mode ``DYNAMO_TRACE_ONCE`` also the name of any backend that
+    torch knows, or the qualified name of one.
 
     Raises:
         ConfigError: there is no such compiler, it lacks a method of `CompilerInterface`, or the
             configuration has options that it does not know.
     """
-    match config.backend:
+    name = config.backend
+    match name:
         case "inductor":
             return InductorStandaloneAdaptor(config)
         case "inductor_compile_fx":
@@ -41,33 +45,28 @@ def make_compiler(config: CompilationConfig) -> CompilerInterface:
         case "eager":
             return EagerAdaptor()
     traced_whole = config.mode is CompilationMode.DYNAMO_TRACE_ONCE
-    if config.backend.isidentifier():
+    if name.isidentifier():
         if traced_whole:
             return DynamoBackendAdaptor(config.init_backend())
-        raise ConfigError(f"no compiler {config.backend!a}", where="backend", hint=_CHOICES)
-    found = import_qualified(config.backend, where="backend")
+        raise ConfigError(f"no compiler {name!a}", where="backend", hint=_CHOICES)
+    found = import_qualified(name, where="backend")
     if traced_whole and not isinstance(found, type):
         return DynamoBackendAdaptor(found)
     try:
         compiler = found()
     except Exception as error:
-        raise ConfigError(
-            f"compiler {config.backend!a} can't be made without arguments: "
-            f"{type(error).__name__}: {error}",
-            where="backend",
-            hint=_CHOICES,
-        ) from error
+        why = f"{type(error).__name__}: {error}"
+        message = f"compiler {name!a} can't be made without arguments: {why}"
+        raise ConfigError(message, where="backend", hint=_CHOICES) from error
     missing = [m for m in ("compile", "compute_hash") if not callable(getattr(compiler, m, None))]
     missing += [] if isinstance(getattr(compiler, "name", None), str) else ["name"]
     keeping = [m for m in ("to_bytes", "from_bytes") if not callable(getattr(compiler, m, None))]
     missing += keeping if len(keeping) == 1 else []  # one is of no use without the other
     if missing:
-        raise ConfigError(
-            f"compiler {config.backend!a} has no {', '.join(missing)}",
-            where="backend",
-            hint="see piecework.runtime.compilers.CompilerInterface",
-        )
-    return compiler
+        message = f"compiler {name!a} has no {', '.join(missing)}"
+        hint = "see piecework.runtime.compilers.CompilerInterface"
+        raise ConfigError(message, where="backend", hint=hint)
+    return compiler  # type: ignore[no-any-return]
 
 
 _CHOICES = (

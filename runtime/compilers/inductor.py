@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from abc import ABC, abstractmethod
+import logging
+import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
+from contextvars import ContextVar
+from functools import cache
+from typing import Any
 
 import torch
 import torch.fx
@@ -14,27 +19,31 @@ from piecework.codegen.graph.origin import value_of
 from piecework.errors import CaptureError, ConfigError, Unidentifiable
 from piecework.runtime import torch_compat
 from piecework.runtime.batch.ranges import Range
-from piecework.runtime.compilers.eager import left_uncompiled
-from piecework.runtime.compilers.interface import CompiledPiece
-from piecework.runtime.compilers.partitions import wrap_partition
-from piecework.runtime.compilers.vector_isa import await_test, begin_test
+from piecework.runtime.compilers.interface import CompiledPiece, uncompiled
+from piecework.runtime.compilers.passes import PostGradPassManager, pass_context
 from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.config.model import thaw
 from piecework.runtime.counters import counters
-from piecework.runtime.passes import PostGradPassManager, pass_context
 from piecework.runtime.splitting_op import registry
 from piecework.runtime.store.digest import digest_of, text_of
 from piecework.runtime.store.surroundings import operator_facts, settings_factors
 from piecework.runtime.trace.writes import written_inputs
+from piecework.scope import set_for
 
 #: Stands beside the real names where partitions are wrapped. Inductor's partitioning depends on whether a wrapper is set,
 #: which its cache key does not show; this name is in the key and matches no operator.
 _WRAPPED = "piecework::partitions_are_wrapped"
+# A loaded artifact no longer has the record that says whether its wrappers have work to do; the mark keeps the finding.
+_DIRECT, _PUBLIC = b"direct\n", b"public\n"
+_SHARED_MEMORY = "it writes to memory that several of its inputs share"
 Options = dict[str, object]
+_log = logging.getLogger(__name__)
 
 
-class _Inductor(ABC):
-    """What both ways into Inductor share.
+class InductorAdaptor:
+    """Compiles through ``torch._inductor.compile_fx``; nothing can be kept.
+
+    It needs the tracing context of the capture, as a Dynamo backend has it.
 
     Args:
         config: the resolved configuration; its options and passes are settled here.
@@ -48,7 +57,7 @@ class _Inductor(ABC):
             options contradict the graph partition.
     """
 
-    name = "inductor"
+    name = "inductor_compile_fx"
     calls_custom_ops_as_they_are = True
 
     def __init__(self, config: CompilationConfig | None = None) -> None:
@@ -56,7 +65,7 @@ class _Inductor(ABC):
         self.passes = PostGradPassManager.from_config(config)
         self.wraps = config.use_inductor_graph_partition
         self._always = thaw(config.inductor_compile_config) | self.passes.inductor_options(config)
-        self._single_size = {k: thaw(v) for k, v in config.single_size_inductor_config.items()}
+        self._single_size = thaw(config.single_size_inductor_config)
         _require_options(config)
 
     def begin(self) -> None:
@@ -64,7 +73,7 @@ class _Inductor(ABC):
         begin_test()
 
     def compute_hash(self, config: CompilationConfig) -> str:
-        options = {**config.inductor_compile_config, "single size": self._single_size}
+        options = {**thaw(config.inductor_compile_config), "single size": self._single_size}
         passes = [each.uuid() for each in self.passes.passes]
         found = digest_of([options, passes, _partition_ops(config)], "inductor_compile_config")
         text = f"{self.name} {torch.__version__} {torch_compat.inductor_key()} {found}"
@@ -85,12 +94,12 @@ class _Inductor(ABC):
         if self.wraps:
             options["graph_partition"] = True
             options["custom_should_partition_ops"] = [*_partition_ops(self._config), _WRAPPED]
-        if graph is not None and self.facts_for(graph) is None:
+        if graph is not None and self._facts_for(graph) is None:
             # Inductor's own caches know operators by name alone, and would give out another body's code.
             options["force_disable_caches"] = True
         return options
 
-    def facts_for(self, graph: torch.fx.GraphModule) -> str | None:
+    def _facts_for(self, graph: torch.fx.GraphModule) -> str | None:
         """What code for ``graph`` depends on besides the graph: what is known of its sizes, its
         operators, torch's settings.
 
@@ -99,24 +108,25 @@ class _Inductor(ABC):
         something has no stable form.
         """
         operators, reason = operator_facts(graph)
-        if reason:
-            return None
         try:
-            settings = settings_factors()
+            settings = None if reason else settings_factors()
         except Unidentifiable:
+            settings = None
+        if settings is None:
             return None
         env = torch_compat.shape_env_of(value_of(node) for node in graph.graph.nodes)
         sizes = torch_compat.sizes_text(env), torch_compat.hints_text(env)
         return text_of([*sizes, operators, settings])
 
-    def partitions_wrapped(self) -> AbstractContextManager[None]:
+    def _partitions_wrapped(self) -> AbstractContextManager[None]:
         """While active, partitions of compiled and of loaded code are wrapped."""
         return torch_compat.partition_wrapper(wrap_partition) if self.wraps else nullcontext()
 
-    def realign(self, compiled: Callable[..., object]) -> None:
-        """Where partitions are wrapped, do what Inductor then leaves undone."""
+    def _realigned(self, compiled: Any) -> Any:
+        """``compiled``, with what Inductor leaves undone where partitions are wrapped."""
         if self.wraps:
             torch_compat.realign_inputs(compiled)
+        return compiled
 
     def compile(
         self,
@@ -126,72 +136,48 @@ class _Inductor(ABC):
         compile_range: Range | None,
     ) -> CompiledPiece:
         if written_inputs(graph, shared=True):
-            return left_uncompiled(graph)
+            # AOTAutograd rebuilds such inputs from one base, whose size and start it takes from the
+            # trace: where an input is a part of the memory, results are others.
+            why = _SHARED_MEMORY
+            _log.warning(
+                "%s is not compiled: %s, which compilers get wrong", graph._get_name(), why
+            )
+            counters.num_eager_compiles += 1
+            return CompiledPiece(uncompiled(graph), indirect_because=why)
         _require_sizes(graph, example_inputs)
         await_test()
         counters.num_inductor_compiles += 1
         single = compile_range is not None and compile_range.is_single_size()
-        with self.partitions_wrapped(), pass_context(compile_range, self.facts_for(graph) or ""):
-            made = self._made(graph, example_inputs, single, self.options_for(compile_range, graph))
-            self.realign(made)
+        facts, options = self._facts_for(graph) or "", self.options_for(compile_range, graph)
+        with self._partitions_wrapped(), pass_context(compile_range, facts):
+            made = self._realigned(self._made(graph, example_inputs, single, options))
         return self._piece(made, graph)
 
-    @abstractmethod
     def _made(
         self, graph: torch.fx.GraphModule, inputs: Sequence[object], single: bool, options: Options
     ) -> Callable[..., object]:
         """What Inductor makes of ``graph``, for one batch size or for several."""
+        return torch_compat.compile_fx(graph, inputs, own_shapes=single, config_patches=options)
 
-    @abstractmethod
     def _piece(self, made: Callable[..., object], graph: torch.fx.GraphModule) -> CompiledPiece:
         """What is called in place of ``graph``."""
+        return CompiledPiece(made, indirect_because="compile_fx gives no artifact")
 
 
-def _partition_ops(config: CompilationConfig) -> list[str]:
-    """Where Inductor cuts the code itself."""
-    if not config.use_inductor_graph_partition:
-        return []
-    return list(registry.names() if config.splitting_ops is None else config.splitting_ops)
-
-
-def _require_options(config: CompilationConfig) -> None:
-    for field in ("inductor_compile_config", "single_size_inductor_config", "inductor_passes"):
-        unknown = [n for n in getattr(config, field) if not torch_compat.has_inductor_option(n)]
-        if unknown:
-            raise ConfigError(
-                f"this torch's Inductor has no option {', '.join(map(repr, unknown))}",
-                where=f"{field}.{unknown[0]}",
-                hint="torch._inductor.list_options() lists them",
-            )
-    given = {**config.inductor_compile_config, **config.single_size_inductor_config}
-    cuts = config.use_inductor_graph_partition
-    for name, clashes in (
-        ("triton.cudagraphs", given.get("triton.cudagraphs")),
-        ("graph_partition", cuts and "graph_partition" in given),
-        ("custom_should_partition_ops", cuts and "custom_should_partition_ops" in given),
-        ("cpp_wrapper", cuts and given.get("cpp_wrapper")),
-    ):
-        if clashes:
-            raise ConfigError(
-                "a piece can't hold CUDA graphs of Inductor's: capture makes them; and use_inductor_graph_partition sets "
-                "how code is cut, without a C++ wrapper",
-                where=f"inductor_compile_config.{name}",
-                hint="leave the option out",
-            )
-
-
-class InductorStandaloneAdaptor(_Inductor):
+class InductorStandaloneAdaptor(InductorAdaptor):
     """Compiles with ``torch._inductor.standalone_compile``: one artifact per piece."""
+
+    name = "inductor"
 
     def _made(
         self, graph: torch.fx.GraphModule, inputs: Sequence[object], single: bool, options: Options
     ) -> Callable[..., object]:
-        if single and not _has_symbols(inputs):
+        symbols = (torch_compat.symbol_of(n) for each in inputs for n in _sizes_of(each))
+        if single and not any(symbol is not None for symbol in symbols):
             shapes = "from_example_inputs"
-        elif torch_compat.tracing_context() is not None:
-            shapes = "from_tracing_context"
         else:
-            shapes = "from_graph"
+            traced = torch_compat.tracing_context() is not None
+            shapes = "from_tracing_context" if traced else "from_graph"
         return torch_compat.standalone_compile(
             graph, inputs, dynamic_shapes=shapes, config_patches=options
         )
@@ -217,31 +203,43 @@ class InductorStandaloneAdaptor(_Inductor):
     def from_bytes(self, data: bytes, graph: torch.fx.GraphModule) -> CompiledPiece:
         """What `to_bytes` kept of ``graph``; raises whatever torch raises for other bytes."""
         mark, rest = data[: len(_DIRECT)], data[len(_DIRECT) :]
-        with self.partitions_wrapped():
-            artifact = torch_compat.artifact_from_bytes(rest)
-            self.realign(artifact)
+        with self._partitions_wrapped():
+            artifact = self._realigned(torch_compat.artifact_from_bytes(rest))
         return self._piece(artifact, graph, vouched=mark == _DIRECT)
 
 
-# A loaded artifact no longer has the record that says whether its wrappers have work to do; the mark keeps the finding.
-_DIRECT, _PUBLIC = b"direct\n", b"public\n"
+def _partition_ops(config: CompilationConfig) -> list[str]:
+    """Where Inductor cuts the code itself."""
+    if not config.use_inductor_graph_partition:
+        return []
+    return list(registry.names() if config.splitting_ops is None else config.splitting_ops)
 
 
-class InductorAdaptor(_Inductor):
-    """Compiles through ``torch._inductor.compile_fx``, as the other one does; nothing can be kept.
+def _require_options(config: CompilationConfig) -> None:
+    for field in ("inductor_compile_config", "single_size_inductor_config", "inductor_passes"):
+        unknown = [n for n in getattr(config, field) if not torch_compat.has_inductor_option(n)]
+        if unknown:
+            raise ConfigError(
+                f"this torch's Inductor has no option {', '.join(map(repr, unknown))}",
+                where=f"{field}.{unknown[0]}",
+                hint="torch._inductor.list_options() lists them",
+            )
+    given = {**config.inductor_compile_config, **config.single_size_inductor_config}
+    settled = {"graph_partition", "custom_should_partition_ops"} & given.keys()
+    settled |= {name for name in ("cpp_wrapper",) if given.get(name)}
+    clashes = sorted(settled) if config.use_inductor_graph_partition else []
+    clashes += ["triton.cudagraphs"] if given.get("triton.cudagraphs") else []
+    if clashes:
+        raise ConfigError(
+            "a piece can't hold CUDA graphs of Inductor's: capture makes them; and use_inductor_graph_partition sets "
+            "how code is cut, without a C++ wrapper",
+            where=f"inductor_compile_config.{clashes[0]}",
+            hint="leave the option out",
+        )
 
-    It needs the tracing context of the capture, as a Dynamo backend has it.
-    """
 
-    name = "inductor_compile_fx"
-
-    def _made(
-        self, graph: torch.fx.GraphModule, inputs: Sequence[object], single: bool, options: Options
-    ) -> Callable[..., object]:
-        return torch_compat.compile_fx(graph, inputs, own_shapes=single, config_patches=options)
-
-    def _piece(self, made: Callable[..., object], graph: torch.fx.GraphModule) -> CompiledPiece:
-        return CompiledPiece(made, indirect_because="compile_fx gives no artifact")
+def _sizes_of(value: object) -> Sequence[object]:
+    return value.shape if isinstance(value, torch.Tensor) else (value,)
 
 
 def _require_sizes(graph: torch.fx.GraphModule, inputs: Sequence[object]) -> None:
@@ -273,10 +271,77 @@ def positional(call: Callable[..., object], inputs: int) -> Callable[..., object
     return scope["piece"]
 
 
-def _has_symbols(values: Sequence[object]) -> bool:
-    """Whether a size is still symbolic."""
-    return any(
-        torch_compat.symbol_of(size) is not None
-        for value in values
-        for size in (value.shape if isinstance(value, torch.Tensor) else (value,))
-    )
+# --- code that Inductor cut itself ---------------------------------------------------------------
+
+_TAKER: ContextVar[Any] = ContextVar("piecework_partition_taker", default=None)
+
+
+class Partition:
+    """One partition; Inductor's code calls it with one list, which it empties, and takes a tuple.
+
+    Two models whose code is the same may share it: Inductor keeps one module per text. So it holds
+    no static graph itself, and asks the model that is running for one.
+
+    Attributes:
+        function: what Inductor generated.
+        index: its place among the partitions of its code.
+        count: how many there are.
+    """
+
+    __slots__ = ("count", "function", "index")
+
+    def __init__(self, function: Callable[..., object], index: int, count: int) -> None:
+        self.function, self.index, self.count = function, index, count
+
+    def __call__(self, args: list[object]) -> object:
+        taker = _TAKER.get()
+        if taker is None:
+            return self.function(args)
+        values = tuple(args)
+        args.clear()
+        return taker.run_partition(self, values)
+
+    def run(self, *values: object) -> object:
+        """The generated function with plain arguments."""
+        return self.function(list(values))
+
+
+def wrap_partition(function: Callable[..., object], index: int, count: int) -> Partition:
+    """The hook that Inductor calls with each partition of the code that it compiled or loaded."""
+    return function if isinstance(function, Partition) else Partition(function, index, count)
+
+
+def partitions_taken_by(taker: Any) -> AbstractContextManager[object]:
+    """For the block, ``taker.run_partition(partition, values)`` runs what runs in this context."""
+    return set_for(_TAKER, taker)
+
+
+# --- which vector instructions the CPU has -------------------------------------------------------
+
+
+@cache
+def _isa_test(process: int) -> Future[bool]:
+    """The test of a process: in one that was forked meanwhile, another's thread does not go on."""
+    pool = ThreadPoolExecutor(1, "piecework-vector-isa")
+    found = pool.submit(torch_compat.vector_isa_test())
+    pool.shutdown(wait=False)
+    return found
+
+
+def _isa_wanted() -> bool:
+    return not (torch.cuda.is_available() or torch_compat.vector_isa_is_known())
+
+
+def begin_test() -> None:
+    """Test the CPU's strongest instructions beside a trace: Inductor itself would try set after set
+    for seven seconds. Not where it knows, or pieces may be for a GPU."""
+    if _isa_wanted():
+        _isa_test(os.getpid())
+
+
+def await_test() -> None:
+    """Have Inductor know them; where the test failed, it asks for the others itself."""
+    if _isa_wanted():
+        found = _isa_test(os.getpid())
+        if found.exception() is None and found.result():
+            torch_compat.take_vector_isa()

@@ -15,13 +15,13 @@ from piecework.codegen.split.split import SplittingOps
 from piecework.errors import BindError, ConfigError, short_errors
 from piecework.runtime.batch.mode import CUDAGraphMode
 from piecework.runtime.batch.ranges import Range, RangeTable
+from piecework.runtime.compilers.passes import PostGradPassManager
 from piecework.runtime.config.compilation import CompilationConfig, RuntimeConfig
 from piecework.runtime.config.groups import CompilationMode
 from piecework.runtime.config.model import import_qualified
 from piecework.runtime.counters import counters
 from piecework.runtime.model_tag import current_model_tag, model_tag_is_set
 from piecework.runtime.observe.dump import Dump
-from piecework.runtime.passes import PostGradPassManager
 from piecework.runtime.pieces.bound_call import (
     BoundCall,
     bound_names,

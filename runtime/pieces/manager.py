@@ -17,11 +17,11 @@ from piecework.errors import ConfigError, PieceCompileError, PieceworkError
 from piecework.runtime import torch_compat
 from piecework.runtime.batch.ranges import Range, file_name
 from piecework.runtime.compilers import CompiledPiece, CompilerInterface, make_compiler
+from piecework.runtime.compilers.passes import PostGradPassManager
 from piecework.runtime.config.compilation import CompilationConfig, RuntimeConfig
 from piecework.runtime.counters import counters
 from piecework.runtime.observe import trace
 from piecework.runtime.observe.progress import CompileProgress, current_progress
-from piecework.runtime.passes import PostGradPassManager
 from piecework.runtime.pieces.disk import PieceCache, open_piece_cache
 
 _log = logging.getLogger(__name__)

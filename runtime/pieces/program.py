@@ -17,11 +17,11 @@ from piecework.codegen.graph.schemas import every_node
 from piecework.codegen.stitch.bind import compile_execution_fn
 from piecework.runtime import torch_compat
 from piecework.runtime.batch.ranges import Range, RangeTable
-from piecework.runtime.compilers.eager import uncompiled
+from piecework.runtime.compilers.interface import uncompiled
+from piecework.runtime.compilers.passes import PassReport
 from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.observe import trace
 from piecework.runtime.observe.dump import Dump
-from piecework.runtime.passes import PassReport
 from piecework.runtime.pieces.piecewise import PiecewiseBackend
 from piecework.runtime.pieces.ranks import Together, together
 from piecework.runtime.pieces.report import Piece, RangeRow, Report, differences

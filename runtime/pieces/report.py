@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from piecework.codegen.graph.structure import Structure
-from piecework.runtime.passes.manager import PassReport
+from piecework.runtime.compilers.passes import PassReport
 
 
 @dataclass(frozen=True, slots=True)

@@ -178,7 +178,7 @@ def test_the_hash_follows_what_changes_code() -> None:
         hashed(single_size_inductor_config={"max_autotune": True}),
         hashed(inductor_compile_config={"max_autotune": True}),
         hashed(
-            inductor_passes={"post_grad_custom_post_pass": "piecework.runtime.passes:InductorPass"}
+            inductor_passes={"post_grad_custom_post_pass": "piecework.runtime.compilers.passes:InductorPass"}
         ),
         hashed(use_inductor_graph_partition=True, splitting_ops=["a::b"]),
         hashed(use_inductor_graph_partition=True, splitting_ops=["a::c"]),
@@ -236,7 +236,7 @@ def test_inductor_runs_the_passes_and_gives_the_same_results(backend: str) -> No
 def test_inductors_failure_names_the_piece_and_restores_everything(tmp_path: Path) -> None:
     from torch._inductor import config as inductor_config
 
-    from piecework.runtime.passes import get_pass_context
+    from piecework.runtime.compilers.passes import get_pass_context
 
     def broken(graph: torch.fx.Graph) -> None:
         if count_wheres(graph):

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from piecework.runtime.compilers import vector_isa
+from piecework.runtime.compilers import inductor as vector_isa
 
-BEGUN = "from piecework.runtime.compilers.vector_isa import begin_test, await_test\n"
+BEGUN = "from piecework.runtime.compilers.inductor import begin_test, await_test\n"
 TOLD = "from torch._inductor.cpu_vec_isa import pick_vec_isa\nprint(pick_vec_isa())"
 
 
@@ -21,14 +21,14 @@ TOLD = "from torch._inductor.cpu_vec_isa import pick_vec_isa\nprint(pick_vec_isa
 def unknown(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """Inductor knows nothing; gives what was done."""
     done: list[str] = []
-    vector_isa._tested.cache_clear()
+    vector_isa._isa_test.cache_clear()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(vector_isa.torch_compat, "vector_isa_is_known", lambda: False)
     monkeypatch.setattr(
         vector_isa.torch_compat, "take_vector_isa", lambda: done.append("all are taken")
     )
     yield done
-    vector_isa._tested.cache_clear()
+    vector_isa._isa_test.cache_clear()
 
 
 def told(before: str, folder: object) -> str:

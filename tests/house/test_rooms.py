@@ -38,7 +38,6 @@ ORDER = (
     "runtime.pieces",
     "runtime.compilers",
     "runtime.trace",
-    "runtime.passes",
     "runtime.observe",
     "runtime.config",
     "runtime.watch",

@@ -12,8 +12,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 import piecework
-from piecework.runtime.compilers.eager import EagerAdaptor
-from piecework.runtime.compilers.interface import CompiledPiece
+from piecework.runtime.compilers.interface import CompiledPiece, EagerAdaptor
 
 LAYER = nn.MultiheadAttention(8, 2).eval()
 Make = Callable[[int], torch.Tensor]

@@ -30,7 +30,7 @@ from piecework.runtime.batch.mode import CUDAGraphMode
 from piecework.runtime.call.entry import Entry
 from piecework.runtime.call.execution import by_path_of
 from piecework.runtime.call.profile_names import by_statement
-from piecework.runtime.compilers.partitions import Partition, partitions_taken_by
+from piecework.runtime.compilers.inductor import Partition, partitions_taken_by
 from piecework.runtime.graphs.device.cuda import kernels_of
 from piecework.runtime.graphs.memory.addresses import Placement, ValueOrigin
 from piecework.runtime.graphs.memory.owner import StaticGraphs
