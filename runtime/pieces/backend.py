@@ -71,18 +71,20 @@ class PieceworkBackend:
         trace: Trace = Trace.ONLY,
         deferred: bool = False,
     ) -> None:
-        self.config = config or CompilationConfig()
-        self.prefix = prefix
-        self.is_encoder = is_encoder
-        self.trace = trace
+        self.config = config = config or CompilationConfig()
+        self.prefix, self.is_encoder, self.trace = prefix, is_encoder, trace
         self.batch_of_first: tuple[str, int] | None = None
         self.tag = current_model_tag().tag
-        self.declared_ops = (
-            splitting_ops if splitting_ops is not None else self.config.splitting_ops
-        )
-        self.compiler_manager = CompilerManager(self._compiler_config())
+        self.declared_ops = config.splitting_ops if splitting_ops is None else splitting_ops
         self.runtime_config = runtime_config
-        self.range_table = self._range_table()
+        self.range_table: RangeTable | None = None
+        if config.compile_sizes or config.compile_ranges_endpoints:
+            largest = None if runtime_config is None else runtime_config.max_num_batched_tokens
+            self.range_table = config.range_table(largest, is_encoder=is_encoder)
+        if config.use_inductor_graph_partition and self.declared_ops is not None:
+            # The compiler itself cuts there.
+            config = config.replace(splitting_ops=SplittingOps(self.declared_ops).declared)
+        self.compiler_manager = CompilerManager(config)
         self.used = False
         self._program: Program | None = None
         if not deferred:
@@ -152,7 +154,7 @@ class PieceworkBackend:
         call = BoundCall(program, paths)
         for each in models:
             weakref.finalize(each, call.release)
-        return _without_grad(call)
+        return call
 
     def prepare(
         self,
@@ -196,19 +198,6 @@ class PieceworkBackend:
     def adopt(self, program: Program) -> None:
         """Take a program that was made in another process for what was made of the last graph."""
         self.used, self._program = True, program
-
-    def _range_table(self) -> RangeTable | None:
-        if not (self.config.compile_sizes or self.config.compile_ranges_endpoints):
-            return None
-        runtime = self.runtime_config
-        largest = None if runtime is None else runtime.max_num_batched_tokens
-        return self.config.range_table(largest, is_encoder=self.is_encoder)
-
-    def _compiler_config(self) -> CompilationConfig:
-        """The configuration with the splitting ops where the compiler itself cuts at them."""
-        if not self.config.use_inductor_graph_partition or self.declared_ops is None:
-            return self.config
-        return self.config.replace(splitting_ops=tuple(SplittingOps(self.declared_ops).declared))
 
 
 def backend_of(
@@ -266,8 +255,8 @@ def piecework_dynamo_backend(
         raise ConfigError(
             f"torch.compile's mode {mode!r} is a preset of Inductor's, and the backend is piecework",
             where="mode",
-            hint="pass options={...} with fields of piecework.CompilationConfig: inductor_compile_config takes Inductor's "
-            "own",
+            hint="pass options={...} with fields of piecework.CompilationConfig: "
+            "inductor_compile_config takes Inductor's own",
         )
     counters.num_models_seen += 1
     config = CompilationConfig(**(options or {}))
@@ -290,15 +279,3 @@ def piecework_dynamo_backend(
     prefix = tag.tag if model_tag_is_set() else ""
     backend = PieceworkBackend(config, prefix, tag.is_encoder, splitting_ops=() if whole else None)
     return backend(graph, example_inputs)
-
-
-def _without_grad(function: Callable[..., object]) -> Callable[..., object]:
-    """``function`` for inference: under a grad mode that is on, it runs with it off."""
-
-    def run(*args: object) -> object:
-        if torch.is_grad_enabled():
-            with torch.no_grad():
-                return function(*args)
-        return function(*args)
-
-    return run

@@ -8,7 +8,7 @@ first. Nothing is watched.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from operator import is_, itemgetter
 
 import torch
@@ -103,6 +103,9 @@ class BoundCall:
         self._bound: tuple[tuple[object, ...], Callable[..., object]] | None = None
 
     def __call__(self, *args: object) -> object:
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                return self(*args)
         run, others = self.bound_to(args), self._others_of(args)
         table = self.program.range_table
         if table is None:
@@ -115,17 +118,14 @@ class BoundCall:
         """The function with the weights of ``args``; it takes those of the inputs that are none."""
         weights, bound = self._weights_of(args), self._bound
         if bound is None or not all(map(is_, weights, bound[0])):
-            self._bound = bound = weights, self._bind(dict(zip(self._names, weights, strict=True)))
+            function = self.program.bind(dict(zip(self._names, weights, strict=True)))
+            publish_submods(function, self._lists[-1])
+            self._bound = bound = weights, function
         return bound[1]
 
     def release(self) -> None:
         """Let go of the weights; the next call binds those that it is given."""
         self._bound = None
-
-    def _bind(self, weights: Mapping[str, object]) -> Callable[..., object]:
-        function = self.program.bind(weights)
-        publish_submods(function, self._lists[-1])
-        return function
 
 
 def _picked(indices: Sequence[int]) -> Callable[[Sequence[object]], tuple[object, ...]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TypeVar
 
 import torch.fx
@@ -17,19 +17,17 @@ from piecework.runtime.batch.ranges import Range
 from piecework.runtime.config.compilation import CompilationConfig, RuntimeConfig
 from piecework.runtime.config.model import factors_of
 from piecework.runtime.counters import counters
+from piecework.runtime.store import surroundings as store_surroundings
 from piecework.runtime.store.entry import CacheEntry, open_entry
 from piecework.runtime.store.factors import KeyFactors, content_key
 from piecework.runtime.store.files import cache_disabled, signing_key
-from piecework.runtime.store.surroundings import (
-    operator_facts,
-    settings_factors,
-    source_factors,
-    surroundings,
-    traced_files,
-)
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
+
+
+class _NotKept(Exception):
+    """The compiler's result has no bytes; it is used and not saved."""
 
 
 class PieceCache:
@@ -49,11 +47,10 @@ class PieceCache:
     def __init__(
         self, entry: CacheEntry | None, sizes: object = None, pieces: CacheEntry | None = None
     ) -> None:
-        self.entry, self._pieces = entry, pieces
-        self._sizes = sizes
+        self.entry, self._pieces, self._sizes = entry, pieces, sizes
         self._known = torch_compat.known_sizes(sizes)
         self._facts = torch_compat.sizes_text(sizes)
-        self._said: set[str] = set()
+        self._told: set[str] = set()
 
     def get_or_compile(
         self,
@@ -73,26 +70,9 @@ class PieceCache:
             to_bytes: what to keep of the compiled form; None if it can't be kept.
             load: turns bytes into the compiled form.
         """
-        name = self._name(graph, structure, compile_range)
-        if name is None or self._pieces is None:
+        name, entry = self._name(graph, structure, compile_range), self._pieces
+        if name is None or entry is None:
             return compile_piece(), False
-        # What was learned from other example sizes may not hold for these; then there is a form for exactly these.
-        for each in (name, content_key(name, torch_compat.hints_text(self._sizes))):
-            try:
-                return self._through_entry(self._pieces, each, compile_piece, to_bytes, load)
-            except _OtherSizes:
-                continue
-        return compile_piece(), False
-
-    def _through_entry(
-        self,
-        entry: CacheEntry,
-        name: str,
-        compile_piece: Callable[[], T],
-        to_bytes: Callable[[T], bytes | None],
-        load: Callable[[bytes], T],
-    ) -> tuple[T, bool]:
-        """`get_or_compile` under one name; `_OtherSizes` if what is kept is not right for these."""
         fresh: list[T] = []
 
         def compile_to_bytes() -> bytes:
@@ -105,30 +85,31 @@ class PieceCache:
                 raise _NotKept
             return json.dumps(learned).encode("ascii") + b"\n" + data
 
-        try:
-            result = entry.get_or_compile(name, compile_to_bytes)
-        except _NotKept:
-            return fresh[0], False
-        if fresh:
-            counters.num_cache_entries_updated += int(result.saved)
-            counters.num_compiled_artifacts_saved += int(result.saved)
-            return fresh[0], False
-        try:
-            head, _, data = result.data.partition(b"\n")
-            learned = json.loads(head)
-            loaded = load(data)
-        except Exception as error:  # noqa: BLE001 - torch raises anything
-            entry.reject(name, f"{type(error).__name__}: {error}")
-            return compile_piece(), False
-        if learned and not torch_compat.learn_again(self._sizes, learned):
-            raise _OtherSizes
-        counters.num_compiled_artifacts_loaded += 1
-        return loaded, True
+        # What was learned from other example sizes may not hold for these; then there is a form for exactly these.
+        for each in (name, content_key(name, torch_compat.hints_text(self._sizes))):
+            try:
+                result = entry.get_or_compile(each, compile_to_bytes)
+            except _NotKept:
+                return fresh[0], False
+            if fresh:
+                counters.num_cache_entries_updated += int(result.saved)
+                counters.num_compiled_artifacts_saved += int(result.saved)
+                return fresh[0], False
+            try:
+                head, _, data = result.data.partition(b"\n")
+                learned, loaded = json.loads(head), load(data)
+            except Exception as error:  # noqa: BLE001 - torch raises anything
+                entry.reject(each, f"{type(error).__name__}: {error}")
+                break
+            if not learned or torch_compat.learn_again(self._sizes, learned):
+                counters.num_compiled_artifacts_loaded += 1
+                return loaded, True
+        return compile_piece(), False
 
     def _not_kept(self, reason: str) -> None:
         """Say once why a piece is compiled anew by each process."""
-        level = logging.INFO if reason in self._said else logging.WARNING
-        self._said.add(reason)
+        level = logging.INFO if reason in self._told else logging.WARNING
+        self._told.add(reason)
         _log.log(level, "a piece is not kept in the compile cache: %s", reason)
 
     def holds(
@@ -144,7 +125,7 @@ class PieceCache:
         """What a piece is kept under: its content. None if it can't be kept."""
         if self.entry is None:
             return None
-        operators, reason = operator_facts(graph)
+        operators, reason = store_surroundings.operator_facts(graph)
         if structure.local or reason:
             self._not_kept(structure.local or reason)
             return None
@@ -154,32 +135,21 @@ class PieceCache:
         self, graph: torch.fx.GraphModule, pieces: Mapping[str, Structure], code: str
     ) -> None:
         """Keep the split graph, with each different piece once, and the stitching source."""
-        if self.entry is not None:
-            readable = "\n\n".join([graph.code, *_different(graph, pieces)])
-            self.entry.write_texts({"computation_graph.py": readable, "stitched.py": code})
+        if self.entry is None:
+            return
+        names: dict[str, list[str]] = {}
+        for name, structure in pieces.items():
+            names.setdefault(structure.key, []).append(name)
+        texts = [graph.code]
+        for equal in names.values():
+            text = graph_of(graph, equal[0]).print_readable(print_output=False)
+            texts.append(f"# {', '.join(equal)}\n{text}")
+        self.entry.write_texts({"computation_graph.py": "\n\n".join(texts), "stitched.py": code})
 
     def write_entry(self, code: str) -> None:
         """Keep the source of the entry, which a call runs in place of the model's forward."""
         if self.entry is not None:
             self.entry.write_texts({"transformed_code.py": code})
-
-
-def _different(graph: torch.fx.GraphModule, pieces: Mapping[str, Structure]) -> Iterator[str]:
-    """Each different piece as text, under the names of those that are like it."""
-    names: dict[str, list[str]] = {}
-    for name, structure in pieces.items():
-        names.setdefault(structure.key, []).append(name)
-    for like in names.values():
-        text = graph_of(graph, like[0]).print_readable(print_output=False)
-        yield f"# {', '.join(like)}\n{text}"
-
-
-class _OtherSizes(Exception):
-    """What is kept was compiled for other sizes than those of the example inputs."""
-
-
-class _NotKept(Exception):
-    """The compiler's result has no bytes; it is used and not saved."""
 
 
 def open_piece_cache(
@@ -209,15 +179,17 @@ def open_piece_cache(
         return PieceCache(None)
     try:
         limits = {} if runtime_config is None else factors_of(runtime_config)
+        settings = store_surroundings.settings_factors()
+        files = store_surroundings.traced_files(graph)
         factors = KeyFactors(
             {
-                **surroundings(graph, settings=settings_factors()),
+                **store_surroundings.surroundings(graph, settings=settings),
                 "config": {
                     **config.hash_factors(),
                     "compiler": compiler_hash(),
                     **{f"runtime.{name}": text for name, text in limits.items()},
                 },
-                "sources": source_factors(traced_files(graph)),
+                "sources": store_surroundings.source_factors(files),
             }
         )
     except (CacheError, Unidentifiable) as error:
@@ -226,8 +198,7 @@ def open_piece_cache(
     runtime = runtime_config or RuntimeConfig()
     place = {"root": config.cache_dir, "tag": tag, "hmac_key": signing_key()}
     entry = open_entry(factors=factors, rank=runtime.rank, dp_rank=runtime.dp_rank, **place)
-    pieces = (
-        entry if entry.identity.parts[1] == "rank_0_0" else open_entry(factors=factors, **place)
-    )
+    shared = entry.identity.parts[1] == "rank_0_0"
+    pieces = entry if shared else open_entry(factors=factors, **place)
     sizes = torch_compat.shape_env_of((*inputs, *(value_of(node) for node in graph.graph.nodes)))
     return PieceCache(entry, sizes, pieces)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 
 import torch
 import torch.fx
@@ -24,16 +24,15 @@ from piecework.runtime.observe import trace
 from piecework.runtime.observe.progress import CompileProgress, current_progress
 from piecework.runtime.pieces.disk import PieceCache, open_piece_cache
 
+_NO_COMPILER = (
+    "Inductor needs a C++ compiler on a CPU: install g++ (build-essential), or name another one "
+    "in the environment variable CXX; CompilationConfig(backend='eager') needs none"
+)
+_HINT = (
+    "CompilationConfig(backend='eager') runs the piece uncompiled, to tell a compiler's fault from "
+    "the model's; with TORCHDYNAMO_REPRO_AFTER=aot torch writes a script of it"
+)
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class JobResult:
-    """How a worker's compilation went; what failed there is met again here."""
-
-    name: str
-    seconds: float
-    succeeded: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,16 +63,19 @@ class CompilerManager:
         config: the resolved configuration.
         seconds: time spent in the compiler.
         progress: told of each compilation; that of `show_progress` by default. None shows nothing.
+        cache: where compiled pieces lie on disk, if the compiler's results can be kept.
+        ahead: keys of what was compiled before its piece was reached, which then is no reuse.
+        elsewhere: key → seconds of what a worker has put into the cache.
     """
 
     config: CompilationConfig
     seconds: float = 0.0
     progress: CompileProgress | None = field(default_factory=current_progress)
     cache: PieceCache | None = None
-    _ahead: dict[tuple[str, Range | None], RangeEntry] = field(default_factory=dict)
-    _elsewhere: dict[tuple[str, Range | None], JobResult] = field(default_factory=dict)
+    ahead: set[tuple[object, ...]] = field(default_factory=set)
+    elsewhere: dict[tuple[object, ...], float] = field(default_factory=dict)
     # With their graphs: no object that a key tells apart by its address may go away.
-    _done: dict[tuple[object, ...], tuple[CompiledPiece, torch.fx.GraphModule]] = field(
+    _done: dict[tuple[object, ...], tuple[RangeEntry, torch.fx.GraphModule]] = field(
         default_factory=dict
     )
 
@@ -119,31 +121,9 @@ class CompilerManager:
         """The graph passes that the compiler runs; None if it runs none."""
         return getattr(self.compiler, "passes", None)
 
-    def is_kept(
-        self, graph: torch.fx.GraphModule, structure: Structure, compile_range: Range | None
-    ) -> bool:
-        """Whether a piece is compiled or in the cache already."""
-        if _slot(graph, structure, compile_range) in self._done:
-            return True
-        return self.cache is not None and self.cache.holds(graph, structure, compile_range)
-
-    def compiled_ahead(self, structure: Structure, entry: RangeEntry) -> None:
-        """Keep what `compile` returned before the piece was reached."""
-        self._ahead[structure.key, entry.compile_range] = entry
-
-    def compiled_elsewhere(
-        self, structure: Structure, compile_range: Range | None, result: JobResult
-    ) -> None:
-        """Note that a worker has put a piece into the caches, where `compile` will find it."""
-        self._elsewhere[structure.key, compile_range] = result
-        if self.progress is not None and result.succeeded:
-            self.progress.compiled(result.name, result.seconds, "in a worker")
-
     def begin(self) -> None:
         """Tell the compiler, if it wants to know, that a trace begins."""
-        begin = getattr(self.compiler, "begin", None)
-        if begin is not None:
-            begin()
+        getattr(self.compiler, "begin", lambda: None)()
 
     def may_share_names(self) -> bool:
         """Whether pieces may be made equal by handing them names as inputs (`share_layer_names`).
@@ -157,17 +137,6 @@ class CompilerManager:
         """Everything about the compiler that changes its output."""
         return self.compiler.compute_hash(self.config)
 
-    def _checked(self, piece: object, method: str) -> CompiledPiece:
-        """What the compiler returned, if it kept to its interface."""
-        if isinstance(piece, CompiledPiece):
-            return piece
-        kind = "None" if piece is None else f"a {type(piece).__qualname__}"
-        raise ConfigError(
-            f"compiler {self.compiler.name!r}: {method} returned {kind}, not a CompiledPiece",
-            where="backend",
-            hint="see piecework.runtime.compilers.CompilerInterface",
-        )
-
     def to_bytes(self, piece: CompiledPiece) -> bytes | None:
         """What the cache keeps of a piece; None, with a warning, if the compiler can't give it."""
         try:
@@ -178,6 +147,14 @@ class CompilerManager:
                 "compiler %r: to_bytes failed: %s; the piece is used and not kept", name, why
             )
             return None
+
+    def is_kept(
+        self, graph: torch.fx.GraphModule, structure: Structure, compile_range: Range | None
+    ) -> bool:
+        """Whether a piece is compiled or in the cache already."""
+        if key_of(graph, structure, compile_range) in self._done:
+            return True
+        return self.cache is not None and self.cache.holds(graph, structure, compile_range)
 
     def compile(
         self,
@@ -193,20 +170,34 @@ class CompilerManager:
         Raises:
             PieceCompileError: the compiler failed; names the piece and the modules that it holds.
         """
-        ahead = self._ahead.pop((structure.key, compile_range), None)
-        if ahead is not None:
-            return ahead
-        slot = _slot(graph, structure, compile_range)
-        done = self._done.get(slot)
-        if done is not None:
+        key = key_of(graph, structure, compile_range)
+        if key in self._done:
+            entry = self._done[key][0]
+            if key in self.ahead:
+                self.ahead.remove(key)
+                return entry
             _log.info("%s: the program of an earlier piece", submod_name)
-            return RangeEntry(compile_range, done[0], 0.0, reused=True)
+            return replace(entry, seconds=0.0, reused=True, cached=False)
+
+        def compile_now() -> CompiledPiece:
+            counters.num_backend_compilations += 1
+            trace.artifact(
+                "piece_start", lambda: f"{submod_name} for batch {compile_range or 'all'}"
+            )
+            text = partial(graph.print_readable, print_output=False)
+            trace.artifact(file_name(submod_name, compile_range), text)
+            made = self.compiler.compile(graph, example_inputs, self.config, compile_range)
+            return self._checked(made, "compile")
+
+        def load(data: bytes) -> CompiledPiece:
+            return self._checked(self.compiler.from_bytes(data, graph), "from_bytes")
+
         start = time.perf_counter()
         try:
             # Code is the same in inference mode, which Dynamo leaves while it compiles.
             with torch.inference_mode(False), torch.no_grad():
-                compiled, cached = self._loaded_or_compiled(
-                    graph, example_inputs, compile_range, structure, submod_name
+                compiled, cached = (self.cache or PieceCache(None)).get_or_compile(
+                    graph, structure, compile_range, compile_now, self.to_bytes, load
                 )
         except Exception as error:
             own = isinstance(error, PieceworkError) and not isinstance(error, PieceCompileError)
@@ -214,45 +205,27 @@ class CompilerManager:
                 raise
             raise self._failure(graph, compile_range, submod_name, error) from error
         seconds = time.perf_counter() - start
-        worker = self._elsewhere.pop((structure.key, compile_range), None)
-        if worker is not None and worker.succeeded:
-            seconds += worker.seconds
+        if key in self.elsewhere:  # its progress was told
+            seconds += self.elsewhere.pop(key)
         elif self.progress is not None:
             name = submod_name + ("" if compile_range is None else f" {compile_range}")
             self.progress.compiled(name, seconds, "from the cache" if cached else "")
         how = "from the cache" if cached else f"compiled by {self.compiler.name}"
         _log.info("%s for batch %s: %s, %.2f s", submod_name, compile_range or "all", how, seconds)
         self.seconds += seconds
-        self._done[slot] = compiled, graph
-        return RangeEntry(compile_range, compiled, seconds, reused=False, cached=cached)
+        entry = RangeEntry(compile_range, compiled, seconds, reused=False, cached=cached)
+        self._done[key] = entry, graph
+        return entry
 
-    def _loaded_or_compiled(
-        self,
-        graph: torch.fx.GraphModule,
-        example_inputs: Sequence[object],
-        compile_range: Range | None,
-        structure: Structure,
-        submod_name: str,
-    ) -> tuple[CompiledPiece, bool]:
-        """The compiled piece, and whether the cache had it."""
-
-        def compile_now() -> CompiledPiece:
-            counters.num_backend_compilations += 1
-            start, name = f"{submod_name} for batch {compile_range or 'all'}", submod_name
-            trace.artifact("piece_start", lambda: start)
-            trace.artifact(
-                file_name(name, compile_range), lambda: graph.print_readable(print_output=False)
-            )
-            piece = self.compiler.compile(graph, example_inputs, self.config, compile_range)
-            return self._checked(piece, "compile")
-
-        def load(data: bytes) -> CompiledPiece:
-            return self._checked(self.compiler.from_bytes(data, graph), "from_bytes")
-
-        if self.cache is None:
-            return compile_now(), False
-        return self.cache.get_or_compile(
-            graph, structure, compile_range, compile_now, self.to_bytes, load
+    def _checked(self, piece: object, method: str) -> CompiledPiece:
+        """What the compiler returned, if it kept to its interface."""
+        if isinstance(piece, CompiledPiece):
+            return piece
+        kind = "None" if piece is None else f"a {type(piece).__qualname__}"
+        raise ConfigError(
+            f"compiler {self.compiler.name!r}: {method} returned {kind}, not a CompiledPiece",
+            where="backend",
+            hint="see piecework.runtime.compilers.CompilerInterface",
         )
 
     def _failure(
@@ -263,32 +236,20 @@ class CompilerManager:
         error: Exception,
     ) -> PieceCompileError:
         """The error for a piece that did not compile."""
-        modules = origin_of_piece(graph, SymbolNames(), line_numbers=True).module
+        of_pass = _pass_failure(error)
+        why = _first_line(error) if of_pass is None else of_pass.message
+        no_compiler = "InvalidCxxCompiler" in why
         sizes = "" if compile_range is None else f" for batches {compile_range}"
-        own = _own_failure(error)
-        said = _first_line(error) if own is None else own.message
-        hint = (
-            "CompilationConfig(backend='eager') runs the piece uncompiled, to tell a compiler's "
-            "fault from the model's; with TORCHDYNAMO_REPRO_AFTER=aot torch writes a script of it"
-        )
-        if "InvalidCxxCompiler" in said:
-            hint = _NO_COMPILER
         failure = PieceCompileError(
-            f"{self.compiler.name} failed on {submod_name}{sizes}: {said}",
-            where=modules or submod_name,
-            hint=hint if own is None else own.hint,
+            f"{self.compiler.name} failed on {submod_name}{sizes}: {why}",
+            where=origin_of_piece(graph, SymbolNames(), line_numbers=True).module or submod_name,
+            hint=of_pass.hint if of_pass is not None else _NO_COMPILER if no_compiler else _HINT,
         )
-        failure.whatever_is_traced = own is not None or hint is _NO_COMPILER
+        failure.whatever_is_traced = of_pass is not None or no_compiler
         return failure
 
 
-_NO_COMPILER = (
-    "Inductor needs a C++ compiler on a CPU: install g++ (build-essential), or name another one "
-    "in the environment variable CXX; CompilationConfig(backend='eager') needs none"
-)
-
-
-def _slot(
+def key_of(
     graph: torch.fx.GraphModule, structure: Structure, compile_range: Range | None
 ) -> tuple[object, ...]:
     """What a compiled piece is right for in this process."""
@@ -296,8 +257,8 @@ def _slot(
     return structure.key, compile_range, id(env)
 
 
-def _own_failure(error: BaseException | None) -> PieceCompileError | None:
-    """The failure of a pass of ours or the user's."""
+def _pass_failure(error: BaseException | None) -> PieceCompileError | None:
+    """The failure of a pass, which Inductor wraps."""
     seen: list[BaseException] = []
     while error is not None and error not in seen:
         if isinstance(error, PieceCompileError):

@@ -14,10 +14,11 @@ from __future__ import annotations
 import multiprocessing
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
+from typing import NamedTuple
 
 import torch
 import torch.fx
@@ -26,14 +27,13 @@ from piecework.codegen.graph.origin import graph_of
 from piecework.codegen.graph.structure import Structure, input_signature, structure_of
 from piecework.runtime import torch_compat
 from piecework.runtime.batch.ranges import Range
-from piecework.runtime.pieces.manager import CompilerManager, JobResult, RangeEntry
+from piecework.runtime.pieces.manager import CompilerManager, key_of
 from piecework.runtime.pieces.piecewise import inputs_for
 
 _HANGS_AFTER_SECONDS = 600.0
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
+class Request(NamedTuple):
     """One compilation that lies ahead: a piece that differs from those before it, for one range."""
 
     submod_name: str
@@ -46,8 +46,8 @@ class Request:
     def name(self) -> str:
         return self.submod_name + ("" if self.compile_range is None else f" {self.compile_range}")
 
-    def compile(self, manager: CompilerManager) -> RangeEntry:
-        return manager.compile(
+    def compile(self, manager: CompilerManager) -> None:
+        manager.compile(
             self.graph,
             self.inputs,
             self.compile_range,
@@ -75,10 +75,12 @@ def different_pieces(
             structures[name] = structure_of(graph, describe_input=input_signature)
         structure = structures[name]
         for compile_range in compile_ranges:
+            if (structure.key, compile_range) in found:
+                continue
             inputs = tuple(inputs_for(graph, compile_range, batch_symbol))
             if all(each is not None for each in inputs):
                 request = Request(name, graph, inputs, compile_range, structure)
-                found.setdefault((structure.key, compile_range), request)
+                found[structure.key, compile_range] = request
     return list(found.values())
 
 
@@ -90,38 +92,34 @@ def compile_ahead(manager: CompilerManager, requests: Sequence[Request]) -> None
     """
     if manager.config.compile_workers == 1:
         return
-    missing = [
-        each
-        for each in requests
-        if not manager.is_kept(each.graph, each.structure, each.compile_range)
-    ]
+    missing = [r for r in requests if not manager.is_kept(r.graph, r.structure, r.compile_range)]
     workers = min(manager.config.compile_workers, len(missing) - 1)
     can_fork = "fork" in multiprocessing.get_all_start_methods()
     if workers < 2 or not can_fork or torch.cuda.is_initialized():
         return
-    first, *rest = missing
-    manager.compiled_ahead(first.structure, first.compile(manager))
-    by_name = {each.name: each for each in rest}
+    keys = {r.name: key_of(r.graph, r.structure, r.compile_range) for r in missing}
+    missing[0].compile(manager)
+    manager.ahead.add(keys[missing[0].name])
 
-    def job(request: Request) -> Callable[[], object]:
-        def run() -> None:
-            manager.progress = None  # in the worker; the terminal is the parent's
-            with torch_compat.without_compile_threads():
-                request.compile(manager)
+    def compile_in_worker(request: Request) -> None:
+        manager.progress = None  # the terminal is the parent's
+        with torch_compat.without_compile_threads():
+            request.compile(manager)
 
-        return run
+    def finished(name: str, seconds: float, succeeded: bool) -> None:
+        if succeeded:
+            manager.elsewhere[keys[name]] = seconds
+            if manager.progress is not None:
+                manager.progress.compiled(name, seconds, "in a worker")
 
-    def finished(result: JobResult) -> None:
-        request = by_name[result.name]
-        manager.compiled_elsewhere(request.structure, request.compile_range, result)
-
-    run_in_workers({each.name: job(each) for each in rest}, workers, finished)
+    jobs = {each.name: partial(compile_in_worker, each) for each in missing[1:]}
+    run_in_workers(jobs, workers, finished)
 
 
 def run_in_workers(
-    jobs: dict[str, Callable[[], object]],
+    jobs: Mapping[str, Callable[[], object]],
     workers: int,
-    finished: Callable[[JobResult], None],
+    finished: Callable[[str, float, bool], None],
     *,
     hangs_after_s: float = _HANGS_AFTER_SECONDS,
 ) -> None:
@@ -130,7 +128,7 @@ def run_in_workers(
     Args:
         jobs: what to run, by name.
         workers: how many at a time.
-        finished: called in this process as each one ends.
+        finished: told here, as each one ends, its name, seconds and whether it succeeded.
         hangs_after_s: a worker that takes longer is killed. If this call is interrupted, all are.
     """
     fork = multiprocessing.get_context("fork")
@@ -153,7 +151,7 @@ def run_in_workers(
                     each.join()
                 if not each.is_alive():
                     del running[each]
-                    finished(JobResult(each.name, seconds, each.exitcode == 0))
+                    finished(each.name, seconds, each.exitcode == 0)
     finally:
         for each in running:
             each.kill()

@@ -10,15 +10,13 @@ import torch.fx
 
 from piecework.codegen.graph.origin import value_of
 from piecework.codegen.graph.structure import Structure, input_signature, structure_of
-from piecework.errors import BindError, InputError
+from piecework.errors import BindError
 from piecework.runtime import torch_compat
-from piecework.runtime.batch.ranges import Range
+from piecework.runtime.batch.ranges import Range, RangeTable
 from piecework.runtime.compilers import CompiledPiece
 from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.counters import counters
 from piecework.runtime.pieces.manager import CompilerManager, RangeEntry
-
-GENERAL = None  # the range of a piece that serves every batch size
 
 
 class PieceCompiler(Protocol):
@@ -119,12 +117,12 @@ class PiecewiseBackend:
         Raises:
             BindError: the piece was loaded, or its compiler makes nothing that can be kept.
         """
-        manager, where = self._manager, self.submod_name or None
-        if manager is None:
-            raise BindError("a piece that was loaded has no bytes", where=where)
-        if not manager.makes_bytes:
-            why = f"compiler {manager.compiler.name} makes nothing that can be kept"
-            raise BindError(why, where=where)
+        manager = self._manager
+        if manager is None or not manager.makes_bytes:
+            why = "a piece that was loaded has no bytes"
+            if manager is not None:
+                why = f"compiler {manager.compiler.name} makes nothing that can be kept"
+            raise BindError(why, where=self.submod_name or None)
         kept = {each: manager.to_bytes(entry.compiled) for each, entry in self.entries.items()}
         return {compile_range: data for compile_range, data in kept.items() if data is not None}
 
@@ -146,19 +144,17 @@ class PiecewiseBackend:
         return compiled.runnable if compiled.direct is None else compiled.direct
 
     def __call__(self, *args: object) -> object:
-        """Run the form that serves this batch; stitched functions are bound past this."""
-        if len(self.entries) == 1:
+        """Run the form that serves this batch; stitched functions are bound past this.
+
+        Raises:
+            InputError: the batch is outside every compiled range; they are listed.
+        """
+        ranges = [each for each in self.entries if each is not None]
+        if len(self.entries) == 1 or not ranges:
             (entry,) = self.entries.values()
             return entry.runnable(*args)
-        size = args[self.sym_shape_indices[0]]
-        for entry in self.entries.values():
-            if entry.compile_range is None or size in entry.compile_range:
-                return entry.runnable(*args)
-        ranges = ", ".join(str(r) for r in self.entries)
-        raise InputError(
-            f"batch size {size} is outside every compiled range: {ranges}",
-            hint="raise max_num_batched_tokens, where the last range ends",
-        )
+        size: int = args[self.sym_shape_indices[0]]  # type: ignore[assignment]
+        return self.entries[RangeTable.of(ranges).find(size)].runnable(*args)
 
 
 def get_fake_args_from_graph(graph: torch.fx.GraphModule) -> list[object]:
@@ -187,12 +183,10 @@ def create_concrete_args(
     Returns:
         Integers, symbols and fake tensors with the same dtype, device, strides and storage offset.
     """
+    values = get_fake_args_from_graph(graph)
     if batch_symbol is None:
-        return get_fake_args_from_graph(graph)
-    return [
-        torch_compat.with_symbol(value, batch_symbol, size)
-        for value in get_fake_args_from_graph(graph)
-    ]
+        return values
+    return [torch_compat.with_symbol(value, batch_symbol, size) for value in values]
 
 
 class PiecewiseCompileInterpreter(torch.fx.Interpreter):
@@ -231,10 +225,10 @@ class PiecewiseCompileInterpreter(torch.fx.Interpreter):
         submod = self.fetch_attr(name)
         assert isinstance(submod, torch.fx.GraphModule)
         if name in self.compile_submod_names:
-            unknown = False
+            structure = self.structures.get(name)
             for node, arg in zip(submod.graph.find_nodes(op="placeholder"), args, strict=True):
                 if value_of(node) is None:
-                    node.meta["example_value"], unknown = arg, True
+                    node.meta["example_value"], structure = arg, None
             counters.num_piecewise_capturable_graphs_seen += 1
             self.backends[name] = PiecewiseBackend(
                 submod,
@@ -244,23 +238,12 @@ class PiecewiseCompileInterpreter(torch.fx.Interpreter):
                 [i for i, arg in enumerate(args) if isinstance(arg, torch.SymInt)],
                 self.backend,
                 submod_name=name,
-                structure=None if unknown else self.structures.get(name),
+                structure=structure,
             )
-        known = _recorded_output(submod)
-        return submod(*args, **kwargs) if known is _UNKNOWN else known
-
-
-_UNKNOWN = object()
-
-
-def _recorded_output(submod: torch.fx.GraphModule) -> object:
-    """What tracing recorded for the outputs of ``submod``; ``_UNKNOWN`` if any is missing."""
-    returned = submod.graph.output_node().args[0]
-    if returned is None:
-        return None
-    many = isinstance(returned, (tuple, list))
-    nodes = returned if many else [returned]
-    values = tuple(value_of(n) if isinstance(n, torch.fx.Node) else n for n in nodes)
-    if any(value is None for value in values):
-        return _UNKNOWN
-    return values if many else values[0]
+        returned = submod.graph.output_node().args[0]
+        many = isinstance(returned, (tuple, list))
+        nodes = returned if many else [returned]
+        values = [value_of(each) if isinstance(each, torch.fx.Node) else each for each in nodes]
+        if returned is not None and any(value is None for value in values):
+            return submod(*args, **kwargs)  # tracing recorded nothing
+        return tuple(values) if many else values[0]

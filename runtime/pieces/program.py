@@ -35,8 +35,7 @@ class Batch:
     """Where a graph has its batch size.
 
     Attributes:
-        symbol: torch's symbol of it: the first dynamic dimension of the first tensor input that has
-            one; None if none has.
+        symbol: torch's symbol of it: the first dynamic dimension of a tensor input; None if none is.
         input: which graph input, and which of its dimensions (None for a size itself), tells it.
     """
 
@@ -143,8 +142,6 @@ class Program:
                     return node.name, dim
         return None
 
-    # --- binding ---------------------------------------------------------------------------------
-
     def bind(
         self, weights: Mapping[str, object] | None = None, *, code: str | None = None
     ) -> FunctionType:
@@ -190,21 +187,15 @@ class Program:
             source = self.kept.careful
         elif source.options.direct:
             source = generate_source(self.split_gm, replace(source.options, direct={}))
-        per_range = [
-            self._as_written() if as_written else self.callables(each)
-            for each in self.compile_ranges
-        ]
-        lists = [tuple(found[name] for name in source.submod_names) for found in per_range]
+        names, table = source.submod_names, self.range_table
+        per_range = [self.callables(each) for each in self.compile_ranges]
+        if as_written:
+            graphs = {name: uncompiled(graph_of(self.split_gm, name)) for name in self.backends}
+            per_range = [graphs for _ in per_range]
+        lists = [tuple(found[name] for name in names) for found in per_range]
         bound = {row.name: weights[row.path] for row in source.module.bound}
-        function = compile_execution_fn(
-            source.code, per_range[-1], source.submod_names, source.consts, bound=bound
-        )
-        table = self.range_table
-        return function, lambda batch: lists[0 if table is None else table.index(batch)]
-
-    def _as_written(self) -> dict[str, Callable[..., object]]:
-        """The graph of each piece as a function, by name."""
-        return {name: uncompiled(graph_of(self.split_gm, name)) for name in self.backends}
+        run = compile_execution_fn(source.code, per_range[-1], names, source.consts, bound=bound)
+        return run, lambda batch: lists[0 if table is None else table.index(batch)]
 
     def asks_for_default_device(self) -> bool:
         """Whether a graph makes tensors on the device that is the process's default.
@@ -231,8 +222,6 @@ class Program:
         """The compiler's public form of each piece for one range of batch sizes, by name."""
         return {n: piece.runnable_for(compile_range) for n, piece in self.backends.items()}
 
-    # --- reports ---------------------------------------------------------------------------------
-
     def pieces(self) -> tuple[Piece, ...]:
         if self.kept is not None:
             return self.kept.pieces
@@ -254,6 +243,15 @@ class Program:
         """What the compilation did, with the seconds that loading took where it was read."""
         if self.kept is not None:
             return replace(self.kept.report, phases=dict(self.phases))
+
+        def row(compile_range: Range | None) -> RangeRow:
+            entries = [piece.entries[compile_range] for piece in self.backends.values()]
+            return RangeRow(
+                batches="all" if compile_range is None else str(compile_range),
+                compiles=sum(not entry.reused for entry in entries),
+                seconds=sum(entry.seconds for entry in entries),
+            )
+
         structures = [(n, p.compiled_of()[1]) for n, p in self.backends.items()]
         return Report(
             model=self.name,
@@ -262,18 +260,10 @@ class Program:
             unique=unique_pieces(self.backends),
             splitting=sum(item.is_splitting_graph for item in self.items),
             phases=dict(self.phases),
-            ranges=tuple(map(self._range_row, self.compile_ranges)),
+            ranges=tuple(map(row, self.compile_ranges)),
             differences=differences(structures),
             passes=self.passes,
             layers=self.layers,
-        )
-
-    def _range_row(self, compile_range: Range | None) -> RangeRow:
-        entries = [piece.entries[compile_range] for piece in self.backends.values()]
-        return RangeRow(
-            batches="all" if compile_range is None else str(compile_range),
-            compiles=sum(not entry.reused for entry in entries),
-            seconds=sum(entry.seconds for entry in entries),
         )
 
 
@@ -299,13 +289,8 @@ def called_forms(
     Args:
         direct: enter a piece past its compiler's public callable, where it can be.
     """
-    return tuple(
-        [
-            backends[n].direct_runnable_for(each) if direct else backends[n].runnable_for(each)
-            for n in names
-        ]
-        for each in ranges_of(table)
-    )
+    forms = {n: p.direct_runnable_for if direct else p.runnable_for for n, p in backends.items()}
+    return tuple([forms[name](each) for name in names] for each in ranges_of(table))
 
 
 def publish_submods(function: Callable[..., object], submods: Callables) -> None:

@@ -14,7 +14,6 @@ from itertools import zip_longest
 from typing import Any, Protocol
 
 import torch.fx
-from torch._ops import OpOverload
 
 from piecework.codegen import SplitItem
 from piecework.codegen.graph.origin import graph_of, value_of
@@ -39,6 +38,12 @@ class Together:
     collectives: tuple[tuple[str, tuple[str, ...]], ...]
 
 
+class Runs(Protocol):
+    """Something that processes run together, such as a `Program`."""
+
+    def together(self) -> Together: ...
+
+
 def together(
     split_gm: torch.fx.GraphModule, items: Sequence[SplitItem], table: RangeTable | None
 ) -> Together:
@@ -54,7 +59,10 @@ def together(
                 continue
             operator = torch_compat.collective_of(each.target)
             if operator is not None:
-                group, text = _collective(each, operator)
+                names = (arg.name for arg in operator._schema.arguments)
+                given = dict(zip(names, each.args, strict=False)) | each.kwargs
+                group = str(given.pop("group_name", ""))
+                text = f"{operator}({', '.join(map(_written, given.values()))})"
                 groups.setdefault(group, [ranges]).append(text)
                 order.append(text)
             elif node.target in splitting:
@@ -62,29 +70,15 @@ def together(
     return Together(tuple(order), tuple((name, tuple(rows)) for name, rows in groups.items()))
 
 
-def _collective(node: torch.fx.Node, operator: OpOverload) -> tuple[str, str]:
-    """The group of a collective, and what it does there."""
-    schema = operator._schema.arguments
-    given = {arg.name: value for arg, value in zip(schema, node.args, strict=False)} | node.kwargs
-    group = str(given.pop("group_name", ""))
-    return group, f"{operator}({', '.join(_shown(each) for each in given.values())})"
-
-
-def _shown(value: object) -> str:
+def _written(value: object) -> str:
     if isinstance(value, torch.fx.Node):
         value = value_of(value)
     if isinstance(value, torch.Tensor):
         sizes = ", ".join(str(n) if type(n) is int else "*" for n in value.shape)
         return f"{str(value.dtype).removeprefix('torch.')}[{sizes}]"
     if isinstance(value, (list, tuple)):
-        return f"[{', '.join(map(_shown, value))}]"
+        return f"[{', '.join(map(_written, value))}]"
     return "*" if isinstance(value, torch.SymInt) else str(value)
-
-
-class Runs(Protocol):
-    """Something that processes run together, such as a `Program`."""
-
-    def together(self) -> Together: ...
 
 
 def require_agreement(
@@ -107,12 +101,12 @@ def require_agreement(
     for ranks, rows in _run_together(program, runtime):
         mine = [*before, *rows]
         for other, text in _exchange(rank, ranks, "\n".join(mine)).items():
-            steps = list(zip_longest(text.split("\n"), mine, fillvalue="nothing more"))
+            steps = zip_longest(text.split("\n"), mine, fillvalue="nothing more")
             for index, (theirs, ours) in enumerate(steps):
                 if theirs != ours:
                     raise RankError(
-                        f"rank {other} would do something else than rank {rank}, and they would wait for each other: step "
-                        f"{index} of {len(steps)} is {theirs} on rank {other} and {ours} on rank {rank}",
+                        f"rank {other} would do something else than rank {rank}, and they would wait for each other: "
+                        f"step {index} is {theirs} on rank {other} and {ours} on rank {rank}",
                         where=f"ranks {_listed(ranks)}",
                         hint="compile the same model with the same configuration on each of them",
                     )
@@ -127,8 +121,8 @@ def in_common(
         RankError: a process did not come, or is gone.
     """
     common = frozenset(offers)
-    rank = torch_compat.own_rank()
     for ranks, _ in _run_together(program, runtime):
+        rank = torch_compat.own_rank()
         for text in _exchange(rank, ranks, "\n".join(sorted(common))).values():
             common &= frozenset(text.split("\n"))
     return common
@@ -164,39 +158,32 @@ def _run_together(
 
 
 def _exchange(rank: int | None, ranks: tuple[int, ...], text: str) -> dict[int, str]:
-    """What each rank has to say, once all have said it."""
+    """The text that each rank gives, once all have given theirs."""
     label = hashlib.sha256(repr(ranks).encode()).hexdigest()[:16]
-    store = torch_compat.shared_store()
+    store: Any = torch_compat.shared_store()
+    limit = store.timeout.total_seconds()
+    end = time.monotonic() + limit
     try:
         turn = store.add(f"{label}/turns of {rank}", 1)  # how often it was here
-        place = f"{label}/{turn}"
-        store.set(f"{place}/{rank}", text)
-        missing = _missing(store, {f"{place}/{each}": each for each in ranks})
-        if not missing:
-            return {each: store.get(f"{place}/{each}").decode() for each in ranks}
+        places = {each: f"{label}/{turn}/{each}" for each in ranks}
+        store.set(f"{label}/{turn}/{rank}", text)
+        while missing := [each for each, place in places.items() if not store.check([place])]:
+            if time.monotonic() > end:
+                break
+            time.sleep(min(_POLL_SECONDS, limit / 100))
+        else:
+            return {each: store.get(place).decode() for each, place in places.items()}
     except RuntimeError as error:  # torch's errors of its stores are
         raise RankError(
             f"the processes lost each other while they compared what they will run: {error}",
             where=f"ranks {_listed(ranks)}",
             hint="another rank stopped: its own error says why",
         ) from error
-    limit = store.timeout.total_seconds()
     raise RankError(
         f"rank {_listed(missing)} did not come to compare what it will run within {limit:g} s",
         where=f"ranks {_listed(ranks)}",
         hint="see why it stopped; init_process_group(timeout=…) says how long the others wait",
     )
-
-
-def _missing(store: Any, waiting: dict[str, int]) -> list[int]:
-    """The ranks whose keys are not in the store when the store's own time is over."""
-    limit = store.timeout.total_seconds()
-    end = time.monotonic() + limit
-    while waiting := {key: each for key, each in waiting.items() if not store.check([key])}:
-        if time.monotonic() > end:
-            break
-        time.sleep(min(_POLL_SECONDS, limit / 100))
-    return list(waiting.values())
 
 
 def _listed(ranks: Iterable[int]) -> str:

@@ -87,20 +87,16 @@ class Report:
         cut = f"between {counted(self.splitting, 'splitting submodule')}"
         if self.pieces > 1 and not self.splitting:
             cut = "cut between repeated blocks"
+        phases = ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in self.phases.items())
         lines = [
             f"{self.model}: {counted(self.pieces, 'piece')}, {self.unique} unique, {cut}",
-            f"compiler {self.compiler}, {self.seconds:.2f} s: "
-            + ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in self.phases.items()),
+            f"compiler {self.compiler}, {self.seconds:.2f} s: {phases}",
         ]
-        if len(self.ranges) > 1:
-            lines += [
-                f"batch {r.batches}: {counted(r.compiles, 'compile')}, {r.seconds:.2f} s"
-                for r in self.ranges
-            ]
-        if self.layers:
-            lines.append(self.layers)
-        if self.passes is not None:
-            lines += str(self.passes).splitlines()
+        for row in self.ranges if len(self.ranges) > 1 else ():
+            made = f"{counted(row.compiles, 'compile')}, {row.seconds:.2f} s"
+            lines.append(f"batch {row.batches}: {made}")
+        lines += [self.layers] if self.layers else []
+        lines += [] if self.passes is None else str(self.passes).splitlines()
         for each in self.differences:
             lines.append(f"not shared: {each.left} and {each.right} differ first at")
             lines += [f"  {each.left_line}", f"  {each.right_line}"]
@@ -114,16 +110,15 @@ def differences(structures: Sequence[tuple[str, Structure]]) -> tuple[Difference
     for name, structure in structures:
         if structure.key in unique:
             continue
-        nearest: list[tuple[str, str]] = []
-        least, other_name = len(structure.lines) // 4 + 1, ""
+        near: list[tuple[int, Difference]] = []
         for other, before in unique.values():
             pairs = zip(before.lines, structure.lines, strict=False)
-            apart = [(left, right) for left, right in pairs if left != right]
-            if len(before.lines) == len(structure.lines) and len(apart) < least:
-                nearest, least, other_name = apart, len(apart), other
+            apart = [pair for pair in pairs if pair[0] != pair[1]]
+            alike = len(before.lines) == len(structure.lines)
+            if alike and 0 < len(apart) <= len(structure.lines) // 4:
+                near.append((len(apart), Difference(other, name, *apart[0])))
+        found += [min(near, key=lambda each: each[0])[1]] if near else []
         unique[structure.key] = name, structure
-        if nearest:
-            found.append(Difference(other_name, name, *nearest[0]))
     return tuple(found)
 
 

@@ -23,7 +23,6 @@ from piecework.runtime.batch.ranges import Range
 from piecework.runtime.compilers import CompiledPiece
 from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.observe.progress import CompileProgress
-from piecework.runtime.pieces.manager import JobResult
 from piecework.runtime.pieces.parallel import different_pieces, run_in_workers
 
 HERE = "parallel_under_test"
@@ -102,10 +101,10 @@ def test_jobs_run_in_processes_of_their_own_at_most_n_at_a_time(tmp_path: Path) 
 
         return run
 
-    seen: list[JobResult] = []
-    run_in_workers({str(n): job(n) for n in range(6)}, 2, seen.append)
-    assert sorted(r.name for r in seen) == [str(n) for n in range(6)]
-    assert all(r.succeeded for r in seen) and all(r.seconds >= 0.05 for r in seen)
+    seen: dict[str, tuple[float, bool]] = {}
+    run_in_workers({str(n): job(n) for n in range(6)}, 2, lambda n, *how: seen.update({n: how}))
+    assert sorted(seen) == [str(n) for n in range(6)]
+    assert all(seconds >= 0.05 and succeeded for seconds, succeeded in seen.values())
     starts = [float((tmp_path / f"{n}.start").read_text()) for n in range(6)]
     ends = [(tmp_path / f"{n}.end").read_text().split() for n in range(6)]
     assert len({pid for _, pid in ends} | {str(os.getpid())}) == 7
@@ -130,10 +129,9 @@ def test_a_failing_a_dying_and_a_hanging_worker_are_reported_and_the_rest_runs()
         "hangs": lambda: time.sleep(600),
         "works": lambda: None,
     }
-    seen: list[JobResult] = []
-    run_in_workers(jobs, 3, seen.append, hangs_after_s=5.0)
-    assert sorted(r.name for r in seen) == sorted(jobs)
-    assert [r.name for r in seen if r.succeeded] == ["works"]
+    seen: dict[str, bool] = {}
+    run_in_workers(jobs, 3, lambda name, _, ok: seen.update({name: ok}), hangs_after_s=5.0)
+    assert seen == {name: name == "works" for name in jobs}
 
 
 def test_an_interrupt_leaves_no_worker_behind(tmp_path: Path) -> None:
@@ -141,7 +139,7 @@ def test_an_interrupt_leaves_no_worker_behind(tmp_path: Path) -> None:
         (tmp_path / str(os.getpid())).touch()
         time.sleep(600)
 
-    def interrupt(_: JobResult) -> None:
+    def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
     jobs = {"quick": lambda: time.sleep(0.2), "one": linger, "two": linger}
