@@ -23,8 +23,6 @@ from piecework.codegen.split.split import SplittingOps
 from piecework.codegen.split.splitting import operator_name, recurrent_layers
 from piecework.errors import ConfigError, SplitError, did_you_mean, tell
 from piecework.runtime import torch_compat
-from piecework.runtime.trace import writes
-from piecework.runtime.trace.every_size import EverySize
 from piecework.runtime.batch.mode import CUDAGraphMode
 from piecework.runtime.batch.ranges import Range, RangeTable
 from piecework.runtime.config.compilation import CompilationConfig
@@ -39,6 +37,8 @@ from piecework.runtime.pieces.program import Batch, Graphs, Program, timed
 from piecework.runtime.pieces.ranks import require_agreement, together
 from piecework.runtime.pieces.report import counted
 from piecework.runtime.splitting_op import registry
+from piecework.runtime.trace import writes
+from piecework.runtime.trace.every_size import EverySize
 from piecework.runtime.watch.direct_ops import DirectOps
 
 if TYPE_CHECKING:

@@ -178,7 +178,9 @@ def test_the_hash_follows_what_changes_code() -> None:
         hashed(single_size_inductor_config={"max_autotune": True}),
         hashed(inductor_compile_config={"max_autotune": True}),
         hashed(
-            inductor_passes={"post_grad_custom_post_pass": "piecework.runtime.compilers.passes:InductorPass"}
+            inductor_passes={
+                "post_grad_custom_post_pass": "piecework.runtime.compilers.passes:InductorPass"
+            }
         ),
         hashed(use_inductor_graph_partition=True, splitting_ops=["a::b"]),
         hashed(use_inductor_graph_partition=True, splitting_ops=["a::c"]),

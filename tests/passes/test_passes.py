@@ -113,7 +113,11 @@ def test_qualified_names_classes_and_functions_are_passes() -> None:
     assert isinstance(as_inductor_pass(len, where="x"), CallableInductorPass)
     made = as_inductor_pass("piecework.runtime.compilers.passes:InductorPass", where="x")
     assert type(made) is InductorPass
-    for wrong in ("piecework.runtime.compilers.passes:Nothing", "piecework.runtime.passes:__all__", Scaled):
+    for wrong in (
+        "piecework.runtime.compilers.passes:Nothing",
+        "piecework.runtime.compilers.passes:POST_GRAD_SLOT",
+        Scaled,
+    ):
         with pytest.raises(ConfigError) as caught:
             as_inductor_pass(wrong, where="inductor_passes.slot")
         assert "inductor_passes.slot" in str(caught.value)
