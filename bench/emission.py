@@ -25,7 +25,7 @@ from piecework.codegen import LowerOptions, generate_source
 from piecework.codegen.plan.formatting import format_source
 from piecework.codegen.proof.prove import prove
 from piecework.codegen.stitch.lower import lower
-from piecework.codegen.stitch.source import collector_paused, linkage_of, render_stitched
+from piecework.codegen.stitch.source import collector_paused, linkage_of, stitched_text
 from piecework.errors import PieceworkError
 
 T = TypeVar("T")
@@ -117,7 +117,7 @@ def phases(gm: torch.fx.GraphModule, options: LowerOptions, *, black: bool) -> d
         raise PieceworkError("the emitted source was not proved")
     with collector_paused():
         module, consts = watch.time("lower", lambda: lower(gm, options))
-        code = watch.time("render", lambda: render_stitched(module))
+        code = watch.time("render", lambda: stitched_text(module))
         tree = watch.time("parse", lambda: ast.parse(code))
         linked = linkage_of(module, options, consts)
         watch.time("verify", lambda: prove(code, gm, linked, tree=tree))

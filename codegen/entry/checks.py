@@ -75,15 +75,12 @@ class Require:
         return self.checks[0].leaf
 
 
-@dataclass(frozen=True, slots=True)
-class Names:
+class Names(NameTable):
     """Gives out the names of one entry, and holds what its text mentions that has no literal."""
 
-    table: NameTable
-    consts: dict[str, object]
-
-    def claim(self, wish: str) -> str:
-        return str(self.table.claim(wish))
+    def __init__(self, reserved: frozenset[str]) -> None:
+        super().__init__(reserved, frozenset())
+        self.consts: dict[str, object] = {}
 
     def value(self, value: object, wish: str = "value") -> str:
         if is_inline_literal(value):
@@ -128,32 +125,28 @@ class EntryTable:
         for parameter, name in zip(plan.parameters, self.parameters, strict=True):
             yield from self._node(parameter.node, name)
         bounds = [
-            s for s in plan.symbols if s.name in self.symbols and (s.low, s.high) != (None,) * 2
+            Check("range", range_text(self.symbols[each.name], each.low, each.high), expected=each)
+            for each in plan.symbols
+            if each.name in self.symbols and (each.low, each.high) != (None, None)
         ]
-        yield from _require(
-            "sizes that the trace allows",
-            *(
-                Check("range", range_text(self.symbols[s.name], s.low, s.high), expected=s)
-                for s in bounds
-            ),
-        )
+        yield from _require("sizes that the trace allows", bounds)
         late = [make() for make in self._late]
-        relations = (Check("relation", self._relation(text), expected=text) for text in plan.guards)
-        yield from _require("relations that the trace relied on", *late, *relations)
+        late += [Check("relation", self._relation(text), expected=text) for text in plan.guards]
+        yield from _require("relations that the trace relied on", late)
         yield from self._same
-        if len(self._tensors) > 1:
-            several = [leaves[each] for each in self._tensors]
-            about = f"{len(several)} tensors" if len(several) > 2 else "two tensors"
-            text = f"{several[0]} is not {several[1]}"
-            if len(several) > 2:
-                text = f"len({{{', '.join(f'id({each})' for each in several)}}}) == {len(several)}"
-            yield Require(about, (Check("distinct", text, expected=tuple(self._tensors)),))
+        several = [leaves[each] for each in self._tensors]
+        if len(several) == 2:
+            check = Check("distinct", " is not ".join(several), expected=tuple(self._tensors))
+            yield Require("two tensors", (check,))
+        elif several[1:]:
+            text = f"len({{{', '.join(f'id({each})' for each in several)}}}) == {len(several)}"
+            check = Check("distinct", text, expected=tuple(self._tensors))
+            yield Require(f"{len(several)} tensors", (check,))
         for written, others in plan.apart:
             about = f"{labels[written]}: written, so no other argument may share its memory"
             text = f"memory_apart({', '.join(leaves[each] for each in (written, *others))})"
-            yield Require(
-                about, (Check("apart", text, written, leaves[written], labels[written], others),)
-            )
+            check = Check("apart", text, written, leaves[written], labels[written], others)
+            yield Require(about, (check,))
         if plan.watches_arguments:
             text = f"arguments_as_traced({', '.join(self.parameters)})"
             yield Require("what else the trace read of the arguments", (Check("traced", text),))
@@ -167,17 +160,14 @@ class EntryTable:
             case Leaf():
                 yield from self._leaf(node, place)
             case Items(kind, label, keys, children):
-                length = f"len({place}) == {len(keys)}"
                 inside = [f"{value(key)} in {place}" for key in keys if kind is dict]
-                yield Require(
-                    f"{label}: a {kind.__name__} of {len(keys)}",
-                    (
-                        Check(
-                            "kind", f"type({place}) is {kind.__name__}", None, place, label, kind
-                        ),
-                        Check("keys", " and ".join([length, *inside]), None, place, label, keys),
-                    ),
+                text = " and ".join([f"len({place}) == {len(keys)}", *inside])
+                of_kind = f"type({place}) is {kind.__name__}"
+                checks = (
+                    Check("kind", of_kind, None, place, label, kind),
+                    Check("keys", text, None, place, label, keys),
                 )
+                yield Require(f"{label}: a {kind.__name__} of {len(keys)}", checks)
                 for key, child in zip(keys, children, strict=True):
                     yield from self._node(child, f"{place}[{value(key)}]")
             case Tree(label, structure, children):
@@ -209,20 +199,17 @@ class EntryTable:
                     *_memory(index, name, label, dtype, device, rank),
                 )
                 yield Require(f"{label}: not read by the model", checks)
-            case SameObject(other, other_label):
-                same = Check(
-                    "same", f"{name} is {self.leaves[other]}", index, name, label, other_label
-                )
-                self._same.append(Require(f"{label}: the same tensor as {other_label}", (same,)))
+            case SameObject(other, first):
+                check = Check("same", f"{name} is {self.leaves[other]}", index, name, label, first)
+                self._same.append(Require(f"{label}: the same tensor as {first}", (check,)))
             case IntegerInput(symbol):
                 check = Check("int", f"type({name}) is int", index, name, label)
                 yield Require(f"{label}: an integer", (check,))
                 if not self._is_told(symbol, name, index, None):
                     self._compare_late("integer", index, name, symbol)
             case FixedValue(value):
-                check = Check(
-                    "value", self._is_value(name, value, label), index, name, label, value
-                )
+                text = self._is_value(name, value, label)
+                check = Check("value", text, index, name, label, value)
                 yield Require(f"{label}: fixed by the trace", (check,))
             case WatchedObject():
                 pass
@@ -277,7 +264,7 @@ class EntryTable:
                 self._compare_late("size", index, taken[-1], size, dim)
         if taken:
             yield Bind(f"{targets_text(tuple(taken), True)}{name}.shape", index)
-        yield from _require("", *now)
+        yield from _require("", now)
 
     def _item(
         self, index: int, name: str, label: str, item: float | str | None
@@ -286,9 +273,8 @@ class EntryTable:
         if item is None:
             return
         if not isinstance(item, str):
-            yield Require(
-                f"{label}: its value", (self._compared("item", index, f"{name}.item()", item),)
-            )
+            check = self._compared("item", index, f"{name}.item()", item)
+            yield Require(f"{label}: its value", (check,))
         elif item.isidentifier() and item not in self.symbols:
             self._is_told(item, self._unpack(item), index, None)
             yield Bind(f"{self.symbols[item]} = {name}.item()", index)
@@ -343,9 +329,9 @@ def is_object(value: object) -> bool:
     return isinstance(value, torch.Tensor) or bool(getattr(value, "shape", ()))
 
 
-def _require(about: str, *checks: Check) -> Iterator[Require]:
+def _require(about: str, checks: Sequence[Check]) -> Iterator[Require]:
     if checks:
-        yield Require(about, checks)
+        yield Require(about, tuple(checks))
 
 
 def _memory(

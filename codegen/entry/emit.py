@@ -10,26 +10,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import assert_never
 
+from piecework.codegen.entry import plan as entry
 from piecework.codegen.entry.checks import Bind, EntryTable, Names
-from piecework.codegen.entry.plan import (
-    EntryPlan,
-    FromCall,
-    FromConst,
-    FromItems,
-    FromLeaf,
-    FromNumber,
-    FromOffset,
-    FromOutput,
-    FromSize,
-    FromSymbol,
-    FromWeights,
-    Packed,
-    Passed,
-    parts_of,
-    reads_weights,
-)
 from piecework.codegen.plan.ir import Function, Module, Origin, Parameter, Statement
-from piecework.codegen.plan.names import BUILTINS, SUBMODS, NameTable
+from piecework.codegen.plan.names import BUILTINS, SUBMODS
 from piecework.codegen.plan.one_line import targets_text, tuple_text
 from piecework.codegen.plan.render import render
 from piecework.codegen.plan.size_text import MODULES, RESERVED
@@ -68,7 +52,7 @@ class EntrySource:
         return self.code
 
 
-def generate_entry(plan: EntryPlan) -> EntrySource:
+def generate_entry(plan: entry.EntryPlan) -> EntrySource:
     """Write ``plan`` as Python source.
 
     The module must be executed with the names of `PROVIDED` in its namespace, beside ``consts``.
@@ -76,15 +60,15 @@ def generate_entry(plan: EntryPlan) -> EntrySource:
     Raises:
         EmitError: the text is not Python (a defect of piecework).
     """
-    entry = _Entry(plan)
-    *functions, last = entry.functions()
+    made = _Entry(plan)
+    *functions, last = made.functions()
     text = " ".join(stmt.text for each in (*functions, last) for stmt in each.body)
     used = {name for name in MODULES if re.search(rf"\b{name}\.", text)}
     module = Module(tuple(sorted({"torch", *used})), last, tuple(functions))
-    return EntrySource(render(module, "entry", plan.banner), entry.names.consts)
+    return EntrySource(render(module, "entry", plan.banner), made.names.consts)
 
 
-def entry_table(plan: EntryPlan) -> EntryTable:
+def entry_table(plan: entry.EntryPlan) -> EntryTable:
     """The table that the entry of ``plan`` is written from, with the same names."""
     return _Entry(plan).table
 
@@ -92,16 +76,16 @@ def entry_table(plan: EntryPlan) -> EntryTable:
 class _Entry:
     """The functions of one entry."""
 
-    def __init__(self, plan: EntryPlan) -> None:
+    def __init__(self, plan: entry.EntryPlan) -> None:
         self.plan = plan
         reserved = {*PROVIDED, *HELD, *_USED, *RESERVED, "torch", CHECKS_NAME, FUNCTION_NAME}
-        if reads_weights(plan):
+        if entry.reads_weights(plan):
             reserved.add("weights")
-        self.names = Names(NameTable(frozenset(reserved), builtins=frozenset()), {})
+        self.names = Names(frozenset(reserved))
         self.own = tuple(self.names.claim(each.name) for each in plan.parameters)
         # A parameter may have a builtin's name, which callers use; nothing else does.
         for name in BUILTINS:
-            self.names.table.reserve(name)
+            self.names.reserve(name)
         self.table = EntryTable(plan, self.names, self.own)
 
     def functions(self) -> Iterator[Function]:
@@ -142,21 +126,10 @@ class _Entry:
         """What the checks hand back: names that the entry uses and has no parameters for."""
         plan, table = self.plan, self.table
         passed = plan.passed if plan.batch is None else (*plan.passed, plan.batch)
-        used = {self._origin(each) for each in passed}
-        returned = (each for each in parts_of(plan.result) if isinstance(each, FromLeaf))
-        used |= {table.leaves[each.index] for each in returned}
+        used = {table.symbols[each.name] for each in passed if isinstance(each, entry.FromSymbol)}
+        parts = (*passed, *entry.parts_of(plan.result))
+        used |= {table.leaves[each.index] for each in parts if isinstance(each, entry.FromLeaf)}
         return tuple(name for name in table.unpacked if name in used)
-
-    def _origin(self, value: Passed) -> str | None:
-        match value:
-            case FromLeaf(leaf) | FromSize(leaf) | FromOffset(leaf):
-                return self.table.leaves[leaf]
-            case FromSymbol(name):
-                return self.table.symbols[name]
-            case FromNumber() | FromWeights():
-                return None
-            case _:
-                assert_never(value)
 
     def _check_statements(self, handed: Sequence[str]) -> Iterator[Statement]:
         refused = f"explain_inputs({', '.join(self.own)})"
@@ -195,7 +168,7 @@ class _Entry:
         yield Statement(f"{', '.join(HELD)} = bound", origin=note)
         if plan.binds and plan.checks:
             yield Statement("if not weights_as_bound():\n    explain_weights()")
-        if reads_weights(plan):
+        if entry.reads_weights(plan):
             yield Statement("weights = fetch_weights()")
         passed = [*map(self._passed, plan.passed)]
         if plan.batch is not None:
@@ -206,39 +179,33 @@ class _Entry:
         yield Statement(targets_text(self.outputs, True) + run)
         yield Statement(f"return {self._packed(plan.result)}", "return")
 
-    def _passed(self, value: Passed) -> str:
+    def _passed(self, value: entry.Passed) -> str:
         match value:
-            case FromLeaf(leaf):
-                return self.table.leaves[leaf]
-            case FromSymbol(name):
+            case entry.FromLeaf(index, read):
+                return self.table.leaves[index] + read
+            case entry.FromSymbol(name):
                 return self.table.symbols[name]
-            case FromSize(leaf, dim):
-                return f"{self.table.leaves[leaf]}.size({dim})"
-            case FromOffset(leaf):
-                return f"{self.table.leaves[leaf]}.storage_offset()"
-            case FromNumber(number):
-                return self.names.value(number)
-            case FromWeights(index):
+            case entry.FromConst(fixed):
+                return self.names.value(fixed, "fixed")
+            case entry.FromWeights(index):
                 return f"weights[{index}]"
             case _:
                 assert_never(value)
 
-    def _packed(self, packed: Packed) -> str:
+    def _packed(self, packed: entry.Packed) -> str:
         match packed:
-            case FromLeaf() | FromWeights():
+            case entry.FromLeaf() | entry.FromWeights() | entry.FromConst():
                 return self._passed(packed)
-            case FromOutput(index):
+            case entry.FromOutput(index):
                 return self.outputs[index]
-            case FromConst(value):
-                return self.names.value(value, "fixed")
-            case FromItems(kind, keys, children):
+            case entry.FromItems(kind, keys, children):
                 items = [*map(self._packed, children)]
                 if kind is dict:
                     named = [self.names.value(key, "key") for key in keys]
                     pairs = zip(named, items, strict=True)
                     return f"{{{', '.join(f'{key}: {item}' for key, item in pairs)}}}"
                 return f"[{', '.join(items)}]" if kind is list else tuple_text(items)
-            case FromCall(rebuild, context, type_name, children):
+            case entry.FromCall(rebuild, context, type_name, children):
                 function = self.names.value(rebuild, f"rebuild_{type_name}")
                 about = self.names.value(context, f"context_{type_name}")
                 return f"{function}([{', '.join(map(self._packed, children))}], {about})"

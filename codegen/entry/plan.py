@@ -1,7 +1,4 @@
-"""What an entry says, before it is text. In: nothing; this is the vocabulary between the runtime and `emit`.
-
-All classes are frozen and have no behaviour; nothing here is rendered or executed.
-"""
+"""What an entry says, before it is text: the vocabulary between the runtime and `emit`."""
 
 from __future__ import annotations
 
@@ -135,9 +132,10 @@ class Symbol:
 
 @dataclass(frozen=True, slots=True)
 class FromLeaf:
-    """A flattened argument."""
+    """A flattened argument, or what ``read`` says of it: ``.size(0)``, ``.storage_offset()``."""
 
     index: int
+    read: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,28 +143,6 @@ class FromSymbol:
     """The value of a symbol."""
 
     name: str
-
-
-@dataclass(frozen=True, slots=True)
-class FromSize:
-    """A dimension of a flattened argument, for a size that is no plain symbol."""
-
-    leaf: int
-    dim: int
-
-
-@dataclass(frozen=True, slots=True)
-class FromOffset:
-    """Where a flattened argument begins in its storage."""
-
-    leaf: int
-
-
-@dataclass(frozen=True, slots=True)
-class FromNumber:
-    """A number that the entry's checks fix, such as a stride."""
-
-    value: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +161,7 @@ class FromOutput:
 
 @dataclass(frozen=True, slots=True)
 class FromConst:
-    """A value that did not depend on the arguments."""
+    """A value that does not depend on the arguments, or a number that the entry's checks fix, such as a stride."""
 
     value: object
 
@@ -209,7 +185,7 @@ class FromCall:
     children: tuple[Packed, ...]
 
 
-Passed = FromLeaf | FromSymbol | FromSize | FromOffset | FromNumber | FromWeights
+Passed = FromLeaf | FromSymbol | FromConst | FromWeights
 Packed = FromLeaf | FromOutput | FromWeights | FromConst | FromItems | FromCall
 
 

@@ -97,20 +97,22 @@ class Sameness:
         if ours is theirs:
             return True
         kind = type(ours)
-        if kind is Token or type(theirs) is Token:
-            return False
-        if kind in _LISTS:
-            return type(theirs) in _LISTS and self._one(ours, theirs) and self._all(ours, theirs)
-        if kind in _DICTS:
-            if type(theirs) not in _DICTS or not self._one(ours, theirs):
+        match ours:
+            case Token():
                 return False
-            keys = self._all([*ours], [*theirs])  # type: ignore[misc]
-            return keys and self._all([*ours.values()], [*theirs.values()])  # type: ignore[attr-defined]
-        if kind is slice and type(theirs) is slice:
-            parts = ((each.start, each.stop, each.step) for each in (ours, theirs))  # type: ignore[attr-defined]
-            return self._all(*parts)
-        if isinstance(ours, tuple) and kind is not torch.Size:
-            return type(theirs) is kind and self._all(ours, theirs)
+            case list() if kind in _LISTS:
+                return (
+                    type(theirs) in _LISTS and self._one(ours, theirs) and self._all(ours, theirs)
+                )
+            case dict() if kind in _DICTS:
+                if not (type(theirs) in _DICTS and self._one(ours, theirs)):
+                    return False
+                flat = [[x for pair in each.items() for x in pair] for each in (ours, theirs)]  # type: ignore[attr-defined]
+                return self._all(*flat)
+            case slice() if isinstance(theirs, slice):
+                return self._all(*((each.start, each.stop, each.step) for each in (ours, theirs)))
+            case tuple() if kind is not torch.Size:
+                return type(theirs) is kind and self._all(ours, theirs)
         return same_constant(ours, theirs)
 
     def _all(self, ours: Any, theirs: Any) -> bool:
@@ -126,14 +128,14 @@ def same_constant(left: object, right: object) -> bool:
     if left is right:
         return True
     if isinstance(left, torch.fx.GraphModule) and isinstance(right, torch.fx.GraphModule):
-        hooks = (left._forward_hooks, left._forward_pre_hooks, right._forward_hooks)
-        plain = not any((*hooks, right._forward_pre_hooks)) and left.training == right.training
+        hooks = [
+            h for each in (left, right) for h in (each._forward_hooks, each._forward_pre_hooks)
+        ]
+        plain = not any(hooks) and left.training == right.training
         return plain and structure_of(left).key == structure_of(right).key
-    if type(left) is not type(right):
-        return False
-    if type(left) in (torch.device, torch.Size):
-        return bool(left == right)
-    return bool(same_literal(left, right))
+    if isinstance(left, (torch.device, torch.Size)):
+        return type(left) is type(right) and bool(left == right)
+    return same_literal(left, right)
 
 
 # --- the graph -------------------------------------------------------------------------------------

@@ -19,16 +19,8 @@ import torch.fx
 from piecework.codegen.graph.origin import node_where
 from piecework.codegen.graph.targets import ENTRY_NAME
 from piecework.codegen.plan.names import CONSTS, SUBMODS
-from piecework.codegen.proof.graph_run import (
-    Event,
-    GraphRun,
-    Linkage,
-    Sameness,
-    Token,
-    builds,
-    picked,
-    run_graph,
-)
+from piecework.codegen.proof import graph_run
+from piecework.codegen.proof.graph_run import Event, GraphRun, Linkage, Sameness, Token
 from piecework.codegen.proof.recording import RecordingText, parse_text
 from piecework.errors import EmitError
 
@@ -53,12 +45,7 @@ class Proof:
 
 
 def prove(
-    code: str,
-    split_gm: torch.fx.GraphModule,
-    linked: Linkage,
-    *,
-    lifetimes: bool = True,
-    tree: ast.Module | None = None,
+    code: str, split_gm: torch.fx.GraphModule, linked: Linkage, *, tree: ast.Module | None = None
 ) -> Proof:
     """Prove that ``code`` computes what ``split_gm`` computes, in the same order.
 
@@ -66,21 +53,17 @@ def prove(
         code: an emitted module, edited or not.
         split_gm: the stitching graph.
         linked: what the text's names stand for.
-        lifetimes: also require that each value is deleted right after its last use.
         tree: ``code``, parsed.
 
     Raises:
         EmitError: the first difference, with the line of the text and the node of the graph.
     """
-    graph = run_graph(split_gm, linked)
+    graph = graph_run.run_graph(split_gm, linked)
     run = TextRun(code, parse_text(code) if tree is None else tree, ENTRY_NAME, graph, linked)
     paths = linked.bound.items()
     run.define({name: graph.weights[path] for name, path in paths if path in graph.weights})
     run.check_signature(node for node, _ in graph.parameters)
-    proof = run.prove([token for _, token in graph.parameters])
-    if lifetimes:
-        run.check_lifetimes()
-    return proof
+    return run.prove([token for _, token in graph.parameters])
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +80,7 @@ class _Item:
     value: object
 
     def __getitem__(self, index: object) -> object:
-        found = picked(self.value, index)
+        found = graph_run.picked(self.value, index)
         return found[0] if found else self.run.event(self.line, operator.getitem, self.value, index)
 
 
@@ -143,8 +126,7 @@ class TextRun:
             raise EmitError("the text ends before this node", where=node_where(node))
         if not self.same(self.graph.returned, returned):
             self.refuse(function.body[-1], "the text returns something else than the graph")
-        statements = sum(each.count for each in self.text.lifetimes.values())
-        return Proof(len(self.graph.events), statements)
+        return Proof(len(self.graph.events), self.text.statements)
 
     def _python(self, runs: Callable[[], object]) -> object:
         """What Python says of a text, with its line."""
@@ -169,7 +151,7 @@ class TextRun:
             target = target.target
         elif target is operator.getitem and len(args) == 2 and not kwargs:
             return _Item(self, line, args[0])[args[1]]
-        elif builds(target, kwargs):
+        elif graph_run.builds(target, kwargs):
             return target(*args)  # type: ignore[operator]
         return self.event(line, target, *args, **kwargs)
 
@@ -228,8 +210,6 @@ class TextRun:
             hint="an edited file must still do what the graph does; a generated one that differs is a defect",
         )
 
-    # --- what is asked of it besides ---------------------------------------------------------------
-
     def check_signature(self, placeholders: Iterable[torch.fx.Node]) -> None:
         """Check that the entry's parameters are the placeholders, in kind and default."""
         given = self.text.functions[self.entry].args
@@ -248,18 +228,3 @@ class TextRun:
             if kind != wanted or not Sameness().same(tuple(expected), found):
                 where = node_where(node)
                 raise EmitError(f"parameter {kind}{target} differs in kind or default", where=where)
-
-    def check_lifetimes(self) -> None:
-        """Check that each value is deleted right after the statement that uses it last; parameters and results are not.
-
-        Raises:
-            EmitError: one is deleted later, never, or although it is not the function's.
-        """
-        for each in self.text.lifetimes.values():
-            left = {name: each.last[name] for name in each.bound if name not in each.returned}
-            for number, name, stmt in each.deletes:
-                if left.pop(name, None) != number:
-                    why = "is not deleted right after its last use, or is not the function's"
-                    self.refuse(stmt, f"{name!a} {why}")
-            for name in left:
-                self.refuse(each.bound[name], f"{name!a} is not deleted after its last use")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import ast
 import builtins
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import NoReturn
 
 from piecework.codegen.plan.literals import read_literal
@@ -31,18 +30,6 @@ def parse_text(code: str, what: str = "stitching source") -> ast.Module:
         raise EmitError(f"{what} is not Python: it is nested too deeply for its parser") from error
 
 
-@dataclass(slots=True)
-class Lifetimes:
-    """Of one function: its statements, the number of the one that uses each name last, and where names are bound and deleted."""
-
-    parameters: frozenset[str] = frozenset()
-    count: int = 0
-    last: dict[str, int] = field(default_factory=dict)
-    bound: dict[str, ast.stmt] = field(default_factory=dict)
-    deletes: list[tuple[int, str, ast.stmt]] = field(default_factory=list)
-    returned: set[str] = field(default_factory=set)
-
-
 class RecordingText:
     """A text that records.
 
@@ -51,7 +38,7 @@ class RecordingText:
             number of its line first.
         functions: name → definition, as it is written.
         literals: numbers that module level names.
-        lifetimes: function → where its names live.
+        statements: how many statements the functions have, but for ``del``.
         opening, closing: lines that a ``try`` follows, and those in a ``finally``.
     """
 
@@ -59,12 +46,11 @@ class RecordingText:
         self.code, self._entry = code, entry
         self.functions: dict[str, ast.FunctionDef] = {}
         self.literals: dict[str, object] = {}
-        self.lifetimes: dict[str, Lifetimes] = {}
+        self.statements = 0
         self.opening: set[int] = set()
         self.closing: set[int] = set()
         self._imports: set[str] = set()
-        self._globals: set[str] = set()
-        self._now = Lifetimes()
+        self._bound: set[str] = set()  # in the module, or in the function that is read
         self.tree = ast.Module([self._module_level(stmt) for stmt in tree.body], [])
 
     def line_at(self, line: int) -> str:
@@ -89,30 +75,25 @@ class RecordingText:
                 self._imports.update(each.name.partition(".")[0] for each in names)
                 return stmt
             case ast.Assign([ast.Name(name)], value):
-                self._bind_global(stmt, name)
+                self._bind(stmt, name)
                 literal = read_literal(value)
                 if literal is not None:
                     self.literals[name] = literal.value
-                elif not self._is_path(value) and not self._is_const(value):
+                elif not self._is_path(value) and not _is_entry(value, CONSTS):
                     self._no_part(value, "modules")
                 return stmt
-            case ast.Assign():
-                self.refuse(stmt, "one name is assigned to at module level")
             case ast.FunctionDef():
-                self._bind_global(stmt, stmt.name)
+                self._bind(stmt, stmt.name)
                 return self._function(stmt)
         self._no_part(stmt, "modules")
 
-    def _bind_global(self, at: ast.stmt, name: str) -> None:
-        self._own_name(at, name)
-        if name in self._globals or name in self._imports:
-            self.refuse(at, f"{name!a} is bound twice at module level")
-        self._globals.add(name)
-
-    def _own_name(self, at: ast.AST, name: str) -> None:
+    def _bind(self, at: ast.AST, name: str) -> None:
         if name.startswith("__"):
             why = "is a name of Python's or of the emitted module, which no text may bind"
             self.refuse(at, f"{name!a} {why}")
+        if name in self._imports:
+            self.refuse(at, f"{name!a} is the name of an import")
+        self._bound.add(name)
 
     def _function(self, function: ast.FunctionDef) -> ast.FunctionDef:
         given = function.args
@@ -120,22 +101,24 @@ class RecordingText:
         noted = [each.annotation for each in names] + [function.returns, *function.decorator_list]
         if any(noted) or getattr(function, "type_params", None):
             self.refuse(function, "decorators and annotations are not part of emitted modules")
-        own = [each.arg for each in names if each not in given.kwonlyargs]
         kept = [each.arg for each in given.kwonlyargs]
         stars = [each for each in (given.vararg, given.kwarg) if each is not None]
-        inside = function.name != self._entry
-        plain = not (given.posonlyargs or any(given.kw_defaults) or (inside and stars))
+        plain = not (given.posonlyargs or any(given.kw_defaults))
+        plain = plain and (function.name == self._entry or not stars)
         if not plain or kept not in ([], [SUBMODS]):
             self.refuse(function, f"the only parameter that is not plain is {SUBMODS}")
-        for name in own:
-            self._own_name(function, name)
-        self._now = self.lifetimes[function.name] = Lifetimes(frozenset(own))
+        defaults = [self._value(each) for each in given.defaults]
+        outside = set(self._bound)
+        for each in names:
+            if each not in given.kwonlyargs:
+                self._bind(function, each.arg)
         self.functions[function.name] = function
         keywords = {key: getattr(given, key) for key in given._fields}
         # The entry is run with one token for what a star collects.
         keywords |= {"args": [*given.args, *stars], "vararg": None, "kwarg": None}
-        keywords["defaults"] = [self._value(each) for each in given.defaults]
+        keywords["defaults"] = defaults
         body = list(self._block(function.body, function.body[-1]))
+        self._bound = outside
         made = ast.FunctionDef(function.name, ast.arguments(**keywords), body, [], None, None)
         return ast.copy_location(made, function)
 
@@ -144,8 +127,7 @@ class RecordingText:
         for stmt, after in zip(body, [*body[1:], None], strict=True):
             if isinstance(after, ast.Try):
                 self.opening.update(_lines(stmt))
-            now = self._now
-            now.count += not isinstance(stmt, (ast.Delete, ast.Try, ast.Pass))
+            self.statements += not isinstance(stmt, (ast.Delete, ast.Try, ast.Pass))
             made: ast.stmt
             match stmt:
                 case ast.Assign([target], value):
@@ -153,8 +135,7 @@ class RecordingText:
                 case ast.Expr(value):
                     made = ast.Expr(self._value(value))
                 case ast.Delete(targets):
-                    for name in self._names(stmt, targets, "only names are deleted"):
-                        now.deletes.append((now.count, name, stmt))
+                    self._names(stmt, targets, "only names are deleted")
                     made = stmt
                 case ast.Try(inner, [], [], [ast.Expr(ast.Call()) as close]):
                     yield from self._block(inner)
@@ -167,9 +148,7 @@ class RecordingText:
                 case ast.Pass() if end is None:
                     continue
                 case ast.Return(value) if stmt is end:
-                    before, now.last = now.last, {}
                     made = ast.Return(None if value is None else self._value(value))
-                    now.returned, now.last = {*now.last}, before
                 case ast.Return():
                     self.refuse(stmt, "a function must end with its only return")
                 case _:
@@ -180,8 +159,7 @@ class RecordingText:
         found = self._value(value)
         names = self._names(stmt, [target], "only names are assigned to")
         for name in names:
-            self._own_name(stmt, name)
-            self._now.bound[name], self._now.last[name] = stmt, self._now.count
+            self._bind(stmt, name)
         if isinstance(target, ast.Name):
             return found
         return _recorded(stmt, "__unpack__", found, _constant(stmt, len(names)))
@@ -202,7 +180,6 @@ class RecordingText:
             case ast.Name(name):
                 if name.startswith("__") and name not in (SUBMODS, CONSTS):
                     self.refuse(node, f"{name!a} is not defined")
-                self._now.last[name] = self._now.count
                 return node
             case ast.Constant():
                 return node
@@ -211,7 +188,7 @@ class RecordingText:
             case ast.Call():
                 return self._call(node)
             case ast.Subscript(value, index):
-                if self._is_const(node) or _is_entry(node, SUBMODS):
+                if _is_entry(node, CONSTS) or _is_entry(node, SUBMODS):
                     return node
                 item = _recorded(node, "__item__", self._value(value))
                 return ast.Subscript(item, self._index(index), ast.Load(), **at)
@@ -265,15 +242,10 @@ class RecordingText:
         """Whether ``node`` is read off an import or a builtin."""
         while isinstance(node, ast.Attribute):
             node = node.value
-        if not isinstance(node, ast.Name):
+        if not isinstance(node, ast.Name) or node.id in self._bound:
             return False
-        bound = node.id in self._now.bound or node.id in self._now.parameters
-        builtin = hasattr(builtins, node.id) and node.id not in self._globals
-        return not bound and (node.id in self._imports or (builtin and node.id[:2] != "__"))
-
-    @staticmethod
-    def _is_const(node: ast.expr) -> bool:
-        return _is_entry(node, CONSTS)
+        builtin = hasattr(builtins, node.id) and not node.id.startswith("__")
+        return builtin or node.id in self._imports
 
 
 def _is_entry(node: ast.expr, table: str) -> bool:

@@ -19,20 +19,7 @@ from piecework.codegen.plan.literals import is_inline_literal, literal_text
 from piecework.codegen.plan.names import NameTable, is_identifier
 from piecework.codegen.plan.one_line import targets_text
 from piecework.codegen.plan.render import const_rows, render, table_rows
-from piecework.codegen.replay.plan import (
-    Frozen,
-    Held,
-    HeldBuffer,
-    HeldInput,
-    HeldOutput,
-    HeldReplay,
-    HeldStage,
-    InPlace,
-    PieceFacts,
-    ReplayFacts,
-    ReplaySource,
-    Staged,
-)
+from piecework.codegen.replay import plan
 from piecework.codegen.replay.proof import verify_replay
 from piecework.codegen.stitch.lower import LowerOptions
 from piecework.codegen.stitch.source import StitchedSource, generate_source
@@ -62,8 +49,8 @@ def whole_forward(
 
 
 def generate_replay(
-    source: StitchedSource, split_gm: torch.fx.GraphModule, facts: ReplayFacts
-) -> ReplaySource:
+    source: StitchedSource, split_gm: torch.fx.GraphModule, facts: plan.ReplayFacts
+) -> plan.ReplaySource:
     """Emit the replay function of one captured descriptor and prove it against the stitching graph.
 
     The function takes the inputs that are staged, and returns what ``execution_fn`` returns for the
@@ -72,10 +59,10 @@ def generate_replay(
     Raises:
         EmitError: the capture does not fit the graph: a piece reads memory that is not its operand's.
     """
-    plan = _Planner(source, facts)
-    module = plan.module()
-    text = _render(module, plan, facts)
-    emitted = ReplaySource(text, plan.held, plan.outputs, source.consts, module)
+    planner = _Planner(source, facts)
+    module = planner.module()
+    text = _render(module, planner, facts)
+    emitted = plan.ReplaySource(text, planner.held, planner.outputs, source.consts, module)
     verify_replay(emitted, source, split_gm, facts)
     return emitted
 
@@ -83,27 +70,25 @@ def generate_replay(
 class _Planner:
     """Rewrites the stitching plan: calls of pieces become replays, what they return is held."""
 
-    def __init__(self, source: StitchedSource, facts: ReplayFacts) -> None:
+    def __init__(self, source: StitchedSource, facts: plan.ReplayFacts) -> None:
         stitched = source.module
         if len(facts.pieces) != len(source.submod_names):
             raise EmitError(
                 f"{len(facts.pieces)} pieces were captured, the graph has {len(source.submod_names)}"
             )
         self.source, self.facts = source, facts
-        taken = {"torch", REPLAY_NAME, "execution_fn", *(row.name for row in stitched.bound)}
-        taken |= {alias.name for alias in stitched.aliases}
-        taken |= {function.name for function in stitched.functions}
-        taken |= {parameter.name for parameter in stitched.entry.parameters}
-        for stmt in stitched.entry.body:
-            taken |= set(stmt.targets)
+        taken = {REPLAY_NAME, *(each.name for each in (*stitched.functions, stitched.entry))}
+        taken |= {each.name for each in stitched.entry.parameters}
+        taken |= {*(each.name for each in stitched.bound), *(a.name for a in stitched.aliases)}
+        taken |= {target for stmt in stitched.entry.body for target in stmt.targets}
         taken |= {module.partition(".")[0] for module in stitched.imports}
         self.names = NameTable(frozenset(taken))
-        self.held: dict[str, Held] = {}
+        self.held: dict[str, plan.Held] = {}
         self.stage = self.names.claim("stage")
         self.inputs = self.names.claim("inputs")
         # Results of pieces that follow from the captured sizes, and whose they are.
         self.numbers: dict[str, object] = {}
-        self.outputs: dict[str, HeldOutput] = {}
+        self.outputs: dict[str, plan.HeldOutput] = {}
         self.live: set[str] = set()
 
     def module(self) -> ir.Module:
@@ -113,16 +98,16 @@ class _Planner:
         self.numbers = {name: number for name, number in self.numbers.items() if name in used}
         for name in [*self.facts.staged, *self.facts.places]:
             if name in used:
-                self.held[name] = HeldInput(name)
+                self.held[name] = plan.HeldInput(name)
         entry = ir.Function(REPLAY_NAME, (ir.Parameter(self.inputs),), tuple(body))
         return replace(stitched, entry=entry, submod_names=(), bound=())
 
     def _body(self, body: tuple[ir.Statement, ...]) -> Iterator[ir.Statement]:
         if self.facts.staged:
-            self.held[self.stage] = HeldStage()
+            self.held[self.stage] = plan.HeldStage()
             what = ", ".join(self.facts.staged)
             note = f"inputs: {what}, padded to {self.facts.tokens}"
-            yield _call(self.stage, (self.inputs,), note)
+            yield _made(f"{self.stage}({self.inputs})", note, self.inputs)
         for stmt in body:
             if stmt.piece is not None:
                 yield from self._piece(stmt, stmt.piece)
@@ -145,32 +130,35 @@ class _Planner:
         submod = self.source.submod_names[index]
         if facts.eager_reason is not None:
             name = self.names.claim(submod)
-            self.held[name] = HeldReplay(index)
+            self.held[name] = plan.HeldReplay(index)
             self.live.update(stmt.targets)
             note = f"{stmt.origin.module}: runs uncaptured: {facts.eager_reason}"
             text = targets_text(stmt.targets, stmt.unpack) + f"{name}({piece.arguments})"
-            yield replace(stmt, text=text, origin=_noted(note.removeprefix(": ")), piece=None)
+            yield replace(
+                stmt, text=text, origin=ir.Origin(module=note.removeprefix(": ")), piece=None
+            )
             return
         leaves = piece.leaves
         if leaves is None:
             why = "a piece takes a container or a keyword, which has no replay form"
             raise EmitError(why, where=submod)
-        staged = [(n, each) for n, each in enumerate(facts.reads) if isinstance(each, Staged)]
+        staged = [(n, each) for n, each in enumerate(facts.reads) if isinstance(each, plan.Staged)]
         reads = _reads(stmt, piece, facts, leaves)
         buffers = {leaf: self._buffer(index, leaf) for leaf, _ in staged}
         for leaf, name in buffers.items():
             note = f"fresh tensor: address policy {self.facts.policy!r} stages it for {submod}"
-            yield _copy(name, leaves[leaf], note)
+            yield _made(f"{name}.copy_({leaves[leaf]})", note, name, leaves[leaf])
         replay = self.names.claim(f"replay_{index}")
-        self.held[replay] = HeldReplay(index)
-        yield _call(replay, (), reads)
+        self.held[replay] = plan.HeldReplay(index)
+        yield _made(f"{replay}()", reads)
         for leaf, each in staged:
             if each.writes_back:
-                yield _copy(leaves[leaf], buffers[leaf], f"{submod} changed it in place")
+                text = f"{leaves[leaf]}.copy_({buffers[leaf]})"
+                yield _made(text, f"{submod} changed it in place", leaves[leaf], buffers[leaf])
         for element, target in enumerate(stmt.targets):
             output = facts.output(element if stmt.unpack else None)
-            held = HeldOutput(index, element if stmt.unpack else None)
-            if isinstance(output, Frozen) and is_inline_literal(output.value):
+            held = plan.HeldOutput(index, element if stmt.unpack else None)
+            if isinstance(output, plan.Frozen) and is_inline_literal(output.value):
                 self.numbers[target], self.outputs[target] = output.value, held
             else:
                 self.held[target] = held
@@ -182,12 +170,12 @@ class _Planner:
                 f"address policy {self.facts.policy!r} stages nothing, and {submod} has buffers"
             )
         name = self.names.claim(f"{submod}_in_{leaf}")
-        self.held[name] = HeldBuffer(index, leaf)
+        self.held[name] = plan.HeldBuffer(index, leaf)
         return name
 
 
 def _reads(
-    stmt: ir.Statement, piece: ir.PieceCall, facts: PieceFacts, leaves: tuple[str, ...]
+    stmt: ir.Statement, piece: ir.PieceCall, facts: plan.PieceFacts, leaves: tuple[str, ...]
 ) -> str:
     """What the replay reads, and who keeps it in place, for the comment above it."""
     if len(facts.reads) != len(leaves):
@@ -198,11 +186,11 @@ def _reads(
     for leaf, read in zip(leaves, facts.reads, strict=True):
         named = leaf in stmt.uses
         match read:
-            case InPlace(owner=owner) if named:
+            case plan.InPlace(owner=owner) if named:
                 owners.setdefault(owner, []).append(leaf)
-            case Staged():
+            case plan.Staged():
                 owners.setdefault("staged", []).append(leaf if named else "a constant")
-            case InPlace() | Frozen():
+            case plan.InPlace() | plan.Frozen():
                 pass
             case _:
                 assert_never(read)
@@ -213,50 +201,47 @@ def _reads(
     return f"{head}  reads {'; '.join(shown) or 'nothing'}"
 
 
-def _call(name: str, args: tuple[str, ...], note: str) -> ir.Statement:
-    used = tuple(filter(is_identifier, args))
-    return ir.Statement(f"{name}({', '.join(args)})", uses=used, origin=_noted(note))
-
-
-def _copy(into: str, value: str, note: str) -> ir.Statement:
-    used = tuple(filter(is_identifier, (into, value)))
-    return ir.Statement(f"{into}.copy_({value})", uses=used, origin=_noted(note))
-
-
-def _noted(note: str) -> ir.Origin:
-    return ir.Origin(module=note)
+def _made(text: str, note: str, *uses: str) -> ir.Statement:
+    used = tuple(filter(is_identifier, uses))
+    return ir.Statement(text, uses=used, origin=ir.Origin(module=note))
 
 
 # --- text ------------------------------------------------------------------------------------------
 
 
-def _render(module: ir.Module, plan: _Planner, facts: ReplayFacts) -> str:
+def _render(module: ir.Module, planner: _Planner, facts: plan.ReplayFacts) -> str:
     graphs = f"graphs: {facts.title}, address policy: {facts.policy}"
     held = "Held by this module; each is the same memory at every replay"
-    header = ["", *facts.banner, graphs, *table_rows(held, list(_rows(plan))), *const_rows(module)]
-    numbers = {**facts.sizes, **plan.numbers}
+    header = [
+        "",
+        *facts.banner,
+        graphs,
+        *table_rows(held, list(_rows(planner))),
+        *const_rows(module),
+    ]
+    numbers = {**facts.sizes, **planner.numbers}
     sizes = [f"{name} = {literal_text(value)}" for name, value in numbers.items()]
     return str(render(module, "replay source", header, sizes))
 
 
-def _rows(plan: _Planner) -> Iterator[str]:
+def _rows(planner: _Planner) -> Iterator[str]:
     """One line for each held name, outputs of a piece together."""
     outputs: dict[int, list[str]] = {}
-    submods = plan.source.submod_names
-    for name, held in plan.held.items():
+    submods = planner.source.submod_names
+    for name, held in planner.held.items():
         match held:
-            case HeldOutput(piece):
+            case plan.HeldOutput(piece):
                 outputs.setdefault(piece, []).append(name)
-            case HeldStage():
-                yield f"{name}: copies {', '.join(plan.facts.staged)} into persistent buffers"
-            case HeldBuffer(piece):
+            case plan.HeldStage():
+                yield f"{name}: copies {', '.join(planner.facts.staged)} into persistent buffers"
+            case plan.HeldBuffer(piece):
                 yield f"{name}: static buffer of {submods[piece]}"
-            case HeldReplay(piece):
-                eager = plan.facts.pieces[piece].eager_reason is not None
+            case plan.HeldReplay(piece):
+                eager = planner.facts.pieces[piece].eager_reason is not None
                 what = "runs uncaptured" if eager else f"static graph of {submods[piece]}"
                 yield f"{name}: {what}"
-            case HeldInput():
-                kind = "persistent buffer" if name in plan.facts.staged else "weight"
+            case plan.HeldInput():
+                kind = "persistent buffer" if name in planner.facts.staged else "weight"
                 yield f"{name}: {kind}"
             case _:
                 assert_never(held)

@@ -6,7 +6,7 @@ What each captured piece reads is held against its operands, place by place.
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
-from typing import NamedTuple, assert_never
+from typing import assert_never
 
 import torch.fx
 
@@ -21,29 +21,21 @@ from piecework.errors import EmitError
 _Buffer = tuple[int, int]  # a piece, and the leaf of its arguments that is staged
 
 
-class Operands(NamedTuple):
-    """How many operands of replayed pieces were found where the graph reads them, or staged.
-
-    The memory of those that operators make, ``vouched``, only the first checked replay knows.
-    """
-
-    found: int
-    vouched: int
-
-
 def verify_replay(
     replay: plan.ReplaySource,
     source: StitchedSource,
     split_gm: torch.fx.GraphModule,
     facts: plan.ReplayFacts,
-) -> Operands:
+) -> None:
     """Prove that ``replay`` runs what ``split_gm`` says, on the memory that was captured.
+
+    The memory of operands that operators make, only the first checked replay knows.
 
     Raises:
         EmitError: a piece is missing, out of order or without its staged operands, an operator has
             other operands, or a captured piece reads memory that is not its operand's.
     """
-    return _ReplayRun(replay, source, split_gm, facts).proof()
+    _ReplayRun(replay, source, split_gm, facts).check()
 
 
 class _ReplayRun(TextRun):
@@ -76,9 +68,8 @@ class _ReplayRun(TextRun):
         self.staged = not facts.staged
         self.filled: dict[_Buffer, object] = {}
         self.due: dict[_Buffer, object] = {}
-        self.operands = self.vouched = 0
 
-    def proof(self) -> Operands:
+    def check(self) -> None:
         given = self.text.functions[self.entry].args
         wanted = [each.name for each in self.replay.module.entry.parameters]
         others = (given.vararg, given.kwarg, given.defaults, given.kwonlyargs)
@@ -91,7 +82,6 @@ class _ReplayRun(TextRun):
             raise EmitError("the text stages or brings back an operand that no replay has")
         if not self.staged:
             raise EmitError("the inputs are not staged first")
-        return Operands(self.operands, self.vouched)
 
     def _held(self, held: plan.Held) -> object:
         match held:
@@ -186,16 +176,12 @@ class _ReplayRun(TextRun):
                     known = self.numbers.get(leaf.name, leaf) if isinstance(leaf, Token) else leaf
                     holds = known is read.value or same_constant(known, read.value)
                     why = f"operand {index} is {known!r} by the captured sizes, and was {read.value!r}"
-                case (
-                    plan.InPlace() | plan.Frozen()
-                ):  # what an operator made, an object of the graph
-                    self.vouched += 1
-                    continue
+                case plan.InPlace() | plan.Frozen():
+                    continue  # what an operator made, an object of the graph
                 case _:
                     assert_never(read)
             if not holds:
                 self.refuse(line, f"the replay differs from the graph: {why}")
-            self.operands += 1
 
     def _place_outputs(self, line: int, facts: plan.PieceFacts, event: Event) -> None:
         outputs, result = facts.outputs, event.result

@@ -231,25 +231,6 @@ def _overload(op: SplittingOp) -> OpOverload:
 
 
 def _has_fake(overload: OpOverload) -> bool:
-    """Run ``overload`` on meta tensors: only its absence raises what it raises then."""
-    required = [each for each in overload._schema.arguments if not each.has_default_value()]
-    args = [_sample(str(each.type)) for each in required if not each.kwarg_only]
-    kwargs = {each.name: _sample(str(each.type)) for each in required if each.kwarg_only}
-    try:
-        overload(*args, **kwargs)
-    except NotImplementedError:
-        return False
-    except Exception as error:  # noqa: BLE001 - a fake that dislikes the sample is a fake
-        return "no fake impl" not in str(error)
-    return True
-
-
-def _sample(kind: str) -> object:
-    """A value of a schema's type, tensors without data."""
-    if kind.startswith("Optional"):
-        return None
-    if kind.startswith("List["):
-        return [_sample(kind[5:-1])]
-    if kind == "Tensor":
-        return torch.empty(2, 2, device="meta")
-    return {"str": "", "float": 1.0, "bool": False}.get(kind, 1)
+    keys = torch._C.DispatchKey
+    made_of_others = (keys.CompositeImplicitAutograd, keys.CompositeExplicitAutograd)
+    return any(map(overload.has_kernel_for_dispatch_key, (keys.Meta, *made_of_others)))

@@ -1,4 +1,4 @@
-"""From text to function. In: emitted source, callables for its submodules and values for its constants. Out: `execution_fn`, ready to call.
+"""From text to function: emitted source, callables for its submodules and values for its constants become `execution_fn`.
 
 The text is executed as it is, under a file name that tracebacks and debuggers can show; nothing is rewritten.
 """
@@ -46,20 +46,17 @@ def compile_execution_fn(
             f"stitching source must be text; got a {type(code).__qualname__}",
             hint="pass what generate_execution_code returned",
         )
-    missing = [name for name in submod_names if name not in submod_callables]
-    if missing:
-        raise BindError(
-            f"no callable for submodule {missing[0]!a}"
-            + (f" and {len(missing) - 1} more" if len(missing) > 1 else ""),
-            hint="pass one callable for each name in submod_names",
-        )
-    submods = [submod_callables[name] for name in submod_names]
-    for name, submod in zip(submod_names, submods, strict=True):
-        if not callable(submod):
-            raise BindError(
-                f"submodule {name!a} is bound to something that can't be called",
-                hint="pass the submodule itself, or what it was compiled to",
+    for name in submod_names:
+        if not callable(submod_callables.get(name)):
+            has = (
+                "is bound to something that can't be called"
+                if name in submod_callables
+                else "has no callable"
             )
+            raise BindError(
+                f"submodule {name!a} {has}", hint="pass one callable for each name in submod_names"
+            )
+    submods = [submod_callables[name] for name in submod_names]
     function = execute_source(code, {"__vllm_consts__": list(consts or ()), **(bound or {})})
     function.__kwdefaults__ = {**(function.__kwdefaults__ or {}), "__vllm_submods__": submods}
     return function
@@ -90,9 +87,8 @@ def execute_source(
             hint="install or import what the traced model called, by the same name",
         ) from error
     except Exception as error:  # only an edited text, whose module level may do anything
-        raise EmitError(
-            f"stitching source fails where it is defined: {type(error).__name__}: {error}"
-        ) from error
+        why = f"{type(error).__name__}: {error}"
+        raise EmitError(f"stitching source fails where it is defined: {why}") from error
     function = scope.get(name)
     if not isinstance(function, FunctionType):
         raise EmitError(
@@ -113,18 +109,21 @@ class _Lines(list[str]):
 
 def _show_in_tracebacks(filename: str, code: str, function: FunctionType) -> None:
     """Register ``code`` with linecache for as long as a function made from it lives."""
-    known = linecache.cache.get(filename)
-    lines = known[2] if known is not None and len(known) == 4 else None
-    if not isinstance(lines, _Lines):
+    lines = _known_lines(filename)
+    if lines is None:
         lines = _Lines(code.splitlines(keepends=True))
         linecache.cache[filename] = (len(code), None, lines, filename)
     lines.functions.add(function)
     weakref.finalize(function, _forget, filename, lines)
 
 
-def _forget(filename: str, lines: _Lines) -> None:
+def _known_lines(filename: str) -> _Lines | None:
     entry = linecache.cache.get(filename)
+    found = entry[2] if entry is not None and len(entry) == 4 else None
+    return found if isinstance(found, _Lines) else None
+
+
+def _forget(filename: str, lines: _Lines) -> None:
     # A dying function may still count in len(); iterating skips it.
-    alive = any(True for _ in lines.functions)
-    if not alive and entry is not None and len(entry) == 4 and entry[2] is lines:
+    if not any(True for _ in lines.functions) and _known_lines(filename) is lines:
         del linecache.cache[filename]

@@ -7,7 +7,7 @@ source line. Nothing is executed and the graph is not changed.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -47,16 +47,6 @@ class LowerOptions:
     line_numbers: bool = True
     banner: tuple[str, ...] = ()
     digests: Mapping[str, str] = field(default_factory=dict)
-
-
-def option_goes(name: str, parameters: Collection[str]) -> str:
-    """Where a function with these parameters wants an option of lowering; "" for what is none."""
-    if name not in {each.name for each in fields(LowerOptions)}:
-        return ""
-    how = f"LowerOptions({name}=...)"
-    if "options" in parameters:
-        return f"it is one of the options: options={how}"
-    return f"generate_source(split_gm, {how}) of piecework.codegen takes it"
 
 
 def lower(

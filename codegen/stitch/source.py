@@ -1,4 +1,4 @@
-"""The emitted source as a value. In: a stitching graph. Out: a `StitchedSource` with its code, submodule names, constants and line map.
+"""The emitted source as a value: a stitching graph becomes a `StitchedSource` with its code, submodule names, constants and line map.
 
 Emission is deterministic: the same graph gives the same bytes in every process. Nothing is executed or written to disk.
 """
@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, field
 
 import torch.fx
 
@@ -16,11 +15,9 @@ from piecework.codegen.plan import ir
 from piecework.codegen.plan.render import const_rows, line_map, render, table_rows
 from piecework.codegen.proof.graph_run import Linkage
 from piecework.codegen.proof.prove import Proof, prove
-from piecework.codegen.stitch.lower import LowerOptions, lower, option_goes
+from piecework.codegen.stitch.lower import LowerOptions, lower
 from piecework.collector import collector_paused
 from piecework.errors import EmitError, short_errors
-
-_short_errors = partial(short_errors, elsewhere=option_goes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +46,7 @@ class StitchedSource:
         return self.code
 
 
-@_short_errors
+@short_errors
 def generate_source(
     split_gm: torch.fx.GraphModule, options: LowerOptions | None = None
 ) -> StitchedSource:
@@ -60,8 +57,21 @@ def generate_source(
         EmitError: the text did not prove equal to the graph, or ``split_gm`` is no graph.
     """
     _require_graph(split_gm)
+    options = options or LowerOptions()
     with collector_paused():
-        return _generate(split_gm, options or LowerOptions())
+        module, consts = lower(split_gm, options)
+        code = stitched_text(module)
+        tree = ast.parse(code)
+        linked = linkage_of(module, options, consts)
+        return StitchedSource(
+            code=code,
+            submod_names=module.submod_names,
+            consts=tuple(consts),
+            lines=line_map(module, tree),
+            module=module,
+            options=options,
+            proof=prove(code, split_gm, linked, tree=tree),
+        )
 
 
 def _require_graph(split_gm: object) -> None:
@@ -72,58 +82,30 @@ def _require_graph(split_gm: object) -> None:
         )
 
 
-def _generate(split_gm: torch.fx.GraphModule, options: LowerOptions) -> StitchedSource:
-    module, consts = lower(split_gm, options)
-    code = render_stitched(module)
-    tree = ast.parse(code)
-    linked = linkage_of(module, options, consts)
-    proof = prove(code, split_gm, linked, lifetimes=options.emit_del, tree=tree)
-    return StitchedSource(
-        code=code,
-        submod_names=module.submod_names,
-        consts=tuple(consts),
-        lines=line_map(module, tree),
-        module=module,
-        options=options,
-        proof=proof,
-    )
-
-
 def linkage_of(module: ir.Module, options: LowerOptions, consts: Sequence[object]) -> Linkage:
     """What the names of a stitching plan's text stand for."""
     bound = {row.name: row.path for row in module.bound}
     return Linkage(module.submod_names, consts, bound, options.bound, options.direct)
 
 
-def render_stitched(module: ir.Module) -> str:
-    """The text of a stitching plan."""
-    digests = module.digests or [""] * len(module.submod_names)
-    rows = enumerate(zip(module.submod_names, digests, strict=True))
+def stitched_text(module: ir.Module) -> str:
+    rows = enumerate(zip(module.submod_names, module.digests, strict=True))
     submods = [f"[{index}] {name}  {digest}".rstrip() for index, (name, digest) in rows]
     banner = ["", *module.banner] if module.banner else []
     header = [*banner, *table_rows("__vllm_submods__", submods), *const_rows(module)]
-    return str(render(module, "stitching source", header))
+    return render(module, "stitching source", header)
 
 
-@_short_errors
+@short_errors
 def verify(
-    source: StitchedSource | str,
-    split_gm: torch.fx.GraphModule,
-    options: LowerOptions | None = None,
-    *,
-    submod_names: Sequence[str] | None = None,
-    consts: Sequence[object] | None = None,
-    edited: str | None = None,
+    source: StitchedSource, split_gm: torch.fx.GraphModule, *, edited: str | None = None
 ) -> Proof:
     """Prove that emitted source does what ``split_gm`` does (translation validation).
 
     Args:
-        source: what `generate_source` returned, or the text alone.
+        source: what `generate_source` returned.
         split_gm: the stitching graph.
-        options: what the text was lowered with; a `StitchedSource` knows.
-        submod_names: order of ``__vllm_submods__``; a `StitchedSource` knows.
-        consts: values of ``__vllm_consts__``; a `StitchedSource` knows.
-        edited: a text to check in place of the one in ``source`` (an edited file); it may delete values when it likes.
+        edited: a text to check in place of the one in ``source`` (an edited file).
 
     Returns:
         How much was proved.
@@ -136,32 +118,16 @@ def verify(
         Proof(events=33, statements=98)
     """
     _require_graph(split_gm)
-    if not isinstance(source, (str, StitchedSource)):
+    if not isinstance(source, StitchedSource):
         raise EmitError(
-            f"source must be a StitchedSource or a text; got a {type(source).__qualname__}",
-            hint="pass stitched.source, or its code",
+            f"source must be a StitchedSource; got a {type(source).__qualname__}",
+            hint="pass stitched.source",
         )
-    if isinstance(source, str):
-        options = options or LowerOptions()
-        code = source
-        linked = Linkage((), (), options.bound, options.bound, options.direct)
-    else:
-        options = options or source.options
-        code = source.code
-        linked = linkage_of(source.module, options, source.consts)
-    if submod_names is not None:
-        linked = replace(linked, submod_names=tuple(submod_names))
-    if consts is not None:
-        linked = replace(linked, consts=tuple(consts))
-    return prove(
-        code if edited is None else edited,
-        split_gm,
-        linked,
-        lifetimes=options.emit_del and edited is None,
-    )
+    linked = linkage_of(source.module, source.options, source.consts)
+    return prove(source.code if edited is None else edited, split_gm, linked)
 
 
-@_short_errors
+@short_errors
 def generate_execution_code(
     split_gm: torch.fx.GraphModule,
 ) -> tuple[str, list[str], list[object]]:

@@ -9,10 +9,8 @@ import torch
 from piecework.codegen.entry.plan import (
     Assumption,
     FixedValue,
+    FromConst,
     FromLeaf,
-    FromNumber,
-    FromOffset,
-    FromSize,
     FromSymbol,
     IntegerInput,
     Passed,
@@ -129,17 +127,19 @@ class Assumptions:
         fake = self._fakes[leaf]
         assert isinstance(fake, torch.Tensor)
         symbol = torch_compat.symbol_of(fake.shape[dim])
-        return FromSymbol(self._names[symbol]) if symbol in self._names else FromSize(leaf, dim)
+        if symbol in self._names:
+            return FromSymbol(self._names[symbol])
+        return FromLeaf(leaf, f".size({dim})")
 
     def layout(self, leaf: int, dim: int | None) -> Passed:
         """How the entry finds the stride of a dimension, which is the example's, or the storage offset (None)."""
         if dim is None:
-            return FromOffset(leaf)
+            return FromLeaf(leaf, ".storage_offset()")
         fake = self._fakes[leaf]
         assert isinstance(fake, torch.Tensor)
         stride = self._stride(fake.stride(dim))
         assert isinstance(stride, int)
-        return FromNumber(stride)
+        return FromConst(stride)
 
     def _stride(self, stride: object) -> Size:
         """A stride over the known sizes. A symbol that only strides have is the example's number: another call's stride may

@@ -112,15 +112,8 @@ def test_an_option_that_means_nothing_is_named(name: str) -> None:
 @pytest.mark.parametrize(
     ("call", "hint"),
     [
-        (
-            lambda: codegen.generate_source(None, emit_del=False),
-            "options=LowerOptions(emit_del=...)",
-        ),
-        (lambda: piecework.verify("", None, direct={}), "options=LowerOptions(direct=...)"),
-        (
-            lambda: piecework.generate_execution_code(None, banner=()),
-            "generate_source(split_gm, LowerOptions(banner=...))",
-        ),
+        (lambda: codegen.generate_source(None, option=None), "did you mean options?"),
+        (lambda: piecework.verify("", None, edit=""), "did you mean edited?"),
         (lambda: codegen.LowerOptions(emit_dels=False), "did you mean emit_del?"),
         (lambda: piecework.split_graph(None, [], blockz="off"), "did you mean blocks?"),
         (lambda: piecework.compile_execution_fn("", {}, [], const=[]), "did you mean consts?"),

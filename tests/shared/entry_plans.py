@@ -168,17 +168,17 @@ def _parameters(draw: st.DrawFn, state: _Plan) -> tuple[assumed.Parameter, ...]:
 
 def _passed(state: _Plan, found: list[str]) -> list[assumed.Passed]:
     choices: list[assumed.Passed] = [
-        assumed.FromNumber(8),
-        assumed.FromNumber(-1),
+        assumed.FromConst(8),
+        assumed.FromConst(-1),
         assumed.FromWeights(0),
         assumed.FromWeights(3),
     ]
     choices += [assumed.FromSymbol(name) for name in found]
     choices += [assumed.FromLeaf(leaf.index) for leaf in state.leaves]
     for leaf in state.tensors:
-        choices.append(assumed.FromOffset(leaf))
+        choices.append(assumed.FromLeaf(leaf, ".storage_offset()"))
         sizes = state.leaves[leaf].assumption.sizes  # type: ignore[union-attr]
-        choices += [assumed.FromSize(leaf, dim) for dim in range(len(sizes))]
+        choices += [assumed.FromLeaf(leaf, f".size({dim})") for dim in range(len(sizes))]
     return choices
 
 
@@ -386,16 +386,12 @@ class Meaning:
     def passed(self, value: assumed.Passed, weights: list[object]) -> object:
         """What a call hands on for ``value``."""
         match value:
-            case assumed.FromLeaf(leaf):
-                return self.leaves[leaf]
+            case assumed.FromLeaf(leaf, read):
+                return eval(f"leaf{read}", {"leaf": self.leaves[leaf]})
             case assumed.FromSymbol(name):
                 return self.symbols[name]
-            case assumed.FromSize(leaf, dim):
-                return self.leaves[leaf].shape[dim]  # type: ignore[attr-defined]
-            case assumed.FromOffset(leaf):
-                return self.leaves[leaf].storage_offset()  # type: ignore[attr-defined]
-            case assumed.FromNumber(number):
-                return number
+            case assumed.FromConst(const):
+                return const
         return weights[value.index]
 
     def packed(self, value: assumed.Packed, outputs: list[object], weights: list[object]) -> object:
@@ -403,8 +399,6 @@ class Meaning:
         match value:
             case assumed.FromOutput(index):
                 return outputs[index]
-            case assumed.FromConst(const):
-                return const
             case assumed.FromItems(kind, keys, children):
                 items = [self.packed(each, outputs, weights) for each in children]
                 return dict(zip(keys, items, strict=True)) if kind is dict else kind(items)
