@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from piecework.codegen.split.split import SplittingOp as SplittingOpLike
 from piecework.errors import ArtifactError, ConfigError, NotThereError, short_errors
 from piecework.runtime import torch_compat
-from piecework.runtime.artifact.load import Artifact
+from piecework.runtime.artifact.model import Artifact
 from piecework.runtime.batch.sizes import require_positive_sizes
 from piecework.runtime.call.shared_module import require_model
 from piecework.runtime.config.compilation import CompilationConfig

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.fx
@@ -29,8 +29,13 @@ from piecework.errors import (
     tell,
 )
 from piecework.runtime import torch_compat
-from piecework.runtime.artifact.fit import made_with, require_made_so
-from piecework.runtime.artifact.load import Artifact
+from piecework.runtime.artifact.model import (
+    Artifact,
+    Part,
+    made_with,
+    require_made_so,
+    write_model,
+)
 from piecework.runtime.batch.mode import CUDAGraphMode
 from piecework.runtime.call.edited import EditedSource
 from piecework.runtime.call.shared_module import SharedModule, model_name, require_model
@@ -49,9 +54,6 @@ from piecework.runtime.traces.observed import Observed, summary
 from piecework.runtime.traces.traced_model import TracedModel
 from piecework.runtime.traces.traces import Traces, inside, seen_into
 from piecework.runtime.watch.weights import refit
-
-if TYPE_CHECKING:
-    from piecework.runtime.artifact.save import Part
 
 
 @short_methods
@@ -289,8 +291,6 @@ class StitchedModule(Captures, Observed, SharedModule):
         Raises:
             ArtifactError: something can't be told again in another process, or the directory not be written.
         """
-        from piecework.runtime.artifact.save import save
-
         if self._together is not None:
             raise ArtifactError(
                 "it serves a part of a model's calls, and others serve the rest",
@@ -298,12 +298,11 @@ class StitchedModule(Captures, Observed, SharedModule):
                 hint=f"{self._together}(model, path) saves all of them",
             )
         with self.saved() as part:
-            save(path, part, key_file=key_file)
+            write_model(path, part, key_file=key_file)
 
     @contextmanager
     def saved(self) -> Iterator[Part]:
         """What an artifact holds of this module, which does not change in the block."""
-        from piecework.runtime.artifact.save import Part
 
         self._traces.require("artifact")
         if self._around is not nullcontext and self.kept is None:

@@ -52,7 +52,7 @@ from piecework.integrations.transformers.settings import (
     tokens_of,
 )
 from piecework.integrations.transformers.way import AGAIN, Way
-from piecework.runtime.artifact.load import Artifact
+from piecework.runtime.artifact.model import Artifact
 from piecework.runtime.compile import compile_with_mode
 from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.stitched import StitchedModule

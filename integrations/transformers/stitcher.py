@@ -35,7 +35,7 @@ from piecework.integrations.transformers.way import FOUND, LOADER, require_like,
 from piecework.integrations.transformers.whole_admission import admit_whole
 from piecework.integrations.transformers.whole_way import WholeWay, encoder_of
 from piecework.runtime import torch_compat
-from piecework.runtime.artifact.load import Artifact
+from piecework.runtime.artifact.model import Artifact
 from piecework.runtime.artifact.values import from_bytes
 from piecework.runtime.batch.mode import CUDAGraphMode
 from piecework.runtime.batch.sizes import default_capture_sizes

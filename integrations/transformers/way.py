@@ -22,9 +22,7 @@ from torch import nn
 from piecework.errors import ArtifactError
 from piecework.integrations.transformers.probe import Forward
 from piecework.integrations.transformers.settings import ConfigReader, embedding_of
-from piecework.runtime.artifact.fit import files_of
-from piecework.runtime.artifact.load import Artifact
-from piecework.runtime.artifact.save import Part, save_together
+from piecework.runtime.artifact.model import Artifact, Part, files_of, write_together
 from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.stitched import StitchedModule
 from piecework.runtime.store.folder import Place
@@ -135,7 +133,7 @@ def save_ways(ways: list[Way], place: Place, key_file: str | os.PathLike[str] | 
             raise ArtifactError("nothing is compiled", where=where, hint="call it first")
         parts: list[Part] = [stack.enter_context(each.saved()) for each in made]
         found = [each.found() for each in ways]
-        save_together(place, parts, parts[0].settings, {FOUND: found}, key_file=key_file)
+        write_together(place, parts, parts[0].settings, {FOUND: found}, key_file=key_file)
 
 
 def require_like(kept: Mapping[str, Any], model: nn.Module, decoder: nn.Module) -> None:

@@ -37,7 +37,7 @@ from piecework.integrations.transformers.whole_forward import (
     WholeForward,
 )
 from piecework.runtime import torch_compat
-from piecework.runtime.artifact.load import Artifact
+from piecework.runtime.artifact.model import Artifact
 from piecework.runtime.compile import compile_with_mode
 from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.stitched import StitchedModule

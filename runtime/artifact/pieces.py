@@ -31,8 +31,7 @@ from piecework.runtime.compilers.inductor import positional
 from piecework.runtime.compilers.interface import CompiledPiece
 from piecework.runtime.store.files import sha256
 
-KERNELS = "kernels"
-_FUNCTION = "call"
+_KERNEL = re.compile(r'= kernel\("(\w+)"\)')
 #: Names of generated modules that mean the same everywhere, and what they are.
 _KNOWN = {
     "aten": "torch.ops.aten",
@@ -54,23 +53,31 @@ _KNOWN = {
 
 
 @dataclass(frozen=True, slots=True)
-class PieceFiles:
-    """A compiled form of a piece.
+class PieceForm:
+    """A compiled form of a piece, as an artifact names it.
 
     Attributes:
-        name: its text's name, by content.
-        files: name → bytes.
+        name: the file of its text, by content.
+        inputs: how many it takes.
         strict: see `CompiledPiece.strict_inputs`.
         inductor: the text is Inductor's; else it is the piece's operators, one by one.
     """
 
     name: str
-    files: Mapping[str, bytes]
+    inputs: int
     strict: frozenset[int]
     inductor: bool
 
 
-def piece_files(graph: torch.fx.GraphModule, compiled: CompiledPiece, name: str) -> PieceFiles:
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What a loaded piece was made of, so that it can be saved again."""
+
+    form: PieceForm
+    files: Mapping[str, bytes]
+
+
+def piece_files(graph: torch.fx.GraphModule, compiled: CompiledPiece, name: str) -> Loaded:
     """What is kept of a piece.
 
     Args:
@@ -79,17 +86,16 @@ def piece_files(graph: torch.fx.GraphModule, compiled: CompiledPiece, name: str)
     Raises:
         ArtifactError: its code needs something that does not travel.
     """
-    if isinstance(compiled.artifact, PieceFiles):  # loaded, and saved again
+    if isinstance(compiled.artifact, Loaded):
         return compiled.artifact
-    if compiled.artifact is None:
-        code, files = _uncompiled(graph, name)
-    else:
-        code, files = _generated(graph, compiled, name)
+    inductor = compiled.artifact is not None
+    code, files = _generated(graph, compiled, name) if inductor else _uncompiled(graph, name)
     digest = sha256(code.encode() + repr(sorted(files)).encode())[:16]
     text = f"pieces/{digest}.py"
     named = {key.replace("{piece}", digest): data for key, data in files.items()}
-    found = {text: code.encode(), **named}
-    return PieceFiles(text, found, compiled.strict_inputs, compiled.artifact is not None)
+    inputs = len(graph.graph.find_nodes(op="placeholder"))
+    form = PieceForm(text, inputs, compiled.strict_inputs, inductor)
+    return Loaded(form, {text: code.encode(), **named})
 
 
 def _refused(
@@ -100,70 +106,52 @@ def _refused(
     return ArtifactError(f"{name} can't be saved: {why}", where=name, hint=hint)
 
 
-# --- what Inductor generated -------------------------------------------------------------------------
+# --- saving ------------------------------------------------------------------------------------------
 
 
 def _generated(
     graph: torch.fx.GraphModule, compiled: CompiledPiece, name: str
 ) -> tuple[str, dict[str, bytes]]:
-    inputs = len(graph.graph.find_nodes(op="placeholder"))
-    returned = graph.graph.output_node().args[0]
-    outputs = len(returned) if isinstance(returned, (list, tuple)) else -1
+    """The function that Inductor generated, under lines that make the names that it reads."""
     if compiled.direct is None:
         raise _refused(name, f"its code needs torch's wrappers, {compiled.indirect_because}")
-    found = torch_compat.generated_code(compiled.artifact, inputs, outputs)
+    inputs, outputs = (
+        len(graph.graph.find_nodes(op="placeholder")),
+        graph.graph.output_node().args[0],
+    )
+    found = torch_compat.generated_code(compiled.artifact, inputs, len(outputs))  # type: ignore[arg-type]
     if isinstance(found, str):
         raise _refused(name, found)
-    text = _function_text(found)
-    if text is None:
-        raise _refused(name, "the text of its code is not what runs")
+    function, values, text = found.function, found.function.__globals__, _function_text(found)
     lines, files = ["import math", "import types", "", "import torch", ""], {}
-    code = with_inner_code([found.function.__code__])
-    for each in sorted(set().union(*map(global_names, code))):
-        value = found.values.get(each, getattr(builtins, each, None))
+    for each in sorted(set().union(*map(global_names, with_inner_code([function.__code__])))):
+        value = values.get(each, getattr(builtins, each, None))
         kernel = torch_compat.kernel_file(value)
         if kernel is not None:
-            try:
-                data = kernel.read_bytes()
-            except OSError as error:
-                why = f"its kernel is gone ({error.strerror})"
-                raise _refused(name, why, "compile the model again") from error
+            data = kernel.read_bytes()
             digest = sha256(data)[:32]
-            files[f"{KERNELS}/{digest}.so"] = data
+            files[_kernel_file(digest)] = data
             lines.append(f'{each} = kernel("{digest}")')
         elif each == "extern_kernels":
             lines.append(f"extern_kernels = types.SimpleNamespace({_externals(text, value, name)})")
-        elif each in _KNOWN:
-            if value is not _value_of(_KNOWN[each]) and each not in ("inf", "nan"):
-                raise _refused(name, f"its code has another {each} than torch's")
-            if _KNOWN[each] != each:
-                lines.append(f"{each} = {_KNOWN[each]}")
-        elif each not in found.values and hasattr(builtins, each):
-            continue
-        else:
+        elif each in _KNOWN and (value is _value_of(_KNOWN[each]) or each in ("inf", "nan")):
+            lines += [f"{each} = {_KNOWN[each]}"] if _KNOWN[each] != each else []
+        elif each in values or not hasattr(builtins, each):
             raise _refused(name, f"its code uses {each}, which does not travel")
     head = "# Inductor's code of a piece, as it runs; its kernels lie in ../kernels.\n\n"
     return f"{head}{chr(10).join(lines)}\n\n\n{text}", files
 
 
-def _function_text(found: torch_compat.Generated) -> str | None:
-    """The text of the function that runs; None unless it compiles to that very code there."""
-    ours = found.function.__code__
-    module = compile(found.text, "<piece>", "exec", dont_inherit=True)
-    inner = with_inner_code([module])
-    if not any(_content(each) == _content(ours) for each in inner):
-        return None
-    for node in ast.walk(ast.parse(found.text)):
-        if isinstance(node, ast.FunctionDef) and node.lineno == ours.co_firstlineno:
-            lines = found.text.splitlines()[node.lineno - 1 : node.end_lineno]
-            return textwrap.dedent("\n".join(lines)) + "\n"
-    return None
-
-
-def _content(code: types.CodeType) -> tuple[object, ...]:
-    names = code.co_name, code.co_names, code.co_varnames, code.co_firstlineno
-    consts = [_content(c) if isinstance(c, types.CodeType) else c for c in code.co_consts]
-    return *names, code.co_code, repr(consts)
+def _function_text(found: torch_compat.Generated) -> str:
+    """The text of the function that runs."""
+    first = found.function.__code__.co_firstlineno
+    (node,) = (
+        each
+        for each in ast.walk(ast.parse(found.text))
+        if isinstance(each, ast.FunctionDef) and each.lineno == first
+    )
+    lines = found.text.splitlines()[first - 1 : node.end_lineno]
+    return textwrap.dedent("\n".join(lines)) + "\n"
 
 
 def _externals(text: str, owner: object, name: str) -> str:
@@ -209,57 +197,40 @@ class PieceLoader:
     read: Callable[[str], bytes]
     _made: dict[str, CompiledPiece] = field(default_factory=dict)
 
-    def piece(
-        self, name: str, inputs: int, strict: frozenset[int], inductor: bool
-    ) -> CompiledPiece:
-        """The piece whose text is called ``name``."""
-        if name not in self._made:
-            held: dict[str, bytes] = {}
-
-            def read(file: str) -> bytes:
-                held[file] = self.read(file)
-                return held[file]
-
-            code = read(name).decode()
-            if inductor:
-                found = self._inductor(name, code, inputs, strict, read)
+    def piece(self, form: PieceForm) -> CompiledPiece:
+        """The piece of a form."""
+        if form.name not in self._made:
+            code = self.read(form.name).decode()
+            if form.inductor:
+                made = self._inductor(form, code)
+                others = list(map(_kernel_file, _KERNEL.findall(code)))
             else:
-                consts = from_bytes(read(f"{name.removesuffix('.py')}.consts"), name)
-                assert isinstance(consts, tuple)
-                function = compile_execution_fn(code, {}, (), consts)
-                found = CompiledPiece(function, strict_inputs=strict)
-            self._made[name] = replace(found, artifact=PieceFiles(name, held, strict, inductor))
-        return self._made[name]
+                others = [f"{form.name.removesuffix('.py')}.consts"]
+                consts = from_bytes(self.read(others[0]), form.name)
+                function = compile_execution_fn(code, {}, (), consts)  # type: ignore[arg-type]
+                made = CompiledPiece(function, strict_inputs=form.strict)
+            files = {name: self.read(name) for name in (form.name, *others)}
+            self._made[form.name] = replace(made, artifact=Loaded(form, files))
+        return self._made[form.name]
 
-    def _inductor(
-        self,
-        name: str,
-        code: str,
-        inputs: int,
-        strict: frozenset[int],
-        read: Callable[[str], bytes],
-    ) -> CompiledPiece:
-        def kernel(digest: str) -> Callable[..., object]:
-            file = f"{KERNELS}/{digest}.so"
-            try:
-                return torch_compat.load_kernel(read(file), digest)
-            except (ImportError, OSError, AttributeError) as error:
-                raise ArtifactError(
-                    f"a kernel can't be loaded: {error}",
-                    where=file,
-                    hint="the system needs the libraries that it was linked with, such as libgomp; or compile here",
-                ) from error
-
+    def _inductor(self, form: PieceForm, code: str) -> CompiledPiece:
         try:
-            function = execute_source(code, {"kernel": kernel}, _FUNCTION)
+            function = execute_source(code, {"kernel": self._kernel}, "call")
         except PieceworkError as error:
-            raise ArtifactError(
-                f"a piece can't be loaded: {error.message}", where=name, hint="save the model again"
-            ) from error
+            hint = "the system needs the libraries that a kernel was linked with, such as libgomp; or save the model again"
+            why = f"a piece can't be loaded: {error.message}"
+            raise ArtifactError(why, where=form.name, hint=hint) from error
         takes_self = function.__code__.co_varnames[:1] == ("self",)
         call = types.MethodType(function, self) if takes_self else function
-        direct = positional(call, inputs)
-        return CompiledPiece(_without_autocast(direct), None, direct, "", strict)
+        direct = positional(call, form.inputs)
+        return CompiledPiece(_without_autocast(direct), None, direct, "", form.strict)
+
+    def _kernel(self, digest: str) -> Callable[..., object]:
+        return torch_compat.load_kernel(self.read(_kernel_file(digest)), digest)
+
+
+def _kernel_file(digest: str) -> str:
+    return f"kernels/{digest}.so"
 
 
 def _without_autocast(function: Callable[..., object]) -> Callable[..., object]:

@@ -8,38 +8,47 @@ it.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
+import torch
+import torch.fx
+from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
+
 from piecework.codegen import SplitItem
 from piecework.codegen.graph.origin import graph_of
-from piecework.codegen.graph.structure import input_signature, structure_of
+from piecework.codegen.graph.schemas import every_node, overloads_of
+from piecework.codegen.graph.structure import Structure, input_signature, structure_of
+from piecework.codegen.graph.targets import function_path
 from piecework.codegen.stitch.source import generate_source
 from piecework.errors import ArtifactError, Unidentifiable
 from piecework.runtime import torch_compat
-from piecework.runtime.artifact.fit import operators, require_portable, require_same_operators
-from piecework.runtime.artifact.pieces import PieceLoader, piece_files
-from piecework.runtime.artifact.values import from_bytes, to_bytes
-from piecework.runtime.batch.ranges import RangeTable
+from piecework.runtime.artifact.pieces import PieceForm, PieceLoader, piece_files
+from piecework.runtime.artifact.values import from_bytes, operator_named, to_bytes
+from piecework.runtime.batch.ranges import Range, RangeTable
 from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.observe.dump import Dump
+from piecework.runtime.pieces.layer_names import NAMESPACE
 from piecework.runtime.pieces.manager import RangeEntry
 from piecework.runtime.pieces.piecewise import PiecewiseBackend
 from piecework.runtime.pieces.program import Graphs, Kept, Program, called_forms
 from piecework.runtime.pieces.report import Piece
+from piecework.runtime.store.digest import digest_of
 from piecework.runtime.store.files import signing_key
-from piecework.runtime.store.folder import Folder, packed, unpacked
+from piecework.runtime.store.folder import KIND, Folder, folder_of, packed
 from piecework.runtime.store.surroundings import (
-    require_same_surroundings,
-    settings_factors,
-    surroundings,
+    AGAIN,
+    machine,
+    operator_facts,
+    require_same_machine,
 )
 from piecework.runtime.watch.direct_ops import DirectOps
 
 STITCHED, CAREFUL, ENTRY, EDITED = "stitched.py", "careful.py", "entry.py", "edited.py"
 STATE, GRAPHS = "state.pickle", "graphs.pickle"
+_OPERATOR = "make the function an operator with torch.library.custom_op and register_fake"
 Saved = dict[str, Any]
 
 
@@ -85,24 +94,78 @@ def saved_program(program: Program, files: dict[str, bytes], folder: str) -> Sav
 
 def _forms(program: Program, files: dict[str, bytes]) -> dict[str, tuple[object, ...]]:
     """Of each submodule the inputs that are sizes, and by range what makes its form again."""
-    made: dict[int, tuple[object, ...]] = {}
+    made: dict[int, PieceForm] = {}
     found: dict[str, tuple[object, ...]] = {}
     for name, backend in program.backends.items():
-        forms = {}
+        forms: dict[Range | None, PieceForm] = {}
         for compile_range, entry in backend.entries.items():
             if id(entry.compiled) not in made:
                 assert backend.graph is not None
-                require_portable(backend.graph, backend.structure, name)
+                _require_portable(backend.graph, backend.structure, name)
                 kept = piece_files(backend.graph, entry.compiled, name)
                 files.update(kept.files)
-                inputs = len(backend.graph.graph.find_nodes(op="placeholder"))
-                made[id(entry.compiled)] = (kept.name, inputs, kept.strict, kept.inductor)
+                made[id(entry.compiled)] = kept.form
             forms[compile_range] = made[id(entry.compiled)]
         found[name] = backend.sym_shape_indices, forms
     return found
 
 
+def _require_portable(graph: torch.fx.GraphModule, structure: Structure | None, name: str) -> None:
+    """Raise `ArtifactError` for a piece that is another in another process, or holds a tensor."""
+    reason = operator_facts(graph)[1] or ("" if structure is None else structure.local)
+    hint = _OPERATOR
+    for node in graph.graph.find_nodes(op="get_attr"):
+        if not isinstance(getattr(graph, str(node.target), None), torch.fx.GraphModule):
+            reason = f"it holds the constant {node.target}, and an artifact holds no tensors"
+            hint = "register it as a buffer of the model"
+    if reason:
+        raise ArtifactError(f"{name} can't be saved: {reason}", where=name, hint=hint)
+
+
+def operators(graphs: Iterable[torch.fx.GraphModule]) -> dict[str, str]:
+    """Operator that torch does not bring → what code depends on of it.
+
+    Raises:
+        ArtifactError: a graph calls a Python function, or an operator whose fake implementation
+            can't be read.
+    """
+    found: dict[str, str] = {}
+    nodes = (each for graph in graphs for each in every_node(graph) if each.op == "call_function")
+    for target in dict.fromkeys(each.target for each in nodes):
+        if isinstance(target, (OpOverload, OpOverloadPacket, HigherOrderOperator)):
+            ours = (op for op in overloads_of(target) if not torch_compat.is_torch_operator(op))
+            found |= {str(op): _identity(op) for op in ours}
+            continue
+        path = function_path(target)
+        if path is None or not (path.module in (None, "operator", "math") or path.root == "torch"):
+            name = getattr(target, "__qualname__", target)
+            why = f"the graph calls the Python function {name}, which may be another in another process"
+            raise ArtifactError(why, hint=_OPERATOR)
+    return found
+
+
+def _identity(op: OpOverload) -> str:
+    if op.namespace == NAMESPACE:
+        raise ArtifactError(
+            f"{op} takes layer names as inputs, and is made anew in each process",
+            hint="use the eager compiler, or keep layer names out of operators' arguments",
+        )
+    try:
+        return digest_of(op, str(op))
+    except Unidentifiable as error:
+        raise ArtifactError(error.message, where=str(op), hint=error.hint) from error
+
+
 # --- loading -----------------------------------------------------------------------------------------
+
+
+def require_same_operators(saved: Mapping[str, str]) -> None:
+    """Raise `ArtifactError` for an operator that is missing, or has another schema or fake."""
+    for name, digest in saved.items():
+        op = operator_named(name)
+        if not isinstance(op, OpOverload) or _identity(op) != digest:
+            why = f"operator {name} has another schema or fake implementation than when the model was saved"
+            raise ArtifactError(why, where=name, hint=AGAIN)
 
 
 def loaded_program(
@@ -112,13 +175,12 @@ def loaded_program(
     loader: PieceLoader,
     config: CompilationConfig,
     phases: dict[str, float],
-    graphs: str = "",
 ) -> Program:
     """The program again.
 
     Args:
-        files: the verified files; the program's own texts lie below ``folder``.
-        graphs: the file of its graphs; they are read when somebody asks for them.
+        files: the verified files; the program's own texts lie below ``folder``, and the graphs,
+            which are read when somebody asks for them.
 
     Raises:
         ArtifactError: a piece or an operator is not here.
@@ -147,7 +209,7 @@ def loaded_program(
     table = None if saved["ranges"] is None else RangeTable.of(saved["ranges"])
     backends: dict[str, PiecewiseBackend] = {}
     for name, (sizes, forms) in saved["forms"].items():
-        made = {each: loader.piece(*form) for each, form in forms.items()}
+        made = {each: loader.piece(form) for each, form in forms.items()}
         runnables = {each: piece.runnable for each, piece in made.items()}
         place = len(backends), len(saved["forms"])
         backends[name] = PiecewiseBackend(
@@ -163,7 +225,7 @@ def loaded_program(
     return Program(
         name=saved["name"],
         config=config,
-        graphs=_graphs_reader(files, graphs, backends),
+        graphs=_graphs_reader(files, f"{folder}{GRAPHS}", backends),
         backends=backends,
         source=source,
         range_table=table,
@@ -194,7 +256,7 @@ def _graphs_reader(
         if name not in files.files:
             raise ArtifactError("the artifact holds no graphs", where=files.name, hint=hint)
         try:
-            (graph, split_gm, rows), _ = torch_compat.graphs_from_bytes(files.read(name))  # type: ignore[misc]
+            graph, split_gm, rows = torch_compat.graphs_from_bytes(files.read(name))
         except Exception as error:
             why = f"the graphs can't be read: {error}"
             raise ArtifactError(why, where=files.name, hint=hint) from error
@@ -220,11 +282,8 @@ def program_to_bytes(program: Program) -> bytes:
     files: dict[str, bytes] = {}
     files[STATE] = to_bytes(saved_program(program, files, ""), "what was compiled")
     graphs = [program.graph, *(item.graph for item in program.items)]
-    facts = {
-        "surroundings": surroundings(*graphs, settings=settings_factors(every=False)),
-        "operators": operators(graphs),
-    }
-    return packed(files, facts, signing_key())
+    facts = {"machine": machine(*graphs), "operators": operators(graphs)}
+    return packed(files, facts, signing_key(), KIND)
 
 
 def program_from_bytes(data: bytes, config: CompilationConfig) -> Program:
@@ -235,17 +294,9 @@ def program_from_bytes(data: bytes, config: CompilationConfig) -> Program:
             than what is here. Nothing of it was unpickled, executed or loaded then.
     """
     start = time.perf_counter()
-    found = unpacked(data, signing_key())
-    require_fit(found)
+    found = folder_of(data, signing_key())
+    require_same_machine(found.table("machine"))  # type: ignore[arg-type]
     require_same_operators(found.table("operators"))
     saved: Any = from_bytes(found.read(STATE), STATE)
     phases = {"read": time.perf_counter() - start}
     return loaded_program(saved, found, "", PieceLoader(found.read), config, phases)
-
-
-def require_fit(folder: Folder) -> None:
-    """Raise `ArtifactError` unless what was saved was compiled in such a process as this is."""
-    try:
-        require_same_surroundings(folder.table("surroundings"))  # type: ignore[arg-type]
-    except Unidentifiable as error:
-        raise ArtifactError(error.message, where=error.where, hint=error.hint) from error

@@ -34,8 +34,6 @@ class _Pickler(pickle.Pickler):
     def persistent_id(self, value: Any) -> Any:
         if isinstance(value, (OpOverload, OpOverloadPacket)):
             return "operator", str(value)
-        if isinstance(value, torch.Tensor):
-            return "tensor", _tensor_parts(value)
         if isinstance(value, types.ModuleType):
             return "module", value.__name__
         return None
@@ -43,6 +41,8 @@ class _Pickler(pickle.Pickler):
     def reducer_override(self, value: Any) -> Any:
         kind = type(value)
         owner = getattr(value, "__self__", None)
+        if kind is torch.Tensor:
+            return _tensor_of, _tensor_parts(value)
         if kind is types.BuiltinFunctionType and not isinstance(owner, types.ModuleType):
             path = function_path(value)
             if path is not None:
@@ -81,12 +81,8 @@ def to_bytes(value: object, where: str) -> bytes:
 
 class _Unpickler(pickle.Unpickler):
     def persistent_load(self, pid: Any) -> Any:
-        kind, what = pid
-        if kind == "operator":
-            return operator_named(what)
-        if kind == "tensor":
-            return _tensor_of(*what)
-        return importlib.import_module(what)
+        kind, name = pid
+        return operator_named(name) if kind == "operator" else importlib.import_module(name)
 
 
 def from_bytes(data: bytes, where: str) -> object:
@@ -126,8 +122,7 @@ def _resolve(module: str, path: str) -> object:
 
 def _tensor_parts(tensor: torch.Tensor) -> tuple[Any, ...]:
     """A small tensor of the graph's own, such as a name as bytes."""
-    plain = type(tensor) is torch.Tensor and tensor.layout is torch.strided
-    here = plain and tensor.device.type == "cpu" and tensor.is_contiguous()
+    here = tensor.device.type == "cpu" and tensor.is_contiguous()
     if not here or tensor.requires_grad or tensor.nbytes > MAX_TENSOR:
         what = f"{tuple(tensor.shape)}, {tensor.dtype}"
         raise TypeError(f"the graph holds a tensor of its own ({what}), and no weight is saved")

@@ -179,11 +179,10 @@ def open_piece_cache(
         return PieceCache(None)
     try:
         limits = {} if runtime_config is None else factors_of(runtime_config)
-        settings = store_surroundings.settings_factors()
         files = store_surroundings.traced_files(graph)
         factors = KeyFactors(
             {
-                **store_surroundings.surroundings(graph, settings=settings),
+                **store_surroundings.surroundings(graph),
                 "config": {
                     **config.hash_factors(),
                     "compiler": compiler_hash(),
@@ -198,7 +197,7 @@ def open_piece_cache(
     runtime = runtime_config or RuntimeConfig()
     place = {"root": config.cache_dir, "tag": tag, "hmac_key": signing_key()}
     entry = open_entry(factors=factors, rank=runtime.rank, dp_rank=runtime.dp_rank, **place)
-    shared = entry.identity.parts[1] == "rank_0_0"
+    shared = entry.identity[1:3] == (0, 0)
     pieces = entry if shared else open_entry(factors=factors, **place)
     sizes = torch_compat.shape_env_of((*inputs, *(value_of(node) for node in graph.graph.nodes)))
     return PieceCache(entry, sizes, pieces)

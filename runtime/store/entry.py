@@ -1,8 +1,8 @@
 """A compilation's pieces on disk: each compiled once by all processes, given out if every byte is
 right.
 
-An entry is ``<root>/<hash>/rank_<rank>_<dp_rank>/<tag>/`` with an index, ``artifacts/<sha256>.bin``
-and texts for people. A killed writer leaves a sound entry, and a disk that is full, read-only or
+An entry is ``<root>/<hash>/rank_<rank>_<dp_rank>/<tag>/`` with ``artifacts/<name>.bin``, each sealed
+by itself, and texts for people, among them an index. A killed writer leaves a sound entry, and a disk that is full, read-only or
 damaged costs a warning and a compilation.
 """
 
@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import logging
 import os
 import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 from piecework.errors import CacheError
 from piecework.runtime.store.factors import FACTORS_NAME, KeyFactors
@@ -24,8 +25,7 @@ from piecework.runtime.store.files import (
     FULL_DISK,
     LOCKS_DIRECTORY,
     TEMPORARY_PREFIX,
-    LockTimeout,
-    UnsafeFile,
+    Damaged,
     check_directory,
     default_root,
     locked,
@@ -34,19 +34,20 @@ from piecework.runtime.store.files import (
     resolve_root,
     write_atomic,
 )
-from piecework.runtime.store.manifest import Damaged, Record, Sealed
+from piecework.runtime.store.folder import packed, unpacked
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
 
+KIND = "piecework compiled piece"
 INDEX_NAME = "piecework_compile_cache.py"
 ARTIFACTS_DIRECTORY = "artifacts"
 QUARANTINE_DIRECTORY = ".quarantine"
 COMPILE_LOCK_SECONDS = 3600.0
-_CHANGE_LOCK_SECONDS = 60.0
+MAX_ARTIFACT_BYTES = 1 << 36
+_END = ".bin"
 _TOUCH_SECONDS = 3600.0
 _READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
-_TROUBLE = (OSError, LockTimeout, CacheError, UnsafeFile, Damaged)
+_TROUBLE = (OSError, CacheError, Damaged)
 
 
 class CacheResult(NamedTuple):
@@ -65,13 +66,9 @@ class Identity(NamedTuple):
     dp_rank: int
     tag: str
 
-    @property
-    def parts(self) -> tuple[str, str, str]:
-        """The three directories below the root."""
-        return (self.key, f"rank_{self.rank}_{self.dp_rank}", self.tag)
-
     def __str__(self) -> str:
-        return "/".join(self.parts)
+        """The three directories below the root."""
+        return f"{self.key}/rank_{self.rank}_{self.dp_rank}/{self.tag}"
 
 
 def open_entry(
@@ -90,7 +87,7 @@ def open_entry(
         root: the cache directory; None for `default_root`.
         rank, dp_rank: this process's.
         tag: which model of the process.
-        hmac_key: sign the index with this secret, and accept none that it did not sign.
+        hmac_key: sign what is kept with this secret, and accept nothing that it did not sign.
         lock_timeout_s: how long to wait for another process that compiles the same artifact.
 
     Raises:
@@ -126,9 +123,9 @@ class CacheEntry:
     ) -> None:
         self.root = root
         self.identity = identity
-        self.directory = root.joinpath(*identity.parts)
+        self.directory = root / str(identity)
         self._factors_json = factors_json
-        self._sealed = Sealed(INDEX_NAME, f"cache entry {identity}", place_of, hmac_key)
+        self._hmac_key = hmac_key
         self._lock_timeout_s = lock_timeout_s
         self._read_only = False
         self._warned: set[str] = set()
@@ -136,78 +133,62 @@ class CacheEntry:
     # --- reading -------------------------------------------------------------------------------------
 
     def names(self) -> tuple[str, ...]:
-        """The artifacts that the index lists now, sorted."""
-        return tuple(sorted(self._settled(self.records) or ()))
+        """The artifacts that there are now, sound or not, sorted."""
+        try:
+            files = os.listdir(self.directory / ARTIFACTS_DIRECTORY)
+        except OSError:
+            return ()
+        return tuple(sorted(each.removesuffix(_END) for each in files if each.endswith(_END)))
+
+    def read(self, name: str) -> bytes:
+        """The bytes saved under ``name``. Raises `FileNotFoundError`, or `Damaged`."""
+        place = _place(name)
+        raw = read_regular(self.directory, place, MAX_ARTIFACT_BYTES)
+        files, facts = unpacked(raw, self._hmac_key, KIND, place)
+        if facts != self._facts(name):
+            raise Damaged(f"it is that of {facts}", place)
+        return files[""]
 
     def get(self, name: str) -> bytes | None:
         """The bytes saved under ``name`` once their SHA-256 is right, else None."""
-
-        def read() -> bytes | None:
-            record = self.records().get(name)
-            return None if record is None else self.read(record)
-
-        return self._settled(read)
-
-    def records(self) -> dict[str, Record]:
-        """What the index lists; nothing where there is none. Raises `Damaged`."""
         try:
-            return self._sealed.read(self.directory).files
+            return self.read(name)
         except FileNotFoundError:
-            return {}
-
-    def read(self, record: Record) -> bytes:
-        """The bytes of an artifact. Raises `Damaged`."""
-        return self._sealed.read_file(self.directory, "", record)
-
-    def _settled(self, read: Callable[[], T]) -> T | None:
-        """Run ``read``; what looks damaged is read again under the lock."""
-        try:
-            return read()
+            return None
         except OSError as error:
             self._warn("unreadable", f"it cannot be read ({error}); compiling instead")
-            return None
-        except Damaged as error:
-            damage = error
-        try:
-            with self.changing():
-                try:
-                    return read()
-                except Damaged as error:
-                    damage = error
-                    self._quarantine(damage)
-        except _TROUBLE:
-            self._warn("damage", f"{damage}; it can't be moved aside and is ignored, compiling")
+        except Damaged as damage:
+            self.reject(name, damage.reason)
         return None
 
-    def _quarantine(self, damage: Damaged) -> None:
-        """Move what is damaged away, and have the index forget it; the caller holds the lock."""
-        source = self.directory / damage.file
-        where = "it is gone"
-        if os.path.lexists(source):
-            shelf = self.root / QUARANTINE_DIRECTORY
-            try:
-                make_directory(shelf, inside=self.root)
-                box = tempfile.mkdtemp(prefix=f"{self.identity.key[:12]}-", dir=shelf)
-                where = f"moved to {box}"
-                os.rename(source, Path(box) / source.name)
-            except OSError:  # a full disk may refuse the new directory
-                os.unlink(source)
-                where = "deleted"
-        self._warn("damage", f"{damage}; {where}, compiling again")
-        if damage.file != INDEX_NAME:
-            kept = {n: r for n, r in self.records().items() if place_of(n, r) != damage.file}
-            with contextlib.suppress(OSError):  # then the next reader finds the artifact missing
-                self._sealed.write(self.directory, {}, kept, {})
+    def reject(self, name: str, reason: str) -> None:
+        """Put the artifact ``name``, which is damaged or unfit, into quarantine."""
+        place = self.directory / _place(name)
+        shelf = self.root / QUARANTINE_DIRECTORY
+        where = f"moved to {shelf}"
+        try:
+            make_directory(shelf, inside=self.root)
+            box = tempfile.mkdtemp(prefix=f"{self.identity.key[:12]}-", dir=shelf)
+            os.rename(place, Path(box) / place.name)
+        except FileNotFoundError:
+            where = "it is gone"
+        except OSError:  # a full disk may refuse the new directory
+            where = "it is ignored"
+            with contextlib.suppress(OSError):
+                os.unlink(place)
+        self._warn("damage", f"{_place(name)}: {reason}; {where}, compiling again")
 
     # --- writing -------------------------------------------------------------------------------------
 
     def put(self, name: str, data: bytes) -> bool:
         """Save ``data`` under ``name``, in place of what was there; whether it is saved."""
-        return self._change({name: data}, {})
+        return self._write(
+            {_place(name): packed({"": data}, self._facts(name), self._hmac_key, KIND)}
+        )
 
     def write_texts(self, texts: Mapping[str, str]) -> bool:
         """Save texts for people, which nothing reads; whether they are saved."""
-        return self._change({}, {name: text.encode() for name, text in texts.items()})
+        return self._write({name: text.encode() for name, text in texts.items()})
 
     def get_or_compile(self, name: str, compile_fn: Callable[[], bytes]) -> CacheResult:
         """The bytes of ``name``; if there are none, one of all processes and threads compiles them.
@@ -216,10 +197,9 @@ class CacheEntry:
         is saved, and the next in the line tries. Where saving is impossible each one compiles for
         itself.
         """
-        if (data := self.get(name)) is not None:
-            return CacheResult(data, compiled=False, saved=True)
+        data = self.get(name)
         with contextlib.ExitStack() as stack:
-            if not self._read_only:
+            if data is None and not self._read_only:
                 what = f"{self.identity}\nartifact\n{name}"
                 try:
                     stack.enter_context(locked(self.root, what, self._lock_timeout_s))
@@ -231,39 +211,26 @@ class CacheEntry:
             data = compile_fn()
             return CacheResult(data, compiled=True, saved=self.put(name, data))
 
-    def reject(self, name: str, reason: str) -> None:
-        """Put the artifact ``name`` into quarantine though its digest is right."""
-
-        def refuse() -> None:
-            record = self.records().get(name)
-            if record is not None:
-                raise Damaged(reason, place_of(name, record))
-
-        self._settled(refuse)
-
-    def _change(self, added: Mapping[str, bytes], texts: Mapping[str, bytes]) -> bool:
+    def _write(self, files: Mapping[str, bytes]) -> bool:
         """Save under the entry's lock; whatever prevents it is warned of once."""
         if self._read_only:
             return False
         try:
             with self.changing():
-                try:
-                    records = self.records()
-                except Damaged as damage:
-                    self._quarantine(damage)
-                    records = {}
                 folder = self.directory / ARTIFACTS_DIRECTORY
                 make_directory(folder, inside=self.root)
                 for at in (self.directory, folder):
                     for path in at.glob(f"{TEMPORARY_PREFIX}*"):
                         path.unlink(missing_ok=True)  # of killed writers
-                for name, data in {FACTORS_NAME: self._factors_json, **texts}.items():
-                    with contextlib.suppress(OSError, UnsafeFile):
-                        if read_regular(self.directory / name, len(data)) == data:
-                            continue
+                if not (self.directory / FACTORS_NAME).exists():
+                    files = {FACTORS_NAME: self._factors_json, **files}
+                for name, data in files.items():
                     write_atomic(self.directory / name, data)
-                if added:
-                    self._sealed.write(self.directory, added, records, {})
+                sizes = {
+                    name: (self.directory / _place(name)).lstat().st_size for name in self.names()
+                }
+                index = json.dumps({"artifacts": sizes}, indent=1) + "\n"
+                write_atomic(self.directory / INDEX_NAME, index.encode())
                 return True
         except _TROUBLE as error:
             self._cannot_save(error)
@@ -271,22 +238,21 @@ class CacheEntry:
 
     # --- locks, checks and warnings ------------------------------------------------------------------
 
-    def changing(
-        self, timeout_s: float = _CHANGE_LOCK_SECONDS
-    ) -> contextlib.AbstractContextManager[None]:
+    def changing(self, timeout_s: float = 60.0) -> contextlib.AbstractContextManager[None]:
         """Hold the right to change the entry's files. Short: no compiler runs inside."""
-        if self._read_only:
-            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
         return locked(self.root, f"{self.identity}\nfiles", timeout_s)
 
     def check_directories(self) -> None:
         """Raise `CacheError` if a directory of the entry is a link, or not ours alone."""
-        level = self.root
-        for part in (*self.identity.parts, ARTIFACTS_DIRECTORY):
-            level = level / part
+        inside = self.directory / ARTIFACTS_DIRECTORY
+        for level in (*reversed(inside.parents[:3]), inside):
             check_directory(level)
-        for own in (LOCKS_DIRECTORY, QUARANTINE_DIRECTORY):
-            check_directory(self.root / own)
+        for name in (LOCKS_DIRECTORY, QUARANTINE_DIRECTORY):
+            check_directory(self.root / name)
+
+    def _facts(self, name: str) -> dict[str, object]:
+        """What an artifact says of itself, so that a copy of it elsewhere is refused."""
+        return {"entry": str(self.identity), "name": name}
 
     def _cannot_save(self, error: Exception) -> None:
         code = error.errno if isinstance(error, OSError) else None
@@ -302,6 +268,6 @@ class CacheEntry:
         logger.log(level, "compile cache %s: %s", self.directory, text)
 
 
-def place_of(name: str, record: Record) -> str:
-    """Where an artifact lies in its entry, whatever it is called."""
-    return f"{ARTIFACTS_DIRECTORY}/{record.digest}.bin"
+def _place(name: str) -> str:
+    """Where an artifact lies in its entry."""
+    return f"{ARTIFACTS_DIRECTORY}/{name}{_END}"

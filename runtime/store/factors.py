@@ -69,7 +69,8 @@ class KeyFactors:
         """What `to_json` wrote; raises `CacheError` for anything else."""
         try:
             key = cls(json.loads(raw)["factors"])
-            if key.to_json() == raw and all(map(_are_texts, key.groups.values())):
+            texts = (text for group in key.groups.values() for text in group.values())
+            if key.to_json() == raw and all(isinstance(text, str) for text in texts):
                 return key
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             pass
@@ -78,17 +79,17 @@ class KeyFactors:
 
     def differences(self, cached: KeyFactors) -> tuple[Difference, ...]:
         """Every factor in which these, the current ones, differ from ``cached``, in order."""
-        found = []
-        for group in dict.fromkeys([*self.groups, *cached.groups]):
-            ours, theirs = self.groups.get(group, {}), cached.groups.get(group, {})
-            for name in sorted({*ours, *theirs}):
-                if ours.get(name) != theirs.get(name):
-                    found.append(Difference(group, name, theirs.get(name), ours.get(name)))
-        return tuple(found)
-
-
-def _are_texts(group: Mapping[str, object]) -> bool:
-    return all(isinstance(text, str) for text in group.values())
+        places = [
+            (group, name)
+            for key in (self, cached)
+            for group in key.groups
+            for name in sorted(key.groups[group])
+        ]
+        both = (
+            Difference(*at, *(key.groups.get(at[0], {}).get(at[1]) for key in (cached, self)))
+            for at in dict.fromkeys(places)
+        )
+        return tuple(each for each in both if each.cached != each.current)
 
 
 def content_key(*parts: str | bytes) -> str:

@@ -12,7 +12,7 @@ import hashlib
 import os
 import stat
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 from piecework.errors import CacheError
@@ -22,17 +22,17 @@ TEMPORARY_PREFIX = ".tmp-"
 LOCKS_DIRECTORY = ".locks"
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _CHOOSE = "choose a directory of your own with PIECEWORK_CACHE_DIR"
-_POLL_SECONDS = 0.02
 # Not blocking: a FIFO put in a file's place must not make a reader wait for a writer.
 _READ_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 
 
-class UnsafeFile(Exception):
-    """A file is not a plain file of ours: a link, a pipe, somebody else's, too large."""
+class Damaged(Exception):
+    """A file is not what was saved, or not ours alone: why, and its path below the directory."""
 
-
-class LockTimeout(Exception):
-    """Another process held the lock for longer than the caller would wait."""
+    def __init__(self, reason: str, file: str) -> None:
+        super().__init__(f"{file}: {reason}")
+        self.reason = reason
+        self.file = file
 
 
 def sha256(data: bytes) -> str:
@@ -42,28 +42,25 @@ def sha256(data: bytes) -> str:
 # --- where a cache lies ------------------------------------------------------------------------------
 
 
-def default_root(environ: Mapping[str, str] | None = None) -> Path:
+def default_root() -> Path:
     """``$PIECEWORK_CACHE_DIR``, else ``$XDG_CACHE_HOME/piecework``, else ``~/.cache/piecework``.
 
     An empty variable counts as unset, and so does a relative ``XDG_CACHE_HOME``, as its
     specification says.
     """
-    env = os.environ if environ is None else environ
-    if chosen := env.get("PIECEWORK_CACHE_DIR"):
+    if chosen := os.environ.get("PIECEWORK_CACHE_DIR"):
         return Path(chosen)
-    xdg = env.get("XDG_CACHE_HOME", "")
+    xdg = os.environ.get("XDG_CACHE_HOME", "")
     try:
-        above = Path(xdg) if os.path.isabs(xdg) else Path.home() / ".cache"
+        return (Path(xdg) if os.path.isabs(xdg) else Path.home() / ".cache") / "piecework"
     except RuntimeError as error:
         hint = "set PIECEWORK_CACHE_DIR, or switch the cache off"
         raise CacheError("no home directory is known to keep the cache in", hint=hint) from error
-    return above / "piecework"
 
 
-def cache_disabled(environ: Mapping[str, str] | None = None) -> bool:
+def cache_disabled() -> bool:
     """Whether ``PIECEWORK_DISABLE_CACHE`` is set, and not to 0, false, no or off."""
-    env = os.environ if environ is None else environ
-    value = env.get("PIECEWORK_DISABLE_CACHE", "")
+    value = os.environ.get("PIECEWORK_DISABLE_CACHE", "")
     return value.strip().lower() not in ("", "0", "false", "no", "off")
 
 
@@ -77,14 +74,14 @@ def signing_key(file: str | os.PathLike[str] | None = None) -> bytes | None:
     path = file or os.environ.get("PIECEWORK_CACHE_KEY_FILE", "")
     if not path:
         return None
-    hint = f"the file holds a secret of {MIN_KEY_BYTES} raw bytes or more"
     try:
         key = Path(path).read_bytes()
+        problem = "" if len(key) >= MIN_KEY_BYTES else f"has {len(key)} bytes"
     except OSError as error:
-        why = f"the key that signs what is kept can't be read: {error.strerror}"
-        raise CacheError(why, where=str(path), hint=hint) from error
-    if len(key) < MIN_KEY_BYTES:
-        why = f"the key that signs what is kept has {len(key)} bytes"
+        problem = f"can't be read: {error.strerror}"
+    if problem:
+        hint = f"the file holds a secret of {MIN_KEY_BYTES} raw bytes or more"
+        why = f"the key that signs what is kept {problem}"
         raise CacheError(why, where=str(path), hint=hint)
     return key
 
@@ -101,18 +98,38 @@ def resolve_root(root: str | os.PathLike[str]) -> Path:
     """
     try:
         given = Path(os.path.abspath(os.path.expanduser(os.fspath(root))))
-        for part in (given, *given.parents):
-            if part.is_symlink() and not _is_trusted_owner(uid := os.lstat(part).st_uid):
-                why = f"the way to the cache directory goes over another user's link (uid {uid})"
-                raise CacheError(why, where=str(part), hint=_CHOOSE)
         real = Path(os.path.realpath(given))
-        for parent in real.parents:
-            _check_parent(parent)
+        for level in dict.fromkeys((given, *given.parents, *real.parents)):
+            if level != real:
+                _check_way(level)
         check_directory(real)
     except (ValueError, OSError) as error:
         why = f"the cache directory cannot be used: {error}"
         raise CacheError(why, where=repr(os.fspath(root)), hint=_CHOOSE) from error
     return real
+
+
+def _check_way(path: Path) -> None:
+    """Refuse a directory or link above the cache where somebody else could exchange the cache."""
+    try:
+        info = os.lstat(path)
+    except FileNotFoundError:
+        return
+    writable = info.st_mode & stat.S_IWOTH or (
+        info.st_mode & stat.S_IWGRP and not _is_private_group(info.st_gid)
+    )
+    if not _is_trusted_owner(info.st_uid):
+        kind = (
+            "over another user's link" if stat.S_ISLNK(info.st_mode) else "through another user's"
+        )
+        why = f"the way to the cache directory goes {kind} (uid {info.st_uid})"
+    elif writable and not stat.S_ISLNK(info.st_mode) and not info.st_mode & stat.S_ISVTX:
+        mode = stat.S_IMODE(info.st_mode)
+        why = f"the cache lies in a directory where others can exchange it (mode {mode:04o})"
+    else:
+        return
+    hint = f"{_CHOOSE}, run `chmod go-w {path}`, or set PIECEWORK_DISABLE_CACHE=1"
+    raise CacheError(why, where=str(path), hint=hint)
 
 
 def check_directory(path: Path) -> bool:
@@ -121,10 +138,9 @@ def check_directory(path: Path) -> bool:
         info = os.lstat(path)
     except FileNotFoundError:
         return False
-    if stat.S_ISLNK(info.st_mode):
-        why, hint = "a link stands where a directory should be", "remove the link"
-    elif not stat.S_ISDIR(info.st_mode):
-        why, hint = "a file stands where a directory should be", "remove the file"
+    if not stat.S_ISDIR(info.st_mode):
+        kind = "link" if stat.S_ISLNK(info.st_mode) else "file"
+        why, hint = f"a {kind} stands where a directory should be", f"remove the {kind}"
     elif not _is_trusted_owner(info.st_uid):
         why, hint = f"the directory belongs to another user (uid {info.st_uid})", _CHOOSE
     elif _others_can_write(info):
@@ -154,25 +170,6 @@ def make_directory(path: Path, inside: Path) -> None:
                 raise
 
 
-def _check_parent(path: Path) -> None:
-    """Refuse a parent in which somebody else could exchange the cache directory for another."""
-    try:
-        info = os.lstat(path)
-    except FileNotFoundError:
-        return
-    hint = f"{_CHOOSE}, or set PIECEWORK_DISABLE_CACHE=1"
-    if not _is_trusted_owner(info.st_uid):
-        why = f"the cache lies in a directory of another user (uid {info.st_uid})"
-        raise CacheError(why, where=str(path), hint=hint)
-    if info.st_mode & stat.S_ISVTX:
-        return
-    by_group = info.st_mode & stat.S_IWGRP and not _is_private_group(info.st_gid)
-    if info.st_mode & stat.S_IWOTH or by_group:
-        mode = stat.S_IMODE(info.st_mode)
-        why = f"the cache lies in a directory where others can exchange it (mode {mode:04o})"
-        raise CacheError(why, where=str(path), hint=f"run `chmod go-w {path}`, or {hint}")
-
-
 def _others_can_write(info: os.stat_result) -> bool:
     return bool(info.st_mode & (stat.S_IWGRP | stat.S_IWOTH))
 
@@ -198,34 +195,33 @@ def _is_private_group(gid: int) -> bool:
 # --- files -------------------------------------------------------------------------------------------
 
 
-def read_regular(path: Path, limit: int) -> bytes:
-    """The bytes of a plain file of ours, at most ``limit``.
+def read_regular(directory: Path, name: str, limit: int) -> bytes:
+    """The bytes of a plain file of ours below ``directory``, at most ``limit``.
 
     Raises:
         FileNotFoundError: there is none.
-        UnsafeFile: it is a link, not a plain file, somebody else's, writable by others, or larger
-            than ``limit``.
+        Damaged: it is a link, not a plain file, somebody else's, writable by others, or too large.
     """
+    path = directory / name
     try:
         file = open(path, "rb", opener=lambda name, _: os.open(name, _READ_FLAGS))  # noqa: SIM115
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.EISDIR):
-            raise UnsafeFile(f"it is no plain file ({error.strerror})") from error
+            raise Damaged(f"it is no plain file ({error.strerror})", name) from error
         raise
     with file:
         info = os.fstat(file.fileno())
         if not stat.S_ISREG(info.st_mode):
-            raise UnsafeFile("it is no plain file")
-        if not _is_trusted_owner(info.st_uid):
-            raise UnsafeFile(f"it belongs to another user (uid {info.st_uid})")
-        if _others_can_write(info):
-            raise UnsafeFile(f"others can write it (mode {stat.S_IMODE(info.st_mode):04o})")
+            raise Damaged("it is no plain file", name)
+        if not _is_trusted_owner(info.st_uid) or _others_can_write(info):
+            mode = stat.S_IMODE(info.st_mode)
+            raise Damaged(f"others can write it (uid {info.st_uid}, mode {mode:04o})", name)
         if info.st_size > limit:
-            raise UnsafeFile(f"it is too large ({info.st_size} bytes, at most {limit})")
+            raise Damaged(f"it is too large ({info.st_size} bytes, at most {limit})", name)
         # Not up to `limit`: that may be a hostile number, and a read allocates what it is asked for.
         data = file.read(info.st_size + 1)
     if len(data) > info.st_size:
-        raise UnsafeFile("it grew while it was read")
+        raise Damaged("it grew while it was read", name)
     return data
 
 
@@ -267,24 +263,17 @@ def locked(root: Path, what: str, timeout_s: float) -> Iterator[None]:
     somebody waits. A killed process frees its locks (the kernel does); the empty files stay.
 
     Raises:
-        LockTimeout: another one held it for so long.
+        TimeoutError: another one held it for so long.
     """
-    from filelock import FileLock, Timeout  # who only reads needs none
+    from filelock import FileLock  # who only reads needs none
 
     directory = root / LOCKS_DIRECTORY
     make_directory(directory, inside=root)
     path = directory / f"{sha256(what.encode())[:40]}.lock"
     if path.is_symlink():  # older filelock releases would follow it and truncate its target
-        raise UnsafeFile("its lock is a link")
+        raise Damaged("the lock is a link", f"{LOCKS_DIRECTORY}/{path.name}")
     # One instance per hold: an instance may be taken again by its own thread, which is not meant here.
-    lock = FileLock(path, timeout=timeout_s, mode=0o600)
-    try:
-        lock.acquire(poll_interval=_POLL_SECONDS)
-    except Timeout as error:
-        raise LockTimeout(f"no lock after {timeout_s:g} s") from error
-    try:
+    with FileLock(path, timeout=timeout_s, mode=0o600).acquire(poll_interval=0.02):
         with contextlib.suppress(OSError):  # lets the collector see which locks are in use
             os.utime(path)
         yield
-    finally:
-        lock.release()

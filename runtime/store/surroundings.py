@@ -1,8 +1,7 @@
-"""What decides compiled code besides its graph, as texts by group and name, for keys and saved
-programs alike.
+"""What decides compiled code besides its graph, as texts by group and name.
 
-`surroundings` is the one list: a factor that is added there counts for the compile cache, for
-artifacts and when they are loaded. Nothing that can't be told is left out: it is an error.
+`machine` is what a saved program has in common with its process, and `surroundings` adds what the
+compile cache asks on top. Nothing that can't be told is left out: it is an error.
 """
 
 from __future__ import annotations
@@ -32,70 +31,56 @@ from piecework.runtime.store.files import sha256
 from piecework.runtime.torch_compat.settings import global_passes, torch_options, torch_settings
 
 Factors = Mapping[str, Mapping[str, str]]
+AGAIN = "compile the model again; with artifact=path this happens by itself"
 
 
-def surroundings(*graphs: torch.fx.GraphModule, settings: Mapping[str, str]) -> Factors:
-    """Everything of this process that decides what is compiled for ``graphs``, by group and name.
-
-    Args:
-        settings: how torch is set, or was when it compiled; see `settings_factors`.
-    """
-    return {
-        "versions": versions(),
-        "device": {
-            **host_factors(),
-            **accelerators(*graphs),
-            "threads": str(torch.get_num_threads()),
-        },
-        "environment": environment_factors(),
-        "torch": settings,
-    }
+def machine(*graphs: torch.fx.GraphModule) -> Factors:
+    """By what and where code for ``graphs`` is compiled."""
+    return {"versions": versions(), "device": {**host_factors(), **accelerators(*graphs)}}
 
 
-#: Factors that a saved program need not share: each call looks at them, or they decide speed alone.
-_FREE = {("device", "threads"), ("torch", "autocast"), ("torch", "torch's options")}
-#: Factors of which everything that was there must be here, and there may be more.
-_AT_LEAST = {("device", "cpu_features"), ("device", "cuda")}
-
-
-def require_same_surroundings(saved: Factors) -> None:
-    """Raise `ArtifactError` where a program was compiled in other surroundings than these, of which
-    it names the first.
+def surroundings(*graphs: torch.fx.GraphModule) -> Factors:
+    """Everything of this process that decides what is compiled for ``graphs``.
 
     Raises:
         Unidentifiable: torch is set to something that has no stable form.
     """
-    here = {**surroundings(settings=settings_factors(every=False))}
+    found = machine(*graphs)
+    threads = {"threads": str(torch.get_num_threads())}
+    return {
+        **found,
+        "device": {**found["device"], **threads},
+        "environment": {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
+        "torch": settings_factors(),
+    }
+
+
+#: Factors of which everything that was there must be here, and there may be more.
+_AT_LEAST = {("device", "cpu_features"), ("device", "cuda")}
+
+
+def require_same_machine(saved: Factors) -> None:
+    """Raise `ArtifactError` at the first thing in which a program was compiled elsewhere."""
+    here = {**machine()}
     if "cuda" in saved.get("device", {}) and torch.cuda.is_available():
         each = map(torch.cuda.get_device_capability, range(torch.cuda.device_count()))
         here["device"] = {**here["device"], "cuda": _cuda(each)}
     for difference in KeyFactors(here).differences(KeyFactors(saved)):
-        place = difference.group, difference.name
         was, now = (each or "" for each in (difference.cached, difference.current))
-        lacking = " ".join(sorted(set(was.split()) - set(now.split())))
-        if place in _FREE or (place in _AT_LEAST and not lacking):
-            continue
-        what = (
-            f"this machine lacks {lacking}"
-            if place in _AT_LEAST
-            else f"and here it is {now or 'not set'}"
-        )
+        what = f"and here it is {now or 'not set'}"
+        if (difference.group, difference.name) in _AT_LEAST:
+            lacking = " ".join(sorted(set(was.split()) - set(now.split())))
+            what = f"this machine lacks {lacking}"
+            if not lacking:
+                continue
         raise ArtifactError(
             f"the artifact was made with {difference.name} {was or 'not set'}, {what}",
             where=difference.group,
-            hint="compile the model again; with artifact=path this happens by itself",
+            hint=AGAIN,
         )
 
 
-def processes() -> dict[str, int]:
-    """This process among those that run one model together."""
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return {"rank": 0, "world": 1}
-    return {"rank": distributed.get_rank(), "world": distributed.get_world_size()}
-
-
-# --- versions ----------------------------------------------------------------------------------------
+# --- versions and machine ----------------------------------------------------------------------------
 
 
 def versions() -> dict[str, str]:
@@ -124,9 +109,6 @@ _ROOMS = ("codegen", "templates", "runtime")
 # As they are when they are loaded: what is edited later does not run in this process.
 _OWN_SOURCES = content_key(*(tree_digest(_PACKAGE / room) for room in _ROOMS))
 
-
-# --- the machine -------------------------------------------------------------------------------------
-
 # Features that compilers and kernels choose code by; the rest of the kernel's list varies with its version.
 _CPU_FEATURE = re.compile(
     r"(avx|amx|sse|ssse|fma|f16c|bmi|popcnt|gfni|vaes|vpclmul|asimd|neon|sve|sme|bf16|i8mm|fphp|dotprod|vx)\w*"
@@ -140,12 +122,10 @@ def host_factors(cpuinfo: Path = Path("/proc/cpuinfo")) -> dict[str, str]:
         text = cpuinfo.read_text(errors="replace")
     except OSError:
         # No list of features: the processor's name is coarser but safe.
-        factors["cpu"] = platform.processor() or "unknown"
-        return factors
+        return {**factors, "cpu": platform.processor() or "unknown"}
     line = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
-    features = line.group(1).split() if line else []
-    factors["cpu_features"] = " ".join(sorted({f for f in features if _CPU_FEATURE.fullmatch(f)}))
-    return factors
+    features = {each for each in line[1].split() if _CPU_FEATURE.fullmatch(each)} if line else ()
+    return {**factors, "cpu_features": " ".join(sorted(features))}
 
 
 def accelerators(*graphs: torch.fx.GraphModule) -> dict[str, str]:
@@ -167,60 +147,28 @@ def _cuda(capabilities: Iterable[tuple[int, int]]) -> str:
 
 # --- the environment and torch's settings ------------------------------------------------------------
 
-# Variables that change what Inductor or Triton emit. Read off torch's and triton's configuration modules.
-_ENVIRONMENT_NAMES = frozenset(
-    {
-        *("ATEN_CPU_CAPABILITY", "CUTEDSL_ENABLE_AUTOTUNING", "CUTLASS_EPILOGUE_FUSION"),
-        *("DISABLE_PTXAS_OPT", "ENABLE_PERSISTENT_TMA_MATMUL", "ENABLE_TEMPLATE_TMA_STORE"),
-        *("ENABLE_TMA_LOAD_FOR_TEMPLATE_EPILOGUE", "PTXAS_OPTIONS"),
-        *("TORCHDYNAMO_AUTO_FUNCTIONALIZED_V2", "TORCHDYNAMO_CAPTURE_DYNAMIC_OUTPUT_SHAPE_OPS"),
-        *("TORCHDYNAMO_CAPTURE_SCALAR_OUTPUTS", "TORCHDYNAMO_PREPARE_FREEZING"),
-        *("TORCH_CUDA_ARCH_LIST", "TORCH_DYNAMO_DO_NOT_EMIT_RUNTIME_ASSERTS"),
-        *("TRITON_ALLOW_NON_CONSTEXPR_GLOBALS", "TRITON_DEFAULT_FP_FUSION"),
-        *("TRITON_F32_DEFAULT", "TRITON_INTERPRET", "TRITON_MOCK_PTX_VERSION"),
-        *("TRITON_OVERRIDE_ARCH",),
-    }
-)
-# Inductor has a variable for most of its options and gains more each release; those count that are not known to say where, how fast or how loudly
-# it compiles, but not what.
-_NO_EFFECT = re.compile(
-    r"TORCHINDUCTOR_("
-    r".*CACHE.*|.*_DIR|.*TIMEOUT.*|.*LOG.*|.*METRIC.*|.*SUBPROC.*|.*NUM_CHOICES_DISPLAYED"
-    r"|COMPILE_THREADS|WORKER_.*|QUIESCE_ASYNC_COMPILE_POOL|AUTOTUNE_MULTI_DEVICE"
-    r"|PRECOMPILATION_.*|WARN_MIX_LAYOUT|SAVE_ARGS|MAX_AUTOTUNE_REPORT_CHOICES_STATS"
-    r"|USE_EXPERIMENTAL_BENCHMARKER|USE_TORCH_PROFILER_BENCHMARKER|TRITON_PROTON_.*"
-    r"|DEBUG_FUSION|AUTOHEURISTIC_COLLECT|COLLECTIVE_BENCHMARK_.*"
-    r")"
+# Variables that change what is emitted and that no configuration of torch shows.
+_ENVIRONMENT = (
+    *("ATEN_CPU_CAPABILITY", "DISABLE_PTXAS_OPT", "PTXAS_OPTIONS", "TORCH_CUDA_ARCH_LIST"),
+    *("TRITON_ALLOW_NON_CONSTEXPR_GLOBALS", "TRITON_DEFAULT_FP_FUSION", "TRITON_F32_DEFAULT"),
+    *("TRITON_INTERPRET", "TRITON_MOCK_PTX_VERSION", "TRITON_OVERRIDE_ARCH"),
 )
 
 
-def environment_factors(environ: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The variables that decide what is compiled and are set, sorted."""
-    env = os.environ if environ is None else environ
-
-    def counts(name: str) -> bool:
-        inductors = name.startswith("TORCHINDUCTOR_") and not _NO_EFFECT.fullmatch(name)
-        return inductors or name in _ENVIRONMENT_NAMES
-
-    return {name: env[name] for name in sorted(env) if counts(name)}
-
-
-def settings_factors(*, every: bool = True) -> dict[str, str]:
+def settings_factors() -> dict[str, str]:
     """Setting → value as text: ambient modes, torch's switches and configurations, and code that
     was put into them.
-
-    Args:
-        every: see `piecework.runtime.torch_compat.settings.torch_options`.
 
     Raises:
         Unidentifiable: an option, a pass or a lowering that somebody set has no stable form.
     """
-    options, changed = torch_options(every=every)
+    options, changed = torch_options()
     settings = {**torch_settings(), **changed}
     found = {name: text_of(canonical(each, f"torch's {name}")) for name, each in settings.items()}
     found["torch's options"] = digest_of(sorted(options.items()), "torch's options")
-    passes = global_passes(every=every)
-    return found | {name: digest_of(each, f"torch.{name}") for name, each in passes.items()}
+    return found | {
+        name: digest_of(each, f"torch.{name}") for name, each in global_passes().items()
+    }
 
 
 # --- operators ---------------------------------------------------------------------------------------
@@ -251,7 +199,8 @@ def operator_facts(graph: torch.fx.GraphModule) -> tuple[str, str]:
         for op in overloads_of(node.target):
             if torch_compat.is_torch_operator(op):
                 continue
-            if not torch_compat.is_opaque_to_inductor(op):
+            # Of a pointwise one Inductor runs the body where all operands are constants.
+            if not torch_compat.is_opaque_to_inductor(op) or torch.Tag.pointwise in op.tags:
                 return "", f"{op} is compiled with its body"
             try:
                 identity = digest_of(op, str(op))
@@ -329,45 +278,35 @@ def _module_name(file: str) -> str:
 
 
 def _source(file: str) -> bytes:
+    lines = linecache.getlines(file) if not os.path.exists(file) else ()
     try:
-        if os.path.exists(file):
-            return Path(file).read_bytes()
-        found = "".join(linecache.getlines(file)).encode()
-        why = "" if found else "it is in no file"
+        return "".join(lines).encode() if lines else Path(file).read_bytes()
     except OSError as error:
-        why = str(error.strerror)
-    if why:
         raise CacheError(
-            f"a traced function has no source, so that its changes would go unseen: {why}",
+            f"a traced function has no source, so that its changes would go unseen: {error.strerror}",
             where=file,
             hint="put it into a file, or switch the cache off for this model",
-        )
-    return found
+        ) from error
 
 
 def require_same_sources(saved: Mapping[str, str]) -> None:
     """Raise `ArtifactError` where a module that the trace went through has another text now."""
     for name, digest in saved.items():
-        now = source_of_module(name)
+        now = _source_of_module(name)
         if now is None or sha256(now) != digest:
             what = "is not here" if now is None else "has another text now"
-            raise ArtifactError(
-                f"the model's source changed: module {name} {what}",
-                where=name,
-                hint="compile the model again; with artifact=path this happens by itself",
-            )
+            why = f"the model's source changed: module {name} {what}"
+            raise ArtifactError(why, where=name, hint=AGAIN)
 
 
-def source_of_module(name: str) -> bytes | None:
+def _source_of_module(name: str) -> bytes | None:
     """The text of a module's file, whether it is imported or not; None where it is not found."""
-    main = sys.modules.get("__main__")
-    module = sys.modules.get(name)
-    file = getattr(module, "__file__", None)
-    script = getattr(main, "__file__", None)
+    script = getattr(sys.modules.get("__main__"), "__file__", None)
+    file = getattr(sys.modules.get(name), "__file__", None)
     try:
         if file is None and isinstance(script, str) and Path(script).stem == name:
             file = script
-        if file is None and module is None:
+        if file is None and name not in sys.modules:
             file = getattr(importlib.util.find_spec(name), "origin", None)
         return None if file is None else Path(file).read_bytes()
     except (ImportError, ValueError, OSError):

@@ -23,7 +23,6 @@ from piecework.runtime.store.entry import (
     QUARANTINE_DIRECTORY,
     CacheEntry,
     Identity,
-    place_of,
 )
 from piecework.runtime.store.factors import (
     FACTORS_NAME,
@@ -33,14 +32,11 @@ from piecework.runtime.store.factors import (
 )
 from piecework.runtime.store.files import (
     LOCKS_DIRECTORY,
-    TEMPORARY_PREFIX,
-    LockTimeout,
-    UnsafeFile,
+    Damaged,
     check_directory,
     read_regular,
     resolve_root,
 )
-from piecework.runtime.store.manifest import Damaged
 
 # A lock that nobody has taken for so long is nobody's.
 LOCK_AGE_SECONDS = 7 * 24 * 3600.0
@@ -88,17 +84,12 @@ class CollectionReport(NamedTuple):
     kept_bytes: int
 
 
-# --- what there is -----------------------------------------------------------------------------------
-
-
 def list_entries(root: str | os.PathLike[str]) -> tuple[EntrySummary, ...]:
     """All entries, the one used last first."""
-    real = resolve_root(root)
     found = []
-    for identity in _identities(real):
-        directory = real.joinpath(*identity.parts)
+    for identity, directory in _directories(resolve_root(root)):
         sizes = _file_sizes(directory)
-        artifacts = sum(1 for path in sizes if path.parent.name == ARTIFACTS_DIRECTORY)
+        artifacts = sum(path.parent.name == ARTIFACTS_DIRECTORY for path in sizes)
         try:
             last_used = os.lstat(directory / INDEX_NAME).st_mtime
         except OSError:
@@ -107,21 +98,20 @@ def list_entries(root: str | os.PathLike[str]) -> tuple[EntrySummary, ...]:
     return tuple(sorted(found, key=lambda entry: (-entry.last_used, str(entry.identity))))
 
 
-def _identities(real: Path) -> Iterator[Identity]:
+def _directories(real: Path) -> Iterator[tuple[Identity, Path]]:
     """The entries below a resolved root, by the names of their directories."""
     for path in sorted(real.glob("*/rank_*/*")):
         named = _ENTRY.fullmatch(path.relative_to(real).as_posix())
         linked = any(each.is_symlink() for each in (path, *path.parents[:2]))
         if named and path.is_dir() and not linked:
-            yield Identity(named[1], int(named[2]), int(named[3]), named[4])
+            yield Identity(named[1], int(named[2]), int(named[3]), named[4]), path
 
 
 def _file_sizes(directory: Path) -> dict[Path, int]:
     """Every plain file below ``directory`` with its size."""
     sizes: dict[Path, int] = {}
     for folder, _, names in os.walk(directory):
-        for name in names:
-            path = Path(folder, name)
+        for path in (Path(folder, name) for name in names):
             with contextlib.suppress(OSError):
                 info = os.lstat(path)
                 if stat.S_ISREG(info.st_mode):
@@ -137,15 +127,15 @@ def saved_keys(root: str | os.PathLike[str]) -> dict[str, KeyFactors]:
     real = resolve_root(root)
     found: dict[str, KeyFactors] = {}
     for entry in list_entries(real):
-        with contextlib.suppress(OSError, UnsafeFile, CacheError):
+        with contextlib.suppress(OSError, Damaged, CacheError):
             found.setdefault(entry.identity.key, _factors(real, entry.identity))
     return found
 
 
 def _factors(real: Path, identity: Identity) -> KeyFactors:
     """What an entry's key was made of."""
-    path = real.joinpath(*identity.parts) / FACTORS_NAME
-    factors = KeyFactors.from_json(read_regular(path, MAX_FACTORS_BYTES))
+    raw = read_regular(real / str(identity), FACTORS_NAME, MAX_FACTORS_BYTES)
+    factors = KeyFactors.from_json(raw)
     if factors.hash != identity.key:
         raise CacheError("its hash is not the name of the entry's directory")
     return factors
@@ -163,17 +153,17 @@ def nearest(
 
 
 def verify(root: str | os.PathLike[str], hmac_key: bytes | None = None) -> Verification:
-    """Check every byte of every entry against its index.
+    """Check every byte of every artifact.
 
     Args:
-        hmac_key: what the indices of signed entries must be signed with; None looks at no
+        hmac_key: what signed entries must be signed with; None looks at no
             signature.
     """
     real = resolve_root(root)
     findings: list[Finding] = []
     sizes: list[int] = []
-    identities = list(_identities(real))
-    for identity in identities:
+    entries = list(_directories(real))
+    for identity, directory in entries:
 
         @contextlib.contextmanager
         def noting(file: str, entry: str = str(identity)) -> Iterator[None]:
@@ -181,21 +171,21 @@ def verify(root: str | os.PathLike[str], hmac_key: bytes | None = None) -> Verif
                 yield
             except Damaged as damage:
                 findings.append(Finding(entry, damage.file, damage.reason))
-            except (OSError, UnsafeFile, CacheError) as error:
+            except (OSError, CacheError) as error:
                 findings.append(Finding(entry, file, str(error)))
 
-        if not (real.joinpath(*identity.parts) / INDEX_NAME).exists():
+        if not (directory / INDEX_NAME).exists():
             continue  # a writer was killed before it kept anything
         signed = False
         with noting(FACTORS_NAME):
             signed = "signing" in _factors(real, identity).groups
         entry = CacheEntry(real, identity, hmac_key=hmac_key if signed else None)
-        with noting(INDEX_NAME):
+        with noting("."):
             entry.check_directories()
-            for record in sorted({*entry.records().values()}):
-                with noting(place_of("", record)):
-                    sizes.append(len(entry.read(record)))
-    return Verification(len(identities), len(sizes), sum(sizes), tuple(findings))
+            for name in entry.names():
+                with noting(name):
+                    sizes.append(len(entry.read(name)))
+    return Verification(len(entries), len(sizes), sum(sizes), tuple(findings))
 
 
 # --- less of it --------------------------------------------------------------------------------------
@@ -211,30 +201,26 @@ def collect(
     """Remove entries unused for longer than ``max_age_s``, then the longest unused until
     ``max_bytes`` are left.
 
-    Also removes what only takes space: artifacts that no index names, files of killed writers,
-    locks that nobody uses, and what has been in quarantine for longer than ``max_age_s`` (or any
-    time).
+    Also removes what only takes space: locks that nobody uses, and what has been in quarantine for
+    longer than ``max_age_s`` (or any time).
 
     Raises:
         CacheError: the directory is unsafe, or cannot be changed.
     """
+    real, now = resolve_root(root), time.time()
+    entries = list_entries(real)
+    chosen: list[EntrySummary] = []
+    total, is_full = 0, False
+    for entry in entries:  # the one used last first: what is beyond the size goes
+        is_old = max_age_s is not None and now - entry.last_used > max_age_s
+        too_much = max_bytes is not None and total + entry.bytes > max_bytes
+        is_full = is_full or (not is_old and too_much)
+        if is_old or is_full:
+            chosen.append(entry)
+        else:
+            total += entry.bytes
     try:
-        real = resolve_root(root)
-        now = time.time()
-        entries = list_entries(real)
-        chosen: list[EntrySummary] = []
-        total, is_full = 0, False
-        for entry in entries:  # the one used last first: what is beyond the size goes
-            is_old = max_age_s is not None and now - entry.last_used > max_age_s
-            too_much = max_bytes is not None and total + entry.bytes > max_bytes
-            is_full = is_full or (not is_old and too_much)
-            if is_old or is_full:
-                chosen.append(entry)
-            else:
-                total += entry.bytes
         removed = [each for each in chosen if dry_run or _remove_entry(real, each.identity)]
-        kept = [each for each in entries if each not in removed]
-        inside = [size for each in kept for size in _sweep_entry(real, each.identity, dry_run)]
         aside = _sweep_aside(real, now, max_age_s, dry_run)
     except OSError as error:
         raise CacheError(
@@ -242,48 +228,31 @@ def collect(
             where=os.fspath(root),
             hint="is it read-only, or full of what another user wrote?",
         ) from error
+    kept = [each for each in entries if each not in removed]
     return CollectionReport(
         removed=tuple(str(each.identity) for each in removed),
         busy=tuple(str(each.identity) for each in chosen if each not in removed),
         removed_bytes=sum(each.bytes for each in removed),
-        leftover_files=len(aside) + len(inside),
-        leftover_bytes=sum(aside) + sum(inside),
+        leftover_files=len(aside),
+        leftover_bytes=sum(aside),
         kept_entries=len(kept),
-        kept_bytes=sum(each.bytes for each in kept) - sum(inside),
+        kept_bytes=sum(each.bytes for each in kept),
     )
 
 
 def _remove_entry(real: Path, identity: Identity) -> bool:
+    """Whether it could be removed: somebody may be changing it."""
     entry = CacheEntry(real, identity)
     try:
         with entry.changing(0.0):
             (entry.directory / INDEX_NAME).unlink(missing_ok=True)  # with it the entry is gone
             shutil.rmtree(entry.directory, ignore_errors=True)
-    except (LockTimeout, UnsafeFile):
+    except (TimeoutError, Damaged):
         return False
     for parent in entry.directory.parents[:2]:
         with contextlib.suppress(OSError):  # other ranks or tags are still in it
             os.rmdir(parent)
     return True
-
-
-def _sweep_entry(real: Path, identity: Identity, dry_run: bool) -> list[int]:
-    """Remove what an index does not need; the sizes. An entry in use, or damaged, is left alone."""
-    entry = CacheEntry(real, identity)
-    try:
-        with entry.changing(0.0):
-            needed = {entry.directory / place_of(*each) for each in entry.records().items()}
-            found = {
-                path: size
-                for path, size in _file_sizes(entry.directory).items()
-                if path.name.startswith(TEMPORARY_PREFIX)
-                or (path.parent.name == ARTIFACTS_DIRECTORY and path not in needed)
-            }
-            for path in () if dry_run else found:
-                path.unlink(missing_ok=True)
-    except (LockTimeout, UnsafeFile, Damaged):
-        return []
-    return list(found.values())
 
 
 def _sweep_aside(real: Path, now: float, max_age_s: float | None, dry_run: bool) -> list[int]:

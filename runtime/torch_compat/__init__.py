@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from piecework.runtime.torch_compat.code.artifact import *
 from piecework.runtime.torch_compat.code.inductor import *
-from piecework.runtime.torch_compat.code.kernels import *
 from piecework.runtime.torch_compat.code.saved_code import *
 from piecework.runtime.torch_compat.dictionaries import *
 from piecework.runtime.torch_compat.distributed import *

@@ -1,10 +1,10 @@
-"""Operators in torch's registry: whose one is, and which Python functions stand behind it."""
+"""Operators in torch's registry: whose one is, which Python functions stand behind it, and whether they are still the same."""
 
 from __future__ import annotations
 
+import inspect
 import types
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sized
 
 import torch
 from torch._library.custom_ops import OPDEFS
@@ -12,27 +12,12 @@ from torch._library.simple_registry import singleton
 from torch._ops import OpOverload
 
 from piecework.code_objects import cells_of
-from piecework.runtime.torch_compat.code.kernels import custom_op_function
 
 _OF_TORCH = frozenset(
     {"aten", "prims", "prim", "inductor", "quantized", "_c10d_functional", "c10d_functional"}
 )
 # Of those, the ones to which torch itself adds nothing from Python.
 _ONLY_CPP = frozenset({"aten", "prim", "quantized"})
-_KEYS = (
-    "CompositeExplicitAutograd",
-    "CompositeExplicitAutogradNonFunctional",
-    "CompositeImplicitAutograd",
-    "Meta",
-)
-
-
-@dataclass(frozen=True, slots=True)
-class PythonKernels:
-    """The Python functions of an operator: its fake implementation (None if there is none to be seen), and its bodies by device."""
-
-    fake: Callable[..., object] | None = None
-    bodies: dict[str, Callable[..., object]] = field(default_factory=dict)
 
 
 def is_torch_operator(op: OpOverload) -> bool:
@@ -45,32 +30,60 @@ def is_torch_operator(op: OpOverload) -> bool:
     return f"{op._schema.name}{overload}" not in torch.library._defs
 
 
-def kinds_of_kernels(op: OpOverload) -> list[str]:
-    """The dispatch keys, of those that decide how ``op`` is traced, that have a kernel."""
-    name = op.name()
-    return [key for key in _KEYS if torch._C._dispatch_has_kernel_for_dispatch_key(name, key)]
-
-
-def python_kernels(op: OpOverload) -> PythonKernels:
-    """The functions given to ``torch.library.custom_op`` and ``register_fake``; those given to ``Library.impl`` can't be found."""
+def fake_of(op: OpOverload) -> Callable[..., object] | None:
+    """The function given to ``register_fake``, without torch's own wrapper, which remembers whether it was called; None if there is none to be seen."""
     defined = OPDEFS.get(op._schema.name)
-    if defined is not None:
-        bodies = {str(k): custom_op_function(v) for k, v in defined._backend_fns.items()}
-        bodies["as defined"] = defined._init_fn
-        return PythonKernels(_unwrapped(defined._abstract_fn), bodies)
-    return PythonKernels(_unwrapped(_registered_fake(op)))
-
-
-def _registered_fake(op: OpOverload) -> Callable[..., object] | None:
     kernel = getattr(singleton.find(op._schema.name).fake_impl, "kernel", None)
-    return getattr(kernel, "func", None)
-
-
-def _unwrapped(fake: Callable[..., object] | None) -> Callable[..., object] | None:
-    """The function that was registered, inside torch's own wrapper, which remembers whether it was called."""
+    fake = getattr(kernel, "func", None) if defined is None else defined._abstract_fn
     if isinstance(fake, types.FunctionType) and fake.__module__ == "torch.library":
         return cells_of(fake).get("func", fake)  # type: ignore[return-value]
     return fake
+
+
+def registered_kernels() -> Sized:
+    """A collection that grows when ``torch.library`` registers a kernel."""
+    return torch.library._impls
+
+
+def kernel_table(name: str) -> str:
+    """The dispatcher's table of operator ``ns::op.overload``, as text to compare."""
+    return torch._C._dispatch_dump(name)
+
+
+def custom_op_kernel(name: str, device_type: str) -> Callable[..., object] | None:
+    """What a ``torch.library.custom_op`` runs for plain tensors on ``device_type``, with the wrappers around it; None for any other operator.
+
+    It is looked up afresh, so that two results tell whether the kernel was replaced or disabled meanwhile.
+    """
+    definition = OPDEFS.get(name)
+    if definition is None or not definition._backend_fns:
+        return None
+    kernels = definition._backend_fns
+    key = device_type if device_type in kernels else None
+    if key in definition._disabled_kernel:
+        return definition._init_fn
+    return kernels.get(key)
+
+
+def custom_op_function(kernel: Callable[..., object]) -> Callable[..., object]:
+    """The user's function inside a result of `custom_op_kernel`."""
+    return inspect.unwrap(_innermost(kernel))
+
+
+def _innermost(function: Callable[..., object]) -> Callable[..., object]:
+    """The function that ``CustomOpDef.register_kernel`` wrapped: its wrappers close over it as ``fn``."""
+    seen = 0
+    while isinstance(function, types.FunctionType) and seen < 4:
+        inner = cells_of(function).get("fn")
+        if not callable(inner):
+            return function
+        if function.__module__ not in ("torch._library.custom_ops", *_DISABLED_BY):
+            return function
+        function, seen = inner, seen + 1
+    return function
+
+
+_DISABLED_BY = ("torch._compile", "torch._dynamo.eval_frame", "torch._dynamo.decorators")
 
 
 def shares_memory(args: tuple[object, ...], kwargs: dict[str, object], result: object) -> bool:

@@ -115,21 +115,19 @@ def _precisions() -> Iterator[tuple[str, object]]:
             yield f"fp32 precision {name}".strip(), "ieee" if found == "none" else found
 
 
-def _loaded(name: str, every: bool) -> ModuleType | None:
-    """A module of torch; unless ``every``, only if it is loaded: nobody has changed what is not."""
-    if not every:
-        return sys.modules.get(name)
+def _module(name: str) -> ModuleType | None:
+    """A module of torch, where this one has it."""
     try:
         return importlib.import_module(name)
     except ImportError:
         return None
 
 
-def global_passes(*, every: bool = True) -> dict[str, object]:
-    """Code that somebody has put into torch's own configurations or registered with Inductor, by place; ``every`` as in `torch_options`."""
+def global_passes() -> dict[str, object]:
+    """Code that somebody has put into torch's own configurations or registered with Inductor, by place."""
     found: dict[str, object] = {}
     for module, slots in _PASS_SLOTS.items():
-        config = _loaded(module, every)
+        config = _module(module)
         entries = getattr(config, "_config", {})
         for slot in slots:
             value, entry = getattr(config, slot, None), entries.get(slot)
@@ -169,16 +167,12 @@ def _is_of_torch(function: object) -> bool:
     return str(getattr(inner, "__module__", "torch")).partition(".")[0] in own
 
 
-def torch_options(*, every: bool = True) -> tuple[dict[str, object], dict[str, object]]:
-    """What torch's configurations hold that its own cache keys count, whatever set it: all of it, and what is not at its default.
-
-    Args:
-        every: import those that are not loaded yet, which takes a second; what is not loaded has no option that is not at its default.
-    """
+def torch_options() -> tuple[dict[str, object], dict[str, object]]:
+    """What torch's configurations hold that its own cache keys count, whatever set it: all of it, and what is not at its default."""
     found: dict[str, object] = {}
     changed: dict[str, object] = {}
     for name in _CONFIGURATIONS:
-        module = _loaded(name, every)
+        module = _module(name)
         for option, value in ({} if module is None else _options_of(module)).items():
             full = f"{name.removeprefix('torch.')}.{option}"
             found[full] = value

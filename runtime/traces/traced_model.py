@@ -20,7 +20,6 @@ from piecework.errors import (
     InputError,
     PieceCompileError,
     StaticGraphError,
-    Unidentifiable,
 )
 from piecework.runtime import torch_compat
 from piecework.runtime.call.edited import EditedSource, check_edited
@@ -31,7 +30,6 @@ from piecework.runtime.observe.dump import generated_sources
 from piecework.runtime.pieces.backend import PieceworkBackend
 from piecework.runtime.pieces.compilation import Trace, require_registered
 from piecework.runtime.pieces.program import Program
-from piecework.runtime.store.surroundings import settings_factors
 from piecework.runtime.trace.every_size import EverySize, NotAdmitted
 from piecework.runtime.trace.layers import RepeatedLayers
 from piecework.runtime.trace.one_trace import trace_once
@@ -63,7 +61,6 @@ class TracedModel:
         backend: made the program.
         program: what was compiled and emitted.
         entry: the emitted function behind a call.
-        settings: how torch was set; None where that has no stable form.
         static: the static graphs, after `capture_graphs`.
         call: what serves a call.
     """
@@ -73,7 +70,6 @@ class TracedModel:
     backend: PieceworkBackend
     program: Program
     entry: Entry
-    settings: dict[str, str] | None
     static: CapturedModel | None = None
     call: Callable[..., object] = field(init=False)
 
@@ -287,10 +283,6 @@ def trace_model(
         PieceworkError: as ``piecework.compile``.
     """
     backend = new_backend()
-    try:
-        settings: dict[str, str] | None = settings_factors()
-    except Unidentifiable:
-        settings = None
     require_registered(backend.declared_ops)  # before a trace that may take long
     require_fitting(model, args, kwargs)
     backend.compiler_manager.begin()
@@ -322,7 +314,7 @@ def trace_model(
             entry = Entry(traced.closed(), program, as_it_is)
             if backend.compiler_manager.cache is not None:
                 backend.compiler_manager.cache.write_entry(entry.source.code)
-            return TracedModel(model, as_it_is, backend, program, entry, settings)
+            return TracedModel(model, as_it_is, backend, program, entry)
     raise _clearest(failures)
 
 

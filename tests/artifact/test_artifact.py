@@ -22,11 +22,10 @@ from torch import nn
 
 import piecework
 from piecework.errors import ArtifactError, BindError, ConfigError, InputError, PieceworkError
-from piecework.runtime.artifact import fit
+from piecework.runtime.artifact import program
 from piecework.runtime.counters import counters
-from piecework.runtime.store import manifest, surroundings
-from piecework.runtime.store.folder import open_folder, write_folder
-from piecework.runtime.store.manifest import decode, encode
+from piecework.runtime.store import folder, surroundings
+from piecework.runtime.store.folder import decode, encode, open_folder, write_folder
 
 EAGER = piecework.CompilationConfig(backend="eager")
 SCRIPT = Path(__file__).with_name("artifact_model.py")
@@ -430,9 +429,8 @@ def test_another_process_needs_no_compiler_and_no_cache(tmp_path: Path) -> None:
             lambda m: setattr(m.layers[1], "factor", 0.25),
             r"layers\.1\.factor was 0\.5 and is 0\.25",
         ),
-        (lambda m: m.layers[1].train(), r"train"),
         (lambda m: m.layers.append(Layer().eval()), r"modules"),
-        (lambda m: m.layers.__setitem__(0, nn.Identity()), r"Identity"),
+        (lambda m: m.layers.__setitem__(0, nn.Identity()), "is not in the model"),
         (lambda m: m.double(), r"dtype torch\.float64"),
         (
             lambda m: setattr(m.layers[0].linear, "weight", nn.Parameter(torch.randn(8, 8).t())),
@@ -550,7 +548,7 @@ def test_code_that_is_not_in_its_file_is_told_by_what_it_runs(
 
 
 def test_another_operator_is_refused(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fit, "_identity", lambda op: "another" if "mix" in str(op) else "")
+    monkeypatch.setattr(program, "_identity", lambda op: "another" if "mix" in str(op) else "")
     assert "artifact_test.mix" in refusal(artifact, made())
 
 
@@ -692,17 +690,17 @@ def test_a_model_on_the_cpu_does_not_ask_for_a_gpu(
 def test_code_for_a_gpu_needs_one_of_its_kind(
     monkeypatch: pytest.MonkeyPatch, saved: str, fits: bool
 ) -> None:
-    here = surroundings.surroundings(settings=surroundings.settings_factors(every=False))
+    here = surroundings.machine()
     needed = {**here, "device": {**here["device"], "cuda": saved}}
     with pytest.raises(ArtifactError, match=f"cuda {saved}, this machine lacks"):
-        surroundings.require_same_surroundings(needed)
+        surroundings.require_same_machine(needed)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda at: [(8, 0), (9, 0)][at])
     refused = contextlib.nullcontext() if fits else pytest.raises(ArtifactError, match=saved)
     with refused:
-        surroundings.require_same_surroundings(needed)
+        surroundings.require_same_machine(needed)
 
 
 def test_other_settings_of_torch_are_refused(
@@ -715,11 +713,9 @@ def test_other_settings_of_torch_are_refused(
         torch.use_deterministic_algorithms(False)
     torch.set_default_dtype(torch.float64)
     try:
-        assert "default dtype" in refusal(artifact, made().float())
+        assert "default_dtype" in refusal(artifact, made().float())
     finally:
         torch.set_default_dtype(torch.float32)
-    monkeypatch.setenv("TORCHINDUCTOR_MAX_AUTOTUNE", "1")
-    assert "TORCHINDUCTOR_MAX_AUTOTUNE" in refusal(artifact, made())
 
 
 # --- what is not saved --------------------------------------------------------------------------------------
@@ -830,7 +826,7 @@ SPOILT: dict[str, tuple[Callable[[Path], object], str]] = {
     "damage": (lambda path: next(path.glob("*/state.*")).write_bytes(b"x"), "SHA-256"),
     "older pieces": (
         lambda path: rewritten(
-            path, lambda f: f["surroundings"]["versions"].update({"piecework sources": "older"})
+            path, lambda f: f["machine"]["versions"].update({"piecework sources": "older"})
         ),
         "piecework sources older",
     ),
@@ -858,7 +854,7 @@ def test_a_path_that_can_not_be_written_is_said_and_the_model_is_compiled(
     def refusing(*_: object, **__: object) -> bytes:
         raise OSError(errno.ENOSPC, "full")
 
-    monkeypatch.setattr(manifest, "write_atomic", refusing)
+    monkeypatch.setattr(folder, "write_atomic", refusing)
     model, x = made(), torch.randn(3, 8)
     stitched = piecework.compile(model, (x,), config=EAGER, artifact=tmp_path / "a")
     assert torch.equal(stitched(x), model(x))
@@ -866,7 +862,7 @@ def test_a_path_that_can_not_be_written_is_said_and_the_model_is_compiled(
 
 
 def test_what_was_set_to_the_words_for_unset_was_set():
-    here = surroundings.surroundings(settings=surroundings.settings_factors(every=False))
+    here = surroundings.machine()
     saved = {**here, "versions": {**here["versions"], "made up": "not set"}}
     with pytest.raises(ArtifactError, match="with made up not set, and here it is not set"):
-        surroundings.require_same_surroundings(saved)
+        surroundings.require_same_machine(saved)

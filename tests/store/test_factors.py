@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from piecework.errors import CacheError
 from piecework.runtime.store.factors import KeyFactors
 from piecework.runtime.store.surroundings import (
-    environment_factors,
     host_factors,
     source_factors,
     tree_digest,
@@ -77,31 +76,6 @@ def test_a_difference_in_words(before: str | None, after: str | None, said: str)
 def test_not_a_file_of_factors(raw: bytes) -> None:
     with pytest.raises(CacheError):
         KeyFactors.from_json(raw)
-
-
-# --- environment -------------------------------------------------------------------------------
-
-
-def test_environment_allow_list() -> None:
-    environ = {
-        "PATH": "/bin",
-        "HOME": "/home/somebody",
-        "TORCHINDUCTOR_MAX_AUTOTUNE": "1",
-        "TORCHINDUCTOR_SOMETHING_NEW": "1",
-        "TORCHINDUCTOR_CACHE_DIR": "/tmp/x",
-        "TORCHINDUCTOR_FX_GRAPH_CACHE": "0",
-        "TORCHINDUCTOR_COMPILE_THREADS": "1",
-        "TORCHINDUCTOR_CUTLASS_DIR": "/opt/cutlass",
-        "TORCHINDUCTOR_WORKER_START": "fork",
-        "TRITON_CACHE_DIR": "/tmp/y",
-        "TRITON_DEFAULT_FP_FUSION": "0",
-        "MY_KERNELS": "fast",
-    }
-    assert environment_factors(environ) == {
-        "TORCHINDUCTOR_MAX_AUTOTUNE": "1",
-        "TORCHINDUCTOR_SOMETHING_NEW": "1",
-        "TRITON_DEFAULT_FP_FUSION": "0",
-    }
 
 
 # --- sources -------------------------------------------------------------------------------------

@@ -151,7 +151,7 @@ def test_directory_of_another_user_is_refused(tmp_path: Path) -> None:
         open_entry(root, FACTORS)
     os.chown(root, 0, -1)
     os.chown(tmp_path, 65534, -1)
-    with pytest.raises(CacheError, match="in a directory of another user"):
+    with pytest.raises(CacheError, match="through another user"):
         open_entry(root, FACTORS)
     os.chown(tmp_path, 0, -1)
     assert open_entry(root, FACTORS).get("a") == b"data"
@@ -235,13 +235,14 @@ def test_root_that_is_a_file(tmp_path: Path) -> None:
         open_entry(tmp_path / "file" / "below", FACTORS)
 
 
-def test_default_root() -> None:
-    home = Path.home()
-    assert default_root({}) == home / ".cache" / "piecework"
-    assert default_root({"XDG_CACHE_HOME": "/x"}) == Path("/x/piecework")
-    assert default_root({"XDG_CACHE_HOME": "relative"}) == home / ".cache" / "piecework"
-    both = {"XDG_CACHE_HOME": "/x", "PIECEWORK_CACHE_DIR": "/y"}
-    assert default_root(both) == Path("/y")
-    assert default_root({"PIECEWORK_CACHE_DIR": "", "XDG_CACHE_HOME": ""}) == (
-        home / ".cache" / "piecework"
-    )
+def test_default_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    home = Path.home() / ".cache" / "piecework"
+    for chosen, xdg, expected in (
+        ("", "", home),
+        ("", "/x", Path("/x/piecework")),
+        ("", "relative", home),
+        ("/y", "/x", Path("/y")),
+    ):
+        monkeypatch.setenv("PIECEWORK_CACHE_DIR", chosen)
+        monkeypatch.setenv("XDG_CACHE_HOME", xdg)
+        assert default_root() == expected

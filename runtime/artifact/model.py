@@ -1,0 +1,516 @@
+"""Stitched models as directories, written whole or not at all, and bound to the weights of a model
+of another process.
+
+What can't be told again in another process is refused by name when a model is saved; what is not as
+it was then is refused, with the first difference, when it is loaded. No weight is written, and
+loading traces, compiles and runs nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.fx
+from torch.utils import _pytree as pytree
+
+from piecework.codegen.entry.plan import Symbol
+from piecework.codegen.split.split import SplittingOp, SplittingOps
+from piecework.collector import collector_paused
+from piecework.errors import ArtifactError, BindError, CaptureError
+from piecework.runtime import torch_compat
+from piecework.runtime.artifact.pieces import PieceLoader
+from piecework.runtime.artifact.program import (
+    EDITED,
+    ENTRY,
+    GRAPHS,
+    STATE,
+    loaded_program,
+    operators,
+    require_same_operators,
+    saved_program,
+)
+from piecework.runtime.artifact.values import MAX_TENSOR, from_bytes, to_bytes
+from piecework.runtime.call.entry import Entry
+from piecework.runtime.compilers.inductor import InductorStandaloneAdaptor
+from piecework.runtime.compilers.interface import EagerAdaptor
+from piecework.runtime.config.compilation import CompilationConfig, RuntimeConfig
+from piecework.runtime.pieces.program import timed
+from piecework.runtime.store.files import signing_key
+from piecework.runtime.store.folder import (
+    PARTS,
+    Folder,
+    Place,
+    directory_of,
+    open_folder,
+    part_folder,
+    write_folder,
+)
+from piecework.runtime.store.surroundings import (
+    is_foreign,
+    machine,
+    require_same_machine,
+    require_same_sources,
+    source_factors,
+)
+from piecework.runtime.trace.assumptions import Assumptions
+from piecework.runtime.trace.one_trace import ModelTrace
+from piecework.runtime.trace.sizes import SizePolicy
+from piecework.runtime.trace.writes import mutations_in
+from piecework.runtime.traces.traced_model import NewBackend, TracedModel
+from piecework.runtime.watch.places import LookUps
+from piecework.runtime.watch.reachable import modules_of, own_tensors, tensors_of
+from piecework.runtime.watch.state import SavedState, TracedState
+from piecework.runtime.watch.values import Places, code_digest, import_starts
+from piecework.runtime.watch.weights import BoundWeights, Weight
+
+_HINT = "load it with the model that it was saved of, or compile again: with artifact=path this happens by itself"
+#: What of a configuration says where and how fast to compile.
+_NO_EFFECT = frozenset({"cache_dir", "debug_dump_path", "compile_workers"})
+
+
+# --- how it was made ---------------------------------------------------------------------------------
+
+
+def made_with(
+    config: CompilationConfig,
+    runtime_config: RuntimeConfig | None,
+    splitting_ops: Sequence[SplittingOp] | None,
+    sizes: SizePolicy | None,
+    kept: Mapping[str, object] | None,
+) -> dict[str, object]:
+    """How a module was made, as JSON data: one that is made by the same data does the same.
+
+    Raises:
+        ArtifactError: the configuration holds code.
+    """
+    try:
+        data: dict[str, object] = json.loads(config.model_dump_json())
+        problem = "" if CompilationConfig(**data) == config else "it reads back as another one"
+    except Exception as error:  # noqa: BLE001 - pydantic and codecs raise anything
+        problem = str(error)
+    if problem:
+        raise ArtifactError(
+            f"the configuration can't be written down: {problem}",
+            where="config",
+            hint="leave passes and other objects out of it, or name them as text",
+        )
+    return {
+        "config": data,
+        "runtime config": runtime_config and json.loads(runtime_config.model_dump_json()),
+        "splitting ops": (
+            None if splitting_ops is None else list(SplittingOps(splitting_ops).declared)
+        ),
+        "sizes": None if sizes is None else type(sizes).__name__,
+        "kept": None if kept is None else dict(kept),
+    }
+
+
+def require_made_so(saved: Mapping[str, object], wanted: Mapping[str, object]) -> None:
+    """Raise `ArtifactError` where an artifact was made with other settings than are wanted."""
+    before, now = _flat(saved, wanted), _flat(wanted, wanted)
+    for name in sorted(before.keys() | now.keys()):
+        if before.get(name) != now.get(name):
+            raise ArtifactError(
+                f"the artifact was made with {name} {before.get(name)!r}, and {now.get(name)!r} is wanted",
+                where=name,
+                hint="give it a directory of its own, or leave it as it was",
+            )
+
+
+def _flat(facts: Mapping[str, object], fields: Iterable[str]) -> dict[str, object]:
+    """``fields`` of ``facts``, those of configurations one by one, without what has no effect."""
+    found: dict[str, object] = {}
+    for name in fields:
+        value = facts.get(name)
+        if isinstance(value, dict):
+            found |= {f"{name} {k}": each for k, each in value.items() if k not in _NO_EFFECT}
+        else:
+            found[name] = value
+    return found
+
+
+def _processes() -> dict[str, int]:
+    """This process among those that run one model together."""
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return {"rank": 0, "world": 1}
+    return {"rank": distributed.get_rank(), "world": distributed.get_world_size()}
+
+
+def files_of(classes: Iterable[type]) -> set[str]:
+    """The files of the modules that define classes."""
+    modules = (sys.modules.get(each.__module__) for each in classes)
+    files = (getattr(each, "__file__", None) for each in modules)
+    return {file for file in files if isinstance(file, str)}
+
+
+def _partition(tensors: Sequence[torch.Tensor]) -> tuple[int, ...]:
+    """A number per tensor, equal for those in one memory."""
+    stores = [torch_compat.storage_id(each) for each in tensors]
+    return tuple(map(stores.index, stores))
+
+
+# --- saving ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A stitched module that is saved, alone or with others.
+
+    Attributes:
+        model: what it was made of.
+        traces: its traces.
+        settings: what the manifest says of how they were made, as JSON data.
+    """
+
+    model: Any
+    traces: Sequence[TracedModel]
+    settings: Mapping[str, object]
+
+
+def write_model(
+    place: Place, part: Part, *, key_file: str | os.PathLike[str] | None = None
+) -> None:
+    """Write a stitched module to a directory, in place of an artifact that is there.
+
+    Args:
+        key_file: the secret that signs the manifest; `piecework.runtime.store.files.signing_key`.
+
+    Raises:
+        ArtifactError: something can't be told again in another process, or the directory can't be
+            written.
+    """
+    files: dict[str, bytes] = {}
+    graphs: list[torch.fx.GraphModule] = []
+    _write(place, files, _facts(part, files, "", graphs), graphs, key_file)
+
+
+def write_together(
+    place: Place,
+    parts: Sequence[Part],
+    settings: Mapping[str, object],
+    values: Mapping[str, object],
+    *,
+    key_file: str | os.PathLike[str] | None = None,
+) -> None:
+    """The same of several modules that serve one model: their pieces are written once.
+
+    Args:
+        settings: what the manifest says of all of them.
+        values: further values by the names of their files, as `to_bytes` takes them.
+    """
+    files = {name: to_bytes(value, name) for name, value in values.items()}
+    graphs: list[torch.fx.GraphModule] = []
+    rows = [_facts(each, files, part_folder(i), graphs) for i, each in enumerate(parts)]
+    _write(place, files, {**settings, PARTS: rows}, graphs, key_file)
+
+
+def _write(
+    place: Place,
+    files: Mapping[str, bytes],
+    facts: Mapping[str, object],
+    graphs: Sequence[torch.fx.GraphModule],
+    key_file: str | os.PathLike[str] | None,
+) -> None:
+    whole = {**facts, "machine": machine(*graphs), "processes": _processes()}
+    write_folder(directory_of(place), files, json.loads(json.dumps(whole)), signing_key(key_file))
+
+
+def _facts(
+    part: Part, files: dict[str, bytes], prefix: str, graphs: list[torch.fx.GraphModule]
+) -> dict[str, object]:
+    """What the manifest says of a module; its files and graphs are added to those given."""
+    rows, own = [], []
+    for number, trace in enumerate(part.traces):
+        _require_savable(trace)
+        program, edited, folder = trace.program, trace.entry.edited, f"{prefix}trace_{number}/"
+        saved = _saved(trace, files, folder)
+        files[f"{folder}{STATE}"] = to_bytes(saved, "what the trace took for given")
+        files[f"{folder}{ENTRY}"] = trace.entry.source.code.encode()
+        row: dict[str, object] = {"edited": None}
+        if edited is not None:
+            files[f"{folder}{EDITED}"] = edited.code.encode()
+            why = edited.difference
+            row["edited"] = f"differs from the graph: {why}" if why else "proved to mean the graph"
+        items = tuple((i.submod_name, i.graph_id, i.is_splitting_graph) for i in program.items)
+        pickled = torch_compat.graphs_to_bytes(program.graph, program.split_gm, items)
+        if pickled is not None:  # else captures must compile again
+            files[f"{folder}{GRAPHS}"] = pickled
+        rows.append({**row, "graphs": pickled is not None})
+        own.append(program.graph)
+        own += [backend.graph for backend in program.backends.values() if backend.graph]
+        own += [item.graph for item in program.items]
+    graphs += own
+    states = [trace.entry.weights.state for trace in part.traces]
+    traced = {each.co_filename for state in states for each in state.code}
+    classes = {type(each) for _, root in modules_of(part.model) for each in root.modules()}
+    classes.update(each for state in states for each in state.classes.classes)
+    return {
+        **part.settings,
+        "sources": source_factors(filter(os.path.isfile, {*traced, *files_of(classes)})),
+        "operators": operators(own),
+        "traces": rows,
+    }
+
+
+def _require_savable(trace: TracedModel) -> None:
+    config, compiler = trace.program.config, trace.backend.compiler_manager.compiler
+    weights = trace.entry.weights
+    inner = next((each for each in weights.traced if each.inner), None)
+    for wrong, what in (
+        (
+            type(compiler) not in (EagerAdaptor, InductorStandaloneAdaptor),
+            f"compiler {trace.program.compiler!r}, which is neither inductor nor eager,",
+        ),
+        (config.use_inductor_graph_partition, "use_inductor_graph_partition"),
+        (not trace.entry.made.plan.checks, "stitching_config.check_inputs=False"),
+        (inner is not None, f"weight {inner and inner.path}, which is a tensor of several,"),
+    ):
+        if wrong:
+            raise ArtifactError(
+                f"a model that was compiled with {what} can't be saved",
+                where=what,
+                hint="leave it out, or compile the model in each process",
+            )
+    state = weights.state
+    methods = state.classes.digests().values()
+    compared = {text.split()[-1] for each in methods for text in each.values()}
+    compared.update(each.text.split()[-1] for each in state.plain.values if each.text)
+    for each in state.code:
+        in_file = os.path.isfile(each.co_filename) or not is_foreign(each.co_filename)
+        of_python = "__create_fn__" in each.co_qualname or "_tuple_new" in each.co_names
+        if not (in_file or of_python or code_digest(each) in compared):
+            raise ArtifactError(
+                f"the trace went through {each.co_qualname}, whose source is in no file",
+                where=each.co_filename,
+                hint="put it into a module",
+            )
+
+
+def _saved(trace: TracedModel, files: dict[str, bytes], folder: str) -> dict[str, object]:
+    """A trace as values for `to_bytes`; its texts are added to ``files``."""
+    program, entry, captured = trace.program, trace.entry, trace.entry.captured
+    program.split_gm  # noqa: B018 - of a loaded program the graphs are read now
+    saved = saved_program(program, files, folder)
+    held = {torch_compat.storage_id(t) for _, t in tensors_of(trace.model).values()}
+    for each in (*saved["source"].consts, *saved["careful consts"]):
+        if isinstance(each, torch.Tensor) and (
+            torch_compat.storage_id(each) in held or each.nbytes > MAX_TENSOR
+        ):
+            raise ArtifactError(
+                "the stitching source holds a weight as a constant, and an artifact holds none",
+                hint="register it as a parameter or a buffer of the model",
+            )
+    weights, edited = entry.weights, entry.edited
+    indices = {each.path: i for i, each in enumerate(weights.traced)}
+    return {
+        "program": saved,
+        "made": replace(entry.made, source=replace(entry.source, code="")),
+        "inputs": [indices[i.path] if isinstance(i, Weight) else i for i in captured.inputs],
+        "weights": [*zip(weights.traced, weights.taken, weights.names(), strict=True)],
+        "memory": _memory(trace),
+        "state": _state(trace),
+        "symbols": captured.assumptions.names(),
+        "edited": None if edited is None else replace(edited, code=""),
+    }
+
+
+def _state(trace: TracedModel) -> SavedState:
+    """What the trace read, where it still holds and another process can compare it."""
+    weights, state = trace.entry.weights, trace.entry.weights.state
+    hint = "put it back, or compile the model again, and save then"
+    if changed := weights.change():
+        why = f"the model is not as it is bound: {changed.message}"
+        hint = changed.hint or "call rebind() first"
+    elif moved := state.difference():
+        why = f"the model is not as it was traced: {moved}"
+    elif hooks := state.global_hooks():
+        why = f"torch.nn.modules.module has {hooks}, which belong to this process"
+    elif state.plain.untold:
+        why = f"the trace relies on {state.plain.untold[0]}, which only this process can compare"
+        hint = "keep what the model computes with in attributes that are numbers, texts, functions or tensors"
+    else:
+        return state.saved()
+    raise ArtifactError(why, hint=hint)
+
+
+def _memory(trace: TracedModel) -> tuple[int, ...] | None:
+    """Which weights share memory, where that matters: the graph writes to one."""
+    split_gm, inputs = trace.program.split_gm, trace.entry.captured.inputs
+    nodes = split_gm.graph.find_nodes(op="placeholder")
+    pairs = zip(nodes, inputs, strict=True)
+    held = {node.name: each.path for node, each in pairs if isinstance(each, Weight)}
+    every = [item.submod_name for item in trace.program.items]
+    return _partition(trace.entry.weights.tensors) if mutations_in(split_gm, every, held) else None
+
+
+# --- loading -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Artifact:
+    """An artifact that fits this process, and the seconds that opening it took."""
+
+    folder: Folder
+    seconds: float
+
+    @classmethod
+    def open(cls, place: Place, key_file: str | os.PathLike[str] | None) -> Artifact:
+        """Verify an artifact and that it was made by, and for, what is here.
+
+        Raises:
+            ArtifactError: it is damaged, not to be trusted, or was made for something else; nothing
+                of it was unpickled, loaded or executed.
+        """
+        start = time.perf_counter()
+        folder = open_folder(directory_of(place), signing_key(key_file))
+        made_by = folder.facts.get("processes")
+        if made_by != _processes():
+            raise ArtifactError(
+                f"the artifact was made by process {made_by}, and this is {_processes()}",
+                hint="save an artifact on each rank, in a directory of its own",
+            )
+        require_same_machine(folder.table("machine"))  # type: ignore[arg-type]
+        return cls(folder, time.perf_counter() - start)
+
+    def parts(self) -> tuple[Artifact, ...]:
+        """One for each module, of an artifact of several that were saved together."""
+        found = self.folder.parts()
+        return tuple(Artifact(each, self.seconds / len(found)) for each in found)
+
+    def traces(
+        self,
+        model: Callable[..., object],
+        config: CompilationConfig,
+        new_backend: Callable[[], NewBackend],
+        as_it_is: Callable[..., object],
+    ) -> tuple[TracedModel, ...]:
+        """The traces, bound to ``model``.
+
+        Raises:
+            ArtifactError: the model is not the one that was saved, in its code, its settings or its
+                weights' signature.
+        """
+        require_same_operators(self.folder.table("operators"))
+        require_same_sources(self.folder.table("sources"))
+        loader = PieceLoader(self.folder.read)
+        rows = self.folder.facts.get("traces")
+        with collector_paused():
+            return tuple(
+                self._trace(f"trace_{n}/", loader, model, config, new_backend(), as_it_is)
+                for n in range(len(rows) if isinstance(rows, list) else 0)
+            )
+
+    def _trace(
+        self,
+        place: str,
+        loader: PieceLoader,
+        model: Callable[..., object],
+        config: CompilationConfig,
+        new_backend: NewBackend,
+        as_it_is: Callable[..., object],
+    ) -> TracedModel:
+        folder, phases = self.folder, {"read": self.seconds}
+        with timed(phases, "read"):
+            saved: Any = from_bytes(folder.read(f"{place}{STATE}"), f"{place}{STATE}")
+        with timed(phases, "check"):
+            weights = _weights(saved, model)
+        with timed(phases, "pieces"):
+            program = loaded_program(saved["program"], folder, place, loader, config, phases)
+        made, held = saved["made"], weights.tensors
+        source = replace(made.source, code=folder.text(f"{place}{ENTRY}"))
+        inputs = (
+            (
+                Weight(saved["weights"][each][0].path, held[each], saved["weights"][each][1])
+                if isinstance(each, int)
+                else each
+            )
+            for each in saved["inputs"]
+        )
+        captured = ModelTrace(
+            traced=lambda: program.graph,
+            inputs=tuple(inputs),
+            parameters=made.plan.parameters,
+            assumptions=_Assumptions(made.plan.symbols, made.plan.guards, saved["symbols"]),
+            weights=weights,
+            out_spec=pytree.tree_structure(None),
+            result=(),
+        )
+        entry = Entry(captured, program, as_it_is, replace(made, source=source))
+        if saved["edited"] is not None:
+            entry.edit(replace(saved["edited"], code=folder.text(f"{place}{EDITED}")))
+        backend = new_backend()
+        backend.adopt(program)
+        return TracedModel(model, as_it_is, backend, program, entry)
+
+
+class _Assumptions(Assumptions):
+    """What the trace assumed, as far as captures ask: the rest is in the entry's plan."""
+
+    def __init__(
+        self, symbols: tuple[Symbol, ...], guards: tuple[str, ...], names: Mapping[str, str]
+    ) -> None:
+        self._found, self._texts, self._names = symbols, guards, dict(names)
+
+    def symbols(self) -> tuple[Symbol, ...]:
+        return self._found
+
+    def guards(self) -> tuple[str, ...]:
+        return self._texts
+
+
+def _weights(saved: Mapping[str, Any], model: Callable[..., object]) -> BoundWeights:
+    """The model's weights, where they have the signatures that they had and what the trace read of
+    Python is as it was.
+    """
+    roots = modules_of(model)
+    held = {
+        f"{prefix}{name}": tensor for prefix, root in roots for name, tensor in own_tensors(root)
+    }
+    found = []
+    for was, way, _ in saved["weights"]:
+        tensor: Any = held.get(was.path)
+        if tensor is None and way:
+            tensor = LookUps({"local": {"model": model}}).at(Places().of(way))
+        here = isinstance(tensor, torch.Tensor)
+        difference = was.difference(tensor) if here else "is not in the model"
+        if difference:
+            raise ArtifactError(
+                f"weight {was.path} {difference}",
+                where="the weights' signature",
+                hint="load the weights as they were when the model was saved, or compile the model again",
+            )
+        found.append(Weight(was.path, tensor, way))
+    state = saved["state"]
+    try:
+        import_starts(state.values)
+        traced = TracedState.loaded(state, model)
+        changed = state.differences(model, traced.classes)
+        weights = None if changed else BoundWeights.of(model, roots, found, traced)
+    except ImportError as error:
+        raise ArtifactError(f"what the trace began at is not here: {error}", hint=_HINT) from error
+    except (BindError, CaptureError) as error:
+        raise ArtifactError(error.message, where=error.where, hint=error.hint) from error
+    if weights is None:
+        why = f"the model is not the one that was saved: when it was traced, {changed[0]}"
+        raise ArtifactError(why, hint=_HINT)
+    for (was, _, before), names in zip(saved["weights"], weights.names(), strict=True):
+        if names != before:
+            raise ArtifactError(
+                f"weight {was.path} has the names {', '.join(sorted(names))}; when the model was saved it had "
+                f"{', '.join(sorted(before))}",
+                hint="tie the weights that were tied (most models have tie_weights()), and no others",
+            )
+    if saved["memory"] is not None and _partition(weights.tensors) != saved["memory"]:
+        raise ArtifactError(
+            "the graph writes to weights, and others share memory now than when the model was saved",
+            hint=_HINT,
+        )
+    return weights
