@@ -67,15 +67,12 @@ class InputError(PieceworkError):
     """An input at run time breaks what the trace assumed of it.
 
     Attributes:
-        refused_by: the entry that looked at the arguments and refused them before anything ran; None for any other error.
-        outdated: the entry that refused a call before anything ran because something around it is not as it was traced: a
-            weight, an attribute, autocast; None for any other error.
+        refused_by: the entry that refused the call before anything ran; None for any other error.
         places: what another trace could serve: the arguments (numbers of flattened ones) and dimensions (None for
             a tensor's strides, identity or kind) whose sizes the trace does not allow; None if it is not about sizes.
     """
 
     refused_by: object = None
-    outdated: object = None
     places: frozenset[tuple[int, int | None]] | None = None
 
 

@@ -8,7 +8,6 @@ must be the same.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 from dataclasses import asdict, dataclass
@@ -30,17 +29,7 @@ _AGAIN = "compile the model again, into a new folder"
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What a folder was made from.
-
-    Attributes:
-        format: version of this layout.
-        model: the MODEL argument (relative to the folder for a config that was copied into it).
-        seed: of random weights.
-        config: `CompilationConfig` as JSON data.
-        torch: version of torch.
-        source_sha256: digest of the emitted source.
-        report: the compilation report as text.
-    """
+    """What a folder was made from: the MODEL argument (or the name of the config in the folder), the configuration as JSON data, the digest of the source."""
 
     format: int
     model: str
@@ -56,15 +45,13 @@ class Manifest:
 
 
 def check_output(directory: Path) -> None:
-    """Raise `UsageError` unless ``directory`` can be created or is an empty, writable folder."""
-    shown, parent = repr(str(directory)), directory.absolute().parent
-    if directory.exists() and not directory.is_dir():
-        raise UsageError(f"{shown} is not a folder")
-    if directory.exists() and any(directory.iterdir()):
+    """Raise `UsageError` unless ``directory`` can be created in a folder that there is, or is an empty, writable one."""
+    if directory.is_dir() and any(directory.iterdir()):
         hint = "give a new folder, or remove it first"
-        raise UsageError(f"folder {shown} is not empty", hint=hint)
-    if not parent.is_dir():
-        raise UsageError(f"there is no folder {str(parent)!r} to write into", hint="make it first")
+        raise UsageError(f"folder {str(directory)!r} is not empty", hint=hint)
+    if not directory.absolute().parent.is_dir():
+        missing = repr(str(directory.absolute().parent))
+        raise UsageError(f"there is no folder {missing} to write into", hint="make it first")
     require_writable(directory)
 
 
@@ -109,9 +96,6 @@ def save(
         for name, text in files.items():
             write_atomic(directory / name, text.encode(), 0o644)
     except OSError as error:
-        for name in files:
-            with contextlib.suppress(OSError):
-                (directory / name).unlink()
         raise UsageError(f"can't write folder {str(directory)!r}: {error.strerror}") from error
     return manifest
 
@@ -131,12 +115,11 @@ def read_manifest(directory: Path) -> Manifest:
         )
     try:
         manifest = Manifest(**json.loads(path.read_text(encoding="utf-8")))
-        problem = "" if manifest.format == FORMAT else f"it has format {manifest.format!r}"
+        if manifest.format != FORMAT:
+            raise ValueError(f"it has format {manifest.format!r}")
     except (OSError, ValueError, TypeError) as error:
-        problem = str(error)
-    if problem:
-        why = f"the manifest is damaged, or of another version: {problem}"
-        raise ArtifactError(why, where=path.name, hint=_AGAIN)
+        why = f"the manifest is damaged, or of another version: {error}"
+        raise ArtifactError(why, where=path.name, hint=_AGAIN) from error
     return manifest
 
 

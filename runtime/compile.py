@@ -5,13 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
-import torch.fx
-from torch.utils import _pytree as pytree
 
 from piecework.codegen.split.split import SplittingOp as SplittingOpLike
 from piecework.errors import ArtifactError, ConfigError, NotThereError, short_errors
@@ -21,14 +19,12 @@ from piecework.runtime.batch.sizes import require_positive_sizes
 from piecework.runtime.call.shared_module import require_model
 from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.config.elsewhere import where_it_goes
-from piecework.runtime.config.groups import CompilationMode, DynamicShapesType, RuntimeConfig
+from piecework.runtime.config.groups import CompilationMode, RuntimeConfig
 from piecework.runtime.model_tag import compilation_complete
 from piecework.runtime.splitting_op import registry
 from piecework.runtime.stitched import StitchedModule
 from piecework.runtime.store.folder import Place, directory_of, has_artifact
-from piecework.runtime.trace.dynamic_dims import unmarked_afterwards
 from piecework.runtime.trace.sizes import SizePolicy
-from piecework.runtime.traces.traces import inside
 
 _log = logging.getLogger(__name__)
 
@@ -79,17 +75,38 @@ def compile(
         >>> print(stitched.source.code)
         >>> stitched(torch.randn(7, 64))
     """
-    examples = (example_args, example_kwargs)
     made = compile_with_mode(
         model,
-        *(examples if artifact is None else ()),
+        *((example_args, example_kwargs) if artifact is None else ()),
         splitting_ops=splitting_ops,
         config=config,
         runtime_config=runtime_config,
         deferred=artifact is not None,
     )
     if artifact is not None:
-        _load_or_compile(made, artifact, key_file, (example_args, example_kwargs or {}))
+        args, kwargs = example_args, example_kwargs or {}
+        require_stitching(made.config)
+        if not (args or kwargs):
+            raise ConfigError(
+                "an artifact is made or loaded for example arguments, and there are none",
+                where="artifact",
+                hint="pass example_args",
+            )
+
+        def take(found: Artifact) -> None:
+            made.require_made_so(found, args, kwargs)
+            made.take(found)
+            if not made.accepts(*args, **kwargs):
+                raise ArtifactError(
+                    "no trace in it serves the example arguments",
+                    hint="it was saved for arguments of other kinds or sizes",
+                )
+
+        if not take_if_it_fits(artifact, key_file, take):
+            made.forget()
+            made.prepare(*args, **kwargs)
+            if made.traces:
+                keep(partial(made.save, artifact, key_file=key_file), artifact)
     if wanted := require_positive_sizes(sizes):
         made.trace_ahead(wanted)
     return made
@@ -125,7 +142,7 @@ def load(
             hint=f"{kept['load']}(path, model) loads it",  # type: ignore[index]
         )
     config, runtime, ops = facts["config"], facts["runtime config"], facts["splitting ops"]
-    made = ModeModule(
+    made = StitchedModule(
         torch_compat.original_of(model),
         splitting_ops=ops,  # type: ignore[arg-type]
         config=CompilationConfig.given(config, "config"),
@@ -133,39 +150,6 @@ def load(
     )
     made.take(found)
     return made
-
-
-def _load_or_compile(
-    made: StitchedModule,
-    path: Place,
-    key_file: str | os.PathLike[str] | None,
-    example: tuple[Sequence[object], Mapping[str, object]],
-) -> None:
-    """Load an artifact if it fits, else compile and save it."""
-    args, kwargs = example
-    require_stitching(made.config)
-    if not (args or kwargs):
-        raise ConfigError(
-            "an artifact is made or loaded for example arguments, and there are none",
-            where="artifact",
-            hint="pass example_args",
-        )
-
-    def take(found: Artifact) -> None:
-        made.require_made_so(found, args, kwargs)
-        made.take(found)
-        if not made.accepts(*args, **kwargs):
-            raise ArtifactError(
-                "no trace in it serves the example arguments",
-                hint="it was saved for arguments of other kinds or sizes",
-            )
-
-    if take_if_it_fits(path, key_file, take):
-        return
-    made.forget()
-    made.prepare(*args, **kwargs)
-    if made.traces:
-        keep(partial(made.save, path, key_file=key_file), path)
 
 
 def require_stitching(config: CompilationConfig | None) -> None:
@@ -241,18 +225,29 @@ def compile_with_mode(
         )
     if config.pass_config.fuse_attn_quant and splitting_ops is None:
         config = config.set_splitting_ops_for_v1(registry.names())
-    _require_arguments(example_args, example_kwargs)
+    named = example_kwargs is None or isinstance(example_kwargs, Mapping)
+    if not isinstance(example_args, (tuple, list)) or not named:
+        raise ConfigError(
+            "example_args is a tuple with one item per argument, and example_kwargs a dict of arguments by name",
+            where="example_args",
+            hint="a single argument x is passed as (x,)",
+        )
     made: StitchedModule
     if config.mode in _UNSTITCHED:
         made = UnstitchedModule(model, config)
     else:
         if config.mode is CompilationMode.DYNAMO_TRACE_ONCE:
-            _require_no_cuts(config, splitting_ops)
+            declared = config.splitting_ops if splitting_ops is None else splitting_ops
+            if declared and not config.use_inductor_graph_partition:
+                raise ConfigError(
+                    f"mode {config.mode} compiles the graph whole, and there are splitting ops",
+                    where="splitting_ops",
+                    hint="use PIECEWORK_COMPILE to cut there, or leave splitting_ops out",
+                )
             splitting_ops = splitting_ops or ()
-        # What torch.compile made of a model can't be traced; the model can.
-        original = torch_compat.original_of(model)
-        made = ModeModule(
-            original,
+        made = StitchedModule(
+            # What torch.compile made of a model can't be traced; the model can.
+            torch_compat.original_of(model),
             splitting_ops=splitting_ops,
             config=config,
             sizes=sizes,
@@ -281,140 +276,47 @@ def _require_dtype(model: Callable[..., object], name: str) -> None:
         )
 
 
-def _require_arguments(args: object, kwargs: object) -> None:
-    if not isinstance(args, (tuple, list)):
-        raise ConfigError(
-            f"example_args must be a tuple with one item per argument; got a {type(args).__qualname__}",
-            where="example_args",
-            hint="a single argument x is passed as (x,)",
-        )
-    named = isinstance(kwargs, Mapping) and all(isinstance(name, str) for name in kwargs)
-    if kwargs is not None and not named:
-        raise ConfigError(
-            f"example_kwargs must be a dict of arguments by name; got a {type(kwargs).__qualname__}",
-            where="example_kwargs",
-        )
-
-
-def _require_no_cuts(
-    config: CompilationConfig, splitting_ops: Sequence[SplittingOpLike] | None
-) -> None:
-    declared = config.splitting_ops if splitting_ops is None else splitting_ops
-    if declared and not config.use_inductor_graph_partition:
-        raise ConfigError(
-            f"mode {config.mode} compiles the graph whole, and there are splitting ops",
-            where="splitting_ops",
-            hint="use PIECEWORK_COMPILE to cut there, or leave splitting_ops out",
-        )
-
-
-class ModeModule(StitchedModule):
-    """A `StitchedModule` that is traced with the configured shape type."""
-
-    def _prepare(self, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-        """Compile with the configured shapes; then tell `set_on_compilation_complete`'s callback."""
-        with tracing_shapes(self.config.dynamic_shapes_config.type, (args, kwargs)):
-            super()._prepare(args, kwargs)
-        compilation_complete()
-
-
-@contextmanager
-def tracing_shapes(kind: DynamicShapesType, arguments: object) -> Iterator[None]:
-    """Trace with ``kind`` of symbols in the block.
-
-    Unbacked: the dimensions of ``arguments`` (a pytree) that are marked dynamic become unbacked; if nothing is marked, the
-    first dimension of each tensor does.
-    """
-    with ExitStack() as stack:
-        if kind is DynamicShapesType.BACKED_SIZE_OBLIVIOUS:
-            stack.enter_context(torch_compat.size_oblivious_tracing())
-        elif kind is DynamicShapesType.UNBACKED:
-            tensors = [t for t in pytree.tree_leaves(arguments) if isinstance(t, torch.Tensor)]
-            stack.enter_context(unmarked_afterwards(tensors))
-            _make_unbacked(tensors)
-        yield
-
-
-def _make_unbacked(tensors: Sequence[torch.Tensor]) -> None:
-    marked = any(torch_compat.marks_of(tensor) for tensor in tensors)
-    for tensor in tensors:
-        first = (0,) if tensor.dim() else ()
-        for dim in torch_compat.unmark_dynamic(tensor) if marked else first:
-            torch_compat.unbacked_mark(tensor, dim).put_on(tensor)
-
-
 class UnstitchedModule(StitchedModule):
-    """A model in a mode that stitches nothing: it is called like the others, and has no source and no pieces."""
+    """A model in a mode that stitches nothing, called like the others: it runs as it is, or as ``torch.compile`` has it, with all dimensions dynamic."""
 
     def __init__(self, model: Callable[..., object], config: CompilationConfig) -> None:
         super().__init__(model)  # its backend stays empty
         vars(self)["config"] = config
-        self._traces.missing = partial(_nothing_stitched, config)
-        self._marks: list[dict[str, object]] = []
-        self._serve_by(model if config.mode is CompilationMode.NONE else self._compile_and_call)
+        is_stock = config.mode is CompilationMode.STOCK_TORCH_COMPILE
+        self._serve_by(self._compile_and_call if is_stock else model)
 
     def prepare(self, *args: object, **kwargs: object) -> None:
-        """Under STOCK_TORCH_COMPILE keep the marks on these arguments for torch, which compiles at the first call."""
-        if self._call == self._compile_and_call:
-            leaves = pytree.tree_leaves((args, kwargs))
-            with tracing_shapes(self.config.dynamic_shapes_config.type, leaves):
-                self._marks = [dict(vars(t)) if isinstance(t, torch.Tensor) else {} for t in leaves]
+        """Nothing is made ahead: torch compiles at the first call."""
 
     def rebind(self) -> None:
         """Nothing is bound: the model's weights are read at each call."""
 
     def _compile_and_call(self, *args: object, **kwargs: object) -> object:
-        if (
-            self._traces.switched_off()
-        ):  # else the marks would be lost on a call that compiles nothing
+        """The first call of torch's own compilation."""
+        if self._switched_off():
             return self.model(*args, **kwargs)
-        kind = self.config.dynamic_shapes_config.type
-        leaves = pytree.tree_leaves((args, kwargs))
-        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-        with unmarked_afterwards(tensors), tracing_shapes(kind, leaves):
-            if len(self._marks) == len(leaves):
-                for leaf, marks in zip(leaves, self._marks, strict=True):
-                    if isinstance(leaf, torch.Tensor):
-                        vars(leaf).update(marks)
-            compiled = _stock(self.model, self.config, tensors)
-            result = compiled(*args, **kwargs)
-        # A retrace may come at any call.
-        if kind is DynamicShapesType.BACKED_SIZE_OBLIVIOUS:
-            compiled = inside(torch_compat.size_oblivious_tracing, compiled)
+        config = self.config
+        options = dict(config.inductor_compile_config) if config.backend == "inductor" else {}
+        # Dynamo caches by code object; one of its own keeps models independent of each other.
+        own = types.FunctionType(_call_model.__code__.replace(), _call_model.__globals__)
+        backend = config.init_backend()
+        compiled = partial(
+            torch.compile(own, backend=backend, dynamic=True, options=options or None), self.model
+        )
+        result = compiled(*args, **kwargs)
         self._serve_by(compiled)
         compilation_complete()
         return result
 
-    def __repr__(self) -> str:
-        """The model's name and the mode, in which nothing is stitched."""
-        return f"StitchedModule({type(self.model).__name__}, mode {self.config.mode}: not stitched)"
+    def _missing(self, what: str) -> NotThereError:
+        return NotThereError(
+            f"mode {self.config.mode} stitches nothing, so there is no {what}",
+            where="mode",
+            hint="use DYNAMO_TRACE_ONCE or PIECEWORK_COMPILE",
+        )
 
-
-def _nothing_stitched(config: CompilationConfig, what: str) -> NotThereError:
-    return NotThereError(
-        f"mode {config.mode} stitches nothing, so there is no {what}",
-        where="mode",
-        hint="use DYNAMO_TRACE_ONCE or PIECEWORK_COMPILE",
-    )
-
-
-def _stock(
-    model: Callable[..., object], config: CompilationConfig, tensors: Sequence[torch.Tensor]
-) -> Callable[..., object]:
-    """``torch.compile`` of ``model`` with the configured backend; all dimensions are dynamic unless some are marked."""
-    marked = any(torch_compat.marks_of(tensor) for tensor in tensors)
-    options = dict(config.inductor_compile_config) if config.backend == "inductor" else {}
-    # Dynamo caches by code object; one of its own keeps models independent of each other.
-    entry = types.FunctionType(
-        _call_model.__code__.replace(), _call_model.__globals__, "stock_torch_compile"
-    )
-    compiled = torch.compile(
-        entry,
-        backend=config.init_backend(),
-        dynamic=None if marked else True,
-        options=options or None,
-    )
-    return lambda *args, **kwargs: compiled(model, *args, **kwargs)
+    def _summary(self) -> str:
+        return f"{type(self.model).__name__}, mode {self.config.mode}: not stitched"
 
 
 def _call_model(model, *args, **kwargs):  # type: ignore[no-untyped-def]

@@ -59,12 +59,8 @@ class CompilationCounter:
         known = {field.name for field in fields(self)}
         unknown = sorted(set(deltas) - known)
         if unknown:
-            near = did_you_mean(unknown[0], known)
-            raise ConfigError(
-                f"no counter named {', '.join(unknown)}",
-                where="expect",
-                hint=near or f"there are {', '.join(sorted(known))}",
-            )
+            hint = did_you_mean(unknown[0], known) or f"there are {', '.join(sorted(known))}"
+            raise ConfigError(f"no counter named {', '.join(unknown)}", where="expect", hint=hint)
         before = self.snapshot()
         yield
         after = self.snapshot()

@@ -7,48 +7,37 @@ from __future__ import annotations
 
 import functools
 import inspect
-import logging
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar, overload
+from typing import Any, TypeVar, overload
 
 import torch
 
 from piecework.errors import ConfigError, short_errors
-from piecework.runtime import torch_compat
-from piecework.runtime.call.failures import add_piece_note
-from piecework.runtime.compile import UnstitchedModule, compile_with_mode
+from piecework.runtime.compile import compile_with_mode
 from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.config.elsewhere import where_it_goes
 from piecework.runtime.config.groups import CompilationMode, DynamicShapesType, RuntimeConfig
-from piecework.runtime.config.model import FrozenModel
 from piecework.runtime.model_tag import (
     ModelTag,
-    compilation_complete,
     current_model_tag,
     model_tag_is_set,
-    set_on_compilation_complete,
     use_model_tag,
 )
 from piecework.runtime.stitched import StitchedModule
 from piecework.runtime.trace.dynamic_dims import DimsByName, dims_of, marked
 from piecework.runtime.trace.sizes import DeclaredDimensions
 
-_log = logging.getLogger(__name__)
-
 ModuleClass = TypeVar("ModuleClass", bound=type[torch.nn.Module])
-Settings = TypeVar("Settings", bound=FrozenModel)
 EnableIf = Callable[[CompilationConfig], bool]
 
 _SUPPORT = "_piecework_support"  # on classes
 _STATE = "_piecework_state"  # on instances
-_CONFIG = "compilation_config"
-_RUNTIME = "runtime_config"
 _LAYERS = "repeated_layers"
-_SETTINGS: dict[str, type[FrozenModel]] = {_CONFIG: CompilationConfig, _RUNTIME: RuntimeConfig}
+_SETTINGS = {"compilation_config": CompilationConfig, "runtime_config": RuntimeConfig}
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,9 +147,8 @@ def ignore_torch_compile(cls: ModuleClass) -> ModuleClass:
 def stitched_of(model: torch.nn.Module) -> StitchedModule | None:
     """What an instance of a decorated class was compiled to; None before its first call, and where it runs unstitched."""
     state = vars(model).get(_STATE)
-    if not isinstance(state, _State) or state.model is not model:
-        return None
-    return None if isinstance(state.made, UnstitchedModule) else state.made
+    there = isinstance(state, _State) and state.model is model and state.made
+    return state.made if there and state.made.traces else None
 
 
 def _require_module_class(cls: object, decorator: str) -> None:
@@ -171,71 +159,47 @@ def _require_module_class(cls: object, decorator: str) -> None:
         )
 
 
-# --- construction --------------------------------------------------------------------------------
-
-
 def _take_config_keyword(kind: type[torch.nn.Module]) -> None:
-    """Make ``kind(…, compilation_config=…, runtime_config=…)`` set the attributes, and reach an ``__init__`` that asks for them."""
+    """Make ``kind(…, compilation_config=…, runtime_config=…)`` set the attributes, and reach an ``__init__`` that asks for them, or hands them to a base class that takes them."""
     original = kind.__init__
-    passed_on = {name: _wants(kind, name) for name in _SETTINGS}
+    parameters = inspect.signature(original).parameters
+    hands_on = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()) and any(
+        hasattr(base, _SUPPORT) or _SETTINGS.keys() & inspect.signature(base.__init__).parameters
+        for base in kind.__bases__
+    )
 
     @functools.wraps(original)
     def __init__(self: torch.nn.Module, *args: object, **kwargs: object) -> None:
-        for name, model in _SETTINGS.items():
-            if name not in kwargs:
-                continue
-            given = kwargs[name] if passed_on[name] else kwargs.pop(name)
+        for name in _SETTINGS.keys() & kwargs:
+            given = kwargs[name]
+            if not (hands_on or name in parameters):
+                del kwargs[name]
             if given is not None:
-                vars(self)[name] = model.given(given, name, type(self).__qualname__)
+                vars(self)[name] = _SETTINGS[name].given(given, name, type(self).__qualname__)
         vars(self).setdefault(_STATE, _State(current_model_tag() if model_tag_is_set() else None))
         original(self, *args, **kwargs)
 
     kind.__init__ = __init__  # type: ignore[method-assign]
 
 
-def _wants(kind: type[torch.nn.Module], name: str) -> bool:
-    """Whether the constructor takes a configuration itself: by name, or for a base class that does."""
-    for each in kind.__mro__:
-        init = vars(each).get("__init__")
-        if init is None or each is torch.nn.Module:
-            continue
-        parameters = inspect.signature(init).parameters
-        if name in parameters or (init is not kind.__init__ and hasattr(each, _SUPPORT)):
-            return True
-        if all(p.kind is not inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
-            return False
-    return False
-
-
-# --- calls -----------------------------------------------------------------------------------------
-
-
 class _State:
     """What one instance was compiled to; a copy of the model gets a new one.
 
     Attributes:
+        tag: the model tag at construction.
         model: the instance; None until its first call.
         call: what a call runs.
         made: the compiled model behind it; None where the instance runs as it is.
-        tag: the model tag at construction.
-        said: the switch of torch's compiler that was logged.
     """
 
-    __slots__ = ("call", "lock", "made", "model", "said", "tag")
+    __slots__ = ("call", "lock", "made", "model", "tag")
 
     def __init__(self, tag: ModelTag | None = None) -> None:
         self.tag = tag
-        self.lock = threading.RLock()
+        self.lock = threading.Lock()
         self.model: torch.nn.Module | None = None
         self.call: Callable[..., object] | None = None
         self.made: StitchedModule | None = None
-        self.said: str | None = None
-
-    def __copy__(self) -> _State:
-        return _State(self.tag)
-
-    def __deepcopy__(self, memo: object) -> _State:
-        return _State(self.tag)
 
     def __reduce__(self) -> tuple[type[_State], tuple[ModelTag | None]]:
         return _State, (self.tag,)
@@ -247,105 +211,72 @@ def _compiling_call(original: Callable[..., object]) -> Callable[..., object]:
         if torch.compiler.is_compiling():  # a trace, ours or an outer one, takes the model itself
             return original(self, *args, **kwargs)
         state = self.__dict__.get(_STATE)
-        if state is None or state.model is not self or state.call is None:
-            state = _at_first_call(self, original, args, kwargs)
-            if state.call is None:  # torch's compiler is switched off
-                return original(self, *args, **kwargs)
-        try:
-            return state.call(*args, **kwargs)  # type: ignore[misc]  # there since the first call
-        except Exception as error:
-            if state.made is not None and not isinstance(state.made, UnstitchedModule):
-                add_piece_note(error, state.made.source)
-            raise
+        if state is None or state.model is not self:
+            state = _at_first_call(self, original)
+        return state.call(*args, **kwargs)  # type: ignore[misc]  # there since the first call
 
     setattr(__call__, _SUPPORT, True)
     return __call__
 
 
-def _at_first_call(
-    model: torch.nn.Module,
-    original: Callable[..., object],
-    args: tuple[object, ...],
-    kwargs: Mapping[str, object],
-) -> _State:
+def _at_first_call(model: torch.nn.Module, original: Callable[..., object]) -> _State:
     state = vars(model).setdefault(_STATE, _State())
     if state.model not in (None, model):  # a shallow copy has the original's
         state = vars(model)[_STATE] = _State(state.tag)
     with state.lock:
-        if state.call is None:
-            _compile(state, model, original, args, kwargs)
+        if state.model is None:
+            state.call = _call_of(model, original, state)
+            state.model = model
     return state
 
 
-def _compile(
-    state: _State,
-    model: torch.nn.Module,
-    original: Callable[..., object],
-    args: tuple[object, ...],
-    kwargs: Mapping[str, object],
-) -> None:
-    """Fill ``state``; on an exception, and while torch's compiler is off, it is as before, and the next call tries again."""
-    config = _given(model, _CONFIG, CompilationConfig) or CompilationConfig()
+def _call_of(
+    model: torch.nn.Module, original: Callable[..., object], state: _State
+) -> Callable[..., object]:
+    """What a call of the instance runs; its own first call compiles."""
+    settings: dict[str, Any] = {}
+    for name, kind in _SETTINGS.items():
+        found = getattr(model, name, None)
+        settings[name] = found and kind.given(found, name, type(model).__qualname__)
+    config: CompilationConfig = settings["compilation_config"] or CompilationConfig()
     support: Support = getattr(type(model), _SUPPORT)
     if support.repeated_layers is not None and _LAYERS not in config.model_fields_set:
         config = config.replace(repeated_layers=support.repeated_layers)
-    plain = _without_decorator(model, original)
-    if (
-        support.ignored
-        or config.mode is CompilationMode.NONE
-        or not (support.enable_if is None or support.enable_if(config))
-    ):
-        state.call, state.model = plain, model
-        return
-    switch = torch_compat.compiler_off()
-    if switch is not None:
-        if switch != state.said:
-            state.said = switch
-            _log.warning("%s runs as it is, uncompiled: %s", type(model).__name__, switch)
-        return
-    stock = config.mode is CompilationMode.STOCK_TORCH_COMPILE
-    # What a subclass's own __call__ does around this one happens at each call, so it is not traced.
-    whole = not stock and hasattr(type(model).__call__, _SUPPORT)
+
+    def plain(*args: object, **kwargs: object) -> object:
+        """The call that the decorator replaced, with the name and the parameters of ``forward``."""
+        return original(model, *args, **kwargs)
+
+    signature = inspect.signature(model.forward)
+    plain.__qualname__ = type(model).__name__
+    plain.__signature__ = signature  # type: ignore[attr-defined]
+    enabled = support.enable_if is None or support.enable_if(config)
+    if support.ignored or config.mode is CompilationMode.NONE or not enabled:
+        return plain
     dims = dims_of(
         model.forward, support.dynamic_arg_dims, support.mark_unbacked_dims, owner=type(model)
     )
-    arguments = inspect.signature(model.forward).bind(*args, **kwargs).arguments
-    shapes, sizes = config.dynamic_shapes_config.type, None
-    with ExitStack() as stack:
-        # The instance does not hold it yet.
-        stack.enter_context(set_on_compilation_complete(lambda: None))
-        if state.tag is not None and not model_tag_is_set():
-            stack.enter_context(use_model_tag(state.tag))
-        if shapes is DynamicShapesType.AUTO and not stock:
-            sizes = DeclaredDimensions(dims, model.forward)
-        else:
-            stack.enter_context(marked(dims, arguments, shapes))
-        state.made = compile_with_mode(
-            *(model if whole else plain, args, kwargs),
+    stock = config.mode is CompilationMode.STOCK_TORCH_COMPILE
+    # What a subclass's own __call__ does around this one happens at each call, so it is not traced.
+    whole = not stock and hasattr(type(model).__call__, _SUPPORT)
+    shapes = config.dynamic_shapes_config.type
+    use_tag = state.tag is not None and not model_tag_is_set()
+    with use_model_tag(state.tag) if use_tag else nullcontext():  # type: ignore[arg-type]
+        made = state.made = compile_with_mode(
+            model if whole else plain,
             config=config,
-            runtime_config=_given(model, _RUNTIME, RuntimeConfig),
-            sizes=sizes,
+            runtime_config=settings["runtime_config"],
+            sizes=DeclaredDimensions(dims, model.forward),
             as_it_is=plain,
         )
-    state.model, state.call = model, state.made
-    if not stock:  # torch compiles in the call that follows
-        compilation_complete()
+    if stock or shapes is DynamicShapesType.AUTO:
+        return made
 
+    def first(*args: object, **kwargs: object) -> object:
+        with marked(dims, signature.bind(*args, **kwargs).arguments, shapes):
+            result = made(*args, **kwargs)
+        if made.traces:
+            state.call = made
+        return result
 
-def _without_decorator(
-    model: torch.nn.Module, original: Callable[..., object]
-) -> Callable[..., object]:
-    """The call that the decorator replaced, with the name and the parameters of ``forward``."""
-
-    def plain(*args: object, **kwargs: object) -> object:
-        return original(model, *args, **kwargs)
-
-    plain.__qualname__ = type(model).__name__
-    plain.__signature__ = inspect.signature(model.forward)  # type: ignore[attr-defined]
-    return plain
-
-
-def _given(model: torch.nn.Module, name: str, kind: type[Settings]) -> Settings | None:
-    """The settings of this name that the instance or its class has."""
-    found = getattr(model, name, None)
-    return None if found is None else kind.given(found, name, type(model).__qualname__)
+    return first

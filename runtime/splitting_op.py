@@ -43,7 +43,8 @@ class SplittingOp(Generic[P, R]):
         self._library.impl(short, function, "CompositeExplicitAutograd")
         self.overload = getattr(getattr(torch.ops, namespace), short).default
         self.by_device: dict[str, Callable[P, R]] = {}
-        self.register_fake(self._no_fake if self.overload._schema.returns else _returns_nothing)
+        returns = bool(self.overload._schema.returns)
+        self.register_fake(self._no_fake if returns else lambda *args, **kwargs: None)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         return self.overload(*args, **kwargs)
@@ -91,10 +92,6 @@ class SplittingOp(Generic[P, R]):
         """The Python function that the dispatcher would reach for plain tensors on ``device_type``."""
         return self.by_device.get(device_type, self.implementation)
 
-    def close(self) -> None:
-        """Remove the operator from torch."""
-        self._library._destroy()
-
 
 class SplittingOpRegistry:
     """The operators registered with `splitting_op`, by name; what ``splitting_ops=None`` means.
@@ -122,7 +119,8 @@ class SplittingOpRegistry:
                     f"splitting op {name} is already registered by {_identity(old.implementation)}",
                     hint="choose another name",
                 )
-            old.close()  # the same definition again: a reloaded module or a notebook cell
+            # The same definition again: a reloaded module or a notebook cell.
+            old._library._destroy()
         op = SplittingOp(name, function, mutates_args)
         self._ops[name] = op  # type: ignore[assignment]
         return op
@@ -138,21 +136,30 @@ class SplittingOpRegistry:
         """The function that ``functions`` has for the operator of a graph node."""
         return self.functions.get(qualified_name(target))
 
-    def declare_rows(self, name: str, rows: RowsOf | None) -> None:
-        """Note what an operator says of its rows; None takes back what was said."""
-        _note(self._rows, name, "rows", rows, RowsOf)
-
     def rows_of(self, op: torch._ops.OpOverload) -> RowsOf | None:
         """What an operator says of its rows; None if it was not said."""
         return self._rows.get(op._schema.name)
 
-    def declare_graphs(self, name: str, graphs: GraphsOf | None) -> None:
-        """Note which whole forwards may be captured with an operator inside; None takes it back."""
-        _note(self._graphs, name, "full_graphs", graphs, GraphsOf)
-
     def graphs_of(self, op: torch._ops.OpOverload) -> GraphsOf:
         """Which whole forwards may be captured with ``op`` inside; any, if it was not said."""
         return self._graphs.get(op._schema.name, "always")
+
+    def declare(self, name: str, rows: RowsOf | None, graphs: GraphsOf | None) -> None:
+        """Note what an operator says of its rows and of full graphs; None takes back what was said."""
+        for field, said, word, words in (
+            ("rows", self._rows, rows, RowsOf),
+            ("full_graphs", self._graphs, graphs, GraphsOf),
+        ):
+            known: dict[str, Any] = said  # type: ignore[assignment]
+            if word is None:
+                known.pop(name, None)
+            elif word in get_args(words):
+                known[name] = word
+            else:
+                raise SplitError(
+                    f"{field}={word!r} of {name} is not known",
+                    hint=f"say one of {', '.join(map(repr, get_args(words)))}, or nothing",
+                )
 
 
 def qualified_name(op: object) -> str:
@@ -162,22 +169,6 @@ def qualified_name(op: object) -> str:
     if isinstance(op, torch._ops.OpOverloadPacket):
         return str(op._qualified_op_name)
     return str(getattr(op, "splitting_op_name", None) or getattr(op, "_qualname", ""))
-
-
-def _note(said: dict[str, Any], name: str, field: str, word: str | None, words: object) -> None:
-    if word is None:
-        said.pop(name, None)
-    elif word in get_args(words):
-        said[name] = word
-    else:
-        raise SplitError(
-            f"{field}={word!r} of {name} is not known",
-            hint=f"say one of {', '.join(map(repr, get_args(words)))}, or nothing",
-        )
-
-
-def _returns_nothing(*args: object, **kwargs: object) -> None:
-    """The fake implementation of an operator that returns nothing."""
 
 
 def _identity(function: Callable[..., object]) -> str:
@@ -199,7 +190,8 @@ def declare_rows(op: AnyOp, rows: RowsOf | None) -> None:
         op: ``"namespace::name"``, the operator, or what ``torch.library.custom_op`` made.
         rows: ``"independent"``, ``"context"``, or None to take it back.
     """
-    registry.declare_rows(_name_of(op), rows)
+    name = _name_of(op)
+    registry.declare(name, rows, registry._graphs.get(name))
 
 
 @short_errors
@@ -210,7 +202,8 @@ def declare_full_graphs(op: AnyOp, graphs: GraphsOf | None) -> None:
         op: as for `declare_rows`.
         graphs: as ``full_graphs`` of `splitting_op`, or None to take it back.
     """
-    registry.declare_graphs(_name_of(op), graphs)
+    name = _name_of(op)
+    registry.declare(name, registry._rows.get(name), graphs)
 
 
 def _name_of(op: AnyOp) -> str:
@@ -269,8 +262,7 @@ def splitting_op(
 
     def register(function: Callable[P, R]) -> SplittingOp[P, R]:
         op = registry.add(name, function, tuple(mutates_args))
-        registry.declare_rows(name, rows)
-        registry.declare_graphs(name, full_graphs)
+        registry.declare(name, rows, full_graphs)
         return op
 
     return register
@@ -281,10 +273,9 @@ def _schema_of(function: Callable[..., object], mutates_args: tuple[str, ...], n
         return torch.library.infer_schema(function, mutates_args=mutates_args)
     except (ValueError, TypeError) as error:
         reason = str(error).removeprefix("infer_schema(func): ").partition("Got func with")[0]
-        reason, _, types = reason.partition("The valid types are")
         raise SplitError(
-            f"no operator schema for {name}: {reason.strip(' .')}",
+            f"no operator schema for {name}: {reason.partition('The valid types are')[0].strip(' .')}",
             where=_identity(function),
-            hint="annotate every parameter and the result with types that torch.library knows"
-            + (": Tensor, list[Tensor], int, float, bool, str, …, optional ones" if types else ""),
+            hint="annotate every parameter and the result with types that torch.library knows: Tensor, list[Tensor], int, "
+            "float, bool, str, …, optional ones",
         ) from error

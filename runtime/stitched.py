@@ -6,24 +6,31 @@ The model's weights are shared, never copied; its Python code does not run again
 from __future__ import annotations
 
 import html
+import logging
 import os
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.fx
+from torch.utils import _pytree as pytree
 
 from piecework.codegen import StitchedSource
 from piecework.codegen.entry.emit import EntrySource
 from piecework.codegen.split.split import SplittingOp as SplittingOpLike
-from piecework.collector import collector_paused
+from piecework.collector import collector_paused, seldom_full_collections
 from piecework.errors import (
     ArtifactError,
     BindError,
     InputError,
+    NotThereError,
+    PieceworkError,
     StaticGraphError,
+    full_tracebacks,
     short_errors,
     short_methods,
     tell,
@@ -40,32 +47,45 @@ from piecework.runtime.batch.mode import CUDAGraphMode
 from piecework.runtime.call.edited import EditedSource
 from piecework.runtime.call.shared_module import SharedModule, model_name, require_model
 from piecework.runtime.config.compilation import CompilationConfig, RuntimeConfig
+from piecework.runtime.config.groups import DynamicShapesType
 from piecework.runtime.counters import counters
-from piecework.runtime.model_tag import current_model_tag
+from piecework.runtime.model_tag import compilation_complete, current_model_tag, use_model_tag
+from piecework.runtime.observe.progress import warn_of_another
 from piecework.runtime.pieces.backend import PieceworkBackend
+from piecework.runtime.pieces.compilation import Trace
 from piecework.runtime.pieces.program import Program
+from piecework.runtime.pieces.ranks import require_agreement
 from piecework.runtime.pieces.report import Piece, Report
 from piecework.runtime.store.folder import Place
+from piecework.runtime.trace.dynamic_dims import unmarked_afterwards
 from piecework.runtime.trace.errors import OPAQUE, tell_of_gradients, tell_of_training
 from piecework.runtime.trace.one_trace import ModelTrace
-from piecework.runtime.trace.sizes import SizePolicy
+from piecework.runtime.trace.sizes import AllDimensions, KeptMarks, SizePolicy
 from piecework.runtime.traces.captured import Captures
-from piecework.runtime.traces.observed import Observed, summary
-from piecework.runtime.traces.traced_model import TracedModel
-from piecework.runtime.traces.traces import Traces, inside, seen_into
+from piecework.runtime.traces.observed import Observed
+from piecework.runtime.traces.traced_model import Call, TracedModel, trace_model
 from piecework.runtime.watch.weights import refit
+
+if TYPE_CHECKING:
+    from piecework.runtime.graphs.plan.options import CaptureOptions
+
+_log = logging.getLogger(__name__)
 
 
 @short_methods
 class StitchedModule(Captures, Observed, SharedModule):
     """A compiled model; see `compile`.
 
+    It has one trace, unless calls come, or are asked for, that need another: a call that one trace refuses is
+    served by another, or by one that is made for it.
+
     Attributes:
         model: the model that was given; it holds the weights.
         config: the configuration.
         runtime_config: the program's limits; None if they are not known.
-        as_it_is: what a call runs while torch's compiler is switched off.
+        as_it_is: what a call runs while torch's compiler is switched off, or a torch mode sees what the model does.
         kept: what another process needs to know to make ``around`` again, as JSON data.
+        traces: those that serve calls, in the order in which they were made; `source` and the like show the first.
     """
 
     def __init__(
@@ -83,11 +103,13 @@ class StitchedModule(Captures, Observed, SharedModule):
         require_model(model)
         super().__init__(model)
         self.runtime_config = runtime_config
-        self.as_it_is = inside(around, model) if as_it_is is None else as_it_is
+        self.as_it_is = _inside(around, model) if as_it_is is None else as_it_is
         self.config = config or CompilationConfig()
+        self.kept = kept
+        self.traces: tuple[TracedModel, ...] = ()
         counters.num_models_seen += 1
-        tag = current_model_tag()
-        new_backend = partial(
+        self._tag = tag = current_model_tag()
+        self._new_backend = partial(
             PieceworkBackend,
             self.config,
             tag.prefix((runtime_config and runtime_config.model_name) or model_name(model)),
@@ -96,14 +118,19 @@ class StitchedModule(Captures, Observed, SharedModule):
             runtime_config=runtime_config,
             deferred=True,
         )
-        self._splitting_ops = splitting_ops
-        self._around = around
-        self.kept = kept
-        self._traces = Traces(model, new_backend, sizes, around, self.as_it_is, runtime_config)
+        self._first_backend = self._new_backend()
+        self._splitting_ops, self._around = splitting_ops, around
+        self._declared_sizes, self._sizes = sizes, None
+        self._example: Call | None = None
+        self._lock = threading.RLock()  # held while a trace is made
+        self._turn, self._changing = threading.Lock(), (0, "")
+        self._on_trace: Callable[[TracedModel], object] | None = None
+        self._hopeless: set[object] = set()
+        self._by_themselves = 1
+        self._logged: str | None = None
         self._serve_by(self._prepare_and_call)
-        self._example: tuple[tuple[object, ...], dict[str, object]] | None = None
 
-    # --- use -------------------------------------------------------------------------------------
+    # --- calls -----------------------------------------------------------------------------------
 
     def __call__(self, *args: object, **kwargs: object) -> Any:
         """Run the model, without gradients. Shapes may differ from the example's in dynamic dimensions only.
@@ -118,41 +145,47 @@ class StitchedModule(Captures, Observed, SharedModule):
             # Its traceback would keep the frames of this call alive, and so what it was called with.
             refused = error.with_traceback(None)
         except Exception as error:
-            told = self._traces.told(error, args, kwargs)
-            if told is error:
-                raise
-            raise told from error
-        return self._serve_otherwise(refused, args, kwargs)
+            for each in self.traces:
+                each.add_note(error)
+            raise
+        return self._serve_refused(refused, args, kwargs)
 
     def forward(self, *args: object, **kwargs: object) -> Any:
         """As calling the module."""
-        if not isinstance(args, tuple):  # torch.fx.symbolic_trace gives one proxy for all of them
-            raise seen_into()
         return self(*args, **kwargs)
 
     @short_errors
-    def _serve_otherwise(
-        self, error: InputError, args: tuple[object, ...], kwargs: dict[str, object]
+    def _serve_refused(
+        self, refused: InputError, args: tuple[object, ...], kwargs: dict[str, object]
     ) -> object:
-        result, served = self._traces.serve_refused(error, args, kwargs)
-        if served is not None and self._traces.comes_first(served):
-            self._serve_by(served.call)
-        return result
+        """The result of a call that a trace refused: by another, one that is made for it, or, with torch's compiler off, of the model as it is."""
+        refusals = {refused.refused_by: refused}
+        if not any(each.entry in refusals for each in self.traces):
+            raise refused
+        while not self._switched_off():
+            for each in sorted(self.traces, key=self._comes_first, reverse=True):
+                if each.entry in refusals:
+                    continue
+                try:
+                    result = each.call(*args, **kwargs)
+                except InputError as error:
+                    if error.refused_by is not each.entry:
+                        raise
+                    refusals[each.entry] = error.with_traceback(None)
+                else:
+                    if self._comes_first(each):
+                        self._serve_by(each.call)
+                    return result
+            # What no trace could serve, such as a replaced weight, goes before sizes, which each of them has its own of.
+            lasting = (error for error in refusals.values() if error.places is None)
+            refused = next(lasting, refusals[self.traces[0].entry])
+            if not self._add_for(refused, len(refusals), args, kwargs):
+                raise refused
+        return self.as_it_is(*args, **kwargs)
 
-    def __repr__(self) -> str:
-        """The model's name and what was made of it."""
-        return f"StitchedModule({summary(self._traces)})"
-
-    def _repr_html_(self) -> str:
-        """For notebooks: what `__repr__` says, the report, and the source to unfold."""
-        if not self.traces:
-            return f"<pre>{html.escape(repr(self))}</pre>"
-        texts = {"Report": str(self.report()), "Source": self.source.code}
-        folded = (
-            f"<details><summary>{title}</summary><pre>{html.escape(text)}</pre></details>"
-            for title, text in texts.items()
-        )
-        return f"<pre>{html.escape(repr(self))}</pre>{''.join(folded)}"
+    def _comes_first(self, trace: TracedModel) -> bool:
+        """Whether calls may try ``trace`` first: one without static graphs may serve a captured size too, uncaptured."""
+        return trace.static is not None or all(each.static is None for each in self.traces)
 
     def _serve_by(self, call: Callable[..., object]) -> None:
         """Let calls run ``call`` from now on; what a trace serves them by is its `Entry`'s business."""
@@ -165,65 +198,182 @@ class StitchedModule(Captures, Observed, SharedModule):
             self._serve_by(captured[0])
 
     def _prepare_and_call(self, *args: object, **kwargs: object) -> object:
-        if self._traces.switched_off():
+        """The first call."""
+        if self._switched_off() or torch_compat.dispatch_modes():
             return self.as_it_is(*args, **kwargs)
-        if torch_compat.traced_by_others((args, kwargs)):
-            raise seen_into()
-        with self._traces.lock:
+        with self._lock:
             if not self.traces:  # another thread may have been first
-                traced, by_name = (args, kwargs) if self._example is None else self._example
+                traced, by_name = self._example or (args, kwargs)
                 self.prepare(*traced, **by_name)
         return self._call(*args, **kwargs)
 
-    def _first_call(self, *args: object, **kwargs: object) -> object:
-        """The first call under a configuration that asks for captures: the last moment to say that there are none."""
-        first = self.traces[0]
-        if not any(each.static for each in self.traces):
-            tell(
-                StaticGraphError(
-                    f"nothing is captured, and the configuration says {self._asks_for_captures()}",
-                    where=self._traces.backend.prefix,
-                    hint="call capture(sizes) on the stitched module before it serves",
-                ),
-                strict=self.config.strict,
-            )
-        self._serve_by(first.call)
-        return first.call(*args, **kwargs)
+    def _switched_off(self) -> bool:
+        """Whether torch's compiler is off, so that what is not compiled runs as it is; each switch is logged once."""
+        switch = torch_compat.compiler_off()
+        if switch is not None and switch != self._logged:
+            self._logged = switch
+            _log.warning("%s runs as it is, uncompiled: %s", self.backend.prefix, switch)
+        return switch is not None
 
-    def trace_ahead(self, sizes: Sequence[int]) -> None:
-        """Make the traces that batches of these sizes need, before a call waits for them."""
-        self._traces.require("trace to make others beside")
-        self._traces.add_ahead(sizes)
+    # --- traces ----------------------------------------------------------------------------------
 
     def prepare(self, *args: object, **kwargs: object) -> None:
         """Trace, compile and stitch now, with these arguments as the example.
 
         While torch's compiler is switched off nothing is done but to remember them.
         """
-        with self._traces.lock:
+        with self._lock:
             if self.traces:
                 raise BindError("this module is compiled already", hint="compile the model again")
-            if self._traces.switched_off():
-                self._example = (args, kwargs)
+            if self._switched_off():
+                self._example = args, kwargs
                 return
-            self._prepare(args, kwargs)
+            with _tracing_shapes(self.config.dynamic_shapes_config.type, (args, kwargs)):
+                self._settle_sizes(args, kwargs)
+                tell_of_training(self.model, self.config.strict)
+                tell_of_gradients((*args, *kwargs.values()), self.config.strict)
+                self._add(args, kwargs)
+            wanted = _asks_for_captures(self.config)
+            self._serve_by(partial(self._uncaptured, wanted) if wanted else self.traces[0].call)
             self._example = None
+        compilation_complete()
 
-    def _prepare(self, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-        self._traces.settle_sizes(args, kwargs)
-        tell_of_training(self.model, self.config.strict)
-        tell_of_gradients((*args, *kwargs.values()), self.config.strict)
-        self._traces.add(args, kwargs)
-        self._serve_by(self._first_call if self._asks_for_captures() else self.traces[0].call)
+    def _uncaptured(self, wanted: str, *args: object, **kwargs: object) -> object:
+        """The first call under a configuration that asks for captures: the last moment to say that there are none."""
+        if not any(each.static for each in self.traces):
+            problem = f"nothing is captured, and the configuration says {wanted}"
+            hint = "call capture(sizes) on the stitched module before it serves"
+            error = StaticGraphError(problem, where=self.backend.prefix, hint=hint)
+            tell(error, strict=self.config.strict)
+        self._serve_by(self.traces[0].call)
+        return self._call(*args, **kwargs)
 
-    def _asks_for_captures(self) -> str:
-        """What of the configuration means that something is captured, as text; "" for nothing."""
-        config = self.config
-        if config.cudagraph_mode is not CUDAGraphMode.NONE:
-            return f"cudagraph_mode={config.cudagraph_mode.name}"
-        if config.cudagraph_capture_sizes and not config.compile_sizes:  # which may stand for them
-            return f"cudagraph_capture_sizes={list(config.cudagraph_capture_sizes)}"
-        return ""
+    def _settle_sizes(self, args: Sequence[object], kwargs: Mapping[str, object]) -> None:
+        """Decide by the example arguments which dimensions are dynamic, where the configuration leaves it open."""
+        if self.config.dynamic_shapes_config.type is DynamicShapesType.AUTO:
+            marks = KeptMarks(pytree.tree_leaves((tuple(args), dict(kwargs))))
+            self._sizes = self._declared_sizes or (marks if marks.any else AllDimensions())
+
+    def _add(self, args: Sequence[object], kwargs: Mapping[str, object]) -> TracedModel:
+        """Trace and compile the model for calls like this one."""
+        quiet = nullcontext() if full_tracebacks() else torch_compat.quiet_trial()
+        with self._around(), quiet, seldom_full_collections():
+            made = trace_model(
+                self.model, args, kwargs, self._backends(), self._sizes, self.as_it_is
+            )
+        if self._around is nullcontext:
+            made.entry.weights.unchanged()  # calls find the check ready
+        else:
+            made.entry.accept_settings()
+        require_agreement(made.program, self.runtime_config)
+        if self._on_trace is not None:
+            self._on_trace(made)
+        self.traces = (*self.traces, made)
+        return made
+
+    def _backends(self) -> Callable[[], PieceworkBackend]:
+        """What makes the backends of the next trace, one for each graph that is tried; the first one of all is `backend`."""
+        shown = [] if self.traces else [self._first_backend]
+        one_of_several = Trace.ANOTHER if self.traces else Trace.FIRST
+
+        def make() -> PieceworkBackend:
+            with use_model_tag(self._tag):
+                backend = shown.pop() if shown else self._new_backend()
+            backend.trace = Trace.ONLY if self._sizes is None else one_of_several
+            backend.batch_of_first = self.traces[0].program.batch_place() if self.traces else None
+            return backend
+
+        return make
+
+    def _add_for(
+        self, refused: InputError, tried: int, args: Sequence[object], kwargs: Mapping[str, object]
+    ) -> bool:
+        """Trace the model for sizes that no trace serves; False if that is not why the call was refused, or can't be done."""
+        sizes, places = self._sizes, refused.places
+        if sizes is None or places is None or not torch_compat.may_recompile():
+            return False
+        if any(dim is not None and not sizes.may_differ(leaf, dim) for leaf, dim in places):
+            return False
+        with self._lock:
+            if len(self.traces) > tried:  # somebody else's call was first
+                return True
+            leaves = pytree.tree_leaves((args, kwargs))
+            shapes = tuple(getattr(leaf, "shape", None) for leaf in leaves)
+            most = self.config.dynamic_shapes_config.max_traces
+            if shapes in self._hopeless or self._by_themselves >= most:
+                return False
+            self._hopeless.add(shapes)  # unless it gets a trace now that serves it
+            _log.info("tracing the model again: %s", refused)
+            start = time.perf_counter()
+            try:
+                made = self._add(args, kwargs)
+            except PieceworkError as error:
+                refused.add_note(f"A trace for these sizes is not to be had: {error}")
+                raise refused from error
+            self._by_themselves += 1
+            if made.entry.accepts(args, kwargs):
+                self._hopeless.discard(shapes)
+            warn_of_another(
+                "the model was traced and compiled",
+                refused.message,
+                time.perf_counter() - start,
+                "piecework.compile(..., sizes=[...]) makes such traces ahead",
+            )
+            return True
+
+    def _serving(self, call: Call) -> TracedModel:
+        """The trace that serves ``call``; made now where none does."""
+        args, kwargs = call
+        with self._lock:
+            found = next((each for each in self.traces if each.entry.accepts(args, kwargs)), None)
+            return found or self._add(args, kwargs)
+
+    def trace_ahead(self, sizes: Sequence[int]) -> None:
+        """Make the traces that batches of these sizes need, before a call waits for them."""
+        from piecework.runtime.graphs.plan.options import CaptureOptions
+
+        first, *_ = self._require("trace to make others beside")
+        options = CaptureOptions(runtime=self.runtime_config)
+        for batch in sizes if self._sizes is not None else ():
+            self._serving(first.call_of(batch, options))
+
+    def _trace_of_one(
+        self, sizes: Sequence[int] | None, options: CaptureOptions
+    ) -> TracedModel | None:
+        """The trace that serves a batch of one, if it is among ``sizes`` and the first trace does not serve it."""
+        if sizes is None:
+            sizes = self.config.cudagraph_capture_sizes
+        if self._sizes is None or (sizes is not None and 1 not in sizes):
+            return None
+        call = self.traces[0].call_of_one(options)
+        try:
+            return None if call is None else self._serving(call)
+        except PieceworkError:
+            if sizes is not None:
+                raise
+            return None  # nobody asked for it
+
+    # --- changes ---------------------------------------------------------------------------------
+
+    @contextmanager
+    def _change(self, what: str) -> Iterator[None]:
+        """Wait until other threads are done changing the model, and change it.
+
+        Raises:
+            BindError: this thread is changing it already, as a splitting op in a warm-up would.
+        """
+        thread, other = self._changing
+        if thread == threading.get_ident():
+            raise BindError(
+                f"{what} was called from inside {other} of the same model",
+                hint="call it after that has returned",
+            )
+        with self._turn:
+            self._changing = threading.get_ident(), what
+            try:
+                yield
+            finally:
+                self._changing = 0, ""
 
     def rebind(self) -> None:
         """Hold the weights that the model has now: call it after replacing a parameter or a submodule.
@@ -235,7 +385,12 @@ class StitchedModule(Captures, Observed, SharedModule):
             BindError: a weight is missing, or has another dtype, device or shape than the trace had; what
                 was bound stays bound then.
         """
-        self._traces.rebind()
+        self._require("binding")
+        with self._change("rebind()"), self._lock:
+            ready = [each.entry.rebound() for each in self.traces]  # all of them, or none
+            for each, execution in zip(self.traces, ready, strict=True):
+                each.entry.publish(execution)
+                each.forget_given_up()
 
     def refit(self, state: Mapping[str, torch.Tensor]) -> None:
         """Copy new values into the model's weights, where they lie: nothing is bound or captured anew.
@@ -249,7 +404,7 @@ class StitchedModule(Captures, Observed, SharedModule):
             BindError: the model has no such weight, or it has another shape or dtype.
         """
         copies = refit(self.model, state)
-        with self._traces.changes.one("refit()"), torch.no_grad():
+        with self._change("refit()"), torch.no_grad():
             for weight, new in copies():
                 weight.copy_(new)
 
@@ -258,7 +413,10 @@ class StitchedModule(Captures, Observed, SharedModule):
 
         For who sets something for the trace alone: call it after setting it back.
         """
-        self._traces.accept_settings()
+        self._require("trace to compare with")
+        with self._change("accept_settings()"), self._lock:
+            for each in self.traces:
+                each.entry.accept_settings()
 
     def use_edited(self, code: str) -> EditedSource:
         """Run an edited version of the stitching source from now on.
@@ -272,11 +430,13 @@ class StitchedModule(Captures, Observed, SharedModule):
         Raises:
             EmitError: the text breaks the contract; what ran before still runs.
         """
-        first, *_ = self._traces.require("source to edit")
-        with self._traces.changes.one("use_edited()"):
+        first, *_ = self._require("source to edit")
+        with self._change("use_edited()"):
             edited = first.use_edited(code)
             self._serve_by(first.call)
         return edited
+
+    # --- artifacts -------------------------------------------------------------------------------
 
     def save(self, path: Place, *, key_file: str | os.PathLike[str] | None = None) -> None:
         """Write what was compiled to a directory, for ``piecework.load(path, model)`` in another process.
@@ -291,11 +451,11 @@ class StitchedModule(Captures, Observed, SharedModule):
         Raises:
             ArtifactError: something can't be told again in another process, or the directory not be written.
         """
-        if self._together is not None:
+        if self._saves_together:
             raise ArtifactError(
                 "it serves a part of a model's calls, and others serve the rest",
-                where=self._traces.backend.prefix,
-                hint=f"{self._together}(model, path) saves all of them",
+                where=self.backend.prefix,
+                hint=f"{self._saves_together}(model, path) saves all of them",
             )
         with self.saved() as part:
             write_model(path, part, key_file=key_file)
@@ -303,43 +463,51 @@ class StitchedModule(Captures, Observed, SharedModule):
     @contextmanager
     def saved(self) -> Iterator[Part]:
         """What an artifact holds of this module, which does not change in the block."""
+        from piecework.runtime.graphs.plan.options import CaptureOptions
 
-        self._traces.require("artifact")
+        first, *_ = self._require("artifact")
         if self._around is not nullcontext and self.kept is None:
             raise ArtifactError(
                 "the model was traced in a context of its caller's, which says nothing that another process could make it of",
-                where=self._traces.backend.prefix,
+                where=self.backend.prefix,
                 hint="compile it in each process: compiled pieces come from the cache",
             )
-        with self._traces.changes.one("save()"), self._traces.lock:
-            in_one_row = self._traces.sizes is not None and self._traces.sizes.rows_in_one
-            if self._together is None or in_one_row:
-                self._traces.add_one()
+        with self._change("save()"), self._lock:
+            larger = any((each.low or 0) > 1 for each in first.entry.made.plan.symbols)
+            in_one_row = self._sizes is not None and self._sizes.rows_in_one
+            if larger and (in_one_row or not self._saves_together):
+                # A graph without a batch has no batch of one, and an object of the user's can't be made up.
+                with suppress(PieceworkError, TypeError):
+                    self._trace_of_one(None, CaptureOptions(runtime=self.runtime_config))
             with collector_paused():
                 yield Part(self.model, self.traces, self._made_with())
 
     @property
-    def _together(self) -> object:
+    def _saves_together(self) -> object:
         """What saves this module and others that serve the same model; None for one that serves it alone."""
         return None if self.kept is None else self.kept.get("save")
 
     def _made_with(self) -> dict[str, object]:
-        ops, sizes = self._splitting_ops, self._traces.sizes
+        ops, sizes = self._splitting_ops, self._sizes
         return made_with(self.config, self.runtime_config, ops, sizes, self.kept)
 
     def take(self, artifact: Artifact) -> None:
         """Serve calls by the traces of an artifact; for ``piecework.load``."""
-        traces = self._traces
-        with traces.lock:
-            made = artifact.traces(self.model, self.config, traces.backends, self.as_it_is)
-            traces.adopt(made, artifact.folder.facts.get("sizes"))
+        with self._lock:
+            made = artifact.traces(self.model, self.config, self._backends, self.as_it_is)
+            if artifact.folder.facts.get("sizes") == AllDimensions.__name__:
+                self._sizes = AllDimensions()
+            self._sizes = self._declared_sizes or self._sizes
+            for each in made:
+                require_agreement(each.program, self.runtime_config)
+            self.traces = made
             self._serve_by(made[0].call)
 
     def require_made_so(
         self, artifact: Artifact, args: Sequence[object], kwargs: Mapping[str, object]
     ) -> None:
         """Raise `ArtifactError` if an artifact was made with another configuration than this module has."""
-        self._traces.settle_sizes(args, kwargs)
+        self._settle_sizes(args, kwargs)
         require_made_so(artifact.folder.facts, self._made_with())
 
     def accepts(self, *args: object, **kwargs: object) -> bool:
@@ -348,64 +516,129 @@ class StitchedModule(Captures, Observed, SharedModule):
 
     def forget(self) -> None:
         """Be as before anything was compiled; for an artifact that was taken and does not serve."""
-        self._traces.forget()
-        self._again = None
+        self.traces, self._sizes, self._again = (), None, None
         self._serve_by(self._prepare_and_call)
 
     # --- what was made ---------------------------------------------------------------------------
 
+    def _require(self, what: str) -> tuple[TracedModel, ...]:
+        """The traces; raises `NotThereError` if there is none, and so no ``what``."""
+        if not self.traces:
+            raise self._missing(what)
+        return self.traces
+
+    def _missing(self, what: str) -> NotThereError:
+        """Why there is no ``what`` before the first trace."""
+        switch = torch_compat.compiler_off()
+        if switch is not None:
+            return NotThereError(
+                f"there is no {what}: torch's compiler is switched off, and the model runs as it is",
+                where=switch,
+                hint="switch it on again, and compile the model or call it",
+            )
+        return NotThereError(
+            f"there is no {what} yet: the model is compiled at its first call",
+            hint="pass example arguments to piecework.compile, or call the module once",
+        )
+
     @property
     def source(self) -> StitchedSource:
         """The emitted source, exactly what runs."""
-        return self._traces.require("source")[0].program.source
+        return self._require("source")[0].program.source
 
     @property
     def entry_source(self) -> EntrySource:
         """The emitted source of ``check_inputs`` and of the function behind a call, exactly what runs."""
-        return self._traces.require("entry_source")[0].entry.source
+        return self._require("entry_source")[0].entry.source
 
     @property
     def entry(self) -> Callable[..., object]:
         """The emitted function behind a call, with the model's own parameters; it serves the first trace's sizes."""
-        return self._traces.require("entry")[0].entry.call
+        return self._require("entry")[0].entry.call
 
     @property
     def program(self) -> Program:
         """Everything that the compilation made."""
-        return self._traces.require("program")[0].program
+        return self._require("program")[0].program
 
     @property
     def backend(self) -> PieceworkBackend:
         """What compiled the pieces and emitted the source."""
-        return self.traces[0].backend if self.traces else self._traces.backend
+        return self.traces[0].backend if self.traces else self._first_backend
 
     @property
     def captured(self) -> ModelTrace:
         """What the trace gave."""
-        return self._traces.require("capture")[0].entry.captured
+        return self._require("capture")[0].entry.captured
 
     @property
     def split_gm(self) -> torch.fx.GraphModule:
         """The stitching graph."""
-        return self._traces.require("split_gm")[0].program.split_gm
+        return self._require("split_gm")[0].program.split_gm
 
     @property
     def pieces(self) -> tuple[Piece, ...]:
         """The compiled pieces, in order of execution."""
-        return self._traces.require("pieces")[0].program.pieces()
-
-    @property
-    def traces(self) -> tuple[TracedModel, ...]:
-        """The traces that serve calls, in the order in which they were made.
-
-        There is one, unless calls came, or were asked for, that need another; `source`, `pieces` and the
-        like show the first.
-        """
-        return self._traces.made
+        return self._require("pieces")[0].program.pieces()
 
     def report(self) -> Report:
         """What the compilation did: pieces, unique pieces, seconds per phase."""
-        return self._traces.require("report")[0].program.report()
+        return self._require("report")[0].program.report()
+
+    def __repr__(self) -> str:
+        """The model's name and what was made of it."""
+        return f"StitchedModule({self._summary()})"
+
+    def _repr_html_(self) -> str:
+        """For notebooks: what `__repr__` says, the report, and the source to unfold."""
+        texts = {"Report": str(self.report()), "Source": self.source.code} if self.traces else {}
+        folded = (
+            f"<details><summary>{title}</summary><pre>{html.escape(text)}</pre></details>"
+            for title, text in texts.items()
+        )
+        return f"<pre>{html.escape(repr(self))}</pre>{''.join(folded)}"
 
 
 torch_compat.keep_out_of_traces(StitchedModule.__call__, OPAQUE)  # type: ignore[arg-type]
+
+
+def _asks_for_captures(config: CompilationConfig) -> str:
+    """What of a configuration means that something is captured, as text; "" for nothing."""
+    if config.cudagraph_mode is not CUDAGraphMode.NONE:
+        return f"cudagraph_mode={config.cudagraph_mode.name}"
+    if config.cudagraph_capture_sizes and not config.compile_sizes:  # which may stand for them
+        return f"cudagraph_capture_sizes={list(config.cudagraph_capture_sizes)}"
+    return ""
+
+
+@contextmanager
+def _tracing_shapes(kind: DynamicShapesType, arguments: object) -> Iterator[None]:
+    """Trace with ``kind`` of symbols in the block.
+
+    Unbacked: the dimensions of ``arguments`` (a pytree) that are marked dynamic become unbacked; if nothing
+    is marked, the first dimension of each tensor does.
+    """
+    with ExitStack() as stack:
+        if kind is DynamicShapesType.BACKED_SIZE_OBLIVIOUS:
+            stack.enter_context(torch_compat.size_oblivious_tracing())
+        elif kind is DynamicShapesType.UNBACKED:
+            tensors = [t for t in pytree.tree_leaves(arguments) if isinstance(t, torch.Tensor)]
+            stack.enter_context(unmarked_afterwards(tensors))
+            marked = any(torch_compat.marks_of(tensor) for tensor in tensors)
+            for tensor in tensors:
+                first = (0,) if tensor.dim() else ()
+                for dim in torch_compat.unmark_dynamic(tensor) if marked else first:
+                    torch_compat.unbacked_mark(tensor, dim).put_on(tensor)
+        yield
+
+
+def _inside(
+    around: Callable[[], AbstractContextManager[object]], call: Callable[..., object]
+) -> Callable[..., object]:
+    """``call``, each time in a context of ``around``."""
+
+    def run(*args: object, **kwargs: object) -> object:
+        with around():
+            return call(*args, **kwargs)
+
+    return call if around is nullcontext else run

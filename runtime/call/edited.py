@@ -10,7 +10,6 @@ import torch.fx
 from piecework.codegen import StitchedSource
 from piecework.codegen.plan.formatting import numbered
 from piecework.codegen.proof.prove import Proof
-from piecework.codegen.proof.recording import parse_text
 from piecework.codegen.stitch.lower import ENTRY_NAME
 from piecework.codegen.stitch.source import verify
 from piecework.errors import EmitError
@@ -32,50 +31,29 @@ class EditedSource:
 
 
 def check_edited(source: StitchedSource, split_gm: torch.fx.GraphModule, code: str) -> EditedSource:
-    """Check an edited version of ``source``.
-
-    Args:
-        source: what was generated.
-        split_gm: its graph.
-        code: the edited text.
+    """Check an edited version of the source that was generated for a graph.
 
     Raises:
         EmitError: the text is not Python, or has no ``execution_fn`` with the generated signature.
     """
-    if not isinstance(code, str):
-        raise EmitError(
-            f"the edited source must be text; got a {type(code).__qualname__}",
-            hint="pass the text, such as stitched.source.code with a change",
-        )
     try:
-        tree = parse_text(code, "the edited source")
+        tree = ast.parse(code)
         compile(tree, "<edited>", "exec", dont_inherit=True)
-        _check_signature(tree, source)
-    except (SyntaxError, ValueError) as error:
-        raise EmitError(f"the edited source is not Python: {error}\n{numbered(code)}") from error
-    except (RecursionError, MemoryError) as error:
-        raise EmitError("the edited source is nested too deeply for Python to compile") from error
+    except (TypeError, SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        text = numbered(code) if isinstance(code, str) else repr(code)
+        raise EmitError(f"the edited source is not Python: {error}\n{text}") from error
+    before, after = _signature(ast.parse(source.code)), _signature(tree)
+    if before != after:
+        raise EmitError(
+            f"the edited {ENTRY_NAME} takes ({after}); its callers pass ({before})",
+            hint="edit all of stitched.source.code, and keep the function's name and signature",
+        )
     try:
         return EditedSource(code, verify(source, split_gm, edited=code), None)
     except EmitError as error:
         return EditedSource(code, None, str(error))
 
 
-def _entry_of(tree: ast.Module) -> ast.FunctionDef:
+def _signature(tree: ast.Module) -> str | None:
     found = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == ENTRY_NAME]
-    if not found:
-        raise EmitError(
-            f"the edited source defines no function {ENTRY_NAME}",
-            hint="edit all of stitched.source.code, and keep the function's name",
-        )
-    return found[-1]
-
-
-def _check_signature(tree: ast.Module, source: StitchedSource) -> None:
-    generated, edited = _entry_of(ast.parse(source.code)), _entry_of(tree)
-    before, after = ast.unparse(generated.args), ast.unparse(edited.args)
-    if before != after:
-        raise EmitError(
-            f"the edited {ENTRY_NAME} takes ({after}); its callers pass ({before})",
-            hint="keep the signature as it was generated",
-        )
+    return ast.unparse(found[-1].args) if found else None

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
@@ -17,12 +18,18 @@ from piecework.codegen.entry.plan import (
     FromLeaf,
     FromOutput,
     FromWeights,
+    Items,
+    Leaf,
+    Node,
     Packed,
     Passed,
+    TensorInput,
+    Tree,
+    UnusedTensor,
 )
-from piecework.codegen.graph.origin import results_of
+from piecework.codegen.graph.origin import results_of, value_of
+from piecework.errors import InputError
 from piecework.runtime import torch_compat
-from piecework.runtime.call.argument_memory import GivenTensor, Written, given_tensors
 from piecework.runtime.pieces.program import Program
 from piecework.runtime.trace.inputs import Argument, Layout, Size
 from piecework.runtime.trace.one_trace import ModelTrace
@@ -33,7 +40,8 @@ from piecework.runtime.trace.results import (
     FromWeight,
     ResultLeaf,
 )
-from piecework.runtime.watch.weights import Weight
+from piecework.runtime.trace.writes import mutations_in
+from piecework.runtime.watch.weights import BoundWeights, Weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +64,8 @@ class MadeEntry:
 
 
 def made_entry(captured: ModelTrace, program: Program) -> MadeEntry:
-    written = Written.by(captured, program)
-    given = given_tensors(captured, written)
+    written = _written(captured, program)
+    given = tuple(_given_tensors(captured, written))
     state = captured.weights.state
     watches = bool(given) or state.argument_check(captured.parameters) is not None
     plan = _plan_entry(captured, program, written, watches)
@@ -65,8 +73,145 @@ def made_entry(captured: ModelTrace, program: Program) -> MadeEntry:
     return MadeEntry(plan, generate_entry(plan), strict, torch_compat.autocast_state(), given)
 
 
+# --- arguments that are, or share written memory with, tensors of the model ---------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class GivenTensor:
+    """A tensor argument that must not be what the model holds: its code may ask ``mask is self.mask``, and compiled pieces put off writes.
+
+    Attributes:
+        where: its parameter's number and the keys inside of that; the last one counts flattened leaves if ``flat``.
+        others: weights, by number, that it must not be.
+        elsewhere: it must be none of the tensors, either, that the trace found in closures and classes.
+        apart: weights, by number, that it must not share memory with.
+    """
+
+    label: str
+    where: tuple[Any, ...]
+    flat: bool
+    others: tuple[int, ...]
+    elsewhere: bool
+    apart: tuple[int, ...]
+
+    def refusal(
+        self, weights: BoundWeights, spans: Sequence[tuple[int, int]], values: Sequence[object]
+    ) -> InputError | None:
+        """What is wrong about this argument of a call; None if nothing is.
+
+        Args:
+            spans: the memory of the weights in ``apart``.
+            values: one per parameter.
+        """
+        tensor: Any = values
+        for key in self.where[:-1] if self.flat else self.where:
+            tensor = tensor[key]
+        if self.flat:
+            tensor = torch_compat.flatten_tree(tensor)[0][self.where[-1]]
+        same = next((n for n in self.others if tensor is weights.tensors[n]), None)
+        path = None if same is None else weights.traced[same].path
+        if self.elsewhere and path is None:
+            watched = weights.state.watched_now().items()
+            path = next((name for name, each in watched if tensor is each), None)
+        if path is not None:
+            error = InputError(
+                f"argument {self.label} is the model's {path}, and was another tensor when the model was traced",
+                hint=f"pass {self.label}.clone(), or trace with it",
+            )
+            error.places = frozenset()
+            return error
+        start, end = torch_compat.memory_span(tensor) if spans else (0, 0)
+        for number, (first, last) in zip(self.apart, spans, strict=True):
+            if first < end and start < last:
+                return InputError(
+                    f"argument {self.label} shares memory with the model's {weights.traced[number].path}, "
+                    "and the model writes to one of them; compiled pieces expect that it does not",
+                    hint=f"pass {self.label}.clone()",
+                )
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class _Written:
+    """What a graph reads as tensors, and what of it compiled pieces write: arguments by number, weights by path."""
+
+    arguments: tuple[int, ...]
+    weights: tuple[str, ...]
+    in_arguments: tuple[int, ...]
+    in_weights: tuple[str, ...]
+
+
+def _written(captured: ModelTrace, program: Program) -> _Written:
+    placeholders = program.split_gm.graph.find_nodes(op="placeholder")
+    pairs = zip(placeholders, captured.inputs, strict=True)
+    tensors = {n.name: each for n, each in pairs if isinstance(value_of(n), torch.Tensor)}
+    writes = mutations_in(program.split_gm, list(program.backends), {n: n for n in tensors})
+    written = [tensors[name] for name in dict.fromkeys(each.path for each in writes)]
+    read = tensors.values()
+    return _Written(
+        tuple(each.leaf for each in read if isinstance(each, Argument)),
+        tuple(each.path for each in read if isinstance(each, Weight)),
+        tuple(each.leaf for each in written if isinstance(each, Argument)),
+        tuple(each.path for each in written if isinstance(each, Weight)),
+    )
+
+
+def _given_tensors(captured: ModelTrace, written: _Written) -> Iterator[GivenTensor]:
+    """The arguments of a trace that could be tensors of the model, or share memory with one in a wrong way."""
+    weights = captured.weights
+    plain = [n for n, each in enumerate(weights.tensors) if each.layout is torch.strided]
+    numbers = {weights.traced[n].path: n for n in plain}
+    for number, parameter in enumerate(captured.parameters):
+        for leaf, where, flat in _leaves(parameter.node, (number,)):
+            if not isinstance(leaf.assumption, (TensorInput, UnusedTensor)):
+                continue
+            others = tuple(n for n in plain if _could_be(leaf.assumption, weights.tensors[n]))
+            elsewhere = bool(weights.state.watched)
+            if leaf.index in captured.weights_given:  # a fact says which one it has to be
+                others, elsewhere = (), False
+            paths = written.weights if leaf.index in written.in_arguments else written.in_weights
+            is_read = leaf.index in written.arguments
+            apart = tuple(numbers[path] for path in paths if is_read and path in numbers)
+            if others or elsewhere or apart:
+                yield GivenTensor(leaf.label, where, flat, others, elsewhere, apart)
+
+
+def _leaves(
+    node: Node, where: tuple[object, ...]
+) -> Iterator[tuple[Leaf, tuple[object, ...], bool]]:
+    """The flattened arguments of a parameter, each with where a call has it, and whether that counts leaves."""
+    match node:
+        case Leaf():
+            yield node, where, False
+        case Items(keys=keys, children=children):
+            for key, child in zip(keys, children, strict=True):
+                yield from _leaves(child, (*where, key))
+        case Tree(children=children):
+            yield from ((leaf, (*where, number), True) for number, leaf in enumerate(children))
+
+
+def _could_be(assumption: TensorInput | UnusedTensor, tensor: torch.Tensor) -> bool:
+    """Whether a tensor of the model passes the checks of an argument."""
+    sizes: Sequence[object] = [None] * tensor.dim()
+    rank = assumption.rank if isinstance(assumption, UnusedTensor) else len(assumption.sizes)
+    if isinstance(assumption, TensorInput):
+        sizes = assumption.sizes
+        if type(tensor) is not assumption.kind:
+            return False
+    same = (tensor.dtype, tensor.device, tensor.dim()) == (
+        assumption.dtype,
+        assumption.device,
+        rank,
+    )
+    pairs = zip(tensor.shape, sizes, strict=False)
+    return same and all(now == size for now, size in pairs if isinstance(size, int))
+
+
+# --- the plan ------------------------------------------------------------------------------------------
+
+
 def _plan_entry(
-    captured: ModelTrace, program: Program, written: Written, watches_arguments: bool
+    captured: ModelTrace, program: Program, written: _Written, watches_arguments: bool
 ) -> EntryPlan:
     """Say what the entry must check, pass and return."""
     levers, state = program.config.stitching_config, captured.weights.state

@@ -40,22 +40,23 @@ def named_pieces(
         operators: name in the emitted module → range name, for operators that it calls directly.
         layer: which layer an operator is called for, by the frame that calls it; it ends the range's name.
     """
-    defaults = function.__kwdefaults__ or {}
+
+    def named(pieces: Sequence[Piece]) -> Iterator[Piece]:
+        return map(_named, pieces, labels)
+
     kept = [list(submods) for submods in submod_lists]
-    kept_default = defaults["__vllm_submods__"]
+    defaults = function.__kwdefaults__ or {}
+    default = defaults["__vllm_submods__"]
     try:
-        for submods in submod_lists:
-            submods[:] = [
-                _named(piece, label) for piece, label in zip(submods, labels, strict=True)
-            ]
-        named = (_named(piece, label) for piece, label in zip(kept_default, labels, strict=True))
-        defaults["__vllm_submods__"] = type(kept_default)(named)
+        defaults["__vllm_submods__"] = type(default)(named(default))
+        for submods, before in zip(submod_lists, kept, strict=True):
+            submods[:] = named(before)
         with named_globals(function.__globals__, operators, layer):
             yield
     finally:
         for submods, before in zip(submod_lists, kept, strict=True):
             submods[:] = before
-        defaults["__vllm_submods__"] = kept_default
+        defaults["__vllm_submods__"] = default
 
 
 @contextmanager
@@ -64,9 +65,9 @@ def named_globals(
 ) -> Iterator[None]:
     """Wrap what functions of an emitted module call, by its name there, in a range of that label for the block."""
     kept = {name: namespace[name] for name in labels}
+    for name, label in labels.items():
+        namespace[name] = _named(kept[name], label, layer)  # type: ignore[arg-type]
     try:
-        for name, label in labels.items():
-            namespace[name] = _named(kept[name], label, layer)  # type: ignore[arg-type]
         yield
     finally:
         namespace.update(kept)

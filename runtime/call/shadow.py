@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 import torch.fx
@@ -24,7 +24,7 @@ from piecework.runtime.compilers.interface import uncompiled
 from piecework.runtime.pieces.program import Program
 from piecework.runtime.splitting_op import registry
 from piecework.runtime.store.surroundings import SELF_CONTAINED
-from piecework.runtime.trace.writes import operator_calls, unwritten_outputs, written_inputs
+from piecework.runtime.trace.writes import unwritten_outputs, written_inputs
 
 _Piece = Callable[..., object]
 
@@ -56,285 +56,202 @@ class PieceDifference:
         return f"{self.piece}{of}: {self.output} {self.how} (call {self.call})"
 
 
+@dataclass
 class Shadow:
     """What `StitchedModule.shadow` found so far; ``str()`` says it.
 
-    Args:
-        every: compare each call of so many, the first one among them.
-
     Attributes:
+        every: one call of so many is compared, the first one among them.
         calls: how many calls were compared.
         compared: how many runs of a piece were.
         left_out: piece → why it is not compared.
-
-    Raises:
-        ConfigError: ``every`` is no positive whole number.
+        found: piece → its first difference.
     """
 
-    def __init__(self, every: int) -> None:
-        if type(every) is not int or every < 1:
-            raise ConfigError(f"every must be a positive number; got {every!r}", where="every")
-        self._every = every
-        self._seen = self._able = 0
-        self._counting = threading.Lock()
-        self._found: dict[str, PieceDifference] = {}
-        self.calls = 0
-        self.compared = 0
-        self.left_out: dict[str, str] = {}
+    every: int = 1
+    calls: int = 0
+    compared: int = 0
+    left_out: dict[str, str] = field(default_factory=dict)
+    found: dict[str, PieceDifference] = field(default_factory=dict)
+    _seen: int = field(default=0, repr=False)
+    _counting: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def __post_init__(self) -> None:
+        if type(self.every) is not int or self.every < 1:
+            raise ConfigError(f"every must be a positive number; got {self.every!r}", where="every")
 
     @property
     def differences(self) -> tuple[PieceDifference, ...]:
         """One for each piece that differed, in the order in which they were found."""
-        return tuple(self._found.values())
+        return tuple(self.found.values())
 
     @property
     def first(self) -> PieceDifference | None:
         """The first piece that differed; None if none did."""
-        return next(iter(self.differences), None)
+        return next(iter(self.found.values()), None)
 
     def __str__(self) -> str:
-        count = len(self._found)
-        said = f"{count} piece{'s' * (count > 1)} differ{'s' * (count == 1)}"
-        lines = [
-            f"compared {self.compared} runs of pieces in {self.calls} calls: "
-            + (said if count else "no difference")
-        ]
-        lines += map(str, self.differences)
-        lines += (f"not compared: {name}, {why}" for name, why in self.left_out.items())
-        return "\n".join(lines)
+        count = len(self.found)
+        result = f"{count} piece{'s differ' if count > 1 else ' differs'}"
+        return "\n".join(
+            [
+                f"compared {self.compared} runs of pieces in {self.calls} calls: "
+                + (result if count else "no difference"),
+                *map(str, self.found.values()),
+                *(f"not compared: {name}, {why}" for name, why in self.left_out.items()),
+            ]
+        )
 
-    def begin(self, able: int, left_out: Mapping[str, str]) -> None:
-        """Look at another trace: how many of its pieces are compared, and why the others are not."""
-        self._able += able
-        self.left_out.update(left_out)
+    def beside(self, program: Program, splitting_ops: SplittingOps) -> Callable[[_Piece], _Piece]:
+        """What makes of a stitching function one that runs the graph of each piece beside it.
 
-    def require_some(self) -> None:
-        """Raise `BindError` if there are pieces, and none of them can be compared."""
-        if self.left_out and not self._able:
-            name, why = next(iter(self.left_out.items()))
+        Raises:
+            ArtifactError: the program was loaded without its graphs.
+            BindError: there are pieces, and none of them can be run a second time.
+        """
+        names = program.source.submod_names
+        references: dict[str, _Reference] = {}
+        modules = {piece.name: piece.modules for piece in program.pieces()}
+        for name in names:
+            graph = graph_of(program.split_gm, name)
+            why = _why_once(graph, splitting_ops)
+            if program.config.use_inductor_graph_partition:
+                why = "Inductor cuts it, and it holds what it is cut at"
+            if why:
+                self.left_out[name] = why
+            else:
+                references[name] = _Reference(name, modules[name], graph)
+        if names and not references:
             raise BindError(
-                f"no piece can be run a second time beside itself: {name}, {why}",
+                f"no piece can be run a second time beside itself: {names[0]}, {self.left_out[names[0]]}",
                 where="shadow",
                 hint="compare the whole model with its eager form instead",
             )
 
-    def is_due(self) -> bool:
-        """Count a call; whether it is one to compare."""
-        with self._counting:
-            due = self._seen % self._every == 0
-            self._seen += 1
-            self.calls += due
-        return due
+        def serve(function: _Piece) -> _Piece:
+            def run(*flat: object, **given: Sequence[_Piece]) -> object:
+                with self._counting:
+                    due = self._seen % self.every == 0
+                    self._seen += 1
+                    self.calls += due
+                if not due:
+                    return function(*flat, **given)
+                default = function.__kwdefaults__["__vllm_submods__"]  # type: ignore[index]
+                pieces = zip(names, given.get("__vllm_submods__", default), strict=True)
+                both = tuple(self._both(references.get(name), piece) for name, piece in pieces)
+                return function(*flat, __vllm_submods__=both)
 
-    def note(self, difference: PieceDifference | None) -> None:
-        """Count a comparison, and keep the piece's first difference."""
-        with self._counting:
-            self.compared += 1
-            if difference is not None:
-                self._found.setdefault(difference.piece, difference)
+            return run
 
+        return serve
 
-class ShadowedPieces:
-    """Runs the uncompiled graph of each piece of a program beside it.
-
-    Args:
-        program: whose pieces.
-        splitting_ops: operators that the model is cut at, or would be.
-        found: is told.
-
-    Raises:
-        ArtifactError: the program was loaded without its graphs.
-    """
-
-    def __init__(self, program: Program, splitting_ops: SplittingOps, found: Shadow) -> None:
-        self._names, self._found = program.source.submod_names, found
-        split_gm, modules = program.split_gm, {p.name: p.modules for p in program.pieces()}
-        facts: dict[str, _Facts] = {}
-        self._references: dict[str, _Reference] = {}
-        inside = program.config.use_inductor_graph_partition
-        why_not: dict[str, str] = {}
-        for name in self._names:
-            graph = graph_of(split_gm, name)
-            _, structure = program.backends[name].compiled_of()
-            known = facts.get(structure.key)
-            if known is None:
-                known = facts[structure.key] = _Facts.of(graph, splitting_ops)
-            why = "Inductor cuts it, and it holds what it is cut at" if inside else known.why_once
-            if why:
-                why_not[name] = why
-            else:
-                self._references[name] = _Reference(name, modules[name], graph, known)
-        found.begin(len(self._references), why_not)
-
-    def serve(self, function: _Piece) -> _Piece:
-        """What serves calls in place of a stitching function."""
-
-        def run(*flat: object, **given: Sequence[_Piece]) -> object:
-            if not self._found.is_due():
-                return function(*flat, **given)
-            default = function.__kwdefaults__["__vllm_submods__"]  # type: ignore[index]
-            pieces = zip(self._names, given.get("__vllm_submods__", default), strict=True)
-            beside = tuple(self._beside(name, piece) for name, piece in pieces)
-            return function(*flat, __vllm_submods__=beside)
-
-        return run
-
-    def _beside(self, name: str, piece: _Piece) -> _Piece:
-        reference = self._references.get(name)
+    def _both(self, reference: _Reference | None, piece: _Piece) -> _Piece:
         if reference is None:
             return piece
 
         def run(*args: object) -> object:
+            if reference.name in self.left_out:
+                return piece(*args)
             # Its graph goes first: the piece may write to what both of them read.
             try:
                 expected = reference.run(args)
             except Exception as error:  # noqa: BLE001 - the caller's own run goes on
                 why = f"its graph fails beside it: {type(error).__name__}: {error}"
-                self._found.left_out.setdefault(name, why)
+                self.left_out.setdefault(reference.name, why)
                 return piece(*args)
             results = piece(*args)
-            self._found.note(reference.difference(expected, results, args, self._found))
+            difference = reference.difference(expected, results, args, self.calls)
+            with self._counting:
+                self.compared += 1
+                if difference is not None:
+                    self.found.setdefault(reference.name, difference)
             return results
 
         return run
 
 
-@dataclass(frozen=True, slots=True)
-class _Facts:
-    """What is the same for all pieces of one structure.
-
-    Attributes:
-        why_once: why a piece can't be run beside itself; "" if it can.
-        written: inputs that it writes to.
-        unwritten: outputs whose memory it allocates and leaves as it is: they hold anything.
-        dtypes: of all tensors in it.
-    """
-
-    why_once: str
-    written: frozenset[int]
-    unwritten: frozenset[int]
-    dtypes: frozenset[torch.dtype]
-
-    @classmethod
-    def of(cls, graph: torch.fx.GraphModule, splitting_ops: SplittingOps) -> _Facts:
-        nodes = list(every_node(graph))
-        values = map(value_of, nodes)
-        dtypes = frozenset(value.dtype for value in values if isinstance(value, torch.Tensor))
-        why = next(filter(None, (_why_once(node, splitting_ops) for node in nodes)), "")
-        random = () if why else (op for op, *given in operator_calls(graph) if _draws(op, *given))
-        why = next((f"{op} draws random numbers" for op in random), why)
-        return cls(why, written_inputs(graph), unwritten_outputs(graph), dtypes)
-
-
-@dataclass(frozen=True, slots=True)
-class _Expected:
-    """What a graph gave, and the copies of the inputs that it wrote to."""
-
-    results: Sequence[object]
-    written: Mapping[int, torch.Tensor]
-
-
 class _Reference:
     """The uncompiled graph of one piece."""
 
-    def __init__(self, name: str, modules: str, graph: torch.fx.GraphModule, facts: _Facts) -> None:
-        self._name, self._modules, self._facts = name, modules, facts
+    def __init__(self, name: str, modules: str, graph: torch.fx.GraphModule) -> None:
+        self.name, self._modules = name, modules
         self._run = uncompiled(graph)
         self._outputs = results_of(graph.graph)
         self._inputs = graph.graph.find_nodes(op="placeholder")
+        self._written, self._unwritten = written_inputs(graph), unwritten_outputs(graph)
+        values = map(value_of, every_node(graph))
+        dtypes = {value.dtype for value in values if isinstance(value, torch.Tensor)}
+        # Of the least precise dtype in the piece: its other values come of those.
+        self._tolerance = max(map(tolerance_of, dtypes), default=0.0)
 
-    def run(self, args: Sequence[object]) -> _Expected:
-        """Run the graph on what a piece is given, with copies of what it writes to."""
-        given = _apart(args, self._facts.written)
-        on = {each.device for each in args if isinstance(each, torch.Tensor)}
-        devices = [each for each in on if each.type == "cuda"]
-        with torch.no_grad(), torch.random.fork_rng(devices):
-            results = self._run(*given)
-        written = {i: given[i] for i in self._facts.written if isinstance(given[i], torch.Tensor)}
-        return _Expected(_sequence(results), written)  # type: ignore[arg-type]
+    def run(self, args: Sequence[object]) -> tuple[Sequence[object], dict[int, object]]:
+        """What the graph gives of a piece's arguments, and copies of those that it writes to.
+
+        Raises:
+            RuntimeError: it drew random numbers, or writes to memory that arguments share.
+        """
+        tensors = {n: each for n, each in enumerate(args) if isinstance(each, torch.Tensor)}
+        held = [torch_compat.storage_id(each) for each in tensors.values()]
+        if self._written and len(set(held)) < len(held):
+            raise RuntimeError("it writes to arguments, and some share memory")
+        copies = {n: tensors[n].clone() for n in self._written if n in tensors}
+        gpus = {each.device for each in tensors.values() if each.device.type == "cuda"}
+        with torch.no_grad(), torch.random.fork_rng(list(gpus)):
+            before = _random_states(gpus)
+            results = self._run(*(copies.get(n, each) for n, each in enumerate(args)))
+            if not all(map(torch.equal, before, _random_states(gpus))):
+                raise RuntimeError("it draws random numbers")
+        return _sequence(results), dict(copies)
 
     def difference(
-        self, expected: _Expected, results: object, args: Sequence[object], found: Shadow
+        self,
+        expected: tuple[Sequence[object], dict[int, object]],
+        results: object,
+        args: Sequence[object],
+        call: int,
     ) -> PieceDifference | None:
         """The first difference between what a piece did and what its graph did."""
-        actual = _sequence(results)
-        if len(actual) != len(expected.results):
-            how = f"are {len(actual)}, and the graph gives {len(expected.results)}"
-            return self._made("its outputs", how, math.inf, 0.0, found)
-        pairs = [
-            (f"output {number}{_named(self._outputs[number])}", *pair)
-            for number, pair in enumerate(zip(expected.results, actual, strict=True))
-            if number not in self._facts.unwritten
-        ]
-        pairs += [
-            (f"input {self._inputs[number].name}, written in place,", before, args[number])
-            for number, before in expected.written.items()
-        ]
-        # Of the least precise dtype in the piece: its other values come of those.
-        tolerance = max(map(tolerance_of, self._facts.dtypes), default=0.0)
-        for what, right, given in pairs:
-            different = _different(right, given, tolerance)
+        right, written = expected
+        given = _sequence(results)
+        pairs: list[tuple[str, object, object]] = [("number of outputs", len(right), len(given))]
+        for number, pair in enumerate(zip(right, given, strict=False)):
+            output = self._outputs[number]
+            where = f", {node_where(output)}," if isinstance(output, torch.fx.Node) else ""
+            if number not in self._unwritten:
+                pairs.append((f"output {number}{where}", *pair))
+        for number, copy in written.items():
+            name = self._inputs[number].name
+            pairs.append((f"input {name}, written in place,", copy, args[number]))
+        for what, one, other in pairs:
+            different = _different(one, other, self._tolerance)
             if different is not None:
-                return self._made(what, *different, found)
+                return PieceDifference(self.name, self._modules, what, *different, call)
         return None
 
-    def _made(
-        self, what: str, how: str, error: float, allowed: float, found: Shadow
-    ) -> PieceDifference:
-        return PieceDifference(self._name, self._modules, what, how, error, allowed, found.calls)
+
+def _random_states(gpus: set[torch.device]) -> list[torch.Tensor]:
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(each) for each in gpus)]
 
 
-def _why_once(node: torch.fx.Node, splitting_ops: SplittingOps) -> str:
-    """Why a piece with this node can't be run beside itself; "" if nothing is known against it."""
-    target = node.target
-    if node.op != "call_function":
-        return ""
-    if splitting_ops(node) or registry.find(target) is not None:
-        return f"{target} is a splitting op, which may keep state"
-    if torch_compat.collective_of(target) is not None:
-        return f"{target} waits for other processes"
-    if isinstance(target, torch._ops.HigherOrderOperator) and str(target) not in SELF_CONTAINED:
-        return f"what {target} writes to is not known"
-    if shows_nothing(target) and not torch_compat.is_torch_operator(target):
-        return f"{target} declares neither a result nor a write"
+def _why_once(graph: torch.fx.GraphModule, splitting_ops: SplittingOps) -> str:
+    """Why a piece can't be run beside itself; "" if nothing is known against it."""
+    for node in every_node(graph):
+        target = node.target
+        if node.op != "call_function":
+            continue
+        if splitting_ops(node) or registry.find(target) is not None:
+            return f"{target} is a splitting op, which may keep state"
+        if torch_compat.collective_of(target) is not None:
+            return f"{target} waits for other processes"
+        if isinstance(target, torch._ops.HigherOrderOperator) and str(target) not in SELF_CONTAINED:
+            return f"what {target} writes to is not known"
+        if shows_nothing(target) and not torch_compat.is_torch_operator(target):
+            return f"{target} declares neither a result nor a write"
     return ""
-
-
-def _draws(op: torch._ops.OpOverload, args: Sequence[object], kwargs: Mapping[str, object]) -> bool:
-    """Whether a call draws random numbers; attention does so for its dropout alone."""
-    if torch.Tag.nondeterministic_seeded not in op.tags:
-        return False
-    names = [each.name for each in op._schema.arguments]
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
-    return "dropout_p" not in names or given.get("dropout_p", 0.0) != 0.0
-
-
-def _apart(args: Sequence[object], written: frozenset[int]) -> list[object]:
-    """``args`` with copies of the memory that is written to; what shared memory shares it still."""
-    copies: dict[int, torch.UntypedStorage] = {}
-    for number in written:
-        tensor = args[number]
-        if isinstance(tensor, torch.Tensor):
-            copies[torch_compat.storage_id(tensor)] = tensor.untyped_storage().clone()
-    return [_on(copies, each) if copies else each for each in args]
-
-
-def _on(copies: Mapping[int, torch.UntypedStorage], value: object) -> object:
-    if not isinstance(value, torch.Tensor) or value.layout is not torch.strided:
-        return value
-    storage = copies.get(torch_compat.storage_id(value))
-    if storage is None:
-        return value
-    empty = torch.empty(0, dtype=value.dtype, device=value.device)
-    return empty.set_(storage, value.storage_offset(), value.shape, value.stride())
 
 
 def _sequence(results: object) -> Sequence[object]:
     return results if isinstance(results, (tuple, list)) else (results,)
-
-
-def _named(output: object) -> str:
-    return f", {node_where(output)}," if isinstance(output, torch.fx.Node) else ""
 
 
 def _different(right: object, given: object, tolerance: float) -> tuple[str, float, float] | None:
@@ -343,8 +260,7 @@ def _different(right: object, given: object, tolerance: float) -> tuple[str, flo
         same = type(right) is type(given) and right == given
         return None if same else (f"is {given!r}, and the graph gives {right!r}", math.inf, 0.0)
     if (right.shape, right.dtype, right.device) != (given.shape, given.dtype, given.device):
-        how = f"is {_kind(given)}, and the graph gives {_kind(right)}"
-        return how, math.inf, 0.0
+        return f"is {_kind(given)}, and the graph gives {_kind(right)}", math.inf, 0.0
     if not (right.is_floating_point() or right.is_complex()):
         wrong = int((right != given).sum())
         return (f"differs in {wrong} of {right.numel()} elements", math.inf, 0.0) if wrong else None
@@ -358,10 +274,8 @@ def _different(right: object, given: object, tolerance: float) -> tuple[str, flo
     if not wrong.any():
         return None
     error = (given - right)[wrong].abs().nan_to_num(math.inf).max().item()
-    how = (
-        f"is off by up to {error:.1e}, where {allowed:.1e} is allowed (largest value {largest:.1e})"
-    )
-    return how, error, allowed
+    limit = f"where {allowed:.1e} is allowed (largest value {largest:.1e})"
+    return f"is off by up to {error:.1e}, {limit}", error, allowed
 
 
 def _kind(tensor: torch.Tensor) -> str:

@@ -12,12 +12,11 @@ import torch
 import torch.fx
 
 from piecework.codegen import SplitItem, StitchedSource, generate_source
-from piecework.codegen.graph.origin import SymbolNames, graph_of, origin_of_piece, value_of
+from piecework.codegen.graph.origin import SymbolNames, origin_of_piece, value_of
 from piecework.codegen.graph.schemas import every_node
 from piecework.codegen.stitch.bind import compile_execution_fn
 from piecework.runtime import torch_compat
 from piecework.runtime.batch.ranges import Range, RangeTable
-from piecework.runtime.compilers.interface import uncompiled
 from piecework.runtime.compilers.passes import PassReport
 from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.observe import trace
@@ -162,7 +161,7 @@ class Program:
         return function
 
     def bind_safely(
-        self, weights: Mapping[str, object], *, code: str | None = None, as_written: bool = False
+        self, weights: Mapping[str, object], *, code: str | None = None
     ) -> tuple[Callable[..., object], Callable[[int], Callables]]:
         """The same graph stitched without shortcuts: operators through the dispatcher, pieces by
         their public form.
@@ -170,13 +169,9 @@ class Program:
         Args:
             weights: weight path → tensor, for the names that the source binds.
             code: an edited text to execute in place of the generated one.
-            as_written: run the graph of each piece, uncompiled.
 
         Returns:
             The function, and what gives its ``__vllm_submods__`` for a batch size.
-
-        Raises:
-            ArtifactError: graphs are wanted, and the program was loaded without them.
         """
         source = self.source
         if code is not None:
@@ -189,9 +184,6 @@ class Program:
             source = generate_source(self.split_gm, replace(source.options, direct={}))
         names, table = source.submod_names, self.range_table
         per_range = [self.callables(each) for each in self.compile_ranges]
-        if as_written:
-            graphs = {name: uncompiled(graph_of(self.split_gm, name)) for name in self.backends}
-            per_range = [graphs for _ in per_range]
         lists = [tuple(found[name] for name in names) for found in per_range]
         bound = {row.name: weights[row.path] for row in source.module.bound}
         run = compile_execution_fn(source.code, per_range[-1], names, source.consts, bound=bound)

@@ -7,11 +7,7 @@ from contextlib import AbstractContextManager
 import torch
 import torch.fx
 from torch.overrides import _get_current_function_mode_stack
-from torch.utils import _pytree as pytree
 from torch.utils._device import DeviceContext, _device_constructors
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
-
-from piecework.runtime.torch_compat.tensors import is_fake
 
 #: Whether autocast is on for any device type.
 autocast_enabled = torch._C._is_any_autocast_enabled
@@ -47,26 +43,7 @@ def drop_idle_autocast(graph: torch.fx.GraphModule) -> None:
 
 def transforms() -> object:
     """Whether a transform of ``torch.func`` (vmap, grad and the like), forward-mode differentiation or ``torch.jit.trace`` is active."""
-    return _interpreter() or _forward_ad._current_level >= 0 or jit_tracing()
-
-
-#: Whether ``torch.jit.trace`` records this thread: it would keep what compiled pieces give as constants.
-jit_tracing = torch._C._is_tracing
-
-
-def traced_by_others(given: object) -> bool:
-    """Whether ``torch.fx.symbolic_trace``, ``make_fx`` or ``torch.export`` traces a call in this thread; what others trace is none of its business.
-
-    Args:
-        given: the arguments.
-    """
-    modes = {type(each).__name__ for each in _get_current_dispatch_mode_stack()}
-    if "ProxyTorchDispatchMode" in modes:
-        return True
-    leaves = pytree.tree_leaves(given)
-    return any(isinstance(each, torch.fx.Proxy) for each in leaves) or (
-        "FakeTensorMode" in modes and any(map(is_fake, leaves))
-    )
+    return _interpreter() or _forward_ad._current_level >= 0 or torch._C._is_tracing()
 
 
 _interpreter, _forward_ad = torch._C._functorch.peek_interpreter_stack, torch.autograd.forward_ad

@@ -6,8 +6,7 @@ touched. A user's Triton kernel has no schema: its writes are not seen.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +19,6 @@ from piecework.codegen.graph.structure import attribute_of, call_text
 from piecework.codegen.split.split import allocates
 from piecework.errors import StaticGraphError
 from piecework.runtime import torch_compat
-
-OperatorCall = tuple[torch._ops.OpOverload, Sequence[object], Mapping[str, object]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,21 +144,6 @@ def written_memory(graph: torch.fx.GraphModule, memory: Collection[int]) -> dict
     writes = _Writes(memory)
     nodes = enumerate(graph.graph.nodes)
     return {key: number for number, node in nodes for _, key in writes.of(graph, node)}
-
-
-def operator_calls(piece: torch.fx.GraphModule) -> Iterator[OperatorCall]:
-    """The operators that a graph and the graphs in it reach, with their arguments, found by running each node by itself on fake tensors.
-
-    A node that can't be run by itself is left out.
-    """
-    for graph in (each for each in piece.modules() if isinstance(each, torch.fx.GraphModule)):
-        for node in graph.graph.nodes:
-            if node.op not in ("call_function", "call_method"):
-                continue
-            seen: list[OperatorCall] = []
-            with contextlib.suppress(Exception):  # user code and torch raise anything
-                _run(graph, node, lambda *call, seen=seen: seen.append(call))
-            yield from seen
 
 
 def memory_of(value: object) -> int | None:

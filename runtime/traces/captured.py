@@ -5,7 +5,8 @@ What one trace captures, and how it is served, is the business of `piecework.run
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Self
@@ -17,7 +18,7 @@ from piecework.runtime.batch.mode import CUDAGraphMode
 from piecework.runtime.batch.sizes import require_whole_number, sizes_to_capture
 from piecework.runtime.config.groups import RuntimeConfig
 from piecework.runtime.pieces.ranks import runs_alone
-from piecework.runtime.traces.traces import Traces
+from piecework.runtime.traces.traced_model import TracedModel
 
 if TYPE_CHECKING:
     from piecework.runtime.batch.coverage import Coverage
@@ -31,13 +32,15 @@ if TYPE_CHECKING:
 class Captures:
     """The part of a `StitchedModule` that captures its traces and serves them from static graphs."""
 
-    _traces: Traces
+    traces: tuple[TracedModel, ...]
     runtime_config: RuntimeConfig | None
     _again: Callable[[], object] | None = None  # what the last `capture` did
     _none_was_worth = False  # the last that was asked for was measured, and no graph of it was kept
-
-    def _serve_by_captured(self) -> None:
-        raise NotImplementedError
+    _require: Callable[[str], tuple[TracedModel, ...]]
+    _change: Callable[[str], AbstractContextManager[None]]
+    _trace_of_one: Callable[[Sequence[int] | None, CaptureOptions], TracedModel | None]
+    _switched_off: Callable[[], bool]
+    _serve_by_captured: Callable[[], None]
 
     def capture(
         self,
@@ -72,9 +75,9 @@ class Captures:
         """
         from piecework.runtime.graphs.plan.options import CaptureOptions
 
-        if not self._traces.made and self._traces.switched_off():
+        if not self.traces and self._switched_off():
             return self
-        self._traces.require("graph to capture")
+        self._require("graph to capture")
         sizes = sizes_to_capture(sizes)
         if memory_budget is not None and (type(memory_budget) is not int or memory_budget < 0):
             raise ConfigError(
@@ -86,11 +89,9 @@ class Captures:
         runtime = options.setdefault("runtime", self.runtime_config)
         if runtime is not None:
             options["runtime"] = RuntimeConfig.given(runtime, "runtime")
-        for each in self._traces.made:
-            each.entry.require_idle("capture()")
         wish = CaptureOptions(**options)
-        wanted = None if sizes is None else list(sizes)
-        with self._traces.changes.one("capture()"):
+        how = {"progress": progress, "estimate": estimate}
+        with self._change("capture()"):
             self._none_was_worth = False
             before, self._again = self._again, partial(
                 self.capture,
@@ -101,40 +102,23 @@ class Captures:
                 **options,
             )
             try:
-                self._capture(wanted, wish, memory_budget, progress, estimate)
+                rest = None if sizes is None else list(sizes)
+                single = self._trace_of_one(rest, wish)
+                if single is not None:
+                    fixed = self.traces[0].batch_of_one()
+                    made = single.capture_graphs(
+                        [1], wish, memory_budget=memory_budget, fixed=fixed, **how
+                    )
+                    rest = None if rest is None else [size for size in rest if size != 1]
+                    memory_budget = memory_budget and memory_budget - made.graphs.nbytes
+                if rest != []:
+                    self.traces[0].capture_graphs(rest, wish, memory_budget=memory_budget, **how)
             except BaseException:
-                if not any(each.static for each in self._traces.made):
+                if not any(each.static for each in self.traces):
                     self._again = before  # nothing is captured, and would not be by trying again
                 raise
         self._serve_by_captured()
         return self
-
-    def _capture(
-        self,
-        wanted: list[int] | None,
-        wish: CaptureOptions,
-        memory_budget: int | None,
-        progress: bool | CaptureWatcher,
-        estimate: bool,
-    ) -> None:
-        """Capture the trace of one row, if there is one, and that of the other sizes."""
-        first, *_ = self._traces.made
-        single = self._traces.of_one(wanted, wish)
-        if single is not None:
-            captured = single.capture_graphs(
-                [1],
-                wish,
-                memory_budget=memory_budget,
-                progress=progress,
-                estimate=estimate,
-                fixed=first.batch_of_one(),
-            )
-            wanted = None if wanted is None else [size for size in wanted if size != 1]
-            memory_budget = memory_budget and memory_budget - captured.graphs.nbytes
-        if wanted != []:
-            first.capture_graphs(
-                wanted, wish, memory_budget=memory_budget, progress=progress, estimate=estimate
-            )
 
     @property
     def was_captured(self) -> bool:
@@ -143,16 +127,12 @@ class Captures:
 
     def sleep(self) -> None:
         """Give the static graphs and their memory back, until `wake_up`; calls run uncaptured meanwhile."""
-        with self._traces.changes.one("sleep()"), self._traces.lock:
-            made = self._traces.made
-            platforms = [each.static.graphs.platform for each in made if each.static]
-            self._give_up()
-            for platform in platforms:
-                platform.release_cached_memory()
-
-    def _give_up(self) -> None:
-        for each in self._traces.made:
-            each.give_up_graphs()
+        with self._change("sleep()"):
+            for each in self.traces:
+                platform = each.static and each.static.graphs.platform
+                each.give_up_graphs()
+                if platform:
+                    platform.release_cached_memory()
 
     def wake_up(self) -> None:
         """Capture again what the last `capture` did, after `sleep` or a `rebind` that gave the graphs up."""
@@ -175,31 +155,28 @@ class Captures:
         """
         from piecework.runtime.graphs.serve.report import CAPTURED, Measurement
 
-        made = self._traces.made
         if not isinstance(seconds, (int, float)) or not seconds > 0:
             raise ConfigError(f"seconds must be a positive number; got {seconds!r}")
         options.setdefault("progress", False)
-        if not all(runs_alone(each.program, self.runtime_config) for each in made):
+        if not all(runs_alone(each.program, self.runtime_config) for each in self.traces):
             raise RankError(
                 "a model that several processes run together is not measured: each would call it as often as its own clock says",
                 hint="measure one share of the model alone, and capture the sizes that are worth it on all ranks",
             )
         self.capture(sizes, **options)
-        rows = [row for each in self._traces.made for row in each.measure(seconds=seconds)]
-        found = Measurement(tuple(sorted(rows, key=lambda row: row.size)), self._device())
+        rows = [row for each in self.traces for row in each.measure(seconds=seconds)]
+        device = self.static_graphs.graphs.platform.device.type
+        found = Measurement(tuple(sorted(rows, key=lambda row: row.size)), device)
         worth = found.worth_capturing
         if any(row.best != CAPTURED for row in rows):
-            self._give_up()
+            for each in self.traces:
+                each.give_up_graphs()
             self._again = None
             if worth:
                 self.capture(worth, **options)
             self._none_was_worth = not worth
         self._serve_by_captured()
         return found
-
-    def _device(self) -> str:
-        held = (each.static.graphs for each in self._traces.made if each.static)
-        return next((graphs.platform.device.type for graphs in held), "cpu")
 
     @property
     def static_graphs(self) -> CapturedModel:
@@ -212,7 +189,7 @@ class Captures:
         Raises:
             BindError: nothing is captured.
         """
-        found = [each.static for each in self._traces.made if each.static is not None]
+        found = [each.static for each in self.traces if each.static is not None]
         if not found:
             raise self._nothing()
         return found
@@ -239,7 +216,7 @@ class Captures:
         """
         require_whole_number(num_tokens)
         kind = (uniform_decode, has_lora, num_active_loras)
-        for each in self._traces.made:
+        for each in self.traces:
             if each.static is not None and each.static.serves(num_tokens):
                 return each.static.dispatcher.dispatch(
                     num_tokens,
@@ -273,11 +250,10 @@ class Captures:
 
     def call_report(self) -> list[CallRow]:
         """What the calls since `capture` ran as, how many, and why; all of them where nothing is captured."""
-        made = self._traces.made
-        if not made:
+        if not self.traces:
             raise self._nothing()
-        captured = [each for each in made if each.static is not None]
-        rows = [row for each in captured or made for row in each.calls()]
+        captured = [each for each in self.traces if each.static is not None]
+        rows = [row for each in captured or self.traces for row in each.calls()]
         return sorted(rows, key=lambda row: -row.calls)
 
     def memory_report(self) -> MemoryReport:
@@ -297,6 +273,6 @@ class Captures:
             )
         return NotThereError(
             "nothing is captured",
-            where=None if self._traces.made else torch_compat.compiler_off(),
+            where=None if self.traces else torch_compat.compiler_off(),
             hint="call capture(sizes) first" if self._again is None else "call wake_up()",
         )

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 from piecework.errors import ConfigError, short_methods
 from piecework.runtime.counters import counters
+from piecework.runtime.pieces.backend import PieceworkBackend
 from piecework.runtime.pieces.program import unique_pieces
-from piecework.runtime.traces.traces import Traces
+from piecework.runtime.traces.traced_model import TracedModel
 
 if TYPE_CHECKING:
     from piecework.runtime.call.shadow import Shadow
@@ -17,36 +18,36 @@ if TYPE_CHECKING:
     from piecework.runtime.observe.profile import Profile
 
 
-def summary(traces: Traces) -> str:
-    """The model's name and what was made of it, in a line."""
-    name, made = traces.backend.prefix, traces.made
-    if not made:
-        return f"{name}, not compiled yet"
-    program = made[0].program
-    cuts = sum(item.is_splitting_graph for item in program.items)
-    kept = [key for each in made if each.static for key in each.static.graphs.bytes_by_descriptor()]
-    captured = sorted({shape.num_tokens for _, shape in kept})
-    parts = (
-        name,
-        _count(len(program.backends), "piece", unique_pieces(program.backends)),
-        _count(cuts, "cut") if cuts else "",
-        program.compiler,
-        f"{len(made)} traces" if len(made) > 1 else "",
-        f"captured for {', '.join(map(str, captured))}" if captured else "",
-    )
-    return ", ".join(filter(None, parts))
-
-
-def _count(number: int, what: str, different: int | None = None) -> str:
-    text = f"{number} {what}{'' if number == 1 else 's'}"
-    return text if different in (None, number) else f"{text} ({different} different)"
-
-
 @short_methods
 class Observed:
     """The part of a `StitchedModule` that looks at calls; they pay for it in the block alone."""
 
-    _traces: Traces
+    traces: tuple[TracedModel, ...]
+    backend: PieceworkBackend
+    _require: Callable[[str], tuple[TracedModel, ...]]
+    _change: Callable[[str], AbstractContextManager[None]]
+    _lock: AbstractContextManager[object]
+    _on_trace: Callable[[TracedModel], object] | None
+
+    def _summary(self) -> str:
+        """The model's name and what was made of it, in a line."""
+        if not self.traces:
+            return f"{self.backend.prefix}, not compiled yet"
+        program = self.traces[0].program
+        cuts = sum(item.is_splitting_graph for item in program.items)
+        graphs = [each.static.graphs for each in self.traces if each.static]
+        captured = {shape.num_tokens for held in graphs for _, shape in held.bytes_by_descriptor()}
+        unique, pieces = unique_pieces(program.backends), len(program.backends)
+        parts = (
+            self.backend.prefix,
+            f"{pieces} piece{'s' * (pieces != 1)}"
+            + (f" ({unique} different)" if unique != pieces else ""),
+            f"{cuts} cut{'s' * (cuts != 1)}" if cuts else "",
+            program.compiler,
+            f"{len(self.traces)} traces" if len(self.traces) > 1 else "",
+            f"captured for {', '.join(map(str, sorted(captured)))}" if captured else "",
+        )
+        return ", ".join(filter(None, parts))
 
     def named_pieces(self) -> AbstractContextManager[None]:
         """Show pieces and operators by name and layer in ``torch.profiler`` for the block."""
@@ -55,7 +56,7 @@ class Observed:
     @contextmanager
     def _named(self, what: str, *, by_layer: bool) -> Iterator[None]:
         with ExitStack() as stack:
-            for each in self._traces.require(what):
+            for each in self._require(what):
                 stack.enter_context(each.named_pieces(by_layer=by_layer))
             yield
 
@@ -69,20 +70,14 @@ class Observed:
         from piecework.runtime.observe.profile import profile_calls
 
         what = "piece to profile"
-        stages: dict[str, tuple[str, ...]] = {}
-        for each in self._traces.require(what):
-            stages |= each.stages()
+        stages = {label: code for e in self._require(what) for label, code in e.stages().items()}
         if type(profiled_calls) is not int or profiled_calls < 1:
             raise ConfigError(
                 f"profiled_calls must be a positive number; got {profiled_calls!r}",
                 where="profiled_calls",
             )
-        return profile_calls(
-            lambda: self(*args, **kwargs),  # type: ignore[operator]
-            self._named(what, by_layer=False),
-            stages,
-            profiled_calls,
-        )
+        named = self._named(what, by_layer=False)
+        return profile_calls(lambda: self(*args, **kwargs), named, stages, profiled_calls)  # type: ignore[operator]
 
     def metrics(self, *, name: str | None = None, profile: Profile | None = None) -> Metrics:
         """What calls ran as, what graphs hold, and the process's counters; ``prometheus()`` of it is the text.
@@ -92,31 +87,21 @@ class Observed:
             profile: what `profile` gave, for the time of each piece.
         """
         from piecework.runtime.graphs.serve.metrics import Metrics, ModelMetrics
-        from piecework.runtime.observe.profile import Profile
 
-        if name is not None and not isinstance(name, str):
-            raise ConfigError(f"a model's name is a text; got {name!r}", where="name")
-        if profile is not None and not isinstance(profile, Profile):
-            raise ConfigError(
-                f"profile takes what profile(...) returned; got a {type(profile).__qualname__}",
-                where="profile",
-            )
-        made = self._traces.made
         phases: dict[str, float] = {}
-        for each in made:
+        for each in self.traces:
             for phase, seconds in dict(each.program.phases).items():
                 phases[phase] = phases.get(phase, 0.0) + seconds
-        held = {
-            (mode.name, descriptor.describe()): size
-            for each in made
-            if each.static is not None
-            for (mode, descriptor), size in each.static.graphs.bytes_by_descriptor().items()
-        }
         model = ModelMetrics(
-            name=name or self._traces.backend.prefix,
-            calls=tuple(row for each in made for row in each.calls()),
-            graph_bytes=held,
-            traces=len(made),
+            name=name or self.backend.prefix,
+            calls=tuple(row for each in self.traces for row in each.calls()),
+            graph_bytes={
+                (mode.name, descriptor.describe()): size
+                for each in self.traces
+                if each.static is not None
+                for (mode, descriptor), size in each.static.graphs.bytes_by_descriptor().items()
+            },
+            traces=len(self.traces),
             phase_seconds=phases,
             stages=() if profile is None else profile.rows,
         )
@@ -143,16 +128,15 @@ class Observed:
         from piecework.runtime.call.shadow import Shadow
 
         found = Shadow(every)
-        self._traces.require("piece to compare")
-        with self._traces.changes.one("shadow()"), ExitStack() as stack:
-            with self._traces.lock:
-                for each in self._traces.made:
+        self._require("piece to compare")
+        with self._change("shadow()"), ExitStack() as stack:
+            with self._lock:
+                for each in self.traces:
                     stack.enter_context(each.shadowed(found))
-                found.require_some()
-                self._traces.on_trace = lambda made: stack.enter_context(made.shadowed(found))
+                self._on_trace = lambda made: stack.enter_context(made.shadowed(found))
             try:
                 yield found
             finally:
-                with self._traces.lock:
-                    self._traces.on_trace = None
+                with self._lock:
+                    self._on_trace = None
                     stack.close()

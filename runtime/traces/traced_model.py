@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextvars
+import re
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -15,9 +17,9 @@ import torch.fx
 
 from piecework.codegen.graph.origin import value_of
 from piecework.codegen.split.splitting import SplittingOps
+from piecework.codegen.stitch.bind import filename_of
 from piecework.errors import (
     CaptureError,
-    InputError,
     PieceCompileError,
     StaticGraphError,
 )
@@ -49,6 +51,7 @@ if TYPE_CHECKING:
 
 Call = tuple[tuple[object, ...], dict[str, object]]
 NewBackend = Callable[[], PieceworkBackend]
+_PIECE = re.compile(r"__vllm_submods__\[(\d+)\]\(")
 
 
 @dataclass(eq=False, repr=False)
@@ -76,13 +79,20 @@ class TracedModel:
     def __post_init__(self) -> None:
         self.call = self.entry.call
 
-    def refused(self, error: BaseException) -> bool:
-        """Whether ``error`` is this trace's refusal of a call's arguments, made before anything ran."""
-        return isinstance(error, InputError) and error.refused_by is self.entry
-
-    def is_outdated(self, error: BaseException) -> bool:
-        """Whether ``error`` says, before anything ran, that something around the call is not as this trace has it."""
-        return isinstance(error, InputError) and error.outdated is self.entry
+    def add_note(self, error: Exception) -> None:
+        """Note on an exception of a call which statement of the emitted source was running, its piece or operator, and the module it stands for."""
+        source = self.program.source
+        frames = traceback.walk_tb(error.__traceback__)
+        filename = filename_of(source.code)
+        lines = [number for frame, number in frames if frame.f_code.co_filename == filename]
+        if not lines or any("stitched source, line" in n for n in getattr(error, "__notes__", ())):
+            return
+        text = source.code.splitlines()[lines[-1] - 1].strip()
+        origin, piece = source.lines.get(lines[-1]), _PIECE.search(text)
+        what = source.submod_names[int(piece.group(1))] if piece else text.partition("(")[0]
+        of = f" of {origin.module}" if origin is not None and origin.module else ""
+        at = f" ({origin.source})" if origin is not None and origin.source else ""
+        error.add_note(f"in {what}{of}{at}; stitched source, line {lines[-1]}: {text}")
 
     @contextmanager
     def named_pieces(self, *, by_layer: bool = True) -> Iterator[None]:
@@ -114,10 +124,8 @@ class TracedModel:
 
     def shadowed(self, found: Shadow) -> AbstractContextManager[None]:
         """Run the uncompiled graph of each piece beside it for the block, in calls that ``found`` asks for."""
-        from piecework.runtime.call.shadow import ShadowedPieces
-
         splitting_ops = SplittingOps(self.backend.declared_ops or ())
-        return self.entry.served_beside(ShadowedPieces(self.program, splitting_ops, found).serve)
+        return self.entry.served_beside(found.beside(self.program, splitting_ops))
 
     def _labels(self) -> dict[str, str]:
         """What each piece is called in a profile: its name and the modules in it.
@@ -172,7 +180,7 @@ class TracedModel:
                 f"the edited source means something else than the graph, which replays follow: {edited.difference}",
                 hint="use_edited(stitched.source.code) goes back to the generated source",
             )
-        self.entry.release()
+        self.entry.capture(None)
         if self.static is not None:
             self.static.release()  # of a change that was stopped half-way
         self.static = None
@@ -253,7 +261,7 @@ class TracedModel:
 
     def give_up_graphs(self) -> None:
         """Serve every call uncaptured again."""
-        self.entry.release()
+        self.entry.capture(None)
         self.static = None
 
     def batch_of_one(self) -> FixedBatch:

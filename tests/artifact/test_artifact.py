@@ -803,7 +803,7 @@ def test_an_artifact_needs_a_mode_and_an_example(tmp_path: Path) -> None:
         piecework.compile(
             made(), (torch.randn(3, 8),), config={"mode": "NONE"}, artifact=tmp_path / "a"
         )
-    with pytest.raises(ConfigError, match="callable"):
+    with pytest.raises(ConfigError, match="got a int"):
         piecework.load(tmp_path / "a", 3)  # type: ignore[arg-type]
 
 

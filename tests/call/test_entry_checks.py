@@ -65,8 +65,12 @@ def test_variadic_parameters() -> None:
     stitched = compiled(function, torch.randn(4, 3), torch.randn(4, 3), bias=torch.randn(4, 3))
     x = torch.randn(6, 3)
     torch.testing.assert_close(stitched(x, x, bias=x), 3 * x)
-    assert "tensors has 1 items; the trace had 2 items" in error_of(lambda: stitched(x, bias=x))
-    assert "named has the keys (none)" in error_of(lambda: stitched(x, x))
+    assert "tensors has keys (0,); the model was traced with (0, 1)" in error_of(
+        lambda: stitched(x, bias=x)
+    )
+    assert "named has keys (); the model was traced with ('bias',)" in error_of(
+        lambda: stitched(x, x)
+    )
 
 
 # --- tensors -------------------------------------------------------------------------------------------
@@ -92,21 +96,21 @@ def pair():  # type: ignore[no-untyped-def]
         (torch.randn(5, 8).double(), torch.randn(5, 6), "argument x has dtype torch.float64; the model was traced with torch.float32"),
         (torch.randn(5, 8, device="meta"), torch.randn(5, 6), "argument x has device meta; the model was traced with cpu"),
         (torch.randn(5, 8, 1), torch.randn(5, 6), "argument x has rank 3; the model was traced with 2"),
-        (torch.randn(5, 9), torch.randn(5, 6), "argument x has size 9 in dimension 1, which the trace fixed to 8"),
-        (torch.randn(5, 8), torch.randn(6, 6), "argument y has size 6 in dimension 0; x has 5 in the same dimension"),
-        (torch.randn(8, 5).t(), torch.randn(5, 6), "argument x must be contiguous, and has strides (1, 5)"),
+        (torch.randn(5, 9), torch.randn(5, 6), "argument x has size 9 in dimension 1; the model was traced with 8"),
+        (torch.randn(5, 8), torch.randn(6, 6), "argument y has size 6 in dimension 0; the model was traced with s0 with s0=5"),
+        (torch.randn(8, 5).t(), torch.randn(5, 6), "argument x is not as traced, where x.is_contiguous()"),
         (torch.randn(1, 8), torch.randn(1, 6), "argument x has size 1 where the trace assumed at least 2"),
-        ([1.0], torch.randn(5, 6), "argument x must be a tensor, not a list"),
-        (torch.randn(5, 8), None, "argument y must be a tensor, not a NoneType"),
+        ([1.0], torch.randn(5, 6), "argument x has type list; the model was traced with Tensor"),
+        (torch.randn(5, 8), None, "argument y has type NoneType"),
         (torch.randn(5, 8).to_sparse(), torch.randn(5, 6), "argument x has layout torch.sparse_coo"),
-        (torch._neg_view(torch.randn(5, 8)), torch.randn(5, 6), "argument x is a lazily negated"),
-        (torch.randn(5, 8, dtype=torch.cfloat).conj().imag, torch.randn(5, 6), "argument x is a lazily negated"),
-        (torch.randn(5, 8), torch.randn(1).expand(5, 6), "argument y must be contiguous, and has strides (0, 0)"),
+        (torch._neg_view(torch.randn(5, 8)), torch.randn(5, 6), "argument x is not as traced, where not x.is_neg()"),
+        (torch.randn(5, 8, dtype=torch.cfloat).conj().imag, torch.randn(5, 6), "argument x is not as traced"),
+        (torch.randn(5, 8), torch.randn(1).expand(5, 6), "where y.is_contiguous()"),
         (torch.tensor(1.0), torch.randn(5, 6), "argument x has rank 0; the model was traced with 2"),
         (torch.randn(5, 8).to_sparse_csr(), torch.randn(5, 6), "argument x has layout torch.sparse_csr"),
         (torch.randn(5, 8).to_mkldnn(), torch.randn(5, 6), "argument x has layout torch._mkldnn"),
-        (torch.randn(5, 8).numpy(), torch.randn(5, 6), "argument x must be a tensor, not a ndarray"),
-        (FakeTensorMode().from_tensor(torch.randn(5, 8)), torch.randn(5, 6), "argument x is a FakeTensor, a tensor subclass"),
+        (torch.randn(5, 8).numpy(), torch.randn(5, 6), "argument x has type ndarray"),
+        (FakeTensorMode().from_tensor(torch.randn(5, 8)), torch.randn(5, 6), "argument x has type FakeTensor"),
     ],
 )  # fmt: skip
 def test_a_broken_assumption_is_named(pair, x: object, y: object, said: str) -> None:  # type: ignore[no-untyped-def]
@@ -121,7 +125,7 @@ def test_a_kept_assumption_passes(pair) -> None:  # type: ignore[no-untyped-def]
         torch.testing.assert_close(pair(x, y), x.sum(-1, keepdim=True) + y)
     x = torch.nn.Parameter(torch.randn(5, 8))
     assert not pair(x, torch.randn(5, 6)).requires_grad
-    assert "is a Parameter" in error_of(lambda: pair.entry(x, torch.randn(5, 6)))
+    assert "has type Parameter" in error_of(lambda: pair.entry(x, torch.randn(5, 6)))
     one = torch.randn(8, 8)
     torch.testing.assert_close(
         pair(one, one), one.sum(-1, keepdim=True) + one
@@ -135,9 +139,7 @@ def test_a_subclass_is_refused(pair) -> None:  # type: ignore[no-untyped-def]
         pass
 
     x = torch.randn(5, 8).as_subclass(Mine)
-    assert "Mine, a tensor subclass; compiled pieces take plain tensors" in error_of(
-        lambda: pair(x, torch.randn(5, 6))
-    )
+    assert "Mine; the model was traced with Tensor" in error_of(lambda: pair(x, torch.randn(5, 6)))
 
 
 def test_declared_maximum_is_kept() -> None:
@@ -181,7 +183,7 @@ def test_an_integer_that_must_equal_a_size_is_compared_with_it() -> None:
     stitched = compiled(function, torch.randn(6, 3), 6)
     x = torch.randn(7, 3)
     torch.testing.assert_close(stitched(x, 7), x * 7)  # by a trace in which n is a symbol
-    assert "argument n is 9; x has 7" in error_of(lambda: stitched.traces[-1].entry.call(x, 9))
+    assert "argument n has integer 9" in error_of(lambda: stitched.traces[-1].entry.call(x, 9))
     with pytest.raises(InputError):
         stitched(x, 9)
 
@@ -207,7 +209,7 @@ def test_the_same_tensor_twice_must_stay_the_same() -> None:
 def test_an_argument_that_is_not_read_is_still_a_tensor() -> None:
     stitched = compiled(lambda x, mask: x + 1, torch.randn(4, 3), torch.ones(4, dtype=torch.bool))
     stitched(torch.randn(5, 3), torch.ones(5, dtype=torch.bool))
-    assert "argument mask must be a tensor" in error_of(lambda: stitched(torch.randn(5, 3), None))
+    assert "argument mask has type NoneType" in error_of(lambda: stitched(torch.randn(5, 3), None))
 
 
 # --- memory that arguments share ------------------------------------------------------------------------
@@ -234,7 +236,6 @@ def test_a_written_argument_shares_no_memory(backend: str) -> None:
     for x, state in ((both[1:], both[:-1]), (both[:5], both[4:9])):
         said = error_of(lambda x=x, state=state: stitched(x, state))  # type: ignore[misc]
         assert "arguments state and x share memory, and the model writes to state" in said
-        assert "pass x.clone()" in said
     for rows in (slice(0, 5), slice(5, 10), slice(0, 0)):  # side by side in one storage
         ours, theirs = both.clone(), both.clone()
         other = slice(10 - rows.stop, 10 - rows.start)
@@ -277,7 +278,7 @@ def test_a_default_is_checked_too() -> None:
         return x * 2 if mode == "twice" else x
 
     stitched = compiled(function, torch.randn(4, 3))
-    assert "argument mode was 'twice' when the model was traced and is 'once' now" in error_of(
+    assert "argument mode has value 'once'; the model was traced with 'twice'" in error_of(
         lambda: stitched(torch.randn(4, 3), mode="once")
     )
 
@@ -313,8 +314,10 @@ def test_nested_containers_are_unpacked_by_emitted_code() -> None:
     torch.testing.assert_close(stitched(batch), function(batch))
     reordered = {"rest": batch["rest"], "pair": batch["pair"]}
     torch.testing.assert_close(stitched(reordered), function(batch))
-    assert "argument batch has the keys pair" in error_of(lambda: stitched({"pair": batch["pair"]}))
-    assert "must be a tuple, not a list" in error_of(
+    assert "argument batch has keys ('pair',)" in error_of(
+        lambda: stitched({"pair": batch["pair"]})
+    )
+    assert "has type list; the model was traced with tuple" in error_of(
         lambda: stitched({**batch, "pair": list(batch["pair"])})  # type: ignore[call-overload]
     )
 
@@ -325,7 +328,7 @@ def test_other_containers_are_compared_by_structure() -> None:
     )
     x = torch.randn(6, 3)
     torch.testing.assert_close(stitched(Both(x, x)), 2 * x)
-    assert "another structure" in error_of(lambda: stitched((x, x)))
+    assert "argument both is not as traced" in error_of(lambda: stitched((x, x)))
 
 
 @pytest.mark.parametrize(
@@ -436,7 +439,10 @@ torch.utils._pytree.register_dataclass(Held)
             r"argument i\['h'\]\[0\]\.x has dtype",
         ),
         (lambda x: {"h": [Held(x, [{"k": x.double()}])]}, r"\]\.more\[0\]\['k'\] has dtype"),
-        (lambda x: {"h": [Held(x, [{"k": x + 1}], 4.0)]}, r"argument i\['h'\]\[0\]\.scale was 3"),
+        (
+            lambda x: {"h": [Held(x, [{"k": x + 1}], 4.0)]},
+            r"argument i\['h'\]\[0\]\.scale has value 4",
+        ),
     ],
 )
 def test_what_an_object_holds_is_called_by_its_fields(make, said: str) -> None:  # type: ignore[no-untyped-def]

@@ -321,7 +321,7 @@ def test_autocast_must_be_as_it_was(model: Model, stitched: Callable[..., object
         torch.autocast("cpu", dtype=torch.bfloat16),
         pytest.raises(
             InputError,
-            match=r"autocast is on for cpu \(torch.bfloat16\); the model was traced with it off",
+            match=r"autocast is on for cpu \(torch.bfloat16\), and was not so",
         ),
     ):
         stitched(torch.randn(3, 8))
@@ -340,7 +340,7 @@ def test_autocast_in_the_trace_is_kept() -> None:
 
 def test_a_function_transform_is_refused(stitched: Callable[..., torch.Tensor]) -> None:
     for transform in (torch.func.vmap(stitched), torch.func.grad(lambda x: stitched(x).sum())):
-        with pytest.raises(InputError, match=r"torch\.func transform or forward-mode .* is active"):
+        with pytest.raises(InputError, match=r"torch\.func transform, .* is active"):
             transform(torch.randn(3, 8))
 
 
@@ -351,7 +351,7 @@ def test_forward_mode_differentiation_is_refused(
     x = torch.randn(3, 8)
     with (
         torch.autograd.forward_ad.dual_level(),
-        pytest.raises(InputError, match="forward-mode differentiation is active"),
+        pytest.raises(InputError, match=r"forward-mode differentiation .* is active"),
     ):
         stitched(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))
     stitched(x)

@@ -293,17 +293,6 @@ def test_an_edit_inside_an_op_is_for_the_next_call(mode: str | None) -> None:
     assert torch.equal(stitched(X), X * 2)
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_a_capture_inside_an_op_is_refused(mode: str | None) -> None:
-    _, stitched = made(mode)
-    inside.append(lambda: captured(stitched, "PIECEWISE"))
-    with pytest.raises(StaticGraphError, match="from inside a call of the same model"):
-        stitched(X)
-    assert torch.equal(stitched(X), X)
-    captured(stitched, "PIECEWISE")
-    assert torch.equal(stitched(X), X)
-
-
 @pytest.mark.sample(2)
 @pytest.mark.parametrize("what", ["rebind", "accept_settings", "capture", "use_edited"])
 @pytest.mark.parametrize("mode", ["PIECEWISE", "FULL"])

@@ -179,7 +179,7 @@ def test_a_model_without_a_dynamic_dimension_is_compiled_as_it_is() -> None:
     x = torch.randn(4, 8)
     stitched = piecework.compile(Fixed(), (x,), config=EAGER)
     torch.testing.assert_close(stitched(x), x + 1)
-    with pytest.raises(InputError, match="size 5 in dimension 0, which the trace fixed to 4"):
+    with pytest.raises(InputError, match="size 5 in dimension 0; the model was traced with 4"):
         stitched(torch.randn(5, 8))
 
 
@@ -254,7 +254,7 @@ def test_a_model_that_computes_nothing_returns_what_it_returns() -> None:
 
 
 def test_something_that_is_not_a_model_is_refused() -> None:
-    with pytest.raises(ConfigError, match="must be callable"):
+    with pytest.raises(ConfigError, match="got a str"):
         piecework.compile("model", (torch.randn(4),))  # type: ignore[arg-type]
 
 

@@ -135,10 +135,10 @@ def test_a_failed_first_call_leaves_nothing_behind() -> None:
     assert stitched_of(model) is not None
 
 
-def test_wrong_arguments_fail_as_a_plain_call_does() -> None:
-    with pytest.raises(TypeError, match="missing a required argument"):
+def test_wrong_arguments_are_named() -> None:
+    with pytest.raises(CaptureError, match="missing a required argument"):
         Model()()
-    with pytest.raises(TypeError, match="unexpected keyword"):
+    with pytest.raises(CaptureError, match="unexpected keyword"):
         Model()(torch.randn(4, 8), other=1)
 
 

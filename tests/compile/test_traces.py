@@ -320,7 +320,7 @@ def test_no_more_traces_are_made_than_allowed_but_on_request(nothing_admitted: N
     stitched = piecework.compile(model, (torch.randn(4, 4),), config=config)
     same(stitched, model, torch.randn(1, 4))
     for _ in range(2):
-        with pytest.raises(InputError, match="at least 2"):
+        with pytest.raises(InputError, match="has size 0"):
             stitched(torch.randn(0, 4))
     stitched.trace_ahead([0])
     same(stitched, model, torch.randn(0, 4))
@@ -380,7 +380,7 @@ def test_weights_are_bound_anew_in_every_trace(nothing_admitted: None) -> None:
 def test_a_call_that_the_model_refuses_is_refused_in_the_first_trace_s_words() -> None:
     stitched = compiled(lambda x, y: x + y, torch.randn(4, 3), torch.randn(4, 3))
     for _ in range(2):
-        with pytest.raises(InputError, match="took them as equal"):
+        with pytest.raises(InputError, match="y has size 6"):
             stitched(torch.randn(5, 3), torch.randn(6, 3))
     assert len(stitched.traces) == 1
 
@@ -391,7 +391,7 @@ def test_dimensions_that_are_marked_are_the_ones_that_may_differ() -> None:
     stitched = compiled(lambda x: x * 2, example)
     for batch in (4, 1, 6):
         same(stitched, lambda x: x * 2, torch.randn(batch, 4))
-    with pytest.raises(InputError, match="fixed to 4"):
+    with pytest.raises(InputError, match="traced with 4"):
         stitched(torch.randn(4, 5))
 
 

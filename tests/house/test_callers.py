@@ -20,8 +20,6 @@ CALLED_FROM_OUTSIDE = {
     "persistent_id": "pickle",
     "persistent_load": "pickle",
     "reducer_override": "pickle",
-    "_load_from_state_dict": "torch.nn.Module",
-    "_apply": "torch.nn.Module",
     "_repr_html_": "notebooks",
 }
 # Names of the field (FEATURES.md, NAMES.md) that users call and no page shows.

@@ -53,7 +53,7 @@ def forgotten() -> Iterator[None]:
     for name in registry.names():
         code = getattr(registry._ops[name].implementation, "__code__", None)
         if "snippet" in getattr(code, "co_filename", ""):
-            registry._ops.pop(name).close()
+            registry._ops.pop(name)._library._destroy()
     for name, module in list(sys.modules.items()):
         if "snippet" in str(getattr(module, "__file__", None)) and name != "snippets":
             del sys.modules[name]

@@ -27,8 +27,7 @@ from piecework.runtime.batch.forward_context import (
     override_forward_context,
 )
 from piecework.runtime.batch.mode import CUDAGraphMode
-from piecework.runtime.call.entry import Entry
-from piecework.runtime.call.execution import by_path_of
+from piecework.runtime.call.entry import Entry, by_path_of
 from piecework.runtime.call.profile_names import by_statement
 from piecework.runtime.compilers.inductor import Partition, partitions_taken_by
 from piecework.runtime.graphs.device.cuda import kernels_of

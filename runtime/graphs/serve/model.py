@@ -22,8 +22,7 @@ from piecework.runtime.batch.descriptor import PLAIN, BatchDescriptor, BatchKind
 from piecework.runtime.batch.dispatcher import Reason
 from piecework.runtime.batch.forward_context import ForwardContext, current_forward_context
 from piecework.runtime.batch.mode import CUDAGraphMode
-from piecework.runtime.call.entry import Entry
-from piecework.runtime.call.execution import by_path_of
+from piecework.runtime.call.entry import Entry, by_path_of
 from piecework.runtime.counters import counters
 from piecework.runtime.graphs.device.contract import plain_parts
 from piecework.runtime.graphs.plan import phase
