@@ -217,25 +217,16 @@ def _partition_ops(config: CompilationConfig) -> list[str]:
 
 def _require_options(config: CompilationConfig) -> None:
     for field in ("inductor_compile_config", "single_size_inductor_config", "inductor_passes"):
-        unknown = [n for n in getattr(config, field) if not torch_compat.has_inductor_option(n)]
-        if unknown:
-            raise ConfigError(
-                f"this torch's Inductor has no option {', '.join(map(repr, unknown))}",
-                where=f"{field}.{unknown[0]}",
-                hint="torch._inductor.list_options() lists them",
-            )
-    given = {**config.inductor_compile_config, **config.single_size_inductor_config}
-    settled = {"graph_partition", "custom_should_partition_ops"} & given.keys()
-    settled |= {name for name in ("cpp_wrapper",) if given.get(name)}
-    clashes = sorted(settled) if config.use_inductor_graph_partition else []
-    clashes += ["triton.cudagraphs"] if given.get("triton.cudagraphs") else []
-    if clashes:
-        raise ConfigError(
-            "a piece can't hold CUDA graphs of Inductor's: capture makes them; and use_inductor_graph_partition sets "
-            "how code is cut, without a C++ wrapper",
-            where=f"inductor_compile_config.{clashes[0]}",
-            hint="leave the option out",
-        )
+        for name, value in getattr(config, field).items():
+            cut = name in ("graph_partition", "custom_should_partition_ops")
+            cut = (cut or (name == "cpp_wrapper" and value)) and config.use_inductor_graph_partition
+            why = ""
+            if not torch_compat.has_inductor_option(name):
+                why = "this torch's Inductor has no such option; torch._inductor.list_options() lists them"
+            elif cut or (name == "triton.cudagraphs" and value):
+                why = "how code is cut and captured is up to capture(...) and use_inductor_graph_partition"
+            if why:
+                raise ConfigError(why, where=f"{field}.{name}", hint="leave the option out")
 
 
 def _sizes_of(value: object) -> Sequence[object]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch.fx
 
@@ -111,23 +112,21 @@ def as_inductor_pass(value: object, *, where: str) -> InductorPass:
     """
     if isinstance(value, str):
         value = import_qualified(value, where=where)
-    try:
-        made = value() if isinstance(value, type) else value
-    except TypeError as error:
+    why = ""
+    if isinstance(value, type):
+        try:
+            value = value()
+        except TypeError as error:
+            why = f": {error}"
+    if isinstance(value, InductorPass):
+        return value
+    if why or not callable(value):
         raise ConfigError(
-            f"pass {getattr(value, '__qualname__', value)} can't be made without arguments: {error}",
+            f"{value!r} is no pass{why}",
             where=where,
-            hint="give an instance of it",
-        ) from error
-    if isinstance(made, InductorPass):
-        return made
-    if not callable(made):
-        raise ConfigError(
-            f"a pass must be callable, not a {type(made).__qualname__}",
-            where=where,
-            hint="give a function of a graph, an InductorPass, or the qualified name of one",
+            hint="give a function of a graph, an instance of an InductorPass, or the qualified name of one",
         )
-    return CallableInductorPass(made)
+    return CallableInductorPass(value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,16 +165,8 @@ def get_pass_context() -> PassContext:
 # --- running them --------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class PassRun:
-    """One pass on one graph.
-
-    Attributes:
-        name: the pass.
-        compile_range: batch sizes of the code that is made; None means all.
-        matches: how often it matched; None when it does not count.
-        seconds: how long it took.
-    """
+class PassRun(NamedTuple):
+    """A pass on one graph; ``matches`` is None when it does not count."""
 
     name: str
     compile_range: Range | None
@@ -208,10 +199,7 @@ class PassReport:
 
 
 class PostGradPassManager:
-    """Runs passes one after another on Inductor's graph, those that apply to the batch range at hand.
-
-    Args:
-        passes: in order of execution.
+    """Runs passes in order on Inductor's graph, those that apply to the batch range at hand.
 
     Example:
         >>> manager = PostGradPassManager([Swap(aten.sin, aten.cos)])
@@ -242,7 +230,9 @@ class PostGradPassManager:
             PieceCompileError: a pass raised, or changed the number of the graph's results; names it.
         """
         compile_range = get_pass_context().compile_range
-        for each in self._applicable(compile_range):
+        for each in self.passes:
+            if not each.is_applicable_for_range(compile_range):
+                continue
             start, results = time.perf_counter(), len(results_of(graph))
             try:
                 matches = each(graph)
@@ -251,17 +241,14 @@ class PostGradPassManager:
                     f"pass {each.name} failed: {type(error).__name__}: {error}",
                     hint="leave it out of inductor_passes",
                 ) from error
-            if len(results_of(graph)) != results:
+            left = len(results_of(graph))
+            if left != results:
                 raise PieceCompileError(
-                    f"pass {each.name} left a graph with {len(results_of(graph))} results "
-                    f"in place of {results}",
+                    f"pass {each.name} left a graph with {left} results in place of {results}",
                     hint="a pass may change how results are computed, and not how many there are",
                 )
             seconds = time.perf_counter() - start
             self._runs.append(PassRun(each.name, compile_range, matches, seconds))
-
-    def _applicable(self, compile_range: Range | None) -> list[InductorPass]:
-        return [each for each in self.passes if each.is_applicable_for_range(compile_range)]
 
     def uuid(self) -> str | None:
         """SHA-256 over the passes that run now and what they may read: batch range and facts of the
@@ -272,7 +259,8 @@ class PostGradPassManager:
         """
         now = get_pass_context()
         try:
-            ids = [each.uuid() for each in self._applicable(now.compile_range)]
+            run = (p for p in self.passes if p.is_applicable_for_range(now.compile_range))
+            ids = [each.uuid() for each in run]
         except Unidentifiable:
             return None
         return digest_of([str(now.compile_range), now.facts, *ids], "passes")

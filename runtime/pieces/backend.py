@@ -53,8 +53,7 @@ class PieceworkBackend:
 
     Attributes:
         compiler_manager: compiles pieces, equal ones once.
-        range_table: batch ranges and single sizes that were asked for; None when one compiled form
-            serves every batch.
+        range_table: batch ranges and single sizes that were asked for; None for all sizes alike.
         batch_of_first: where the first trace of the model has its batch size; see
             `Program.batch_place`.
         used: a graph was given to it, whatever became of it.
@@ -173,11 +172,8 @@ class PieceworkBackend:
 
         Raises:
             NotAdmitted: it would not; no dump is left.
-            SplitError: a splitting op is unknown.
-            StaticGraphError: pieces are to be captured, and one writes to the model's own tensors.
-            PieceCompileError: a compiler failed.
-            UnsupportedNode: a node can't be written as source.
-            ConfigError: ``debug_dump_path`` can't be written to.
+            PieceworkError: a splitting op is unknown, a compiler failed, a node can't be written as
+                source, or a piece that is to be captured writes to the model's own tensors.
         """
         self.used = True
         runtime = self.runtime_config
@@ -221,12 +217,6 @@ def backend_of(
         return PieceworkBackend(config, name, is_encoder, runtime_config=runtime)
     if config.backend in torch.compiler.list_backends(exclude_tags=()):
         return config.backend
-    if config.backend.isidentifier():
-        raise ConfigError(
-            f"torch has no backend {config.backend!r}",
-            where="backend",
-            hint="use one of " + ", ".join(torch.compiler.list_backends()),
-        )
     return import_qualified(config.backend, where="backend")
 
 
@@ -247,30 +237,20 @@ def piecework_dynamo_backend(
 
     Raises:
         PieceworkError: as `PieceworkBackend`; Dynamo wraps it in ``BackendCompilerFailed``.
-        ConfigError: the options hold a mode in which piecework compiles nothing, or a
-            ``cudagraph_mode``; or ``mode`` is given.
+        ConfigError: something would have no effect here: ``mode``, a ``cudagraph_mode``, or a mode
+            in which piecework compiles nothing.
         CaptureError: with ``strict``, an argument requires grad.
     """
-    if mode is not None:
-        raise ConfigError(
-            f"torch.compile's mode {mode!r} is a preset of Inductor's, and the backend is piecework",
-            where="mode",
-            hint="pass options={...} with fields of piecework.CompilationConfig: "
-            "inductor_compile_config takes Inductor's own",
-        )
     counters.num_models_seen += 1
     config = CompilationConfig(**(options or {}))
-    if config.mode in (CompilationMode.NONE, CompilationMode.STOCK_TORCH_COMPILE):
+    idle = config.mode in (CompilationMode.NONE, CompilationMode.STOCK_TORCH_COMPILE)
+    if mode is not None or idle or config.cudagraph_mode is not CUDAGraphMode.NONE:
         raise ConfigError(
-            f"mode {config.mode} leaves nothing for the piecework backend to compile",
-            where="mode",
-            hint="call torch.compile with another backend, or not at all",
-        )
-    if config.cudagraph_mode is not CUDAGraphMode.NONE:
-        raise ConfigError(
-            f"cudagraph_mode {config.cudagraph_mode} would have no effect: torch.compile has no step at which to capture",
-            where="cudagraph_mode",
-            hint="piecework.compile(model, …).capture(sizes) captures",
+            f"torch.compile's mode={mode!r}, or options with mode {config.mode} and cudagraph_mode "
+            f"{config.cudagraph_mode}, would have no effect with the piecework backend",
+            where="mode, cudagraph_mode",
+            hint="give Inductor's own options as inductor_compile_config; "
+            "piecework.compile(model, …).capture(sizes) captures",
         )
     arguments = [each for each in example_inputs if not isinstance(each, torch.nn.Parameter)]
     tell_of_gradients(arguments, config.strict)

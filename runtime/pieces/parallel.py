@@ -47,13 +47,9 @@ class Request(NamedTuple):
         return self.submod_name + ("" if self.compile_range is None else f" {self.compile_range}")
 
     def compile(self, manager: CompilerManager) -> None:
-        manager.compile(
-            self.graph,
-            self.inputs,
-            self.compile_range,
-            structure=self.structure,
-            submod_name=self.submod_name,
-        )
+        inputs, where = self.inputs, self.compile_range
+        structure, name = self.structure, self.submod_name
+        manager.compile(self.graph, inputs, where, structure=structure, submod_name=name)
 
 
 def different_pieces(

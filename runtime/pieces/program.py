@@ -59,13 +59,8 @@ class Graphs:
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """What a program that was made in another process says without reading its graphs.
-
-    Attributes:
-        careful: the stitching source without shortcuts.
-        pieces, together: of `Program`.
-        report: of the compilation.
-    """
+    """What a program that was made in another process says without reading its graphs; ``careful``
+    is the stitching source without shortcuts."""
 
     careful: StitchedSource
     pieces: tuple[Piece, ...]
@@ -78,18 +73,13 @@ class Program:
     """What a compilation made of one graph.
 
     Attributes:
-        name: the model's name in reports and banners.
-        config: how it was made.
         graphs: gives the graphs; calls need none, captures, dumps and edits do.
         backends: submodule name → its compiled forms, for those that are compiled.
-        source: the emitted stitching source.
         range_table: batch ranges and single sizes; None when one compiled form serves every batch.
-        batch: where the graph has its batch size.
         direct_ops: the splitting ops that the source calls past the dispatcher.
         compiler: the name of what compiled the pieces.
         phases: seconds per phase; a stage that comes later adds its own.
         passes: what the graph passes did, where somebody asked.
-        dump: the stages as files.
         submod_lists: ``__vllm_submods__`` for each of ``compile_ranges``.
         layers: what the trace did about repeated layers.
         kept: what was kept of the compilation, if another process made it.

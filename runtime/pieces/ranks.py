@@ -101,15 +101,15 @@ def require_agreement(
     for ranks, rows in _run_together(program, runtime):
         mine = [*before, *rows]
         for other, text in _exchange(rank, ranks, "\n".join(mine)).items():
-            steps = zip_longest(text.split("\n"), mine, fillvalue="nothing more")
-            for index, (theirs, ours) in enumerate(steps):
-                if theirs != ours:
-                    raise RankError(
-                        f"rank {other} would do something else than rank {rank}, and they would wait for each other: "
-                        f"step {index} is {theirs} on rank {other} and {ours} on rank {rank}",
-                        where=f"ranks {_listed(ranks)}",
-                        hint="compile the same model with the same configuration on each of them",
-                    )
+            steps = enumerate(zip_longest(text.split("\n"), mine, fillvalue="nothing more"))
+            apart = ((n, theirs, ours) for n, (theirs, ours) in steps if theirs != ours)
+            for index, theirs, ours in apart:
+                raise _error(
+                    f"rank {other} would do something else than rank {rank}, and they would wait for each other: "
+                    f"step {index} is {theirs} on rank {other} and {ours} on rank {rank}",
+                    ranks,
+                    "compile the same model with the same configuration on each of them",
+                )
 
 
 def in_common(
@@ -145,9 +145,10 @@ def _run_together(
         try:
             ranks = torch_compat.ranks_of_group(name)
         except (RuntimeError, ValueError) as error:
-            raise RankError(
+            raise _error(
                 f"there is no process group {name!r}, which the graph's collectives name: {error}",
-                hint="make the groups as they were made when the model was compiled, before it is compiled or loaded",
+                (rank,),
+                "make the groups before the model is compiled or loaded",
             ) from error
         if rank in ranks:
             yield ranks, rows
@@ -174,16 +175,20 @@ def _exchange(rank: int | None, ranks: tuple[int, ...], text: str) -> dict[int, 
         else:
             return {each: store.get(place).decode() for each, place in places.items()}
     except RuntimeError as error:  # torch's errors of its stores are
-        raise RankError(
+        raise _error(
             f"the processes lost each other while they compared what they will run: {error}",
-            where=f"ranks {_listed(ranks)}",
-            hint="another rank stopped: its own error says why",
+            ranks,
+            "another rank stopped: its own error says why",
         ) from error
-    raise RankError(
+    raise _error(
         f"rank {_listed(missing)} did not come to compare what it will run within {limit:g} s",
-        where=f"ranks {_listed(ranks)}",
-        hint="see why it stopped; init_process_group(timeout=…) says how long the others wait",
+        ranks,
+        "see why it stopped; init_process_group(timeout=…) says how long the others wait",
     )
+
+
+def _error(why: str, ranks: Iterable[int], hint: str) -> RankError:
+    return RankError(why, where=f"ranks {_listed(ranks)}", hint=hint)
 
 
 def _listed(ranks: Iterable[int]) -> str:

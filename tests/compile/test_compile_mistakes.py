@@ -38,7 +38,7 @@ def test_arguments_that_torch_traces_wrongly_are_refused() -> None:
 
 def test_torchs_presets_are_refused() -> None:
     preset = torch.compile(nn.Linear(8, 8), backend="piecework", mode="reduce-overhead")
-    with pytest.raises(Exception, match="preset of Inductor's") as raised:
+    with pytest.raises(Exception, match="would have no effect") as raised:
         preset(X)
     assert isinstance(raised.value.inner_exception, ConfigError)
 

@@ -213,7 +213,7 @@ def test_the_dynamo_backend_cuts_by_mode(mode: int, pieces: int) -> None:
 def test_the_dynamo_backend_refuses_modes_that_compile_nothing() -> None:
     options = {"backend": "eager", "mode": 1}
     compiled = torch.compile(lambda x: x + 1, backend="piecework", options=options)
-    with pytest.raises(Exception, match="leaves nothing for the piecework backend"):
+    with pytest.raises(Exception, match="would have no effect"):
         compiled(torch.randn(4))
 
 

@@ -33,7 +33,7 @@ def test_whole_graph_modes_use_a_torch_backend_by_name(mode):
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("no_such_backend", "torch has no backend"),
+        ("no_such_backend", "can't be imported"),
         ("no_such_module:fn", "can't be imported"),
         ("operator:no_such", "can't be imported"),
     ],
