@@ -82,11 +82,8 @@ class InductorAdaptor:
     def options_for(
         self, compile_range: Range | None, graph: torch.fx.GraphModule | None = None
     ) -> Options:
-        """Inductor's options for one batch range, complete; for one piece, where its graph is
-        given.
-
-        A single size gets those of ``single_size_inductor_config`` on top.
-        """
+        """Inductor's options for one batch range, or for one piece; a single size gets those of
+        ``single_size_inductor_config`` on top."""
         # A piece holds no CUDA graphs of its own, whatever the environment tells Inductor: it is captured as it is.
         options = {"triton.cudagraphs": False, **self._always}
         if compile_range is not None and compile_range.is_single_size():
@@ -268,15 +265,10 @@ _TAKER: ContextVar[Any] = ContextVar("piecework_partition_taker", default=None)
 
 
 class Partition:
-    """One partition; Inductor's code calls it with one list, which it empties, and takes a tuple.
+    """One of ``count`` partitions; Inductor's code calls it with one list, which it empties.
 
     Two models whose code is the same may share it: Inductor keeps one module per text. So it holds
     no static graph itself, and asks the model that is running for one.
-
-    Attributes:
-        function: what Inductor generated.
-        index: its place among the partitions of its code.
-        count: how many there are.
     """
 
     __slots__ = ("count", "function", "index")

@@ -120,12 +120,7 @@ def uncompiled(graph: torch.fx.GraphModule) -> Callable[..., object]:
 
 
 class DynamoBackendAdaptor:
-    """Hands a graph to a backend in Dynamo's sense: ``backend(graph_module, example_inputs) ->
-    callable``.
-
-    Args:
-        backend: the name of a backend that torch knows, or the backend itself.
-    """
+    """Hands a graph to a backend in Dynamo's sense, given itself or by the name that torch knows."""
 
     def __init__(self, backend: str | Callable[..., object]) -> None:
         by_name = isinstance(backend, str)

@@ -85,8 +85,7 @@ class CompilationConfig(model.FrozenModel):
     custom_ops: groups.CustomOps = key(
         (),
         "Which custom ops run as such: `all` or `none`, then `+op` and `-op`. Without a base, "
-        "`none` where Inductor compiles. A model asks with `config.is_custom_op_enabled(op)`; a "
-        "graph that calls an op switched off is refused, `+ns::op` of an absent one is warned of.",
+        "`none` where Inductor compiles. A model asks with `config.is_custom_op_enabled(op)`.",
     )
     splitting_ops: groups.OpNames | None = key(
         None,

@@ -17,11 +17,8 @@ _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 
 
 def to_data(config: FrozenModel, *, only_changed: bool = False) -> dict[str, Any]:
-    """``config`` as plain JSON data, in the order of its fields.
-
-    Args:
-        config: any configuration model.
-        only_changed: leave out what is at its default.
+    """``config`` as plain JSON data, in the order of its fields; ``only_changed`` leaves out what is
+    at its default.
 
     Raises:
         ConfigError: an option or a pass can't be written (an object, a lambda).

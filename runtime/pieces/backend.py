@@ -42,14 +42,12 @@ class PieceworkBackend:
     source.
 
     Args:
-        config: what to do; the default configuration if None.
         prefix: a label for the model, used in reports and the banner.
         is_encoder: the last batch range is open-ended.
         splitting_ops: where to cut; overrides the configuration's.
         runtime_config: tells the largest batch; without it the last batch range is open-ended.
-        trace: which of the model's traces this is for; others may serve sizes that this one does
-            not.
-        deferred: make the compiler, and refuse one that there is not, when something is compiled.
+        trace: which of the model's traces this is for.
+        deferred: refuse a compiler that there is not when something is compiled.
 
     Attributes:
         compiler_manager: compiles pieces, equal ones once.

@@ -72,14 +72,11 @@ def bound_names(graph: torch.fx.GraphModule, paths: Sequence[str | None]) -> dic
 
 
 class BoundCall:
-    """The stitched function of a program, as Dynamo calls it: with all inputs of the graph, weights
-    included.
+    """The stitched function of a program, as Dynamo calls it: with all inputs of the graph.
 
     Args:
-        program: what was compiled; its source holds the weights as names.
         paths: of each input of the graph the path of the weight that it is, or None.
-        submod_lists: ``__vllm_submods__`` for each of the program's ranges, where they are not the
-            program's own.
+        submod_lists: ``__vllm_submods__`` for each range, where they are not the program's own.
 
     Attributes:
         others: the inputs that are no weights, by number.

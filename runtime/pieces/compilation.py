@@ -25,7 +25,6 @@ from piecework.errors import ConfigError, SplitError, did_you_mean, tell
 from piecework.runtime import torch_compat
 from piecework.runtime.batch.mode import CUDAGraphMode
 from piecework.runtime.batch.ranges import Range, RangeTable
-from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.counters import counters
 from piecework.runtime.observe import trace
 from piecework.runtime.observe.dump import Dump, config_text
@@ -44,7 +43,6 @@ from piecework.runtime.watch.direct_ops import DirectOps
 if TYPE_CHECKING:
     from piecework.runtime.pieces.backend import PieceworkBackend
 
-_TORCHS_OWN = ("aten", "prim", "prims")
 _log = logging.getLogger(__name__)
 
 
@@ -59,13 +57,8 @@ class Trace(enum.Enum):
 class Compilation:
     """One graph on its way through a backend, and what a piece asks of it.
 
-    Attributes:
-        graph: what was traced.
-        name: a label for the model.
-        range_table: the batch ranges and single sizes among those asked for that the trace serves.
-        batch: where the graph has its batch size.
-        phases: seconds per phase.
-        backends: submodule name → its compiled forms.
+    ``range_table`` has the batch ranges among those asked for that the trace serves, ``phases`` the
+    seconds per phase, ``backends`` the compiled forms by submodule.
     """
 
     def __init__(self, backend: PieceworkBackend, graph: torch.fx.GraphModule, dump: Dump) -> None:
@@ -88,7 +81,6 @@ class Compilation:
     def run(self, bound: Mapping[str, str], tried: EverySize | None) -> Program:
         graph, levers = self.graph, self.config.stitching_config
         self.dump.captured(graph)
-        _check_custom_ops(self.config, graph)
         self.batch = _batch_of(graph, self._backend.batch_of_first)
         self.range_table = self._fitting_ranges()
         ops = [*self._splitting_ops(), *recurrent_layers(graph.graph)]
@@ -274,30 +266,6 @@ class Compilation:
                 text = SymbolNames()("\n".join(structure.lines)).encode("utf-8", "surrogatepass")
                 known[structure.key] = hashlib.sha256(text).hexdigest()[:8]
             yield name, known[structure.key]
-
-
-def _check_custom_ops(config: CompilationConfig, graph: torch.fx.GraphModule) -> None:
-    """Hold ``graph`` to the rules of ``custom_ops``; a rule names ``ns::op``, or ``op`` of any
-    namespace but torch's own.
-
-    Raises:
-        ConfigError: a rule switches an op off, and the graph calls it.
-    """
-    rules = [rule for rule in config.custom_ops if rule[0] in "+-"]
-    called = {operator_name(node.target) for node in graph.graph.nodes} if rules else set()
-    full = {name for name in called if name and name.partition("::")[0] not in _TORCHS_OWN}
-    present = full | {name.partition("::")[2] for name in full}
-    broken = [rule[1:] for rule in rules if rule[0] == "-" and rule[1:] in present]
-    if broken:
-        raise ConfigError(
-            f"rule '-{broken[0]}' switches a custom op off, and the model calls it",
-            where="custom_ops",
-            hint=f"let the model ask config.is_custom_op_enabled({broken[0]!r}) before it calls the op, or leave out the rule",
-        )
-    if rules:
-        # What is switched off is rightly absent, and a bare name may be one of the model's layers, which is no operator.
-        unseen = {rule[1:] for rule in rules if rule[0] == "-" or "::" not in rule}
-        config.custom_op_log_check(present | unseen, registry.names())
 
 
 def _direct_ops(items: Sequence[SplitItem], graph: torch.fx.GraphModule) -> DirectOps:

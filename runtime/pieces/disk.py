@@ -61,15 +61,8 @@ class PieceCache:
         to_bytes: Callable[[T], bytes | None],
         load: Callable[[bytes], T],
     ) -> tuple[T, bool]:
-        """The compiled form of a piece, and whether it came from the cache.
-
-        Args:
-            graph, structure: the piece, and its canonical form.
-            compile_range: the batch sizes that it serves.
-            compile_piece: compiles it.
-            to_bytes: what to keep of the compiled form; None if it can't be kept.
-            load: turns bytes into the compiled form.
-        """
+        """The compiled form of a piece, and whether it came from the cache; ``to_bytes`` gives None
+        where it can't be kept."""
         name, entry = self._name(graph, structure, compile_range), self._pieces
         if name is None or entry is None:
             return compile_piece(), False
@@ -161,16 +154,10 @@ def open_piece_cache(
     tag: str = "backbone",
     runtime_config: RuntimeConfig | None = None,
 ) -> PieceCache:
-    """Open the cache entry for one captured graph.
+    """Open the cache entry for one captured graph, whose source files are part of the key.
 
     Where something that decides the code has no stable form, there is one warning, and nothing is
     kept.
-
-    Args:
-        compiler_hash: says everything about the compiler that changes its output.
-        graph: the captured graph; the source files that it was traced from are part of the key.
-        inputs: its fake inputs.
-        runtime_config: the program's limits; its ranks are part of the path of texts.
 
     Raises:
         CacheError: the cache directory is not safe to use, or the key that signs it can't be read.

@@ -61,7 +61,6 @@ class CompilerManager:
 
     Attributes:
         config: the resolved configuration.
-        seconds: time spent in the compiler.
         progress: told of each compilation; that of `show_progress` by default. None shows nothing.
         cache: where compiled pieces lie on disk, if the compiler's results can be kept.
         ahead: keys of what was compiled before its piece was reached, which then is no reuse.
@@ -69,7 +68,6 @@ class CompilerManager:
     """
 
     config: CompilationConfig
-    seconds: float = 0.0
     progress: CompileProgress | None = field(default_factory=current_progress)
     cache: PieceCache | None = None
     ahead: set[tuple[object, ...]] = field(default_factory=set)
@@ -212,7 +210,6 @@ class CompilerManager:
             self.progress.compiled(name, seconds, "from the cache" if cached else "")
         how = "from the cache" if cached else f"compiled by {self.compiler.name}"
         _log.info("%s for batch %s: %s, %.2f s", submod_name, compile_range or "all", how, seconds)
-        self.seconds += seconds
         entry = RangeEntry(compile_range, compiled, seconds, reused=False, cached=cached)
         self._done[key] = entry, graph
         return entry

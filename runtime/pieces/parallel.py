@@ -119,14 +119,9 @@ def run_in_workers(
     *,
     hangs_after_s: float = _HANGS_AFTER_SECONDS,
 ) -> None:
-    """Run each job in a forked process of its own, at most ``workers`` at a time, in order.
-
-    Args:
-        jobs: what to run, by name.
-        workers: how many at a time.
-        finished: told here, as each one ends, its name, seconds and whether it succeeded.
-        hangs_after_s: a worker that takes longer is killed. If this call is interrupted, all are.
-    """
+    """Run each job in a forked process of its own, at most ``workers`` at a time, in order; one that
+    takes ``hangs_after_s`` is killed, and all are if this call is interrupted. ``finished`` is told
+    the name of each that ended, its seconds and whether it succeeded."""
     fork = multiprocessing.get_context("fork")
     waiting = list(reversed(jobs.items()))
     running: dict[BaseProcess, float] = {}

@@ -87,11 +87,8 @@ def require_agreement(
     """Return once all processes that will run ``program`` together have come here with the same.
 
     Compared are the collectives of each group that the graph names; and, among the ranks that
-    ``runtime`` says one layer is cut over, everything. Each process must come here as often as the
-    others. It waits as long as ``init_process_group(timeout=…)`` says.
-
-    Args:
-        before: what else they will do alike, in order.
+    ``runtime`` says one layer is cut over, everything; and what is done ``before``. Each process
+    must come here as often as the others, and waits as ``init_process_group(timeout=…)`` says.
 
     Raises:
         RankError: another process would do something else, on each of them; or one did not come, or
@@ -115,11 +112,8 @@ def require_agreement(
 def in_common(
     program: Runs, runtime: RuntimeConfig | None, offers: Sequence[str]
 ) -> frozenset[str]:
-    """Those of ``offers`` that every process has which runs ``program`` together with this one.
-
-    Raises:
-        RankError: a process did not come, or is gone.
-    """
+    """Those of ``offers`` that every process has which runs ``program`` together with this one;
+    errors as `require_agreement`, where a process does not come."""
     common = frozenset(offers)
     for ranks, _ in _run_together(program, runtime):
         rank = torch_compat.own_rank()

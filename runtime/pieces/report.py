@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from piecework.codegen.graph.structure import Structure
 from piecework.runtime.compilers.passes import PassReport
@@ -17,9 +18,8 @@ class Piece:
         name: its submodule in ``split_gm``.
         key: equal for pieces that are the same program.
         modules: the module paths that it holds, ``first … last``.
-        seconds: time in the compiler; 0 when an equal piece was compiled before.
+        seconds: time in the compiler; 0 when an equal piece was compiled before (``reused``).
         callable: what ``__vllm_submods__`` holds for it.
-        reused: True if an equal piece was compiled before.
     """
 
     name: str
@@ -30,8 +30,7 @@ class Piece:
     reused: bool
 
 
-@dataclass(frozen=True, slots=True)
-class RangeRow:
+class RangeRow(NamedTuple):
     """The compiled forms for one range of batch sizes: how many were made, in how many seconds."""
 
     batches: str
@@ -39,8 +38,7 @@ class RangeRow:
     seconds: float
 
 
-@dataclass(frozen=True, slots=True)
-class Difference:
+class Difference(NamedTuple):
     """The first place where two near-equal pieces differ."""
 
     left: str
@@ -54,14 +52,11 @@ class Report:
     """A compilation in numbers; ``str()`` gives the text that the command line prints.
 
     Attributes:
-        model: class name of the model.
-        compiler: name of the piece compiler.
         pieces: number of compiled pieces.
         unique: number of different ones, which is how often the compiler ran per range.
         splitting: number of splitting submodules.
         phases: seconds per phase, in order.
-        ranges: one row per range of batch sizes; a single row for all sizes where there are no
-            ranges.
+        ranges: one row per range of batch sizes; a single one where there are no ranges.
         differences: why pieces of nearly the same form were not shared.
         passes: what the graph passes matched; None unless ``pass_config.report_matches``.
         layers: how many repeated layers one trace served, or why each was traced; "" where nothing

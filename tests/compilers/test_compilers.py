@@ -15,7 +15,6 @@ from piecework.errors import ConfigError, PieceCompileError
 from piecework.runtime.batch.ranges import Range
 from piecework.runtime.compilers import (
     CompiledPiece,
-    EagerAdaptor,
     InductorAdaptor,
     InductorStandaloneAdaptor,
     make_compiler,
@@ -77,17 +76,6 @@ def picky(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> CompilationConfig:
 
 
 # --- by name -----------------------------------------------------------------------------------------
-
-
-def test_built_in_compilers_by_name() -> None:
-    kinds = {
-        "eager": EagerAdaptor,
-        "inductor": InductorStandaloneAdaptor,
-        "inductor_compile_fx": InductorAdaptor,
-    }
-    for name, kind in kinds.items():
-        compiler = make_compiler(CompilationConfig(backend=name))
-        assert type(compiler) is kind and compiler.name == name
 
 
 @pytest.mark.parametrize("name", [f"{HERE}:Picky", f"{HERE}.Picky", f"{HERE}:factory"])

@@ -161,38 +161,6 @@ def test_partitions_replay_and_do_not_run(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.inductor
-@pytest.mark.usefixtures("partitions_on_the_cpu")
-@pytest.mark.nightly
-def test_two_models_with_equal_code_keep_their_graphs_apart() -> None:
-    models = [Model(), Model()]
-    x = torch.randn(4, 8)
-    compiled = [piecework.compile(model, (x,), config=CUT) for model in models]
-    for stitched in compiled:  # the second came from the cache
-        stitched.capture([4], progress=False)
-    with torch.no_grad():
-        for _ in range(2):
-            x = torch.randn(3, 8)
-            for model, stitched in zip(models, compiled, strict=True):
-                torch.testing.assert_close(stitched(x), model(x))
-    compiled[0].static_graphs.release()
-    with torch.no_grad():
-        torch.testing.assert_close(compiled[0](x), models[0](x))
-        torch.testing.assert_close(compiled[1](x), models[1](x))
-
-
-@pytest.mark.inductor
-@pytest.mark.usefixtures("partitions_on_the_cpu")
-def test_replaced_weights_give_the_graphs_up() -> None:
-    model, x = Model(), torch.randn(4, 8)
-    stitched = piecework.compile(model, (x,), config=CUT).capture([4], progress=False)
-    model.leave.weight = nn.Parameter(torch.randn(8, 8))
-    stitched.rebind()
-    with torch.no_grad():
-        torch.testing.assert_close(stitched(x), model(x))
-    assert {row.mode for row in stitched.call_report()} == {"NONE"}
-
-
-@pytest.mark.inductor
 def test_without_partitions_capturing_is_an_error_and_the_model_still_runs() -> None:
     model, x = Model(), torch.randn(4, 8)
     stitched = piecework.compile(model, (x,), config=INSIDE)

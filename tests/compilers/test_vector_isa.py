@@ -65,17 +65,6 @@ def test_all_are_taken_where_the_strongest_pass(
     assert unknown == ["all are taken"] * passes
 
 
-def test_a_test_that_fails_is_left_to_inductor(
-    unknown: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def no_compiler() -> bool:
-        raise RuntimeError("no compiler")
-
-    monkeypatch.setattr(vector_isa.torch_compat, "vector_isa_test", lambda: no_compiler)
-    vector_isa.await_test()
-    assert not unknown
-
-
 def test_nothing_is_tested_where_inductor_knows_or_pieces_may_be_for_a_gpu(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -13,9 +13,7 @@ from piecework.errors import ConfigError
 from piecework.runtime.config.compilation import (
     CompilationConfig,
     CompilationMode,
-    CUDAGraphMode,
     DynamicShapesConfig,
-    DynamicShapesType,
     PassConfig,
     RuntimeConfig,
     StitchingConfig,
@@ -48,16 +46,6 @@ def test_every_field_has_a_description_a_default_and_a_hash_role(model):
         assert role is True or role, f"{model.__name__}.{name} declares no role in the cache key"
         assert field.description and field.description.endswith("."), name
         assert not field.is_required(), name
-
-
-def test_defaults():
-    config = CompilationConfig()
-    assert config.mode is CompilationMode.PIECEWORK_COMPILE
-    assert config.backend == "inductor"
-    assert config.splitting_ops is None and config.cudagraph_capture_sizes is None
-    assert config.cudagraph_mode is CUDAGraphMode.NONE
-    assert config.dynamic_shapes_config.type is DynamicShapesType.AUTO
-    assert all(getattr(config.stitching_config, name) for name in StitchingConfig.model_fields)
 
 
 @pytest.mark.parametrize(
@@ -136,24 +124,6 @@ def test_custom_op_rules_that_contradict(rules):
     message = fails(custom_ops=rules)["custom_ops"]
     assert message.startswith("takes one of 'all' and 'none', and '+op' or '-op' for an op")
     assert all(repr(rule) in message for rule in rules)
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"cudagraph_mode": "NONE", "cudagraph_capture_sizes": []},
-        {"cudagraph_mode": "NONE", "cudagraph_capture_sizes": [4], "compile_sizes": [3]},
-        # Other batches than those for decoding run uncaptured, in their own size.
-        {
-            "cudagraph_mode": "FULL_DECODE_ONLY",
-            "cudagraph_capture_sizes": [4],
-            "compile_sizes": [3],
-        },
-        {"cudagraph_mode": "FULL", "cudagraph_capture_sizes": [4], "compile_sizes": [4, 5]},
-    ],
-)
-def test_sizes_that_are_reached(fields):
-    CompilationConfig(**fields)
 
 
 @pytest.mark.parametrize("backend", ["", "two words", "a..b", ".a", "a:", "1x"])

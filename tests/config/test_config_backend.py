@@ -9,7 +9,6 @@ from piecework.errors import ConfigError
 from piecework.runtime.batch.ranges import OPEN_END, Range
 from piecework.runtime.config.compilation import CompilationConfig, RuntimeConfig
 from piecework.runtime.config.model import import_qualified, qualified_name
-from piecework.runtime.pieces.backend import PieceworkBackend
 
 
 class Outer:
@@ -42,13 +41,6 @@ def test_names_that_lead_nowhere(name, said):
     with pytest.raises(ConfigError, match=said) as caught:
         CompilationConfig(mode=1, backend=name).init_backend()
     assert caught.value.where == "backend"
-
-
-def test_piecework_mode_makes_its_backend():
-    config = CompilationConfig(backend="eager")
-    backend = config.init_backend(prefix="model", is_encoder=True)
-    assert isinstance(backend, PieceworkBackend)
-    assert backend.config is config and backend.prefix == "model" and backend.is_encoder
 
 
 def test_a_runtime_resolves_the_backends_config():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -170,24 +169,3 @@ def test_the_hash_is_the_same_in_every_process_and_place(tmp_path):
     assert len(first) == 64
     assert hash_in_process(tmp_path / "moved" / "there", seed=1) == first
     assert hash_in_process(tmp_path / "changed", seed=0, factor=2) != first
-
-
-def pass_from(tmp_path, name, **values):
-    """A pass from a file of its own, as after an edit: another module object, the same module name."""
-    path = tmp_path / f"{name}.py"
-    path.write_text(PASS_MODULE.format(**{"factor": 1, "unrelated": 0, **values}))
-    spec = importlib.util.spec_from_file_location("my_passes", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.a_pass
-
-
-def hash_of(each):
-    return CompilationConfig(inductor_passes={"slot": each}).compute_hash()
-
-
-def test_a_pass_counts_by_its_source_and_what_it_uses(tmp_path):
-    base = hash_of(pass_from(tmp_path, "base"))
-    assert hash_of(pass_from(tmp_path, "elsewhere")) == base
-    assert hash_of(pass_from(tmp_path, "unrelated", unrelated=1)) == base
-    assert hash_of(pass_from(tmp_path, "constant", factor=2)) != base

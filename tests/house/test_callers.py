@@ -25,6 +25,7 @@ CALLED_FROM_OUTSIDE = {
 # Names of the field (FEATURES.md, NAMES.md) that users call and no page shows.
 OF_THE_FIELD = {
     "configure_post_pass",
+    "custom_op_log_check",
     "cudagraph",
     "get_loaded",
     "input_addresses",

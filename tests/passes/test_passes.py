@@ -158,12 +158,6 @@ def test_the_manager_runs_in_order_what_applies_and_counts() -> None:
     ]
 
 
-def test_the_context_ends_with_its_block_also_after_an_exception() -> None:
-    with pytest.raises(RuntimeError, match="on purpose"), pass_context(Range(9, 9)):
-        raise RuntimeError("on purpose")
-    assert get_pass_context().compile_range is None
-
-
 def test_the_managers_uuid_follows_the_range_and_the_order() -> None:
     passes = [Scaled(2.0), OnlySmall(1.0)]
     with pass_context(Range(1, 16)):
@@ -214,38 +208,6 @@ def test_a_pass_for_another_slot_is_gated_counted_and_identified() -> None:
         run(small_graph())
         assert run.uuid() != PostGradPassManager([OnlySmall(2.0)]).uuid()
     assert manager.report().matches("OnlySmall") == 1
-
-
-@torch.library.custom_op("passes_test::fill", mutates_args=("out",))
-def fill(x: torch.Tensor, out: torch.Tensor) -> None:
-    out.copy_(x * 2)
-
-
-@pytest.mark.inductor
-def test_inductor_itself_drops_no_ops_and_writes_in_place() -> None:
-    """Why there are no passes of our own for it."""
-
-    def model(x: torch.Tensor) -> torch.Tensor:
-        x = x.reshape(-1, 4, 2).reshape(-1, 8)[0 : x.shape[0]]
-        fill(x, out := torch.empty_like(x))
-        return out + 1
-
-    from torch._inductor.utils import run_and_get_code
-
-    x = torch.randn(3, 8)
-    config = CompilationConfig(inductor_compile_config={"force_disable_caches": True})
-    stitched, texts = run_and_get_code(lambda: piecework.compile(Whole(model), (x,), config=config))
-    torch.testing.assert_close(stitched(x), model(x))
-    (text,) = texts
-    assert text.count("passes_test.fill.default(") == 1
-    # One kernel, the addition: nothing is copied around the operator.
-    assert text.count('extern "C"') == 1
-
-
-class Whole(torch.nn.Module):
-    def __init__(self, function: object) -> None:
-        super().__init__()
-        self.forward = function  # type: ignore[assignment]
 
 
 class Doubles(torch.nn.Module):

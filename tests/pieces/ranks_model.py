@@ -28,8 +28,6 @@ ALL_REDUCE = ["_c10d_functional::all_reduce"]
 @piecework.splitting_op("ranks_model::reduce", rows="independent")
 def reduce(x: torch.Tensor) -> torch.Tensor:
     y = x.clone()
-    if DIES == "call":
-        die()
     dist.all_reduce(y)
     return y
 
@@ -39,11 +37,11 @@ def _(x: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(x)
 
 
-DIES = ""
+DIES = False
 
 
 def die() -> None:
-    if RANK == 1:
+    if DIES and RANK == 1:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -105,8 +103,7 @@ class Keeping(EagerAdaptor):
     name = "keeping"
 
     def compile(self, graph, example_inputs, config, compile_range=None):  # type: ignore[no-untyped-def]
-        if DIES == "compile":
-            die()
+        die()
         with open(Path(FOLDER, "compiled"), "a") as file:
             file.write(f"{RANK}\n")
         time.sleep(0.3)
@@ -119,8 +116,7 @@ class Keeping(EagerAdaptor):
         return b"kept"
 
     def from_bytes(self, data, graph):  # type: ignore[no-untyped-def]
-        if DIES == "compile":
-            die()
+        die()
         return super().compile(graph, [], None, None)
 
 
@@ -154,8 +150,6 @@ def main(mode: str) -> object:
             return found
         case "layers":
             compiled(build("inside", layers=2 + RANK))
-        case "declared":
-            compiled(build("outside", layers=2 + RANK), runtime_config=limits)
         case "ranges":
             compiled(build("inside"), compile_ranges_endpoints=[4] if RANK else [])
         case "sizes":
@@ -211,18 +205,9 @@ def main(mode: str) -> object:
             stitched.capture([2, 4 + RANK], progress=False)
         case "measure":
             compiled(build("inside")).measure([2, 4])
-        case "load another":
-            # Each rank has an artifact that fits it, of another model than the other's.
-            for layers in (2, 3):
-                compiled(build("inside", layers)).save(f"{FOLDER}/{layers}_layers_{RANK}")
-            piecework.load(f"{FOLDER}/{2 + RANK}_layers_{RANK}", build("inside", 2 + RANK))
-        case "killed before" | "killed in compile" | "killed in call":
-            DIES = mode.rpartition(" ")[2]
-            if DIES == "before":
-                die()
-            backend = f"{__name__}:Keeping" if DIES == "compile" else "eager"
-            model = build("outside")
-            right(compiled(model, backend=backend, runtime_config=limits), model)
+        case "killed":
+            DIES, model = True, build("outside")
+            right(compiled(model, backend=f"{__name__}:Keeping", runtime_config=limits), model)
     return "finished"
 
 

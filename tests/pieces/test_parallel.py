@@ -19,11 +19,10 @@ from torch import nn
 
 import piecework
 from piecework.errors import PieceCompileError
-from piecework.runtime.batch.ranges import Range
 from piecework.runtime.compilers import CompiledPiece
 from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.observe.progress import CompileProgress
-from piecework.runtime.pieces.parallel import different_pieces, run_in_workers
+from piecework.runtime.pieces.parallel import run_in_workers
 
 HERE = "parallel_under_test"
 sys.modules.setdefault(HERE, sys.modules[__name__])
@@ -134,22 +133,6 @@ def test_a_failing_a_dying_and_a_hanging_worker_are_reported_and_the_rest_runs()
     assert seen == {name: name == "works" for name in jobs}
 
 
-def test_an_interrupt_leaves_no_worker_behind(tmp_path: Path) -> None:
-    def linger() -> None:
-        (tmp_path / str(os.getpid())).touch()
-        time.sleep(600)
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    jobs = {"quick": lambda: time.sleep(0.2), "one": linger, "two": linger}
-    with pytest.raises(KeyboardInterrupt):
-        run_in_workers(jobs, 3, interrupt)
-    for file in tmp_path.iterdir():
-        with pytest.raises(ProcessLookupError):
-            os.kill(int(file.name), 0)
-
-
 # --- pieces ------------------------------------------------------------------------------------------
 
 
@@ -190,16 +173,6 @@ def test_a_piece_that_fails_in_a_worker_fails_as_it_does_without(
     assert str(os.getpid()) in dict(widths)  # the error is raised here, with its own traceback
 
 
-def test_without_a_cache_results_are_the_same(
-    config: CompilationConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delattr(Logging, "to_bytes")
-    monkeypatch.delattr(Logging, "from_bytes")
-    model, x = Model(), torch.randn(4, 4)
-    stitched = piecework.compile(model, (x,), config=config)
-    torch.testing.assert_close(stitched(x), model(x))
-
-
 def test_progress_shows_each_piece_with_its_time(config: CompilationConfig) -> None:
     text = io.StringIO()
     model, x = Model(), torch.randn(4, 4)
@@ -212,18 +185,6 @@ def test_progress_shows_each_piece_with_its_time(config: CompilationConfig) -> N
     assert [line.partition("]")[0] for line in lines] == [f"[{n}/10" for n in range(1, 11)]
     assert sum(line.endswith(" s in a worker") for line in lines) == 9
     assert lines[0].startswith("[1/10] submod_0 [1, 16]: ")
-
-
-def test_different_pieces_come_once_per_range() -> None:
-    split = piecework.compile(
-        Model(), (torch.randn(4, 4),), config=CompilationConfig(backend="eager")
-    ).split_gm
-    names = [node.target for node in split.graph.find_nodes(op="call_module")]
-    pieces = [name for name in names if "mix" not in split.get_submodule(name).code]
-    ranges = [Range(1, 16), Range(17, 32)]
-    found = different_pieces(split, [*pieces, *pieces], ranges, None, {})
-    assert [each.name for each in found[:2]] == ["submod_0 [1, 16]", "submod_0 [17, 32]"]
-    assert len(found) == 10
 
 
 @pytest.mark.inductor

@@ -115,16 +115,10 @@ SETTINGS = {
     "deterministic": lambda: set_by(torch.use_deterministic_algorithms, True, False),
     "precision": lambda: set_by(torch.set_float32_matmul_precision, "medium", "highest"),
     "an option": lambda: inductor_patch("max_autotune", True),
-    "default device": lambda: torch.device("meta"),
     "mkldnn": lambda: torch.backends.mkldnn.flags(enabled=False),
     "attention kernels": lambda: torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
-    "einsum": lambda: switched(torch.backends.opt_einsum, "enabled", None),
-    "sizes 0 and 1": lambda: switched(
-        importlib.import_module("torch.fx.experimental._config"), "backed_size_oblivious", True
-    ),
-    "a private option": lambda: inductor_patch("_micro_pipeline_tp", True),
     "fusion pass": lambda: inductor_patch("_post_fusion_custom_pass", _global_pass),
-    "a lowering": lambda: entered("torch._inductor.lowering", "lowerings"),
+    "a lowering": lambda: pytest.MonkeyPatch.context(),
 }
 
 
@@ -132,41 +126,17 @@ SETTINGS = {
 def test_what_is_ambient_is_in_the_key(name: str) -> None:
     importlib.import_module("torch._inductor.lowering")
     base = key()
-    with SETTINGS[name]():
+    with SETTINGS[name]() as patch:
+        if name == "a lowering":  # the user's own, of an operator of torch
+            lowerings = importlib.import_module("torch._inductor.lowering").lowerings
+            patch.setitem(lowerings, torch.ops.aten.relu.default, _global_pass)
         changed = key()
         assert key() == changed != base
     assert key() == base
 
 
-@contextmanager
-def switched(place: object, name: str, value: object) -> Iterator[None]:
-    before = getattr(place, name)
-    other = (not before) if value is None else value
-    setattr(place, name, other)
-    try:
-        yield
-    finally:
-        setattr(place, name, before)
-
-
 def inductor_patch(name: str, value: object) -> AbstractContextManager[None]:
     return importlib.import_module("torch._inductor.config").patch({name: value})
-
-
-@contextmanager
-def entered(module: str, table: str) -> Iterator[None]:
-    """An entry of the user's own for an operator of torch."""
-    entries = getattr(importlib.import_module(module), table)
-    op = torch.ops.aten.relu.default
-    missing = object()
-    before = entries.get(op, missing)
-    entries[op] = _global_pass
-    try:
-        yield
-    finally:
-        del entries[op]
-        if before is not missing:
-            entries[op] = before
 
 
 @pytest.mark.inductor
@@ -193,10 +163,6 @@ def test_what_has_no_stable_form_switches_the_cache_off_with_a_warning(
     (record,) = (each for each in caplog.records if each.name.startswith("piecework"))
     assert "inductor_passes.post_grad_custom_post_pass" in record.getMessage()
     assert "uuid()" in record.getMessage()
-    caplog.clear()
-    with inductor_patch("post_grad_custom_pre_pass", locked):
-        assert opened().entry is None
-    assert len([each for each in caplog.records if each.name.startswith("piecework")]) == 1
 
 
 @pytest.mark.inductor
@@ -365,10 +331,6 @@ def traced(model: torch.nn.Module) -> torch.fx.GraphModule:
     return found[0]
 
 
-def python_function(x: torch.Tensor) -> torch.Tensor:
-    return x + 1
-
-
 class Reading(torch.nn.Module):
     """What engines' norms do: the tensor behind a parameter, and modes switched inside."""
 
@@ -391,6 +353,10 @@ def test_a_piece_that_calls_functions_of_torchs_c_is_kept(warned: list[str]) -> 
         )
         assert found == (b"bytes", expected)
     assert warned == []
+
+
+def python_function(x: torch.Tensor) -> torch.Tensor:
+    return x + 1
 
 
 def test_a_piece_that_can_not_be_kept_is_said_once_with_its_reason(warned: list[str]) -> None:

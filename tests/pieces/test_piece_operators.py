@@ -44,12 +44,6 @@ def graph_of(target: object, *args: object, result: torch.Tensor | None = None):
     return torch.fx.GraphModule(torch.nn.Module(), graph)
 
 
-def test_operators_of_torch_need_no_facts() -> None:
-    assert operator_facts(graph_of(torch.ops.aten.relu.default)) == ("", "")
-    assert operator_facts(graph_of(torch.relu)) == ("", "")
-    assert operator_facts(graph_of(torch.ops.aten.relu)) == ("", "")
-
-
 def test_an_operator_that_is_called_by_name_counts_with_schema_and_results() -> None:
     target = getattr(torch.ops, NAMESPACE).opaque
     rows, reason = operator_facts(graph_of(target.default, result=torch.empty(2, 3)))
@@ -142,14 +136,6 @@ def test_an_operator_whose_fake_or_body_can_not_be_read_is_not_kept(
     assert "lock" in facts_of(library, "locked", fake=locked)[1]
     # Inductor runs an operator that it may fold, where all its operands are constants.
     assert "body" in facts_of(library, "folded", fake=like, tags=(torch.Tag.pointwise,))[1]
-
-
-def test_an_operator_that_a_program_adds_to_torchs_namespaces_is_the_programs() -> None:
-    with torch.library._scoped_library("aten", "FRAGMENT") as library:
-        library.define("piecework_test_added(Tensor x) -> Tensor")
-        library.impl("piecework_test_added", lambda x: x.clone(), "CPU")
-        rows, reason = operator_facts(graph_of(torch.ops.aten.piecework_test_added.default))
-        assert reason or "piecework_test_added" in rows
 
 
 @pytest.mark.inductor
