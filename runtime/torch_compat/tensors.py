@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -229,50 +228,3 @@ def own_stream(device: torch.device) -> torch.cuda.Stream:
             hint="use cudagraph_mode NONE",
         )
     return torch.cuda.ExternalStream(made.value, device)
-
-
-class MemoryLike:
-    """Fake tensors that lie in memory as others do. In: pairs that correspond. Out: for a tensor of the first kind one of the second.
-
-    Under a fake mode; nothing is computed on data.
-    """
-
-    def __init__(self) -> None:
-        self._memory: dict[int, torch.Tensor] = {}
-        self._back: dict[int, int] = {}
-
-    def is_like(self, old: object, new: object) -> bool:
-        """Note that ``new`` stands for ``old``; False if memory is shared otherwise than what was noted before."""
-        if not (isinstance(old, torch.Tensor) and isinstance(new, torch.Tensor)):
-            return True
-        before, after = storage_id(old), storage_id(new)
-        held = self._memory.setdefault(before, new)
-        return storage_id(held) == after and self._back.setdefault(after, before) == before
-
-    def tensor(self, old: torch.Tensor) -> torch.Tensor:
-        """A tensor that stands for ``old``, in memory of its own or where what ``old`` lies in has its counterpart."""
-        held = self._memory.get(storage_id(old))
-        made = _like(old, held)
-        if held is None:
-            self.is_like(old, made)
-        return made
-
-
-def _like(old: torch.Tensor, held: torch.Tensor | None) -> torch.Tensor:
-    """A tensor with the sizes of ``old`` in the memory of ``held``, or in fresh memory of as many bytes."""
-    flat = torch.empty(0, dtype=old.dtype, device=old.device)
-    if held is None:  # quicker than what computes the size again
-        torch.ops.inductor.resize_storage_bytes_(flat, old.untyped_storage().nbytes())
-    else:
-        flat.set_(held.untyped_storage(), 0, (0,), (1,))
-    return torch.as_strided(flat, old.shape, old.stride(), old.storage_offset())
-
-
-def fake_mode_of(values: Iterable[object]) -> Any:
-    """The mode that fake tensors and symbolic sizes belong to."""
-    return next(m for m in (getattr(value, "fake_mode", None) for value in values) if m is not None)
-
-
-def no_new_guards(mode: Any) -> contextlib.AbstractContextManager[None]:
-    """What is computed in the block leaves no guard on a size of ``mode``'s."""
-    return mode.shape_env.suppress_guards()  # type: ignore[no-any-return]

@@ -103,34 +103,22 @@ class RepeatedLayers:
         if not calls:
             return gm
         bodies = {str(call.args[1]) for call in calls}
-        flat = _FlatGraph(torch_compat.graph_module(gm, copy.deepcopy(gm.graph)))
-        flat.gm.meta = gm.meta
-        flat.write_out()
-        if not torch_compat.guard_alike(flat.alike):
+        flat = torch_compat.graph_module(gm, copy.deepcopy(gm.graph))
+        flat.meta = gm.meta
+        if not torch_compat.guard_alike(_inlined(flat)):
             raise RegionError("this torch does not let what was traced once be guarded of all")
+        _Refaked(flat).run()
         self.text = f"one trace served {len(calls) - len(bodies)} of {len(calls)} repeated layers"
-        return flat.gm
+        return flat
 
     def gave_up(self, error: Exception) -> bool:
         """Whether a trace may have failed because of the marks, so that one without them may do."""
         if self._failed or not self.names or torch_compat.data_dependent(error):
             return False
         self._failed = True
-        self.text = f"every layer was traced: {_reason(error)}"
+        self.text = f"every layer was traced: {str(error).splitlines()[0].partition('. Hint')[0]}"
         _log.info("repeated layers are traced one by one: %s", error)
         return True
-
-
-def _reason(error: Exception) -> str:
-    """Why a trace of regions failed, shortly."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(getattr(cause, "inner_exception", cause), KeyError) or "KeyError" in str(
-            cause
-        ):
-            return "a layer fixes a size that is dynamic before it; mark the dynamic dimensions of the example"
-        cause = cause.__cause__
-    return str(error).partition("\n")[0].partition(". Hint")[0]
 
 
 def _can_be_marked(kind: type) -> bool:
@@ -138,142 +126,93 @@ def _can_be_marked(kind: type) -> bool:
     return isinstance(forward, types.FunctionType) and kind.__module__.partition(".")[0] != "torch"
 
 
-@dataclass(slots=True)
-class _FlatGraph:
-    """A graph whose calls of regions are written out.
-
-    Attributes:
-        gm: the graph, changed in place.
-        alike: modules that were not traced → the one that was, by identity.
-    """
-
-    gm: torch.fx.GraphModule
-    alike: dict[int, int] = field(default_factory=dict)
-    _first: dict[str, torch.fx.Node] = field(default_factory=dict)
-
-    def write_out(self) -> None:
-        while calls := torch_compat.region_calls(self.gm.graph):
-            for call in calls:
-                self._inline(call)
-        for node in list(self.gm.graph.find_nodes(op="get_attr")):
-            if not node.users:
-                self.gm.graph.erase_node(node)
-        self.gm.delete_all_unused_submodules()
-        self.gm.recompile()
-
-    def _inline(self, call: torch.fx.Node) -> None:
-        name = str(call.args[0].target)  # type: ignore[union-attr]
-        body: torch.fx.GraphModule = self.gm.get_submodule(name)  # type: ignore[assignment]
-        first = self._first.setdefault(name, call)
-        if first is not call:
-            self._note_alike(first, call)
-        copied = _Copy(self.gm, body, call, first)
-        results = copied.nodes()
-        for user in list(call.users):
-            if user.target is not operator.getitem:
-                raise RegionError("the results of a region are taken in a way of their own")
-            user.replace_all_uses_with(results[user.args[1]])  # type: ignore[index]
-            self.gm.graph.erase_node(user)
-        self.gm.graph.erase_node(call)
-
-    def _note_alike(self, first: torch.fx.Node, call: torch.fx.Node) -> None:
-        one, other = torch_compat.module_of(first), torch_compat.module_of(call)
-        if one is None or other is None:
-            raise RegionError("torch does not say which module called a region")
-        if one != other:
-            self.alike[other] = one
+def _inlined(gm: torch.fx.GraphModule) -> dict[int, int]:
+    """Put the nodes of each region in the place of its calls; returns the modules that were not traced, each with the one that was."""
+    alike: dict[int, int] = {}
+    first: dict[str, torch.fx.Node] = {}
+    while calls := torch_compat.region_calls(gm.graph):
+        for call in calls:
+            traced = first.setdefault(str(call.args[0].target), call)  # type: ignore[union-attr]
+            one, other = torch_compat.module_of(traced), torch_compat.module_of(call)
+            if one is None or other is None:
+                raise RegionError("torch does not say which module called a region")
+            if one != other:
+                alike[other] = one
+            _inline(gm, call, traced)
+    for node in list(gm.graph.find_nodes(op="get_attr")):
+        if not node.users:
+            gm.graph.erase_node(node)
+    gm.delete_all_unused_submodules()
+    gm.recompile()
+    return alike
 
 
-@dataclass(slots=True)
-class _Copy:
-    """The nodes of one call of a region, made from those of its body.
-
-    Args:
-        gm: where they are put, before ``call``.
-        first: the call that the body was traced for.
-    """
-
-    gm: torch.fx.GraphModule
-    body: torch.fx.GraphModule
-    call: torch.fx.Node
-    first: torch.fx.Node
-    _env: dict[torch.fx.Node, torch.fx.Node] = field(default_factory=dict)
-    _memory: torch_compat.MemoryLike = field(default_factory=torch_compat.MemoryLike)
-
-    def nodes(self) -> Sequence[Any]:
-        """Write them; returns what stands for each result."""
-        graph = self.body.graph
-        operands = self.call.args[2:]
-        for old, new in zip(graph.find_nodes(op="placeholder"), operands, strict=True):
-            self._note(old, new)  # type: ignore[arg-type]
-            self._env[old] = new  # type: ignore[assignment]
-        (results,) = graph.output_node().args
-        known = dict(zip(results, _value(self.call), strict=True))  # type: ignore[arg-type, call-overload]
-        for old, value in known.items():
-            if isinstance(old, torch.fx.Node) and not self._memory.is_like(_value(old), value):
-                raise RegionError("the results of a region share memory in another way than traced")
-        values = [*map(_value, self.call.all_input_nodes), *pytree.tree_leaves(_value(self.call))]
-        mode = torch_compat.fake_mode_of(values)
-        with mode, torch.no_grad(), torch_compat.no_new_guards(mode):
-            for node in graph.nodes:
-                if node.op not in ("placeholder", "output"):
-                    self._env[node] = self._copy(node, known)
-        return pytree.tree_map_only(torch.fx.Node, self._env.__getitem__, results)  # type: ignore[no-any-return]
-
-    def _note(self, old: torch.fx.Node, new: torch.fx.Node) -> None:
-        one, other = _value(old), _value(new)
-        if not self._memory.is_like(one, other):
-            raise RegionError("the inputs of a region share memory in another way than traced")
-        if _kind(one) != _kind(other):
-            raise RegionError("the inputs of a region are not of the kinds that were traced")
-
-    def _copy(self, node: torch.fx.Node, known: dict[Any, Any]) -> torch.fx.Node:
-        if node.meta.get("unbacked_bindings") and self.call is not self.first:
-            raise RegionError("a region has a size that depends on data")
-        with self.gm.graph.inserting_before(self.call):
-            made = self.gm.graph.node_copy(node, self._env.__getitem__)
-        made.meta = dict(node.meta)
-        if node.op == "get_attr":
-            made.target = self._attribute(str(node.target))
-        if node in known:
-            made.meta["example_value"] = known[node]
-        elif "example_value" in node.meta:
-            made.meta["example_value"] = pytree.tree_map_only(
-                torch.Tensor, self._memory.tensor, _value(node)
-            )
-        self._place(made)
-        return made
-
-    def _attribute(self, name: str) -> str:
-        """The name that an attribute of the body has in the whole graph."""
-        value = getattr(self.body, name)
-        wanted, number = name, 0
-        while getattr(self.gm, wanted, value) is not value:
-            number += 1
-            wanted = f"{name}_{number}"
-        setattr(self.gm, wanted, value)
-        return wanted
-
-    def _place(self, made: torch.fx.Node) -> None:
-        """Say of a node that it is this call's, where the body says that it is the first call's."""
-        stack = made.meta.get("nn_module_stack")
-        own, first = (each.meta.get("nn_module_stack") for each in (self.call, self.first))
-        if not stack or not own or not first or own is first:
-            return
-        before, after = list(first.values())[-1][0], list(own.values())[-1][0]
-        moved: dict[str, object] = dict(own)
-        for key, (path, kind) in stack.items():
-            if key not in first:
-                moved[key] = path.replace(before, after, 1), kind
-        made.meta["nn_module_stack"] = moved
+def _inline(gm: torch.fx.GraphModule, call: torch.fx.Node, traced: torch.fx.Node) -> None:
+    """Copy the nodes of a region's body before a call of it; ``traced`` is the call that the body was traced for."""
+    body: torch.fx.GraphModule = gm.get_submodule(str(call.args[0].target))  # type: ignore[union-attr, assignment]
+    nodes: dict[torch.fx.Node, Any] = dict(
+        zip(body.graph.find_nodes(op="placeholder"), call.args[2:], strict=True)
+    )
+    with gm.graph.inserting_before(call):
+        for node in body.graph.nodes:
+            if node.op in ("placeholder", "output"):
+                continue
+            made = nodes[node] = gm.graph.node_copy(node, nodes.__getitem__)
+            made.meta = dict(node.meta)
+            if node.op == "get_attr":
+                made.target = _attribute(gm, str(node.target), getattr(body, str(node.target)))
+            _place(made, call, traced)
+    (results,) = torch.fx.node.map_arg(body.graph.output_node().args, nodes.__getitem__)
+    for user in list(call.users):
+        if user.target is not operator.getitem:
+            raise RegionError("the results of a region are taken in a way of their own")
+        user.replace_all_uses_with(results[user.args[1]])  # type: ignore[index, arg-type]
+        gm.graph.erase_node(user)
+    gm.graph.erase_node(call)
 
 
-def _kind(value: Any) -> object:
-    if not isinstance(value, torch.Tensor):
-        return str(value)
-    sizes = [str(each) for each in (*value.shape, *value.stride(), value.storage_offset())]
-    return value.dtype, value.device, sizes
+def _attribute(gm: torch.fx.GraphModule, name: str, value: object) -> str:
+    """The name that an attribute of a body has in the whole graph."""
+    wanted, number = name, 0
+    while getattr(gm, wanted, value) is not value:
+        number += 1
+        wanted = f"{name}_{number}"
+    setattr(gm, wanted, value)
+    return wanted
 
 
-def _value(node: object) -> Any:
-    return node.meta.get("example_value") if isinstance(node, torch.fx.Node) else node
+def _place(made: torch.fx.Node, call: torch.fx.Node, traced: torch.fx.Node) -> None:
+    """Say of a node that it is this call's, where the body says that it is the traced call's."""
+    stack = made.meta.get("nn_module_stack")
+    own, first = (each.meta.get("nn_module_stack") for each in (call, traced))
+    if not stack or not own or not first or own is first:
+        return
+    before, after = list(first.values())[-1][0], list(own.values())[-1][0]
+    moved = {k: (at.replace(before, after, 1), kind) for k, (at, kind) in stack.items()}
+    made.meta["nn_module_stack"] = {**own, **{k: v for k, v in moved.items() if k not in first}}
+
+
+class _Refaked(torch.fx.Interpreter):
+    """Gives each node of a flat graph the fake value that it has there: memory is shared as the nodes share it."""
+
+    def run(self) -> None:  # type: ignore[override]
+        inputs = [each.meta["example_value"] for each in self.graph.find_nodes(op="placeholder")]
+        with torch_compat.on_fakes(inputs):
+            super().run(*inputs)
+
+    def run_node(self, n: torch.fx.Node) -> Any:
+        traced = n.meta.get("example_value")
+        if n.op == "get_attr" and traced is not None:
+            return traced
+        if n.meta.get("unbacked_bindings"):
+            raise RegionError("beside regions there is a size that depends on data")
+        value = super().run_node(n)
+        if traced is not None and _shapes(traced) != _shapes(value):
+            raise RegionError(f"{n.name} has another shape than was traced")
+        if traced is not None and n.op != "placeholder":
+            n.meta["example_value"] = value
+        return value
+
+
+def _shapes(value: object) -> list[str]:
+    return [str(each.shape) for each in pytree.tree_leaves(value) if isinstance(each, torch.Tensor)]

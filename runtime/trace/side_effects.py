@@ -9,7 +9,7 @@ import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
+from typing import TypeVar
 
 import torch
 import torch.fx
@@ -18,9 +18,7 @@ from piecework.errors import CaptureError
 from piecework.runtime import torch_compat
 from piecework.runtime.watch.places import readable
 
-if TYPE_CHECKING:
-    from piecework.runtime.trace.one_trace import OpenTrace
-
+T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
 HINT = (
@@ -34,25 +32,15 @@ class Unsettled(CaptureError):
 
     stores: Sequence[tuple[torch.nn.Module, str, object]] = ()
 
-    def settle(self) -> Callable[[], None]:
-        """Set them as a call would; what is returned puts back what there was."""
-        before = [(module.__dict__, name, module.__dict__[name]) for module, name, _ in self.stores]
-        for module, name, value in self.stores:
-            module.__dict__[name] = value
 
-        def put_back() -> None:
-            for attributes, name, value in before:
-                attributes[name] = value
-
-        return put_back
-
-
-def settled(run: Callable[[], OpenTrace], undo: ExitStack) -> OpenTrace:
+def settled(run: Callable[[], T], undo: ExitStack) -> T:
     """What ``run`` gives, or gives once attributes of modules are set as a first call sets them; ``undo`` sets them back."""
     try:
         return run()
     except Unsettled as error:
-        undo.callback(error.settle())
+        for module, name, value in error.stores:
+            undo.callback(module.__dict__.__setitem__, name, module.__dict__[name])
+            module.__dict__[name] = value
         _log.info("set as a first call does, and traced again: %s", error)
     return run()
 
@@ -73,16 +61,14 @@ def refuse_writes(
     nodes = gm.graph.find_nodes(op="placeholder")
     pairs = zip(nodes, example_inputs, strict=True)
     fakes = {id(each): node.meta["example_value"] for node, each in pairs}
-
-    def same(fake: object, now: object) -> bool:
-        return torch_compat.is_same_view(fakes.get(id(now)), fake)
-
-    writes = torch_compat.writes_of_trace(same)
+    writes = torch_compat.writes_of_trace(
+        lambda fake, now: torch_compat.is_same_view(fakes.get(id(now)), fake)
+    )
     if not writes:
         return
     stores = [write.store for write in writes if write.store is not None]
     error = (Unsettled if len(stores) == len(writes) else CaptureError)(
-        f"forward changes {place_text(writes[0].place, arguments)}, which a captured graph would not do",
+        f"forward changes {_place_text(writes[0].place, arguments)}, which a captured graph would not do",
         where=writes[0].line or None,
         hint=HINT,
     )
@@ -91,10 +77,9 @@ def refuse_writes(
     raise error
 
 
-def place_text(place: str, arguments: Mapping[str, str]) -> str:
+def _place_text(place: str, arguments: Mapping[str, str]) -> str:
     """A place as a person would call it: ``the model's own state: calls`` for ``L['model'].calls``."""
-    place = re.sub(r"\.__dict__\['(\w+)'\]", r".\1", place)
-    own = readable(place, arguments)
+    own = readable(re.sub(r"\.__dict__\['(\w+)'\]", r".\1", place), arguments)
     if place.startswith("L['model']"):
         return f"the model's own state: {own}"
     if place.startswith(("L['args']", "L['kwargs']")):

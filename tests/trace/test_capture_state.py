@@ -13,7 +13,6 @@ from torch.overrides import TorchFunctionMode
 
 import piecework
 from piecework.errors import CaptureError
-from piecework.runtime.trace.side_effects import place_text
 
 X = torch.randn(4, 3)
 KEPT = {"n": 0, "t": None}
@@ -246,15 +245,6 @@ def test_a_tensors_hook_is_refused() -> None:
 
     with pytest.raises(CaptureError, match="hook"):
         piecework.compile(forward, (X.clone().requires_grad_(),), config=EAGER)
-
-
-def test_places_read_as_a_person_would_write_them() -> None:
-    names = {"L['args'][0]": "options", "L['kwargs']['state']": "state"}
-    assert place_text("L['model'].layers[0].count", names).endswith("state: layers[0].count")
-    assert place_text("L['args'][0]['y']", names) == "its argument options['y']"
-    assert place_text("L['kwargs']['state'].n", names) == "its argument state.n"
-    assert place_text("G['TOTAL']", names) == "the global TOTAL"
-    assert place_text("", names) == "an object outside the graph"
 
 
 class PlainMode(TorchFunctionMode):

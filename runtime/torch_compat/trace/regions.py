@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import types
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -51,6 +52,23 @@ def module_of(node: torch.fx.Node) -> int | None:
     return int(number) if number.isdecimal() else None
 
 
+def on_fakes(values: Sequence[object]) -> contextlib.ExitStack:
+    """A context to run operators in on the fake ``values`` of a trace, as Dynamo does; it leaves no guard on a size."""
+    from torch._dispatch.python import enable_python_dispatcher
+
+    modes = (getattr(value, "fake_mode", None) for value in values)
+    mode = next(each for each in modes if each is not None)
+    stack = contextlib.ExitStack()
+    for each in (
+        mode,
+        torch.no_grad(),
+        enable_python_dispatcher(),
+        mode.shape_env.suppress_guards(),
+    ):
+        stack.enter_context(each)
+    return stack
+
+
 def guard_past_marks(marked: Collection[object]) -> None:
     """Let the running trace guard functions in the place of the marks on them; the marks are still on."""
     guards, output = _guards(), running_output()
@@ -92,12 +110,10 @@ def guard_alike(pairs: Mapping[int, int]) -> bool:
     for guard in list(guards):
         for first in [each for each in _chain(guard.originating_source) if each in others]:
             for other in others[first]:
-                guards.add(_moved(guard, functools.partial(_put, first, other)))
+                guards.add(
+                    _moved(guard, lambda at, first=first, other=other: other if at == first else at)
+                )
     return True
-
-
-def _put(first: Any, other: Any, source: Any) -> Any:
-    return other if source == first else source
 
 
 def _value(name: str, scope: Mapping[str, object]) -> object:

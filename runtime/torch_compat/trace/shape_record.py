@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
 
@@ -55,21 +55,29 @@ def learned_since(env: Any, before: KnownSizes) -> tuple[str, ...] | None:
     """
     if env is None:
         return ()
-    now, hints = known_sizes(env), _hints(env)
-    old = {symbol for symbol in before.ranges}
-    if any(s in old and n > before.asserts.get(s, 0) for s, n in now.asserts.items()):
+    import sympy
+
+    now, hints, old = known_sizes(env), _hints(env), list(before.ranges)
+    if any(s in before.ranges and n > before.asserts.get(s, 0) for s, n in now.asserts.items()):
         return None
-    conditions = [each for each in now.guards if each not in before.guards]
-    for symbol in old:
-        conditions += _of_symbol(symbol, now, before)
+    conditions: list[Any] = [each for each in now.guards if each not in before.guards]
+    for symbol in old:  # beyond guards: a size that it equals, a narrower range
+        if now.replacements.get(symbol) != before.replacements.get(symbol):
+            conditions.append(sympy.Eq(symbol, now.replacements[symbol], evaluate=False))
+        new: Any = now.ranges.get(symbol)
+        if new != before.ranges[symbol]:
+            bounds = (sympy.Ge, new.lower), (sympy.Le, new.upper)
+            conditions += [kind(symbol, n, evaluate=False) for kind, n in bounds if n.is_Integer]
     texts: dict[str, None] = {}
     for condition in conditions:
-        if condition in (True, _true()):
+        if condition == True:  # noqa: E712 - sympy's
             continue
-        if any(symbol not in old or symbol not in hints for symbol in condition.free_symbols):
+        if any(
+            symbol not in before.ranges or symbol not in hints for symbol in condition.free_symbols
+        ):
             return None
-        text = _text(condition, old)
-        if text is None:
+        text = sympy.srepr(condition)
+        if _parse(text, {str(each): each for each in old}) != condition:
             return None
         texts[text] = None
     return tuple(texts)
@@ -79,94 +87,42 @@ def learn_again(env: Any, texts: Iterable[str]) -> bool:
     """Make ``env`` know conditions that `learned_since` gave for symbols of the same names, as guards.
 
     Returns:
-        False, with nothing changed, if one does not hold for the example inputs.
+        False, with nothing changed, if one does not hold for the example inputs, or is no condition.
     """
     symbols = {str(symbol): symbol for symbol in getattr(env, "var_to_range", {})}
-    try:
-        conditions = [_parse(text, symbols) for text in texts]
-    except (KeyError, SyntaxError, TypeError, ValueError):
-        return False
-    hints = _hints(env)
-    if not all(_is_condition(each) and each.xreplace(hints) == _true() for each in conditions):
-        return False
-    return all(bool(env.evaluate_expr(each)) for each in conditions)
-
-
-def _of_symbol(symbol: object, now: KnownSizes, before: KnownSizes) -> list[Any]:
-    """What became known of one symbol beyond guards: a narrower range, a size that it equals."""
     import sympy
 
-    found: list[Any] = []
-    if now.replacements.get(symbol) != before.replacements.get(symbol):
-        found.append(sympy.Eq(symbol, now.replacements[symbol], evaluate=False))
-    new, old = now.ranges.get(symbol), before.ranges[symbol]
-    if new != old:
-        lower, upper = new.lower, new.upper  # type: ignore[union-attr]
-        found += [sympy.Ge(symbol, lower, evaluate=False)] if lower.is_Integer else []
-        found += [sympy.Le(symbol, upper, evaluate=False)] if upper.is_Integer else []
-    return found
+    conditions, hints = [_parse(text, symbols) for text in texts], _hints(env)
+    if not all(each is not None and each.xreplace(hints) == sympy.true for each in conditions):
+        return False
+    return all(bool(env.evaluate_expr(each)) for each in conditions)
 
 
 def _hints(env: Any) -> dict[Any, Any]:
     return dict(getattr(env, "backed_var_to_val", {}))
 
 
-def _is_condition(value: object) -> bool:
+def _parse(text: str, symbols: Mapping[str, object]) -> Any:
+    """The condition that `sympy.srepr` wrote, with the symbols of another trace; None for any other text."""
     from sympy.logic.boolalg import Boolean
 
-    return isinstance(value, Boolean)
-
-
-def _true() -> Any:
-    import sympy
-
-    return sympy.true
-
-
-def _text(condition: Any, symbols: Iterable[object]) -> str | None:
-    """A condition as calls by name; None if reading it back does not give the same."""
-    import sympy
-
-    text = sympy.srepr(condition)
+    names = dict.fromkeys(("Symbol", "Dummy"), lambda name, *_, **__: symbols[name])
     try:
-        same = _parse(text, {str(each): each for each in symbols}) == condition
-    except (KeyError, SyntaxError, TypeError, ValueError):
+        found = eval(text, {**_kinds(), **names})
+    except Exception:  # noqa: BLE001 - the text may be anything
         return None
-    return text if same else None
+    return found if isinstance(found, Boolean) else None
 
 
-def _parse(text: str, symbols: Mapping[str, object]) -> Any:
-    """What `sympy.srepr` wrote, with the symbols of another trace; nothing but classes of sympy and torch is called.
-
-    Raises:
-        KeyError: a symbol or a class is not known.
-        SyntaxError, TypeError, ValueError: it is no such text.
-    """
-    return _built(ast.parse(text, mode="eval").body, symbols)
-
-
-def _built(node: ast.AST, symbols: Mapping[str, object]) -> Any:
+@cache
+def _kinds() -> dict[str, Any]:
+    """What a condition may be made of: classes of sympy and of torch; relations are left as they are written."""
     import sympy
+    from sympy.core.relational import Relational
     from torch.utils._sympy import functions
 
-    match node:
-        case ast.Constant(value=bool() | int() | str() as value):
-            return value
-        case ast.UnaryOp(op=ast.USub(), operand=operand):
-            return -_built(operand, symbols)
-        case ast.Name(id="true"):
-            return sympy.true
-        case ast.Call(func=ast.Name(id="Symbol" | "Dummy"), args=[ast.Constant(value=name), *_]):
-            return symbols[name]
-        case ast.Call(func=ast.Name(id=name), args=args, keywords=[]):
-            kind = getattr(functions, name, None) or getattr(sympy, name, None)
-            if not (isinstance(kind, type) and issubclass(kind, sympy.Basic)):
-                raise KeyError(name)
-            parts = [_built(each, symbols) for each in args]
-            if issubclass(kind, (sympy.Number, sympy.core.relational.Relational)):
-                return (
-                    kind(*parts) if issubclass(kind, sympy.Number) else kind(*parts, evaluate=False)
-                )
-            return kind(*parts)
-        case _:
-            raise ValueError(f"not a condition: {ast.unparse(node)}")
+    found: dict[str, Any] = {"__builtins__": {}, "true": sympy.true}
+    for name, kind in {**vars(sympy), **vars(functions)}.items():
+        if isinstance(kind, type) and issubclass(kind, sympy.Basic):
+            found[name] = partial(kind, evaluate=False) if issubclass(kind, Relational) else kind
+    return found
