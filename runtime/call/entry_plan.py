@@ -13,10 +13,7 @@ from piecework.codegen.entry.emit import EntrySource, generate_entry
 from piecework.codegen.entry.plan import (
     EntryPlan,
     FromCall,
-    FromConst,
     FromItems,
-    FromLeaf,
-    FromOutput,
     FromWeights,
     Items,
     Leaf,
@@ -33,13 +30,7 @@ from piecework.runtime import torch_compat
 from piecework.runtime.pieces.program import Program
 from piecework.runtime.trace.inputs import Argument, Layout, Size
 from piecework.runtime.trace.one_trace import ModelTrace
-from piecework.runtime.trace.results import (
-    Fixed,
-    FromArgument,
-    FromGraph,
-    FromWeight,
-    ResultLeaf,
-)
+from piecework.runtime.trace.results import ResultLeaf
 from piecework.runtime.trace.writes import mutations_in
 from piecework.runtime.watch.weights import BoundWeights, Weight
 
@@ -294,7 +285,8 @@ def _packed(spec: pytree.TreeSpec, leaves: list[ResultLeaf], weight_at: dict[int
     """How ``spec`` is rebuilt; takes what it needs from the front of ``leaves``."""
     kind, context, children = torch_compat.spec_parts(spec)
     if kind is None:
-        return _packed_leaf(leaves.pop(0), weight_at)
+        leaf = leaves.pop(0)
+        return FromWeights(weight_at[id(leaf)]) if isinstance(leaf, torch.Tensor) else leaf
     items = tuple(_packed(child, leaves, weight_at) for child in children)
     if kind in (list, tuple):
         return FromItems(kind, tuple(range(len(items))), items)
@@ -310,21 +302,3 @@ def _packed(spec: pytree.TreeSpec, leaves: list[ResultLeaf], weight_at: dict[int
 
 def _size(items: Sequence[int], _: object) -> torch.Size:
     return torch.Size(items)
-
-
-def _number(items: Sequence[torch.Tensor], _: object) -> object:
-    return items[0].item()
-
-
-def _packed_leaf(leaf: ResultLeaf, weight_at: dict[int, int]) -> Packed:
-    match leaf:
-        case FromGraph(index, number=True):
-            return FromCall(_number, None, "number", (FromOutput(index),))
-        case FromGraph(index):
-            return FromOutput(index)
-        case FromArgument(index):
-            return FromLeaf(index)
-        case FromWeight(tensor):
-            return FromWeights(weight_at[id(tensor)])
-        case Fixed(value):
-            return FromConst(value)

@@ -1,15 +1,18 @@
-"""The parameters of a model, each with what the trace made of its argument; example arguments are looked at by structure only."""
+"""The arguments of a model's call: what they are called, what of them can't be traced, and what a trace made of each parameter."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
+import torch
 from torch.utils import _pytree as pytree
 
 from piecework.codegen.entry.plan import Assumption, FixedValue, Items, Leaf, Node, Parameter, Tree
 from piecework.codegen.plan.literals import is_inline_literal
-from piecework.runtime.trace.inputs import leaves_of, signature_of
+from piecework.errors import CaptureError
+from piecework.runtime import torch_compat
 
 Assume = Callable[[int, object], Assumption]
 
@@ -20,6 +23,81 @@ _KIND = {
     inspect.Parameter.KEYWORD_ONLY: "k",
     inspect.Parameter.VAR_KEYWORD: "**",
 }
+
+
+def leaves_of(
+    value: object, is_leaf: Callable[[object], bool] | None = None
+) -> list[tuple[str, object]]:
+    """The leaves of nested containers with their paths, such as ``['h'][0]``; "" for a value that is none.
+
+    Args:
+        is_leaf: containers to take as leaves.
+    """
+    try:
+        found, _ = pytree.tree_flatten_with_path(value, is_leaf)
+    except ValueError:  # a class was registered without names for its children, which is allowed
+        return [(f" (leaf {i})", leaf) for i, leaf in enumerate(pytree.tree_leaves(value, is_leaf))]
+    return [(pytree.keystr(path), leaf) for path, leaf in found]
+
+
+def signature_of(model: Callable[..., object]) -> inspect.Signature | None:
+    """What a model takes; None where there is none to read, as of a callable written in C."""
+    function = model.forward if isinstance(model, torch.nn.Module) else model
+    try:
+        return inspect.signature(function)
+    except (TypeError, ValueError):
+        return None
+
+
+def leaf_names(
+    model: Callable[..., object], args: Sequence[object], kwargs: Mapping[str, object]
+) -> tuple[str, ...]:
+    """A name for each flattened argument: the parameter's, with a path into containers."""
+    signature = signature_of(model)
+    parameters = [] if signature is None else list(signature.parameters.values())
+    positional = [p.name for p in parameters if _KIND[p.kind] in ("/", "")]
+    rest = next((p.name for p in parameters if _KIND[p.kind] == "*"), "args")
+    extra = (f"{rest}[{n}]" for n in itertools.count())
+    names = itertools.chain(positional, extra)
+    given = [*zip(names, args, strict=False), *kwargs.items()]
+    return tuple(name + suffix for name, value in given for suffix, _ in leaves_of(value))
+
+
+def leaf_sources(args: Sequence[object], kwargs: Mapping[str, object]) -> list[str]:
+    """What Dynamo calls each flattened argument of the function that is traced."""
+    places = [(f"L['args'][{i}]", arg) for i, arg in enumerate(args)]
+    places += [(f"L['kwargs'][{key!r}]", value) for key, value in kwargs.items()]
+    return [place + suffix for place, value in places for suffix, _ in leaves_of(value)]
+
+
+def require_traceable(
+    model: Callable[..., object], args: Sequence[object], kwargs: Mapping[str, object]
+) -> None:
+    """Raise `CaptureError` if an argument is, or holds, something that torch traces wrongly or as a constant."""
+    names = leaf_names(model, [None] * len(args), dict.fromkeys(kwargs))
+    for name, value in zip(names, [*args, *kwargs.values()], strict=True):
+        for suffix, each in leaves_of(value, is_leaf=lambda x: bool(_untraceable(x))):
+            kind = _untraceable(each)
+            if kind:
+                raise CaptureError(
+                    f"argument {name}{suffix} is a {kind}, which can't be traced",
+                    hint="pass a plain, dense torch.Tensor (of a torch.Size a tuple); pad what is nested",
+                )
+
+
+def _untraceable(value: object) -> str:
+    """What kind of thing ``value`` is, if torch traces it wrongly or as a constant; "" if it does not."""
+    kind = type(value)
+    if kind is torch.Tensor and (value.is_nested or value.is_quantized):  # type: ignore[attr-defined]
+        return "nested tensor" if value.is_nested else "quantized tensor"  # type: ignore[attr-defined]
+    if isinstance(value, torch.Tensor):
+        if kind in (torch.Tensor, torch.nn.Parameter) or torch_compat.is_fake(value):
+            return "" if value.layout is torch.strided else f"tensor of layout {value.layout}"
+    elif kind is not torch.Size and not (
+        kind.__module__ == "numpy" and hasattr(value, "__array__")
+    ):
+        return ""
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def parameters_of(
@@ -40,29 +118,34 @@ def parameters_of(
     except TypeError:
         signature = _ANY_ARGUMENTS
         given = signature.bind(*args, **kwargs).arguments
-    numbering = _Numbering(args, kwargs, assume)
-    found = []
-    positional = 0
+    values: dict[int | str, object] = {**dict(enumerate(args)), **kwargs}
+    counts = [len(pytree.tree_leaves(value)) for value in values.values()]
+    first = dict(zip(values, itertools.accumulate(counts, initial=0), strict=False))
+
+    def node(key: int | str, label: str) -> Node:
+        return _node(values[key], label, itertools.count(first[key]), assume)
+
+    found, positional = [], 0
     for parameter in signature.parameters.values():
         name, kind = parameter.name, _KIND[parameter.kind]
         has_default = parameter.default is not inspect.Parameter.empty
         default = FixedValue(parameter.default) if has_default else None
+        made: Node
         if kind == "*":
-            values = given.get(name, ())
-            places = range(positional, positional + len(values))
-            children = tuple(numbering.positional(i, f"{name}[{i - positional}]") for i in places)
-            node: Node = Items(tuple, name, tuple(range(len(values))), children)
+            count = len(given.get(name, ()))
+            children = tuple(node(positional + i, f"{name}[{i}]") for i in range(count))
+            made = Items(tuple, name, tuple(range(count)), children)
         elif kind == "**":
             keys = tuple(given.get(name, {}))
-            node = Items(dict, name, keys, tuple(numbering.named(key, key) for key in keys))
+            made = Items(dict, name, keys, tuple(node(key, key) for key in keys))
         elif name in kwargs and kind != "/":
-            node = numbering.named(name, name)
+            made = node(name, name)
         elif name in given:
-            node = numbering.positional(positional, name)
+            made = node(positional, name)
             positional += 1
         else:
-            node = Leaf(-1, name, FixedValue(parameter.default))
-        found.append(Parameter(name, kind, node, default))
+            made = Leaf(-1, name, FixedValue(parameter.default))
+        found.append(Parameter(name, kind, made, default))
     return tuple(found)
 
 
@@ -73,49 +156,21 @@ def _any_arguments(*args: object, **kwargs: object) -> None:
 _ANY_ARGUMENTS = inspect.signature(_any_arguments)
 
 
-class _Numbering:
-    """Gives each leaf the number that flattening ``(args, kwargs)`` gives it."""
-
-    def __init__(
-        self, args: Sequence[object], kwargs: Mapping[str, object], assume: Assume
-    ) -> None:
-        self._assume = assume
-        self._args = list(args)
-        self._kwargs = dict(kwargs)
-        self._first: dict[object, int] = {}
-        count = 0
-        for key, value in [*enumerate(args), *kwargs.items()]:
-            self._first[key] = count
-            count += len(pytree.tree_leaves(value))
-
-    def positional(self, index: int, label: str) -> Node:
-        return self._node(self._args[index], label, self._first[index])[0]
-
-    def named(self, key: str, label: str) -> Node:
-        return self._node(self._kwargs[key], label, self._first[key])[0]
-
-    def _node(self, value: object, label: str, index: int) -> tuple[Node, int]:
-        """The node for ``value`` and the number of the leaf after it."""
-        kind = type(value)
-        if kind in (list, tuple):
-            keys: tuple[object, ...] = tuple(range(len(value)))  # type: ignore[arg-type]
-        elif kind is dict and all(is_inline_literal(key) for key in value):  # type: ignore[attr-defined]
-            keys = tuple(value)  # type: ignore[arg-type]
-        else:
-            return self._other(value, label, index)
-        children = []
-        for key in keys:
-            child, index = self._node(value[key], f"{label}[{key!r}]", index)  # type: ignore[index]
-            children.append(child)
-        return Items(kind, label, keys, tuple(children)), index
-
-    def _other(self, value: object, label: str, index: int) -> tuple[Node, int]:
+def _node(value: object, label: str, numbers: Iterator[int], assume: Assume) -> Node:
+    """The node for ``value``; its leaves take their numbers from ``numbers``."""
+    kind = type(value)
+    if kind in (list, tuple):
+        keys: tuple[object, ...] = tuple(range(len(value)))  # type: ignore[arg-type]
+    elif kind is dict and all(is_inline_literal(key) for key in value):  # type: ignore[attr-defined]
+        keys = tuple(value)  # type: ignore[arg-type]
+    else:
         structure = pytree.tree_structure(value)
-        if structure.is_leaf():
-            return Leaf(index, label, self._assume(index, value)), index + 1
-        leaves = leaves_of(value)
-        children = tuple(
-            Leaf(index + i, label + suffix, self._assume(index + i, leaf))
-            for i, (suffix, leaf) in enumerate(leaves)
+        leaves = tuple(
+            Leaf(
+                n := next(numbers), label + ("" if structure.is_leaf() else suffix), assume(n, leaf)
+            )
+            for suffix, leaf in leaves_of(value)
         )
-        return Tree(label, structure, children), index + len(leaves)
+        return leaves[0] if structure.is_leaf() else Tree(label, structure, leaves)
+    children = tuple(_node(value[k], f"{label}[{k!r}]", numbers, assume) for k in keys)  # type: ignore[index]
+    return Items(kind, label, keys, children)

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from piecework.errors import ConfigError, InputError
 from piecework.runtime import torch_compat
 from piecework.runtime.config.groups import DynamicShapesType
-from piecework.runtime.trace.inputs import leaves_of
+from piecework.runtime.trace.arguments import leaves_of
 
 Dims = int | Sequence[int]
 DimsByName = Mapping[str, Dims]

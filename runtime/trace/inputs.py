@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dis
-import inspect
 import itertools
 import re
 import types
@@ -12,7 +11,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.fx
-from torch.utils import _pytree as pytree
 
 from piecework.errors import CaptureError
 from piecework.runtime import torch_compat
@@ -20,6 +18,9 @@ from piecework.runtime.watch.guards import models_code
 from piecework.runtime.watch.places import readable
 from piecework.runtime.watch.values import Path
 from piecework.runtime.watch.weights import Weight, out_of_reach
+
+_SIZE_SOURCE = re.compile(r"(?P<tensor>.+)\.size\(\)\[(?P<dim>\d+)\]")
+_LAYOUT_SOURCE = re.compile(r"(?P<tensor>.+)\.(?:stride\(\)\[(?P<dim>\d+)\]|storage_offset\(\))")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,104 +56,6 @@ class UnreachableInput(CaptureError):
     """The graph takes a number that no emitted code could find again, such as an attribute of an argument."""
 
 
-def refuse_texts_of_numbers(code: Iterable[types.CodeType]) -> None:
-    """Raise where code makes a text of one value alone, as ``f"{n}"``: of an integer argument,
-    Dynamo returns the integer.
-    """
-    for each in models_code(code):
-        steps = list(dis.get_instructions(each))
-        for at, step in enumerate(steps):
-            if step.opname.startswith("FORMAT_") and _is_alone(steps[at + 1 :]):
-                raise UnreachableInput(f"{each.co_qualname} makes a text of a number")
-
-
-def _is_alone(steps: Iterable[dis.Instruction]) -> bool:
-    """Whether what lies on top of the stack before ``steps`` is no part of a longer text."""
-    above = 0
-    for step in steps:
-        if step.opname.startswith("BUILD_") and step.arg is not None and step.arg > above:
-            return step.opname != "BUILD_STRING"
-        given = step.arg if step.opcode >= dis.HAVE_ARGUMENT else None
-        above += dis.stack_effect(step.opcode, given)
-        if above < 0:
-            break
-    return True
-
-
-_SIZE_SOURCE = re.compile(r"(?P<tensor>.+)\.size\(\)\[(?P<dim>\d+)\]")
-_LAYOUT_SOURCE = re.compile(r"(?P<tensor>.+)\.(?:stride\(\)\[(?P<dim>\d+)\]|storage_offset\(\))")
-
-
-def signature_of(model: Callable[..., object]) -> inspect.Signature | None:
-    """What a model takes; None where there is none to read, as of a callable written in C."""
-    function = model.forward if isinstance(model, torch.nn.Module) else model
-    try:
-        return inspect.signature(function)
-    except (TypeError, ValueError):
-        return None
-
-
-def leaf_names(
-    model: Callable[..., object], args: Sequence[object], kwargs: Mapping[str, object]
-) -> tuple[str, ...]:
-    """A name for each flattened argument: the parameter's, with a path into containers."""
-    signature = signature_of(model)
-    parameters = [] if signature is None else list(signature.parameters.values())
-    plain = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    positional = [p.name for p in parameters if p.kind in plain]
-    rest = next((p.name for p in parameters if p.kind is inspect.Parameter.VAR_POSITIONAL), "args")
-    names: list[str] = []
-    for index, arg in enumerate(args):
-        beyond = index - len(positional)
-        base = positional[index] if beyond < 0 else f"{rest}[{beyond}]"
-        names += [base + suffix for suffix in _suffixes(arg)]
-    for key, value in kwargs.items():
-        names += [key + suffix for suffix in _suffixes(value)]
-    return tuple(names)
-
-
-def leaf_sources(args: Sequence[object], kwargs: Mapping[str, object]) -> list[str]:
-    """What Dynamo calls each flattened argument of `_call_model`."""
-    found = [f"L['args'][{i}]{suffix}" for i, arg in enumerate(args) for suffix in _suffixes(arg)]
-    return found + [
-        f"L['kwargs'][{k!r}]{s}" for k, value in kwargs.items() for s in _suffixes(value)
-    ]
-
-
-def require_traceable(
-    model: Callable[..., object], args: Sequence[object], kwargs: Mapping[str, object]
-) -> None:
-    """Raise `CaptureError` if an argument is, or holds, something that torch traces wrongly or as a constant."""
-    names = leaf_names(model, [None] * len(args), dict.fromkeys(kwargs))
-    for name, value in zip(names, [*args, *kwargs.values()], strict=True):
-        for suffix, each in leaves_of(value, is_leaf=lambda x: bool(_untraceable(x))):
-            kind = _untraceable(each)
-            if kind:
-                raise CaptureError(
-                    f"argument {name}{suffix} is a {kind}, which can't be traced",
-                    hint="pass a plain, dense torch.Tensor (of a torch.Size a tuple); pad what is nested",
-                )
-
-
-def _untraceable(value: object) -> str:
-    """What kind of thing ``value`` is, if torch traces it wrongly or as a constant; "" if it does not."""
-    kind = type(value)
-    if kind is torch.Tensor and (value.is_nested or value.is_quantized):  # type: ignore[attr-defined]
-        return "nested tensor" if value.is_nested else "quantized tensor"  # type: ignore[attr-defined]
-    if isinstance(value, torch.Tensor):
-        if kind in (torch.Tensor, torch.nn.Parameter) or torch_compat.is_fake(value):
-            return "" if value.layout is torch.strided else f"tensor of layout {value.layout}"
-    elif kind is not torch.Size and not (
-        kind.__module__ == "numpy" and hasattr(value, "__array__")
-    ):
-        return ""
-    return f"{kind.__module__}.{kind.__qualname__}"
-
-
-def _suffixes(value: object) -> list[str]:
-    return [suffix for suffix, _ in leaves_of(value)]
-
-
 def trace_back(
     gm: torch.fx.GraphModule,
     example_inputs: Sequence[object],
@@ -165,6 +68,9 @@ def trace_back(
     """Where each placeholder of ``gm`` comes from.
 
     Args:
+        leaves, names: the flattened arguments, and what a user calls each.
+        sources: what Dynamo calls each → its number.
+        held: the model's tensors, by identity.
         path_of: how the model's code reached a tensor that is an input.
     """
     by_identity: dict[int, int] = {}
@@ -173,31 +79,30 @@ def trace_back(
             by_identity.setdefault(id(leaf), index)
     placeholders = gm.graph.find_nodes(op="placeholder")
     found: list[GraphInput | None] = []
+    sizes: dict[str, tuple[int, int]] = {}  # symbol → the first argument and dimension of that size
     for node, example in zip(placeholders, example_inputs, strict=True):
-        if isinstance(example, torch.Tensor) and id(example) in by_identity:
-            leaf = by_identity[id(example)]
-            found.append(Argument(leaf, names[leaf]))
-        elif isinstance(example, torch.Tensor):
+        known = by_identity.get(id(example))
+        if not isinstance(example, torch.Tensor):
+            found.append(None)
+        elif known is None:
             source = torch_compat.placeholder_source(node)
             if id(example) not in held:
                 _refuse_unknown_holder(source, leaves, names, sources)
             path, tensor = held.get(id(example), (readable(source), example))
             found.append(Weight(path, tensor, path_of(node)))
         else:
-            found.append(None)
-    tensors = [
-        (g.leaf, node)
-        for g, node in zip(found, placeholders, strict=True)
-        if isinstance(g, Argument)
-    ]
-    sizes = _sizes(tensors)
+            found.append(Argument(known, names[known]))
+            for dim, size in enumerate(node.meta["example_value"].shape):
+                symbol = torch_compat.symbol_of(size)
+                if symbol is not None:
+                    sizes.setdefault(symbol, (known, dim))
     # An argument or a weight that is called so keeps its name.
     taken = {*names, *(each.path for each in found if isinstance(each, Weight))}
     free = (name for n in itertools.count() if (name := f"s{n}") not in taken)
-    for index, node in enumerate(placeholders):
-        if found[index] is None:
-            found[index] = _size_or_int(node, sizes, leaves, names, sources, next(free))
-    return tuple(g for g in found if g is not None)
+    return tuple(
+        each or _size_or_int(node, sizes, leaves, names, sources, next(free))
+        for node, each in zip(placeholders, found, strict=True)
+    )
 
 
 def _refuse_unknown_holder(
@@ -213,18 +118,6 @@ def _refuse_unknown_holder(
             )
 
 
-def _sizes(tensors: Sequence[tuple[int, torch.fx.Node]]) -> dict[str, tuple[int, int]]:
-    """Symbol → the first argument and dimension that it is the size of."""
-    sizes: dict[str, tuple[int, int]] = {}
-    for leaf, node in tensors:
-        value = node.meta["example_value"]
-        for dim, size in enumerate(value.shape):
-            symbol = torch_compat.symbol_of(size)
-            if symbol is not None:
-                sizes.setdefault(symbol, (leaf, dim))
-    return sizes
-
-
 def _size_or_int(
     node: torch.fx.Node,
     sizes: dict[str, tuple[int, int]],
@@ -233,21 +126,18 @@ def _size_or_int(
     sources: Mapping[str, int],
     name: str,
 ) -> GraphInput:
-    value = node.meta["example_value"]
-    symbol = torch_compat.symbol_of(value)
+    symbol = torch_compat.symbol_of(node.meta["example_value"])
     if symbol in sizes:
-        leaf, dim = sizes[symbol]
-        return Size(leaf, dim, name)
+        return Size(*sizes[symbol], name)
     source = torch_compat.placeholder_source(node)
-    read = _SIZE_SOURCE.fullmatch(source)
-    if read is not None and read["tensor"] in sources:  # a size that the trace fixed to a number
-        return Size(sources[read["tensor"]], int(read["dim"]), name)
-    if read is not None:  # the model's own weights have sizes that are numbers
-        raise out_of_reach(readable(read["tensor"]))
-    read = _LAYOUT_SOURCE.fullmatch(source)
-    if read is not None and read["tensor"] in sources:
-        dim = None if read["dim"] is None else int(read["dim"])
-        return Layout(sources[read["tensor"]], dim, name)
+    size, layout = _SIZE_SOURCE.fullmatch(source), _LAYOUT_SOURCE.fullmatch(source)
+    if size is not None and size["tensor"] in sources:  # a size that the trace fixed to a number
+        return Size(sources[size["tensor"]], int(size["dim"]), name)
+    if size is not None:  # the model's own weights have sizes that are numbers
+        raise out_of_reach(readable(size["tensor"]))
+    if layout is not None and layout["tensor"] in sources:
+        dim = None if layout["dim"] is None else int(layout["dim"])
+        return Layout(sources[layout["tensor"]], dim, name)
     leaf = sources.get(source)
     if leaf is not None and type(leaves[leaf]) is int:
         return Argument(leaf, names[leaf])
@@ -279,16 +169,25 @@ def rename(gm: torch.fx.GraphModule, inputs: Sequence[GraphInput]) -> None:
         named[name] = node
 
 
-def leaves_of(
-    value: object, is_leaf: Callable[[object], bool] | None = None
-) -> list[tuple[str, object]]:
-    """The leaves of nested containers with their paths, such as ``['h'][0]``; "" for a value that is none.
-
-    Args:
-        is_leaf: containers to take as leaves.
+def refuse_texts_of_numbers(code: Iterable[types.CodeType]) -> None:
+    """Raise where code makes a text of one value alone, as ``f"{n}"``: of an integer argument,
+    Dynamo returns the integer.
     """
-    try:
-        found, _ = pytree.tree_flatten_with_path(value, is_leaf)
-    except ValueError:  # a class was registered without names for its children, which is allowed
-        return [(f" (leaf {i})", leaf) for i, leaf in enumerate(pytree.tree_leaves(value, is_leaf))]
-    return [(pytree.keystr(path), leaf) for path, leaf in found]
+    for each in models_code(code):
+        steps = list(dis.get_instructions(each))
+        for at, step in enumerate(steps):
+            if step.opname.startswith("FORMAT_") and _is_alone(steps[at + 1 :]):
+                raise UnreachableInput(f"{each.co_qualname} makes a text of a number")
+
+
+def _is_alone(steps: Iterable[dis.Instruction]) -> bool:
+    """Whether what lies on top of the stack before ``steps`` is no part of a longer text."""
+    above = 0
+    for step in steps:
+        if step.opname.startswith("BUILD_") and step.arg is not None and step.arg > above:
+            return step.opname != "BUILD_STRING"
+        given = step.arg if step.opcode >= dis.HAVE_ARGUMENT else None
+        above += dis.stack_effect(step.opcode, given)
+        if above < 0:
+            break
+    return True

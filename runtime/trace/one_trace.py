@@ -19,7 +19,7 @@ from piecework.codegen.entry.plan import Parameter
 from piecework.errors import CaptureError
 from piecework.runtime import torch_compat
 from piecework.runtime.counters import counters
-from piecework.runtime.trace.arguments import parameters_of
+from piecework.runtime.trace.arguments import leaf_names, leaf_sources, parameters_of
 from piecework.runtime.trace.assumptions import Assumptions
 from piecework.runtime.trace.dynamic_dims import marks_on, unmarked_afterwards
 from piecework.runtime.trace.errors import capture_error, own_error
@@ -28,15 +28,12 @@ from piecework.runtime.trace.inputs import (
     GraphInput,
     Size,
     UnreachableInput,
-    leaf_names,
-    leaf_sources,
     refuse_texts_of_numbers,
     rename,
     trace_back,
 )
 from piecework.runtime.trace.layers import RepeatedLayers
 from piecework.runtime.trace.results import (
-    FromWeight,
     ResultLeaf,
     let_dynamo_ask,
     opened,
@@ -291,8 +288,8 @@ class OpenTrace:
         """The weights that the graph reads, those that are only returned, and those that were only looked at: their shape may be in the graph."""
         found = {id(each.tensor): each for each in self.inputs if isinstance(each, Weight)}
         for leaf in self._results:
-            if isinstance(leaf, FromWeight):
-                found.setdefault(id(leaf.tensor), Weight(*self._held[id(leaf.tensor)]))
+            if isinstance(leaf, torch.Tensor):
+                found.setdefault(id(leaf), Weight(*self._held[id(leaf)]))
         for way, tensor in state.tensors:
             if id(tensor) in self._held or way:
                 path = place_text(Places().of(way)) if way else ""

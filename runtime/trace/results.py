@@ -5,13 +5,9 @@ from __future__ import annotations
 import abc
 import dataclasses
 import enum
-import inspect
 import math
-import types
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
 from typing import NoReturn
 
 import torch
@@ -19,42 +15,13 @@ import torch.fx
 from torch.utils import _pytree as pytree
 
 from piecework.code_objects import HEAP_TYPE
+from piecework.codegen.entry.plan import FromCall, FromConst, FromLeaf, FromOutput
 from piecework.codegen.graph.origin import results_of
 from piecework.errors import CaptureError
 from piecework.runtime import torch_compat
 
-
-@dataclass(frozen=True, slots=True)
-class FromGraph:
-    """A leaf of the result that is output number ``index`` of the graph; its only element as a number if ``number``."""
-
-    index: int
-    number: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class FromArgument:
-    """A leaf of the result that is an argument passed through."""
-
-    leaf: int
-
-
-@dataclass(frozen=True, slots=True)
-class FromWeight:
-    """A leaf of the result that is a tensor of the model."""
-
-    tensor: torch.Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class Fixed:
-    """A leaf of the result that did not depend on the arguments."""
-
-    value: object
-
-
-ResultLeaf = FromGraph | FromArgument | FromWeight | Fixed
-
+#: Where a leaf of the result comes from; a tensor of the model is itself.
+ResultLeaf = FromOutput | FromCall | FromLeaf | FromConst | torch.Tensor
 _PLAIN = (torch.Tensor, float, str, bool, type(None))
 
 
@@ -122,42 +89,28 @@ class _Instance:
         self.made = made
 
 
-#: Methods by which an instance would notice how it is made, or say itself what it holds.
-_OWN_WAYS = ("__getattribute__", "__setattr__", "__delattr__", "__del__")
-
-
-def _is_users(kind: type) -> bool:
-    """Whether a class is made by Python code, and not by torch's."""
-    return bool(kind.__flags__ & HEAP_TYPE) and kind.__module__.partition(".")[0] != "torch"
-
-
-def _is_its_dictionary(kind: type) -> bool:
-    """Whether all that an object of this class holds is in its dictionary: only Python code makes the class and its bases, and none has slots."""
-    *own, base = kind.__mro__
-    return base is object and all(
-        each.__flags__ & HEAP_TYPE and not each.__dict__.get("__slots__") for each in own
-    )
+#: What a class has whose instances notice how they are made, say themselves what they hold, or hold it elsewhere.
+_OWN_WAYS = {"__getattribute__", "__setattr__", "__delattr__", "__del__", "__slots__"}
 
 
 def _is_plain(kind: type) -> bool:
     """Whether an instance of ``kind`` is what its dictionary holds, and Dynamo can list that. Asked while Dynamo traces."""
+    *own, base = kind.__mro__
     return (
         torch_compat.lists_attributes()
         and type(kind) in (type, abc.ABCMeta)
-        and _is_users(kind)
-        and _is_its_dictionary(kind)
-        and all(_of_class(kind, name) is _of_class(_Instance, name) for name in _OWN_WAYS)
-        and type(_of_class(kind, "__dict__")) is types.GetSetDescriptorType
+        and kind.__module__.partition(".")[0] != "torch"
+        and base is object
+        and all(
+            each.__flags__ & HEAP_TYPE and not any(each.__dict__.get(name) for name in _OWN_WAYS)
+            for each in own
+        )
     )
 
 
 def let_dynamo_ask() -> None:
     """Let Dynamo ask `_is_plain` as it traces, and not look into it; whoever traces has Dynamo imported."""
     torch.compiler.assume_constant_result(_is_plain)
-
-
-def _of_class(kind: type, name: str) -> object:
-    return inspect.getattr_static(kind, name, None)
 
 
 def opened(result: object) -> tuple[object, list[weakref.ref[object]]]:
@@ -167,7 +120,7 @@ def opened(result: object) -> tuple[object, list[weakref.ref[object]]]:
         it, and the instances that are in it no longer; see `refuse_kept`.
 
     Raises:
-        CaptureError: one of them is there twice, or an attribute of it is hidden by its class.
+        CaptureError: one of them is there twice.
     """
     found: dict[int, weakref.ref[object]] = {}
     return _all_opened(result, found), list(found.values())
@@ -179,8 +132,7 @@ def refuse_kept(made: Iterable[weakref.ref[object]]) -> None:
     Raises:
         CaptureError: one does.
     """
-    for each in made:
-        kept = each()
+    for kept in (each() for each in made):
         if kept is not None:
             raise CaptureError(
                 f"the model returns a {type(kept).__qualname__} that forward did not make, or that refers to itself",
@@ -189,35 +141,28 @@ def refuse_kept(made: Iterable[weakref.ref[object]]) -> None:
 
 
 def _all_opened(tree: object, found: dict[int, weakref.ref[object]]) -> object:
+    def open_one(leaf: object) -> object:
+        if type(leaf) is _Instance:
+            if id(leaf.made) in found:
+                raise CaptureError(
+                    f"the model returns one {leaf.kind.__qualname__} twice",
+                    hint="return it once, or tensors and numbers alone",
+                )
+            found[id(leaf.made)] = weakref.ref(leaf.made)
+            kind, names, values = leaf.kind, leaf.names, leaf.values
+        elif dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+            fields = [each.name for each in dataclasses.fields(leaf) if hasattr(leaf, each.name)]
+            kind, names = type(leaf), tuple(
+                dict.fromkeys([*fields, *getattr(leaf, "__dict__", ())])
+            )
+            values = [getattr(leaf, name) for name in names]
+        else:
+            return leaf
+        return _Instance(kind, names, [_all_opened(each, found) for each in values])
+
     # pytree would make a tuple of a torch.Size
-    return pytree.tree_map(partial(_opened, found), tree, is_leaf=_is_shut)
-
-
-def _is_shut(value: object) -> bool:
-    return _is_size(value) or type(value) is _Instance
-
-
-def _opened(found: dict[int, weakref.ref[object]], leaf: object) -> object:
-    if type(leaf) is _Instance:
-        _note(leaf, found)
-        values = [_all_opened(each, found) for each in leaf.values]
-        return _Instance(leaf.kind, leaf.names, values)
-    if not dataclasses.is_dataclass(leaf) or isinstance(leaf, type):
-        return leaf
-    fields = [each.name for each in dataclasses.fields(leaf) if hasattr(leaf, each.name)]
-    names = tuple(dict.fromkeys([*fields, *getattr(leaf, "__dict__", ())]))
-    return _Instance(type(leaf), names, [_all_opened(getattr(leaf, name), found) for name in names])
-
-
-def _note(instance: _Instance, found: dict[int, weakref.ref[object]]) -> None:
-    kind = instance.kind
-    hides = any(hasattr(type(_of_class(kind, name)), "__set__") for name in instance.names)
-    if hides or id(instance.made) in found:
-        raise CaptureError(
-            f"the model returns one {kind.__qualname__} twice, or one with an attribute that its class hides",
-            hint="return it once, or tensors and numbers alone",
-        )
-    found[id(instance.made)] = weakref.ref(instance.made)
+    is_leaf = (torch.Size, _Instance)
+    return pytree.tree_map(open_one, tree, is_leaf=lambda value: type(value) in is_leaf)
 
 
 def _instance(values: Iterable[object], context: tuple[type, tuple[str, ...]]) -> object:
@@ -244,12 +189,11 @@ def _refuse(*_: object, **__: object) -> NoReturn:
     )
 
 
-# What a value may be asked for. Dynamo's code that packs a result moves stand-ins about, and may do nothing else with them.
+# Dynamo's code that packs a result moves stand-ins about, and may do nothing else with them.
 _MAKING = {"__new__", "__getnewargs__", "__getattribute__", "__doc__", "__sizeof__"}
-_QUESTIONS = {name for name in {**vars(int), **vars(float)} if name.startswith("__")} - _MAKING
-_REFUSED = dict.fromkeys(_QUESTIONS, _refuse)
+_REFUSED = {n: _refuse for n in {**vars(int), **vars(float)} if n[:2] == "__" and n not in _MAKING}
 
-_StandInInt: type[int] = type("_StandInInt", (int,), dict(_REFUSED))
+_StandInInt: type[int] = type("_StandInInt", (int,), {**_REFUSED})
 _StandInFloat: type[float] = type("_StandInFloat", (float,), {**_REFUSED, "index": None})
 
 
@@ -306,21 +250,26 @@ def result_leaf(
     """
     for index, stand_in in enumerate(standing_in):
         if leaf is stand_in:
-            return FromGraph(index)
+            return FromOutput(index)
     if type(leaf) is _StandInFloat:
-        return FromGraph(leaf.index, number=True)  # type: ignore[attr-defined]
+        output = FromOutput(leaf.index)  # type: ignore[attr-defined]
+        return FromCall(_number, None, "number", (output,))
     if isinstance(leaf, torch.Tensor):
         for index, argument in enumerate(leaves):
             if leaf is argument:
-                return FromArgument(index)
+                return FromLeaf(index)
         if id(leaf) in held:
-            return FromWeight(leaf)
+            return leaf
     elif leaf is None or isinstance(
         leaf, (int, float, complex, str, bytes, enum.Enum, type, torch.dtype, torch.device)
     ):
-        return Fixed(leaf)
+        return FromConst(leaf)
     raise CaptureError(
         f"the model returns a {type(leaf).__qualname__}, which can't be rebuilt from the graph",
         hint="return tensors, numbers and None in tuples, lists, dicts, or classes registered with "
         "torch.utils._pytree.register_pytree_node",
     )
+
+
+def _number(items: Sequence[torch.Tensor], _: object) -> object:
+    return items[0].item()

@@ -15,8 +15,8 @@ from piecework.errors import CaptureError
 from piecework.runtime import torch_compat
 from piecework.runtime.config.groups import DynamicShapesType
 from piecework.runtime.torch_compat import Mark, unbacked_mark
+from piecework.runtime.trace.arguments import require_traceable, signature_of
 from piecework.runtime.trace.dynamic_dims import DynamicDims, Marks, marks_for
-from piecework.runtime.trace.inputs import require_traceable, signature_of
 
 Args = Sequence[object]
 Kwargs = Mapping[str, object]

@@ -168,15 +168,6 @@ class Slots:
         self.first = first
 
 
-class Hidden:
-    def __init__(self, x: torch.Tensor) -> None:
-        self.__dict__["first"] = x
-
-    @property
-    def first(self) -> int:
-        return 1
-
-
 class Watched:
     def __init__(self, x: torch.Tensor) -> None:
         self.first = x
@@ -209,7 +200,6 @@ REFUSED = {
     "held, in a dataclass": lambda x: (x * 2, Scores(x, names=[HELD])),
     "twice": _twice,
     "with slots": lambda x: Slots(x),
-    "with a hidden attribute": lambda x: Hidden(x),
     "with a way to set": lambda x: Watched(x),
     "that refers to itself": lambda x: Ring(x),
     "that is kept elsewhere": lambda x: Counted(x),
