@@ -80,12 +80,9 @@ def traced_inputs() -> dict[str, object]:
 
     Also inputs that the graph does not read: the model's Python may have looked at their kind, sizes or strides.
     """
-    context = torch._guards.TracingContext.try_get()
-    env = getattr(getattr(context, "fake_mode", None), "shape_env", None)
-    found = {}
-    for each in getattr(env, "tracked_fakes", None) or ():
-        found[str(each.source.name)] = each.fake
-    return found
+    mode = getattr(torch._guards.TracingContext.try_get(), "fake_mode", None)
+    tracked = getattr(getattr(mode, "shape_env", None), "tracked_fakes", None) or ()
+    return {str(each.source.name): each.fake for each in tracked}
 
 
 def tracing_context() -> object:
@@ -132,20 +129,14 @@ def lists_attributes() -> bool:
     return hasattr(torch._dynamo.variables, "DunderDictVariable")
 
 
-def data_dependent(error: BaseException) -> bool:
+def data_dependent(error: BaseException | None) -> bool:
     """Whether ``error`` comes from a decision on a size that the trace was not told."""
-    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
-
     seen: set[int] = set()
-    stack: list[BaseException | None] = [error]
-    while stack:
-        each = stack.pop()
-        if each is None or id(each) in seen:
-            continue
-        seen.add(id(each))
-        if isinstance(each, GuardOnDataDependentSymNode) or "data-dependent" in str(each):
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if "data-dependent" in str(error) or type(error).__name__ == "GuardOnDataDependentSymNode":
             return True
-        stack += [each.__cause__, each.__context__, getattr(each, "inner_exception", None)]
+        error = getattr(error, "inner_exception", None) or error.__cause__ or error.__context__
     return False
 
 
@@ -190,26 +181,17 @@ def size_oblivious_tracing() -> contextlib.AbstractContextManager[object]:
 def quiet_trial() -> Iterator[None]:
     """A trace in the block may fail without being reported on the log: another one is tried then. Other threads' reports pass."""
     mine = threading.get_ident()
-    loggers = [logging.getLogger(name) for name in _REPORTING]
+    # Where torch reports an operator that has no answer for a symbolic size, and a mark that the code contradicts.
+    names = ("_subclasses.fake_tensor", "fx.experimental.symbolic_shapes", "_guards")
 
     def passes(record: logging.LogRecord) -> bool:
         return record.thread != mine
 
-    for each in loggers:
-        each.addFilter(passes)
-    try:
+    with contextlib.ExitStack() as stack:
+        for logger in (logging.getLogger(f"torch.{name}") for name in names):
+            logger.addFilter(passes)
+            stack.callback(logger.removeFilter, passes)
         yield
-    finally:
-        for each in loggers:
-            each.removeFilter(passes)
-
-
-# Where torch reports an operator that has no answer for a symbolic size, and a mark that the code contradicts.
-_REPORTING = (
-    "torch._subclasses.fake_tensor",
-    "torch.fx.experimental.symbolic_shapes",
-    "torch._guards",
-)
 
 
 def one_trace_at_a_time() -> contextlib.AbstractContextManager[object]:
