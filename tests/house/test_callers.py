@@ -16,7 +16,6 @@ Definition = tuple[str, int, int, str]
 # Called by what is no code of ours.
 CALLED_FROM_OUTSIDE = {
     "model_post_init": "pydantic",
-    "run_node": "torch.fx.Interpreter",
     "persistent_id": "pickle",
     "persistent_load": "pickle",
     "reducer_override": "pickle",
