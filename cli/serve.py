@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from piecework.cli.bundles import reload_model, warm_or_compiled
+from piecework.cli.bundles import reload_model
 from piecework.cli.capture import parse_sizes
 from piecework.cli.console import compile_step, console, step, typed_errors
 from piecework.cli.options import Backend, ConfigFile, Overrides, configuration
@@ -16,20 +16,14 @@ from piecework.errors import UsageError
 from piecework.integrations.loading import require_model
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
 
-    from rich.console import Console
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from piecework.integrations.protocol import LoadedModel
     from piecework.runtime.bundle import Manifest
-    from piecework.runtime.config.compilation import CompilationConfig
-    from piecework.runtime.stitched import StitchedModule
 
 
-_WHAT_IS_SERVED = (
-    "give the local Hugging Face folder of a causal LM or an encoder, or what compile made of one"
-)
+_WHAT_IS_SERVED = "give the local Hugging Face folder of a causal LM, or what compile made of one"
 
 
 def serve(
@@ -72,7 +66,7 @@ def serve(
     overrides: Overrides = None,
 ) -> None:
     """Answer chat and completion requests from a stitched causal LM, by the server of
-    `transformers serve`, or embedding requests from a stitched encoder.
+    `transformers serve`.
 
     The model is loaded and compiled, or loaded from an artifact, before the first request. GET
     /metrics is what ran, for Prometheus.
@@ -86,7 +80,6 @@ def serve(
         require_packages(("transformers", "fastapi", "uvicorn", "openai"), "serve")
         from transformers import ContinuousBatchingConfig
 
-        from piecework.integrations.encoders.embeddings import Embedder, make_embedding_server
         from piecework.integrations.transformers import stitch
         from piecework.integrations.transformers.integration import CausalLM
         from piecework.integrations.transformers.openai_server import (
@@ -137,42 +130,14 @@ def serve(
         with bound_socket(host, port) as listener:
             waiting.append(load())
             if not isinstance(waiting[0], CausalLM):
-                asked = {"--capture": sizes, "--artifact": artifact and not manifest}
-                _refuse_for_encoders(asked | {"--continuous-batching": continuous_batching})
-                stitched = _stitched_encoder(waiting[0], folder, manifest, config, device, out)
-                server = make_embedding_server(
-                    name or model, Embedder(stitched, tokenizer, waiting[0])
+                raise UsageError(
+                    f"{model!r} is no causal LM, which answers requests", hint=_WHAT_IS_SERVED
                 )
-            else:
-                server = make_server(name or model, make, batching=batching)
+            server = make_server(name or model, make, batching=batching)
             address = f"http://{host}:{listener.getsockname()[1]}/v1"
             out.print(f"{name or model} at {address}", markup=False)
             with suppress(KeyboardInterrupt):
                 server.run(sockets=[listener])
-
-
-def _refuse_for_encoders(asked: Mapping[str, object]) -> None:
-    for option, given in asked.items():
-        if given:
-            raise UsageError(
-                f"{option} is for models that generate",
-                hint="an encoder answers /v1/embeddings as it is compiled",
-            )
-
-
-def _stitched_encoder(
-    loaded: LoadedModel,
-    folder: Path,
-    manifest: Manifest | None,
-    config: CompilationConfig,
-    device: str,
-    out: Console,
-) -> StitchedModule:
-    loaded.module.to(device)  # type: ignore[attr-defined]
-    if manifest is not None:
-        return warm_or_compiled(folder, manifest, loaded, config, out)
-    with compile_step(out, f"Compiling with {config.backend}"):
-        return loaded.stitch(config)
 
 
 def _weights(folder: Path, manifest: Manifest | None) -> Path:

@@ -109,17 +109,14 @@ def _no_model(spec: str, module_name: str, error: BaseException) -> UsageError:
     inner = traceback.extract_tb(error.__traceback__)[1:]  # from where the user's code begins
     while inner and inner[0].filename.startswith(("<frozen importlib", importlib.__file__)):
         inner = inner[1:]
-    missing = isinstance(error, ModuleNotFoundError) and error.name is not None
-    if not inner and (missing or isinstance(error, (AttributeError, ValueError))):
+    if not inner and isinstance(error, (ModuleNotFoundError, AttributeError, ValueError)):
         return UsageError(
             f"there is no factory {spec!r}: {first_line(error)}",
             hint="write module:function, of a module in the working directory or an installed one",
         )
+    where = f"{os.path.basename(inner[-1].filename)}:{inner[-1].lineno}" if inner else module_name
     failure = UsageError(
-        f"the factory {spec!r} fails with {type(error).__name__}: {first_line(error)}",
-        where=(
-            f"{os.path.basename(inner[-1].filename)}:{inner[-1].lineno}" if inner else module_name
-        ),
+        f"the factory {spec!r} fails with {type(error).__name__}: {first_line(error)}", where=where
     )
     shown = [*traceback.format_list(inner), *traceback.format_exception_only(error)]
     failure.add_note("".join(["Traceback (most recent call last):\n", *shown]).rstrip())

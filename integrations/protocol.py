@@ -8,6 +8,7 @@ is found by itself, as is what another distribution names in the entry points
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -32,12 +33,7 @@ TOLERANCE = 1e-4
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """One run.
-
-    Attributes:
-        tokens: generated token ids ``[new]``; None for a model that generates none.
-        values: what is compared: the logits ``[new, vocabulary]``, or the model's tensors.
-    """
+    """One run: the generated token ids ``[new]`` or None, and what is compared, such as logits."""
 
     tokens: torch.Tensor | None
     values: tuple[torch.Tensor, ...]
@@ -131,11 +127,10 @@ def compare(reference: Outcome, other: Outcome) -> Comparison:
     for expected, actual in zip(reference.values, other.values, strict=True):
         if expected.shape != actual.shape or expected.dtype != actual.dtype:
             return Comparison(tokens_equal, float("inf"))
-        if expected.numel() == 0:
-            continue
-        largest = expected.double().abs().max().item() or 1.0
-        difference = (expected.double() - actual.double()).abs().max().item() / largest
-        worst = max(worst, difference if difference == difference else float("inf"))
+        if expected.numel():
+            largest = expected.double().abs().max().item() or 1.0
+            difference = (expected.double() - actual.double()).abs().max().item() / largest
+            worst = max(worst, difference if difference == difference else float("inf"))
     return Comparison(tokens_equal, worst)
 
 
@@ -147,41 +142,47 @@ def first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def with_weights(made: Any, path: Path, **options: object) -> torch.nn.Module:
-    """The model of a folder, by ``from_pretrained``; raises `UsageError` where it can't be loaded."""
+def config_in(path: Path) -> tuple[Path, dict[str, Any]]:
+    """The ``config.json`` of a folder, or ``path`` as one, and its fields; {} if it is no such file."""
+    file = path / "config.json" if path.is_dir() else path
     try:
-        model: torch.nn.Module = made.from_pretrained(path, local_files_only=True, **options)
-    except (OSError, ValueError, KeyError) as error:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError):
+        found = None
+    return file, found if isinstance(found, dict) else {}
+
+
+def model_of(
+    kind: Any, path: Path, seed: int, make: Callable[[], torch.nn.Module], **options: object
+) -> torch.nn.Module:
+    """The model of a folder by its weights, or what ``make`` makes, with seeded random ones.
+
+    Args:
+        kind: has ``from_pretrained``, which takes ``options``.
+
+    Raises:
+        UsageError: it can't be loaded or made.
+    """
+    torch.manual_seed(seed)
+    weights = path.is_dir() and any(any(path.glob(each)) for each in ("*.safetensors", "*.bin"))
+    try:
+        model = kind.from_pretrained(path, local_files_only=True, **options) if weights else make()
+    except Exception as error:  # a config that doesn't fit its model fails in its layers
         raise UsageError(
-            f"can't load the model in {str(path)!r}: {first_line(error)}",
-            hint="give its config.json to run it with random weights, or load it yourself and use module:factory",
+            f"no model can be made of {str(path)!r}: {type(error).__name__}: {first_line(error)}",
+            hint="give its config.json to run it with random weights, or use module:factory",
         ) from error
-    return model
+    return model.eval().requires_grad_(False)  # type: ignore[no-any-return]
 
 
 @torch.no_grad()
-def add_noise(model: torch.nn.Module, seed: int) -> None:
-    """Add seeded noise to each parameter: models are often made with blocks that add nothing."""
+def add_noise(model: torch.nn.Module, seed: int) -> torch.nn.Module:
+    """``model`` with seeded noise in each parameter: many are made with blocks that add nothing."""
     generator = torch.Generator().manual_seed(seed)
     for weight in model.parameters():
         if weight.is_floating_point():
             noise = torch.randn(weight.shape, generator=generator)
             weight.add_(noise.to(weight.dtype) * 0.02)
-
-
-def with_seeded_weights(
-    make: Callable[[], torch.nn.Module], name: str, file: Path, seed: int
-) -> torch.nn.Module:
-    """What ``make`` makes, with `add_noise`; raises `UsageError` where it can't be made."""
-    torch.manual_seed(seed)
-    try:
-        model = make()
-    except Exception as error:  # a config that doesn't fit its model fails in its layers
-        raise UsageError(
-            f"no {name} can be made of {str(file)!r}: {type(error).__name__}: {first_line(error)}",
-            hint="its fields do not fit together, or the class makes no model of a config alone: use module:factory",
-        ) from error
-    add_noise(model, seed)
     return model
 
 

@@ -27,8 +27,7 @@ from piecework.integrations.encoders.arguments import (
     example,
     first_that_runs,
 )
-from piecework.integrations.encoders.integration import called_part, without_caches
-from piecework.integrations.encoders.kinds import is_encoder
+from piecework.integrations.encoders.integration import called_part, is_encoder, without_caches
 from piecework.integrations.protocol import Call, add_noise
 
 LARGEST = 60_000_000  # parameters

@@ -6,13 +6,20 @@ It knows arguments by name, and no class; whether a call runs is for the caller 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 
-from piecework.integrations.encoders.arguments import SEED, TOKENS, Size, Ways, padding_mask
-from piecework.integrations.protocol import Call
+from piecework.integrations.encoders.arguments import (
+    SEED,
+    TOKENS,
+    Size,
+    Ways,
+    named_arguments,
+    padding_mask,
+)
 
 _STEPS = 1000  # of the noise schedule
 _SIDE = 16  # of latents, where a config says none
@@ -30,37 +37,17 @@ _TEXT_WIDTHS = (
 
 def candidates(model: torch.nn.Module) -> Iterator[Ways]:
     """Ways to call ``model``: with images, a row of patches, and videos of both layouts."""
-    parameters = inspect.signature(model.forward).parameters
-    chosen = [name for name in parameters if name in _Arguments.KNOWN]
+    names = [
+        name for name in inspect.signature(model.forward).parameters if name in vars(_Arguments)
+    ]
     if not getattr(model.config, "guidance_embeds", False):
-        chosen = [name for name in chosen if name != "guidance"]
+        names = [name for name in names if name != "guidance"]
     for layout in ("image", "patches", "video", "frames"):
-        yield _way(chosen, model.config, layout)
-
-
-def _way(names: Sequence[str], config: Any, layout: str) -> Ways:
-    def arguments(size: Size) -> Call:
-        make = _Arguments(config, layout, size)
-        return (), {name: getattr(make, name)() for name in names}
-
-    return arguments
+        yield partial(named_arguments, partial(_Arguments, model.config, layout), names)
 
 
 class _Arguments:
     """Makes each argument by its name, equal at each call of a size."""
-
-    KNOWN = (
-        "hidden_states",
-        "encoder_hidden_states",
-        "timestep",
-        "class_labels",
-        "pooled_projections",
-        "encoder_attention_mask",
-        "img_ids",
-        "txt_ids",
-        "guidance",
-        "added_cond_kwargs",
-    )
 
     def __init__(self, config: Any, layout: str, size: Size) -> None:
         self._config, self._layout, self._size = config, layout, size
@@ -74,15 +61,13 @@ class _Arguments:
 
     def hidden_states(self) -> torch.Tensor:
         channels, side = int(self._config.in_channels), self._side
-        match self._layout:
-            case "image":
-                return self._drawn(channels, side, side)
-            case "patches":
-                return self._drawn(side * side, channels)
-            case "video":
-                return self._drawn(channels, _FRAMES, side, side)
-            case _:
-                return self._drawn(_FRAMES, channels, side, side)
+        shapes = {
+            "image": (channels, side, side),
+            "patches": (side * side, channels),
+            "video": (channels, _FRAMES, side, side),
+            "frames": (_FRAMES, channels, side, side),
+        }
+        return self._drawn(*shapes[self._layout])
 
     def encoder_hidden_states(self) -> torch.Tensor:
         said = (getattr(self._config, name, None) for name in _TEXT_WIDTHS)

@@ -5,18 +5,18 @@ loop.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from piecework.errors import UsageError
 from piecework.integrations.diffusers.arguments import candidates
-from piecework.integrations.encoders.integration import config_fields, example_calls
+from piecework.integrations.encoders.integration import example_calls
 from piecework.integrations.protocol import (
     LoadedModel,
+    add_noise,
+    config_in,
+    model_of,
     require_packages,
-    with_seeded_weights,
-    with_weights,
 )
 
 
@@ -26,30 +26,25 @@ def load(path: Path, seed: int) -> LoadedModel | None:
     Raises:
         UsageError: it can't be loaded.
     """
-    file = path / "config.json" if path.is_dir() else path
-    fields = config_fields(file)
+    file, fields = config_in(path)
     name = fields.get("_class_name")
     if not isinstance(name, str):
         return None
     require_packages(("diffusers",), "diffusers")
-    made = _class(name, file)
-    if path.is_dir() and any(path.glob("*.safetensors")):
-        model = with_weights(made, path)
-    else:
-        model = with_seeded_weights(lambda: made.from_config(fields), name, file, seed)
-    model.eval().requires_grad_(False)
-    calls = example_calls(model, file, candidates(model))
-    return LoadedModel.of_calls(model, calls, file.read_text())
-
-
-def _class(name: str, file: Path) -> Any:
     import diffusers
 
-    found = getattr(diffusers, name, None)
-    if not (isinstance(found, type) and issubclass(found, torch.nn.Module)):
+    kind = getattr(diffusers, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, torch.nn.Module)):
         raise UsageError(
             f"diffusers {diffusers.__version__} has no model {name!r}",
             where=str(file),
             hint="give the folder or config.json of a pipeline's transformer, not of the pipeline",
         )
-    return found
+
+    def make() -> torch.nn.Module:
+        return add_noise(kind.from_config(fields), seed)  # type: ignore[attr-defined]
+
+    model = model_of(kind, path, seed, make)
+    return LoadedModel.of_calls(
+        model, example_calls(model, file, candidates(model)), file.read_text()
+    )

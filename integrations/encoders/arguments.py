@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -83,141 +84,120 @@ def first_that_runs(model: torch.nn.Module, ways: Iterable[Ways]) -> Ways:
 
 def candidates(model: torch.nn.Module) -> Iterator[Ways]:
     """Ways to call ``model``: with images of several sizes, or sound of several lengths."""
-    names = list(inspect.signature(model.forward).parameters)
+    parameters = inspect.signature(model.forward).parameters
     required = [
         name
-        for name, each in inspect.signature(model.forward).parameters.items()
+        for name, each in parameters.items()
         if each.default is inspect.Parameter.empty and each.kind is each.POSITIONAL_OR_KEYWORD
     ]
     main = getattr(model, "main_input_name", "input_ids")
+    known = [name for name in _MAIN if name in parameters]
     for image, sound in ((None, 2000), (64, 400), (224, 16000), (None, 3000), (512, 128)):
-        for wanted in ([main, *required], _known(names)):
-            chosen = _completed(wanted, names, model.config)
+        for wanted in ([main, *required], known):
+            chosen = list(wanted)
+            if "input_ids" in chosen and "attention_mask" in parameters:
+                chosen.append("attention_mask")
+            pair = getattr(model.config, "is_encoder_decoder", False)
+            if pair and "decoder_input_ids" in parameters:
+                chosen.append("decoder_input_ids")
             if all(hasattr(_Arguments, name) for name in chosen):
-                yield _way(chosen, model.config, image, sound)
+                make = partial(_Arguments, model.config, image, sound)
+                yield partial(named_arguments, make, list(dict.fromkeys(chosen)))
 
 
-def _way(names: Sequence[str], config: Any, image: int | None, sound: int) -> Ways:
-    def arguments(size: Size) -> Call:
-        make = _Arguments(config, image, sound, size)
-        return (), {name: getattr(make, name)(size.rows) for name in names}
-
-    return arguments
+_MAIN = ("input_ids", "pixel_values", "bbox", "input_features", "input_values")
 
 
-def _known(names: Sequence[str]) -> list[str]:
-    return [
-        name
-        for name in ("input_ids", "pixel_values", "bbox", "input_features", "input_values")
-        if name in names
-    ]
-
-
-def _completed(wanted: Sequence[str], names: Sequence[str], config: Any) -> list[str]:
-    """``wanted`` with what belongs to it: a mask to tokens, tokens for a decoder."""
-    more = list(dict.fromkeys(wanted))
-    if "input_ids" in more and "attention_mask" in names:
-        more.append("attention_mask")
-    if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in names:
-        more.append("decoder_input_ids")
-    return list(dict.fromkeys(more))
+def named_arguments(make: Callable[[Size], object], names: Sequence[str], size: Size) -> Call:
+    """The call of a size by keyword arguments, each made by what ``make`` has of its name."""
+    made = make(size)
+    return (), {name: getattr(made, name)() for name in names}
 
 
 class _Arguments:
-    """Makes each argument by its name, with ``n`` rows; fewer rows are the first of more."""
+    """Makes each argument by its name; fewer rows are the first of more."""
 
     def __init__(self, config: Any, image: int | None, sound: int, size: Size) -> None:
+        self._config, self._size = config, size
         self._text = getattr(config, "text_config", config)
         self._vision = getattr(config, "vision_config", config)
         self._audio = getattr(config, "audio_config", config)
-        self._image = image or _side(getattr(self._vision, "image_size", 32) or 32)
+        side = getattr(self._vision, "image_size", None) or 32
+        if isinstance(side, dict):
+            side = side.get("height", side.get("shortest_edge", 32))
+        self._image = image or int(side[0] if isinstance(side, (list, tuple)) else side)
         self._sound = sound * max(1, size.tokens // TOKENS)
-        self._size, self._length = size, size.tokens
-        self._config = config
 
-    def _drawn(self, n: int, *shape: int) -> torch.Tensor:
+    def _number(self, name: str, default: int) -> int:
+        return int(getattr(self._config, name, None) or default)
+
+    def _drawn(self, *shape: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(SEED)
-        return torch.randn(_ROWS, *shape, generator=generator)[:n]
+        return torch.randn(_ROWS, *shape, generator=generator)[: self._size.rows]
 
-    def _tokens(self, n: int, length: int) -> torch.Tensor:
+    def _tokens(self, length: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(SEED)
-        most = min(VOCABULARY, int(getattr(self._text, "vocab_size", VOCABULARY) or VOCABULARY))
-        return torch.randint(3, most, (_ROWS, length), generator=generator)[:n]
+        most = min(VOCABULARY, int(getattr(self._text, "vocab_size", None) or VOCABULARY))
+        return torch.randint(3, most, (_ROWS, length), generator=generator)[: self._size.rows]
 
-    def input_ids(self, n: int) -> torch.Tensor:
-        return self._tokens(n, self._length)
+    def input_ids(self) -> torch.Tensor:
+        return self._tokens(self._size.tokens)
 
-    def decoder_input_ids(self, n: int) -> torch.Tensor:
-        return self._tokens(n, self._length // 2)
+    inputs = input_ids
 
-    def attention_mask(self, n: int) -> torch.Tensor:
+    def decoder_input_ids(self) -> torch.Tensor:
+        return self._tokens(self._size.tokens // 2)
+
+    def attention_mask(self) -> torch.Tensor:
         return padding_mask(self._size)
 
-    def bbox(self, n: int) -> torch.Tensor:
-        most = min(100, int(getattr(self._config, "max_2d_position_embeddings", 100)))
-        corner = self._tokens(n, self._length * 2).view(n, self._length, 2) % (most // 2)
+    def bbox(self) -> torch.Tensor:
+        most = min(100, self._number("max_2d_position_embeddings", 100))
+        corner = self._tokens(self._size.tokens * 2).unflatten(1, (-1, 2)) % (most // 2)
         return torch.cat([corner, corner + most // 3], dim=-1)
 
-    def pixel_values(self, n: int) -> torch.Tensor:
-        channels = int(getattr(self._vision, "num_channels", 3) or 3)
-        frames = getattr(self._config, "num_frames", None) or getattr(
-            self._config, "frames_per_clip", None
-        )
-        shape = (channels, self._image, self._image)
-        return self._drawn(n, int(frames), *shape) if frames else self._drawn(n, *shape)
+    def pixel_values(self) -> torch.Tensor:
+        channels = int(getattr(self._vision, "num_channels", None) or 3)
+        frames = self._number("num_frames", 0) or self._number("frames_per_clip", 0)
+        return self._drawn(*[frames] * bool(frames), channels, self._image, self._image)
 
-    def pixel_values_videos(self, n: int) -> torch.Tensor:
-        frames = int(getattr(self._config, "frames_per_clip", 4))
-        return self._drawn(n, frames, 3, self._image, self._image)
+    def pixel_values_videos(self) -> torch.Tensor:
+        return self._drawn(self._number("frames_per_clip", 4), 3, self._image, self._image)
 
-    def pixel_mask(self, n: int) -> torch.Tensor:
-        return torch.ones(n, self._image, self._image, dtype=torch.long)
+    def pixel_mask(self) -> torch.Tensor:
+        return torch.ones(self._size.rows, self._image, self._image, dtype=torch.long)
 
-    def input_values(self, n: int) -> torch.Tensor:
-        bins = getattr(self._config, "num_mel_bins", None)
+    def input_values(self) -> torch.Tensor:
+        bins = self._number("num_mel_bins", 0)
         if bins and hasattr(self._config, "max_length"):
-            return self._drawn(n, int(self._config.max_length), int(bins))
-        return self._drawn(n, self._sound)
+            return self._drawn(int(self._config.max_length), bins)
+        return self._drawn(self._sound)
 
-    def input_features(self, n: int) -> torch.Tensor:
-        bins = int(
-            getattr(self._audio, "num_mel_bins", 0)
-            or getattr(self._audio, "input_feat_per_channel", 0)
-            or 80
-        )
+    def input_features(self) -> torch.Tensor:
+        named = ("num_mel_bins", "input_feat_per_channel")
+        bins = next((int(n) for each in named if (n := getattr(self._audio, each, 0))), 80)
         if getattr(self._config, "model_type", "") and hasattr(self._audio, "max_source_positions"):
-            return self._drawn(n, bins, 2 * int(self._audio.max_source_positions))
-        return self._drawn(n, self._sound // 10, bins)
+            return self._drawn(bins, 2 * int(self._audio.max_source_positions))
+        return self._drawn(self._sound // 10, bins)
 
-    def past_values(self, n: int) -> torch.Tensor:
-        length = int(getattr(self._config, "context_length", 32))
-        channels = int(getattr(self._config, "num_input_channels", 0) or 0)
-        lags = max(getattr(self._config, "lags_sequence", [0]) or [0])
-        return (
-            self._drawn(n, length + lags, channels) if channels else self._drawn(n, length + lags)
-        )
+    def past_values(self) -> torch.Tensor:
+        lags = max(getattr(self._config, "lags_sequence", None) or [0])
+        length = self._number("context_length", 32) + lags
+        channels = self._number("num_input_channels", 0)
+        return self._drawn(length, channels) if channels else self._drawn(length)
 
-    def past_time_features(self, n: int) -> torch.Tensor:
+    def past_time_features(self) -> torch.Tensor:
         width = int(getattr(self._config, "num_time_features", 0))
-        return self._drawn(n, self.past_values(1).shape[1], width)
+        return self._drawn(self.past_values().shape[1], width)
 
-    def past_observed_mask(self, n: int) -> torch.Tensor:
-        return torch.ones_like(self.past_values(n))
+    def past_observed_mask(self) -> torch.Tensor:
+        return torch.ones_like(self.past_values())
 
-    def visual_embeds(self, n: int) -> torch.Tensor:
-        return self._drawn(n, 5, int(getattr(self._config, "visual_embedding_dim", 32)))
+    def visual_embeds(self) -> torch.Tensor:
+        return self._drawn(5, self._number("visual_embedding_dim", 32))
 
-    def visual_feats(self, n: int) -> torch.Tensor:
-        return self._drawn(n, 5, int(getattr(self._config, "visual_feat_dim", 32)))
+    def visual_feats(self) -> torch.Tensor:
+        return self._drawn(5, self._number("visual_feat_dim", 32))
 
-    def visual_pos(self, n: int) -> torch.Tensor:
-        return self._drawn(n, 5, int(getattr(self._config, "visual_pos_dim", 4)))
-
-    def inputs(self, n: int) -> torch.Tensor:
-        return self._tokens(n, self._length)
-
-
-def _side(size: Any) -> int:
-    if isinstance(size, dict):
-        size = size.get("height", size.get("shortest_edge", 32))
-    return int(size[0] if isinstance(size, (list, tuple)) else size)
+    def visual_pos(self) -> torch.Tensor:
+        return self._drawn(5, self._number("visual_pos_dim", 4))

@@ -5,9 +5,7 @@ Nothing is downloaded; random weights and example arguments are seeded.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
-from functools import partial
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +19,18 @@ from piecework.integrations.encoders.arguments import (
     example,
     first_that_runs,
 )
-from piecework.integrations.encoders.kinds import has_decoder, is_encoder
 from piecework.integrations.protocol import (
     Call,
     LoadedModel,
+    add_noise,
+    config_in,
     first_line,
+    model_of,
     require_packages,
-    with_seeded_weights,
-    with_weights,
 )
+
+_WITH_ENCODER = ("SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ", "TEXT_TO_WAVEFORM")
+_GENERATORS = ("IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM", *_WITH_ENCODER)
 
 
 def load(path: Path, seed: int) -> LoadedModel | None:
@@ -38,39 +39,41 @@ def load(path: Path, seed: int) -> LoadedModel | None:
     Raises:
         UsageError: it can't be loaded.
     """
-    file = path / "config.json" if path.is_dir() else path
-    fields = config_fields(file)
+    file, fields = config_in(path)
     if not isinstance(fields.get("model_type"), str):
         return None
     require_packages(("transformers",), "transformers")
-    config = _config(file, fields)
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    hint = "it must be the config.json of a transformers model, with its model_type"
+    if fields["model_type"] not in transformers.CONFIG_MAPPING:
+        raise UsageError(
+            f"transformers {transformers.__version__} knows no model type {fields['model_type']!r}",
+            where=str(file),
+            hint=hint,
+        )
+    try:
+        config = transformers.AutoConfig.for_model(**fields)
+    except Exception as error:  # fields are checked by each config in its own way
+        why = f"{str(file)!r} is not a model config: {first_line(error)}"
+        raise UsageError(why, hint=hint) from error
     if not is_encoder(config, fields.get("architectures") or (), str(file)):
         return None
     without_caches(config)
-    import transformers
+    kind = transformers.AutoModel
 
-    if path.is_dir() and any(any(path.glob(kind)) for kind in ("*.safetensors", "*.bin")):
-        made = with_weights(transformers.AutoModel, path, config=config)
-    else:
-        make = partial(transformers.AutoModel.from_config, config, dtype=torch.float32)
-        made = with_seeded_weights(make, config.model_type, file, seed)
-    model = called_part(made).eval().requires_grad_(False)
+    def make() -> torch.nn.Module:
+        return add_noise(kind.from_config(config, dtype=torch.float32), seed)
+
+    model = called_part(model_of(kind, path, seed, make, config=config))
     calls = example_calls(model, file, candidates(model))
     return LoadedModel.of_calls(model, calls, file.read_text())
 
 
-def config_fields(file: Path) -> dict[str, Any]:
-    """The fields of a ``config.json``; {} if the file is not there, or something else."""
-    try:
-        found = json.loads(file.read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
 def called_part(model: torch.nn.Module) -> torch.nn.Module:
     """What of a model is called once: the encoder of one that generates, else the whole."""
-    return model.get_encoder() if has_decoder(model.config) else model  # type: ignore[operator,no-any-return]
+    return model.get_encoder() if _has_decoder(model.config) else model  # type: ignore[operator,no-any-return]
 
 
 def without_caches(config: Any) -> None:
@@ -109,20 +112,60 @@ def _runs(model: torch.nn.Module, call: Call) -> bool:
     return True
 
 
-def _config(file: Path, fields: dict[str, Any]) -> Any:
-    import transformers
+# --- which models are called once -----------------------------------------------------------------
 
-    transformers.logging.set_verbosity_error()
-    if fields["model_type"] not in transformers.CONFIG_MAPPING:
+
+def is_encoder(config: Any, architectures: Sequence[str], where: str) -> bool:
+    """Whether the model of ``config`` is called once, as an encoder is; False for a causal LM.
+
+    Args:
+        architectures: what its file, ``where``, names; it need not be all that transformers has.
+
+    Raises:
+        UsageError: it is neither, such as one that generates text from images, or both.
+    """
+    from transformers.models.auto import modeling_auto
+
+    heads, masked = _classes("CAUSAL_LM", config), _classes("MASKED_LM", config)
+    pair = bool(getattr(config, "is_encoder_decoder", False))
+    if not heads:
+        generates = any(_classes(task, config) for task in _GENERATORS)
+        if config.model_type not in modeling_auto.MODEL_MAPPING_NAMES or (
+            generates and not _has_decoder(config)
+        ):
+            raise UsageError(
+                f"a {config.model_type!r} is neither a causal LM nor called once, as an encoder is",
+                where=where,
+                hint="compile its parts: its vision or audio encoder has a model type of its own",
+            )
+        return True
+    if not pair and not masked:
+        return False
+    found = {name in heads - masked for name in architectures}
+    if not pair:  # an encoder-decoder's configs set is_decoder by themselves
+        found.add(bool(getattr(config, "is_decoder", False)))
+    if len(found) > 1:
         raise UsageError(
-            f"transformers {transformers.__version__} knows no model type {fields['model_type']!r}",
-            where=str(file),
-            hint="it must be the config.json of a transformers model, with its model_type",
+            "it is not clear whether this model is an encoder or a causal LM: architectures is "
+            f"{list(architectures)}, is_decoder is {getattr(config, 'is_decoder', None)}",
+            where=where,
+            hint=f"a causal LM is {' or '.join(sorted(heads))}, with is_decoder true",
         )
-    try:
-        return transformers.AutoConfig.for_model(**fields)
-    except Exception as error:  # fields are checked by each config in its own way
-        raise UsageError(
-            f"{str(file)!r} is not a model config: {first_line(error)}",
-            hint="it must be the config.json of a transformers model, with its model_type",
-        ) from error
+    return found != {True}
+
+
+def _has_decoder(config: Any) -> bool:
+    """Whether the model is an encoder-decoder that generates, as a detector's decoder does not."""
+    generates = (*_WITH_ENCODER, "CAUSAL_LM")
+    return bool(getattr(config, "is_encoder_decoder", False)) and any(
+        _classes(task, config) for task in generates
+    )
+
+
+def _classes(task: str, config: Any) -> set[str]:
+    """The classes that a registry of transformers' auto classes has for a family."""
+    from transformers.models.auto import modeling_auto
+
+    registry = dict(getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES", {}))
+    names = registry.get(config.model_type, ())
+    return {names} if isinstance(names, str) else set(names)

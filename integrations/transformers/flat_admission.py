@@ -10,31 +10,10 @@ import torch
 from torch import nn
 
 from piecework.errors import CaptureError, InputError
+from piecework.integrations.transformers import flat_way, probe
 from piecework.integrations.transformers.flat_forward import FlatIdsForward, as_traced
-from piecework.integrations.transformers.flat_way import (
-    FLAT_HINT,
-    FlatWay,
-    forget_layers,
-    mask_makers,
-    name_layers,
-    refuse_at_sight,
-)
-from piecework.integrations.transformers.probe import (
-    MODEL_ERRORS,
-    Forward,
-    as_refusal,
-    distance,
-    limit_of,
-    narrow_windows,
-    probe_tokens,
-    require_finite,
-)
+from piecework.integrations.transformers.request import state as states
 from piecework.integrations.transformers.request.attention import Discovery
-from piecework.integrations.transformers.request.state import (
-    AttentionLayer,
-    PositionRule,
-    request_context,
-)
 from piecework.integrations.transformers.settings import embedding_of, field_of
 from piecework.runtime import torch_compat
 from piecework.runtime.config.compilation import CompilationConfig
@@ -45,7 +24,9 @@ _CHANGED = 2
 _EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
-def admit_flat(model: nn.Module, decoder: nn.Module, config: CompilationConfig | None) -> FlatWay:
+def admit_flat(
+    model: nn.Module, decoder: nn.Module, config: CompilationConfig | None
+) -> flat_way.FlatWay:
     """Prove on a few tokens that a decoder can be served flattened, and compile it.
 
     Nothing is compiled while torch's compiler is off.
@@ -54,33 +35,33 @@ def admit_flat(model: nn.Module, decoder: nn.Module, config: CompilationConfig |
         CaptureError: the model is not fit, and why; it is left as it was.
         PieceCompileError: as ``piecework.compile``.
     """
-    refuse_at_sight(decoder)
+    flat_way.refuse_at_sight(decoder)
     flat = FlatIdsForward(decoder, decoder.forward)
     layers = _discover(model, decoder, flat)
     try:
-        name_layers(layers)
-        with torch.no_grad(), narrow_windows(decoder):
+        flat_way.name_layers(layers)
+        with torch.no_grad(), probe.narrow_windows(decoder):
             way = _found_equal(model, decoder, flat, layers, config)
         if torch_compat.compiler_off() is None:
             way.entry("input_ids")
         return way
     except BaseException:
-        forget_layers(decoder)
+        flat_way.forget_layers(decoder)
         raise
 
 
 def _discover(
     model: nn.Module, decoder: nn.Module, flat: FlatIdsForward
-) -> Sequence[AttentionLayer]:
+) -> Sequence[states.AttentionLayer]:
     """Run the flattened forward without attention: who attends, and that nothing else joins tokens."""
-    ids, _mask = probe_tokens(decoder)
+    ids, _mask = probe.probe_tokens(decoder)
     row = ids.reshape(1, -1)
     hidden, layers = _without_attention(decoder, flat, row)
     if not layers:
         raise _refused(
             "none of its modules attends through transformers' attention-function registry", decoder
         )
-    require_finite(hidden)
+    probe.require_finite(hidden)
     other = row.clone()
     other[0, _CHANGED] = (other[0, _CHANGED] + 1) % embedding_of(decoder).shape[0]
     changed, _layers = _without_attention(decoder, flat, other)
@@ -90,7 +71,7 @@ def _discover(
     config = decoder.config.get_text_config()
     routed = any((field_of(config, name) or 0) > 1 for name in _EXPERT_COUNTS)  # type: ignore[operator]
     grouped = routed or getattr(model, "hf_quantizer", None) is not None
-    if distance(changed, hidden) > (limit_of(hidden.dtype) if grouped else 0.0):
+    if probe.distance(changed, hidden) > (probe.limit_of(hidden.dtype) if grouped else 0.0):
         raise _refused(
             "with attention taken out, one token still changes the states of others: it mixes tokens outside attention",
             decoder,
@@ -100,7 +81,7 @@ def _discover(
 
 def _without_attention(
     decoder: nn.Module, flat: FlatIdsForward, row: torch.Tensor
-) -> tuple[torch.Tensor, Sequence[AttentionLayer]]:
+) -> tuple[torch.Tensor, Sequence[states.AttentionLayer]]:
     """Hidden states where every attention gives zeros, and the layers that would have attended."""
     names = {module: name for name, module in decoder.named_modules()}
     layer_types = field_of(decoder.config.get_text_config(), "layer_types")
@@ -109,8 +90,8 @@ def _without_attention(
     with (
         torch.no_grad(),
         as_traced(decoder),
-        request_context(discovery),
-        as_refusal(decoder, "flattened, without a mask outside attention,"),
+        states.request_context(discovery),
+        probe.as_refusal(decoder, "flattened, without a mask outside attention,"),
     ):
         return flat(row, positions).clone(), discovery.found
 
@@ -119,35 +100,37 @@ def _found_equal(
     model: nn.Module,
     decoder: nn.Module,
     flat: FlatIdsForward,
-    layers: Sequence[AttentionLayer],
+    layers: Sequence[states.AttentionLayer],
     config: CompilationConfig | None,
-) -> FlatWay:
+) -> flat_way.FlatWay:
     """The first masks, numbering and packing under which the flattened forward equals the model's
     own.
     """
-    with as_refusal(decoder, "as it is"):
+    with probe.as_refusal(decoder, "as it is"):
         expected, output_class = _results(decoder, decoder.forward)
     for each in expected:
-        require_finite(each)
+        probe.require_finite(each)
 
     def run(_entry: str, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         with as_traced(decoder):
             return flat(tokens, positions)
 
     distances, failure = [], None
-    for masks, rule, sees in product(mask_makers(model), PositionRule, (True, False)):
-        way = FlatWay(model, decoder, config, layers, rule, masks, sees, output_class)
+    for masks, rule, sees in product(
+        flat_way.mask_makers(model), states.PositionRule, (True, False)
+    ):
+        way = flat_way.FlatWay(model, decoder, config, layers, rule, masks, sees, output_class)
         try:
             got, _ = _results(decoder, lambda **given: way.serve(given, run))  # noqa: B023
-        except (InputError, *MODEL_ERRORS) as error:
+        except (InputError, *probe.MODEL_ERRORS) as error:
             failure = error
             continue
-        apart = max(map(distance, got, expected))
-        if apart <= limit_of(expected[0].dtype):
+        apart = max(map(probe.distance, got, expected))
+        if apart <= probe.limit_of(expected[0].dtype):
             return way
         distances.append(apart)
     if not distances and failure is not None:
-        with as_refusal(decoder, "flattened"):
+        with probe.as_refusal(decoder, "flattened"):
             raise failure
     raise _refused(
         f"the flattened forward differs from the model's own on a few tokens (by {min(distances):.1e} of its norm): "
@@ -156,11 +139,11 @@ def _found_equal(
     )
 
 
-def _results(decoder: nn.Module, run: Forward) -> tuple[list[torch.Tensor], type]:
+def _results(decoder: nn.Module, run: probe.Forward) -> tuple[list[torch.Tensor], type]:
     """Hidden states of a prompt with padding, of one more token, and of positions that start anew;
     and the class of an output.
     """
-    ids, mask = probe_tokens(decoder)
+    ids, mask = probe.probe_tokens(decoder)
     prompt: Any = run(input_ids=ids, attention_mask=mask, use_cache=True, return_dict=True)
     given = {name for name, value in prompt.items() if value is not None}
     cache = prompt.get("past_key_values")
@@ -183,4 +166,4 @@ def _results(decoder: nn.Module, run: Forward) -> tuple[list[torch.Tensor], type
 
 
 def _refused(why: str, decoder: nn.Module) -> CaptureError:
-    return CaptureError(why, where=type(decoder).__name__, hint=FLAT_HINT)
+    return CaptureError(why, where=type(decoder).__name__, hint=flat_way.FLAT_HINT)

@@ -19,22 +19,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import create_causal_mask, create_masks_for_generate
 
 from piecework.errors import ArtifactError, CaptureError, InputError, UsageError
-from piecework.integrations.transformers.flat_forward import (
-    ENTRIES,
-    TokenDimension,
-    as_traced,
-    changing_ropes,
-    example_inputs,
-)
+from piecework.integrations.transformers import flat_forward
+from piecework.integrations.transformers import settings as reading
+from piecework.integrations.transformers.request import state as states
 from piecework.integrations.transformers.request.attention import LAYER_NAME, attention, register
-from piecework.integrations.transformers.request.state import (
-    AttentionLayer,
-    Masks,
-    PositionRule,
-    RequestState,
-    registered_attention,
-    request_context,
-)
 from piecework.integrations.transformers.request.static_decode import (
     StaticDecode,
     StaticStep,
@@ -42,15 +30,6 @@ from piecework.integrations.transformers.request.static_decode import (
 )
 from piecework.integrations.transformers.request.static_mask import StaticMasks
 from piecework.integrations.transformers.request.step import CacheRows, DecodeStep, masks_by_type
-from piecework.integrations.transformers.settings import (
-    INERT,
-    RECORDED,
-    Settings,
-    is_encoder_decoder,
-    refuse_call,
-    refuse_model,
-    tokens_of,
-)
 from piecework.integrations.transformers.way import AGAIN, Way
 from piecework.runtime.artifact.model import Artifact
 from piecework.runtime.compile import compile_with_mode
@@ -68,7 +47,7 @@ _PAGED = (
     *("read_index", "write_index", "block_table", "is_causal"),
 )
 _SAMPLING = ("logits_indices", "logits_processor_args")
-_KNOWN = frozenset((*_TAKEN, *INERT, *RECORDED))
+_KNOWN = frozenset((*_TAKEN, *reading.INERT, *reading.RECORDED))
 _KNOWN_PAGED = _KNOWN.union(_PAGED, _SAMPLING)
 # transformers' own, which make no mask where nothing is hidden from a token.
 _CAUSAL = (create_causal_mask, create_masks_for_generate)
@@ -95,8 +74,8 @@ class FlatWay(Way):
         model: nn.Module,
         decoder: nn.Module,
         config: CompilationConfig | None,
-        layers: Sequence[AttentionLayer],
-        rule: PositionRule,
+        layers: Sequence[states.AttentionLayer],
+        rule: states.PositionRule,
         masks: str,
         masks_see_positions: bool,
         output_class: Callable[..., object],
@@ -109,7 +88,7 @@ class FlatWay(Way):
         self._masks_see_positions = masks_see_positions
         self._create_masks = mask_makers(model)[masks]
         self._layer_types = {layer.layer_type for layer in layers}
-        self._ropes = changing_ropes(decoder)
+        self._ropes = flat_forward.changing_ropes(decoder)
         self._rows, self._static_masks = CacheRows(), StaticMasks()
         self._entries: dict[str, StitchedModule] = {}
 
@@ -128,8 +107,8 @@ class FlatWay(Way):
         settings = self.settings.now()
         known = _KNOWN if given.get("cache") is None else _KNOWN_PAGED
         strange = [name for name, v in given.items() if v is not None and name not in known]
-        refuse_call(self.decoder, given, settings, strange)
-        entry, tokens = tokens_of(self.decoder, given, self.dtype, self.device)
+        reading.refuse_call(self.decoder, given, settings, strange)
+        entry, tokens = reading.tokens_of(self.decoder, given, self.dtype, self.device)
         if entry == "input_ids":
             tokens = tokens.long()
         request = self._request(given, tokens, settings)
@@ -140,7 +119,7 @@ class FlatWay(Way):
         step = request.step if isinstance(request.step, StaticStep) else None
         with (
             torch.no_grad() if torch.is_grad_enabled() else nullcontext(),
-            request_context(
+            states.request_context(
                 request, in_full_graphs=None if self.static is None else step is not None
             ),
         ):
@@ -164,15 +143,15 @@ class FlatWay(Way):
         return compiled(tokens, positions)
 
     def _request(
-        self, given: Mapping[str, object], tokens: torch.Tensor, settings: Settings
-    ) -> RequestState:
+        self, given: Mapping[str, object], tokens: torch.Tensor, settings: reading.Settings
+    ) -> states.RequestState:
         batch, length = tokens.shape[:2]
         cache, attention_mask = self._cache(given, settings), given.get("attention_mask")
         asked = position_ids = given.get("position_ids")
         if position_ids is None:
             past = 0 if cache is None else cache.get_seq_length()
             position_ids = self._rule.positions(attention_mask, past, batch, length, tokens.device)
-        implementation = registered_attention(settings.implementation)
+        implementation = states.registered_attention(settings.implementation)
         paged = {name: given[name] for name in _PAGED if given.get(name) is not None}
         by_step = implementation is sdpa_attention_forward and length == 1 and not paged
         causal = by_step and settings.sees_all and self._create_masks in _CAUSAL
@@ -193,7 +172,7 @@ class FlatWay(Way):
                 step = self.static.take(cache, batch, by_type)
             if step is None:
                 step = DecodeStep(batch, cache, self._rows, by_type, self.dtype)
-        return RequestState(
+        return states.RequestState(
             layers=self.layers,
             batch=batch,
             tokens=length,
@@ -211,7 +190,7 @@ class FlatWay(Way):
         attention_mask: object,
         cache: Cache | None,
         packing: object,
-    ) -> Masks:
+    ) -> states.Masks:
         """The masks of all layers by transformers' own, before the tokens enter ``cache``."""
         if isinstance(attention_mask, Mapping):
             return attention_mask
@@ -225,7 +204,7 @@ class FlatWay(Way):
             position_ids=packing,
         )
 
-    def _cache(self, given: Mapping[str, object], settings: Settings) -> Cache | None:
+    def _cache(self, given: Mapping[str, object], settings: reading.Settings) -> Cache | None:
         cache = given.get("past_key_values")
         if cache is not None and not isinstance(cache, Cache):
             raise InputError(
@@ -249,15 +228,15 @@ class FlatWay(Way):
 
     def entry(self, name: str) -> StitchedModule:
         """The stitched function for tokens that come as ``name``, compiled when first asked for."""
-        if name not in ENTRIES:
+        if name not in flat_forward.ENTRIES:
             raise UsageError(
-                f"there is no entry {name!r}", where="entry", hint=" or ".join(ENTRIES)
+                f"there is no entry {name!r}", where="entry", hint=" or ".join(flat_forward.ENTRIES)
             )
         with self.compiling:
             if name not in self._entries:
                 made = self._flattened(name)
                 with torch.no_grad():
-                    made.prepare(*example_inputs(self.decoder, name))
+                    made.prepare(*flat_forward.example_inputs(self.decoder, name))
                 self._entries[name] = made
             return self._entries[name]
 
@@ -267,13 +246,13 @@ class FlatWay(Way):
             rope.hold()
         ops = None if self.config is None else self.config.splitting_ops
         # The class's name labels the model in the emitted banner and in the report.
-        named = type(type(self.decoder).__name__, (ENTRIES[entry],), {})
+        named = type(type(self.decoder).__name__, (flat_forward.ENTRIES[entry],), {})
         return compile_with_mode(
             named(self.decoder, self.forward),
             splitting_ops=None if ops is None else [*ops, attention],  # None: every registered one
             config=self.config,
-            sizes=TokenDimension(),
-            around=partial(as_traced, self.decoder),
+            sizes=flat_forward.TokenDimension(),
+            around=partial(flat_forward.as_traced, self.decoder),
             kept=self.kept,
             deferred=True,
         )
@@ -322,7 +301,7 @@ class FlatWay(Way):
         """
         refuse_at_sight(decoder)
         layers = [
-            AttentionLayer(each[0], _layer_module(decoder, *each[:2]), *each[1:])
+            states.AttentionLayer(each[0], _layer_module(decoder, *each[:2]), *each[1:])
             for each in found[0]
         ]
         way = cls(model, decoder, config, layers, *found[1:])
@@ -337,7 +316,7 @@ class FlatWay(Way):
         return way
 
 
-def mask_makers(model: nn.Module) -> dict[str, Callable[..., Masks]]:
+def mask_makers(model: nn.Module) -> dict[str, Callable[..., states.Masks]]:
     """The functions that may make a model's masks, in the order in which they are tried."""
     own = getattr(model, "create_masks_for_generate", create_masks_for_generate)
     return {"for generate": own, "causal": create_causal_mask}
@@ -345,9 +324,9 @@ def mask_makers(model: nn.Module) -> dict[str, Callable[..., Masks]]:
 
 def refuse_at_sight(decoder: nn.Module) -> None:
     """Raise `CaptureError` where a model need not be run to see that it can't be served flat."""
-    refuse_model(decoder)
+    reading.refuse_model(decoder)
     where = type(decoder).__name__
-    if is_encoder_decoder(decoder):
+    if reading.is_encoder_decoder(decoder):
         why = "it attends to an encoder's states, which are no tokens of its own row"
         raise CaptureError(why, where=where, hint=FLAT_HINT)
     accepted = inspect.signature(decoder.forward).parameters
@@ -359,7 +338,7 @@ def refuse_at_sight(decoder: nn.Module) -> None:
             raise CaptureError(why, where=where, hint=FLAT_HINT)
 
 
-def name_layers(layers: Sequence[AttentionLayer]) -> None:
+def name_layers(layers: Sequence[states.AttentionLayer]) -> None:
     """Let attention modules carry their names, by which the traced op knows them."""
     register()
     for layer in layers:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
 
-from piecework.errors import UsageError
 from piecework.integrations.protocol import (
     LoadedModel,
     Outcome,
-    first_line,
+    config_in,
+    model_of,
     require_packages,
-    with_weights,
 )
 from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.stitched import StitchedModule
@@ -73,39 +71,21 @@ def load(path: Path, seed: int) -> CausalLM | None:
     Raises:
         UsageError: it can't be loaded.
     """
-    file = path / "config.json" if path.is_dir() else path
+    file, fields = config_in(path)
     if not file.is_file():
         return None
     require_packages(("transformers",), "transformers")
     import transformers
 
     transformers.logging.set_verbosity_error()
-    if path.is_dir() and any(any(path.glob(kind)) for kind in ("*.safetensors", "*.bin")):
-        module = with_weights(transformers.AutoModelForCausalLM, path)
-    else:
-        module = _with_random_weights(file, seed)
-    module.eval().requires_grad_(False)
+    kind = transformers.AutoModelForCausalLM
+
+    def make() -> torch.nn.Module:
+        made: torch.nn.Module = kind.from_config(transformers.AutoConfig.for_model(**fields))
+        return made
+
+    module = model_of(kind, path, seed, make)
     generator = torch.Generator().manual_seed(seed)
     vocabulary = module.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
     prompt = torch.randint(3, vocabulary, (1, PROMPT_TOKENS), generator=generator)
     return CausalLM(type(module).__name__, module, (prompt,), config_text=file.read_text())
-
-
-def _with_random_weights(file: Path, seed: int) -> torch.nn.Module:
-    import transformers
-
-    try:
-        config = transformers.AutoConfig.for_model(**json.loads(file.read_text()))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(
-            f"{str(file)!r} is not a model config: {first_line(error)}",
-            hint="it must be the config.json of a transformers causal LM, with its model_type",
-        ) from error
-    torch.manual_seed(seed)
-    try:
-        return transformers.AutoModelForCausalLM.from_config(config)
-    except (ValueError, KeyError) as error:
-        raise UsageError(
-            f"{str(file)!r} is not a causal LM: {first_line(error)}",
-            hint="for another kind of model write module:factory",
-        ) from error

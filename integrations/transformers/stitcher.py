@@ -71,9 +71,8 @@ def stitch(
     """Stitch the decoder of a causal LM, and the encoder beside it, in place; return the model.
 
     Flat: every token of a batch in one row, attention behind the splitting op, so that one function
-    serves prefill and decode of any batch. A decoder that can't be served so is served whole, if that
-    is equal: its forward is captured as it is, and its cache's tensors come and go as arguments. While
-    torch's compiler is switched off, the decoder runs as it is, and is compiled after that.
+    serves prefill and decode of any batch. Whole: its forward is captured as it is, and its cache's
+    tensors come and go as arguments. While torch's compiler is off, the decoder runs as it is.
 
     Args:
         model: a causal LM of transformers in eval mode, on its final device and in its final dtype.
@@ -83,8 +82,8 @@ def stitch(
         max_cache_len: captures decode steps of static caches of up to so many tokens whole too, for
             the numbers of sequences in ``capture``, in memory of the graphs' own.
         max_num_seqs: the most sequences of such a step; by default the largest of ``capture``.
-        artifact: a directory that `save` writes. What lies there is loaded if it fits the model, the
-            configuration and this process; else the model is compiled and saved there.
+        artifact: a directory that `save` writes. What fits is loaded; else the model is compiled and
+            saved there.
         key_file: a secret that signs and verifies the artifact; see ``StitchedModule.save``.
         way: "flat" or "whole": that way, or a refusal; by default the first that serves the model.
 
@@ -138,12 +137,7 @@ def stitch(
 def _admitted_way(
     model: nn.Module, decoder: nn.Module, config: CompilationConfig | None, wanted: str | None
 ) -> AnyWay:
-    """The first way that takes the decoder, compiled unless torch's compiler is off; ``wanted``
-    names the only one that may.
-
-    Raises:
-        CaptureError: none takes it, and why; the model is left as it was.
-    """
+    """The first way that takes the decoder, or the one that is ``wanted``; raises `CaptureError`."""
     refuse_model(decoder)
     refused: CaptureError | None = None
     if wanted != WholeWay.name:
@@ -179,12 +173,8 @@ def _loaded_way(
     config: CompilationConfig | None,
     wanted: str | None = None,
 ) -> AnyWay:
-    """The way that an artifact is of, for a model like the one that was saved.
-
-    Raises:
-        ArtifactError: it is of something else or of another way than ``wanted``, or does not fit;
-            the model is left as it was.
-        CaptureError: the model is not fit, such as one in training mode.
+    """The way that was saved, for a model like that one; raises `ArtifactError` or `CaptureError`,
+    and leaves the model as it was.
     """
     kept = artifact.folder.facts.get("kept")
     if not isinstance(kept, dict) or kept.get("load") != LOADER or kept.get("way") not in WAYS:
@@ -240,11 +230,7 @@ def _full_mode(
     max_cache_len: int | None,
     max_num_seqs: int | None,
 ) -> CUDAGraphMode | None:
-    """The mode in which decode steps are captured whole; None if none is to be.
-
-    Raises:
-        ConfigError: what was asked for does not fit together.
-    """
+    """The mode in which decode steps are captured whole; None if none is to be."""
     asked = CUDAGraphMode.NONE if config is None else config.cudagraph_mode
     for name, number in (("max_cache_len", max_cache_len), ("max_num_seqs", max_num_seqs)):
         if number is not None and (type(number) is not int or number < 1):
@@ -327,9 +313,7 @@ class FlatHead(nn.Module):
 
 
 class HeadForward:
-    """Stands in for the ``forward`` of a linear head: any batch, by its static graphs of one row
-    of hidden states.
-    """
+    """Stands in for the ``forward`` of a linear head: any batch, by graphs of one row of states."""
 
     def __init__(self, head: nn.Linear, config: CompilationConfig | None) -> None:
         self._original: Callable[[torch.Tensor], torch.Tensor] = head.forward
@@ -340,8 +324,7 @@ class HeadForward:
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         if torch.is_grad_enabled() or torch_compat.compiler_off() is not None:
             return self._original(hidden)
-        rows = hidden.reshape(-1, hidden.shape[-1]).contiguous()
-        logits = self.stitched(rows)
+        logits = self.stitched(hidden.reshape(-1, hidden.shape[-1]).contiguous())
         return logits.view(*hidden.shape[:-1], logits.shape[-1])
 
 
@@ -351,9 +334,6 @@ class HeadForward:
 @short_errors
 def save(model: nn.Module, path: Place, *, key_file: str | os.PathLike[str] | None = None) -> None:
     """Write what serves a stitched model, for `load`: if whole, the kinds of calls that came so far.
-
-    Args:
-        path, key_file: as of ``StitchedModule.save``.
 
     Raises:
         ArtifactError: something can't be told again in another process, or be written.
@@ -375,11 +355,9 @@ def load(path: Place, model: Model, *, key_file: str | os.PathLike[str] | None =
 
     Raises:
         ArtifactError: it is missing, damaged, or made for another model or process.
-        CaptureError: the model can't be stitched, and why.
-        UsageError: the model is stitched already.
+        CaptureError, UsageError: as `stitch`.
 
     Example:
-        >>> save(stitch(model), "llama.artifact")
         >>> load("llama.artifact", other).generate(input_ids)  # in another process
     """
     decoder = _unstitched(model)
@@ -391,11 +369,7 @@ def load(path: Place, model: Model, *, key_file: str | os.PathLike[str] | None =
 
 @short_errors
 def unstitch(model: Model) -> Model:
-    """Give a stitched model its own forward back, and return it.
-
-    Raises:
-        UsageError: the model is not stitched.
-    """
+    """Give a stitched model its own forward back, and return it; `UsageError` if it is not stitched."""
     stitched = _way_of(model)
     model.__dict__.pop("get_compiled_call", None)
     head = model.get_output_embeddings()  # type: ignore[operator]
@@ -428,9 +402,6 @@ def stitched_module(model: nn.Module, entry: str = "input_ids") -> StitchedModul
 @short_errors
 def how_served(model: nn.Module) -> Served:
     """Which way a stitched model is served, why, by what, and what its own forward served.
-
-    Raises:
-        UsageError: the model is not stitched.
 
     Example:
         >>> print(how_served(stitch(model)))
@@ -472,9 +443,6 @@ class Served:
 def sleep(model: nn.Module) -> None:
     """Give the static graphs of a stitched model and their memory back, the head's too; calls run
     uncaptured until `wake_up`.
-
-    Raises:
-        UsageError: the model is not stitched.
     """
     for each in _captured_parts(model):
         each.sleep()
@@ -486,11 +454,7 @@ def sleep(model: nn.Module) -> None:
 @short_errors
 def wake_up(model: nn.Module) -> None:
     """Capture again what was captured of a stitched model before `sleep`, or before its weights
-    were rebound.
-
-    Raises:
-        UsageError: the model is not stitched.
-        StaticGraphError: as `stitch`.
+    were rebound; raises as `stitch`.
     """
     for each in _captured_parts(model):
         each.wake_up()

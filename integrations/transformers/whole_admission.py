@@ -14,26 +14,10 @@ from transformers.generation import GenerationMixin
 from transformers.utils import ModelOutput
 
 from piecework.errors import CaptureError
-from piecework.integrations.transformers.probe import (
-    HINT,
-    as_refusal,
-    narrow_windows,
-    require_finite,
-    require_same,
-)
+from piecework.integrations.transformers import probe, whole_way
+from piecework.integrations.transformers import settings as reading
 from piecework.integrations.transformers.request.cache_state import layers_of, take_apart
-from piecework.integrations.transformers.settings import (
-    embedding_of,
-    is_encoder_decoder,
-    refuse_model,
-)
 from piecework.integrations.transformers.whole_forward import CallKind, Habits, WholeForward
-from piecework.integrations.transformers.whole_way import (
-    UNROLLED,
-    WholeWay,
-    encoder_of,
-    held_names,
-)
 from piecework.runtime import torch_compat
 from piecework.runtime.config.compilation import CompilationConfig
 
@@ -43,7 +27,9 @@ _STEPS = 3
 Given = dict[str, object]
 
 
-def admit_whole(model: nn.Module, decoder: nn.Module, config: CompilationConfig | None) -> WholeWay:
+def admit_whole(
+    model: nn.Module, decoder: nn.Module, config: CompilationConfig | None
+) -> whole_way.WholeWay:
     """Prove that a decoder can be served whole, and its encoder, and compile what generation needs.
 
     An encoder that can't be served stays as it is. Nothing is compiled while torch's compiler is
@@ -54,51 +40,42 @@ def admit_whole(model: nn.Module, decoder: nn.Module, config: CompilationConfig 
         PieceCompileError: as ``piecework.compile``.
     """
     way = _admitted(model, decoder, config)
-    if is_encoder_decoder(decoder):
-        encoder = encoder_of(model, decoder)
+    if reading.is_encoder_decoder(decoder):
+        encoder = whole_way.encoder_of(model, decoder)
         try:
             if encoder is None:
                 way.encoder = "no encoder was found beside the decoder"
             else:
-                refuse_model(encoder)
+                reading.refuse_model(encoder)
                 way.encoder = _admitted(model, encoder, config)
         except CaptureError as error:
             way.encoder = error.message
     return way
 
 
-def _admitted(model: nn.Module, decoder: nn.Module, config: CompilationConfig | None) -> WholeWay:
+def _admitted(
+    model: nn.Module, decoder: nn.Module, config: CompilationConfig | None
+) -> whole_way.WholeWay:
     with torch.no_grad():
-        with as_refusal(decoder, "as it is"):
+        with probe.as_refusal(decoder, "as it is"):
             calls = _generations(model, decoder)
-            way = WholeWay(model, decoder, config, _habits(decoder, calls))
-            _require_stateless(way, calls)
-        with narrow_windows(decoder), as_refusal(decoder, "around tensors of its cache"):
+            way = whole_way.WholeWay(model, decoder, config, _habits(decoder, calls))
+        with (
+            probe.narrow_windows(decoder),
+            probe.as_refusal(decoder, "around tensors of its cache"),
+        ):
             for given in _generations(model, decoder):
                 kind, own = way.call_of(given).kind, way.own_result(given)
-                cache_name, held = way.habits.cache_name, held_names(own[1])
+                cache_name, held = way.habits.cache_name, whole_way.held_names(own[1])
                 run = WholeForward(decoder, way.forward, kind, cache_name, held)
                 way.require_same(run, given, own, compiled=False)
         if torch_compat.compiler_off() is None:
-            with as_refusal(decoder, "compiled whole"):
+            with probe.as_refusal(decoder, "compiled whole"):
                 _compile(way, calls)
     return way
 
 
-def _require_stateless(way: WholeWay, calls: Sequence[Given]) -> None:
-    """Refuse a forward that keeps state elsewhere than in its cache."""
-    for given in calls:
-        (first, _), (again, _) = way.own_result(given), way.own_result(given)
-        try:
-            require_same(again, first, compiled=False)
-        except CaptureError as error:
-            raise _refused(
-                "called again with the same arguments its forward gives another result: it keeps state in its modules, outside its cache",
-                way.decoder,
-            ) from error
-
-
-def _compile(way: WholeWay, calls: Sequence[Given]) -> None:
+def _compile(way: whole_way.WholeWay, calls: Sequence[Given]) -> None:
     """Compile for the first call of each kind, which must serve the others without a trace of each."""
     seen: Counter[CallKind] = Counter()
     for given in calls:
@@ -116,8 +93,8 @@ def _compile(way: WholeWay, calls: Sequence[Given]) -> None:
         enough = len(_SIZES) if way.habits.counts or way.habits.is_pair else 2
         if seen[kind] == enough and len(stitched.traces) == enough:
             if not way.habits.makes_cache or (kind.cache is not None and kind.cache.is_filled):
-                raise _refused(UNROLLED, way.decoder)
-            way.leave(kind, UNROLLED)
+                raise _refused(whole_way.UNROLLED, way.decoder)
+            way.leave(kind, whole_way.UNROLLED)
 
 
 def _generations(model: nn.Module, decoder: nn.Module) -> list[Given]:
@@ -170,7 +147,7 @@ def _habits(decoder: nn.Module, calls: Sequence[Given]) -> Habits:
         raise _refused(f"its forward returns a {type(output).__name__}", decoder)
     tokens = first.get("attention_mask")
     seen = tokens.bool() if isinstance(tokens, torch.Tensor) and tokens.ndim == 2 else ...
-    require_finite(output[0][seen])
+    probe.require_finite(output[0][seen])
     made = {name for name, value in output.items() if isinstance(value, Cache)}
     if len(made) > 1 or not made <= set(accepted):
         raise _refused(
@@ -190,7 +167,7 @@ def _habits(decoder: nn.Module, calls: Sequence[Given]) -> Habits:
 
 
 def _refused(why: str, decoder: nn.Module) -> CaptureError:
-    return CaptureError(why, where=type(decoder).__name__, hint=HINT)
+    return CaptureError(why, where=type(decoder).__name__, hint=probe.HINT)
 
 
 def _numbers(cache: object) -> set[tuple[str, tuple[int, int]]]:
@@ -205,7 +182,7 @@ def _numbers(cache: object) -> set[tuple[str, tuple[int, int]]]:
 
 def _prompts(model: nn.Module) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Ids and attention masks of `_SIZES`, the second row padded on the left."""
-    embedding = embedding_of(model)
+    embedding = reading.embedding_of(model)
     for batch, length in _SIZES:
         ids = torch.arange(3, 3 + batch * length, device=embedding.device) * 7
         mask = torch.ones(batch, length, dtype=torch.long, device=embedding.device)

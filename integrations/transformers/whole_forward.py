@@ -13,13 +13,7 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from piecework.integrations.transformers.probe import Forward
-from piecework.integrations.transformers.request.cache_state import (
-    CacheForm,
-    TakenApart,
-    held_by,
-    put_back,
-    rebuilt,
-)
+from piecework.integrations.transformers.request import cache_state
 from piecework.integrations.transformers.way import TracedForward
 from piecework.runtime.trace.dynamic_dims import Marks
 from piecework.runtime.trace.sizes import AllDimensions
@@ -46,19 +40,18 @@ class CallKind:
 
     tensors: tuple[tuple[str, Form], ...]
     flags: tuple[tuple[str, object], ...]
-    cache: CacheForm | None
+    cache: cache_state.CacheForm | None
     one: tuple[bool, bool]
     implementation: str
 
     def describe(self) -> str:
         """In words, for reports."""
         names = ", ".join(name for name, _ in self.tensors)
-        one_sequence, one_token = self.one
-        rows = "one sequence" if one_sequence else "sequences"
-        tokens = "one token each" if one_token else "tokens"
+        rows = "one sequence" if self.one[0] else "sequences"
+        tokens = "one token each" if self.one[1] else "tokens"
         cache = "no cache" if self.cache is None else self.cache.kind.__name__
-        leaves = "" if self.cache is None or self.cache.is_filled else ", empty"
-        return f"{rows} of {tokens}, {cache}{leaves}: {names}"
+        empty = "" if self.cache is None or self.cache.is_filled else ", empty"
+        return f"{rows} of {tokens}, {cache}{empty}: {names}"
 
     @property
     def is_step(self) -> bool:
@@ -92,14 +85,14 @@ class WholeCall:
     kind: CallKind
     tensors: Given
     cache: Cache | None
-    taken: TakenApart | None
+    taken: cache_state.TakenApart | None
 
     def run(self, run: Forward, habits: Habits) -> Fields:
         """The output's fields, the cache among them if it is one."""
         leaves = [] if self.taken is None else self.taken.leaves
         fields, returned, held = run(self.tensors, leaves)  # type: ignore[misc]
         if self.cache is not None and self.taken is not None:
-            put_back(self.cache, self.taken, held)
+            cache_state.put_back(self.cache, self.taken, held)
         if returned and habits.cache_name is not None:
             fields[habits.cache_name] = self.cache
         return fields
@@ -127,7 +120,7 @@ class WholeForward(TracedForward):
         arguments = {**given, **self._flags}
         cache = None
         if self._form is not None:
-            cache = rebuilt(self._form, leaves)
+            cache = cache_state.rebuilt(self._form, leaves)
             arguments[self._cache_name] = cache
         fields = {}
         returned = False
@@ -136,7 +129,7 @@ class WholeForward(TracedForward):
                 returned = True
             else:
                 fields[name] = value
-        return fields, returned, [] if cache is None else held_by(cache, self.held)
+        return fields, returned, [] if cache is None else cache_state.held_by(cache, self.held)
 
 
 class CallDimensions(AllDimensions):

@@ -16,26 +16,11 @@ from torch import nn
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from piecework.errors import CaptureError, InputError, PieceworkError, UsageError
+from piecework.integrations.transformers import settings as reading
+from piecework.integrations.transformers import whole_forward
 from piecework.integrations.transformers.probe import HINT, Forward, require_same
 from piecework.integrations.transformers.request.cache_state import layers_of, take_apart
-from piecework.integrations.transformers.settings import (
-    INERT,
-    RECORDED,
-    Settings,
-    refuse_call,
-    refuse_model,
-    tokens_of,
-)
 from piecework.integrations.transformers.way import ENCODER, Way
-from piecework.integrations.transformers.whole_forward import (
-    CallDimensions,
-    CallKind,
-    Form,
-    Given,
-    Habits,
-    WholeCall,
-    WholeForward,
-)
 from piecework.runtime import torch_compat
 from piecework.runtime.artifact.model import Artifact
 from piecework.runtime.compile import compile_with_mode
@@ -50,7 +35,7 @@ UNROLLED = "a graph of it holds for one length alone, and each other one would b
 #: So many kinds of calls are compiled.
 MAX_KINDS = 32
 # Told apart by name: what a call asks of its output, and whether of a cache.
-_SETTLED = ("use_cache", *INERT, *RECORDED)
+_SETTLED = ("use_cache", *reading.INERT, *reading.RECORDED)
 
 
 class WholeWay(Way):
@@ -68,11 +53,11 @@ class WholeWay(Way):
         model: nn.Module,
         decoder: nn.Module,
         config: CompilationConfig | None,
-        habits: Habits,
+        habits: whole_forward.Habits,
     ) -> None:
         super().__init__(model, decoder, config)
         self.habits = habits
-        self._kinds: dict[CallKind, StitchedModule | str] = {}
+        self._kinds: dict[whole_forward.CallKind, StitchedModule | str] = {}
 
     # --- calls -----------------------------------------------------------------------------------
 
@@ -105,7 +90,9 @@ class WholeWay(Way):
             self.as_it_is[why] += 1
         return self.forward(**given)
 
-    def call_of(self, given: Mapping[str, object], settings: Settings | None = None) -> WholeCall:
+    def call_of(
+        self, given: Mapping[str, object], settings: reading.Settings | None = None
+    ) -> whole_forward.WholeCall:
         """What ``given`` asks for.
 
         Raises:
@@ -113,7 +100,7 @@ class WholeWay(Way):
         """
         settings = settings or self.settings.now()
         cache_name = self.habits.cache_name
-        tensors: Given = {}
+        tensors: whole_forward.Given = {}
         flags: dict[str, bool] = {}
         strange = []
         for name, value in sorted(given.items()):
@@ -131,8 +118,8 @@ class WholeWay(Way):
                     flags[name] = value
                 else:
                     strange.append(name)
-        refuse_call(self.decoder, given, settings, strange)
-        _, tokens = tokens_of(self.decoder, given, self.dtype, self.device)
+        reading.refuse_call(self.decoder, given, settings, strange)
+        _, tokens = reading.tokens_of(self.decoder, given, self.dtype, self.device)
         asked = given.get("use_cache")
         use_cache = bool(settings.use_cache if asked is None else asked)
         if "use_cache" in self.accepted:
@@ -149,18 +136,20 @@ class WholeWay(Way):
                 hint="pass a DynamicCache",
             )
         taken = None if cache is None else take_apart(cache, self.habits.counts)  # type: ignore[arg-type]
-        kind = CallKind(
+        kind = whole_forward.CallKind(
             tensors=tuple((name, _form(each)) for name, each in tensors.items()),
             flags=tuple(sorted(flags.items())),
             cache=None if taken is None else taken.form,
             one=(tokens.shape[0] == 1, tokens.shape[1] == 1),
             implementation=settings.implementation,
         )
-        return WholeCall(kind, tensors, cache, taken)  # type: ignore[arg-type]
+        return whole_forward.WholeCall(kind, tensors, cache, taken)  # type: ignore[arg-type]
 
     # --- kinds of calls --------------------------------------------------------------------------
 
-    def _stitched(self, call: WholeCall, given: Mapping[str, object]) -> StitchedModule | str:
+    def _stitched(
+        self, call: whole_forward.WholeCall, given: Mapping[str, object]
+    ) -> StitchedModule | str:
         """What serves calls of this kind from now on, or why the model's own forward does."""
         switch = torch_compat.compiler_off()
         if switch is not None:
@@ -177,24 +166,24 @@ class WholeWay(Way):
                     self.leave(call.kind, error.message)
             return self._kinds[call.kind]
 
-    def leave(self, kind: CallKind, why: str) -> None:
+    def leave(self, kind: whole_forward.CallKind, why: str) -> None:
         """Let the model's own forward serve calls of ``kind`` from now on."""
         name = type(self.decoder).__name__
         _log.warning("%s runs as it is for %s: %s", name, kind.describe(), why)
         self._kinds[kind] = why
 
-    def is_left(self, kind: CallKind) -> bool:
+    def is_left(self, kind: whole_forward.CallKind) -> bool:
         """Whether calls of ``kind``, or others of one token, or of several as these, are unrolled."""
         return any(
             why == UNROLLED and each.one[1] == kind.one[1] for each, why in self._kinds.items()
         )
 
-    def serving(self, kind: CallKind) -> StitchedModule | None:
+    def serving(self, kind: whole_forward.CallKind) -> StitchedModule | None:
         """What was compiled for ``kind``."""
         made = self._kinds.get(kind)
         return None if isinstance(made, str) else made
 
-    def compile(self, kind: CallKind, given: Mapping[str, object]) -> StitchedModule:
+    def compile(self, kind: whole_forward.CallKind, given: Mapping[str, object]) -> StitchedModule:
         """Compile for calls of ``kind``, of which ``given`` is one.
 
         Raises:
@@ -206,14 +195,14 @@ class WholeWay(Way):
         self._kinds[kind] = stitched
         return stitched
 
-    def _module_for(self, kind: CallKind, held: tuple[str, ...]) -> StitchedModule:
+    def _module_for(self, kind: whole_forward.CallKind, held: tuple[str, ...]) -> StitchedModule:
         """The forward for calls of ``kind``, stitched at its first call, or by an artifact."""
         # The class's name labels the model in the emitted banner and in the report.
-        named = type(type(self.decoder).__name__, (WholeForward,), {})
+        named = type(type(self.decoder).__name__, (whole_forward.WholeForward,), {})
         return compile_with_mode(
             named(self.decoder, self.forward, kind, self.habits.cache_name, held),
             config=self.config,
-            sizes=CallDimensions(),
+            sizes=whole_forward.CallDimensions(),
             kept=self.kept,
             deferred=True,
         )
@@ -318,7 +307,7 @@ class WholeWay(Way):
             ArtifactError: it does not fit.
             CaptureError: the model is not fit, such as one in training mode.
         """
-        refuse_model(decoder)
+        reading.refuse_model(decoder)
         habits, kinds, not_flat, encoder = found
         way = cls(model, decoder, config, habits)
         way.not_flat, way.encoder = not_flat, encoder
@@ -349,7 +338,7 @@ def _is_table(value: Mapping[object, object]) -> bool:
     )
 
 
-def _form(value: torch.Tensor | Mapping[str, torch.Tensor | None]) -> Form:
+def _form(value: torch.Tensor | Mapping[str, torch.Tensor | None]) -> whole_forward.Form:
     if isinstance(value, torch.Tensor):
         return value.dtype, value.ndim
     return tuple((key, None if each is None else _form(each)) for key, each in value.items())

@@ -1,4 +1,4 @@
-"""What vLLM calls in the place of a function that AOT compile made: it is sealed where it is kept,
+"""What vLLM calls in the place of a function that AOT compile made: sealed where it is kept,
 and runs past Dynamo's code where that only fetches weights.
 
 Dynamo's code does so in each call, which is a sixth of a decode step of a small model.

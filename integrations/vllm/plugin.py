@@ -45,7 +45,7 @@ def require_known_version() -> None:
         raise ConfigError(
             f"piecework was not run with vLLM {version()}",
             where="backend",
-            hint=f"it was with {', '.join(VERSIONS)}; leave the backend to vLLM, or install that version",
+            hint=f"leave the backend to vLLM, or install {' or '.join(VERSIONS)}",
         )
 
 
@@ -60,7 +60,7 @@ def _wrap(owner: Any, name: str, wrapper: Callable[[Callable[..., Any]], Any]) -
 
 
 def wanted(config: Any) -> bool:
-    """Whether a compilation configuration of vLLM's is for piecework, by its own word or the environment's."""
+    """Whether a configuration of vLLM's is for piecework, by its own word or the environment's."""
     by_variable = os.environ.get("VLLM_PIECEWORK", "") not in ("", "0")
     return config.backend == NAME or (by_variable and config.backend in ("", "inductor"))
 
@@ -97,17 +97,11 @@ def _settling(original: Callable[..., None]) -> Callable[..., None]:
         _wrap(wrapper.TorchCompileWithNoGuardsWrapper, "aot_compile", _forwarding)
         _wrap(decorators, "_try_load_aot_compiled_fn", _checking)
         if config.mode == CompilationMode.STOCK_TORCH_COMPILE:
-            raise ConfigError(
-                "vLLM's mode 1 calls a backend without the engine's configuration",
-                where="mode",
-                hint="leave the mode out",
-            )
+            why = "vLLM's mode 1 calls a backend without the engine's configuration"
+            raise ConfigError(why, where="mode", hint="leave the mode out")
         if config.use_inductor_graph_partition:
-            raise ConfigError(
-                "piecework cuts the graph itself, before Inductor",
-                where="use_inductor_graph_partition",
-                hint="leave it out",
-            )
+            why = "piecework cuts the graph itself, before Inductor"
+            raise ConfigError(why, where="use_inductor_graph_partition", hint="leave it out")
         if config.mode == CompilationMode.DYNAMO_TRACE_ONCE:
             config.mode = CompilationMode.VLLM_COMPILE  # one trace too, and with its static graphs
         with _as_inductor(config):
@@ -154,7 +148,7 @@ def _choosing(original: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:
         if self.backend != NAME:
             return original(self, vllm_config, prefix=prefix, is_encoder=is_encoder)
-        from piecework.integrations.vllm.backend import EngineBackend
+        from piecework.integrations.vllm.engine import EngineBackend
 
         return EngineBackend(vllm_config, prefix, is_encoder)
 
@@ -194,8 +188,8 @@ def _checking(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _forward(compiled: Any) -> Any:
     """``compiled`` as a `Forward`, if it is piecework's."""
+    from piecework.integrations.vllm.engine import Served
     from piecework.integrations.vllm.forward import Forward
-    from piecework.integrations.vllm.kept import Served
 
     ours = compiled is not None and isinstance(compiled._artifacts.compiled_fn, Served)
     return Forward(compiled) if ours else compiled

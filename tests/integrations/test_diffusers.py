@@ -67,7 +67,7 @@ def test_no_such_class(tmp_path: Path) -> None:
 
 def test_a_config_that_makes_no_model(tmp_path: Path) -> None:
     pytest.importorskip("diffusers")
-    with pytest.raises(UsageError, match="no DiTTransformer2DModel can be made"):
+    with pytest.raises(UsageError, match="no model can be made"):
         loaded(tmp_path, "DiTTransformer2DModel", {**LATENTS, "norm_type": "none"})
 
 

@@ -385,7 +385,7 @@ def test_another_attention_implementation() -> None:
     assert not how_served(model.stitched).as_it_is
 
 
-def test_state_in_modules_is_named() -> None:
+def test_state_in_modules_is_refused() -> None:
     model = build()
     layer = model.transformer.h[0].mlp
     own = layer.forward
@@ -395,7 +395,7 @@ def test_state_in_modules_is_named() -> None:
         return own(*args) * layer.calls
 
     layer.forward = remembers
-    with pytest.raises(CaptureError, match="keeps state in its modules, outside its cache"):
+    with pytest.raises(CaptureError, match="differs from the model's own"):
         stitch(model, config=EAGER_PIECES, way="whole")
 
 

@@ -29,11 +29,8 @@ _LITERALS = ("scaling", "softcap", "sliding_window", "is_causal")
 _TENSORS = ("s_aux",)
 # Passed along by decoder layers, of no meaning to the attention of one decoder-only forward.
 _INERT = (
-    "position_ids",
-    "use_cache",
-    "output_attentions",
-    "output_hidden_states",
-    "output_router_logits",
+    *("position_ids", "use_cache"),
+    *("output_attentions", "output_hidden_states", "output_router_logits"),
 )
 
 
@@ -61,15 +58,13 @@ def attention(
             them.
         out: [1, rows, heads, value dim], written.
         layer_name: which layer attends; its cache slot, mask and module come from the request.
-        scaling, softcap, sliding_window, is_causal, s_aux: as the model passes them to its
-            attention function.
+        The others are as the model passes them to its attention function.
     """
     request = current_request()
     layer = request.layers[layer_name]
     if request.step is not None and softcap is None and s_aux is None:
         request.step.attend(layer.layer_idx, layer.layer_type, query, key, value, out, scaling)
         return
-    batch, tokens = request.batch, request.tokens
     arguments = {
         "scaling": scaling,
         "softcap": softcap,
@@ -77,9 +72,10 @@ def attention(
         "is_causal": is_causal,
         "s_aux": s_aux,
     }
+    batch, tokens = request.batch, request.tokens
+    rows = batch * tokens
     query, key, value = (_by_row(tensor, batch, tokens) for tensor in (query, key, value))
     attended = request.attend(layer, query, key, value, arguments)
-    rows = batch * tokens
     out[:, :rows].view(batch, tokens, *out.shape[2:]).copy_(attended)
     if rows < out.shape[1]:
         out[:, rows:].zero_()  # padding of a captured batch: any finite value does
@@ -125,15 +121,14 @@ class Discovery:
         self, module: torch.nn.Module, attention_mask: object, kwargs: dict[str, object]
     ) -> None:
         """Take note of one call; raises `CaptureError` for one that the splitting op can't carry."""
-        name = self.names.get(module, type(module).__name__)
-        known = (*_LITERALS, *_TENSORS, *_INERT, "dropout")
-        unknown = sorted(
-            key for key, value in kwargs.items() if key not in known and value is not None
-        )
-        unknown += ["attention_mask"] if attention_mask is not None else []
-        unknown += ["dropout"] if kwargs.get("dropout") else []
-        index = getattr(module, "layer_idx", None)
-        why = None
+        known = (*_LITERALS, *_TENSORS, *_INERT)
+        given = {
+            **kwargs,
+            "attention_mask": attention_mask,
+            "dropout": kwargs.get("dropout") or None,
+        }
+        unknown = sorted(key for key, v in given.items() if key not in known and v is not None)
+        index, why = getattr(module, "layer_idx", None), ""
         if any(layer.module is module for layer in self.found):
             why = "attention runs twice in this module in one forward, so its cache slot is not its own"
         elif unknown:
@@ -142,16 +137,11 @@ class Discovery:
             )
         elif not isinstance(index, int):
             why = "the attention module has no layer_idx, so its cache slot is unknown"
-        if why is not None:
+        name, types = self.names.get(module, type(module).__name__), self.layer_types or ()
+        if why:
             raise CaptureError(why, where=name, hint="stitch(model) may serve it whole")
-        self.found.append(
-            AttentionLayer(name, module, index, self._layer_type(index), frozenset(kwargs))
-        )
-
-    def _layer_type(self, index: int) -> str | None:
-        if self.layer_types is None or index >= len(self.layer_types):
-            return None
-        return self.layer_types[index]
+        of_type = types[index] if index < len(types) else None
+        self.found.append(AttentionLayer(name, module, index, of_type, frozenset(kwargs)))
 
 
 def _discovering() -> Discovery | None:
@@ -185,8 +175,7 @@ def _configs_of(model: torch.nn.Module) -> list[PreTrainedConfig]:
     for module in model.modules():
         config = getattr(module, "config", None)
         if isinstance(config, PreTrainedConfig):
-            parts = (getattr(config, name, None) for name in config.sub_configs)
-            for each in (config, *parts):
+            for each in (config, *(getattr(config, name, None) for name in config.sub_configs)):
                 if isinstance(each, PreTrainedConfig):
                     found.setdefault(id(each), each)
     return list(found.values())

@@ -35,8 +35,8 @@ def dry_request(
         raise StaticGraphError(
             "a full graph would freeze the attention of a dummy request",
             where=descriptor.describe(),
-            hint="stitch(model, capture=..., max_cache_len=...) captures the decode steps of static caches whole; or capture in "
-            "mode PIECEWISE, in which attention runs between the graphs",
+            hint="capture in mode PIECEWISE, or decode steps of static caches by "
+            "stitch(model, capture=..., max_cache_len=...)",
         )
     state = RequestState(
         layers=_EveryLayer(),
@@ -61,12 +61,7 @@ class _EveryLayer(dict[str, AttentionLayer]):
 
 
 def _no_attention(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: object,
-    **_: object,
+    module: object, query: torch.Tensor, key: object, value: torch.Tensor, *_: object, **__: object
 ) -> tuple[torch.Tensor, None]:
     """Zeros of the result's shape: [batch, tokens, heads, value dim]."""
     batch, heads, tokens, _dim = query.shape

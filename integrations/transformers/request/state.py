@@ -24,6 +24,7 @@ from piecework.runtime.batch.forward_context import (
 from piecework.runtime.batch.mode import CUDAGraphMode
 
 STATE_KEY = "piecework.integrations.transformers"
+_DRY = f"{STATE_KEY}.request.dry.dry_request"
 
 Masks = torch.Tensor | Mapping[str, torch.Tensor | None] | None
 AttentionFunction = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
@@ -45,12 +46,12 @@ class PositionRule(Enum):
     ) -> torch.Tensor:
         """Position ids of shape [batch, tokens] (or [1, tokens] where all rows agree)."""
         if self is PositionRule.AFTER_PAST or attention_mask is None:
-            if tokens == 1:
-                if isinstance(past, int):
-                    return torch.full((batch, 1), past, device=device)
-                return past.expand(batch, 1).clone()  # the cache counts on in its own tensor
+            if isinstance(past, int) and tokens == 1:
+                return torch.full((batch, 1), past, device=device)
             if isinstance(past, int):
                 return torch.arange(past, past + tokens, device=device).unsqueeze(0)
+            if tokens == 1:
+                return past.expand(batch, 1).clone()  # the cache counts on in its own tensor
             return (torch.arange(tokens, device=device) + past).unsqueeze(0)
         if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
             raise InputError(
@@ -129,7 +130,7 @@ class RequestState:
         """Attention of [batch, heads, tokens, dim], as [batch, tokens, heads, dim]."""
         if self.cache is not None:
             key, value = self.cache.update(key, value, layer.layer_idx)
-        function = self.implementation or eager_attention_of(layer.module)
+        function = self.implementation or _eager_attention_of(layer.module)
         call = {name: value for name, value in arguments.items() if name in layer.passed}
         if "position_ids" in layer.passed:
             call["position_ids"] = self.position_ids
@@ -169,24 +170,9 @@ def current_request() -> RequestState:
         raise InputError(
             "piecework::attention ran outside the forward of a stitched model",
             where="piecework::attention",
-            hint="call the model that stitch() returned; its capture and measure take context_for=piecework.integrations.transformers.request.dry.dry_request",
+            hint=f"call the model that stitch() returned; capture and measure take context_for={_DRY}",
         )
     return state
-
-
-def eager_attention_of(module: torch.nn.Module) -> AttentionFunction:
-    """The ``eager_attention_forward`` of a module's modeling file; raises `CaptureError` without
-    one.
-    """
-    for cls in type(module).__mro__:
-        found = getattr(sys.modules.get(cls.__module__), "eager_attention_forward", None)
-        if found is not None:
-            return found
-    raise CaptureError(
-        f"{type(module).__module__} has no eager_attention_forward, so its eager attention can't be called",
-        where=type(module).__name__,
-        hint="load the model with attn_implementation='sdpa'",
-    )
 
 
 def registered_attention(implementation: str) -> AttentionFunction | None:
@@ -203,3 +189,16 @@ def registered_attention(implementation: str) -> AttentionFunction | None:
             where="config._attn_implementation",
             hint="use 'sdpa' or 'eager'",
         ) from None
+
+
+def _eager_attention_of(module: torch.nn.Module) -> AttentionFunction:
+    """The ``eager_attention_forward`` of a module's modeling file."""
+    for cls in type(module).__mro__:
+        found = getattr(sys.modules.get(cls.__module__), "eager_attention_forward", None)
+        if found is not None:
+            return found
+    raise CaptureError(
+        f"{type(module).__module__} has no eager_attention_forward, so its eager attention can't be called",
+        where=type(module).__name__,
+        hint="load the model with attn_implementation='sdpa'",
+    )

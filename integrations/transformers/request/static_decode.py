@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
-from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 import torch
-import torch.fx
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.cache_utils import Cache, StaticCache, StaticLayer
 from transformers.configuration_utils import PreTrainedConfig
@@ -23,20 +21,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from piecework.codegen.graph.origin import value_of
 from piecework.errors import InputError, StaticGraphError
+from piecework.integrations.transformers.request import state as states
+from piecework.integrations.transformers.request import step as steps
 from piecework.integrations.transformers.request.attention import attention
 from piecework.integrations.transformers.request.dry import dry_request
-from piecework.integrations.transformers.request.state import (
-    AttentionLayer,
-    RequestState,
-    registered_attention,
-    request_context,
-)
-from piecework.integrations.transformers.request.step import (
-    LayerMasks,
-    additive,
-    packed,
-    without_padding,
-)
 from piecework.runtime import torch_compat
 from piecework.runtime.batch.descriptor import BatchDescriptor
 from piecework.runtime.batch.forward_context import (
@@ -48,15 +36,8 @@ from piecework.runtime.batch.mode import CUDAGraphMode
 from piecework.runtime.graphs.memory.owner import platform_for
 from piecework.runtime.stitched import StitchedModule
 
-
-@dataclass(frozen=True, slots=True)
-class LayerShape:
-    """What one attention layer stores of each sequence: [heads, length, dim] and value_dim."""
-
-    heads: int
-    dim: int
-    value_dim: int
-    dtype: torch.dtype
+#: What a layer stores of each sequence: heads, and the widths of keys and values.
+LayerShape = tuple[int, int, int]
 
 
 class StaticDecode:
@@ -67,34 +48,33 @@ class StaticDecode:
         shapes: what each stores, by its slot in the cache.
         largest: the most sequences of a step.
         length: the longest cache.
-        device: where.
+        like: of the dtype, and on the device, of what is stored.
 
     Attributes:
         outside: how many steps of static caches ran outside full graphs, by the reason.
+        step: the memory; None before a capture and while it sleeps.
     """
 
     def __init__(
         self,
-        layers: Mapping[str, AttentionLayer],
+        layers: Mapping[str, states.AttentionLayer],
         shapes: Mapping[int, LayerShape],
         *,
         largest: int,
         length: int,
-        device: torch.device,
+        like: torch.Tensor,
     ) -> None:
         self._layers, self._shapes = layers, [shapes[slot] for slot in sorted(shapes)]
-        self._largest, self._length, self._device = largest, length, device
+        self._largest, self._length, self._like = largest, length, like
         self.outside: Counter[str] = Counter()
         self.step: StaticStep | None = None
         self._moving = threading.Lock()
-        self._order = platform_for(device).call_order()
+        self._order = platform_for(like.device).call_order()
 
     def _wait(self) -> None:
         """Come after the step before, on the device too, which reads masks, caches and counts."""
         if self._order is not None:
             self._order()
-
-    # --- capture ----------------------------------------------------------------------------------
 
     @contextmanager
     def context_for(
@@ -106,8 +86,14 @@ class StaticDecode:
                 yield context
             return
         self._wait()
+        if self.step is None:
+            # What inference mode makes can't be written to outside of it.
+            with torch.inference_mode(False), torch.no_grad():
+                kinds = {layer.layer_type for layer in self._layers.values()}
+                size = (self._largest, self._length)
+                self.step = StaticStep(self._shapes, kinds, *size, self._like)
         rows = descriptor.num_tokens
-        state = RequestState(
+        state = states.RequestState(
             layers=self._layers,
             batch=rows,
             tokens=1,
@@ -116,25 +102,15 @@ class StaticDecode:
             cache=None,
             position_ids=torch.zeros(rows, 1, dtype=torch.long),
             paged={},
-            step=(step := self._memory()),
+            step=self.step,
         )
         scope = set_forward_context(cudagraph_runtime_mode=mode, batch_descriptor=descriptor)
         with (
-            step.counts_of_nothing(),
+            self.step.counts_of_nothing(),
             scope as context,
-            request_context(state, in_full_graphs=True),
+            states.request_context(state, in_full_graphs=True),
         ):
             yield context
-
-    def _memory(self) -> StaticStep:
-        if self.step is None:
-            # What inference mode makes can't be written to outside of it.
-            with torch.inference_mode(False), torch.no_grad():
-                kinds = {layer.layer_type for layer in self._layers.values()}
-                self.step = StaticStep(
-                    self._shapes, kinds, self._largest, self._length, self._device
-                )
-        return self.step
 
     def release(self) -> None:
         """Give the memory back, unless a cache lies in it."""
@@ -142,34 +118,46 @@ class StaticDecode:
             if self.step is not None and not self.step.is_held():
                 self.step = None
 
-    # --- serving ----------------------------------------------------------------------------------
-
-    def take(self, cache: Cache, batch: int, masks: LayerMasks) -> StaticStep | None:
+    def take(self, cache: Cache, batch: int, masks: steps.LayerMasks) -> StaticStep | None:
         """The step of a cache, moved here if need be, with its masks; None, and counted, if it
         can't.
 
         Raises:
             InputError: the cache is full.
         """
-        if type(cache) is not StaticCache:
-            return None
         step = self.step
-        if step is None:
+        if type(cache) is not StaticCache or step is None:
             return None
         self._wait()
         why = "" if step.holds(cache, batch) else self._moved_in(step, cache, batch)
-        why = why or step.put_masks(masks, batch, cache.layers[0].max_cache_len)
-        if why:
-            self.outside[why] += 1
+        if why or not step.put_masks(masks, batch, cache.layers[0].max_cache_len):
+            self.outside[why or "masks of another form"] += 1
             return None
         step.require_room(cache)
         return step
 
     def _moved_in(self, step: StaticStep, cache: StaticCache, batch: int) -> str:
         """Move a cache in; why not, if it can't be."""
-        why = self._unfit(cache, batch)
-        if why:
-            return why
+        if "update" in vars(cache) or getattr(cache, "offloading", True):
+            return "the cache is offloaded, or has an update of its own"
+        for layer in cache.layers:
+            if type(layer) is not StaticLayer or "update" in vars(layer):
+                return f"a layer of the cache is a {type(layer).__name__}"
+            if not layer.is_initialized:
+                return "the cache is empty"
+        if batch > self._largest:
+            return f"{batch} sequences, and graphs for at most {self._largest}"
+        length = cache.layers[0].max_cache_len
+        if length > self._length:
+            return f"the cache is longer than {self._length}"
+        wanted = [
+            ((batch, heads, length, width), self._like.dtype, self._like.device)
+            for heads, *widths in self._shapes
+            for width in widths
+        ]
+        held = [each for layer in cache.layers for each in (layer.keys, layer.values)]
+        if [(each.shape, each.dtype, each.device) for each in held] != wanted:
+            return "the tensors of the cache have another shape, dtype or device"
         with self._moving:
             step.let_go(cache)
             if step.is_held():
@@ -178,53 +166,23 @@ class StaticDecode:
                 step.move_in(cache, batch)
         return ""
 
-    def _unfit(self, cache: StaticCache, batch: int) -> str:
-        if "update" in vars(cache) or getattr(cache, "offloading", True):
-            return "the cache is offloaded, or has an update of its own"
-        if batch > self._largest:
-            return f"{batch} sequences, and graphs for at most {self._largest}"
-        if len(cache.layers) != len(self._shapes):
-            return "the cache has another number of layers"
-        for layer, shape in zip(cache.layers, self._shapes, strict=True):
-            if type(layer) is not StaticLayer or "update" in vars(layer):
-                return f"a layer of the cache is a {type(layer).__name__}"
-            if not layer.is_initialized:
-                return "the cache is empty"
-            if layer.max_cache_len > self._length:
-                return f"the cache is longer than {self._length}"
-            found = [(each.shape, each.dtype, each.device) for each in (layer.keys, layer.values)]
-            size, place = (batch, shape.heads, layer.max_cache_len), (shape.dtype, self._device)
-            if found != [((*size, dim), *place) for dim in (shape.dim, shape.value_dim)]:
-                return "the tensors of the cache have another shape, dtype or device"
-        if len({layer.max_cache_len for layer in cache.layers}) > 1:
-            return "the layers of the cache have different lengths"
-        return ""
-
 
 class StaticStep:
     """Keys, values, lengths and masks of the decode steps of one cache."""
 
     def __init__(
         self,
-        shapes: Sequence[LayerShape],
+        shapes: list[LayerShape],
         kinds: Set[str | None],
         largest: int,
         length: int,
-        device: torch.device,
+        like: torch.Tensor,
     ) -> None:
         self._largest = largest
-        self._keys: list[torch.Tensor] = []
-        self._values: list[torch.Tensor] = []
-        for each in shapes:
-            place = {"dtype": each.dtype, "device": device}
-            size = (largest, each.heads, length)
-            self._keys.append(torch.zeros((*size, each.dim), **place))
-            self._values.append(torch.zeros((*size, each.value_dim), **place))
-        self._counts = torch.zeros(len(self._keys), dtype=torch.long, device=device)
-        dtype = shapes[0].dtype
-        self._masks = {
-            kind: torch.empty((largest, 1, 1, length), dtype=dtype, device=device) for kind in kinds
-        }
+        self._keys = [like.new_zeros(largest, n, length, width) for n, width, _ in shapes]
+        self._values = [like.new_zeros(largest, n, length, width) for n, _, width in shapes]
+        self._counts = like.new_zeros(len(shapes), dtype=torch.long)
+        self._masks = {kind: like.new_empty(largest, 1, 1, length) for kind in kinds}
         self._clear_masks()
         # The tensors that the layers of a cache were given, while the cache lives.
         self._given: WeakKeyDictionary[Cache, list[tuple[torch.Tensor, ...]]] = WeakKeyDictionary()
@@ -245,7 +203,7 @@ class StaticStep:
         rows = query.shape[2]
         if rows > self._largest:  # padding of captured pieces
             rows = self._largest
-            query, key, value, out = without_padding(rows, query, key, value, out)
+            query, key, value, out = steps.without_padding(rows, query, key, value, out)
         keys, values = self._keys[layer_idx][:rows], self._values[layer_idx][:rows]
         if not get_forward_context().dry:
             index = self._counts[layer_idx]
@@ -254,13 +212,13 @@ class StaticStep:
         heads = key.shape[1]
         turned = out.transpose(1, 2)
         attended = scaled_dot_product_attention(
-            query.as_strided(*packed(query.shape, query.stride(), heads)),
+            query.as_strided(*steps.packed(query.shape, query.stride(), heads)),
             keys,
             values,
             self._masks[layer_type][:rows],
             scale=scaling,
         )
-        out.as_strided(*packed(turned.shape, turned.stride(), heads)).copy_(attended)
+        out.as_strided(*steps.packed(turned.shape, turned.stride(), heads)).copy_(attended)
 
     def advance(self) -> None:
         """Each layer has one token more; after the step."""
@@ -279,17 +237,17 @@ class StaticStep:
             with torch.inference_mode(False), torch.no_grad():
                 self._counts.copy_(before)
 
-    def put_masks(self, masks: LayerMasks, batch: int, room: int) -> str:
-        """Copy the masks of a request into place; why not, if they are of another form."""
-        if masks.keys() != self._masks.keys():
-            return "masks for other kinds of layers"
-        for mask in masks.values():
-            if mask is None or mask.shape[0] not in (1, batch) or mask.shape[3] != room:
-                return "masks of another form"
+    def put_masks(self, masks: steps.LayerMasks, batch: int, room: int) -> bool:
+        """Copy the masks of a request into place; False if they are of another form."""
+        if masks.keys() != self._masks.keys() or any(
+            mask is None or mask.shape[0] not in (1, batch) or mask.shape[3] != room
+            for mask in masks.values()
+        ):
+            return False
         for kind, mask in masks.items():
             place = self._masks[kind]
-            place[:batch, :, :, :room].copy_(additive(mask, place.dtype))
-        return ""
+            place[:batch, :, :, :room].copy_(steps.additive(mask, place.dtype))
+        return True
 
     def require_room(self, cache: StaticCache) -> None:
         """Raise `InputError` for a step behind the end of the cache."""
@@ -351,54 +309,45 @@ class StaticStep:
 
 def static_decode(
     made: StitchedModule,
-    layers: Mapping[str, AttentionLayer],
+    layers: Mapping[str, states.AttentionLayer],
     config: PreTrainedConfig,
     *,
     largest: int,
     length: int,
 ) -> StaticDecode:
-    """The memory for a stitched decoder; raises `StaticGraphError` where its attention can't be in
-    it.
+    """The memory for a stitched decoder.
+
+    Raises:
+        StaticGraphError: its attention can't be in full graphs, and why.
     """
     implementation = config._attn_implementation
-    if registered_attention(implementation) is not sdpa_attention_forward:
-        raise _refused(f"attention by {implementation!r}; only 'sdpa' is captured", "attention")
-    for index, layer in enumerate(StaticCache(config=config, max_cache_len=1).layers):
-        if type(layer) is not StaticLayer:
-            kind = type(layer).__name__
-            raise _refused(
-                f"its static cache has a {kind}, which counts in Python", f"layer {index}"
-            )
+    if states.registered_attention(implementation) is not sdpa_attention_forward:
+        raise _refused(f"attention by {implementation!r}; only 'sdpa' is captured")
+    for each in StaticCache(config=config, max_cache_len=1).layers:
+        if type(each) is not StaticLayer:
+            raise _refused(f"its static cache has a {type(each).__name__}, which counts in Python")
     shapes: dict[int, LayerShape] = {}
-    device = torch.device("cpu")
-    for node in _attention_nodes(made.split_gm):
-        layer = layers[node.kwargs["layer_name"]]
-        query, key, value = map(value_of, node.args[:3])
-        further = (*node.args[4:], node.kwargs.get("softcap"), node.kwargs.get("s_aux"))
-        if any(each is not None for each in further):
-            raise _refused("it attends with soft-capping or sinks", layer.name)
-        if layer.layer_idx in shapes:
-            raise _refused("it shares its slot in the cache", layer.name)
-        shape = LayerShape(key.shape[1], key.shape[3], value.shape[3], key.dtype)
-        if not query.dtype == key.dtype == value.dtype:
-            raise _refused("query, key and value have different dtypes", layer.name)
-        shapes[layer.layer_idx], device = shape, key.device
+    stored: list[torch.Tensor] = []
+    for piece in made.split_gm.children():
+        for node in piece.graph.find_nodes(op="call_function", target=attention.overload):  # type: ignore[union-attr, operator]
+            layer = layers[node.kwargs["layer_name"]]
+            query, key, value = map(value_of, node.args[:3])
+            further = (*node.args[4:], node.kwargs.get("softcap"), node.kwargs.get("s_aux"))
+            if layer.layer_idx in shapes or any(each is not None for each in further):
+                raise _refused("it attends with soft-capping or sinks, or shares a slot of a cache")
+            shapes[layer.layer_idx] = key.shape[1], key.shape[3], value.shape[3]
+            stored += query, key, value
     if not shapes or sorted(shapes) != list(range(len(shapes))):
-        raise _refused("its layers don't fill the slots of a cache", type(made).__name__)
-    if len({shape.dtype for shape in shapes.values()}) > 1:
-        raise _refused("its layers attend in different dtypes", type(made).__name__)
-    return StaticDecode(layers, shapes, largest=largest, length=length, device=device)
+        raise _refused("its layers don't fill the slots of a cache")
+    if len({each.dtype for each in stored}) > 1:
+        raise _refused("its layers attend in different dtypes")
+    like = torch.empty(0, dtype=stored[0].dtype, device=stored[0].device)
+    return StaticDecode(layers, shapes, largest=largest, length=length, like=like)
 
 
-def _attention_nodes(split_gm: torch.fx.GraphModule) -> Iterator[torch.fx.Node]:
-    for piece in split_gm.children():
-        assert isinstance(piece, torch.fx.GraphModule)
-        yield from piece.graph.find_nodes(op="call_function", target=attention.overload)
-
-
-def _refused(why: str, where: str) -> StaticGraphError:
+def _refused(why: str) -> StaticGraphError:
     return StaticGraphError(
         f"decode steps can't be in full graphs: {why}",
-        where=where,
+        where="max_cache_len",
         hint="leave max_cache_len out; the pieces around attention are captured",
     )

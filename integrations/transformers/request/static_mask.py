@@ -40,23 +40,37 @@ class StaticMasks:
             kind: what else the mask may depend on.
             theirs: makes it as transformers does.
         """
-        plain = _plain_layer(cache)
-        if plain is None or not _is_plain(attention_mask, batch, plain):
-            return theirs()
         kind = (kind, attention_mask is None)
         known = self._as_theirs.get(kind)
-        if known is False:
+        made = None if known is False else self._made(cache, attention_mask, batch)
+        if made is None:
             return theirs()
-        made = self._made(plain.cumulative_length, attention_mask, batch, plain.max_cache_len)
         if known is None:
             own = theirs()
-            self._as_theirs[kind] = _equal(made, own)
+            self._as_theirs[kind] = (
+                isinstance(own, torch.Tensor) and own.dtype is torch.bool and torch.equal(made, own)
+            )
             return own
         return made
 
-    def _made(
-        self, past: torch.Tensor, attention_mask: object, batch: int, length: int
-    ) -> torch.Tensor:
+    def _made(self, cache: Cache | None, attention_mask: object, batch: int) -> torch.Tensor | None:
+        """The mask of a static cache of plain layers of one length; None for others."""
+        if type(cache) is not StaticCache:
+            return None
+        first, *others = cache.layers
+        if type(first) is not StaticLayer or not first.is_initialized:
+            return None
+        length, past = first.max_cache_len, first.cumulative_length
+        if any(type(each) is not StaticLayer or each.max_cache_len != length for each in others):
+            return None
+        if attention_mask is not None and not (
+            isinstance(attention_mask, torch.Tensor)
+            and attention_mask.ndim == 2
+            and attention_mask.shape[0] == batch
+            and attention_mask.shape[1] <= length
+            and attention_mask.device == past.device
+        ):
+            return None
         places = self._places.get((length, past.device))
         if places is None:
             with torch.inference_mode(False):  # or it could not be read outside of it
@@ -65,41 +79,7 @@ class StaticMasks:
         seen = places <= past
         if not isinstance(attention_mask, torch.Tensor):
             return seen if batch == 1 else seen.expand(batch, 1, 1, length)
-        told = attention_mask.shape[1]
+        given = attention_mask.shape[1]
         mask = seen.new_zeros((batch, length))  # what lies behind the end of a mask is hidden
-        torch.logical_and(attention_mask, seen[0, 0, :, :told], out=mask[:, :told])
+        torch.logical_and(attention_mask, seen[0, 0, :, :given], out=mask[:, :given])
         return mask.view(batch, 1, 1, length)
-
-
-def _plain_layer(cache: Cache | None) -> StaticLayer | None:
-    """The first layer of a static cache of plain layers of one length that hold something."""
-    if type(cache) is not StaticCache:
-        return None
-    first, *others = cache.layers
-    if type(first) is not StaticLayer or not first.is_initialized:
-        return None
-    length = first.max_cache_len
-    if any(type(each) is not StaticLayer or each.max_cache_len != length for each in others):
-        return None
-    return first
-
-
-def _is_plain(attention_mask: object, batch: int, layer: StaticLayer) -> bool:
-    if attention_mask is None:
-        return True
-    return (
-        isinstance(attention_mask, torch.Tensor)
-        and attention_mask.ndim == 2
-        and attention_mask.shape[0] == batch
-        and attention_mask.shape[1] <= layer.max_cache_len
-        and attention_mask.device == layer.cumulative_length.device
-    )
-
-
-def _equal(made: torch.Tensor, own: Masks) -> bool:
-    return (
-        isinstance(own, torch.Tensor)
-        and own.dtype is torch.bool
-        and own.shape == made.shape
-        and torch.equal(own, made)
-    )

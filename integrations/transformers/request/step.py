@@ -5,7 +5,7 @@ Only transformers' own `sdpa` is done here; other requests are left to `RequestS
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Protocol
 from weakref import WeakKeyDictionary
 
@@ -21,18 +21,9 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 class Step(Protocol):
-    """How the attention layers of one forward attend."""
+    """How the attention layers of one forward attend, as `DecodeStep` does."""
 
-    def attend(
-        self,
-        layer_idx: int,
-        layer_type: str | None,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        out: torch.Tensor,
-        scaling: float | None,
-    ) -> None: ...
+    attend: Callable[..., None]
 
 
 class DecodeStep:
@@ -46,18 +37,8 @@ class DecodeStep:
         dtype: of masks that are made additive, which torch would otherwise do in each layer.
     """
 
-    __slots__ = (
-        "_added",
-        "_batch",
-        "_cache",
-        "_dtype",
-        "_indices",
-        "_layout",
-        "_masks",
-        "_packed",
-        "_rows",
-        "_written",
-    )
+    __slots__ = ("_added", "_batch", "_cache", "_dtype", "_indices", "_layout", "_masks", "_packed")
+    __slots__ += ("_rows", "_written")
 
     def __init__(
         self, batch: int, cache: Cache, rows: CacheRows, masks: LayerMasks, dtype: torch.dtype
@@ -124,15 +105,11 @@ def masks_by_type(masks: object, kinds: Set[str | None]) -> LayerMasks | None:
     """The masks of a request by layer type; None if they are not of the usual form."""
     if not isinstance(masks, Mapping):
         masks = dict.fromkeys(kinds, masks)
-    elif not kinds <= masks.keys():
-        return None
-    if not all(mask is None or _same_for_heads(mask) for mask in masks.values()):
-        return None
-    return masks
-
-
-def _same_for_heads(mask: object) -> bool:
-    return isinstance(mask, torch.Tensor) and mask.ndim == 4 and mask.shape[1:3] == (1, 1)
+    for mask in masks.values():
+        usual = isinstance(mask, torch.Tensor) and mask.ndim == 4 and mask.shape[1:3] == (1, 1)
+        if mask is not None and not usual:
+            return None
+    return masks if kinds <= masks.keys() else None
 
 
 def additive(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
@@ -150,8 +127,7 @@ class GrowingRows:
     """The rows of a `DynamicLayer` in buffers with room; its ``keys`` and ``values`` are views.
 
     A row is written once, behind all that any view shows, so whoever holds earlier keys keeps what
-    they saw. Where the layer holds other tensors than the last step left there (it was cropped,
-    reordered, replaced, or grew by several tokens), they are copied to new buffers first.
+    they saw. Other tensors than the last step left there (cropped, reordered) are copied first.
     """
 
     __slots__ = ("_buffers", "_capacity", "_keys", "_layer", "_length", "_places", "_values")
@@ -244,7 +220,6 @@ class FixedRows:
 
 
 Rows = GrowingRows | FixedRows
-_KINDS = {DynamicLayer: GrowingRows, StaticLayer: FixedRows}
 
 
 class CacheRows:
@@ -273,7 +248,7 @@ class CacheRows:
 
 
 def _rows_of(layer: object) -> Rows | None:
-    kind = _KINDS.get(type(layer))
+    kind = {DynamicLayer: GrowingRows, StaticLayer: FixedRows}.get(type(layer))
     return None if kind is None or "update" in vars(layer) else kind(layer)
 
 
