@@ -14,25 +14,13 @@ from typer.testing import CliRunner
 
 import piecework
 from piecework.cli import app
-from piecework.errors import BindError, ConfigError, InputError, StaticGraphError
+from piecework.errors import BindError, InputError, StaticGraphError
 from piecework.runtime.batch.forward_context import get_forward_context, set_forward_context
 from piecework.runtime.config.compilation import CompilationConfig
-from piecework.runtime.graphs import CUDAGraphMode, require_coverage
+from piecework.runtime.graphs import CUDAGraphMode
 
 sys.modules.setdefault("capture_factories", sys.modules[__name__])
 SIZES = [2, 4, 8]  # the model broadcasts over its batch, which the trace takes to be 2 or more
-
-
-@piecework.splitting_op("capture_api::breaks", rows="independent")
-def breaks(x: torch.Tensor) -> torch.Tensor:
-    if x.shape[0] == 4:
-        raise ValueError("four is too many")
-    return x + 1
-
-
-@breaks.register_fake
-def _(x: torch.Tensor) -> torch.Tensor:
-    return torch.empty_like(x)
 
 
 @piecework.splitting_op("capture_api::scaled", rows="independent")
@@ -124,23 +112,6 @@ def test_results_are_the_callers_own_unless_it_wants_static_ones() -> None:
     assert first.data_ptr() == second.data_ptr() and not torch.equal(first, kept)
 
 
-def test_a_batch_is_padded_up_to_the_factor_and_runs_uncaptured_beyond() -> None:
-    model, stitched = captured([1, 4, 16], max_padding_factor=2)
-    for rows, mode in (
-        (1, "PIECEWISE"),
-        (2, "PIECEWISE"),
-        (3, "PIECEWISE"),
-        (5, "NONE"),
-        (8, "PIECEWISE"),
-    ):
-        args = batch(rows)
-        torch.testing.assert_close(stitched(*args), model(*args))
-        assert stitched.dispatch(rows)[0].name == mode
-    for wrong in (0.5, "2", float("nan"), True):
-        with pytest.raises(ConfigError, match="max_padding_factor"):
-            stitched.capture([1], max_padding_factor=wrong)
-
-
 def test_splitting_ops_see_the_callers_forward_context() -> None:
     model, stitched = captured([4], op=scaled, context_for=None)
     args = batch(3)
@@ -151,17 +122,6 @@ def test_splitting_ops_see_the_callers_forward_context() -> None:
         torch.testing.assert_close(stitched(*args), model(*args), rtol=1e-4, atol=1e-3)
 
 
-def test_without_any_compiler_the_same_replay_source_serves_equal_results() -> None:
-    """The breakable graph: pieces run as captured, and the breaks are the splitting ops."""
-    model, stitched = captured([2, 4])
-    assert stitched.report().compiler == "eager"
-    code = stitched.static_graphs.source_for(3).code
-    body = code[code.index("def replay(") :]
-    assert body.count("replay_") == len(stitched.pieces)
-    assert "__vllm_submods__" not in code
-    equal(stitched, model, 3)
-
-
 # --- address policies ------------------------------------------------------------------------------
 
 
@@ -170,16 +130,6 @@ def test_policy_refuse_captures_what_only_out_buffers_connect() -> None:
     for n in range(2, 9):
         equal(stitched, model, n)
     assert "copy_" not in stitched.static_graphs.source_for(8).code
-
-
-def test_an_unknown_option_and_policy_are_refused() -> None:
-    _, stitched = compiled()
-    with pytest.raises(ConfigError, match="no address policy"):
-        stitched.capture([2], progress=False, address_policy="hope")
-    with pytest.raises(ConfigError, match="colour: is not a field"):
-        stitched.capture([2], progress=False, colour="red")
-    with pytest.raises(BindError, match="no padded input 'y'"):
-        stitched.capture([2], progress=False, pads={"y": 1})
 
 
 # --- weights ---------------------------------------------------------------------------------------
@@ -213,16 +163,6 @@ def test_rebinding_the_same_weights_keeps_the_graphs() -> None:
 # --- reports ---------------------------------------------------------------------------------------
 
 
-def test_reports_say_what_runs_and_what_it_takes() -> None:
-    _, stitched = compiled()
-    stitched.capture(SIZES, progress=False)
-    require_coverage(stitched.coverage(8))
-    report = stitched.memory_report()
-    assert report.estimate is not None and report.total == sum(report.held.values()) > 0
-    assert {key[1].num_tokens for key in report.held} == set(SIZES)
-    assert report.as_json()["total"] == report.total
-
-
 def test_strict_refuses_a_silent_fall_back() -> None:
     _, stitched = captured([2, 4], strict=True)
     stitched(*batch(3))
@@ -232,15 +172,6 @@ def test_strict_refuses_a_silent_fall_back() -> None:
 
 
 # --- what can't be captured ------------------------------------------------------------------------
-
-
-def test_a_size_that_the_trace_excludes_is_refused() -> None:
-    linear = nn.Linear(8, 8)
-    x = torch.randn(4, 8)
-    torch._dynamo.mark_dynamic(x, 0, min=2, max=6)
-    stitched = piecework.compile(lambda x: linear(x), (x,), config=EAGER)
-    with pytest.raises(ConfigError, match="size 8 can't be captured"):
-        stitched.capture([4, 8], progress=False)
 
 
 # --- the command line ------------------------------------------------------------------------------

@@ -64,20 +64,6 @@ def test_only_the_largest_size_pays_for_the_buffers(captured):
 
 
 @torch.no_grad()
-def test_buffers_grow_where_a_larger_size_is_captured_later_and_end_with_the_graphs(captured):
-    _, stitched = captured
-    owner = stitched.static_graphs.graphs
-    owner.clear_all_graphs()
-    small = owner.staging_memory("piece", 0, 64, torch.device("cpu"))
-    large = owner.staging_memory("piece", 0, 128, torch.device("cpu"))
-    again = owner.staging_memory("piece", 0, 100, torch.device("cpu"))
-    assert owner.staging_bytes == 64 + 128
-    assert small is not large and again is large
-    owner.clear_all_graphs()
-    assert owner.staging_bytes == 0
-
-
-@torch.no_grad()
 def test_replays_staging_and_captures_have_names_in_a_profile():
     model = Returning()
     stitched = piecework.compile(model, (torch.randn(4, 8),), config=EAGER)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import piecework
-from piecework.errors import ConfigError, StaticGraphError
+from piecework.errors import StaticGraphError
 from piecework.runtime.batch.forward_context import current_forward_context, set_forward_context
 from piecework.runtime.config.compilation import CompilationConfig, RuntimeConfig
 from piecework.runtime.graphs import BatchDescriptor, BatchKind, CUDAGraphMode, FailurePolicy
@@ -128,14 +128,6 @@ def test_every_size_of_every_kind_equals_the_model(mode: str) -> None:
         counts[row.mode] += row.calls
     assert sum(counts.values()) == 30
     assert counts.get("FULL", 0) == 8 * [plain, plain, decode].count(FULL)
-
-
-def test_a_mode_that_captures_nothing_or_does_not_exist_is_refused() -> None:
-    _, stitched = compiled()
-    with pytest.raises(ConfigError, match="captures nothing"):
-        stitched.capture([2], mode="NONE")
-    with pytest.raises(ConfigError, match=r"no CUDA graph mode 'HALF'.*FULL_AND_PIECEWISE"):
-        stitched.capture([2], mode="HALF")
 
 
 def test_an_op_that_can_not_be_captured_fails_by_policy() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from piecework.errors import ConfigError, StaticGraphError
+from piecework.errors import StaticGraphError
 from piecework.runtime.batch.descriptor import BatchDescriptor
 from piecework.runtime.batch.mode import CUDAGraphMode
 from piecework.runtime.graphs.device.contract import view_of_storage
@@ -70,24 +70,9 @@ def test_registered_memory_is_held():
     assert all(book.classify(other) is ValueOrigin.FRESH for other in others)
 
 
-def test_tied_weights_and_weights_that_are_replaced():
-    book = AddressBook()
-    one, two = torch.ones(4), torch.ones(4)
-    book.register_weights({"embed": one, "head": one, "norm": two})
-    assert book.changed_weights({"embed": one, "head": one, "norm": two}) == {}
-    book.register_weights({"embed": two})
-    assert book.find(one, None)[1] == "head"
-    assert book.changed_weights({"embed": two, "head": one, "norm": two}) == {}
-
-
 def test_a_sparse_buffer_is_refused():
     with pytest.raises(StaticGraphError, match=r"must be dense memory.*\(ids\)"):
         AddressBook().register_persistent("ids", torch.eye(2).to_sparse())
-
-
-def test_a_bad_policy_lists_the_names():
-    with pytest.raises(ConfigError, match="use one of copy, refuse, eager"):
-        StaticGraphs("cpu", address_policy="hope")
 
 
 def test_a_fresh_tensor_is_refused_where_the_policy_says_so():

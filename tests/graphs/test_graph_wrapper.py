@@ -262,10 +262,3 @@ def test_discard_and_clear(graphs, x):
     assert (graphs.records, graphs.nbytes) == ([], 0)
     with context(PIECEWISE, 2), pytest.raises(StaticGraphError, match="outside the capture phase"):
         wrapper(x[:2])
-
-
-def test_what_is_wrapped_can_be_asked_for_and_a_mode_must_be_given() -> None:
-    wrapped = CUDAGraphWrapper(len, None, FULL)
-    assert wrapped.unwrap() is len
-    with pytest.raises(ConfigError, match="PIECEWISE or FULL, not None"):
-        CUDAGraphWrapper(len, None, None)  # type: ignore[arg-type]

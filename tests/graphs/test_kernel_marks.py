@@ -183,11 +183,6 @@ def test_where_it_can_not_be_the_report_says_why(compiled, monkeypatch, lacks):
     on.stitched.sleep()
 
 
-def test_graphs_on_the_cpu_have_no_kernels_to_mark(compiled):
-    static = compiled.capture([2])
-    assert static.report.unmarked == "graphs on the CPU hold no kernels"
-
-
 def test_a_trace_is_told_of_the_marks(on, monkeypatch, tmp_path):
     on.capture([2])
     given = {}
