@@ -1,7 +1,7 @@
-"""Marks on the kernels inside CUDA graphs. In: a graph that is about to be captured, and what kernels stand for. Out: kernels that carry it in traces, where torch and CUDA have that.
+"""Kernels inside CUDA graphs that say in traces what they stand for, where torch and CUDA have that.
 
-Only ``torch.cuda.graph`` switches it on by a public way; that empties the cache before each capture, and ends a capture that failed with an
-error of its own. What it calls of torch's recorder is called here, in its order.
+Only ``torch.cuda.graph`` switches it on by a public way, and that empties the cache before each capture and ends
+a failed one with an error of its own. What it calls of torch's recorder is called here, in its order.
 """
 
 from __future__ import annotations
@@ -70,10 +70,7 @@ def kernels_marked(graph: torch.cuda.CUDAGraph) -> Iterator[None]:
 
 
 def mark_kernels(what: Mapping[str, object]) -> AbstractContextManager[None]:
-    """Mark what the current stream captures in the block; nothing happens while nobody records.
-
-    Where blocks nest, the inner one's values come first.
-    """
+    """Mark what the current stream captures in the block; where blocks nest, the inner one's values come first."""
     recorder = _recorder()
     if recorder is None or not what:
         return nullcontext()

@@ -24,15 +24,7 @@ COPIED_TOGETHER = frozenset(
 
 
 def storage_at(pointer: int, device: torch.device, nbytes: int) -> torch.UntypedStorage:
-    """A storage over memory that it does not own.
-
-    The caller answers for the memory being there whenever the storage is read.
-
-    Args:
-        pointer: the address of the first byte; not zero.
-        device: where the memory is, with its index on CUDA.
-        nbytes: its length in bytes, more than zero.
-    """
+    """A storage over ``nbytes`` of memory that it does not own; who reads it answers for that."""
     return torch._C._construct_storage_from_data_pointer(pointer, device, nbytes)
 
 
@@ -50,7 +42,7 @@ def storage_id(value: torch.Tensor) -> int:
 
 
 def is_fake(value: object) -> bool:
-    """Whether a value is a tensor that has no data, of a trace."""
+    """Whether a value is a tensor of a trace, without data."""
     from torch._subclasses.fake_tensor import FakeTensor
 
     return isinstance(value, FakeTensor)
@@ -97,10 +89,7 @@ def is_same_view(left: object, right: object) -> bool:
 
 
 def metadata_guard(tensors: Sequence[torch.Tensor]) -> Callable[[], bool]:
-    """A function that is true while each tensor has the type, dtype, layout, device, sizes and strides that it has now.
-
-    It reads no data. Where the fast check (the one behind Dynamo's guards) does not take them, the tensors are compared one by one.
-    """
+    """A function that is true while each tensor has the type, dtype, layout, device, sizes and strides that it has now."""
     tensors = tuple(tensors)
     expected = [_metadata(tensor) for tensor in tensors]
 
@@ -157,9 +146,9 @@ def _tensor_guards(tensors: Sequence[torch.Tensor]) -> Callable[..., bool] | Non
 def abandon_capture(
     graph: torch.cuda.CUDAGraph, device: torch.device, pool: object, *, begun: bool
 ) -> None:
-    """End a capture that failed: its stream, which is the current one, leaves capture mode, and the allocator lets go of ``pool`` for it.
+    """End a capture that failed: its stream, the current one, leaves capture mode, and the allocator lets go of ``pool``.
 
-    What torch leaves to be done depends on how far its ``capture_end`` gets with an invalid capture:
+    ``begun``: ``capture_begin`` returned, so the graph has a reference to the pool. What torch leaves to be done depends on how far its ``capture_end`` gets with an invalid capture:
 
     - 2.11, 2.12: it tells no allocator, so the pool goes on recording and keeps the graph's reference. Both are ended by hand. The
       allocator of pinned memory can't be told and keeps asking this graph whether it captures, so the graph is kept for good; and it
@@ -167,14 +156,15 @@ def abandon_capture(
     - 2.13: it tells both, and ``reset`` gives the reference back only if the capture ended. That is done by hand.
     - 2.14 and newer, whose ``capture_end`` is in two parts: ``reset`` does all of it. A reference given back twice would free the
       memory of graphs that were captured before.
-
-    Args:
-        begun: ``capture_begin`` returned, so the graph has a reference to the pool.
     """
     # The error to report is the one that made the capture fail; what is raised here only follows from it.
     with contextlib.suppress(RuntimeError):
         graph.capture_end()
-    ended = _has_ended(graph)
+    try:
+        graph.pool()  # says it where the capture was valid, whatever became of the graph
+        ended = True
+    except RuntimeError:
+        ended = False
     graph.reset()
     try:
         torch._C._cuda_endAllocateToPool(device.index, pool)  # type: ignore[attr-defined]
@@ -184,15 +174,6 @@ def abandon_capture(
         return
     torch._C._cuda_releasePool(device.index, pool)  # type: ignore[attr-defined]
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(graph))
-
-
-def _has_ended(graph: torch.cuda.CUDAGraph) -> bool:
-    """Whether the capture of ``graph`` was valid, whatever became of the graph; it says its pool then."""
-    try:
-        graph.pool()
-    except RuntimeError:
-        return False
-    return True
 
 
 def stream_number(device: torch.device) -> int:
@@ -208,9 +189,6 @@ def own_stream(device: torch.device) -> torch.cuda.Stream:
 
     ``torch.cuda.Stream`` gives one of a set of 32, in turn, to whoever asks. The stream is never destroyed: what torch keeps for a stream
     it finds by its number, which another stream could have later.
-
-    Raises:
-        StaticGraphError: the driver makes none.
     """
     made, non_blocking = ctypes.c_void_p(), 1
     with torch.cuda.device(device):

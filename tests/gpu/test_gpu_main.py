@@ -13,7 +13,6 @@ from gpu_models import (
     HIDDEN,
     INDUCTOR,
     ON_CUDA,
-    Remembering,
     assert_alike,
     batch_of,
     decoder,
@@ -79,22 +78,6 @@ def test_models_that_share_memory_stay_right():
         assert_alike(two, draft, (size,))
     one.static_graphs.release()
     assert_alike(two, draft, SIZES)
-
-
-@torch.no_grad()
-def test_a_tensor_that_the_caller_keeps_is_used_in_place():
-    model = Remembering().to(DEVICE).requires_grad_(False)
-    x = torch.randn(4, HIDDEN, device=DEVICE)
-    torch._dynamo.decorators.mark_unbacked(x, 0)
-    cache = torch.rand(3, HIDDEN, device=DEVICE)
-    stitched = piecework.compile(model, (x, cache.clone()), config=EAGER)
-    expected = cache.clone()
-    stitched.capture([2, 4], static={"cache": cache}, progress=False)
-    assert torch.equal(cache, expected)
-    for size in (2, 4, 2):
-        x = torch.randn(size, HIDDEN, device=DEVICE)
-        torch.testing.assert_close(stitched(x, cache), model(x, expected), rtol=1e-3, atol=1e-3)
-        torch.testing.assert_close(cache, expected, rtol=1e-3, atol=1e-3)
 
 
 class Unsigned(torch.nn.Module):

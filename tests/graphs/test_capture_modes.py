@@ -150,19 +150,6 @@ def test_an_op_that_can_not_be_captured_fails_by_policy() -> None:
 # --- who says what runs ----------------------------------------------------------------------------
 
 
-def test_the_kind_of_batch_can_come_from_the_arguments() -> None:
-    def kind_of(x: torch.Tensor, positions: torch.Tensor) -> BatchKind:
-        return BatchKind(uniform_decode=bool(positions[0] == 0))
-
-    model, stitched = captured([2, 4], mode="FULL_AND_PIECEWISE", kind_of=kind_of)
-    for start, mode in ((0, "FULL"), (5, "PIECEWISE")):
-        args = torch.randn(3, 8), torch.arange(start, start + 3)
-        before = {row.mode: row.calls for row in stitched.call_report()}
-        torch.testing.assert_close(stitched(*args), model(*args))
-        after = {row.mode: row.calls for row in stitched.call_report()}
-        assert after[mode] == before.get(mode, 0) + 1
-
-
 def test_a_caller_that_dispatched_by_itself_is_obeyed() -> None:
     model, stitched = captured([2, 4], mode="FULL_AND_PIECEWISE")
     dispatcher = stitched.static_graphs.dispatcher

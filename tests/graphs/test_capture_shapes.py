@@ -139,16 +139,18 @@ def test_other_sizes_are_checked(other, why: str) -> None:
         stitched.capture([4], other_sizes=other, progress=False)
 
 
-@pytest.mark.parametrize("declared", [{}, {"y.0": "batch"}])
-def test_sizes_that_equal_the_batch_size_are_checked_at_every_call(declared) -> None:
+@pytest.mark.parametrize(("kind", "declared"), [("backed", {}), ("auto", {"y.0": "batch"})])
+def test_sizes_that_equal_the_batch_size_are_checked_at_every_call(kind, declared) -> None:
     """The example's was equal, or the caller says so."""
 
     def model(x, y):
         return fresh(x) + 1, y * 2
 
     args = torch.randn(5, 8), torch.randn(5, 3)
-    stitched = capture(model, args, [2, 4], other_sizes=declared)
-    for rows, others in ((3, 3), (4, 4), (3, 4), (1, 9)):
+    config = EAGER.replace(dynamic_shapes_config={"type": kind})
+    stitched = piecework.compile(model, args, config=config)
+    stitched.capture([2, 4], other_sizes=declared, progress=False)
+    for rows, others in ((3, 3), (4, 4), (3, 4), (2, 9)):
         same(stitched, model, torch.randn(rows, 8), torch.randn(others, 3))
     assert reasons(stitched) == {
         "its size is captured": 1,

@@ -510,7 +510,7 @@ def test_the_first_served_call_launches_nothing_for_the_first_time(on_cuda, outp
     stitched = piecework.compile(model, (torch.zeros(8, dtype=torch.int64),), config=EAGER)
     on_cuda.install(on_cuda.monkeypatch)
     with Launched() as before:
-        stitched.capture([4], progress=False, estimate=False, put_back=False)
+        stitched.capture([4], progress=False, estimate=False)
     served, launched = stitched.static_graphs, Launched()
     [step] = served._ready.values()
     for rows in (4, 3):  # the second fills what the first left

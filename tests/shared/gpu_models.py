@@ -115,17 +115,3 @@ def small_llama(dtype: torch.dtype):  # type: ignore[no-untyped-def]
 def remember(x: torch.Tensor, cache: torch.Tensor, out: torch.Tensor) -> None:
     cache[0].add_(x.sum(0))
     torch.add(x, cache.sum(0), out=out)
-
-
-class Remembering(nn.Module):
-    """Keeps what it saw in a tensor that it is given."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.enter = nn.Linear(HIDDEN, HIDDEN)
-
-    def forward(self, x: torch.Tensor, cache: torch.Tensor) -> torch.Tensor:
-        x = self.enter(x)
-        remember(x, cache, out := torch.empty_like(x))
-        cache[1].mul_(2)
-        return out + cache[1]

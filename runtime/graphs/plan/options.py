@@ -15,7 +15,6 @@ from pydantic import Field, InstanceOf
 
 from piecework.codegen.graph.origin import nodes_of
 from piecework.errors import ConfigError, StaticGraphError
-from piecework.runtime.batch.descriptor import BatchKind
 from piecework.runtime.batch.dispatcher import CudagraphDispatcher, LoraCases
 from piecework.runtime.batch.mode import CUDAGraphMode
 from piecework.runtime.batch.sizes import (
@@ -51,8 +50,6 @@ class CaptureOptions(FrozenModel):
         other_sizes: the value to capture of a dynamic size beside the batch size (``x.1``:
             dimension 1 of argument ``x``; ``n``: an integer argument), by default the example's; or
             ``"batch"``, where it always equals the batch size and the trace did not see it.
-        kind_of: tells from the call's tensor arguments, by name, what kind of batch it is; by
-            default the forward context's ``batch`` tells.
         address_policy: what becomes of fresh tensors that enter a captured piece.
         warmups: uncaptured runs before each capture; the configuration's, one on CUDA at least.
         on_failure: what a failed capture does.
@@ -67,8 +64,6 @@ class CaptureOptions(FrozenModel):
         memory_of: the ``static_graphs.graphs`` of another captured model: both use one pool, and
             one of them runs at a time.
         pads: what fills the tail of each padded input, by its parameter's name; 0 by default.
-        static: arguments without the batch size that calls pass in the same memory each time, such
-            as a KV cache, by parameter name; neither copied nor copied back.
         poison: pad floating inputs with NaN, to find out what reads beyond the batch (debugging).
         pad: True says that rows are independent, so that a batch may be padded; where a try finds
             another result, that is an error. False pads nothing. None pads what shows no
@@ -86,7 +81,6 @@ class CaptureOptions(FrozenModel):
     lora_counts: tuple[int, ...] = ()
     axes: Mapping[str, tuple[Hashable, ...]] = {}
     other_sizes: Mapping[str, Annotated[int, Field(strict=True)] | Literal["batch"]] = {}
-    kind_of: Callable[..., BatchKind] | None = None
     address_policy: _Policy = AddressPolicy.COPY
     warmups: _Count | None = None
     on_failure: _OnFailure = FailurePolicy.RAISE
@@ -97,7 +91,6 @@ class CaptureOptions(FrozenModel):
     around: Callable[[], AbstractContextManager[object]] | None = None
     memory_of: StaticGraphs | None = None
     pads: Mapping[str, InstanceOf[numbers.Number]] = {}
-    static: Mapping[str, torch.Tensor] = {}
     poison: _Switch = False
     pad: _Switch | None = None
     context_for: ContextFor | None = None

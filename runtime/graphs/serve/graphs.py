@@ -6,7 +6,7 @@ When captures happen, and which of them serves a call, is decided in `model`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from types import FunctionType
@@ -111,10 +111,9 @@ class CapturedGraphs:
         self.weights = by_path_of(entry.weights)
         self.graphs.addresses.register_weights(self.weights)
         self._whole_source: tuple[torch.fx.GraphModule, StitchedSource] | None = None
-        weights, kept = list(self.weights.values()), self.inputs.written_outside
         self.written_weights = self._written_weights()
         known = [self.weights[path] for path in self.written_weights]
-        self.dry_writes = DryWrites(self._is_own, [*weights, *kept], [*known, *kept], always=kept)
+        self.dry_writes = DryWrites(self._is_own, list(self.weights.values()), known)
         self._wrapped = [self._wrap(submods, n) for n, submods in enumerate(program.submod_lists)]
         self._whole = [self._wrap_whole(number) for number in range(len(program.submod_lists))]
         self.replays: dict[Key, Replay] = {}
@@ -274,10 +273,8 @@ class CapturedGraphs:
     ) -> Iterator[None]:
         # Splitting ops that run inside Inductor's code can't be looked at.
         watched = watched and self.partitions is None
-        with ExitStack() as stack:
-            if self.options.put_back:
-                stack.enter_context(self.dry_writes.put_back(watched=watched))
-            stack.enter_context(override_forward_context(context))
+        writes = self.dry_writes.put_back(watched=watched)
+        with writes if self.options.put_back else nullcontext(), override_forward_context(context):
             yield
 
     def _run(self, flat: Sequence[object], size: int) -> object:

@@ -114,7 +114,7 @@ class CapturedModel(CapturedGraphs):
         self._raises = options.on_failure is phase.FailurePolicy.RAISE
         first = self.shape.dynamic[0]
         self._batch_at = (first.position, first.dim)
-        self._asks = bool(self.shape.others) or options.kind_of is not None
+        self._asks = bool(self.shape.others)
         self.count_anew()
 
     # --- capture -----------------------------------------------------------------------------------
@@ -422,8 +422,6 @@ class CapturedModel(CapturedGraphs):
             if context.batch_descriptor is not None:
                 return self._chosen(count, context.cudagraph_runtime_mode, context.batch_descriptor)
             kind = context.batch or kind
-        if self.options.kind_of is not None and kind is PLAIN:
-            kind = self.options.kind_of(**{e.name: flat[e.position] for e in self.shape.staged})
         key: object = count if kind is PLAIN else (count, kind)
         step = self._steps.get(key)
         return self._find(count, kind, key) if step is None else step

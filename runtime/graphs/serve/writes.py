@@ -8,7 +8,7 @@ that is copied before, and put back after the run. Writes past the dispatcher ar
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import torch
@@ -23,8 +23,6 @@ from piecework.runtime.batch.forward_context import (
 )
 from piecework.runtime.splitting_op import registry
 
-Placed = tuple[int, torch.dtype, torch.Size, tuple[int, ...]]
-
 
 class DryWrites:
     """Puts back what runs on dummy inputs write.
@@ -32,7 +30,7 @@ class DryWrites:
     Args:
         is_own: whether a tensor lies in the graphs' own memory.
         outside: tensors of the model; what a piece returns of them is not its own.
-        known, always: those that the graph says are written, and that captured pieces write to.
+        known: those of them that the graph says are written.
     """
 
     def __init__(
@@ -40,16 +38,16 @@ class DryWrites:
         is_own: Callable[[torch.Tensor], bool],
         outside: list[torch.Tensor],
         known: list[torch.Tensor],
-        always: list[torch.Tensor],
     ) -> None:
-        self._is_own, self._known, self._always = is_own, known, always
+        self._is_own, self._known = is_own, known
         self._outside = {_address(t) for t in outside if _is_plain(t)}
         self._watch = torch_compat.OperatorWatch(self._before, _body_of, self._after)
         self._active = False
-        self._kept: dict[Placed, tuple[torch.Tensor, torch.Tensor]] = {}
+        # By place: a tensor, and what it held; and tensors that earlier runs wrote to.
+        self._kept: dict[object, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._learned: dict[object, torch.Tensor] = {}
         # The marks keep the numbers from being given to other memory, and no memory alive.
         self._born: dict[int, object] = {}
-        self._learned: dict[Placed, torch.Tensor] = {}
 
     def forget(self) -> None:
         """Let go of the memory that was written; dummy runs are over."""
@@ -64,16 +62,11 @@ class DryWrites:
         """
         self._kept, self._born = {}, {}
         try:
-            if not watched:
-                for tensor in (*self._known, *tuple(self._learned.values())):
-                    self._keep(tensor)
+            for tensor in () if watched else (*self._known, *self._learned.values()):
+                self._keep(tensor)
+            self._active = watched
+            with self._watch if watched else nullcontext():
                 yield
-            else:
-                for tensor in self._always:
-                    self._keep(tensor)
-                self._active = True
-                with self._watch:
-                    yield
         finally:
             self._active = False
             for tensor, before in reversed(self._kept.values()):
@@ -100,24 +93,15 @@ class DryWrites:
 
         return run
 
-    # --- what the watch tells ------------------------------------------------------------------------
-
     def _before(
         self, op: torch._ops.OpOverload, args: tuple[object, ...], kwargs: dict[str, object]
     ) -> None:
         if not self._active:
             return
         for each in torch_compat.written_operands(op, args, kwargs):
-            if self._is_others(each):
+            born = _is_plain(each) and torch_compat.storage_id(each) in self._born
+            if _is_plain(each) and not born and not self._is_own(each):
                 self._keep(each)
-
-    def _is_others(self, tensor: torch.Tensor) -> bool:
-        """Whether somebody may read what ``tensor`` holds after this run."""
-        return (
-            _is_plain(tensor)
-            and torch_compat.storage_id(tensor) not in self._born
-            and not self._is_own(tensor)
-        )
 
     def _keep(self, tensor: torch.Tensor) -> None:
         placed = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
@@ -127,11 +111,9 @@ class DryWrites:
 
     def _after(self, op: torch._ops.OpOverload, args: tuple[object, ...], result: object) -> None:
         """What torch's own operators make new in this run is nobody's."""
-        if not self._active or op.namespace != "aten":
-            return
-        if any(each.alias_info is not None for each in op._schema.returns):
-            return
-        self._note_new(args, result)
+        aliases = any(each.alias_info is not None for each in op._schema.returns)
+        if self._active and op.namespace == "aten" and not aliases:
+            self._note_new(args, result)
 
     def _note_new(self, given: object, made: object) -> None:
         """Remember memory made in this run, which nobody else has; what was given may come out."""

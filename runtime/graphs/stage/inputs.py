@@ -380,8 +380,7 @@ def _require_in_place(name: str, tensor: torch.Tensor, static: torch.Tensor) -> 
         raise InputError(
             "does not lie in its static buffer, and is not copied",
             where=f"input {name}",
-            hint="pass the tensor that capture(static=...) was given; or, without "
-            "cudagraph_copy_inputs, views of static_graphs.static_inputs(size), or set it",
+            hint="pass views of static_graphs.static_inputs(size), or set cudagraph_copy_inputs",
         )
 
 
