@@ -139,17 +139,19 @@ def test_other_sizes_are_checked(other, why: str) -> None:
         stitched.capture([4], other_sizes=other, progress=False)
 
 
-@pytest.mark.parametrize(("kind", "declared"), [("backed", {}), ("auto", {"y.0": "batch"})])
-def test_sizes_that_equal_the_batch_size_are_checked_at_every_call(kind, declared) -> None:
-    """The example's was equal, or the caller says so."""
+@pytest.mark.parametrize("declared", [False, True])
+def test_sizes_that_equal_the_batch_size_are_checked_at_every_call(declared: bool) -> None:
+    """The caller says so, or the example's was equal."""
 
     def model(x, y):
         return fresh(x) + 1, y * 2
 
     args = torch.randn(5, 8), torch.randn(5, 3)
-    config = EAGER.replace(dynamic_shapes_config={"type": kind})
-    stitched = piecework.compile(model, args, config=config)
-    stitched.capture([2, 4], other_sizes=declared, progress=False)
+    if declared:
+        stitched = capture(model, args, [2, 4], other_sizes={"y.0": "batch"})
+    else:  # where each dimension has a size of its own, with the example's number behind it
+        config = EAGER.replace(dynamic_shapes_config={"type": "backed"})
+        stitched = piecework.compile(model, args, config=config).capture([2, 4], progress=False)
     for rows, others in ((3, 3), (4, 4), (3, 4), (2, 9)):
         same(stitched, model, torch.randn(rows, 8), torch.randn(others, 3))
     assert reasons(stitched) == {
@@ -158,7 +160,7 @@ def test_sizes_that_equal_the_batch_size_are_checked_at_every_call(kind, declare
         "a size beside the batch size is not the captured one": 2,
     }
     for wrong, why in (
-        ({"y.1": "batch"}, "no dynamic size 'y.1'"),
+        ({"z.1": "batch"}, "no dynamic size 'z.1'"),
         ({"y.0": "all"}, "should be"),
     ):
         with pytest.raises(ConfigError, match=why):
