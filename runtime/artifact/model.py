@@ -67,7 +67,7 @@ from piecework.runtime.traces.traced_model import NewBackend, TracedModel
 from piecework.runtime.watch.places import LookUps
 from piecework.runtime.watch.reachable import modules_of, own_tensors, tensors_of
 from piecework.runtime.watch.state import SavedState, TracedState
-from piecework.runtime.watch.values import Places, code_digest, import_starts
+from piecework.runtime.watch.values import code_digest, import_starts
 from piecework.runtime.watch.weights import BoundWeights, Weight
 
 _HINT = "load it with the model that it was saved of, or compile again: with artifact=path this happens by itself"
@@ -280,9 +280,7 @@ def _require_savable(trace: TracedModel) -> None:
                 hint="leave it out, or compile the model in each process",
             )
     state = weights.state
-    methods = state.classes.digests().values()
-    compared = {text.split()[-1] for each in methods for text in each.values()}
-    compared.update(each.text.split()[-1] for each in state.plain.values if each.text)
+    compared = {each.text.split()[-1] for each in state.saved().values if each.text}
     for each in state.code:
         in_file = os.path.isfile(each.co_filename) or not is_foreign(each.co_filename)
         of_python = "__create_fn__" in each.co_qualname or "_tuple_new" in each.co_names
@@ -331,10 +329,8 @@ def _state(trace: TracedModel) -> SavedState:
         hint = changed.hint or "call rebind() first"
     elif moved := state.difference():
         why = f"the model is not as it was traced: {moved}"
-    elif hooks := state.global_hooks():
-        why = f"torch.nn.modules.module has {hooks}, which belong to this process"
-    elif state.plain.untold:
-        why = f"the trace relies on {state.plain.untold[0]}, which only this process can compare"
+    elif untold := state.untold():
+        why = f"the trace relies on {untold}, which only this process can compare"
         hint = "keep what the model computes with in attributes that are numbers, texts, functions or tensors"
     else:
         return state.saved()
@@ -478,7 +474,7 @@ def _weights(saved: Mapping[str, Any], model: Callable[..., object]) -> BoundWei
     for was, way, _ in saved["weights"]:
         tensor: Any = held.get(was.path)
         if tensor is None and way:
-            tensor = LookUps({"local": {"model": model}}).at(Places().of(way))
+            tensor = LookUps.of(model).at(way)
         here = isinstance(tensor, torch.Tensor)
         difference = was.difference(tensor) if here else "is not in the model"
         if difference:
@@ -492,14 +488,14 @@ def _weights(saved: Mapping[str, Any], model: Callable[..., object]) -> BoundWei
     try:
         import_starts(state.values)
         traced = TracedState.loaded(state, model)
-        changed = state.differences(model, traced.classes)
-        weights = None if changed else BoundWeights.of(model, roots, found, traced)
+        changed = traced.difference()
+        weights = None if changed else BoundWeights.of(roots, found, traced)
     except ImportError as error:
         raise ArtifactError(f"what the trace began at is not here: {error}", hint=_HINT) from error
     except (BindError, CaptureError) as error:
         raise ArtifactError(error.message, where=error.where, hint=error.hint) from error
     if weights is None:
-        why = f"the model is not the one that was saved: when it was traced, {changed[0]}"
+        why = f"the model is not the one that was saved: {changed}"
         raise ArtifactError(why, hint=_HINT)
     for (was, _, before), names in zip(saved["weights"], weights.names(), strict=True):
         if names != before:

@@ -74,7 +74,6 @@ class GivenTensor:
     Attributes:
         where: its parameter's number and the keys inside of that; the last one counts flattened leaves if ``flat``.
         others: weights, by number, that it must not be.
-        elsewhere: it must be none of the tensors, either, that the trace found in closures and classes.
         apart: weights, by number, that it must not share memory with.
     """
 
@@ -82,7 +81,6 @@ class GivenTensor:
     where: tuple[Any, ...]
     flat: bool
     others: tuple[int, ...]
-    elsewhere: bool
     apart: tuple[int, ...]
 
     def refusal(
@@ -101,9 +99,6 @@ class GivenTensor:
             tensor = torch_compat.flatten_tree(tensor)[0][self.where[-1]]
         same = next((n for n in self.others if tensor is weights.tensors[n]), None)
         path = None if same is None else weights.traced[same].path
-        if self.elsewhere and path is None:
-            watched = weights.state.watched_now().items()
-            path = next((name for name, each in watched if tensor is each), None)
         if path is not None:
             error = InputError(
                 f"argument {self.label} is the model's {path}, and was another tensor when the model was traced",
@@ -157,14 +152,13 @@ def _given_tensors(captured: ModelTrace, written: _Written) -> Iterator[GivenTen
             if not isinstance(leaf.assumption, (TensorInput, UnusedTensor)):
                 continue
             others = tuple(n for n in plain if _could_be(leaf.assumption, weights.tensors[n]))
-            elsewhere = bool(weights.state.watched)
             if leaf.index in captured.weights_given:  # a fact says which one it has to be
-                others, elsewhere = (), False
+                others = ()
             paths = written.weights if leaf.index in written.in_arguments else written.in_weights
             is_read = leaf.index in written.arguments
             apart = tuple(numbers[path] for path in paths if is_read and path in numbers)
-            if others or elsewhere or apart:
-                yield GivenTensor(leaf.label, where, flat, others, elsewhere, apart)
+            if others or apart:
+                yield GivenTensor(leaf.label, where, flat, others, apart)
 
 
 def _leaves(

@@ -14,9 +14,9 @@ import torch.fx
 
 from piecework.errors import CaptureError
 from piecework.runtime import torch_compat
+from piecework.runtime.torch_compat import Place
 from piecework.runtime.watch.guards import models_code
-from piecework.runtime.watch.places import readable
-from piecework.runtime.watch.values import Path
+from piecework.runtime.watch.places import place_text, readable
 from piecework.runtime.watch.weights import Weight, out_of_reach
 
 _SIZE_SOURCE = re.compile(r"(?P<tensor>.+)\.size\(\)\[(?P<dim>\d+)\]")
@@ -63,7 +63,7 @@ def trace_back(
     names: Sequence[str],
     sources: Mapping[str, int],
     held: dict[int, tuple[str, torch.Tensor]],
-    path_of: Callable[[torch.fx.Node], Path],
+    place_of: Callable[[torch.fx.Node, torch.Tensor], Place],
 ) -> tuple[GraphInput, ...]:
     """Where each placeholder of ``gm`` comes from.
 
@@ -71,7 +71,7 @@ def trace_back(
         leaves, names: the flattened arguments, and what a user calls each.
         sources: what Dynamo calls each → its number.
         held: the model's tensors, by identity.
-        path_of: how the model's code reached a tensor that is an input.
+        place_of: how the model's code reached a tensor that is an input.
     """
     by_identity: dict[int, int] = {}
     for index, leaf in enumerate(leaves):
@@ -88,8 +88,9 @@ def trace_back(
             source = torch_compat.placeholder_source(node)
             if id(example) not in held:
                 _refuse_unknown_holder(source, leaves, names, sources)
-            path, tensor = held.get(id(example), (readable(source), example))
-            found.append(Weight(path, tensor, path_of(node)))
+            way = place_of(node, example)
+            path = place_text(way) if way else readable(source)
+            found.append(Weight(*held.get(id(example), (path, example)), way))
         else:
             found.append(Argument(known, names[known]))
             for dim, size in enumerate(node.meta["example_value"].shape):

@@ -48,7 +48,6 @@ from piecework.runtime.watch.guards import TraceGuards, asks_strides
 from piecework.runtime.watch.places import place_text
 from piecework.runtime.watch.reachable import modules_of, tensors_of
 from piecework.runtime.watch.state import TracedState
-from piecework.runtime.watch.values import Places
 from piecework.runtime.watch.weights import BoundWeights, Weight
 
 #: What a tensor answers otherwise where it records gradients.
@@ -244,7 +243,7 @@ class OpenTrace:
         leaves, code = self._leaves, torch_compat.traced_code()
         refuse_writes(gm, example_inputs, self._whole)
         places = leaves, self._names, self._sources, self._held
-        self.inputs = trace_back(gm, example_inputs, *places, guards.path_of)
+        self.inputs = trace_back(gm, example_inputs, *places, guards.place_of)
         self._fakes = _fakes(leaves, self._sources)
         if "specialize_int" not in self._settings and int in map(type, leaves):
             refuse_texts_of_numbers(code)
@@ -278,7 +277,7 @@ class OpenTrace:
             inputs=self.inputs,
             parameters=parameters_of(self._model, self._args, self._kwargs, assumptions.assume),
             assumptions=assumptions,
-            weights=BoundWeights.of(self._model, modules_of(self._model), found, state),
+            weights=BoundWeights.of(modules_of(self._model), found, state),
             out_spec=self._out_spec,
             result=self._results,
             weights_given=frozenset(i for i, leaf in enumerate(self._leaves) if id(leaf) in own),
@@ -291,10 +290,8 @@ class OpenTrace:
             if isinstance(leaf, torch.Tensor):
                 found.setdefault(id(leaf), Weight(*self._held[id(leaf)]))
         for way, tensor in state.tensors:
-            if id(tensor) in self._held or way:
-                path = place_text(Places().of(way)) if way else ""
-                path, _ = self._held.get(id(tensor), (path, tensor))
-                found.setdefault(id(tensor), Weight(path, tensor, way))
+            path, _ = self._held.get(id(tensor), (place_text(way), tensor))
+            found.setdefault(id(tensor), Weight(path, tensor, way))
         return list(found.values())
 
 

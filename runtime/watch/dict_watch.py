@@ -1,220 +1,171 @@
 """Whether look-ups still lead to the same objects: a test that costs a few microseconds while nothing is written.
 
-Nothing is put into anybody's objects. CPython numbers the writes to each dictionary, and torch can compare these numbers, the classes of objects and what their
-attributes are in calls into C (Dynamo's guards do); only after a write are the entries themselves looked at. Where torch can't, every test looks at every entry.
-
-Objects are held weakly. Once one of them is gone the watch forgets everything, so that what it held in dictionaries and lists can go too, and every test fails.
+CPython numbers the writes to each dictionary, and torch compares these numbers in one call (Dynamo's guards do); only after a write are
+the entries themselves looked at. Where torch can't, every test looks at every entry.
 """
 
 from __future__ import annotations
 
-import sys
-import weakref
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import repeat
+from typing import Any, Literal
+
+import torch
 
 from piecework.runtime import torch_compat
-from piecework.runtime.watch.places import NOTHING, Step, found_at, seen_as
 
 QUIET = 8  # tests without a write, after which the numbers are trusted again: trusting costs milliseconds once
-BUSY = (
-    8  # tests that found a dictionary written, after which its entries are looked at in every test
-)
-_PLAIN = (dict, OrderedDict)
+BUSY = 8  # writes to a dictionary, after which its entries are looked at in every test
 _EQUAL = (bool, int, str, bytes)
-_NOT_PLAIN = type("NotPlain", (), {})()
+_NOTHING = object()
+LookKind = Literal["entry", "attribute", "item", "keys", "contents", "type", "hooks"]
 
 
 @dataclass(frozen=True, slots=True)
-class _Look:
-    """A look-up whose result is told by identity.
+class Look:
+    """One look-up: ``owner`` held ``value`` under ``key``.
 
     Attributes:
-        owner: gives the object that is looked into; None if it is gone.
+        kind: ``"entry"`` of a dictionary (an instance's attributes are one), an ``"attribute"`` that is no entry, a computed ``"item"``;
+            all ``"keys"`` of a dictionary with what they hold, the ``"contents"`` of a list or set, the ``"type"`` of an object; or a table of
+            ``"hooks"`` that is empty: torch counts each hook that is registered, so that the tables need no test of their own.
     """
 
-    owner: Callable[[], object]
-    key: object
-    kind: str
-    seen: object
+    owner: Any
+    key: Any
+    value: Any
+    kind: LookKind
+
+    @classmethod
+    def of(cls, owner: Any, key: object, kind: LookKind) -> Look:
+        """The look-up with what it finds now."""
+        return cls(owner, key, _found(owner, key, kind), kind)
 
     def holds(self) -> bool:
-        owner = self.owner()
-        return (
-            owner is not None
-            and seen_as(self.kind, found_at(owner, self.key, self.kind)) == self.seen
-        )
+        """Whether it finds the same; of plain values an equal one will do."""
+        now, was = _found(self.owner, self.key, self.kind), self.value
+        if self.kind in ("keys", "contents", "hooks"):
+            return len(now) == len(was) and all(map(operator.is_, now, was))
+        return now is was or (type(now) in _EQUAL and type(now) is type(was) and now == was)
+
+    @property
+    def watched(self) -> dict[Any, Any] | None:
+        """The dictionary whose writes tell of a change; None if none does."""
+        if self.kind == "hooks":
+            return torch_compat.class_dict(torch.utils.hooks.RemovableHandle)
+        return self.owner if self.kind in ("entry", "keys") else None
+
+
+def _found(owner: Any, key: Any, kind: LookKind) -> Any:
+    match kind:
+        case "entry":
+            return dict.get(owner, key, _NOTHING)
+        case "attribute":
+            return getattr(owner, key, _NOTHING)
+        case "item":
+            try:
+                return owner[key]
+            except (LookupError, TypeError):
+                return _NOTHING
+        case "keys":
+            return (*dict.keys(owner), *dict.values(owner))
+        case "type":
+            return type(owner)
+        case _:
+            return tuple(owner)
 
 
 class DictWatch:
     """A test of many look-ups.
 
-    Args:
-        steps: what was found where.
-
     Attributes:
         untouched: True if nothing was written; False says only that something may have been: then call `compare`.
     """
 
-    def __init__(self, steps: Sequence[Step]) -> None:
-        self._held = _Held(self)
-        owners = {id(step.owner): step.owner for step in steps if _is_dictionary(step)}
-        self._dicts = list(owners.values())
-        rows = [step for step in steps if _is_dictionary(step)]
-        looks = [step for step in steps if not _is_dictionary(step)]
-        for step in steps:
-            self._held.add(step.holder, *step.parts())
-        self._held.add(*(step.owner for step in looks))
-        attributes = [s for s in looks if s.kind == "attribute" and s.value is not NOTHING]
-        types = [step for step in looks if step.kind == "type"]
-        # Most are entries of plain dictionaries, and dictionaries of hooks that are empty: these are compared in a loop.
-        plain = [s for s in rows if s.kind == "entry" and type(s.owner) in _PLAIN]
-        empty = [s for s in rows if s.kind == "keys" and s.value == ()]
-        self._entries = [(s.owner, s.key, id(s.value), _plain(s.value)) for s in plain]
-        self._empty = [step.owner for step in empty]
-        self._rows = [(id(step.owner), self._look(step)) for step in rows]
-        looped = {id(step) for step in (*plain, *empty)}
-        pairs = zip(rows, self._rows, strict=True)
-        self._rest = [look for step, (_, look) in pairs if id(step) not in looped]
-        # The order of an OrderedDict changes without a write to it.
-        ordered = [s for s in rows if s.kind == "keys" and _can_be_reordered(s)]
-        known = {id(step) for step in (*attributes, *types)}
-        self._others = [self._look(step) for step in looks if id(step) not in known]
-        self._others += map(self._look, ordered)
-        self._objects = torch_compat.IdentityGuard(
-            [step.owner for step in types],
-            [(step.owner, str(step.key), step.value) for step in attributes],
-        )
-        self._written = [0] * len(self._dicts)
+    def __init__(self, looks: Iterable[Look]) -> None:
+        self._looks = list(looks)
+        self._dicts = {id(held): held for look in self._looks if (held := look.watched) is not None}
+        self._written = dict.fromkeys(self._dicts, 0)
+        self._numbers = self._versions()
         self._quiet = 0
-        self._numbers = torch_compat.dict_versions(self._dicts)
+        self._quick = _quick_test(self._looks)
         self.untouched: Callable[[], bool] = self._trust()
 
-    def let_go(self) -> None:
-        """Forget everything that is watched."""
-        self.untouched = _unknown
-        self._held.gone = True
-        self._dicts, self._entries, self._empty, self._rest, self._others = [], [], [], [], []
-        self._rows, self._objects = [], torch_compat.IdentityGuard([], [])
-        self._held.clear()
+    def _versions(self) -> list[int] | None:
+        return torch_compat.dict_versions(list(self._dicts.values()))
 
     def compare(self) -> bool:
         """Look at every entry."""
         self.untouched = _unknown
-        if self._held.gone or not self._same():
-            return False
-        self._learn()
-        return True
-
-    def _look(self, step: Step) -> _Look:
-        return _Look(self._held.way_to(step.owner), step.key, step.kind, step.seen())
-
-    def _same(self) -> bool:
-        missing = NOTHING
-        for owner, key, value, plain in self._entries:
-            now = owner.get(key, missing)  # type: ignore[attr-defined]
-            if id(now) != value and not (type(now) is type(plain) and now == plain):
+        if not self._quick():
+            if not all(look.holds() for look in self._looks):
                 return False
-        if any(self._empty):
-            return False
-        return (
-            all(look.holds() for look in self._rest)
-            and all(look.holds() for look in self._others)
-            and self._objects.check()
-        )
-
-    def _learn(self) -> None:
-        """Remember what was written, and trust the numbers again after a while without writes."""
-        before, self._numbers = self._numbers, torch_compat.dict_versions(self._dicts)
+            self._quick = _quick_test(self._looks)  # some are equal, and other objects
+        before, self._numbers = self._numbers, self._versions()
         if before is None or self._numbers is None:
-            return
+            return True
         self._quiet += 1
-        for index, (old, new) in enumerate(zip(before, self._numbers, strict=True)):
+        for key, old, new in zip(self._dicts, before, self._numbers, strict=False):
             if old != new:
-                self._written[index] += 1
-                if self._written[index] <= BUSY:
+                self._written[key] += 1
+                if self._written[key] <= BUSY:
                     self._quiet = 0
         if self._quiet >= QUIET:
             self.untouched = self._trust()
+        return True
 
     def _trust(self) -> Callable[[], bool]:
         """The cheap test, from the state of now."""
-        if not torch_compat.guards_ready():
-            return self._unwritten if self._numbers is not None and self._same() else _unknown
-        self._objects.use_guards()
-        pairs = zip(self._dicts, self._written, strict=True)
-        busy = {id(each) for each, count in pairs if count >= BUSY}
-        same = torch_compat.dict_guard([each for each in self._dicts if id(each) not in busy])
-        if same is None or not self._same():  # another thread may write while the test is made
+        if self._numbers is None:
             return _unknown
-        looked = [look for owner, look in self._rows if owner in busy]
-        looked += self._others
-        objects = self._objects.check
-        if looked:
-            return lambda: same() and objects() and all(look.holds() for look in looked)
-        return (lambda: same() and objects()) if self._objects else same
+        quiet = [held for key, held in self._dicts.items() if self._written[key] < BUSY]
+        told = set(map(id, quiet)) if torch_compat.guards_ready() else self._dicts
+        unwritten = torch_compat.dict_guard(quiet) if told is not self._dicts else self._unchanged
+        if unwritten is None:
+            return _unknown
+        test = _quick_test([e for e in self._looks if id(e.watched) not in told], unwritten)
+        # Another thread may write while the test is made.
+        return test if self._quick() else _unknown
 
-    def _unwritten(self) -> bool:
-        """The test while torch's guards are being imported: it takes the numbers one by one."""
-        if torch_compat.guards_ready():
-            self.untouched = self._trust()
-            return self.untouched()
+    def _unchanged(self) -> bool:
+        """Whether no dictionary's number is another, for the time until torch's guards are imported."""
         self._quiet += 1
         if self._quiet > QUIET:  # the first calls of a process are not slowed down by it
             torch_compat.import_guards()
+        if torch_compat.guards_ready():
+            self.untouched = self._trust()
+        return self._versions() == self._numbers
+
+
+def _true() -> bool:
+    return True
+
+
+def _quick_test(looks: Sequence[Look], unwritten: Callable[[], bool] = _true) -> Callable[[], bool]:
+    """Whether look-ups lead to the very objects that they lead to now, and dictionaries are unwritten."""
+    kinds = {kind: [e for e in looks if e.kind == kind] for kind in ("type", "attribute", "entry")}
+    others = [each for each in looks if each.kind not in kinds]
+    owners, keys, values = (
+        {kind: [part(e) for e in found] for kind, found in kinds.items()}
+        for part in (lambda e: e.owner, lambda e: e.key, lambda e: _found(e.owner, e.key, e.kind))
+    )
+    is_, types = operator.is_, owners["type"]
+
+    def holds() -> bool:
+        if not unwritten():
+            return False
+        entries = map(dict.get, owners["entry"], keys["entry"], repeat(_NOTHING))
+        attributes = map(getattr, owners["attribute"], keys["attribute"], repeat(_NOTHING))
         return (
-            torch_compat.dict_versions(self._dicts) == self._numbers
-            and self._objects.check()
-            and all(look.holds() for look in self._others)
+            list(map(type, types)) == values["type"]
+            and all(map(is_, attributes, values["attribute"]))
+            and all(map(is_, entries, values["entry"]))
+            and (not others or all(look.holds() for look in others))
         )
 
-
-class _Held:
-    """What a watch holds: objects weakly, and what no weak reference can point to, such as numbers and lists, as it is."""
-
-    def __init__(self, watch: DictWatch) -> None:
-        self.gone = False
-        mine = weakref.ref(watch)
-
-        def on_gone(_: object, ends: Callable[[], bool] = sys.is_finalizing) -> None:
-            watch = mine()
-            if watch is not None and not ends():
-                watch.let_go()
-
-        self._on_gone = on_gone
-        self._weak: dict[int, weakref.ref[object]] = {}
-        self._strong: dict[int, object] = {}
-
-    def add(self, *objects: object) -> None:
-        for each in objects:
-            if each is None or id(each) in self._weak or id(each) in self._strong:
-                continue
-            try:
-                self._weak[id(each)] = weakref.ref(each, self._on_gone)
-            except TypeError:
-                self._strong[id(each)] = each
-
-    def way_to(self, owner: object) -> Callable[[], object]:
-        """Gives ``owner``, which was added or is a dictionary."""
-        weak = self._weak.get(id(owner))
-        return weak if weak is not None else lambda: owner
-
-    def clear(self) -> None:
-        self._weak, self._strong = {}, {}
-
-
-def _is_dictionary(step: Step) -> bool:
-    return step.kind in ("entry", "keys") and isinstance(step.owner, dict)
-
-
-def _can_be_reordered(step: Step) -> bool:
-    return isinstance(step.owner, OrderedDict) and len(step.owner) > 1
-
-
-def _plain(value: object) -> object:
-    """A value for which an equal one of its type will do."""
-    return value if type(value) in _EQUAL else _NOT_PLAIN
+    return holds
 
 
 def _unknown() -> bool:

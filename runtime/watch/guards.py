@@ -10,30 +10,23 @@ import dis
 import os
 import sys
 import types
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path as FilePath
 from typing import Any
 
 import torch
+import torch.fx
 from torch.utils import _pytree as pytree
 
 from piecework.code_objects import with_inner_code
 from piecework.errors import CaptureError
 from piecework.runtime import torch_compat
 from piecework.runtime.torch_compat import Guarded, GuardReader, Place
-from piecework.runtime.watch.judge import DynamoJudge
-from piecework.runtime.watch.places import MISSING, LookUps
+from piecework.runtime.watch.judge import OBJECTS, DynamoJudge
+from piecework.runtime.watch.places import MISSING, MODEL, LookUps, is_argument
 from piecework.runtime.watch.process import ProcessState
-from piecework.runtime.watch.reachable import tensors_of
-from piecework.runtime.watch.state import CALLS, TracedState
-from piecework.runtime.watch.values import (
-    CONSTANTS,
-    OBJECTS,
-    Path,
-    PlainValues,
-    plain_values,
-    weight_path,
-)
+from piecework.runtime.watch.state import TracedState
+from piecework.runtime.watch.values import plain_values
 
 #: Guards on the process and on sizes; the entry looks at these, or `piecework.runtime.watch.process`.
 ELSEWHERE = {
@@ -77,9 +70,7 @@ class TraceGuards:
         self._asks_tensors = self._asks_grad_mode = False
         self._on_model: list[Guarded] = []
         self._on_arguments: list[Guarded] = []
-        self._tensors: list[tuple[Path, torch.Tensor]] = []
-        self._watched: list[Place] = []
-        self._plain = PlainValues()
+        self._tensors: list[tuple[Place, torch.Tensor]] = []
         self.reader = GuardReader(self._sort)
 
     def look_inside(self) -> None:
@@ -89,49 +80,38 @@ class TraceGuards:
         self._asks_tensors = bool(torch_compat.trace_names(*_ASKS_TENSORS))
         torch_compat.leave_guards_untimed()
 
-    def path_of(self, node: torch.fx.Node) -> Path:
-        """How to find again the tensor of the model that a graph's input is."""
+    def place_of(self, node: torch.fx.Node, tensor: torch.Tensor) -> Place:
+        """How to find again the tensor of the model that a graph's input is; () if that is not known."""
         place = self.reader.place_of(node)
-        return () if place is None else weight_path(place, self._now())
+        return place if place and self._now().at(place) is tensor else ()
 
     def _now(self) -> LookUps:
         return LookUps({"local": self._local, "global": self._globals})
 
     def _sort(self, guards: Sequence[Guarded]) -> list[bool]:
         """Whether Dynamo keeps each; the judge itself compares that two places lead to one object."""
-        now, model = self._now(), self._local["model"]
-        leaves = {
-            id(leaf) for leaf in pytree.tree_leaves((self._local["args"], self._local["kwargs"]))
-        }
-        held = tensors_of(model) if callable(model) else {}
+        now = self._now()
+        given = (self._local["args"], self._local["kwargs"])
+        leaves = {id(leaf) for leaf in pytree.tree_leaves(given)}
+        kept = set()
         for guard in guards:
-            self._asks_grad_mode |= _is_grad_mode(guard)
-            if guard.kind in ELSEWHERE or _of_call(guard) or _grows(guard, now):
+            self._asks_grad_mode |= _is_grad_mode(guard, now)
+            if guard.kind in ELSEWHERE or _is_own_forward(guard) or _grows(guard, now):
                 continue
-            on_argument = any(map(is_argument, guard.places))
+            value, on_argument = now.at(guard.place), any(map(is_argument, guard.places))
             if on_argument and self._is_emitted(guard, now, leaves):
                 continue
-            if guard.kind == "TENSOR_MATCH" and not on_argument and self._is_left(guard, now, held):
-                continue
-            if guard.kind == "DUPLICATE_INPUT" and not _is_one(guard, now):
+            if guard.kind == "TENSOR_MATCH" and not on_argument and value is not MISSING:
+                self._tensors.append((guard.place, value))
+                if not self._asks_tensors:  # a binding finds it again, and compares metadata
+                    continue
+            if guard.other and value is not now.at(guard.other):
                 continue  # members of sets, which are compared as values
             (self._on_arguments if on_argument else self._on_model).append(guard)
-        every = (*self._on_model, *self._on_arguments)
-        self._plain = plain_values(every, now)
-        kept = {id(each) for each in every if each.kind != "DUPLICATE_INPUT"}
+            if not guard.other:
+                kept.add(id(guard))
+        self._given = plain_values(self._on_arguments, now)
         return [id(each) in kept for each in guards]
-
-    def _is_left(self, guard: Guarded, now: LookUps, held: Mapping[int, object]) -> bool:
-        """Note a tensor of the model; whether a binding finds it again, and nobody else has to compare it."""
-        tensor = now.at(guard.place)
-        if not isinstance(tensor, torch.Tensor):
-            return False
-        path = weight_path(guard.place, now)
-        self._tensors.append((path, tensor))
-        if id(tensor) in held or path:
-            return not self._asks_tensors  # for more than metadata: gradients, its class
-        self._watched.append(guard.place)
-        return False
 
     def _is_emitted(self, guard: Guarded, now: LookUps, leaves: set[int]) -> bool:
         """Whether ``check_inputs`` compares what this guards."""
@@ -141,12 +121,12 @@ class TraceGuards:
             return all(id(now.at(place)) in leaves for place in guard.places)
         if type(now.at(guard.place)) not in _EMITTED:
             return False
-        *way, _ = guard.place.path()
-        plain = all(type(now.at(place)) in _CONTAINERS for place in way)
-        if guard.kind == "DICT_KEYS_MATCH" and guard.place.base is not None:
+        ways = (guard.place[:n] for n in range(1, len(guard.place)))
+        plain = all(type(now.at(each)) in _CONTAINERS for each in ways)
+        if guard.kind == "DICT_KEYS_MATCH" and len(guard.place) > 1:
             # check_inputs compares keys and leaves their order alone.
-            return plain and self._ordered is not None and guard.place.name not in self._ordered
-        return plain and guard.kind not in OBJECTS - CONSTANTS
+            return plain and self._ordered is not None and guard.name not in self._ordered
+        return plain and guard.kind not in OBJECTS
 
     def state(self, code: types.CodeType, names: Mapping[str, str]) -> TracedState:
         """What the trace of ``code`` took from Python.
@@ -158,7 +138,7 @@ class TraceGuards:
             CaptureError: this torch does not show its guards.
         """
         local: Any = self._local
-        held, root = self._globals, torch_compat.kept_guards(code)
+        held, root, now = self._globals, torch_compat.kept_guards(code), self._now()
         every = (*self._on_model, *self._on_arguments)
         if root is None and every:
             raise CaptureError(
@@ -166,25 +146,29 @@ class TraceGuards:
                 hint="use a version of torch that piecework was run with",
             )
         # Those globals that guards are about: the others lead to what Dynamo made.
-        starts = {str(place.path()[0].key) for each in every for place in each.places}
-        scope = {name: held[name] for name in starts if name in held}
-        installed = {name: held[name] for name in held if name.startswith("__builtins_dict__")}
-
-        def judge(guards: Sequence[Guarded], wanted: Callable[[str], bool]) -> DynamoJudge:
-            part = torch_compat.guards_where(root, wanted) if guards else None
-            return DynamoJudge(part, guards, names, scope, installed, held)
-
+        places = [place for each in every for place in each.places]
+        first = {str(each[0][1]) for each in (*places, *(place for place, _ in self._tensors))}
+        starts = {
+            "local": {"model": local["model"]},
+            "global": {name: held[name] for name in first if name in held},
+        }
+        on_model, on_arguments = (
+            DynamoJudge(root, guards, now, self.reader.names, names, starts, held, apart)
+            for guards, apart in (
+                (self._on_model, ("L['args']", "L['kwargs']")),
+                (self._on_arguments, ("L['model']", "G[")),
+            )
+        )
         return TracedState(
-            _model=local["model"],
-            judge=judge(self._on_model, _is_no_argument),
-            arguments=judge(self._on_arguments, _is_no_models),
-            starts={"local": {"model": local["model"]}, "global": scope},
+            model=local["model"],
+            judge=on_model,
+            arguments=on_arguments,
+            given=self._given,
+            starts=starts,
             code=self._code,
             names=dict(names),
             places=(len(local["args"]), tuple(local["kwargs"])),
-            plain=self._plain,
             tensors=self._tensors,
-            watched=self._watched,
             asks_grad_mode=self._asks_grad_mode or _asks_grad_mode(self._code),
             process=ProcessState(asks_autocast=_asks_autocast(self._code)),
         )
@@ -195,53 +179,34 @@ class TraceGuards:
         self._local, self._globals = {}, {}
 
 
-def _is_no_argument(name: str) -> bool:
-    return not name.startswith(("L['args']", "L['kwargs']"))
-
-
-def _is_no_models(name: str) -> bool:
-    return not name.startswith(("L['model']", "G["))
-
-
-def _is_one(guard: Guarded, now: LookUps) -> bool:
-    one, *others = map(now.at, guard.places)
-    return one is not MISSING and all(each is one for each in others)
-
-
-def is_argument(place: Place) -> bool:
-    """Whether a place is in the call's arguments."""
-    start = place.path()[0]
-    return start.kind == "local" and start.key in ("args", "kwargs")
-
-
-def _is_grad_mode(guard: Guarded) -> bool:
+def _is_grad_mode(guard: Guarded, now: LookUps) -> bool:
     """Whether it is on torch's own question for the grad mode, under a name of the model's."""
     asked = torch.is_grad_enabled
-    return guard.known and guard.value is asked and guard.place.key != asked.__name__
+    return guard.place[-1][1] != asked.__name__ and now.at(guard.place) is asked
 
 
-def _of_call(guard: Guarded) -> bool:
-    """Whether it is about how the model itself is called, which `TracedState` looks at."""
-    path = guard.place.path()
-    if (path[0].kind, path[0].key) != ("local", "model") or len(path) > 2:
-        return False
-    return (path[1].key if len(path) > 1 else guard.about) in CALLS
+def _is_own_forward(guard: Guarded) -> bool:
+    """Whether it is about the model's own ``forward``, which `TracedState` looks at."""
+    names = (*(key for _, key in guard.place[1:]), guard.about)
+    return guard.place[:1] == MODEL and [n for n in names if n not in ("__dict__", None)] == [
+        "forward"
+    ]
 
 
 def _grows(guard: Guarded, now: LookUps) -> bool:
     """Whether it is on a table that libraries add to: of pytree's classes, of transformers'
     implementations, of what each of its classes can record.
     """
-    value = guard.value if guard.known else now.at(guard.place)
+    value = now.at(guard.place)
     if value is pytree.SUPPORTED_NODES:
         return True
     # Dynamo reaches an entry by its number, and whoever looks there compares the length.
-    if any(each.key == "_CAN_RECORD_REGISTRY" for each in guard.place.path()):
+    if any(key == "_CAN_RECORD_REGISTRY" for _, key in guard.place):
         return True
     kind = getattr(sys.modules.get("transformers.utils.generic"), "GeneralInterface", None)
     if kind is None or guard.kind != "DICT_KEYS_MATCH":
         return False
-    owner = MISSING if guard.place.base is None else now.at(guard.place.base)
+    owner = now.at(guard.place[:-1])
     tables = [each.__dict__.get("_global_mapping") for each in kind.__subclasses__()]
     return any(value is each for each in tables) or (
         isinstance(owner, kind) and owner.__dict__.get("_local_mapping") is value
@@ -253,7 +218,6 @@ def _grows(guard: Guarded, now: LookUps) -> bool:
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _PYTHONS = os.path.dirname(os.__file__) + os.sep
 _OURS = str(FilePath(__file__).parents[1]) + os.sep
-_CHECKPOINTING = "gradient_checkpointing"
 
 
 def models_code(code: Iterable[types.CodeType]) -> list[types.CodeType]:
@@ -290,14 +254,11 @@ def _asks_autocast(code: Iterable[types.CodeType]) -> bool:
 def _asks_grad_mode(code: Iterable[types.CodeType]) -> bool:
     """Whether the model's code asks torch if gradients are recorded.
 
-    To ask it with whether to checkpoint activations, as libraries of models do, changes no result, and torch's own code asks which of
-    two ways to the same result to take.
+    To ask it together with whether to checkpoint activations, as libraries of models do, changes no result.
     """
     for each in models_code(code):
-        steps = dis.get_instructions(each)
-        names = [s.argval for s in steps if type(s.argval) is str and s.opname != "CACHE"]
-        for n, name in enumerate(names):
-            around = "".join(names[max(0, n - 3) : n + 3])
-            if name == torch.is_grad_enabled.__name__ and _CHECKPOINTING not in around:
-                return True
+        loaded = [step.argval for step in dis.get_instructions(each)]
+        asked = loaded.count(torch.is_grad_enabled.__name__)
+        if asked > sum("gradient_checkpointing" in str(name) for name in loaded):
+            return True
     return False

@@ -1,13 +1,12 @@
 """Whether what a trace relied on still holds, asked only after something was written.
 
-Where the model was traced, Dynamo's own guards are asked; of a program that was loaded, the plain values that they were told as.
+Where the model was traced, Dynamo's own guards are asked; of a program that was loaded, the plain values that the trace read.
 """
 
 from __future__ import annotations
 
-import re
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,123 +14,113 @@ import torch
 from piecework.runtime import torch_compat
 from piecework.runtime.torch_compat import Guarded, Place
 from piecework.runtime.watch.places import LookUps, place_text, readable
-from piecework.runtime.watch.values import OBJECTS, Places, PlainValue, difference
+from piecework.runtime.watch.values import ONE_OBJECT, PlainValue
 
 Variables = Mapping[str, object]
-ONE_OBJECT = "were one object"
-_NOISE = re.compile(r"___(?=\w)|\.? ?Guard failed on a parameter, consider using .*")
-_TYPE = re.compile(r"check_type_id\((.+), \d+\), type=<class '([^']+)'>")
-_BY_IDENTITY = {*OBJECTS, "TYPE_MATCH"}
+#: Kinds of guards that compare identities.
+OBJECTS = {
+    "ID_MATCH",
+    "FUNCTION_MATCH",
+    "CLASS_MATCH",
+    "MODULE_MATCH",
+    "BUILTIN_MATCH",
+    "NN_MODULE",
+    "CLOSURE_MATCH",
+}
 
 
 class DynamoJudge:
     """Dynamo's own guards: says what of them does not hold.
 
     Args:
-        root: those of them that are asked, as torch checks them; None if there are none.
-        guards: what they are about, with what was there; that is held weakly.
+        root: all guards of the trace, as torch checks them.
+        guards: those that are asked; objects that they compare by identity are held weakly.
+        now: what is at their places.
+        places: Dynamo's names of all places.
         names: Dynamo's names of arguments → their own.
-        scope: the globals that places start in.
-        installed: the globals that Dynamo gave the traced function, and takes back when it forgets its code.
-        variables: all globals of that function.
+        starts: what places start in.
+        variables: the globals of the traced function; Dynamo takes its own back when it forgets its code.
+        apart: how names of places begin that are none of theirs.
     """
 
     def __init__(
         self,
         root: Any,
         guards: Sequence[Guarded],
+        now: LookUps,
+        places: Mapping[Place, str],
         names: Mapping[str, str],
-        scope: Mapping[str, object],
-        installed: Mapping[str, object],
+        starts: Mapping[str, Variables],
         variables: dict[str, object],
+        apart: tuple[str, ...],
     ) -> None:
-        self._root, self._names, self._scope = root, names, scope
-        self._installed, self._globals = installed, variables
-        self.guards = [each.without_value() for each in guards]
+        self.guards = guards
+        self._places, self._names, self._starts = places, names, starts
+        self._globals, self._apart = variables, apart
+        self._installed = {n: v for n, v in variables.items() if n.startswith("__builtins_dict__")}
+        self._root = self._part(root, frozenset()) if guards else None
         # torch compares identities by number, and the number of an object that is gone can be another's.
-        self._alive = [
-            (each.place, held)
-            for each in guards
-            if each.known and each.kind in _BY_IDENTITY
-            for held in (_weakly(type(each.value) if each.kind == "TYPE_MATCH" else each.value),)
-            if held is not None
-        ]
+        self._alive: list[tuple[Place, weakref.ref[object]]] = []
+        for each in guards:
+            value = now.at(each.place)
+            value = type(value) if each.kind == "TYPE_MATCH" else value
+            if each.kind in (*OBJECTS, "TYPE_MATCH") and _is_weakly_held(value):
+                self._alive.append((each.place, weakref.ref(value)))
+
+    def _part(self, root: Any, without: frozenset[str]) -> Any:
+        return torch_compat.guards_where(
+            root, lambda name: not name.startswith(self._apart) and name not in without
+        )
 
     def difference(self, variables: Variables) -> str:
         """What doesn't hold of these variables of the traced function; "" if all does."""
         for place, held in self._alive:
             if held() is None:
                 return f"{place_text(place, self._names)} is another than when the model was traced"
-        return self._apart(variables) or self._failing(variables)
-
-    def _apart(self, variables: Variables) -> str:
-        """Which two places that led to one object lead to two now, looked up as Dynamo's names say."""
-        scope = {"L": variables, "G": {**self._scope, **self._globals}}
+        now = LookUps({**self._starts, "local": variables})
         for each in self.guards:
-            if each.other is None:
-                continue
-            names = (each.place.name, each.other.name)
-            try:
-                one, other = (eval(name, {**scope}) for name in names)
-            except Exception:  # noqa: BLE001 - whatever the user's attributes raise
-                one, other = True, False
-            if one is not other:
-                texts = (place_text(p, self._names) or "model" for p in (each.place, each.other))
+            if each.other and now.at(each.place) is not now.at(each.other):
+                texts = (place_text(place, self._names) or "model" for place in each.places)
                 return (
                     f"{' and '.join(texts)} {ONE_OBJECT} when the model was traced and are two now"
                 )
-        return ""
-
-    def _failing(self, variables: Variables) -> str:
         # The trace was made outside inference mode, and a guard on a tensor knows that.
         with torch.inference_mode(False), torch.no_grad():
-            text = self._text(variables)
+            text = self._failing(variables)
         return self._readable(text) if text else ""
 
-    def about(self, guards: Sequence[Guarded]) -> Judge:
-        """One that looks at these, and at little else if it can."""
-        return self  # torch's tree has inner nodes that no guard's name tells of
-
-    def less_failing(self, variables: Variables) -> Judge:
+    def less_failing(self, variables: Variables) -> DynamoJudge:
         """One that doesn't look at what fails now."""
-        found = self
         dropped: set[str] = set()
-        while text := found._text(variables):
-            names = [place.name for each in found.guards for place in _on_the_ways(each)]
-            failing = max((name for name in names if name and name in text), key=len, default="")
-            if not failing or failing in dropped:
-                return found
+        found = self
+        while text := found._failing(variables):
+            failing = max((name for name in self._places.values() if name in text), key=len)
+            if failing in dropped:
+                break
             dropped.add(failing)
-            root = torch_compat.guards_where(found._root, lambda name: name not in dropped)
-            left = {id(g) for g in found.guards if failing not in {p.name for p in _on_the_ways(g)}}
-            found = found._part(root, left)
+            root = self._part(self._root, frozenset(dropped))
+            found = self._with(root, {p for p, name in self._places.items() if name in dropped})
         return found
 
-    def _text(self, variables: Variables) -> str:
+    def _with(self, root: Any, dropped: set[Place]) -> DynamoJudge:
+        other: DynamoJudge = object.__new__(DynamoJudge)
+        other.__dict__.update(self.__dict__, _root=root)
+        other.guards = [g for g in self.guards if not any(_is_in(p, dropped) for p in g.places)]
+        other._alive = [each for each in self._alive if not _is_in(each[0], dropped)]
+        return other
+
+    def _failing(self, variables: Variables) -> str:
         if self._root is None:
             return ""
-        gone = self._installed.keys() - self._globals.keys()
-        self._globals.update((name, self._installed[name]) for name in gone)
-        try:
-            return torch_compat.failing_guard(self._root, variables)
-        finally:
-            for name in gone:
-                self._globals.pop(name, None)
-
-    def _part(self, root: Any, left: set[int]) -> DynamoJudge:
-        guards = [each for each in self.guards if id(each) in left]
-        part = DynamoJudge(root, guards, self._names, self._scope, self._installed, self._globals)
-        places = {place for each in part.guards for place in _on_the_ways(each)}
-        part._alive = [(place, held) for place, held in self._alive if place in places]
-        return part
+        for name, value in self._installed.items():
+            self._globals.setdefault(name, value)
+        return torch_compat.failing_guard(self._root, variables)
 
     def _readable(self, text: str) -> str:
-        """A guard's text as a person would write it: ``rate was 2.0 when the model was traced (return x * self.rate, model.py:12)``."""
-        text, _, comment = text.partition("#")
-        text = _TYPE.sub(r"\1 == a \2", _NOISE.sub("", readable(text, self._names)))
-        where = comment.partition("(HINT")[0].strip()
-        line, _, at = where.partition("# ")
-        about = f"{line.strip()}, {at.strip().rpartition('/')[2]}" if at else line.strip()
+        """A guard's text as a person would write it: ``rate == 2.0 held when the model was traced (return x * self.rate, model.py:12)``."""
+        text, _, comment = readable(text, self._names).partition("#")
+        line, _, at = comment.partition("(HINT")[0].partition("# ")
+        about = ", ".join(filter(None, (line.strip(), at.strip().rpartition("/")[2])))
         path, is_value, value = text.strip().partition(" == ")
         told = (
             f"{path} was {value} when the model was traced and is another now"
@@ -141,15 +130,12 @@ class DynamoJudge:
         return f"{told} ({about})" if about else told
 
 
-def _weakly(value: object) -> weakref.ref[object] | None:
-    try:
-        return weakref.ref(value)
-    except TypeError:
-        return None
+def _is_weakly_held(value: object) -> bool:
+    return value is not None and type(value).__weakrefoffset__ > 0
 
 
-def _on_the_ways(guard: Guarded) -> list[Place]:
-    return [place for end in guard.places for place in end.path()]
+def _is_in(place: Place, dropped: set[Place]) -> bool:
+    return any(place[:n] in dropped for n in range(1, len(place) + 1))
 
 
 class ValueJudge:
@@ -157,36 +143,22 @@ class ValueJudge:
 
     Args:
         values: what the trace read.
+        names: Dynamo's names of arguments → their own.
     """
 
-    def __init__(self, values: Iterable[PlainValue]) -> None:
-        self._places = Places()
-        self._values: dict[Guarded, PlainValue] = {}
-        for value in values:
-            place = self._places.of(value.path)
-            other = self._places.of(value.other) if value.other else None
-            self._values[Guarded(place, value.kind, value.about, other, False, None)] = value
-
-    @property
-    def guards(self) -> Sequence[Guarded]:
-        return tuple(self._values)
+    def __init__(self, values: Sequence[PlainValue], names: Mapping[str, str]) -> None:
+        self.values, self._names = values, names
+        self.guards: Sequence[Guarded] = [each.guard for each in values]
 
     def difference(self, variables: Variables) -> str:
         """What is otherwise than it was; "" if nothing is."""
         now = LookUps({"local": variables})
-        return next(filter(None, (self._failing(guard, now) for guard in self._values)), "")
-
-    def about(self, guards: Sequence[Guarded]) -> ValueJudge:
-        """One that looks at these alone."""
-        return ValueJudge([self._values[each] for each in guards])
+        return next(filter(None, (each.difference(now, self._names) for each in self.values)), "")
 
     def less_failing(self, variables: Variables) -> ValueJudge:
         """One that doesn't look at what is otherwise now."""
         now = LookUps({"local": variables})
-        return self.about([each for each in self._values if not self._failing(each, now)])
-
-    def _failing(self, guard: Guarded, now: LookUps) -> str:
-        return difference(self._values[guard], guard.place, self._places, now)
+        return ValueJudge([e for e in self.values if not e.difference(now)], self._names)
 
 
 Judge = DynamoJudge | ValueJudge

@@ -1,99 +1,22 @@
-"""Where something lies, what lies there now, and the look-ups on the way, which can be watched."""
+"""What lies at a place now, how a person would write the place, and how another process finds it."""
 
 from __future__ import annotations
 
+import functools
 import re
 import sys
 import types
 import weakref
-from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from piecework.runtime.torch_compat import Place
 
-StepKind = Literal["entry", "attribute", "item", "keys", "items", "members", "type", "class"]
-
-_TABLES = ("_parameters", "_buffers", "_modules")
-_WHOLE = ("keys", "items", "class")
-NOTHING = object()
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One look-up: ``owner`` held ``value`` under ``key``.
-
-    Attributes:
-        kind: ``"entry"`` of a dictionary (an instance's attributes are one), an ``"attribute"`` that is no entry, a computed ``"item"``;
-            the ``"keys"`` of a dictionary with what they hold, in order; the ``"items"`` of a list, the ``"members"`` of a set, the
-            ``"type"`` of an object, or what a ``"class"`` holds.
-        holder: the object whose attributes ``owner`` holds, if it is such a dictionary.
-    """
-
-    owner: object
-    key: object
-    value: object
-    kind: StepKind = "entry"
-    holder: object = None
-
-    @classmethod
-    def of(
-        cls, owner: object, key: object, kind: StepKind = "entry", holder: object = None
-    ) -> Step:
-        """The look-up with what it finds now."""
-        return cls(owner, key, found_at(owner, key, kind), kind, holder)
-
-    def parts(self) -> tuple[object, ...]:
-        """The objects that were found."""
-        many = self.kind in _WHOLE or self.kind == "members"
-        return tuple(self.value) if many else (self.value,)  # type: ignore[arg-type]
-
-    def seen(self) -> object:
-        """What was found, told by identities."""
-        return seen_as(self.kind, self.value)
-
-
-def seen_as(kind: str, value: Any) -> object:
-    """What a look-up found, told by identities."""
-    if kind == "members":
-        return frozenset(map(id, value))
-    return tuple(map(id, value)) if kind in _WHOLE else id(value)
-
-
-def found_at(owner: Any, key: object, kind: str) -> object:
-    """What a look-up finds; `NOTHING` if nothing is there."""
-    match kind:
-        case "entry":
-            return dict.get(owner, key, NOTHING)
-        case "attribute":
-            return getattr(owner, str(key), NOTHING)
-        case "item":
-            return _item(owner, key)
-        case "keys":
-            if isinstance(owner, OrderedDict):
-                return (*OrderedDict.keys(owner), *OrderedDict.values(owner))
-            return (*dict.keys(owner), *dict.values(owner))
-        case "items":
-            return tuple(owner)
-        case "members":
-            return frozenset(owner)
-        case "type":
-            return type(owner)
-        case _:
-            return (*owner.__dict__, *owner.__dict__.values())
-
-
-def _item(owner: object, key: object) -> object:
-    try:
-        return owner[key]  # type: ignore[index]
-    except (LookupError, TypeError):
-        return NOTHING
-
-
-# --- places -------------------------------------------------------------------------------------------
-
 MISSING = object()
+MODEL: Place = (("local", "model"),)
+_TABLES = ("_parameters", "_buffers", "_modules")
+#: Keys that are the same in another process.
+PLAIN_KEYS = (str, int, bool, type(None))
 
 
 class LookUps:
@@ -105,30 +28,35 @@ class LookUps:
 
     def __init__(self, starts: Mapping[str, Mapping[str, object]]) -> None:
         self._starts = starts
-        self._found: dict[int, object] = {}
+        self._found: dict[Place, object] = {}
 
-    def at(self, place: Place) -> object:
+    @classmethod
+    def of(cls, model: object) -> LookUps:
+        """Those of places that start at the model, or an imported module."""
+        return cls({"local": {"model": model}})
+
+    def at(self, place: Place) -> Any:
         """The object there; `MISSING` if nothing is."""
-        key = id(place)
-        if key not in self._found:
-            self._found[key] = self._look(place)
-        return self._found[key]
-
-    def _look(self, place: Place) -> object:
-        if place.kind == "import":
-            return sys.modules.get(str(place.key), MISSING)
-        if place.kind == "root":
-            return place.key
-        if place.base is None:
-            return self._starts.get(place.kind, {}).get(str(place.key), MISSING)
-        base = self.at(place.base)
-        return MISSING if base is MISSING else look(base, place.kind, place.key)
+        found = self._found.get(place, self)
+        if found is self:
+            kind, key = place[-1] if place else ("unknown", None)
+            base = self.at(place[:-1]) if len(place) > 1 else self._starts
+            found = self._found[place] = MISSING if base is MISSING else _look(base, kind, key)
+        return found
 
 
-def look(base: Any, kind: str, key: Any) -> object:
-    """What one look-up finds; `MISSING` if it fails."""
+def _look(base: Any, kind: str, key: Any) -> object:
     try:
         match kind:
+            case "local" | "global":
+                return base.get(kind, {}).get(key, MISSING)
+            case "import":
+                return sys.modules.get(key, MISSING)
+            case "object":
+                module, _, name = key.partition(":")
+                return functools.reduce(getattr, name.split("."), sys.modules.get(module))
+            case "root":
+                return key[1]
             case "attribute":
                 return getattr(base, str(key), MISSING)
             case "item" if isinstance(base, dict):
@@ -138,16 +66,29 @@ def look(base: Any, kind: str, key: Any) -> object:
             case "key":
                 return list(dict.keys(base))[key]
             case "at":
-                return dict.get(base, list(dict.keys(base))[key], MISSING)
+                return list(dict.values(base))[key]
             case "type":
                 return type(base)
             case "class dict":
                 return base.__dict__
-            case "referent":
-                return base() if isinstance(base, weakref.ref) else MISSING
+            case "static":
+                return static(base, key)
+            case "referent" if isinstance(base, weakref.ref):
+                return base()
     except (LookupError, TypeError, AttributeError, ValueError):
         pass
     return MISSING
+
+
+def static(kind: type, name: object) -> object:
+    """What a class or its bases hold under a name; `MISSING` if nothing."""
+    held = (vars(each) for each in kind.__mro__)
+    return next((each[name] for each in held if name in each), MISSING)  # type: ignore[index]
+
+
+def is_argument(place: Place) -> bool:
+    """Whether a place is in the call's arguments."""
+    return place[0] in (("local", "args"), ("local", "kwargs"))
 
 
 def place_text(place: Place, names: Mapping[str, str] | None = None) -> str:
@@ -156,47 +97,28 @@ def place_text(place: Place, names: Mapping[str, str] | None = None) -> str:
     Args:
         names: Dynamo's names of arguments → their own.
     """
-    own = (names or {}).get(place.name)
-    if own is not None:
-        return own
-    return _place_text(place, "" if place.base is None else place_text(place.base, names))
-
-
-def _place_text(place: Place, base: str) -> str:
-    key = place.key
-    if place.kind == "root":
-        return place.name
-    if place.base is None:
-        if (place.kind, key) == ("local", "model"):
-            return ""
-        text = str(key).removeprefix("__import_").replace("_dot_", ".")
-        return "builtins" if text.startswith("__builtins_dict__") else text
-    match place.kind:
-        case "item" if place.base.kind == "attribute" and place.base.key in _TABLES:
-            return f"{base.rpartition('.')[0]}.{key}".lstrip(".")
-        case "item" if place.base.kind == "class dict":
-            return f"{base}.{key}"
-        case "item" | "key" | "at":
-            return f"{base}[{key!r}]"
-        case "type":
-            return f"type({base or 'model'})"
-        case "class dict" | "referent":
-            return base
-        case "attribute" if key == "cell_contents":
-            return base
-        case _:
-            return f"{base}.{key}".lstrip(".")
-
-
-def imported(alias: str) -> types.ModuleType | None:
-    """The module that Dynamo calls ``__import_a_dot_b``."""
-    for name, module in list(sys.modules.items()):
-        if alias == f"__import_{name.replace('.', '_dot_')}":
-            return module
-    return None
+    (start, first), *steps = place
+    text = "" if place[:1] == MODEL else str(first[0] if start == "root" else first)  # type: ignore[index]
+    if start == "local" and steps:
+        own = (names or {}).get(f"L[{first!r}][{steps[0][1]!r}]")
+        text, steps = (text, steps) if own is None else (own, steps[1:])
+    text = text.removeprefix("__import_").replace("_dot_", ".").rpartition(":")[2]
+    for number, (kind, key) in enumerate(steps):
+        before = steps[number - 1] if number else ("", None)
+        if kind == "item" and before[0] == "attribute" and before[1] in _TABLES:
+            text = f"{text.rpartition('.')[0]}.{key}"
+        elif kind in ("attribute", "static") or before[0] == "class dict":
+            text = text if key == "cell_contents" else f"{text}.{key}"
+        elif kind in ("item", "key", "at"):
+            text = f"{text}[{key!r}]"
+        elif kind == "type":
+            text = f"type({text or 'model'})"
+    return text.lstrip(".")
 
 
 _PLAINER = (
+    (re.compile(r"___(?=\w)|\.? ?Guard failed on a parameter, consider using .*"), ""),
+    (re.compile(r"check_type_id\((.+), \d+\), type=<class '([^']+)'>"), r"\1 == a \2"),
     (re.compile(r"L\['model'\]\."), ""),
     (re.compile(r"L\['model'\]"), "model"),
     (re.compile(r"G\['__import_([A-Za-z0-9_]+)'\]"), lambda m: m[1].replace("_dot_", ".")),
@@ -217,3 +139,31 @@ def readable(text: str, names: Mapping[str, str] | None = None) -> str:
     for pattern, told in _PLAINER:
         text = pattern.sub(told, text)
     return text
+
+
+def portable(place: Place, now: LookUps) -> Place:
+    """The place as another process can look it up; () if it can't."""
+    (start, _), *steps = place
+    if any(kind == "unknown" or type(key) not in PLAIN_KEYS for kind, key in steps):
+        return ()
+    if start in ("local", "import", "object"):
+        return place
+    value = now.at(place[:1])
+    if type(value) is dict and isinstance(value.get("__name__"), str):  # a module's variables
+        module = sys.modules.get(value["__name__"])
+        if getattr(module, "__dict__", None) is value:
+            return (("import", value["__name__"]), ("attribute", "__dict__"), *steps)
+    if isinstance(value, types.ModuleType):
+        name: tuple[str, object] = ("import", value.__name__)
+    else:
+        name = (
+            ("object", f"{value.__module__}:{value.__qualname__}")
+            if _is_named(value)
+            else ("unknown", None)
+        )
+    return (name, *steps) if now.at((name,)) is value else ()
+
+
+def _is_named(value: object) -> bool:
+    names = (getattr(value, each, None) for each in ("__module__", "__qualname__"))
+    return all(isinstance(each, str) for each in names)

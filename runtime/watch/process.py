@@ -1,14 +1,13 @@
-"""The state of the process that a trace took for given: all that Dynamo's guard on torch's global state looks at, and the hooks of every module."""
+"""The state of the process that a trace took for given: all that Dynamo's guard on torch's global state looks at, and torch's hooks for every module."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 
 from piecework.runtime import torch_compat
-from piecework.runtime.watch.places import Step
 
 # The entry turns gradients off, looks at modes, and serves under the autocast of the trace alone; threads change no result.
 _ENTRY = {"grad_mode", "num_threads", "torch_function", "torch_function_all_disabled"}
@@ -28,8 +27,7 @@ class ProcessState:
         self, state: Mapping[str, object] | None = None, asks_autocast: bool = False
     ) -> None:
         self.asks_autocast = asks_autocast
-        now = torch_compat.global_state()
-        self.state = {**now} if state is None else {**state}
+        self.state = {**(torch_compat.global_state() if state is None else state)}
         self._good = [torch_compat.GlobalStateGuard()] if not self.difference() else []
         self.check: Callable[[], bool] = self._good[0].check if self._good else self.holds
 
@@ -49,12 +47,11 @@ class ProcessState:
         """What is otherwise than it was; "" if nothing is."""
         now = torch_compat.global_state()
         for name, was in self.state.items():
-            if name in _ENTRY or (name == _AUTOCAST and not self.asks_autocast):
-                continue
-            if now.get(name) != was:
-                was_text, now_text = (_text(name, each) for each in (was, now.get(name)))
+            left_out = name in _ENTRY or (name == _AUTOCAST and not self.asks_autocast)
+            if not left_out and now.get(name) != was:
+                texts = [str(each).removeprefix("torch.") for each in (was, now.get(name))]
                 return (
-                    f"torch's {name} was {was_text} when the model was traced and is {now_text} now"
+                    f"torch's {name} was {texts[0]} when the model was traced and is {texts[1]} now"
                 )
         return ""
 
@@ -64,37 +61,7 @@ class ProcessState:
         return {"state": found, "asks_autocast": self.asks_autocast}
 
 
-def _text(name: str, value: object) -> str:
-    return str(value).removeprefix("torch.") if name != _AUTOCAST else "another"
-
-
-def _hooks() -> dict[str, Step]:
+def hook_tables() -> dict[str, dict[object, object]]:
     """torch's hooks for every module, by the name of their table; Dynamo guards none of them."""
     held = vars(torch.nn.modules.module)
-    tables = (name for name in held if name.startswith("_global_") and isinstance(held[name], dict))
-    return {name: Step.of(held[name], None, "keys") for name in tables}
-
-
-class ModuleHooks:
-    """torch's hooks for every module, as they were."""
-
-    def __init__(self) -> None:
-        self._seen = _hooks()
-
-    def steps(self) -> Iterator[Step]:
-        """The look-ups whose results would change with the hooks."""
-        for name, step in _hooks().items():
-            yield from (step, Step.of(vars(torch.nn.modules.module), name))
-
-    def difference(self) -> str:
-        """Which of them are others; "" if none are."""
-        for name, step in _hooks().items():
-            if step.seen() != self._seen[name].seen():
-                return (
-                    f"torch.nn.modules.module.{name} has other hooks than when the model was traced"
-                )
-        return ""
-
-    def present(self) -> str:
-        """Which of them there were; "" if there were none."""
-        return next((name for name, step in self._seen.items() if step.value), "")
+    return {k: held[k] for k in held if k.startswith("_global_") and isinstance(held[k], dict)}

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import functools
 import inspect
-import types
-from collections import deque
 from collections.abc import Callable, Iterator
 
 import torch
 
-from piecework.code_objects import cells_of, with_inner_code
-
-_MUCH = 1000
+from piecework.code_objects import cells_of
 
 
 def modules_of(model: Callable[..., object]) -> list[tuple[str, torch.nn.Module]]:
@@ -50,50 +46,10 @@ def reachable(model: Callable[..., object]) -> Iterator[tuple[str, object]]:
         if not inspect.isroutine(model) and not inspect.isclass(model):
             yield from _attributes(model)
         return
-    names = function.__code__.co_freevars
-    for name, cell in zip(names, function.__closure__ or (), strict=True):
-        try:
-            yield name, cell.cell_contents
-        except ValueError:  # nothing is in it yet
-            continue
+    yield from cells_of(function).items()
     for name in function.__code__.co_names:
         if name in function.__globals__:
             yield name, function.__globals__[name]
-
-
-def leads_to(start: object, is_it: Callable[[object], bool]) -> bool:
-    """Whether a callable reaches something: by what it closes over, its defaults, globals that its code names, attributes, and what is in these.
-
-    Where that is much, not all of it is looked at.
-    """
-    seen: dict[int, object] = {}
-    pending = deque([start])
-    while pending and len(seen) < _MUCH:
-        each = pending.popleft()
-        if is_it(each):
-            return True
-        if id(each) not in seen and not isinstance(each, (type, types.ModuleType, torch.Tensor)):
-            seen[id(each)] = each
-            pending += _next(each)
-    return False
-
-
-def _next(value: object) -> Iterator[object]:
-    if isinstance(value, dict):
-        yield from value.values()
-    elif isinstance(value, (list, tuple)):
-        yield from value
-    elif isinstance(value, types.MethodType):
-        yield from (value.__func__, value.__self__)
-    elif isinstance(value, functools.partial):
-        yield from (value.func, value.args, value.keywords)
-    elif isinstance(value, types.FunctionType):
-        yield from cells_of(value).values()
-        yield from (value.__defaults__, value.__kwdefaults__, value.__dict__)
-        names = set().union(*(each.co_names for each in with_inner_code([value.__code__])))
-        yield from (value.__globals__[name] for name in names & value.__globals__.keys())
-    else:
-        yield getattr(value, "__dict__", None)
 
 
 def _inner(model: object) -> Iterator[tuple[str, object]]:

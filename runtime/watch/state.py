@@ -5,42 +5,26 @@ It holds no argument of the example call, and of the model's objects none but th
 
 from __future__ import annotations
 
+import copy
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from piecework.code_objects import cells_of
 from piecework.codegen.entry.plan import Parameter
 from piecework.errors import InputError
 from piecework.runtime.torch_compat import Place
-from piecework.runtime.watch.class_watch import ClassWatch, digest_of, function_of
-from piecework.runtime.watch.judge import ONE_OBJECT, Judge, ValueJudge
-from piecework.runtime.watch.places import LookUps, Step, place_text
-from piecework.runtime.watch.process import ModuleHooks, ProcessState
-from piecework.runtime.watch.reachable import leads_to
-from piecework.runtime.watch.steps import Steps
-from piecework.runtime.watch.values import (
-    Path,
-    PlainValue,
-    PlainValues,
-    class_name,
-    differences,
-)
+from piecework.runtime.watch.class_watch import METHOD, ClassWatch, function_of
+from piecework.runtime.watch.dict_watch import Look
+from piecework.runtime.watch.judge import Judge, ValueJudge
+from piecework.runtime.watch.looks import Looks
+from piecework.runtime.watch.places import LookUps, is_argument
+from piecework.runtime.watch.process import ProcessState, hook_tables
+from piecework.runtime.watch.values import ONE_OBJECT, PlainValue, plain_values
 
-#: How a module is called: its own forward, and its hooks.
-CALLS = (
-    "forward",
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
 _PACKAGE = __name__.partition(".")[0]
 
 
@@ -49,32 +33,16 @@ class SavedState:
     """A `TracedState` without objects of its process: texts and numbers alone.
 
     Attributes:
-        values: what the trace read.
-        methods: the methods that it went through, by class and name, with digests.
+        values: what the trace read, the methods that it went through among it.
         names, places, asks_grad_mode: as in `TracedState`.
         process: torch's global state.
     """
 
     values: tuple[PlainValue, ...]
-    methods: Mapping[str, Mapping[str, str]]
     names: Mapping[str, str]
     places: tuple[int, tuple[str, ...]]
     asks_grad_mode: bool
     process: Mapping[str, Any]
-
-    def differences(self, model: object, classes: ClassWatch) -> list[str]:
-        """What is not so for a model of this process, with its traced classes; empty if all is."""
-        found = list(differences(model, self.values).values())
-        methods = self._of_classes(classes.classes)
-        found += filter(None, [ProcessState(**self.process).difference(), *methods])
-        hooks = ModuleHooks().present()
-        return found + ([f"torch.nn.modules.module has {hooks}"] if hooks else [])
-
-    def _of_classes(self, classes: Iterable[type]) -> Iterable[str]:
-        for kind in classes:
-            for name, was in self.methods.get(class_name(kind), {}).items():
-                if digest_of(kind, name) != was:
-                    yield f"{class_name(kind)}.{name} has other code than when the model was saved"
 
 
 @dataclass(eq=False, slots=True, kw_only=True)
@@ -82,86 +50,85 @@ class TracedState:
     """The Python that a captured graph has built in.
 
     Attributes:
+        model: what was traced.
         judge: says what of the model is not as the trace relied on it.
         arguments: says so of arguments, of what ``check_inputs`` leaves to it.
+        given: what another process can compare of these, and reasons why it can't the others.
         starts: where places begin: kind and name → object.
         code: what was traced.
         names: Dynamo's names of arguments → their own.
         places: how many arguments were positional, and the order of the others.
-        plain: what another process can compare.
-        tensors: the model's tensors that the trace looked at, whether the graph reads them or not, each with its path; none once it is over.
-        watched: places of those that are no weights: of a closure, a class.
+        tensors: the model's tensors that the trace looked at, whether the graph reads them or not; none once it is over.
         asks_grad_mode: the model's code asks whether gradients are recorded.
         process: torch's global state.
         classes: the methods that were traced.
     """
 
-    _model: object
+    model: object
     judge: Judge
     arguments: Judge
+    given: tuple[tuple[PlainValue, ...], tuple[str, ...]]
     starts: Mapping[str, Mapping[str, object]]
     code: frozenset[types.CodeType]
     names: Mapping[str, str]
     places: tuple[int, tuple[str, ...]]
-    plain: PlainValues
+    tensors: list[tuple[Place, torch.Tensor]] = field(default_factory=list)
+    asks_grad_mode: bool
     process: ProcessState
-    tensors: list[tuple[Path, torch.Tensor]] = field(default_factory=list)
-    watched: list[Place] = field(default_factory=list)
-    asks_grad_mode: bool = False
     classes: ClassWatch = field(init=False)
-    _hooks: ModuleHooks = field(default_factory=ModuleHooks)
-    _call: tuple[object, ...] = field(init=False)
-    _first: Steps | None = None
+    _forward: object = field(init=False)
+    _hooks: dict[str, tuple[object, ...]] = field(init=False)
+    _first: Looks | None = field(init=False)
 
     def __post_init__(self) -> None:
-        self._call = self._own_call()
-        self._first = self._first or self._steps()
+        self._forward, self._hooks = self._own_forward(), _hooks()
+        self._first = self._guarded()
         self.classes = ClassWatch(self._first.classes, self.code)
 
     # --- another process ------------------------------------------------------------------------------
 
+    def untold(self) -> str:
+        """What of it only this process can compare; "" if nothing."""
+        for name, hooks in self._hooks.items():
+            if hooks:
+                return f"torch.nn.modules.module.{name} has hooks"
+        return next(iter((*self._plain()[1], *self.given[1])), "")
+
     def saved(self) -> SavedState:
-        """What another process has to compare; see `PlainValues.untold` for what it can't."""
+        """What another process has to compare; it has to hold now."""
+        values = (*self._plain()[0], *self.given[0])
         process = self.process.as_json()
-        return SavedState(
-            tuple(self.plain.values),
-            self.classes.digests(),
-            dict(self.names),
-            self.places,
-            self.asks_grad_mode,
-            process,
-        )
+        return SavedState(values, dict(self.names), self.places, self.asks_grad_mode, process)
+
+    def _plain(self) -> tuple[tuple[PlainValue, ...], tuple[str, ...]]:
+        return plain_values((*self.judge.guards, *self.classes.guards()), LookUps(self.starts))
 
     @classmethod
     def loaded(cls, saved: SavedState, model: object) -> TracedState:
-        """``saved`` for a model of this process; it holds if `SavedState.differences` finds none."""
-        starts = {"local": {"model": model}}
-        judge = ValueJudge([each for each in saved.values if not each.of_arguments])
-        given = [each for each in saved.values if each.of_arguments]
-        first = Steps(judge.guards, LookUps(starts), ())
-        code = frozenset(
-            function.__code__
-            for kind in first.classes
-            for name in saved.methods.get(class_name(kind), ())
-            if (function := function_of(_static(kind, name))) is not None
-        )
-        return cls(
-            _model=model,
-            judge=judge,
-            arguments=ValueJudge(given),
-            starts=starts,
-            code=code,
+        """``saved`` for a model of this process; `difference` says whether it holds."""
+        now = LookUps.of(model)
+        given = tuple(each for each in saved.values if is_argument(each.guard.place))
+        values = [each for each in saved.values if not is_argument(each.guard.place)]
+        methods = [each.guard.place for each in values if each.guard.kind == METHOD]
+        functions = filter(None, (function_of(now.at(place)) for place in methods))
+        found = cls(
+            model=model,
+            judge=ValueJudge(values, saved.names),
+            arguments=ValueJudge(given, saved.names),
+            given=(given, ()),
+            starts={"local": {"model": model}},
+            code=frozenset(each.__code__ for each in functions),
             names=saved.names,
             places=saved.places,
-            plain=PlainValues(list(saved.values)),
             asks_grad_mode=saved.asks_grad_mode,
             process=ProcessState(**saved.process),
-            _first=first,
         )
+        found._hooks = dict.fromkeys(found._hooks, ())
+        return found
 
     # --- the model's side -----------------------------------------------------------------------------
 
-    def look(self, weights: Iterable[Place]) -> tuple[list[Step], Callable[[], bool] | None]:
+    def look(self, weights: Iterable[Place]) -> tuple[list[Look], Callable[[], bool] | None]:
         """How to see that anything changed, or where ``weights`` lie.
 
         Returns:
@@ -169,84 +136,49 @@ class TracedState:
             None if nothing must be asked.
         """
         # What was noted first serves once as it is: what changed since is seen as a change.
-        steps, self._first = self._first or self._steps(), None
-        steps.watch(weights)
-        found = [
-            *steps.found.values(),
-            *self.classes.steps(),
-            *self._hooks.steps(),
-            *self._call_steps(),
-        ]
-        if not steps.blind:
-            return found, None
-        return found, partial(_holds, self.judge.about(steps.blind), self.starts["local"])
+        looks, self._first = self._first or self._guarded(), None
+        looks.add_weights(weights)
+        for table in hook_tables().values():
+            looks.look(table, None, "keys" if table else "hooks")
+        if isinstance(self.model, torch.nn.Module):
+            looks.look(self.model.__dict__, "forward")
+        found = [*looks.found.values(), *self.classes.looks()]
+        return found, (lambda: not self._judged()) if looks.blind else None
 
-    def _steps(self) -> Steps:
-        return Steps(self.judge.guards, LookUps(self.starts), self.watched)
-
-    def holds(self) -> bool:
-        """Whether the graph is right about the model as it is now."""
-        return not self.difference()
+    def _guarded(self) -> Looks:
+        looks = Looks(LookUps(self.starts))
+        looks.add_guards(self.judge.guards)
+        return looks
 
     def difference(self) -> str:
         """The first thing that the graph is wrong about; "" if there is none."""
-        return (
-            self.process.difference()
-            or self._of_call()
-            or self.classes.difference()
-            or self._hooks.difference()
-            or self.judge.difference(self.starts["local"])
-        )
+        hooks = (name for name, was in _hooks().items() if was != self._hooks[name])
+        if changed := self.process.difference():
+            return changed
+        if (now := self._own_forward()) is not self._forward and not self._is_ours(now):
+            return "the model has another forward than when the model was traced"
+        if changed := self.classes.difference():
+            return changed
+        for name in hooks:
+            return f"torch.nn.modules.module.{name} has other hooks than when the model was traced"
+        return self._judged()
 
-    def global_hooks(self) -> str:
-        """Which of torch's hooks for every module there are; "" if there are none."""
-        return self._hooks.present()
+    def _judged(self) -> str:
+        return self.judge.difference(self.starts["local"])
 
     def accepted(self) -> TracedState:
         """The same, less what does not hold now."""
-        others = differences(self._model, self.plain.values)
-        values = [each for each in self.plain.values if each not in others]
-        now = PlainValues(values, list(self.plain.untold))
-        judge = self.judge.less_failing(self.starts["local"])
-        other = replace(self, judge=judge, plain=now, _first=None)
-        other.classes, other._hooks = self.classes, self._hooks
+        other = copy.copy(self)
+        other.judge, other._first = self.judge.less_failing(self.starts["local"]), None
         return other
 
-    def watched_now(self) -> dict[str, object]:
-        """What is now where the trace found tensors that are no weights, by how errors call the place."""
-        now = LookUps(self.starts)
-        return {place_text(place, self.names): now.at(place) for place in self.watched}
+    def _own_forward(self) -> object:
+        return getattr(self.model, "__dict__", {}).get("forward")
 
-    # --- how the model itself is called -----------------------------------------------------------------
-
-    def _own_call(self) -> tuple[object, ...]:
-        """The model's own forward and hooks, told by identity but for the forward."""
-        if not isinstance(self._model, torch.nn.Module):
-            return ()
-        held = self._model.__dict__
-        hooks = (held.get(name) or {} for name in CALLS[1:])
-        return (held.get("forward"), *(tuple(map(id, each.values())) for each in hooks))
-
-    def _call_steps(self) -> list[Step]:
-        if not isinstance(self._model, torch.nn.Module):
-            return []
-        held = self._model.__dict__
-        steps = [Step.of(held, name, holder=self._model) for name in CALLS]
-        tables = (held.get(name) for name in CALLS[1:])
-        return steps + [Step.of(each, None, "keys") for each in tables if isinstance(each, dict)]
-
-    def _of_call(self) -> str:
-        now = self._own_call()
-        # A model whose forward was replaced by one that runs the graph runs it behind its own hooks.
-        if now == self._call or (
-            now[0] is not self._call[0] and leads_to(now[0], self._stands_for_model)
-        ):
-            return ""
-        return "module model has another forward, or other forward hooks, than when the model was traced"
-
-    def _stands_for_model(self, value: object) -> bool:
-        ours = type(value).__module__.partition(".")[0] == _PACKAGE
-        return ours and getattr(value, "__dict__", {}).get("model") is self._model
+    def _is_ours(self, forward: object) -> bool:
+        """Whether a forward that was put on the model has it run by piecework, behind the model's own hooks."""
+        held = [forward, getattr(forward, "__self__", None), *cells_of(forward).values()]  # type: ignore[arg-type]
+        return any(type(each).__module__.partition(".")[0] == _PACKAGE for each in held)
 
     # --- arguments --------------------------------------------------------------------------------------
 
@@ -259,8 +191,7 @@ class TracedState:
         self, args: tuple[object, ...], kwargs: Mapping[str, object]
     ) -> InputError | None:
         """The first thing that the graph is wrong about in these arguments; None if there is none."""
-        local = {**self.starts["local"], "args": args, "kwargs": kwargs}
-        text = self.arguments.difference(local)
+        text = self.arguments.difference({**self.starts["local"], "args": args, "kwargs": kwargs})
         if not text:
             return None
         refusal = _refusal(text)
@@ -269,12 +200,8 @@ class TracedState:
         return refusal
 
 
-def _holds(judge: Judge, variables: Mapping[str, object]) -> bool:
-    return not judge.difference(variables)
-
-
-def _static(kind: type, name: str) -> object:
-    return next((each.__dict__[name] for each in kind.__mro__ if name in each.__dict__), None)
+def _hooks() -> dict[str, tuple[object, ...]]:
+    return {name: tuple(table.values()) for name, table in hook_tables().items()}
 
 
 def _refusal(text: str) -> InputError:
@@ -290,8 +217,7 @@ class ArgumentCheck:
 
     def __init__(self, state: TracedState, parameters: Sequence[Parameter]) -> None:
         self._state = state
-        count, self._keys = state.places
-        self._count = count
+        self._count, self._keys = state.places
         self._parameters = [(p.name, p.kind) for p in parameters]
         self._orders = {p.name: tuple(p.node.keys) for p in parameters if p.kind == "**"}  # type: ignore[union-attr]
 

@@ -1,8 +1,4 @@
-"""The plain values that a trace read, told so that another process can compare them.
-
-Each guard of Dynamo's becomes a path from the model, its arguments or an imported module, and a text of what was there: a number, the name of a class, a length,
-the keys of a dictionary. Two processes agree where the texts are equal.
-"""
+"""The plain values that a trace read, each a place and a text, so that another process can compare them."""
 
 from __future__ import annotations
 
@@ -10,8 +6,8 @@ import enum
 import importlib
 import sys
 import types
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,30 +15,14 @@ from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 
 from piecework.runtime.store.digest import digest_of
 from piecework.runtime.torch_compat import Guarded, Place
-from piecework.runtime.watch.places import MISSING, LookUps, imported, place_text
-
-Step = tuple[str, object]
-"""One look-up of a path: its kind, as in `Place`, and its key."""
-Path = tuple[Step, ...]
+from piecework.runtime.watch.places import MISSING, PLAIN_KEYS, LookUps, place_text, portable
 
 _PLAIN = (int, bool, float, complex, str, bytes, type(None), type(...), range)
 _OF_TORCH = (torch.dtype, torch.device, torch.layout, torch.memory_format)
-_SEQUENCES = (tuple, list, torch.Size)
 _NAMED = (type, types.BuiltinFunctionType, types.CodeType, types.FunctionType)
-_KEYS = (str, int, bool, type(None))
-CONSTANTS = {"CONSTANT_MATCH", "EQUALS_MATCH", "BOOL_MATCH", "NONE_MATCH"}
-OBJECTS = {
-    "ID_MATCH",
-    "FUNCTION_MATCH",
-    "CLASS_MATCH",
-    "MODULE_MATCH",
-    "BUILTIN_MATCH",
-    "NN_MODULE",
-    "CLOSURE_MATCH",
-}
-_TABLES = [("attribute", name) for name in ("_parameters", "_buffers", "_modules")]
-_ATTRIBUTES = {"HASATTR", "NOT_PRESENT_IN_GENERIC_DICT"}
-_CONTAINS = {"DICT_CONTAINS", "DICT_NOT_CONTAINS", "SET_CONTAINS", "SET_NOT_CONTAINS"}
+_OPERATORS = (OpOverload, OpOverloadPacket, HigherOrderOperator)
+_LIBRARIES = {"torch", "piecework", *sys.stdlib_module_names}
+ONE_OBJECT = "were one object"
 
 
 class Untellable(ValueError):
@@ -54,132 +34,50 @@ class PlainValue:
     """What was at one place.
 
     Attributes:
-        path: the look-ups that lead there; the first is ``("local", "model")``, ``("local", "args")``, ``("local", "kwargs")``,
-            ``("import", module)`` or ``("object", "module:name")``.
-        kind: Dynamo's name of the kind of guard, such as ``"EQUALS_MATCH"``.
-        about: the attribute or key that the guard asks for.
+        guard: what Dynamo guards there, at places that another process can look up.
         text: what was seen.
-        other: the second path of a guard that two lead to one object.
     """
 
-    path: Path
-    kind: str
-    about: object
+    guard: Guarded
     text: str
-    other: Path = ()
 
-    @property
-    def of_arguments(self) -> bool:
-        """Whether it is about the arguments of a call, and not about the model."""
-        return self.path[0] in (("local", "args"), ("local", "kwargs"))
-
-
-@dataclass(slots=True)
-class PlainValues:
-    """What a trace read.
-
-    Attributes:
-        values: what can be told.
-        untold: what can be compared in this process only: place and reason.
-    """
-
-    values: list[PlainValue] = field(default_factory=list)
-    untold: list[str] = field(default_factory=list)
+    def difference(self, now: LookUps, names: Mapping[str, str] | None = None) -> str:
+        """How what lies there differs; "" if it doesn't."""
+        path, text = place_text(self.guard.place, names) or "the model", _seen(self.guard, now)
+        if text == self.text:
+            return ""
+        if self.guard.other:
+            return f"{path} and {place_text(self.guard.other, names)} {ONE_OBJECT} and are two now"
+        if self.guard.about is not None:
+            path = f"{place_text((*self.guard.place, ('attribute', self.guard.about)), names)}"
+        return f"{path} was {self.text} when the model was traced and is {text} now"
 
 
-def plain_values(guards: Iterable[Guarded], now: LookUps) -> PlainValues:
-    """The plain values behind guards of the trace that is running.
+def plain_values(
+    guards: Iterable[Guarded], now: LookUps
+) -> tuple[tuple[PlainValue, ...], tuple[str, ...]]:
+    """The plain values behind guards, and places with reasons of what only this process can compare.
 
     Args:
-        guards: those on the model, on what it reads of modules, and on arguments that are Python objects; tensors are left out, and of Python's,
-            torch's and our own modules all but functions, since their versions are compared.
+        guards: tensors are left out, and what is inside Python, torch and piecework but functions of modules: their versions are compared.
         now: what lies at their places.
     """
-    found = PlainValues()
-    seen: set[PlainValue] = set()
+    found: dict[PlainValue, None] = {}
+    untold = []
     for guard in guards:
         librarys = _is_librarys(guard.place, now)
         if guard.kind == "TENSOR_MATCH" or (librarys and not _is_function_of_module(guard, now)):
             continue
+        places = [portable(each, now) for each in guard.places]
         try:
-            value = _value(guard, now)
+            if not all(places) or type(guard.about) not in PLAIN_KEYS:
+                raise Untellable("what another process could not look up")
+            told = Guarded(places[0], guard.kind, guard.about, *places[1:])
+            found[PlainValue(told, _text(guard, now))] = None
         except Untellable as error:
-            if librarys:
-                continue
-            where = place_text(guard.place) or "the model"
-            found.untold.append(f"{where} ({guard.kind}): {error}")
-            continue
-        if value not in seen:
-            seen.add(value)
-            found.values.append(value)
-    return found
-
-
-def _value(guard: Guarded, now: LookUps) -> PlainValue:
-    if type(guard.about) not in _KEYS:
-        raise Untellable(f"a key that is a {class_name(type(guard.about))}")
-    path = _path(guard.place, now)
-    if guard.other is not None:
-        return PlainValue(path, guard.kind, None, "", _path(guard.other, now))
-    return PlainValue(
-        path, guard.kind, guard.about, seen_text(guard.kind, now.at(guard.place), guard.about)
-    )
-
-
-def differences(model: object, values: Iterable[PlainValue]) -> dict[PlainValue, str]:
-    """What is not as ``values`` say in this process, of all but arguments, and how it differs."""
-    now, places = LookUps({"local": {"model": model}}), Places()
-    told = {
-        each: difference(each, places.of(each.path), places, now)
-        for each in values
-        if not each.of_arguments
-    }
-    return {each: text for each, text in told.items() if text}
-
-
-def difference(value: PlainValue, place: Place, places: Places, now: LookUps) -> str:
-    """How what lies at ``place`` differs from ``value``; "" if it doesn't."""
-    path, found = place_text(place) or "the model", now.at(place)
-    if value.other:
-        other = places.of(value.other)
-        if found is not MISSING and found is now.at(other):
-            return ""
-        return f"{path} and {place_text(other)} were one object and are two now"
-    if found is MISSING:
-        return f"{path} was {value.text} and is not there"
-    try:
-        text = seen_text(value.kind, found, value.about)
-    except Exception as error:  # noqa: BLE001 - of another kind than it was, it may raise anything
-        text = str(error)
-    if text == value.text:
-        return ""
-    if value.kind in _ATTRIBUTES:
-        path = f"{place_text(place)}.{value.about}".lstrip(".")
-    elif value.about is not None:
-        path = f"{path} {value.about!r}"
-    return f"{path} was {value.text} and is {text} now"
-
-
-class Places:
-    """Places by their paths, those with a common beginning under one base."""
-
-    def __init__(self) -> None:
-        self._known: dict[Path, Place] = {}
-
-    def of(self, path: Path) -> Place:
-        found = self._known.get(path)
-        if found is None:
-            base = self.of(path[:-1]) if len(path) > 1 else None
-            kind, key = path[-1]
-            if kind == "object":
-                module, _, name = str(key).partition(":")
-                found = Place(None, "import", module, module)
-                for part in name.split("."):
-                    found = Place(found, "attribute", part, f"{found.name}.{part}")
-            else:
-                found = Place(base, kind, key, "")
-            self._known[path] = found
-        return found
+            if not librarys:
+                untold.append(f"{place_text(guard.place) or 'the model'} ({guard.kind}): {error}")
+    return tuple(found), tuple(untold)
 
 
 def import_starts(values: Iterable[PlainValue]) -> None:
@@ -188,155 +86,92 @@ def import_starts(values: Iterable[PlainValue]) -> None:
     Raises:
         ImportError: one can't be.
     """
-    for kind, key in {value.path[0] for value in values}:
+    for kind, key in {value.guard.place[0] for value in values}:
         if kind in ("import", "object"):
             importlib.import_module(str(key).partition(":")[0])
 
 
-# --- paths --------------------------------------------------------------------------------------------
-
-
-def _path(place: Place, now: LookUps) -> Path:
-    steps: list[Step] = []
-    for each in place.path():
-        if each.base is None:
-            steps = list(_start(each, now))
-        elif each.kind == "unknown" or type(each.key) not in _KEYS:
-            raise Untellable("what another process could not look up")
-        else:
-            steps.append((each.kind, each.key))
-    return tuple(steps)
-
-
-def weight_path(place: Place, now: LookUps) -> Path:
-    """How the model, or an imported module, leads to a tensor by attributes and items alone; () if neither does."""
-    try:
-        start, *steps = _path(place, now)
-    except Untellable:
-        return ()
-    if not steps or not (start == ("local", "model") or start[0] == "import"):
-        return ()
-    found: list[Step] = [start]
-    for kind, key in steps:
-        if kind not in ("attribute", "item"):
-            return ()
-        if kind == "item" and found[-1] in _TABLES:  # ``_parameters['weight']`` is an attribute
-            found[-1] = ("attribute", key)
-        else:
-            found.append((kind, key))
-    return tuple(found)
-
-
-def _start(place: Place, now: LookUps) -> Sequence[Step]:
-    if place.kind in ("local", "import"):
-        return ((place.kind, place.key),)
-    module = imported(str(place.key))
-    value = now.at(place) if module is None else module
-    if isinstance(value, types.ModuleType) and sys.modules.get(value.__name__) is value:
-        return (("import", value.__name__),)
-    if type(value) is dict and _scope_of(value) is not None:
-        return ("import", value["__name__"]), ("attribute", "__dict__")
-    name = f"{getattr(value, '__module__', '')}:{getattr(value, '__qualname__', '')}"
-    if "<" not in name and _object_at(name) is value:
-        return (("object", name),)
-    raise Untellable(f"it begins at the global {place.key}, which another process could not find")
-
-
-def _scope_of(value: dict[str, Any]) -> types.ModuleType | None:
-    """The module whose variables these are."""
-    module = sys.modules.get(str(value.get("__name__")))
-    return module if getattr(module, "__dict__", None) is value else None
-
-
-def _object_at(name: str) -> object:
-    module, _, qualname = name.partition(":")
-    value: object = sys.modules.get(module, MISSING)
-    for part in qualname.split("."):
-        value = getattr(value, part, MISSING)
-    return value
-
-
 def _is_librarys(place: Place, now: LookUps) -> bool:
-    """Whether a place is inside Python, torch or piecework, whose versions an artifact compares."""
-    *way, _ = path = place.path()
-    if len(path) == 1 and place.kind == "global":
-        return _library(now.at(place)) or str(place.key).startswith("__builtins_dict__")
-    first = str(path[0].key)
-    return first.startswith("__builtins_dict__") or any(_library(now.at(each)) for each in way)
+    """Whether a place is inside Python, torch or piecework."""
+    if str(place[0][1]).startswith("__builtins_dict__"):
+        return True
+    ways = [place[:n] for n in range(1, max(2, len(place)))]
+    return any(map(_is_library, map(now.at, ways)))
+
+
+def _is_library(value: object) -> bool:
+    if type(value) is dict:  # the variables of a function: a module's, or those of a named tuple
+        module = sys.modules.get(str(value.get("__name__")))
+        is_scope = getattr(module, "__dict__", None) is value
+        name = "sys" if "_tuple_new" in value else str(value["__name__"]) if is_scope else ""
+    elif isinstance(value, types.ModuleType):
+        name = value.__name__
+    else:
+        name = value.__module__ or "" if isinstance(value, types.FunctionType) else ""
+    return name.partition(".")[0] in _LIBRARIES
 
 
 def _is_function_of_module(guard: Guarded, now: LookUps) -> bool:
     """Whether it is about a function in a module, such as ``torch.nn.functional.linear``, which people replace by their own."""
-    base = guard.place.base
-    holder = None if base is None else now.at(base)
+    holder = now.at(guard.place[:-1]) if len(guard.place) > 1 else None
     return (
-        guard.kind in OBJECTS
-        and isinstance(holder, types.ModuleType)
+        isinstance(holder, types.ModuleType)
         and holder.__name__.partition(".")[0] != "piecework"
         and isinstance(now.at(guard.place), (types.FunctionType, types.BuiltinFunctionType))
     )
 
 
-def _library(value: object) -> bool:
-    if type(value) is dict:  # the variables of a function: a module's, or those of a named tuple
-        value = sys if "_tuple_new" in value else _scope_of(value)
-    name = value.__name__ if isinstance(value, types.ModuleType) else None
-    if name is None and isinstance(value, types.FunctionType):
-        name = value.__module__
-    root = (name or "").partition(".")[0]
-    return root in ("torch", "piecework") or root in sys.stdlib_module_names
-
-
 # --- texts --------------------------------------------------------------------------------------------
 
 
-def seen_text(kind: str, value: Any, about: Any) -> str:
-    """What a guard of this kind compares of ``value``, as a text.
+def _seen(guard: Guarded, now: LookUps) -> str:
+    try:
+        return _text(guard, now)
+    except Exception as error:  # noqa: BLE001 - of another kind than it was, it may raise anything
+        return str(error)
+
+
+def _text(guard: Guarded, now: LookUps) -> str:
+    """What a guard compares, as a text.
 
     Raises:
         Untellable: it can be told apart in this process only.
     """
+    value, about = now.at(guard.place), guard.about
+    if guard.other:
+        return "one object" if value is not MISSING and value is now.at(guard.other) else "two"
     if value is MISSING:
-        raise Untellable("something that Dynamo looks up in a way of its own")
-    if kind in CONSTANTS:
-        return plain_text(value)
-    if kind in OBJECTS:
-        return object_text(value)
-    match kind:
-        case "TYPE_MATCH":
-            return class_name(type(value))
-        case "SEQUENCE_LENGTH" | "EMPTY_NN_MODULE_HOOKS_DICT":
-            return f"{len(value)} items"
-        case "DICT_KEYS_MATCH":
-            return f"[{', '.join(map(_key_text, dict.keys(value)))}]"
-        case "HASATTR":
-            return "there" if hasattr(value, str(about)) else "missing"
-        case "NOT_PRESENT_IN_GENERIC_DICT":
-            return "there" if about in getattr(value, "__dict__", {}) else "missing"
-    if kind in _CONTAINS:
-        return "there" if about in value else "missing"
-    raise Untellable(f"a guard of kind {kind}")
+        if guard.place[-1][0] == "static":
+            return "missing"
+        raise Untellable("not there")
+    if about is not None:
+        is_there = about in value if _holds_keys(value) else hasattr(value, str(about))
+        if guard.kind == "NOT_PRESENT_IN_GENERIC_DICT":
+            is_there = about in vars(value)
+        return "there" if is_there else "missing"
+    if guard.kind == "TYPE_MATCH":
+        return class_name(type(value))
+    if isinstance(value, dict):
+        return f"[{', '.join(map(plain_text, dict.keys(value)))}]"
+    return f"{len(value)} items" if guard.kind == "SEQUENCE_LENGTH" else plain_text(value)
 
 
-def _key_text(key: object) -> str:
-    try:
-        return plain_text(key)
-    except Untellable:
-        return object_text(key)
+def _holds_keys(value: object) -> bool:
+    return isinstance(value, (dict, set, frozenset, types.MappingProxyType))
 
 
 def plain_text(value: Any) -> str:
-    """A text that is equal where values are, type by type: ``1``, ``1.0`` and ``True`` have three.
+    """A text that is equal where values are, type by type: ``1``, ``1.0`` and ``True`` have three; of a function it says what it runs.
 
     Raises:
-        Untellable: it, or something in it, is no plain value.
+        Untellable: it, or something in it, is told apart by identity alone.
     """
     kind = type(value)
     if kind in _PLAIN:
         return repr(value)
     if kind in _OF_TORCH:
         return f"device {value}" if kind is torch.device else str(value)
-    if kind in _SEQUENCES:
+    if kind in (tuple, list, torch.Size):
         return f"{kind.__name__}({', '.join(map(plain_text, value))})"
     if kind in (set, frozenset):
         return f"{kind.__name__}({', '.join(sorted(map(plain_text, value)))})"
@@ -344,26 +179,6 @@ def plain_text(value: Any) -> str:
         return f"slice{plain_text((value.start, value.stop, value.step))}"
     if isinstance(value, enum.Enum):
         return f"{class_name(kind)}.{value.name} {plain_text(value.value)}"
-    return object_text(value)
-
-
-def is_fixed(value: object) -> bool:
-    """Whether it is a value that nobody can change: a number, a text, a class, a function, a tuple or slice of such."""
-    if type(value) in (tuple, torch.Size):
-        return all(map(is_fixed, value))  # type: ignore[call-overload]
-    if type(value) is slice:
-        return all(map(is_fixed, (value.start, value.stop, value.step)))
-    if type(value) is frozenset:
-        return all(map(is_fixed, value))
-    return type(value) in (*_PLAIN, *_OF_TORCH) or isinstance(value, (enum.Enum, *_NAMED))
-
-
-def object_text(value: Any) -> str:
-    """A text for a module, a class, a function or an operator: its name, and of a function what it runs.
-
-    Raises:
-        Untellable: it is told apart by identity alone.
-    """
     if isinstance(value, types.ModuleType):
         return f"module {value.__name__}"
     if isinstance(value, type):
@@ -372,13 +187,26 @@ def object_text(value: Any) -> str:
         return f"function {value.__module__}.{value.__qualname__} {code_digest(value.__code__)}"
     if isinstance(value, types.CodeType):
         return f"code {code_digest(value)}"
-    if isinstance(value, (types.BuiltinFunctionType, types.MethodDescriptorType)):
+    if isinstance(
+        value, (types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType)
+    ):
         return f"builtin {value.__qualname__}"
-    if isinstance(value, (OpOverload, OpOverloadPacket, HigherOrderOperator)):
+    if isinstance(value, _OPERATORS):
         return f"operator {value}"
-    if value is None or isinstance(value, (*_PLAIN, *_OF_TORCH, enum.Enum)):
-        return plain_text(value)
-    raise Untellable(f"a {class_name(type(value))}, which can be told by identity alone")
+    if isinstance(value, property):
+        return f"property {plain_text(value.fget)}"
+    if isinstance(value, (staticmethod, classmethod)):
+        return f"{kind.__name__} {plain_text(value.__func__)}"
+    raise Untellable(f"a {class_name(kind)}, which can be told by identity alone")
+
+
+def is_fixed(value: object) -> bool:
+    """Whether it is a value that nobody can change: a number, a text, a class, a function, a tuple or slice of such."""
+    if type(value) in (tuple, torch.Size, frozenset):
+        return all(map(is_fixed, value))  # type: ignore[call-overload]
+    if type(value) is slice:
+        return all(map(is_fixed, (value.start, value.stop, value.step)))
+    return type(value) in (*_PLAIN, *_OF_TORCH) or isinstance(value, (enum.Enum, *_NAMED))
 
 
 def class_name(kind: type) -> str:

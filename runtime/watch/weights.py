@@ -23,10 +23,14 @@ from piecework.errors import BindError, CaptureError, ConfigError, InputError, d
 from piecework.runtime import torch_compat
 from piecework.runtime.torch_compat import Place
 from piecework.runtime.watch.dict_watch import DictWatch
-from piecework.runtime.watch.places import MISSING, LookUps, place_text
+from piecework.runtime.watch.places import MISSING, LookUps, place_text, portable
 from piecework.runtime.watch.reachable import own_tensors
 from piecework.runtime.watch.state import TracedState
-from piecework.runtime.watch.values import Path, Places
+
+_TRIES = 16
+_FIXED = "the graph has it as it was traced: put it back, or compile the model again"
+_ONE_KIND = "compiled pieces are made for one dtype, device and shape: compile the model again"
+_PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,26 +54,16 @@ class Traced:
 
     @classmethod
     def of(cls, path: str, tensor: torch.Tensor) -> Traced:
-        stride = _stride(tensor)
-        kind, (settings, inner) = type(tensor), _made_of(tensor)
-        traced = tuple(cls.of(name, each) for name, each in inner.items())
-        return cls(
-            path,
-            tensor.dtype,
-            tensor.layout,
-            tensor.device,
-            tensor.shape,
-            stride,
-            torch.Tensor if kind in _PLAIN else kind,
-            settings,
-            traced,
-        )
+        settings, held = _made_of(tensor)
+        inner = tuple(cls.of(name, each) for name, each in held.items())
+        where = tensor.dtype, tensor.layout, tensor.device, tensor.shape, _stride(tensor)
+        return cls(path, *where, _kind(tensor), settings, inner)
 
     def difference(self, tensor: object) -> str:
         """How ``tensor`` differs from what was traced; "" if it does not."""
         if not isinstance(tensor, torch.Tensor):
             return f"is a {type(tensor).__qualname__} now"
-        if (torch.Tensor if type(tensor) in _PLAIN else type(tensor)) is not self.kind:
+        if _kind(tensor) is not self.kind:
             return f"is a {type(tensor).__qualname__} now; the trace had a {self.kind.__qualname__}"
         for what, expected, actual in (
             ("dtype", self.dtype, tensor.dtype),
@@ -90,16 +84,18 @@ class Traced:
         return "is a lazily negated or conjugated view now" if torch_compat.is_lazy(tensor) else ""
 
 
+def _kind(tensor: torch.Tensor) -> type:
+    return torch.Tensor if type(tensor) in _PLAIN else type(tensor)
+
+
+def _stride(tensor: torch.Tensor) -> tuple[int, ...]:
+    return tensor.stride() if tensor.layout is torch.strided else ()
+
+
 def _made_of(tensor: torch.Tensor) -> tuple[object, dict[str, torch.Tensor]]:
     """What a tensor subclass says of itself, and the tensors that it holds; nothing for a plain tensor."""
     inner, settings = taken_apart(tensor) or ({}, None)
     return copy.deepcopy(settings), inner
-
-
-_TRIES = 16
-_FIXED = "the graph has it as it was traced: put it back, or compile the model again"
-_ONE_KIND = "compiled pieces are made for one dtype, device and shape: compile the model again"
-_PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +110,7 @@ class Weight:
 
     path: str
     tensor: torch.Tensor
-    way: Path = ()
+    way: Place = ()
 
 
 @dataclass(eq=False)
@@ -130,9 +126,8 @@ class BoundWeights:
 
     traced: tuple[Traced, ...]
     tensors: list[torch.Tensor]
-    taken: tuple[Path, ...]
+    taken: tuple[Place, ...]
     _ways: tuple[tuple[Place, ...], ...]
-    _model: object
     state: TracedState
     _strict: frozenset[str] = frozenset()
     unchanged: Callable[[], bool] = field(default=lambda: True, repr=False)
@@ -141,12 +136,11 @@ class BoundWeights:
     @classmethod
     def of(
         cls,
-        model: object,
         roots: Sequence[tuple[str, torch.nn.Module]],
         weights: Sequence[Weight],
         state: TracedState,
     ) -> BoundWeights:
-        """Find each of ``weights`` in ``model``, and by all its names under ``roots``, with the prefixes of their paths.
+        """Find each of ``weights`` where its way leads, and by all its names under ``roots``, with the prefixes of their paths.
 
         Args:
             state: what else the trace took for given; a call watches it like the weights.
@@ -154,34 +148,42 @@ class BoundWeights:
         Raises:
             CaptureError: there is no way to look a weight up again.
         """
-        names, now, places = _names(roots), _look_ups(model), Places()
+        names, now = _names(roots), LookUps(state.starts)
+        ways = [(*names.get(id(each.tensor), ()), each.way) for each in weights]
+        pairs = zip(weights, ways, strict=True)
         found = cls(
             tuple(Traced.of(each.path, each.tensor) for each in weights),
             [each.tensor for each in weights],
-            tuple(each.way for each in weights),
-            tuple(_ways_to(each, names.get(id(each.tensor), ()), places, now) for each in weights),
-            model,
+            tuple(portable(each.way, now) if each.way else () for each in weights),
+            tuple(
+                tuple(dict.fromkeys(p for p in places if p and now.at(p) is each.tensor))
+                for each, places in pairs
+            ),
             state,
         )
+        for each, places in zip(weights, found._ways, strict=True):
+            if not places:
+                raise out_of_reach(each.path)
         found.unchanged = found._check()
         return found
 
     def names(self) -> list[frozenset[str]]:
-        """All names of each weight: tied ones have several."""
-        return [frozenset(map(place_text, ways)) for ways in self._ways]
+        """All names of each weight under the model's modules: tied ones have several."""
+        return [
+            frozenset(place_text(place) for place in places if place[0][0] == "root")
+            for places in self._ways
+        ]
 
     def _check(self) -> Callable[[], bool]:
         """The check of every call; see the module's docstring."""
         self.trust(self._strict)
         thorough = torch_compat.metadata_guard(self.tensors)
-        process = self.state.process
+        state, process = self.state, self.state.process
+        places = [place for places in self._ways for place in places]
+        looks, always = state.look(places)
         # What is noted first is as the trace found it: what changed since is seen as a change.
-        places = [place for ways in self._ways for place in ways]
-        steps, always = self.state.look(places)
-        watch: DictWatch | None = DictWatch(steps)
-        del steps
-        if not self._held_still():
-            watch = None
+        watch = DictWatch(looks) if self._moved() is None else None
+        del looks
 
         def unchanged() -> bool:
             nonlocal watch, always
@@ -192,22 +194,18 @@ class BoundWeights:
                 (known.untouched() and self._metadata()) or (known.compare() and thorough())
             ):
                 return True
-            watch = known = None  # so that what the model dropped can go before anybody looks
-            if not (self._held_still() and self.state.holds()):
+            watch = known = None  # so that what the model dropped can go
+            noted, always = state.look(places)
+            if self._moved() is not None or state.difference():
                 return False
-            steps, always = self.state.look(places)
-            watch = DictWatch(steps)
+            watch = DictWatch(noted)
             return thorough()
 
         return unchanged
 
-    def _held_still(self) -> bool:
-        """Whether each name of a weight leads to it."""
-        return self._moved() is None
-
     def _moved(self) -> Place | None:
         """The first name of a weight that does not lead to it."""
-        pairs, now = zip(self._ways, self.tensors, strict=True), _look_ups(self._model)
+        pairs, now = zip(self._ways, self.tensors, strict=True), LookUps(self.state.starts)
         moved = (way for ways, tensor in pairs for way in ways if now.at(way) is not tensor)
         return next(moved, None)
 
@@ -245,7 +243,7 @@ class BoundWeights:
             BindError: one is missing, or differs from the trace in more than its values.
         """
         found = []
-        now, again = _look_ups(self._model), _look_ups(self._model)
+        now, again = (LookUps(self.state.starts) for _ in range(2))
         for weight, ways in zip(self.traced, self._ways, strict=True):
             tensor = now.at(ways[0])
             if tensor is None or tensor is MISSING:
@@ -279,10 +277,9 @@ class BoundWeights:
         """
         found = self.current()
         for _ in range(_TRIES):
-            changed = self.state.difference()
-            if changed:
-                raise BindError(changed, hint=_FIXED)
             other = self._with(tensors=found)
+            if changed := self.state.difference():
+                raise BindError(changed, hint=_FIXED)
             # The check was made after the weights were read: between the two another thread may have replaced some.
             found, before = self.current(), found
             if all(map(operator.is_, found, before)):
@@ -333,37 +330,15 @@ def _unfit(old: torch.Tensor, new: torch.Tensor) -> str:
     return next(filter(None, (_unfit(each, theirs[name]) for name, each in mine.items())), "")
 
 
-def _look_ups(model: object) -> LookUps:
-    return LookUps({"local": {"model": model}})
-
-
 def _names(roots: Sequence[tuple[str, torch.nn.Module]]) -> dict[int, list[Place]]:
     """Every name of every parameter and buffer, by identity: a tied weight has several."""
     found: dict[int, list[Place]] = {}
     for prefix, root in roots:
-        known = {"": Place(None, "root", root, prefix.removesuffix("."))}
+        start: Place = (("root", (prefix.removesuffix("."), root)),)
         for path, tensor in own_tensors(root):
-            found.setdefault(id(tensor), []).append(_below(path, known))
+            place = (*start, *(("attribute", name) for name in path.split(".")))
+            found.setdefault(id(tensor), []).append(place)
     return found
-
-
-def _below(path: str, known: dict[str, Place]) -> Place:
-    """The place that a dotted path leads to; ``known`` has those on the way, by their paths."""
-    if path not in known:
-        base, _, name = path.rpartition(".")
-        known[path] = Place(_below(base, known), "attribute", name, "")
-    return known[path]
-
-
-def _ways_to(
-    weight: Weight, names: Sequence[Place], places: Places, now: LookUps
-) -> tuple[Place, ...]:
-    """The places where ``weight`` lies: its names, and where the model's code found it."""
-    wanted = [*names, *([places.of(weight.way)] if weight.way else [])]
-    ways = tuple(place for place in wanted if now.at(place) is weight.tensor)
-    if not ways:
-        raise out_of_reach(weight.path)
-    return ways
 
 
 def out_of_reach(path: str) -> CaptureError:
@@ -372,10 +347,6 @@ def out_of_reach(path: str) -> CaptureError:
         f"weight {path} can't be looked up again, so nobody could tell that it was replaced",
         hint="hold it as a parameter, a buffer, or in an attribute, list or dictionary of the model",
     )
-
-
-def _stride(tensor: torch.Tensor) -> tuple[int, ...]:
-    return tensor.stride() if tensor.layout is torch.strided else ()
 
 
 def refit(

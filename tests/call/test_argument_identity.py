@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import piecework
-from piecework.errors import CaptureError, InputError
+from piecework.errors import InputError
 
 WIDTH = 4
 X = torch.linspace(0.0, 1.0, 3 * WIDTH).view(3, WIDTH)
@@ -114,9 +114,10 @@ def test_a_tensor_for_a_default_that_is_one() -> None:
         assert torch.equal(stitched(*given), Defaulted()(*given))
 
 
-def test_a_default_that_only_the_signature_holds_is_no_weight() -> None:
-    with pytest.raises(CaptureError, match=r"__defaults__\[0\] can't be looked up again"):
-        piecework.compile(Defaulted(), (X,), config={"backend": "eager"})
+def test_a_default_that_only_the_signature_holds_is_a_weight() -> None:
+    stitched = piecework.compile(Defaulted(), (X,), config={"backend": "eager"})
+    for given in ((X,), (X, torch.ones(WIDTH)), (X,), (X, NOBODY)):
+        assert torch.equal(stitched(*given), Defaulted()(*given))
 
 
 def _defaulted(x: torch.Tensor, t: torch.Tensor = NOBODY) -> torch.Tensor:

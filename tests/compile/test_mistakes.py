@@ -119,16 +119,6 @@ def takes_a_dict(x: dict) -> torch.Tensor:
     return x["x"]
 
 
-def closed_over() -> nn.Module:
-    table = torch.ones(8, 8)
-
-    class Closed(nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x @ table
-
-    return Closed()
-
-
 class KeptEager(nn.Module):
     @torch.compiler.disable(reason="the team keeps this eager")
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -190,7 +180,6 @@ MISTAKES: list[tuple[Callable[[], object], type[PieceworkError], str, str]] = [
     (lambda: compiled(None, [X]), CaptureError, "must be Tensor, not", "call the model"),
     (lambda: compiled(lambda held: held.x * 2, SimpleNamespace(x=X)), CaptureError,
      "argument held is a SimpleNamespace", "register_pytree_node"),
-    (lambda: compiled(closed_over()), CaptureError, "can't be looked up again", "a buffer"),
     # --- configuration
     (lambda: config(spliting_ops=[]), ConfigError, "did you mean splitting_ops?", ""),
     (lambda: config(mode="FAST"), ConfigError, "no compilation mode 'FAST'", ""),

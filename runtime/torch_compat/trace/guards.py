@@ -12,36 +12,16 @@ import torch.fx
 
 from piecework.code_objects import with_inner_code
 
+Place = tuple[tuple[str, object], ...]
+"""Where something is: the look-ups that lead there, each a kind and a key.
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Place:
-    """Where something is: a look-up in what another place leads to.
-
-    Attributes:
-        base: the place that is looked into; None for the start.
-        kind: ``"local"`` and ``"global"`` (starts: variables of the traced function), ``"import"`` (a module by name), ``"attribute"``,
-            ``"root"`` (an object, which is the key), ``"item"``, ``"key"`` (the key of a dictionary at a position), ``"at"`` (its value there), ``"type"``, ``"class dict"``,
-            ``"referent"`` (what a weak reference points to), or ``"unknown"``.
-        key: a name, an index or a key.
-        name: what Dynamo calls it.
-    """
-
-    base: Place | None
-    kind: str
-    key: object
-    name: str
-
-    def path(self) -> list[Place]:
-        """The places on the way, the start first."""
-        found: list[Place] = []
-        place: Place | None = self
-        while place is not None:
-            found.append(place)
-            place = place.base
-        return found[::-1]
+It starts with ``"local"`` or ``"global"`` (a variable of the traced function), ``"import"`` (a module by name), ``"object"`` (``module:qualified.name``)
+or ``"root"`` (a name and the object itself), and goes on with ``"attribute"``, ``"item"``, ``"key"`` (the key of a dictionary at a position), ``"at"`` (its value there),
+``"type"``, ``"class dict"``, ``"static"`` (what a class and its bases hold under a name), ``"referent"`` (of a weak reference), or ``"unknown"``.
+"""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True)
 class Guarded:
     """One guard.
 
@@ -49,26 +29,20 @@ class Guarded:
         place: what is guarded.
         kind: Dynamo's name of the kind of guard, such as ``"TYPE_MATCH"``.
         about: the attribute or key that the guard asks for; None where it asks for none.
-        other: the second place of a guard of two.
-        known: whether ``value`` is what was there.
-        value: what was there.
+        other: the second place of a guard that two lead to one object.
+        name: what Dynamo calls the place.
     """
 
     place: Place
     kind: str
-    about: object
-    other: Place | None
-    known: bool
-    value: object
+    about: object = None
+    other: Place = ()
+    name: str = ""
 
     @property
-    def places(self) -> list[Place]:
+    def places(self) -> tuple[Place, ...]:
         """The one or two places that it is about."""
-        return [self.place] if self.other is None else [self.place, self.other]
-
-    def without_value(self) -> Guarded:
-        """The same, holding nothing of what was there."""
-        return Guarded(self.place, self.kind, self.about, self.other, False, None)
+        return (self.place, self.other) if self.other else (self.place,)
 
 
 class GuardReader:
@@ -76,19 +50,23 @@ class GuardReader:
 
     Args:
         wanted: called once with all guards; says for each whether Dynamo's own check must have it.
+
+    Attributes:
+        names: what Dynamo calls places that it guards, and those on the way there.
     """
 
     def __init__(self, wanted: Callable[[Sequence[Guarded]], Sequence[bool]]) -> None:
         self._wanted = wanted
         self._places: dict[object, Place] = {}
+        self.names: dict[Place, str] = {}
 
     def choose(self, entries: Sequence[Any]) -> list[bool]:
         return list(self._wanted([self._guarded(entry) for entry in entries]))
 
-    def place_of(self, node: torch.fx.Node) -> Place | None:
-        """Where a graph's input comes from; None where torch doesn't say."""
+    def place_of(self, node: torch.fx.Node) -> Place:
+        """Where a graph's input comes from; () where torch doesn't say."""
         source = getattr(node.meta.get("grapharg"), "source", None)
-        return None if source is None else self._place(source)
+        return () if source is None else self._place(source)
 
     def give_back(self) -> None:
         """Forget everything: torch keeps the function that it was given."""
@@ -97,63 +75,45 @@ class GuardReader:
     def _guarded(self, entry: Any) -> Guarded:
         guard = entry.orig_guard
         given = getattr(guard.create_fn, "keywords", {})
-        about = given.get("attr", given.get("key"))
-        other = given.get("source_b")
-        source, known = guard.originating_source, entry.has_value
-        # Older torch guards the attribute's own source.
-        if entry.guard_type == "HASATTR" and about is None:
+        about, other = given.get("attr", given.get("key")), given.get("source_b")
+        source = guard.originating_source
+        if entry.guard_type == "HASATTR" and about is None:  # older torch: the attribute's source
             while type(source).__name__ in _TRANSPARENT:
                 source = source.base
-            source, about, known = source.base, source.member, False
-        kind = entry.guard_type
-        if given.get("invert"):  # older torch has one kind for both
-            kind = kind.replace("_CONTAINS", "_NOT_CONTAINS")
-        return Guarded(
-            self._place(source),
-            kind,
-            about,
-            None if other is None else self._place(other),
-            known,
-            entry.value if known else None,
-        )
+            source, about = source.base, source.member
+        two = () if other is None else self._place(other)
+        return Guarded(self._place(source), entry.guard_type, about, two, source_name(source))
 
     def _place(self, source: Any) -> Place:
         found = self._places.get(source)
         if found is None:
             found = self._places[source] = self._made(source)
+            self.names.setdefault(found, source_name(source))
         return found
 
     def _made(self, source: Any) -> Place:
         kind = type(source).__name__
-        name = source_name(source)
-        start = _STARTS.get(kind)
-        if start is not None:
-            return Place(None, start[0], getattr(source, start[1]), name)
+        if kind in _STARTS:
+            start, name = _STARTS[kind]
+            return ((start, getattr(source, name)),)
         base = getattr(source, "base", None)
         if base is None:
-            return Place(None, "unknown", None, name)
+            return (("unknown", source_name(source)),)
         held = self._place(base)
         if kind in _TRANSPARENT:
             return held
         if kind in _ATTRIBUTES:
-            return Place(held, "attribute", getattr(source, "member", _ATTRIBUTES[kind]), name)
+            return (*held, ("attribute", getattr(source, "member", _ATTRIBUTES[kind])))
         if kind in _ITEMS and not getattr(source, "index_is_slice", False):
             index = source.index
             if type(index).__name__ == "ConstDictKeySource":
-                return Place(held, "at", index.index, name)
-            return Place(held, "item", index, name)
+                return (*held, ("at", index.index))
+            return (*held, ("item", index))
         if kind == "DefaultsSource":
-            values = Place(held, "attribute", source.field, f"{held.name}.{source.field}")
-            return Place(values, "item", source.idx_key, name)
+            return (*held, ("attribute", source.field), ("item", source.idx_key))
         if kind == "ConstDictKeySource":
-            return Place(held, "key", source.index, name)
-        if kind == "TypeSource":
-            return Place(held, "type", None, name)
-        if kind == "TypeDictSource":
-            return Place(held, "class dict", None, name)
-        if kind == "WeakRefCallSource":
-            return Place(held, "referent", None, name)
-        return Place(held, "unknown", None, name)
+            return (*held, ("key", source.index))
+        return (*held, (_OTHERS.get(kind, "unknown"), None))
 
 
 _STARTS = {
@@ -179,6 +139,7 @@ _ATTRIBUTES = {
     "TypeMROSource": "__mro__",
 }
 _ITEMS = {"GetItemSource", "ListGetItemSource", "DictGetItemSource", "DictSubclassGetItemSource"}
+_OTHERS = {"TypeSource": "type", "TypeDictSource": "class dict", "WeakRefCallSource": "referent"}
 
 
 def source_name(source: Any) -> str:
@@ -204,7 +165,7 @@ def guard_settings() -> Mapping[str, object]:
 def kept_guards(code: types.CodeType) -> Any:
     """Dynamo's guards of the trace of ``code`` that were wanted; None if this torch doesn't show them.
 
-    What comes back has ``check(variables)`` and ``check_verbose(variables)``, and is held by nobody else once the code is gone.
+    Nobody else holds them once the code is gone.
     """
     entries = torch._dynamo.eval_frame._debug_get_cache_entry_list(code)
     manager = getattr(entries[0], "guard_manager", None) if entries else None
@@ -230,15 +191,14 @@ def traced_code() -> list[types.CodeType]:
     return list(dict.fromkeys(getattr(context, "traced_code", None) or ()))
 
 
-_CALL_OF_A_MODULE = torch.nn.Module._call_impl.__code__
-
-
 def trace_names(*names: str) -> list[str]:
     """Those of ``names`` that code which the running trace went through has, by themselves or as texts; all where torch doesn't say.
 
-    The call of a module counts for nothing: it asks its results for gradients' functions to hang hooks on them.
+    The call of a module counts for nothing, which asks its results for gradients' functions to hang hooks on them, nor do trees, whose ``is_leaf`` is no tensor's.
     """
-    traced = [each for each in traced_code() if each is not _CALL_OF_A_MODULE]
+    call_of_a_module = torch.nn.Module._call_impl.__code__
+    code = (each for each in traced_code() if each is not call_of_a_module)
+    traced = [each for each in code if each.co_filename != torch.utils._pytree.__file__]
     if not traced:
         return list(names)
     found: set[object] = set()
@@ -248,18 +208,15 @@ def trace_names(*names: str) -> list[str]:
 
 
 def ordered_places() -> frozenset[str] | None:
-    """Dynamo's names of the dictionaries whose order the trace that is running depends on; None where torch doesn't say."""
+    """Dynamo's names of the dictionaries whose order the running trace depends on; None where torch doesn't say."""
     sources = getattr(running_output(), "guard_on_key_order", None)
-    if sources is None:
-        return None
-    return frozenset(source_name(source) for source in sources)
+    return None if sources is None else frozenset(map(source_name, sources))
 
 
 def leave_guards_untimed() -> None:
-    """Keep Dynamo from running the guards of the trace that is running when it has made them.
+    """Keep Dynamo from running the guards of the running trace when it has made them.
 
-    It would see whether they hold, which is looked at in each call, and how long they take with the processor's caches emptied: for a log
-    alone, it writes 32 MB each time.
+    It would see whether they hold, which each call does, and time them with the processor's caches emptied, for a log alone.
     """
     output = running_output()
     if hasattr(output, "skip_guards_check"):
@@ -281,11 +238,3 @@ def traced_locals() -> dict[str, object]:
     """What Dynamo's names ``L['x']`` stand for in the trace whose backend is being called; {} where torch doesn't show it."""
     root = getattr(running_output(), "root_tx", None)
     return dict(getattr(root, "f_locals", None) or {})
-
-
-def class_dict(kind: type) -> dict[str, object] | None:
-    """The dictionary behind ``kind.__dict__``; None where it can't be reached."""
-    import gc
-
-    found = [each for each in gc.get_referents(kind.__dict__) if type(each) is dict]
-    return found[0] if len(found) == 1 and found[0].keys() == kind.__dict__.keys() else None
