@@ -259,7 +259,7 @@ def warm_or_compiled(
 
     if manifest.made_otherwise(config):
         why = "other settings"
-    elif not (directory / bundle.ARTIFACT).is_dir():
+    elif not (directory / bundle.ARTIFACT).is_file():
         why = "the folder has no artifact"
     else:
         try:

@@ -23,7 +23,7 @@ from piecework.runtime.config.groups import CompilationMode, RuntimeConfig
 from piecework.runtime.model_tag import compilation_complete
 from piecework.runtime.splitting_op import registry
 from piecework.runtime.stitched import StitchedModule
-from piecework.runtime.store.folder import Place, directory_of, has_artifact
+from piecework.runtime.store.package import Place, file_of
 from piecework.runtime.trace.sizes import SizePolicy
 
 _log = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ def compile(
         config: a `CompilationConfig`, or a dict of its fields.
         runtime_config: the program's limits, a `RuntimeConfig` or a dict of its fields.
         sizes: batch sizes whose traces are made now, where the first one does not serve them.
-        artifact: a directory that ``StitchedModule.save`` writes. What lies there is loaded if it fits;
+        artifact: a file that ``StitchedModule.save`` writes. What lies there is loaded if it fits;
             else the model is compiled and saved there.
         key_file: a secret that signs and verifies the artifact; see ``StitchedModule.save``.
 
@@ -122,7 +122,7 @@ def load(
     """What ``StitchedModule.save`` wrote, for a model of this process: nothing is traced or compiled.
 
     Args:
-        path: the directory.
+        path: the file.
         model: a model like the saved one, whose weights' values are its own.
         key_file: a file with the secret that the artifact must be signed with; by default the one that
             ``PIECEWORK_CACHE_KEY_FILE`` names, if any.
@@ -133,7 +133,7 @@ def load(
     """
     require_model(model)
     found = Artifact.open(path, key_file)
-    facts = found.folder.facts
+    facts = found.package.facts
     kept = facts.get("kept")
     if kept is not None:
         raise ArtifactError(
@@ -167,7 +167,7 @@ def take_if_it_fits(
 ) -> bool:
     """Give an artifact to ``take``; False where none fits, and a warning says why."""
     try:
-        if not has_artifact(directory_of(path)):
+        if not file_of(path).exists():
             return False
         take(Artifact.open(path, key_file))
     except ArtifactError as error:

@@ -56,7 +56,7 @@ from piecework.runtime.pieces.compilation import Trace
 from piecework.runtime.pieces.program import Program
 from piecework.runtime.pieces.ranks import require_agreement
 from piecework.runtime.pieces.report import Piece, Report
-from piecework.runtime.store.folder import Place
+from piecework.runtime.store.package import Place
 from piecework.runtime.trace.dynamic_dims import unmarked_afterwards
 from piecework.runtime.trace.errors import OPAQUE, tell_of_gradients, tell_of_training
 from piecework.runtime.trace.one_trace import ModelTrace
@@ -439,17 +439,17 @@ class StitchedModule(Captures, Observed, SharedModule):
     # --- artifacts -------------------------------------------------------------------------------
 
     def save(self, path: Place, *, key_file: str | os.PathLike[str] | None = None) -> None:
-        """Write what was compiled to a directory, for ``piecework.load(path, model)`` in another process.
+        """Write what was compiled to a file, for ``piecework.load(path, model)`` in another process.
 
         All traces go with it, and the one that serves a batch of one; no weight does.
 
         Args:
-            path: the directory; an artifact that is there is replaced.
+            path: the file; an artifact that is there is replaced.
             key_file: a file with a secret (16 bytes or more) that signs the artifact; by default the one
                 that ``PIECEWORK_CACHE_KEY_FILE`` names, if any.
 
         Raises:
-            ArtifactError: something can't be told again in another process, or the directory not be written.
+            ArtifactError: something can't be told again in another process, or the file not be written.
         """
         if self._saves_together:
             raise ArtifactError(
@@ -495,7 +495,7 @@ class StitchedModule(Captures, Observed, SharedModule):
         """Serve calls by the traces of an artifact; for ``piecework.load``."""
         with self._lock:
             made = artifact.traces(self.model, self.config, self._backends, self.as_it_is)
-            if artifact.folder.facts.get("sizes") == AllDimensions.__name__:
+            if artifact.package.facts.get("sizes") == AllDimensions.__name__:
                 self._sizes = AllDimensions()
             self._sizes = self._declared_sizes or self._sizes
             for each in made:
@@ -508,7 +508,7 @@ class StitchedModule(Captures, Observed, SharedModule):
     ) -> None:
         """Raise `ArtifactError` if an artifact was made with another configuration than this module has."""
         self._settle_sizes(args, kwargs)
-        require_made_so(artifact.folder.facts, self._made_with())
+        require_made_so(artifact.package.facts, self._made_with())
 
     def accepts(self, *args: object, **kwargs: object) -> bool:
         """Whether a trace that there is serves a call with these arguments; runs nothing but the emitted checks."""

@@ -44,7 +44,7 @@ from piecework.runtime.compile import keep, require_stitching, take_if_it_fits
 from piecework.runtime.config.compilation import CompilationConfig, RuntimeConfig
 from piecework.runtime.config.elsewhere import where_it_goes
 from piecework.runtime.stitched import StitchedModule
-from piecework.runtime.store.folder import Place
+from piecework.runtime.store.package import Place
 
 _log = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ def stitch(
         max_cache_len: captures decode steps of static caches of up to so many tokens whole too, for
             the numbers of sequences in ``capture``, in memory of the graphs' own.
         max_num_seqs: the most sequences of such a step; by default the largest of ``capture``.
-        artifact: a directory that `save` writes. What fits is loaded; else the model is compiled and
+        artifact: a file that `save` writes. What fits is loaded; else the model is compiled and
             saved there.
         key_file: a secret that signs and verifies the artifact; see ``StitchedModule.save``.
         way: "flat" or "whole": that way, or a refusal; by default the first that serves the model.
@@ -176,7 +176,7 @@ def _loaded_way(
     """The way that was saved, for a model like that one; raises `ArtifactError` or `CaptureError`,
     and leaves the model as it was.
     """
-    kept = artifact.folder.facts.get("kept")
+    kept = artifact.package.facts.get("kept")
     if not isinstance(kept, dict) or kept.get("load") != LOADER or kept.get("way") not in WAYS:
         raise ArtifactError(
             "the artifact is of no decoder of transformers",
@@ -190,7 +190,7 @@ def _loaded_way(
         )
     refuse_model(decoder)
     require_like(kept, model, decoder)
-    first, *encoders = from_bytes(artifact.folder.read(FOUND), FOUND)
+    first, *encoders = from_bytes(artifact.package.file(FOUND), FOUND)
     parts = iter(artifact.parts())
     way = WAYS[kept["way"]].from_found(first, parts, model, decoder, config)
     for found in encoders:
@@ -362,7 +362,7 @@ def load(path: Place, model: Model, *, key_file: str | os.PathLike[str] | None =
     """
     decoder = _unstitched(model)
     found = Artifact.open(path, key_file)
-    config = CompilationConfig.given(found.folder.facts["config"], "config")
+    config = CompilationConfig.given(found.package.facts["config"], "config")
     _serve_by(_loaded_way(found, model, decoder, config), model)
     return model
 

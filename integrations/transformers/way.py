@@ -25,7 +25,7 @@ from piecework.integrations.transformers.settings import ConfigReader, embedding
 from piecework.runtime.artifact.model import Artifact, Part, files_of, write_together
 from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.stitched import StitchedModule
-from piecework.runtime.store.folder import Place
+from piecework.runtime.store.package import Place
 from piecework.runtime.store.surroundings import source_factors, tree_digest
 
 LOADER, SAVER = (f"piecework.integrations.transformers.{name}" for name in ("load", "save"))

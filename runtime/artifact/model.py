@@ -1,4 +1,4 @@
-"""Stitched models as directories, written whole or not at all, and bound to the weights of a model
+"""Stitched models as files, written whole or not at all, and bound to the weights of a model
 of another process.
 
 What can't be told again in another process is refused by name when a model is saved; what is not as
@@ -43,14 +43,12 @@ from piecework.runtime.compilers.interface import EagerAdaptor
 from piecework.runtime.config.compilation import CompilationConfig, RuntimeConfig
 from piecework.runtime.pieces.program import timed
 from piecework.runtime.store.files import signing_key
-from piecework.runtime.store.folder import (
+from piecework.runtime.store.package import (
     PARTS,
-    Folder,
+    Package,
     Place,
-    directory_of,
-    open_folder,
     part_folder,
-    write_folder,
+    write_package,
 )
 from piecework.runtime.store.surroundings import (
     is_foreign,
@@ -178,13 +176,13 @@ class Part:
 def write_model(
     place: Place, part: Part, *, key_file: str | os.PathLike[str] | None = None
 ) -> None:
-    """Write a stitched module to a directory, in place of an artifact that is there.
+    """Write a stitched module to a file, in place of an artifact that is there.
 
     Args:
         key_file: the secret that signs the manifest; `piecework.runtime.store.files.signing_key`.
 
     Raises:
-        ArtifactError: something can't be told again in another process, or the directory can't be
+        ArtifactError: something can't be told again in another process, or the file can't be
             written.
     """
     files: dict[str, bytes] = {}
@@ -220,7 +218,7 @@ def _write(
     key_file: str | os.PathLike[str] | None,
 ) -> None:
     whole = {**facts, "machine": machine(*graphs), "processes": _processes()}
-    write_folder(directory_of(place), files, json.loads(json.dumps(whole)), signing_key(key_file))
+    write_package(place, files, json.loads(json.dumps(whole)), signing_key(key_file))
 
 
 def _facts(
@@ -354,7 +352,7 @@ def _memory(trace: TracedModel) -> tuple[int, ...] | None:
 class Artifact:
     """An artifact that fits this process, and the seconds that opening it took."""
 
-    folder: Folder
+    package: Package
     seconds: float
 
     @classmethod
@@ -366,19 +364,19 @@ class Artifact:
                 of it was unpickled, loaded or executed.
         """
         start = time.perf_counter()
-        folder = open_folder(directory_of(place), signing_key(key_file))
-        made_by = folder.facts.get("processes")
+        package = Package.read(place, signing_key(key_file))
+        made_by = package.facts.get("processes")
         if made_by != _processes():
             raise ArtifactError(
                 f"the artifact was made by process {made_by}, and this is {_processes()}",
                 hint="save an artifact on each rank, in a directory of its own",
             )
-        require_same_machine(folder.table("machine"))  # type: ignore[arg-type]
-        return cls(folder, time.perf_counter() - start)
+        require_same_machine(package.table("machine"))  # type: ignore[arg-type]
+        return cls(package, time.perf_counter() - start)
 
     def parts(self) -> tuple[Artifact, ...]:
         """One for each module, of an artifact of several that were saved together."""
-        found = self.folder.parts()
+        found = self.package.parts()
         return tuple(Artifact(each, self.seconds / len(found)) for each in found)
 
     def traces(
@@ -394,10 +392,10 @@ class Artifact:
             ArtifactError: the model is not the one that was saved, in its code, its settings or its
                 weights' signature.
         """
-        require_same_operators(self.folder.table("operators"))
-        require_same_sources(self.folder.table("sources"))
-        loader = PieceLoader(self.folder.read)
-        rows = self.folder.facts.get("traces")
+        require_same_operators(self.package.table("operators"))
+        require_same_sources(self.package.table("sources"))
+        loader = PieceLoader(self.package.file)
+        rows = self.package.facts.get("traces")
         with collector_paused():
             return tuple(
                 self._trace(f"trace_{n}/", loader, model, config, new_backend(), as_it_is)
@@ -413,15 +411,15 @@ class Artifact:
         new_backend: NewBackend,
         as_it_is: Callable[..., object],
     ) -> TracedModel:
-        folder, phases = self.folder, {"read": self.seconds}
+        package, phases = self.package, {"read": self.seconds}
         with timed(phases, "read"):
-            saved: Any = from_bytes(folder.read(f"{place}{STATE}"), f"{place}{STATE}")
+            saved: Any = from_bytes(package.file(f"{place}{STATE}"), f"{place}{STATE}")
         with timed(phases, "check"):
             weights = _weights(saved, model)
         with timed(phases, "pieces"):
-            program = loaded_program(saved["program"], folder, place, loader, config, phases)
+            program = loaded_program(saved["program"], package, place, loader, config, phases)
         made, held = saved["made"], weights.tensors
-        source = replace(made.source, code=folder.text(f"{place}{ENTRY}"))
+        source = replace(made.source, code=package.file(f"{place}{ENTRY}").decode())
         inputs = (
             (
                 Weight(saved["weights"][each][0].path, held[each], saved["weights"][each][1])
@@ -441,7 +439,7 @@ class Artifact:
         )
         entry = Entry(captured, program, as_it_is, replace(made, source=source))
         if saved["edited"] is not None:
-            entry.edit(replace(saved["edited"], code=folder.text(f"{place}{EDITED}")))
+            entry.edit(replace(saved["edited"], code=package.file(f"{place}{EDITED}").decode()))
         backend = new_backend()
         backend.adopt(program)
         return TracedModel(model, as_it_is, backend, program, entry)

@@ -37,7 +37,7 @@ from piecework.runtime.pieces.program import Graphs, Kept, Program, called_forms
 from piecework.runtime.pieces.report import Piece
 from piecework.runtime.store.digest import digest_of
 from piecework.runtime.store.files import signing_key
-from piecework.runtime.store.folder import KIND, Folder, folder_of, packed
+from piecework.runtime.store.package import KIND, Package, packed
 from piecework.runtime.store.surroundings import (
     AGAIN,
     machine,
@@ -170,7 +170,7 @@ def require_same_operators(saved: Mapping[str, str]) -> None:
 
 def loaded_program(
     saved: Mapping[str, Any],
-    files: Folder,
+    package: Package,
     folder: str,
     loader: PieceLoader,
     config: CompilationConfig,
@@ -179,7 +179,7 @@ def loaded_program(
     """The program again.
 
     Args:
-        files: the verified files; the program's own texts lie below ``folder``, and the graphs,
+        package: the verified files; the program's own texts lie below ``folder``, and the graphs,
             which are read when somebody asks for them.
 
     Raises:
@@ -200,11 +200,11 @@ def loaded_program(
     )
     source = replace(
         kept,
-        code=files.text(f"{folder}{STITCHED}"),
+        code=package.file(f"{folder}{STITCHED}").decode(),
         consts=tuple(consts),
         options=replace(kept.options, direct=direct.implementations),
     )
-    code, given = files.text(f"{folder}{CAREFUL}"), saved["careful consts"]
+    code, given = package.file(f"{folder}{CAREFUL}").decode(), saved["careful consts"]
     careful = replace(source, code=code, consts=given)
     table = None if saved["ranges"] is None else RangeTable.of(saved["ranges"])
     backends: dict[str, PiecewiseBackend] = {}
@@ -225,7 +225,7 @@ def loaded_program(
     return Program(
         name=saved["name"],
         config=config,
-        graphs=_graphs_reader(files, f"{folder}{GRAPHS}", backends),
+        graphs=_graphs_reader(package, f"{folder}{GRAPHS}", backends),
         backends=backends,
         source=source,
         range_table=table,
@@ -246,20 +246,20 @@ def loaded_program(
 
 
 def _graphs_reader(
-    files: Folder, name: str, backends: Mapping[str, PiecewiseBackend]
+    package: Package, name: str, backends: Mapping[str, PiecewiseBackend]
 ) -> Callable[[], Graphs]:
     """What reads a program's graphs once; it raises `ArtifactError` where it can't."""
 
     @cache
     def read() -> Graphs:
         hint = "compile the model without artifact= to capture, dump or edit it"
-        if name not in files.files:
-            raise ArtifactError("the artifact holds no graphs", where=files.name, hint=hint)
+        if name not in package.files:
+            raise ArtifactError("the artifact holds no graphs", where=package.name, hint=hint)
         try:
-            graph, split_gm, rows = torch_compat.graphs_from_bytes(files.read(name))
+            graph, split_gm, rows = torch_compat.graphs_from_bytes(package.file(name))
         except Exception as error:
             why = f"the graphs can't be read: {error}"
-            raise ArtifactError(why, where=files.name, hint=hint) from error
+            raise ArtifactError(why, where=package.name, hint=hint) from error
         for each, backend in backends.items():
             backend.graph = graph_of(split_gm, each)
             backend.structure = structure_of(backend.graph, describe_input=input_signature)
@@ -294,9 +294,9 @@ def program_from_bytes(data: bytes, config: CompilationConfig) -> Program:
             than what is here. Nothing of it was unpickled, executed or loaded then.
     """
     start = time.perf_counter()
-    found = folder_of(data, signing_key())
+    found = Package.of(data, signing_key())
     require_same_machine(found.table("machine"))  # type: ignore[arg-type]
     require_same_operators(found.table("operators"))
-    saved: Any = from_bytes(found.read(STATE), STATE)
+    saved: Any = from_bytes(found.file(STATE), STATE)
     phases = {"read": time.perf_counter() - start}
-    return loaded_program(saved, found, "", PieceLoader(found.read), config, phases)
+    return loaded_program(saved, found, "", PieceLoader(found.file), config, phases)

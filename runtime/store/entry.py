@@ -24,6 +24,7 @@ from piecework.runtime.store.factors import FACTORS_NAME, KeyFactors
 from piecework.runtime.store.files import (
     FULL_DISK,
     LOCKS_DIRECTORY,
+    MAX_BYTES,
     TEMPORARY_PREFIX,
     Damaged,
     check_directory,
@@ -34,7 +35,7 @@ from piecework.runtime.store.files import (
     resolve_root,
     write_atomic,
 )
-from piecework.runtime.store.folder import packed, unpacked
+from piecework.runtime.store.package import packed, unpacked
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +44,6 @@ INDEX_NAME = "piecework_compile_cache.py"
 ARTIFACTS_DIRECTORY = "artifacts"
 QUARANTINE_DIRECTORY = ".quarantine"
 COMPILE_LOCK_SECONDS = 3600.0
-MAX_ARTIFACT_BYTES = 1 << 36
 _END = ".bin"
 _TOUCH_SECONDS = 3600.0
 _READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
@@ -143,7 +143,7 @@ class CacheEntry:
     def read(self, name: str) -> bytes:
         """The bytes saved under ``name``. Raises `FileNotFoundError`, or `Damaged`."""
         place = _place(name)
-        raw = read_regular(self.directory, place, MAX_ARTIFACT_BYTES)
+        raw = read_regular(self.directory, place, MAX_BYTES)
         files, facts = unpacked(raw, self._hmac_key, KIND, place)
         if facts != self._facts(name):
             raise Damaged(f"it is that of {facts}", place)

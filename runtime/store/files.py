@@ -18,6 +18,7 @@ from pathlib import Path
 from piecework.errors import CacheError
 
 MIN_KEY_BYTES = 16
+MAX_BYTES = 1 << 36
 TEMPORARY_PREFIX = ".tmp-"
 LOCKS_DIRECTORY = ".locks"
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -90,46 +91,21 @@ def signing_key(file: str | os.PathLike[str] | None = None) -> bytes | None:
 
 
 def resolve_root(root: str | os.PathLike[str]) -> Path:
-    """The real, absolute path of ``root``, once it and all that leads to it are checked. It need
-    not exist yet.
+    """The real, absolute path of ``root``, once it is checked. It need not exist yet.
+
+    Who can put another directory in its place, by a link or above it, puts one of his own there:
+    owners are checked of directories, and of every file that is read.
 
     Raises:
-        CacheError: somebody else could write into it, or put another directory in its place.
+        CacheError: somebody else could write into it.
     """
     try:
-        given = Path(os.path.abspath(os.path.expanduser(os.fspath(root))))
-        real = Path(os.path.realpath(given))
-        for level in dict.fromkeys((given, *given.parents, *real.parents)):
-            if level != real:
-                _check_way(level)
+        real = Path(os.path.realpath(os.path.expanduser(os.fspath(root))))
         check_directory(real)
     except (ValueError, OSError) as error:
         why = f"the cache directory cannot be used: {error}"
         raise CacheError(why, where=repr(os.fspath(root)), hint=_CHOOSE) from error
     return real
-
-
-def _check_way(path: Path) -> None:
-    """Refuse a directory or link above the cache where somebody else could exchange the cache."""
-    try:
-        info = os.lstat(path)
-    except FileNotFoundError:
-        return
-    writable = info.st_mode & stat.S_IWOTH or (
-        info.st_mode & stat.S_IWGRP and not _is_private_group(info.st_gid)
-    )
-    if not _is_trusted_owner(info.st_uid):
-        kind = (
-            "over another user's link" if stat.S_ISLNK(info.st_mode) else "through another user's"
-        )
-        why = f"the way to the cache directory goes {kind} (uid {info.st_uid})"
-    elif writable and not stat.S_ISLNK(info.st_mode) and not info.st_mode & stat.S_ISVTX:
-        mode = stat.S_IMODE(info.st_mode)
-        why = f"the cache lies in a directory where others can exchange it (mode {mode:04o})"
-    else:
-        return
-    hint = f"{_CHOOSE}, run `chmod go-w {path}`, or set PIECEWORK_DISABLE_CACHE=1"
-    raise CacheError(why, where=str(path), hint=hint)
 
 
 def check_directory(path: Path) -> bool:
@@ -177,19 +153,6 @@ def _others_can_write(info: os.stat_result) -> bool:
 def _is_trusted_owner(uid: int) -> bool:
     """Root can write anywhere, so that files of root are no worse than our own."""
     return uid in (0, os.geteuid())
-
-
-def _is_private_group(gid: int) -> bool:
-    """Whether the group is the one many systems make for each user, with nobody else in it."""
-    import grp
-    import pwd
-
-    try:
-        user, group = pwd.getpwuid(os.geteuid()), grp.getgrgid(gid)
-    except KeyError:
-        return False
-    alone = {*group.gr_mem} <= {user.pw_name}
-    return user.pw_gid == gid and group.gr_name == user.pw_name and alone
 
 
 # --- files -------------------------------------------------------------------------------------------

@@ -24,8 +24,8 @@ import piecework
 from piecework.errors import ArtifactError, BindError, ConfigError, InputError, PieceworkError
 from piecework.runtime.artifact import program
 from piecework.runtime.counters import counters
-from piecework.runtime.store import folder, surroundings
-from piecework.runtime.store.folder import decode, encode, open_folder, write_folder
+from piecework.runtime.store import package, surroundings
+from piecework.runtime.store.package import KIND, Package, packed
 
 EAGER = piecework.CompilationConfig(backend="eager")
 SCRIPT = Path(__file__).with_name("artifact_model.py")
@@ -89,14 +89,9 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return saved(tmp_path_factory.mktemp("artifact") / "model")
 
 
-def copied(artifact: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(artifact, tmp_path / "copy"))
-
-
 def text_of(artifact: Path, name: str) -> str:
-    """A text of the first trace, as people find it."""
-    (file,) = artifact.glob(f"trace_0/{name}.*.py")
-    return file.read_text()
+    """A text of the first trace."""
+    return Package.read(artifact, None).file(f"trace_0/{name}.py").decode()
 
 
 def refusal(path: Path, model: object, **options: object) -> str:
@@ -131,7 +126,7 @@ def test_an_artifact_holds_no_weights(tmp_path: Path) -> None:
         model.layers[0].linear.weight.fill_(1234.5)
     path = saved(tmp_path / "a", model)
     marks = torch.tensor([1234.5] * 4).numpy().tobytes()
-    assert all(marks not in each.read_bytes() for each in path.rglob("*") if each.is_file())
+    assert marks not in path.read_bytes()
 
 
 def test_a_loaded_model_notices_what_changes_afterwards(artifact: Path) -> None:
@@ -335,7 +330,7 @@ def test_an_edited_source_travels_marked_as_edited(tmp_path: Path) -> None:
     stitched.save(tmp_path / "differing")
     for name, mark in (("proved", "proved to mean"), ("differing", "differs from")):
         path, model = tmp_path / name, made(1)
-        assert mark in json.loads((path / "manifest.json").read_text())["traces"][0]["edited"]
+        assert mark in Package.read(path, None).facts["traces"][0]["edited"]
         loaded = piecework.load(path, model)
         x = torch.randn(4, 8)
         assert torch.equal(loaded(x), model(x))
@@ -410,9 +405,9 @@ def test_another_process_needs_no_compiler_and_no_cache(tmp_path: Path) -> None:
     assert (
         found["counters"] == {"num_models_seen": 1} and found["inductor"] == found["cached"] == []
     )
-    for each in ("pieces", "kernels"):  # what was loaded is saved as it was
-        names = [sorted(os.listdir(tmp_path / name / each)) for name in ("model", "model_again")]
-        assert names[0] == names[1]
+    kept = [Package.read(tmp_path / name, None).files for name in ("model", "model_again")]
+    pieces = [{n: f for n, f in files.items() if n[:6] in ("pieces", "kernel")} for files in kept]
+    assert len(pieces[0]) > 4 and pieces[0] == pieces[1]  # what was loaded is saved as it was
     script = tmp_path / "artifact_model.py"
     script.write_text(script.read_text().replace("self.down(", "-self.down(", 1))
     with pytest.raises(AssertionError, match=r"other code|source changed"):
@@ -765,7 +760,7 @@ def test_compile_loads_an_artifact_that_fits_and_says_why_one_does_not(
         assert torch.equal(stitched(x), model(x))
         return counters.num_graphs_seen > before
 
-    assert compiled(made()) and not warned and path.is_dir()
+    assert compiled(made()) and not warned and path.is_file()
     assert not compiled(made(1)) and not warned
     changed = made()
     changed.layers[0].factor = 7.0
@@ -774,11 +769,11 @@ def test_compile_loads_an_artifact_that_fits_and_says_why_one_does_not(
     other = piecework.CompilationConfig(backend="eager", compile_ranges_endpoints=[4])
     assert compiled(made(), config=other) and "compile_ranges_endpoints" in warned.pop()
     assert not compiled(made(), config=other.replace(compile_workers=1)) and not warned
-    next(path.glob("trace_0/entry.*")).write_text("raise SystemExit")
-    assert compiled(made(), config=other) and "trace_0/entry." in warned.pop()
+    path.write_bytes(path.read_bytes().replace(b"def check_inputs", b"def check_nothing"))
+    assert compiled(made(), config=other) and "damaged" in warned.pop()
     assert not compiled(made(), config=other) and not warned
     assert compiled(made(), config=other, splitting_ops=()) and "splitting ops" in warned.pop()
-    (path / "manifest.json").unlink()
+    path.unlink()
     assert compiled(made()) and not warned  # as after a first save that was killed
     assert not compiled(made()) and not warned
 
@@ -807,39 +802,33 @@ def test_an_artifact_needs_a_mode_and_an_example(tmp_path: Path) -> None:
         piecework.load(tmp_path / "a", 3)  # type: ignore[arg-type]
 
 
-def rewritten(path: Path, change: Callable[[dict], None]) -> None:
-    """The manifest with a change, as somebody who knows how it is made would write it."""
-    facts = decode((path / "manifest.json").read_bytes(), None, "manifest.json")
-    change(facts)
-    (path / "manifest.json").write_bytes(encode(facts, None))
+def rewritten(path: Path, change: Callable[[dict, dict], object]) -> None:
+    """The artifact with a change, as somebody who knows how it is made would write it."""
+    found = Package.read(path, None)
+    files, facts = dict(found.files), dict(found.facts)
+    change(files, facts)
+    path.write_bytes(packed(files, facts, None, KIND))
 
 
-def _another_graph(path: Path) -> None:
-    """A file that agrees with the manifest and can't be read."""
-    found = open_folder(path, None)
-    files = {**found.files, "trace_0/state.pickle": b"not a pickle"}
-    write_folder(path, files, found.facts, None)
-
-
-SPOILT: dict[str, tuple[Callable[[Path], object], str]] = {
-    "another format": (lambda path: rewritten(path, lambda f: f.update(format=1)), "format 1"),
-    "damage": (lambda path: next(path.glob("*/state.*")).write_bytes(b"x"), "SHA-256"),
+SPOILT: dict[str, tuple[Callable[[dict, dict], object], str]] = {
     "older pieces": (
-        lambda path: rewritten(
-            path, lambda f: f["machine"]["versions"].update({"piecework sources": "older"})
-        ),
+        lambda _, facts: facts["machine"]["versions"].update({"piecework sources": "older"}),
         "piecework sources older",
     ),
-    "unreadable": (_another_graph, "state.pickle"),
+    "unreadable": (
+        lambda files, _: files.update({"trace_0/state.pickle": b"not a pickle"}),
+        "state.pickle",
+    ),
 }
 
 
 @pytest.mark.parametrize(("spoil", "said"), SPOILT.values(), ids=SPOILT)
 def test_what_can_not_be_loaded_is_compiled_again_and_the_reason_is_said(
-    artifact: Path, tmp_path: Path, warned: list[str], spoil: Callable[[Path], object], said: str
+    artifact: Path, tmp_path: Path, warned: list[str], spoil: Callable, said: str
 ) -> None:
-    path, model, x = copied(artifact, tmp_path), made(), torch.randn(3, 8)
-    spoil(path)
+    path, model, x = tmp_path / "copy", made(), torch.randn(3, 8)
+    shutil.copyfile(artifact, path)
+    rewritten(path, spoil)
     assert said in refusal(path, model)
     before = counters.num_graphs_seen
     stitched = piecework.compile(model, (x,), config=EAGER, artifact=path)
@@ -854,7 +843,7 @@ def test_a_path_that_can_not_be_written_is_said_and_the_model_is_compiled(
     def refusing(*_: object, **__: object) -> bytes:
         raise OSError(errno.ENOSPC, "full")
 
-    monkeypatch.setattr(folder, "write_atomic", refusing)
+    monkeypatch.setattr(package, "write_atomic", refusing)
     model, x = made(), torch.randn(3, 8)
     stitched = piecework.compile(model, (x,), config=EAGER, artifact=tmp_path / "a")
     assert torch.equal(stitched(x), model(x))

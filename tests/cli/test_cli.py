@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import subprocess
 import sys
 import warnings
@@ -144,7 +143,7 @@ def test_a_causal_lm_from_a_config(tmp_path: Path) -> None:
     result = compiled(folder, str(config))
     assert result.exit_code == 0, result.output
     config.unlink()  # the folder stands on its own
-    assert (folder / "artifact" / "manifest.json").is_file()
+    assert (folder / "artifact").is_file()
     traced = piecework.counters.num_graphs_seen
     ran = invoke("run", folder, "--tokens", 5, "--json")
     assert ran.exit_code == 0, ran.output
@@ -312,7 +311,7 @@ def test_verify_tells_what_the_model_computes_otherwise_now(
     folder = tmp_path / "out"
     compiled(folder, "their_model:make")
     assert invoke("verify", folder).exit_code == 0
-    shutil.rmtree(folder / "artifact")
+    (folder / "artifact").unlink()
     assert "compiling again: the folder has no artifact" in invoke("run", folder).output
 
     import their_model

@@ -130,17 +130,6 @@ def test_directories_inside_that_others_can_write_are_refused(tmp_path: Path) ->
     assert open_entry(root, FACTORS).get("a") == b"data"
 
 
-def test_parent_in_which_others_can_exchange_the_cache_is_refused(tmp_path: Path) -> None:
-    shared = tmp_path / "shared"
-    shared.mkdir()
-    shared.chmod(0o777)
-    with pytest.raises(CacheError, match="others can exchange it"):
-        open_entry(shared / "deep" / "cache", FACTORS)
-    assert list(shared.iterdir()) == []
-    shared.chmod(0o1777)  # like /tmp: nobody can rename what is not theirs
-    assert open_entry(shared / "deep" / "cache", FACTORS).put("a", b"data")
-
-
 def test_directory_of_another_user_is_refused(tmp_path: Path) -> None:
     if not IS_ROOT:
         pytest.skip("only root can give files away")
@@ -150,10 +139,6 @@ def test_directory_of_another_user_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CacheError, match="belongs to another user"):
         open_entry(root, FACTORS)
     os.chown(root, 0, -1)
-    os.chown(tmp_path, 65534, -1)
-    with pytest.raises(CacheError, match="through another user"):
-        open_entry(root, FACTORS)
-    os.chown(tmp_path, 0, -1)
     assert open_entry(root, FACTORS).get("a") == b"data"
 
 
@@ -211,17 +196,6 @@ def test_root_may_be_our_own_link(tmp_path: Path) -> None:
     real.chmod(0o777)
     with pytest.raises(CacheError, match="others can write"):
         open_entry(link, FACTORS)
-
-
-def test_link_of_another_user_is_refused(tmp_path: Path) -> None:
-    if not IS_ROOT:
-        pytest.skip("only root can give links away")
-    real, link = tmp_path / "real", tmp_path / "link"
-    real.mkdir(0o700)
-    link.symlink_to(real)
-    os.chown(link, 65534, -1, follow_symlinks=False)
-    with pytest.raises(CacheError, match="another user's link"):
-        open_entry(link / "cache", FACTORS)
 
 
 # --- impossible places and names -----------------------------------------------------------------
