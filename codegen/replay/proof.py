@@ -12,8 +12,7 @@ import torch.fx
 
 from piecework.codegen.plan.literals import is_inline_literal
 from piecework.codegen.proof.graph_run import Event, Token, run_graph, same_constant
-from piecework.codegen.proof.prove import TextRun
-from piecework.codegen.proof.recording import parse_text
+from piecework.codegen.proof.prove import TextRun, parse_text
 from piecework.codegen.replay import plan
 from piecework.codegen.stitch.source import StitchedSource, linkage_of
 from piecework.errors import EmitError
@@ -70,7 +69,7 @@ class _ReplayRun(TextRun):
         self.due: dict[_Buffer, object] = {}
 
     def check(self) -> None:
-        given = self.text.functions[self.entry].args
+        given = self.functions[self.entry].args
         wanted = [each.name for each in self.replay.module.entry.parameters]
         others = (given.vararg, given.kwarg, given.defaults, given.kwonlyargs)
         if [each.arg for each in given.args] != wanted or any(others):
@@ -98,7 +97,7 @@ class _ReplayRun(TextRun):
     def _numbers(self) -> dict[str, object]:
         """What the literals at module level stand for: a size of the capture, or a number that a piece returned."""
         found: dict[str, object] = {}
-        for name, value in self.text.literals.items():
+        for name, value in self.literals.items():
             known: object = self.facts.sizes.get(name)
             if name in self.replay.numbers:
                 held = self.replay.numbers[name]
