@@ -49,7 +49,8 @@ class _Pickler(pickle.Pickler):
                 return _resolve, (path.module or "builtins", path.path)
             return NotImplemented
         by_name = isinstance(value, (type, types.FunctionType, types.BuiltinFunctionType))
-        plan = kind.__module__.startswith("piecework.") and dataclasses.is_dataclass(kind)
+        ours = kind.__module__.startswith("piecework.")
+        plan = ours and (dataclasses.is_dataclass(kind) or issubclass(kind, tuple))
         if by_name or plan or kind in _KINDS or isinstance(value, (enum.Enum, pytree.TreeSpec)):
             return NotImplemented  # as pickle does; parts are asked in turn
         raise TypeError(
