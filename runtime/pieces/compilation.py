@@ -115,9 +115,8 @@ class Compilation:
             source = generate_source(split_gm, options)
         trace.artifact("stitched_source", lambda: str(source))
         self.dump.stitched(source)
-        if self.compiler_manager.cache is not None:
-            pieces = {name: each.compiled_of()[1] for name, each in self.backends.items()}
-            self.compiler_manager.cache.write_texts(split_gm, pieces, source.code)
+        pieces = {name: each.compiled_of()[1] for name, each in self.backends.items()}
+        self.compiler_manager.write_texts(split_gm, pieces, source.code)
         return self._program(Graphs(graph, split_gm, tuple(items)), direct, source)
 
     def _split(

@@ -1,28 +1,45 @@
-"""Compiles pieces through one compiler, equal ones once, and finds them in the cache."""
+"""Compiles pieces through one compiler, equal ones once, and keeps them on disk.
+
+On disk a piece is found by its content and never by its place in a model. What a compilation finds
+out about sizes (Inductor takes 16-bit indices below 32768 rows, and adds a guard) is kept with the
+code and made known again when it is loaded, so that the checks of a call are the same either way.
+"""
 
 from __future__ import annotations
 
+import json
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from typing import Any
 
 import torch
 import torch.fx
 
-from piecework.codegen.graph.origin import SymbolNames, origin_of_piece, value_of
+from piecework.codegen.graph.origin import SymbolNames, graph_of, origin_of_piece, value_of
 from piecework.codegen.graph.structure import Structure
-from piecework.errors import ConfigError, PieceCompileError, PieceworkError
+from piecework.errors import (
+    CacheError,
+    ConfigError,
+    PieceCompileError,
+    PieceworkError,
+    Unidentifiable,
+)
 from piecework.runtime import torch_compat
 from piecework.runtime.batch.ranges import Range, file_name
 from piecework.runtime.compilers import CompiledPiece, CompilerInterface, make_compiler
 from piecework.runtime.compilers.passes import PostGradPassManager
 from piecework.runtime.config.compilation import CompilationConfig, RuntimeConfig
+from piecework.runtime.config.model import factors_of
 from piecework.runtime.counters import counters
 from piecework.runtime.observe import trace
-from piecework.runtime.observe.progress import CompileProgress, current_progress
-from piecework.runtime.pieces.disk import PieceCache, open_piece_cache
+from piecework.runtime.observe.progress import current_progress
+from piecework.runtime.store import surroundings as store_surroundings
+from piecework.runtime.store.entry import CacheEntry, open_entry
+from piecework.runtime.store.factors import KeyFactors, content_key
+from piecework.runtime.store.files import cache_disabled, signing_key
 
 _NO_COMPILER = (
     "Inductor needs a C++ compiler on a CPU: install g++ (build-essential), or name another one "
@@ -32,6 +49,7 @@ _HINT = (
     "CompilationConfig(backend='eager') runs the piece uncompiled, to tell a compiler's fault from "
     "the model's; with TORCHDYNAMO_REPRO_AFTER=aot torch writes a script of it"
 )
+Key = tuple[object, ...]
 _log = logging.getLogger(__name__)
 
 
@@ -55,27 +73,30 @@ class RangeEntry:
         return self.compiled.runnable
 
 
-@dataclass
+class _NotKept(Exception):
+    """The compiler's result has no bytes; it is used and not saved."""
+
+
 class CompilerManager:
     """Compiles pieces through one compiler and keeps what it compiled, by content.
 
     Attributes:
-        config: the resolved configuration.
         progress: told of each compilation; that of `show_progress` by default. None shows nothing.
-        cache: where compiled pieces lie on disk, if the compiler's results can be kept.
+        entry: where the texts of a compilation are kept, if anything is.
         ahead: keys of what was compiled before its piece was reached, which then is no reuse.
         elsewhere: key → seconds of what a worker has put into the cache.
     """
 
-    config: CompilationConfig
-    progress: CompileProgress | None = field(default_factory=current_progress)
-    cache: PieceCache | None = None
-    ahead: set[tuple[object, ...]] = field(default_factory=set)
-    elsewhere: dict[tuple[object, ...], float] = field(default_factory=dict)
-    # With their graphs: no object that a key tells apart by its address may go away.
-    _done: dict[tuple[object, ...], tuple[RangeEntry, torch.fx.GraphModule]] = field(
-        default_factory=dict
-    )
+    def __init__(self, config: CompilationConfig) -> None:
+        self.config, self.progress = config, current_progress()
+        self.entry: CacheEntry | None = None
+        self.ahead: set[Key] = set()
+        self.elsewhere: dict[Key, float] = {}
+        self._pieces: Any = None
+        self._sizes: object = None
+        self._told: set[str] = set()
+        # With their graphs: no object that a key tells apart by its address may go away.
+        self._done: dict[Key, tuple[RangeEntry, torch.fx.GraphModule]] = {}
 
     @cached_property
     def compiler(self) -> CompilerInterface:
@@ -85,29 +106,6 @@ class CompilerManager:
             ConfigError: the configuration names none, or options that it does not know.
         """
         return make_compiler(self.config)
-
-    def initialize_cache(
-        self,
-        graph: torch.fx.GraphModule,
-        inputs: Iterable[object],
-        *,
-        tag: str = "backbone",
-        runtime_config: RuntimeConfig | None = None,
-    ) -> None:
-        """Open the on-disk cache for a captured graph, if the compiler's results can be kept.
-
-        Raises:
-            CacheError: the cache directory is not safe to use.
-        """
-        if self.makes_bytes:
-            self.cache = open_piece_cache(
-                self.config,
-                self.compute_hash,
-                graph,
-                inputs,
-                tag=tag,
-                runtime_config=runtime_config,
-            )
 
     @property
     def makes_bytes(self) -> bool:
@@ -135,6 +133,77 @@ class CompilerManager:
         """Everything about the compiler that changes its output."""
         return self.compiler.compute_hash(self.config)
 
+    # --- on disk ---------------------------------------------------------------------------------
+
+    def initialize_cache(
+        self,
+        graph: torch.fx.GraphModule,
+        inputs: Iterable[object],
+        *,
+        tag: str = "backbone",
+        runtime_config: RuntimeConfig | None = None,
+    ) -> None:
+        """Open the on-disk cache for a captured graph, whose source files are part of the key, if the
+        compiler's results can be kept. Where something that decides the code has no stable form,
+        there is one warning, and nothing is kept.
+
+        Pieces are found by their content, so all ranks share them, and one compiles what the others
+        wait for; each rank has its own texts.
+
+        Raises:
+            CacheError: the cache directory is not safe to use, or its key can't be read.
+        """
+        if not self.makes_bytes or cache_disabled():
+            return
+        try:
+            limits = {} if runtime_config is None else factors_of(runtime_config)
+            files = store_surroundings.traced_files(graph)
+            factors = KeyFactors(
+                {
+                    **store_surroundings.surroundings(graph),
+                    "config": {
+                        **self.config.hash_factors(),
+                        "compiler": self.compute_hash(),
+                        **{f"runtime.{name}": text for name, text in limits.items()},
+                    },
+                    "sources": store_surroundings.source_factors(files),
+                }
+            )
+        except (CacheError, Unidentifiable) as error:
+            _log.warning("compile cache: %s; this model is compiled without it", error)
+            return
+        runtime = runtime_config or RuntimeConfig()
+        place = {"root": self.config.cache_dir, "tag": tag, "hmac_key": signing_key()}
+        self.entry = open_entry(
+            factors=factors, rank=runtime.rank, dp_rank=runtime.dp_rank, **place
+        )
+        first = (runtime.rank, runtime.dp_rank) == (0, 0)
+        self._pieces = self.entry if first else open_entry(factors=factors, **place)
+        values = (*inputs, *map(value_of, graph.graph.nodes))
+        self._sizes = torch_compat.shape_env_of(values)
+        self._known = torch_compat.known_sizes(self._sizes)
+        self._facts = torch_compat.sizes_text(self._sizes)
+
+    def write_texts(
+        self, graph: torch.fx.GraphModule, pieces: Mapping[str, Structure], code: str
+    ) -> None:
+        """Keep the split graph, with each different piece once, and the stitching source."""
+        if self.entry is None:
+            return
+        names: dict[str, list[str]] = {}
+        for name, structure in pieces.items():
+            names.setdefault(structure.key, []).append(name)
+        texts = [graph.code]
+        for equal in names.values():
+            text = graph_of(graph, equal[0]).print_readable(print_output=False)
+            texts.append(f"# {', '.join(equal)}\n{text}")
+        self.entry.write_texts({"computation_graph.py": "\n\n".join(texts), "stitched.py": code})
+
+    def write_entry(self, code: str) -> None:
+        """Keep the source of the entry, which a call runs in place of the model's forward."""
+        if self.entry is not None:
+            self.entry.write_texts({"transformed_code.py": code})
+
     def to_bytes(self, piece: CompiledPiece) -> bytes | None:
         """What the cache keeps of a piece; None, with a warning, if the compiler can't give it."""
         try:
@@ -149,10 +218,29 @@ class CompilerManager:
     def is_kept(
         self, graph: torch.fx.GraphModule, structure: Structure, compile_range: Range | None
     ) -> bool:
-        """Whether a piece is compiled or in the cache already."""
-        if key_of(graph, structure, compile_range) in self._done:
-            return True
-        return self.cache is not None and self.cache.holds(graph, structure, compile_range)
+        """Whether a piece is listed in the cache; it may still prove damaged when it is read."""
+        name = self._name(graph, structure, compile_range)
+        return name is not None and name in self._pieces.names()
+
+    def _name(
+        self, graph: torch.fx.GraphModule, structure: Structure, compile_range: Range | None
+    ) -> str | None:
+        """What a piece is kept under: its content. None if it can't be kept."""
+        if self.entry is None:
+            return None
+        operators, reason = store_surroundings.operator_facts(graph)
+        if structure.local or reason:
+            self._not_kept(structure.local or reason)
+            return None
+        return content_key("\n".join(structure.lines), str(compile_range), self._facts, operators)
+
+    def _not_kept(self, reason: str) -> None:
+        """Say once why a piece is compiled anew by each process."""
+        level = logging.INFO if reason in self._told else logging.WARNING
+        self._told.add(reason)
+        _log.log(level, "a piece is not kept in the compile cache: %s", reason)
+
+    # --- compiling -------------------------------------------------------------------------------
 
     def compile(
         self,
@@ -187,16 +275,13 @@ class CompilerManager:
             made = self.compiler.compile(graph, example_inputs, self.config, compile_range)
             return self._checked(made, "compile")
 
-        def load(data: bytes) -> CompiledPiece:
-            return self._checked(self.compiler.from_bytes(data, graph), "from_bytes")
-
         start = time.perf_counter()
         try:
             # Code is the same in inference mode, which Dynamo leaves while it compiles.
             with torch.inference_mode(False), torch.no_grad():
-                compiled, cached = (self.cache or PieceCache(None)).get_or_compile(
-                    graph, structure, compile_range, compile_now, self.to_bytes, load
-                )
+                name = self._name(graph, structure, compile_range)
+                loaded = None if name is None else self._loaded(graph, name, compile_now)
+                compiled, cached = loaded or (compile_now(), False)
         except Exception as error:
             own = isinstance(error, PieceworkError) and not isinstance(error, PieceCompileError)
             if own or torch_compat.asks_for_restart(error):
@@ -213,6 +298,44 @@ class CompilerManager:
         entry = RangeEntry(compile_range, compiled, seconds, reused=False, cached=cached)
         self._done[key] = entry, graph
         return entry
+
+    def _loaded(
+        self, graph: torch.fx.GraphModule, name: str, compile_now: Callable[[], CompiledPiece]
+    ) -> tuple[CompiledPiece, bool] | None:
+        """A piece through the cache, and whether it was there; None where what is there is no good."""
+        fresh: list[CompiledPiece] = []
+
+        def compile_to_bytes() -> bytes:
+            fresh.append(compile_now())
+            data = self.to_bytes(fresh[0])
+            learned = torch_compat.learned_since(self._sizes, self._known)
+            if learned is None:
+                self._not_kept("compiling it added a condition on a size that the data decides")
+            if data is None or learned is None:
+                raise _NotKept
+            return json.dumps(learned).encode("ascii") + b"\n" + data
+
+        # What was learned from other example sizes may not hold for these; then there is a form for exactly these.
+        for each in (name, content_key(name, torch_compat.hints_text(self._sizes))):
+            try:
+                result = self._pieces.get_or_compile(each, compile_to_bytes)
+            except _NotKept:
+                return fresh[0], False
+            if fresh:
+                counters.num_cache_entries_updated += int(result.saved)
+                counters.num_compiled_artifacts_saved += int(result.saved)
+                return fresh[0], False
+            try:
+                head, _, data = result.data.partition(b"\n")
+                learned = json.loads(head)
+                piece = self._checked(self.compiler.from_bytes(data, graph), "from_bytes")
+            except Exception as error:  # noqa: BLE001 - torch raises anything
+                self._pieces.reject(each, f"{type(error).__name__}: {error}")
+                return None
+            if not learned or torch_compat.learn_again(self._sizes, learned):
+                counters.num_compiled_artifacts_loaded += 1
+                return piece, True
+        return None
 
     def _checked(self, piece: object, method: str) -> CompiledPiece:
         """What the compiler returned, if it kept to its interface."""
@@ -233,7 +356,11 @@ class CompilerManager:
         error: Exception,
     ) -> PieceCompileError:
         """The error for a piece that did not compile."""
-        of_pass = _pass_failure(error)
+        chain: list[BaseException | None] = [error]  # what a pass raised, Inductor wraps
+        while chain[-1] is not None and not isinstance(chain[-1], PieceCompileError):
+            behind = chain[-1].__cause__ or chain[-1].__context__
+            chain.append(None if behind in chain else behind)
+        of_pass = chain[-1]
         why = _first_line(error) if of_pass is None else of_pass.message
         no_compiler = "InvalidCxxCompiler" in why
         sizes = "" if compile_range is None else f" for batches {compile_range}"
@@ -246,23 +373,10 @@ class CompilerManager:
         return failure
 
 
-def key_of(
-    graph: torch.fx.GraphModule, structure: Structure, compile_range: Range | None
-) -> tuple[object, ...]:
+def key_of(graph: torch.fx.GraphModule, structure: Structure, compile_range: Range | None) -> Key:
     """What a compiled piece is right for in this process."""
     env = torch_compat.shape_env_of(map(value_of, graph.graph.find_nodes(op="placeholder")))
     return structure.key, compile_range, id(env)
-
-
-def _pass_failure(error: BaseException | None) -> PieceCompileError | None:
-    """The failure of a pass, which Inductor wraps."""
-    seen: list[BaseException] = []
-    while error is not None and error not in seen:
-        if isinstance(error, PieceCompileError):
-            return error
-        seen.append(error)
-        error = error.__cause__ or error.__context__
-    return None
 
 
 def _first_line(error: BaseException) -> str:

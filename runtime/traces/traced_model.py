@@ -320,8 +320,7 @@ def trace_model(
             tracing = time.perf_counter() - start - sum(made.phases.values())
             program = replace(made, phases={"capture": tracing, **made.phases}, layers=layers.text)
             entry = Entry(traced.closed(), program, as_it_is)
-            if backend.compiler_manager.cache is not None:
-                backend.compiler_manager.cache.write_entry(entry.source.code)
+            backend.compiler_manager.write_entry(entry.source.code)
             return TracedModel(model, as_it_is, backend, program, entry)
     raise _clearest(failures)
 

@@ -20,8 +20,7 @@ import piecework
 from piecework.codegen.graph.structure import structure_of
 from piecework.errors import CacheError
 from piecework.runtime.config.compilation import CompilationConfig
-from piecework.runtime.pieces.backend import PieceworkBackend
-from piecework.runtime.pieces.disk import PieceCache
+from piecework.runtime.pieces.manager import CompilerManager
 from piecework.runtime.store.upkeep import list_entries
 
 MODEL = Path(__file__).with_name("piece_cache_model.py").read_text()
@@ -79,15 +78,14 @@ def key(**fields: object) -> str:
     return entry.identity.key
 
 
-def opened(stack_trace: str = "", **fields: object) -> PieceCache:
-    backend = PieceworkBackend(CompilationConfig(**fields))
+def opened(stack_trace: str = "", **fields: object) -> CompilerManager:
+    manager = CompilerManager(CompilationConfig(**fields))
     gm = torch.fx.symbolic_trace(lambda x: (x + 1,))
     for node in gm.graph.nodes:
         node.meta["example_value"] = torch.empty(4, 8)
         node.meta["stack_trace"] = stack_trace
-    backend.compiler_manager.initialize_cache(gm, [])
-    assert backend.compiler_manager.cache is not None
-    return backend.compiler_manager.cache
+    manager.initialize_cache(gm, [])
+    return manager
 
 
 def test_the_key_ignores_what_does_not_change_the_code() -> None:
@@ -346,12 +344,7 @@ class Reading(torch.nn.Module):
 def test_a_piece_that_calls_functions_of_torchs_c_is_kept(warned: list[str]) -> None:
     graph = traced(Reading())
     assert any("get_data_attr" in str(node.target) for node in graph.graph.nodes)
-    structure, cache = structure_of(graph), opened()
-    for expected in (False, True):
-        found = cache.get_or_compile(
-            graph, structure, None, lambda: b"bytes", lambda data: data, lambda data: data
-        )
-        assert found == (b"bytes", expected)
+    assert opened()._name(graph, structure_of(graph), None) is not None
     assert warned == []
 
 
@@ -365,10 +358,7 @@ def test_a_piece_that_can_not_be_kept_is_said_once_with_its_reason(warned: list[
     with graph.graph.inserting_after(given):
         graph.graph.call_function(python_function, (given,))
     for _ in range(2):
-        found = cache.get_or_compile(
-            graph, structure_of(graph), None, lambda: b"bytes", lambda data: data, bytes
-        )
-        assert found == (b"bytes", False)
+        assert cache._name(graph, structure_of(graph), None) is None
     (warning,) = warned
     assert "not kept in the compile cache: it calls the Python function" in warning
     assert "python_function" in warning
