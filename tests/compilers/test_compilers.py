@@ -1,8 +1,12 @@
-"""Compilers of pieces: the interface, compilers by name, what a failure leaves behind, options per batch range."""
+"""Compilers of pieces: the interface, those by name and those that break it, what a failure leaves behind, options per batch range."""
 
 from __future__ import annotations
 
+import logging
+import os
+import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar
 
@@ -19,6 +23,7 @@ from piecework.runtime.compilers import (
     InductorStandaloneAdaptor,
     make_compiler,
 )
+from piecework.runtime.compilers.passes import get_pass_context
 from piecework.runtime.config.compilation import CompilationConfig
 
 HERE = "compilers_under_test"
@@ -44,17 +49,15 @@ class Model(nn.Module):
 
 
 class Picky:
-    """Fails on a piece that holds what ``refuses`` names; else as eager."""
+    """Fails on a piece that holds what ``refuses`` names; else as eager, and keeps nothing."""
 
     name = "picky"
     refuses: ClassVar[str] = ""
-    seen: ClassVar[int] = 0
 
     def compute_hash(self, config: CompilationConfig) -> str:
-        return f"picky {self.refuses}"
+        return type(self).__name__
 
     def compile(self, graph, example_inputs, config, compile_range):  # type: ignore[no-untyped-def]
-        Picky.seen += 1
         if Picky.refuses and any(Picky.refuses in str(node.target) for node in graph.graph.nodes):
             raise ValueError(f"no rule for {Picky.refuses}\nand a second line")
         return CompiledPiece(graph.forward)
@@ -64,26 +67,58 @@ class NoName(Picky):
     name = None  # type: ignore[assignment]
 
 
+class Keeping(Picky):
+    def to_bytes(self, piece: CompiledPiece) -> object:
+        return b"piece"
+
+    def from_bytes(self, data: bytes, graph: torch.fx.GraphModule) -> object:
+        return CompiledPiece(graph.forward)
+
+
+class BareFunction(Picky):
+    def compile(self, graph, *rest):  # type: ignore[no-untyped-def]
+        return graph.forward
+
+
+class OnlyToBytes(Picky):
+    to_bytes = Keeping.to_bytes
+
+
+class NotPicklable(Keeping):
+    def to_bytes(self, piece: CompiledPiece) -> object:
+        raise TypeError("cannot pickle this")
+
+
+class ForgetfulLoader(Keeping):
+    def from_bytes(self, data: bytes, graph: torch.fx.GraphModule) -> object:
+        return None
+
+
 def factory() -> Picky:
     return Picky()
 
 
-@pytest.fixture
-def picky(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> CompilationConfig:
-    monkeypatch.setattr(Picky, "refuses", "")
-    monkeypatch.setattr(Picky, "seen", 0)
-    return CompilationConfig(backend=f"{HERE}:Picky", debug_dump_path=tmp_path)
-
-
-# --- by name -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", [f"{HERE}:Picky", f"{HERE}.Picky", f"{HERE}:factory"])
-def test_a_compiler_of_ones_own_by_qualified_name(picky: CompilationConfig, name: str) -> None:
+def compile_with(name: str, **fields: object) -> piecework.StitchedModule:
+    """A model compiled by a compiler of this module, whose results are right."""
     model, x = Model(), torch.randn(4, 8)
-    stitched = piecework.compile(model, (x,), config=picky.replace(backend=name))
+    config = CompilationConfig(backend=name if "." in name else f"{HERE}:{name}", **fields)
+    stitched = piecework.compile(model, (x,), config=config)
     torch.testing.assert_close(stitched(x), model(x))
-    assert Picky.seen == 2 and stitched.report().compiler == "picky"
+    return stitched
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    own = (each for each in caplog.records if each.name.startswith("piecework"))
+    return [each.getMessage() for each in own if each.levelno >= logging.WARNING]
+
+
+# --- by name, and their interface --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["Picky", f"{HERE}.Picky", "factory"])
+def test_a_compiler_of_ones_own_by_qualified_name(name: str) -> None:
+    with piecework.counters.expect(num_backend_compilations=2):
+        assert compile_with(name).report().compiler == "picky"
 
 
 @pytest.mark.parametrize(
@@ -94,6 +129,7 @@ def test_a_compiler_of_ones_own_by_qualified_name(picky: CompilationConfig, name
         (f"{HERE}:HERE", "can't be made without arguments: TypeError"),
         ("builtins:object", "has no compile, compute_hash, name"),
         (f"{HERE}:NoName", "has no name"),
+        (f"{HERE}:OnlyToBytes", "has no from_bytes"),
     ],
 )
 def test_a_compiler_that_is_none_is_an_error(name: str, message: str) -> None:
@@ -102,19 +138,104 @@ def test_a_compiler_that_is_none_is_an_error(name: str, message: str) -> None:
     assert caught.value.where == "backend"
 
 
+def test_what_is_no_compiled_piece_is_an_error_that_names_the_compiler() -> None:
+    with pytest.raises(ConfigError, match="'picky': compile returned a method, not a Compiled"):
+        compile_with("BareFunction")
+
+
+def test_a_piece_without_bytes_is_used_and_not_kept(
+    own_compile_cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with piecework.counters.expect(num_backend_compilations=2, num_compiled_artifacts_saved=0):
+        compile_with("NotPicklable")
+    assert all("used and not kept" in text for text in warnings_of(caplog))
+    assert warnings_of(caplog) and not list(own_compile_cache.rglob("*.bin"))
+
+
+def test_kept_bytes_that_load_to_nothing_are_compiled_again(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with piecework.counters.expect(num_backend_compilations=2, num_compiled_artifacts_saved=2):
+        compile_with("ForgetfulLoader")
+    with piecework.counters.expect(num_backend_compilations=2, num_compiled_artifacts_loaded=0):
+        compile_with("ForgetfulLoader")
+    assert any("from_bytes returned None" in text for text in warnings_of(caplog))
+
+
 # --- failures ----------------------------------------------------------------------------------------
 
 
-def test_a_failure_names_the_piece(picky: CompilationConfig, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+def test_a_failure_names_the_piece(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Picky, "refuses", "masked_fill")
-    model, x = Model(), torch.randn(4, 8)
     with pytest.raises(PieceCompileError) as caught:
-        piecework.compile(model, (x,), config=picky)
+        compile_with("Picky")
     error = caught.value
     assert error.message == "picky failed on submod_2: ValueError: no rule for masked_fill"
     assert "leave" in str(error.where)
     assert isinstance(error.__cause__, ValueError)
     assert "TORCHDYNAMO_REPRO_AFTER=aot" in str(error.hint)
+
+
+def count_wheres(graph: torch.fx.Graph) -> int:
+    return len(graph.find_nodes(op="call_function", target=torch.ops.aten.where.self))
+
+
+def without_results(graph: torch.fx.Graph) -> None:
+    if count_wheres(graph):
+        graph.output_node().args = ((),)
+
+
+def broken(graph: torch.fx.Graph) -> None:
+    if count_wheres(graph):
+        raise KeyError("p")
+
+
+@pytest.mark.inductor
+@pytest.mark.parametrize(
+    ("user_pass", "reason"),
+    [
+        (without_results, "without_results left a graph with 0 results"),
+        (broken, "broken failed: KeyError: 'p'"),
+    ],
+)
+def test_a_pass_that_fails_is_named_with_its_piece_and_everything_is_restored(
+    user_pass: Callable[[torch.fx.Graph], None], reason: str, tmp_path: Path
+) -> None:
+    """Inductor wraps what a pass raises; the message is the pass's own all the same."""
+    from torch._inductor import config as inductor_config
+
+    config = CompilationConfig(
+        debug_dump_path=tmp_path,
+        inductor_compile_config={"force_disable_caches": True},
+        inductor_passes={"post_grad_custom_post_pass": user_pass},
+        compile_ranges_endpoints=[16],
+    )
+    before = inductor_config.post_grad_custom_post_pass
+    with pytest.raises(PieceCompileError) as caught:
+        piecework.compile(Model(), (torch.randn(4, 8),), config=config)
+    expected = "inductor failed on submod_2 for batches [1, 16]: pass "
+    assert caught.value.message.startswith(expected + reason)
+    assert inductor_config.post_grad_custom_post_pass is before
+    assert get_pass_context().compile_range is None
+
+
+NO_COMPILER = """
+import torch, piecework
+try:
+    piecework.compile(torch.nn.GELU(), (torch.randn(3, 8),))
+except piecework.errors.PieceCompileError as error:
+    print(error.hint)
+"""
+
+
+@pytest.mark.inductor
+def test_a_missing_compiler_of_the_system_is_named(tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    places = {"PATH": str(tmp_path / "bin"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "kept")}
+    without = {name: value for name, value in os.environ.items() if name not in ("CXX", "CC")}
+    command = [sys.executable, "-c", NO_COMPILER]
+    done = subprocess.run(command, env=without | places, capture_output=True, text=True, check=True)
+    assert "install g++" in done.stdout and "CXX" in done.stdout, done.stdout + done.stderr
 
 
 # --- Inductor's options ------------------------------------------------------------------------------
@@ -127,9 +248,8 @@ def test_a_single_size_gets_its_own_options_on_top() -> None:
     )
     compiler = InductorStandaloneAdaptor(config)
     tuned = compiler.options_for(Range(8, 8))
-    assert (
-        tuned["max_autotune"] and tuned["coordinate_descent_tuning"] and tuned["cpp.threads"] == 3
-    )
+    assert tuned["max_autotune"] and tuned["coordinate_descent_tuning"]
+    assert tuned["cpp.threads"] == 3
     for wide in (Range(1, 16), None):
         options = compiler.options_for(wide)
         assert options["max_autotune"] is False and "coordinate_descent_tuning" not in options
@@ -139,7 +259,7 @@ def test_a_single_size_gets_its_own_options_on_top() -> None:
     "fields",
     [
         {"inductor_compile_config": {"max_autotun": True}},
-        {"single_size_inductor_config": {"triton.nothing": True}},
+        {"inductor_compile_config": {"triton.cudagraphs": True}},
         {"inductor_passes": {"post_grad_custom_pass": "builtins:len"}},
         {"use_inductor_graph_partition": True, "inductor_compile_config": {"cpp_wrapper": True}},
         {
@@ -161,15 +281,12 @@ def test_the_hash_follows_what_changes_code() -> None:
         return InductorStandaloneAdaptor(config).compute_hash(config)
 
     base = hashed()
+    a_pass = "piecework.runtime.compilers.passes:InductorPass"
     assert base == hashed() == hashed(compile_workers=4)
     changed = [
         hashed(single_size_inductor_config={"max_autotune": True}),
         hashed(inductor_compile_config={"max_autotune": True}),
-        hashed(
-            inductor_passes={
-                "post_grad_custom_post_pass": "piecework.runtime.compilers.passes:InductorPass"
-            }
-        ),
+        hashed(inductor_passes={"post_grad_custom_post_pass": a_pass}),
         hashed(use_inductor_graph_partition=True, splitting_ops=["a::b"]),
         hashed(use_inductor_graph_partition=True, splitting_ops=["a::c"]),
         InductorAdaptor().compute_hash(CompilationConfig()),
@@ -177,12 +294,7 @@ def test_the_hash_follows_what_changes_code() -> None:
     assert len({base, *changed}) == len(changed) + 1
 
 
-# --- through Inductor --------------------------------------------------------------------------------
-
-mixed = torch.library.custom_op("compilers_test::scaled", mutates_args=("out",))
-
-
-@mixed
+@torch.library.custom_op("compilers_test::scaled", mutates_args=("out",))
 def scaled(x: torch.Tensor, out: torch.Tensor) -> None:
     out.copy_(x * 3)
 
@@ -197,10 +309,6 @@ class WritesInside(Model):
         return out + 1
 
 
-def count_wheres(graph: torch.fx.Graph) -> int:
-    return len(graph.find_nodes(op="call_function", target=torch.ops.aten.where.self))
-
-
 @pytest.mark.inductor
 @pytest.mark.parametrize("backend", ["inductor", "inductor_compile_fx"])
 def test_inductor_runs_the_passes_and_gives_the_same_results(backend: str) -> None:
@@ -210,38 +318,14 @@ def test_inductor_runs_the_passes_and_gives_the_same_results(backend: str) -> No
         inductor_passes={"post_grad_custom_post_pass": count_wheres},
         inductor_compile_config={"force_disable_caches": True},
     )
-    model, x = WritesInside(), torch.randn(4, 8) * 4
+    model = WritesInside()
     with piecework.counters.expect(num_inductor_compiles=2):
-        stitched = piecework.compile(model, (x,), config=config)
+        stitched = piecework.compile(model, (torch.randn(4, 8) * 4,), config=config)
     for batch in (4, 7):
         x = torch.randn(batch, 8) * 4
         torch.testing.assert_close(stitched(x), model(x))
+    assert stitched.report().compiler == backend
     passes = stitched.report().passes
     assert passes is not None
     assert passes.matches("count_wheres") == 1
     assert "pass count_wheres: 1 matches in 2 graphs" in str(stitched.report())
-
-
-@pytest.mark.inductor
-def test_inductors_failure_names_the_piece_and_restores_everything(tmp_path: Path) -> None:
-    from torch._inductor import config as inductor_config
-
-    from piecework.runtime.compilers.passes import get_pass_context
-
-    def broken(graph: torch.fx.Graph) -> None:
-        if count_wheres(graph):
-            raise ValueError("this pass is broken")
-
-    config = CompilationConfig(
-        debug_dump_path=tmp_path,
-        inductor_compile_config={"force_disable_caches": True},
-        inductor_passes={"post_grad_custom_post_pass": broken},
-        compile_ranges_endpoints=[16],
-    )
-    before = inductor_config.post_grad_custom_post_pass
-    with pytest.raises(PieceCompileError) as caught:
-        piecework.compile(Model(), (torch.randn(4, 8),), config=config)
-    assert "failed on submod_2 for batches [1, 16]" in caught.value.message
-    assert "pass broken failed: ValueError: this pass is broken" in caught.value.message
-    assert inductor_config.post_grad_custom_post_pass is before
-    assert get_pass_context().compile_range is None
