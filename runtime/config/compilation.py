@@ -187,40 +187,33 @@ class CompilationConfig(model.FrozenModel):
     stitching_config: StitchingConfig = key(StitchingConfig(), "Levers of the stitched function.")
 
     def conflicts(self) -> Iterator[ConfigProblem]:
-        mode, captures = self.mode, self.cudagraph_mode
+        mode, captures, nothing = self.mode, self.cudagraph_mode, CUDAGraphMode.NONE
         sizes, largest = self.cudagraph_capture_sizes, self.max_cudagraph_capture_size
         pieces = captures.requires_piecewise_compilation()
-        nothing = CUDAGraphMode.NONE
+        partition = "use_inductor_graph_partition"
         if self.use_inductor_graph_partition and self.backend != "inductor":
             why = f"only Inductor partitions a graph, and the backend is {self.backend!r}"
-            yield ConfigProblem("use_inductor_graph_partition, backend", why)
-        if self.use_inductor_graph_partition and mode is CompilationMode.NONE:
-            why = "mode NONE compiles nothing, so Inductor has nothing to partition"
-            yield ConfigProblem("use_inductor_graph_partition, mode", why)
+            yield ConfigProblem(f"{partition}, backend", why)
+        if self.use_inductor_graph_partition and not mode:
+            yield ConfigProblem(f"{partition}, mode", "mode NONE compiles nothing to partition")
         if (pieces and mode in _WHOLE) or (captures is not nothing and not mode):
             why = f"mode {mode} makes nothing that {captures} could capture; use PIECEWORK_COMPILE"
-            hint = f" or cudagraph_mode {captures.without_piecewise()}" if mode else ""
-            yield ConfigProblem("cudagraph_mode, mode", why + hint)
+            yield ConfigProblem("cudagraph_mode, mode", why)
         if pieces and self.splitting_ops == ():
-            why = (
-                f"{captures} captures the pieces between splitting ops, and splitting_ops is empty"
-            )
-            hint = "use FULL to capture the whole graph"
-            yield ConfigProblem("cudagraph_mode, splitting_ops", f"{why}; {hint}")
+            why = f"{captures} captures the pieces between splitting ops, and there are none; use FULL"
+            yield ConfigProblem("cudagraph_mode, splitting_ops", why)
         if sizes is not None and largest not in (None, max(sizes, default=0)):
             why = f"the largest of {sizes} is not {largest}; give only one of the two"
-            names = "cudagraph_capture_sizes, max_cudagraph_capture_size"
-            yield ConfigProblem(names, why)
+            yield ConfigProblem("cudagraph_capture_sizes, max_cudagraph_capture_size", why)
         if captures is not nothing and (sizes == () or largest == 0):
             why = f"{captures} captures, and there is no size to capture; use mode NONE"
             yield ConfigProblem("cudagraph_mode, cudagraph_capture_sizes", why)
         # A batch that may run uncaptured keeps its own size, so that any size is reached.
         if sizes and captures.mixed_mode() is not nothing:
-            idle = [n for n in self.compile_sizes if isinstance(n, int) and n < max(sizes)]
-            if idle := [n for n in idle if n not in sizes]:
-                why = f"no batch runs in {', '.join(map(str, idle))}: they are padded"
-                hint = f"compile captured sizes, or sizes above {max(sizes)}"
-                yield ConfigProblem("compile_sizes, cudagraph_capture_sizes", f"{why}; {hint}")
+            below = [n for n in self.compile_sizes if isinstance(n, int) and n < max(sizes)]
+            if idle := ", ".join(str(n) for n in below if n not in sizes):
+                why = f"no batch runs in {idle}: they are padded; compile captured or larger sizes"
+                yield ConfigProblem("compile_sizes, cudagraph_capture_sizes", why)
 
     # --- choices settled; each returns a copy ----------------------------------------------------
 
@@ -309,13 +302,10 @@ class CompilationConfig(model.FrozenModel):
             return self
         chosen, captures = tuple(sorted(set(ops))), self.cudagraph_mode
         if not chosen and captures.requires_piecewise_compilation():
-            _log.warning(
-                "there is no op to cut at, so there are no pieces to capture: "
-                "cudagraph_mode %s becomes %s",
-                captures,
-                captures.without_piecewise(),
-            )
-            captures = captures.without_piecewise()
+            why = "there is no op to cut at, so there are no pieces to capture"
+            less = captures.without_piecewise()
+            _log.warning("%s: cudagraph_mode %s becomes %s", why, captures, less)
+            captures = less
         return self.replace(splitting_ops=chosen, cudagraph_mode=captures)
 
     def post_init_cudagraph_sizes(self, runtime: RuntimeConfig) -> CompilationConfig:
@@ -324,16 +314,17 @@ class CompilationConfig(model.FrozenModel):
 
     def _with_capture_sizes(self, runtime: RuntimeConfig) -> CompilationConfig:
         captured: tuple[int, ...] = ()
+        given, ranks = self.cudagraph_capture_sizes, runtime.tensor_parallel_size
         if self.cudagraph_mode is not CUDAGraphMode.NONE:
             found = batch_sizes.resolve_capture_sizes(
-                self.cudagraph_capture_sizes,
+                given,
                 self.max_cudagraph_capture_size,
                 max_num_seqs=runtime.max_num_seqs,
                 max_num_batched_tokens=runtime.max_num_batched_tokens,
                 decode_query_lens=runtime.query_lens,
             )
-            ranks = runtime.tensor_parallel_size if self.pass_config.enable_sp else 1
-            captured = tuple(size for size in found if size % ranks == 0)
+            cut = self.pass_config.enable_sp
+            captured = tuple(size for size in found if not cut or size % ranks == 0)
             if found and not captured:
                 raise ConfigError(
                     f"no capture size is a multiple of {ranks}, over which the sequence is cut",
@@ -341,19 +332,16 @@ class CompilationConfig(model.FrozenModel):
                     hint="list multiples, or switch pass_config.enable_sp off",
                 )
             if dropped := ", ".join(str(size) for size in found if size not in captured):
-                _log.warning(
-                    "capture sizes %s are dropped: the sequence is cut over %s", dropped, ranks
-                )
-        elif self.cudagraph_capture_sizes:
-            _log.warning(
-                "cudagraph_mode NONE captures nothing: cudagraph_capture_sizes are dropped"
-            )
+                why = f"the sequence is cut over {ranks}"
+                _log.warning("capture sizes %s are dropped: %s", dropped, why)
+        elif given:
+            _log.warning("cudagraph_mode NONE captures nothing: capture sizes are dropped")
         done = self.replace(
             cudagraph_capture_sizes=captured, max_cudagraph_capture_size=max(captured, default=0)
         )
         if captured and self.cudagraph_mode.separate_routine():
             for length in runtime.query_lens:  # decode batches of each need a size
-                done.adjust_cudagraph_sizes_for_spec_decode(length, runtime.tensor_parallel_size)
+                done.adjust_cudagraph_sizes_for_spec_decode(length, ranks)
         return done
 
     def _with_compile_sizes(self) -> CompilationConfig:

@@ -149,18 +149,13 @@ class DynamicShapesType(enum.StrEnum):
 
 
 _BY_NAME = PlainSerializer(lambda value: value.name, when_used="json")
-_A_MODE: Any = {
-    "anyOf": [
-        {"type": "string", "enum": [*CompilationMode.__members__, "VLLM_COMPILE"]},
-        {"type": "integer", "minimum": 0, "maximum": 3},
-    ]
-}
-_A_GRAPH_MODE: Any = {"type": "string", "enum": list(CUDAGraphMode.__members__)}
+_MODES: Any = {"enum": [*CompilationMode.__members__, "VLLM_COMPILE", *map(int, CompilationMode)]}
+_GRAPH_MODES: Any = {"enum": list(CUDAGraphMode.__members__)}
 ModeField = Annotated[
-    CompilationMode, parsed_by(CompilationMode.parse), _BY_NAME, WithJsonSchema(_A_MODE)
+    CompilationMode, parsed_by(CompilationMode.parse), _BY_NAME, WithJsonSchema(_MODES)
 ]
 CUDAGraphModeField = Annotated[
-    CUDAGraphMode, parsed_by(CUDAGraphMode.parse), _BY_NAME, WithJsonSchema(_A_GRAPH_MODE)
+    CUDAGraphMode, parsed_by(CUDAGraphMode.parse), _BY_NAME, WithJsonSchema(_GRAPH_MODES)
 ]
 
 _CAPTURED = "it only decides which shapes are captured"

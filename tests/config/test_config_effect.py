@@ -159,10 +159,3 @@ def test_a_dtype_that_no_weight_has_is_refused(dtype: str, message: str) -> None
         compile_as(dtype)
     compile_as("float32")
     compile_as("")
-
-
-def test_attention_stays_inside_only_where_it_is_known() -> None:
-    fused = {"backend": "eager", "pass_config": {"fuse_attn_quant": True}}
-    with pytest.raises(ConfigError, match="tell which ops it is"):
-        piecework.compile(nn.Linear(4, 4), (torch.randn(3, 4),), config=fused)
-    piecework.compile(nn.Linear(4, 4), (torch.randn(3, 4),), config={**fused, "splitting_ops": []})

@@ -53,16 +53,9 @@ RUNTIME_OTHER = {
 }
 ONE_VALUE = {"compile_cache_save_format", "compile_mm_encoder"}
 # What must never be in the key, by the cache's own rules: a change of role here is a decision.
-NEVER = {
-    "debug_dump_path",
-    "cache_dir",
-    "compile_cache_save_format",
-    "compile_ranges_endpoints",
-    "compile_sizes",
-    "cudagraph_num_of_warmups",
-    "cudagraph_capture_sizes",
-    "max_cudagraph_capture_size",
-}
+NEVER = {"debug_dump_path", "cache_dir", "compile_cache_save_format", "compile_sizes"}
+NEVER |= {"compile_ranges_endpoints", "cudagraph_num_of_warmups", "cudagraph_capture_sizes"}
+NEVER |= {"max_cudagraph_capture_size"}
 
 
 def in_key(field):
@@ -132,13 +125,8 @@ FACTOR = {factor}
 def helper(graph):
     return FACTOR
 
-def unrelated(graph):
-    return {unrelated}
-
 def a_pass(graph):
-    def inner():
-        return helper(graph)
-    return inner()
+    return (lambda: helper(graph))()
 """
 
 PRINT_HASH = """
@@ -154,9 +142,9 @@ print(CompilationConfig(
 
 def hash_in_process(folder, seed, factor=1):
     folder.mkdir(parents=True)
-    (folder / "my_passes.py").write_text(PASS_MODULE.format(factor=factor, unrelated=0))
-    environment = {**os.environ, "PYTHONHASHSEED": str(seed), "PYTHONPATH": str(folder)}
-    environment["HOME"] = str(folder)
+    (folder / "my_passes.py").write_text(PASS_MODULE.format(factor=factor))
+    places = {"PYTHONPATH": str(folder), "HOME": str(folder)}
+    environment = {**os.environ, "PYTHONHASHSEED": str(seed), **places}
     command = [sys.executable, "-c", PRINT_HASH]
     done = subprocess.run(
         command, env=environment, cwd=folder, capture_output=True, text=True, check=True

@@ -114,12 +114,10 @@ def test_attention_fusion_keeps_attention_inside():
 
 def test_splitting_ops_contain_attention():
     config = CompilationConfig(splitting_ops=["demo::attention", "demo::other.default"])
-    assert config.splitting_ops_contain_attention(["demo::attention"])
-    assert config.splitting_ops_contain_attention(["demo::attention.default"])
-    assert config.splitting_ops_contain_attention(["demo::other.default"])
-    assert not config.splitting_ops_contain_attention(["demo::other"])
-    assert not config.splitting_ops_contain_attention(["demo::attention", "demo::mamba"])
-    assert not config.splitting_ops_contain_attention([])
+    for inside in ("demo::attention", "demo::attention.default", "demo::other.default"):
+        assert config.splitting_ops_contain_attention([inside])
+    for outside in (["demo::other"], ["demo::attention", "demo::mamba"], []):
+        assert not config.splitting_ops_contain_attention(outside)
     with pytest.raises(ConfigError, match=r"resolve\(\)"):
         CompilationConfig().splitting_ops_contain_attention(["demo::attention"])
 

@@ -8,7 +8,6 @@ import textwrap
 import pytest
 import torch
 
-import piecework
 from piecework.errors import ConfigError, PieceCompileError
 from piecework.runtime.batch.ranges import Range
 from piecework.runtime.compilers.passes import (
@@ -208,30 +207,3 @@ def test_a_pass_for_another_slot_is_gated_counted_and_identified() -> None:
         run(small_graph())
         assert run.uuid() != PostGradPassManager([OnlySmall(2.0)]).uuid()
     assert manager.report().matches("OnlySmall") == 1
-
-
-class Doubles(torch.nn.Module):
-    """Its branch gives a batch of one a trace of its own."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return (x * 2 if x.shape[0] > 1 else x) + 1
-
-
-@pytest.mark.inductor
-def test_a_batch_with_a_trace_of_its_own_has_its_range() -> None:
-    seen: list[Range | None] = []
-
-    def note(graph: torch.fx.Graph) -> None:
-        seen.append(get_pass_context().compile_range)
-
-    config = CompilationConfig(
-        compile_ranges_endpoints=[4],
-        inductor_passes={"post_grad_custom_post_pass": CallableInductorPass(note, "note")},
-        inductor_compile_config={"force_disable_caches": True},
-    )
-    model = Doubles()
-    stitched = piecework.compile(model, (torch.randn(3, 8),), config=config)
-    for batch in (3, 1, 9):
-        x = torch.randn(batch, 8)
-        torch.testing.assert_close(stitched(x), model(x))
-    assert Range(1, 1) in seen and None not in seen

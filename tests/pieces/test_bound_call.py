@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from piecework.runtime.pieces.backend import PieceworkBackend, piecework_dynamo_backend
+from piecework.runtime.pieces.backend import PieceworkBackend
 from piecework.runtime.pieces.bound_call import name_inputs
 
 OPTIONS = {"backend": "eager"}
@@ -151,8 +151,3 @@ def test_ranges_pick_their_pieces():
             x = torch.ones(rows, 4)
             torch._dynamo.mark_dynamic(x, 0)
             torch.testing.assert_close(run(x, [x]), model(x, [x]))
-
-
-def test_options_are_checked():
-    with pytest.raises(Exception, match="nosuch"):
-        piecework_dynamo_backend(torch.fx.symbolic_trace(lambda x: x), [], options={"nosuch": 1})

@@ -18,7 +18,6 @@ import torch
 
 import piecework
 from piecework.codegen.graph.structure import structure_of
-from piecework.errors import CacheError
 from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.pieces.manager import CompilerManager
 from piecework.runtime.store.upkeep import list_entries
@@ -250,22 +249,6 @@ def test_a_damaged_artifact_is_compiled_again_with_one_warning(
 
 
 @pytest.mark.inductor
-def test_bytes_that_torch_refuses_are_set_aside(
-    own_compile_cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from piecework.runtime.compilers.inductor import InductorStandaloneAdaptor
-
-    model, x = torch.nn.Linear(8, 8), torch.randn(4, 8)
-    with monkeypatch.context() as patch:
-        # Right checksum, wrong content: what a build with the same version but other sources would leave.
-        patch.setattr(InductorStandaloneAdaptor, "to_bytes", lambda self, piece: b"not an artifact")
-        piecework.compile(model, (x,))
-    with piecework.counters.expect(num_inductor_compiles=1, num_compiled_artifacts_loaded=0):
-        stitched = piecework.compile(model, (x,))
-    torch.testing.assert_close(stitched(x), model(x))
-
-
-@pytest.mark.inductor
 def test_the_cache_can_be_switched_off(
     own_compile_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -292,28 +275,6 @@ def test_texts_lie_beside_the_artifacts(own_compile_cache: Path) -> None:
     assert "class submod_4(" not in graph
     assert len(list(list_entries(own_compile_cache))) == 1
     shutil.rmtree(own_compile_cache)
-
-
-def test_a_key_file_signs_what_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def before(name: str) -> object:
-        entry = opened(cache_dir=tmp_path / "cache").entry
-        found = entry.get(name)
-        assert entry.put(name, b"bytes")
-        return found
-
-    secret, other = tmp_path / "secret", tmp_path / "other"
-    secret.write_bytes(b"s" * 32)
-    other.write_bytes(b"o" * 32)
-    monkeypatch.delenv("PIECEWORK_CACHE_KEY_FILE", raising=False)
-    assert before("a") is None
-    monkeypatch.setenv("PIECEWORK_CACHE_KEY_FILE", str(secret))
-    assert before("a") is None
-    assert before("a") == b"bytes"
-    monkeypatch.setenv("PIECEWORK_CACHE_KEY_FILE", str(other))
-    assert before("a") is None
-    monkeypatch.setenv("PIECEWORK_CACHE_KEY_FILE", str(tmp_path / "gone"))
-    with pytest.raises(CacheError, match="can't be read"):
-        opened(cache_dir=tmp_path / "cache")
 
 
 def traced(model: torch.nn.Module) -> torch.fx.GraphModule:

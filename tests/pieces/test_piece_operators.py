@@ -53,13 +53,6 @@ def test_an_operator_that_is_called_by_name_counts_with_schema_and_results() -> 
     assert operator_facts(graph_of(target, result=torch.empty(2, 3)))[0] == rows  # any overload
 
 
-def test_an_operator_inside_a_subgraph_counts() -> None:
-    inner = graph_of(getattr(torch.ops, NAMESPACE).opaque.default, result=torch.empty(2))
-    outer = graph_of(torch.relu)
-    outer.body = inner
-    assert "opaque" in operator_facts(outer)[0]
-
-
 def test_what_is_compiled_with_its_body_is_not_kept(library: torch.library.Library) -> None:
     library.define("implicit(Tensor x) -> Tensor")
     library.impl("implicit", lambda x: x * 2, "CompositeImplicitAutograd")

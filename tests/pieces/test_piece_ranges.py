@@ -196,19 +196,3 @@ def test_sizes_that_the_trace_excludes_are_an_error() -> None:
         ConfigError, match=r"from 4 to 64, and none of them is in \[2, 2\], \[100, 100\]"
     ):
         piecework.compile(nn.Linear(8, 8), (x,), config=config)
-
-
-def test_sizes_named_after_the_capture_sizes() -> None:
-    """They are compiled once they are known, and are an error before."""
-    model, x = nn.Linear(8, 8), torch.randn(4, 8)
-    config = CompilationConfig(backend="eager", compile_sizes=["cudagraph_capture_sizes", 3])
-    with pytest.raises(ConfigError, match="not settled yet"):
-        piecework.compile(model, (x,), config=config)
-    stitched = piecework.compile(
-        model, (x,), config=config.replace(cudagraph_capture_sizes=[1, 2], cudagraph_mode="FULL")
-    )
-    assert [str(each) for each in stitched.program.compile_ranges[:3]] == [
-        "[1, 1]",
-        "[2, 2]",
-        "[3, 3]",
-    ]
