@@ -93,8 +93,8 @@ class RangeTable:
 
     Example:
         >>> table = RangeTable(derive_ranges([16], 64), sizes=[8])
-        >>> str(table.find(8)), str(table.find(9)), table.index(17)
-        ('[8, 8]', '[1, 16]', 2)
+        >>> table.index(8), table.index(9), table.index(17)
+        (0, 1, 2)
     """
 
     __slots__ = ("_starts", "_wide", "entries", "single_sizes")

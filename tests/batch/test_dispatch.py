@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 
 import pytest
 from hypothesis import given, settings
@@ -19,7 +18,6 @@ from piecework.runtime.batch.coverage import (
 from piecework.runtime.batch.descriptor import BatchDescriptor, BatchKind
 from piecework.runtime.batch.dispatcher import CudagraphDispatcher, LoraCases, Reason
 from piecework.runtime.batch.mode import CUDAGraphMode
-from piecework.runtime.config.compilation import CompilationConfig, RuntimeConfig
 
 NONE, PIECEWISE, FULL = CUDAGraphMode.NONE, CUDAGraphMode.PIECEWISE, CUDAGraphMode.FULL
 DECODE_ONLY, BOTH = CUDAGraphMode.FULL_DECODE_ONLY, CUDAGraphMode.FULL_AND_PIECEWISE
@@ -169,20 +167,6 @@ def test_lora(row, mode):
         assert (key.has_lora, key.num_active_loras) == expected
 
 
-def test_lora_captures():
-    d = dispatcher(PIECEWISE, sizes=(1, 2), lora=LoraCases(True, True, (1, 2)))
-    [(mode, keys)] = d.get_capture_descs()
-    assert mode is PIECEWISE
-    assert [(k.num_tokens, k.has_lora, k.num_active_loras) for k in keys] == [
-        (2, True, 2),
-        (2, True, 1),
-        (2, False, 0),
-        (1, True, 2),
-        (1, True, 1),
-        (1, False, 0),
-    ]
-
-
 def test_what_is_captured_piecewise_first_largest_first():
     descs = dispatcher(BOTH, max_num_seqs=4).get_capture_descs()
     assert [(m.name, [k.num_tokens for k in keys]) for m, keys in descs] == [
@@ -228,27 +212,6 @@ def test_strict():
     assert d.explain(8, strict=False).is_fallback
     assert d.dispatch(4, invalid_modes={PIECEWISE})[0] is NONE
     assert dispatcher(DECODE_ONLY, strict=True).dispatch(3)[0] is NONE
-
-
-@pytest.mark.parametrize("tokens", [0, -1])
-def test_no_tokens(tokens):
-    with pytest.raises(InputError, match=f"tokens; got {tokens}"):
-        dispatcher(PIECEWISE).dispatch(tokens)
-
-
-def test_from_configuration():
-    config = CompilationConfig(cudagraph_mode="FULL_AND_PIECEWISE")
-    limits = RuntimeConfig(max_num_seqs=8, max_num_batched_tokens=64, enable_lora=True)
-    d = CudagraphDispatcher(
-        config.cudagraph_mode,
-        config.resolve(limits).cudagraph_capture_sizes,
-        max_num_seqs=limits.max_num_seqs,
-        uniform_decode_query_len=limits.query_lens,
-        lora=LoraCases(limits.enable_lora, config.cudagraph_specialize_lora, ()),
-    )
-    assert d.capture_sizes == (1, 2, 4, 8, 16)
-    assert d.bs_to_padded_graph_size == (1, 1, 2, 4, 4, 8, 8, 8, 8, *[16] * 8)
-    assert d.dispatch(5, True, True, 2) == (FULL, BatchDescriptor(8, 8, True, True, 0))
 
 
 dispatchers = st.builds(
@@ -303,27 +266,6 @@ def test_every_batch_gets_a_large_enough_captured_key_or_a_reason(
         == (found.descriptor.uniform, found.descriptor.has_lora, found.descriptor.extra)
     ]
     assert found.descriptor.num_tokens == min(n for n in same if n >= tokens)
-
-
-@settings(deadline=None, max_examples=60)
-@given(dispatchers, st.integers(1, 50))
-def test_coverage_says_what_dispatch_does_for_every_size(d, maximum):
-    rows = coverage(d, maximum)
-    mixed = [
-        r
-        for r in rows
-        if not (r.batch.uniform_decode or r.batch.has_lora or any(v for _, v in r.batch.axes))
-    ]
-    assert mixed[0].first == 1
-    assert mixed[-1].last == maximum
-    assert all(b.first == a.last + 1 for a, b in itertools.pairwise(mixed))
-    for row in rows:
-        for tokens in {row.first, row.last}:
-            found = d.explain(tokens, row.batch)
-            assert found.mode is row.mode
-            assert found.padding <= row.padding
-            if row.descriptor is not None:
-                assert found.descriptor == row.descriptor
 
 
 def test_coverage_table_and_json():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
 
 import pytest
@@ -67,19 +66,6 @@ def test_threads_do_not_see_each_other():
         done.set()
         thread.join()
     assert seen == [None, "other"]
-
-
-def test_tasks_do_not_see_each_other():
-    async def step(name, meet):
-        with set_forward_context(name):
-            await meet.wait()
-            return get_forward_context().attn_metadata
-
-    async def both():
-        meet = asyncio.Barrier(2)
-        return await asyncio.gather(step("a", meet), step("b", meet))
-
-    assert asyncio.run(both()) == ["a", "b"]
 
 
 @pytest.mark.parametrize("mode", [m for m in CUDAGraphMode if m.separate_routine()])

@@ -39,17 +39,6 @@ def test_a_size_that_fails_leaves_the_others_captured(mode, monkeypatch):
 
 
 @needs_cuda
-def test_a_failed_capture_is_raised_and_the_next_one_works(monkeypatch):
-    monkeypatch.setattr(Told, "fails_at", 8)
-    model, stitched = stitched_decoder(EAGER)
-    with pytest.raises(StaticGraphError, match="capture failed"):
-        stitched.capture([4, 8], mode="FULL", progress=False, estimate=False)
-    monkeypatch.setattr(Told, "fails_at", 0)
-    stitched.capture([4, 8], mode="FULL", progress=False, estimate=False)
-    assert_alike(stitched, model, (3, 4, 8))
-
-
-@needs_cuda
 def test_a_pool_of_the_callers_that_takes_the_memory_of_captures_is_refused():
     model, stitched = stitched_decoder(EAGER)
     pool = torch.cuda.MemPool()

@@ -85,20 +85,6 @@ def test_every_size_gives_the_results_of_the_model_under_poisoned_padding(policy
         equal(stitched, model, n)
 
 
-def test_replays_run_and_not_the_pieces() -> None:
-    model, stitched = captured([4])
-    expected = model(*(args := batch(3)))
-    names = stitched.source.submod_names
-    assert names
-    calls: list[str] = []
-    for wrapper in stitched.static_graphs._wrapped[0]:
-        entry = next(iter(wrapper.concrete_cudagraph_entries.values()))
-        wrapper.runnable = lambda *args, name=wrapper.name: calls.append(name)
-        assert entry.call.graph is not None
-    torch.testing.assert_close(stitched(*args), expected)
-    assert calls == []
-
-
 def test_results_are_the_callers_own_unless_it_wants_static_ones() -> None:
     _, stitched = captured([2])
     first = stitched(*batch(2))["rows"]
@@ -161,14 +147,6 @@ def test_rebinding_the_same_weights_keeps_the_graphs() -> None:
 
 
 # --- reports ---------------------------------------------------------------------------------------
-
-
-def test_strict_refuses_a_silent_fall_back() -> None:
-    _, stitched = captured([2, 4], strict=True)
-    stitched(*batch(3))
-    stitched.static_graphs.release()
-    with pytest.raises(StaticGraphError, match="not captured"):
-        stitched(*batch(3))
 
 
 # --- what can't be captured ------------------------------------------------------------------------

@@ -14,7 +14,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import piecework
 from piecework.runtime.batch.forward_context import set_forward_context
-from piecework.runtime.graphs.serve.report import calls_json, calls_text
 
 
 class Dispatch(TorchDispatchMode):
@@ -67,29 +66,6 @@ def test_counts_survive_what_changes_the_answer(stitched) -> None:
         "its graph was not captured, or was given up": 1,
         "larger than every captured size": 1,
     }
-
-
-def test_the_counts_as_a_table_and_as_plain_values(stitched) -> None:
-    for n in (3, 3, 9):
-        stitched(torch.randn(n, 4))
-    rows = stitched.call_report()
-    assert calls_json(rows) == [
-        {
-            "mode": "PIECEWISE",
-            "graph": "tokens=4",
-            "reason": "padded to the next captured size",
-            "calls": 2,
-            "padding": 2,
-        },
-        {
-            "mode": "NONE",
-            "graph": None,
-            "reason": "larger than every captured size",
-            "calls": 1,
-            "padding": 0,
-        },
-    ]
-    assert "larger than every captured size" in calls_text(rows)
 
 
 BUSY = "another call is using the graphs, in a thread or around this one"

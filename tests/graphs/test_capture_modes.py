@@ -11,7 +11,7 @@ from torch import nn
 import piecework
 from piecework.errors import StaticGraphError
 from piecework.runtime.batch.forward_context import current_forward_context, set_forward_context
-from piecework.runtime.config.compilation import CompilationConfig, RuntimeConfig
+from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.graphs import BatchDescriptor, BatchKind, CUDAGraphMode, FailurePolicy
 
 EAGER = CompilationConfig(backend="eager")
@@ -230,38 +230,6 @@ def test_adapters_have_graphs_of_their_own(mode: str, specialize: bool) -> None:
     assert "no graph is captured for this many adapters" in {
         row.reason for row in stitched.call_report()
     }
-
-
-def test_limits_choose_sizes_and_decode_batches() -> None:
-    model, stitched = compiled()
-    runtime = RuntimeConfig(
-        max_num_seqs=3, max_num_batched_tokens=16, uniform_decode_query_len=3, enable_lora=True
-    )
-    stitched.capture(
-        [1, 4, 8, 16], mode="FULL_AND_PIECEWISE", runtime=runtime, progress=False, estimate=False
-    )
-    static = stitched.static_graphs
-    # decode batches: multiples of three up to the largest, and none beyond three requests
-    assert static.sizes == (1, 4, 8, 16)
-    assert {d.num_reqs for mode, d in static.replays if mode is FULL} == {1, 2, 3}
-    for n in (3, 4, 6, 9):
-        args = batch(n)
-        torch.testing.assert_close(served(stitched, args, DECODE), model(*args))
-    rows = {(row.mode, row.graph) for row in stitched.call_report()}
-    assert ("PIECEWISE", "tokens=4") in rows  # four tokens are no whole number of requests
-    assert {graph for mode, graph in rows if mode == "FULL"} == {
-        f"tokens={n} reqs={n // 3} uniform" for n in (3, 6, 9)
-    }
-
-
-def test_declared_axes_have_graphs_of_their_own() -> None:
-    model, stitched = captured([2], axes={"image": (False, True)})
-    for value in (False, True):
-        args = batch(1)
-        kind = BatchKind(axes=(("image", value),))
-        torch.testing.assert_close(served(stitched, args, kind), model(*args))
-    graphs = {row.graph for row in stitched.call_report()}
-    assert graphs == {"tokens=2 image=False", "tokens=2 image=True"}
 
 
 # --- replay source of a full graph -----------------------------------------------------------------

@@ -34,15 +34,10 @@ def halved(x: torch.Tensor) -> torch.Tensor:
 
 
 EXPRESSIONS: dict[str, Callable[[torch.Tensor, torch.Tensor], Number]] = {
-    "product": lambda x, y: x.shape[1] * x.shape[1],
-    "sum": lambda x, y: x.shape[1] + y.shape[1] + 3,
     "difference": lambda x, y: x.shape[1] - 100,
     "floor": lambda x, y: (x.shape[1] * 7) // (y.shape[1] + 1),
-    "remainder": lambda x, y: (x.shape[1] * 5 + 1) % (y.shape[1] + 2),
     "smaller": lambda x, y: torch.sym_min(x.shape[1] * 2, y.shape[1] + 4),
-    "larger": lambda x, y: torch.sym_max(x.shape[1] + 1, y.shape[1]),
     "joined": lambda x, y: torch.cat([x[0], y[0]]).shape[0] * 2,
-    "float": lambda x, y: x.shape[1] / (y.shape[1] + 1),
     "root": lambda x, y: 1 / torch.sym_sqrt(y.shape[1] + 1),
     "batch": lambda x, y: x.shape[0] * 2 - x.shape[1],
 }

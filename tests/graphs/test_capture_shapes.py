@@ -12,7 +12,6 @@ from torch import nn
 
 import piecework
 from piecework.errors import ConfigError, StaticGraphError
-from piecework.runtime.graphs import CUDAGraphMode
 
 MODES = ["PIECEWISE", "FULL"]
 
@@ -76,26 +75,6 @@ def test_results_that_do_not_depend_on_the_batch_are_returned_as_they_are(mode: 
     assert stitched.static_graphs.unpadded is None
     served = {"its size is captured": 2, "padded to the next captured size": 2}
     assert reasons(stitched).items() >= served.items()
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_a_result_that_takes_all_rows_is_replayed_for_captured_sizes_only(mode: str) -> None:
-    def model(x):
-        y = fresh(x + 1)
-        return y, y.sum(), (y * 2).mean(0)
-
-    stitched = capture(model, (torch.randn(5, 8),), [2, 4], mode=mode)
-    assert "sum (test_capture_shapes.py" in str(stitched.static_graphs.unpadded)
-    for n in (1, 2, 3, 4, 5):
-        same(stitched, model, torch.randn(n, 8))
-    assert reasons(stitched) == {
-        "its size is captured": 2,
-        "rows are not known to stay apart, so nothing is padded": 2,
-        "larger than every captured size": 1,
-    }
-    rows = {(row.first, row.last): row.mode for row in stitched.coverage(4)}
-    assert rows[2, 2] is rows[4, 4] is CUDAGraphMode[mode]
-    assert rows[3, 3] is CUDAGraphMode.NONE
 
 
 # --- several dynamic sizes, and numbers ------------------------------------------------------------

@@ -280,19 +280,6 @@ def test_before_a_whole_forward_is_captured_it_runs_as_it_will_be_and_leaves_no_
 
 
 @torch.no_grad()
-def test_a_model_serves_through_the_platform_as_it_runs_eagerly(on_cuda):
-    model = Blocks()
-    stitched = on_cuda.stitch(model)
-    stitched.capture([1, 2, 4, 8], progress=False)
-    for n in range(1, 9):
-        x = torch.randn(n, 4)
-        torch.testing.assert_close(stitched(x), model(x))
-    assert {row.mode for row in stitched.call_report()} == {"PIECEWISE"}
-    stitched.static_graphs.release()
-    assert sum(on_cuda.references.values()) == 1
-
-
-@torch.no_grad()
 @pytest.mark.parametrize("mode", ["PIECEWISE", "FULL"])
 def test_calls_on_several_streams_come_one_after_the_other(on_cuda, mode):
     model = Blocks()
@@ -394,17 +381,6 @@ def test_memory_is_not_given_back_while_another_thread_captures_into_it():
     assert order == ["captured", "cleared"]
 
 
-def test_nor_between_two_captures_of_a_phase():
-    graphs, order = StaticGraphs("cpu"), []
-    other = threading.Thread(target=lambda: (graphs.clear_all_graphs(), order.append("cleared")))
-    with graphs.capturing():
-        other.start()
-        time.sleep(0.1)
-        order.append("captured")
-    other.join(10)
-    assert order == ["captured", "cleared"]
-
-
 def test_the_order_of_calls_is_one_for_all_threads(monkeypatch):
     """Two that come at once must not both wait for the same call before them, and one of them be forgotten."""
     here, waits = threading.local(), []
@@ -429,38 +405,6 @@ def test_the_order_of_calls_is_one_for_all_threads(monkeypatch):
     for each in threads:
         each.join(10)
     assert [before for _, before in waits] == [first, *(after for after, _ in waits[:-1])]
-
-
-class Several(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Linear(4, 4)
-
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        y = self.first(x)
-        z = torch.ops.cuda_rules.mix(y)
-        return y, z, (z > 0).to(torch.int32), z.t(), z[:, 1:3], y
-
-
-@torch.no_grad()
-def test_results_of_one_dtype_are_copied_together_and_are_the_callers_own(on_cuda, monkeypatch):
-    model = Several()
-    stitched = on_cuda.stitch(model)
-    stitched.capture([2, 4], progress=False)
-    kept, launches, copy_each = [], [], torch_compat.copy_each
-
-    def counted(targets, sources, non_blocking):
-        launches.append(sorted({each.dtype for each in sources}, key=str))
-        copy_each(targets, sources, non_blocking)
-
-    monkeypatch.setattr(torch_compat, "copy_each", counted)
-    for n in (2, 3, 4, 2):
-        x = torch.randn(n, 4)
-        kept.append((stitched(x), model(x)))
-    assert launches == [[torch.float32], [torch.int32]] * 4
-    for results, expected in kept:
-        assert [t.stride() for t in results] == [t.clone().stride() for t in expected]
-        torch.testing.assert_close(results, expected)
 
 
 class Looks(nn.Module):
@@ -710,15 +654,6 @@ def test_on_the_cpu_likewise():
         torch.testing.assert_close(result, model(x))
     rows = {row.reason: row.calls for row in stitched.call_report()}
     assert rows == {"somebody else captures this call, and a replay can't be captured": 3}
-
-
-def test_a_replay_inside_a_capture_is_an_error_on_the_cpu_too():
-    x = torch.ones(2)
-    inner = CpuStaticGraph(CpuGraphPool())
-    inner.capture(lambda x: x + 1, (x,), {})
-    with pytest.raises(StaticGraphError, match="a replay while something is captured"):
-        CpuStaticGraph(CpuGraphPool()).capture(lambda x: inner.replay(), (x,), {})
-    inner.replay()
 
 
 def test_wrappers_stand_aside_in_the_capture_of_others(cuda):

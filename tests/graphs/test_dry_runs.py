@@ -53,25 +53,7 @@ def act(x: torch.Tensor) -> None:
     runs.append(get_forward_context().dry)
 
 
-memory: list[object] = []
-
-
-@piecework.splitting_op("dry_runs::wrapped")
-def wrapped(x: torch.Tensor) -> torch.Tensor:
-    state = torch.from_numpy(memory[0])
-    for _ in range(3):
-        temporary = x * 2 + state[: x.shape[0]]
-        temporary.add_(1)
-    state[: x.shape[0]].add_(temporary)
-    return temporary
-
-
-@wrapped.register_fake
-def _(x: torch.Tensor) -> torch.Tensor:
-    return torch.empty_like(x)
-
-
-OPS = [wrapped, store, remember, act, "dry_runs::library"]
+OPS = [store, remember, act, "dry_runs::library"]
 
 
 class Model(nn.Module):

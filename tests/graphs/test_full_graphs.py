@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
-from torch import nn
+from models import EAGER, Block, mix_pair
 
 import piecework
 from piecework.errors import StaticGraphError
@@ -16,37 +16,20 @@ from piecework.runtime.batch.mode import CUDAGraphMode
 from piecework.runtime.config.compilation import RuntimeConfig
 from piecework.runtime.graphs.plan.options import negotiated
 
-EAGER = piecework.CompilationConfig(backend="eager")
 FULL, PIECEWISE, NONE = CUDAGraphMode.FULL, CUDAGraphMode.PIECEWISE, CUDAGraphMode.NONE
 BOTH, DECODE = CUDAGraphMode.FULL_AND_PIECEWISE, CUDAGraphMode.FULL_DECODE_ONLY
 
 
-@piecework.splitting_op("full_graphs::attend", mutates_args=("out",), rows="independent")
-def attend(x: torch.Tensor, out: torch.Tensor) -> None:
-    torch.mul(x, 2, out=out)
-
-
-class Model(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.enter, self.leave = nn.Linear(4, 4), nn.Linear(4, 4)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.enter(x)
-        attend(x, out := torch.empty_like(x))
-        return x + self.leave(out)
-
-
-def stitch() -> tuple[Model, piecework.StitchedModule]:
-    model = Model()
-    return model, piecework.compile(model, (torch.randn(8, 4),), config=EAGER)
+def stitch() -> tuple[Block, piecework.StitchedModule]:
+    model = Block(mix_pair)
+    return model, piecework.compile(model, (torch.randn(8, 8),), config=EAGER)
 
 
 @pytest.fixture
 def says():
     """What the operator says, taken back afterwards."""
-    yield lambda what: piecework.declare_full_graphs("full_graphs::attend", what)
-    piecework.declare_full_graphs("full_graphs::attend", None)
+    yield lambda what: piecework.declare_full_graphs("pairs::mix", what)
+    piecework.declare_full_graphs("pairs::mix", None)
 
 
 # --- what can be captured --------------------------------------------------------------------------
@@ -89,7 +72,7 @@ def test_a_model_is_captured_as_its_operators_allow(says, warned, said, asked, s
     stitched.capture([2, 4], mode=asked, progress=False)
     found = set()
     for uniform in (True, False):
-        x = torch.randn(2, 4)
+        x = torch.randn(2, 8)
         before = {(row.mode, row.graph): row.calls for row in stitched.call_report()}
         with set_forward_context(batch=BatchKind(uniform_decode=uniform)):
             torch.testing.assert_close(stitched(x), model(x))
@@ -105,7 +88,7 @@ def test_what_cannot_be_lowered_or_must_not_be_is_refused(says):
     says("never")
     _, stitched = stitch()
     for options in ({"mode": "FULL_DECODE_ONLY"}, {"mode": "FULL", "strict": True}):
-        with pytest.raises(StaticGraphError, match="full_graphs::attend can't be captured"):
+        with pytest.raises(StaticGraphError, match="pairs::mix can't be captured"):
             stitched.capture([2], progress=False, **options)
 
 
@@ -124,7 +107,7 @@ def test_drafts_of_several_widths_have_graphs_where_they_can(says):
         keys = stitched.static_graphs.dispatcher.cudagraph_keys[FULL]
         assert {key.num_tokens // key.num_reqs for key in keys} == captured
         for width in (1, 4, None):  # of a batch that doesn't say, the widest is meant
-            x = torch.randn(8, 4)
+            x = torch.randn(8, 8)
             with set_forward_context(batch=BatchKind(uniform_decode=True, query_len=width)):
                 torch.testing.assert_close(stitched(x), model(x))
         modes = Counter(row.mode for row in stitched.call_report() for _ in range(row.calls))
@@ -145,13 +128,13 @@ def test_models_that_share_memory_take_less_and_stay_right():
     assert two.static_graphs.graphs.pool is pool
     assert pool.nbytes - before < alone.static_graphs.graphs.pool.nbytes
     for size in (8, 2, 3, 8):
-        x = torch.randn(size, 4)
+        x = torch.randn(size, 8)
         first, second = one(x), two(x)
         torch.testing.assert_close(first, target(x))
         torch.testing.assert_close(second, draft(x))
     assert {row.mode for row in (*one.call_report(), *two.call_report())} == {"PIECEWISE"}
     one.static_graphs.release()
-    x = torch.randn(8, 4)
+    x = torch.randn(8, 8)
     torch.testing.assert_close(two(x), draft(x))
     assert pool.nbytes, "the other's graphs keep it"
     assert {row.mode for row in two.call_report()} == {"PIECEWISE"}
@@ -169,8 +152,8 @@ def test_streams_are_joined_before_captures_and_served_calls():
     stitched.capture([2], join=lambda: joined.append(1), progress=False, estimate=False)
     captured = len(joined)
     assert captured >= 2, "for the capture, and for the replay that checks it"
-    x = torch.randn(2, 4)
+    x = torch.randn(2, 8)
     torch.testing.assert_close(stitched(x), model(x))
     assert len(joined) == captured + 1
-    stitched(torch.randn(5, 4))  # runs uncaptured
+    stitched(torch.randn(5, 8))  # runs uncaptured
     assert len(joined) == captured + 1

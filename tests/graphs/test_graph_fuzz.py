@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -92,7 +91,15 @@ class Program:
         return x, y
 
 
-def check_captured_equals_plain(steps, mode, policy, sizes, batches):
+@settings(deadline=None, max_examples=12)
+@given(
+    PROGRAMS,
+    st.sampled_from(["PIECEWISE", "FULL", "FULL_AND_PIECEWISE"]),
+    st.sampled_from(["copy", "eager"]),
+    st.sets(st.integers(1, 6), min_size=1, max_size=3),
+    st.lists(st.tuples(st.integers(1, 6), st.booleans()), min_size=1, max_size=8),
+)
+def test_captured_equals_plain(steps, mode, policy, sizes, batches):
     mode = CUDAGraphMode.parse(mode)
     largest = max(sizes)
     program = Program(steps, mode, policy, largest)
@@ -118,25 +125,3 @@ def check_captured_equals_plain(steps, mode, policy, sizes, batches):
             got = program.full(*staged)
         for one, other in zip(got, want, strict=True):
             torch.testing.assert_close(one[:n], other)
-
-
-CASES = given(
-    PROGRAMS,
-    st.sampled_from(["PIECEWISE", "FULL", "FULL_AND_PIECEWISE"]),
-    st.sampled_from(["copy", "eager"]),
-    st.sets(st.integers(1, 6), min_size=1, max_size=3),
-    st.lists(st.tuples(st.integers(1, 6), st.booleans()), min_size=1, max_size=8),
-)
-
-
-@settings(deadline=None, max_examples=12)
-@CASES
-def test_captured_equals_plain(steps, mode, policy, sizes, batches):
-    check_captured_equals_plain(steps, mode, policy, sizes, batches)
-
-
-@pytest.mark.nightly
-@settings(deadline=None, max_examples=3000)
-@CASES
-def test_captured_equals_plain_at_length(steps, mode, policy, sizes, batches):
-    check_captured_equals_plain(steps, mode, policy, sizes, batches)

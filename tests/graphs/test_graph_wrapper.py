@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +15,6 @@ from piecework.runtime.graphs.memory.owner import StaticGraphs
 from piecework.runtime.graphs.memory.wrapper import (
     CUDAGraphOptions,
     CUDAGraphWrapper,
-    wrap_with_cudagraph_if_needed,
 )
 
 NONE, PIECEWISE, FULL = CUDAGraphMode.NONE, CUDAGraphMode.PIECEWISE, CUDAGraphMode.FULL
@@ -188,26 +186,6 @@ def test_who_owns_the_output(graphs, x, weak):
     assert (second.data_ptr() == address) is weak
     entry = wrapper.concrete_cudagraph_entries[BatchDescriptor(4)]
     assert entry.output.data_ptr() == address
-
-
-def test_only_who_should_collects_garbage(graphs, x, monkeypatch):
-    collections = []
-    monkeypatch.setattr(gc, "collect", lambda *args: collections.append(1))
-    first, middle, last = (
-        wrap_with_cudagraph_if_needed(
-            Counted(), settings(), i == 0, i == 2, graphs=graphs, name=f"submod_{i}"
-        )
-        for i in range(3)
-    )
-    assert [w.cudagraph_options.weak_ref_output for w in (first, middle, last)] == [
-        False,
-        False,
-        True,
-    ]
-    with graphs.capturing(), context(PIECEWISE, 4):
-        last(middle(first(x)))
-    assert collections == [1]
-    assert len(graphs.records) == 3
 
 
 def test_an_owner_by_default(x):

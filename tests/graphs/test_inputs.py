@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from piecework.errors import ConfigError, InputError, StaticGraphError
-from piecework.runtime.graphs.memory.addresses import AddressBook, ValueOrigin
 from piecework.runtime.graphs.stage.inputs import InputSpec, StaticInputs, make_copy_and_call
 
 DTYPES = [torch.float32, torch.bfloat16, torch.int64, torch.int32, torch.bool, torch.uint8]
@@ -67,15 +66,6 @@ def test_staged_equals_padded(case):
         torch.equal(view, expected(t, s, padded))
         for view, t, s in zip(again, tensors, specs, strict=True)
     )
-
-
-def test_registered_buffers_are_persistent():
-    book = AddressBook()
-    inputs = StaticInputs.allocate({"x": torch.zeros(2, 1)}, 8, [InputSpec("x", 1)])
-    inputs.register(book)
-    for padded in (1, 8):
-        assert book.classify(inputs.views(padded)[0]) is ValueOrigin.PERSISTENT
-    assert book.find(inputs.views(4)[0], None)[1] == "x"
 
 
 def test_poison_pads_floats_with_nan():

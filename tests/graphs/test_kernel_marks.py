@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import importlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,14 +13,11 @@ from torch import nn
 from torchs_graph import RealGraphs, newer
 
 import piecework
-from piecework.runtime.call.profile_names import SPAN, in_spans
 from piecework.runtime.graphs.device.cuda import CudaGraphPlatform
 from piecework.runtime.graphs.memory import owner
 from piecework.runtime.observe.profile import write_trace
 
 DEVICE = torch.device("cuda", 0)
-GOLDENS = sorted((Path(piecework.__file__).parent / "golden" / "cases").glob("*/expected*.py"))
-STITCHING = [each for each in GOLDENS if each.read_text().startswith("# piecework stitching")]
 EAGER = piecework.CompilationConfig(backend="eager")
 
 
@@ -196,28 +192,3 @@ def test_a_trace_is_told_of_the_marks(on, monkeypatch, tmp_path):
     write_trace(tmp_path / "trace.json", lambda: None, [])
     marks = recorded()
     assert marks and dict(given["cuda_graph_annotations"]) == marks
-
-
-class WithoutSpans(ast.NodeTransformer):
-    def visit_With(self, node: ast.With) -> ast.AST:
-        [item], [inside] = node.items, node.body
-        assert ast.unparse(item.context_expr).startswith(f"{SPAN}({inside.lineno}, ")
-        return inside
-
-
-@pytest.mark.parametrize("path", STITCHING, ids=lambda path: path.parent.name)
-def test_each_statement_of_emitted_text_is_in_a_span_and_nothing_else_is_changed(path):
-    text = path.read_text()
-    told = in_spans(text)
-    compile(told, "told", "exec")
-    inside = {id(each.body[0]) for each in ast.walk(told) if isinstance(each, ast.With)}
-    for function in told.body:
-        if isinstance(function, ast.FunctionDef):
-            for each in ast.walk(function):
-                assert id(each) in inside or not isinstance(
-                    each, (ast.Assign, ast.Expr, ast.Return)
-                )
-    assert ast.dump(WithoutSpans().visit(told)) == ast.dump(ast.parse(text))
-
-
-# --- torch 2.15 itself -----------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ The batch size is the first dynamic dimension of the inputs, and every other one
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.fx
@@ -314,11 +314,8 @@ def _other_sizes(
                 hint="pass sizes that don't depend on each other",
             )
         bounds = (None, None) if row is None else (row.low, row.high)
-        made = OtherSize(label, name, position, dim, value, *bounds)  # type: ignore[arg-type]
-        before = found.setdefault(symbol, made)
-        if label in given or dim is None:  # a number is read faster than a shape
-            kept = made if label in given else before
-            found[symbol] = replace(kept, position=position, dim=dim)
+        if symbol not in found or label in given:
+            found[symbol] = OtherSize(label, name, position, dim, value, *bounds)  # type: ignore[arg-type]
     return found
 
 

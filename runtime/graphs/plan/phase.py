@@ -14,7 +14,6 @@ from itertools import pairwise
 from typing import Protocol
 
 from piecework.errors import PieceworkError, StaticGraphError
-from piecework.runtime.batch.coverage import aligned
 from piecework.runtime.batch.descriptor import BatchDescriptor
 from piecework.runtime.batch.dispatcher import CudagraphDispatcher
 from piecework.runtime.batch.forward_context import set_forward_context
@@ -78,7 +77,7 @@ class CaptureOutcome:
 
 @dataclass(frozen=True, slots=True)
 class CaptureReport:
-    """The whole capture phase; ``str`` of it is a table.
+    """The whole capture phase; ``str`` of it is a line for each descriptor.
 
     ``unmarked``: why kernels inside the graphs don't carry what they stand for; "" if they do.
     """
@@ -92,13 +91,9 @@ class CaptureReport:
         return tuple((o.mode, o.descriptor) for o in self.outcomes if o.captured)
 
     def __str__(self) -> str:
-        rows = [("graph", "pieces", "seconds", "memory", "note")]
-        for each in self.outcomes:
-            key, size = (each.mode, each.descriptor), format_bytes(each.nbytes)
-            note = "; ".join(each.eager) if each.captured else str(each.error)
-            rows.append((text_of(key), str(each.pieces), f"{each.seconds:.2f}", size, note))
-        caption = f"\nkernels carry no layer: {self.unmarked}" if self.unmarked else ""
-        return aligned(rows) + caption
+        lines = ["; ".join((each.text, *each.eager)) for each in self.outcomes]
+        marks = [f"kernels carry no layer: {self.unmarked}"] if self.unmarked else []
+        return "\n".join([*lines, *marks])
 
 
 def text_of(key: Key) -> str:

@@ -6,7 +6,7 @@ It never captures while serving; a batch that no graph covers runs as it ran bef
 from __future__ import annotations
 
 import logging
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -103,13 +103,8 @@ class CapturedModel(CapturedGraphs):
         self._in_place = self._watch_weights()
         self._is_capturing = self.graphs.platform.is_capturing
         self._retired = False
-        # A launch costs a GPU's host more than all else about a copy.
-        rules = self.shape.results
-        several = sum(not rule.is_count for rule in rules) > 1
-        launches = not self.graphs.platform.stand_in
-        self._copies_together = launches and several and options.clone_outputs
-        is_another = (n for n, e in enumerate(rules) if (e.argument, e.earlier) != (None, None))
-        self._same = [(number, rules[number]) for number in is_another]
+        rules = enumerate(self.shape.results)
+        self._same = [(n, e) for n, e in rules if (e.argument, e.earlier) != (None, None)]
         self._order, self._join = self.graphs.call_order, options.join
         self._raises = options.on_failure is phase.FailurePolicy.RAISE
         first = self.shape.dynamic[0]
@@ -383,7 +378,7 @@ class CapturedModel(CapturedGraphs):
 
     def _trimmed(self, outputs: object, flat: Sequence[object], count: int, padded: int) -> object:
         assert isinstance(outputs, (tuple, list))
-        clone = self.options.clone_outputs and not self._copies_together
+        clone = self.options.clone_outputs
         trimmed: list[object] = []
         for output, rule in zip(outputs, self.shape.results, strict=True):
             if isinstance(output, torch.Tensor):
@@ -394,7 +389,6 @@ class CapturedModel(CapturedGraphs):
             elif rule.is_count:
                 output = count
             trimmed.append(output)
-        trimmed = _copied(trimmed) if self._copies_together else trimmed
         for number, rule in self._same:
             same = trimmed[rule.earlier] if rule.argument is None else flat[rule.argument]  # type: ignore[index]
             trimmed[number] = same
@@ -536,22 +530,6 @@ class CapturedModel(CapturedGraphs):
                 hint="coverage() says of each size what it runs as",
             )
         return replay.source
-
-
-def _copied(values: list[object]) -> list[object]:
-    """The values, each tensor copied: plain ones of one dtype in one launch."""
-    copied, groups = list(values), defaultdict[torch.dtype, list[int]](list)
-    for number, value in enumerate(values):
-        plain = type(value) is torch.Tensor and value.layout is torch.strided
-        if plain and value.dtype in torch_compat.COPIED_TOGETHER:  # type: ignore[attr-defined]
-            copied[number] = torch.empty_like(value)  # type: ignore[call-overload]
-            groups[value.dtype].append(number)  # type: ignore[attr-defined]
-        elif isinstance(value, torch.Tensor):
-            copied[number] = value.clone()
-    for numbers in groups.values():
-        targets, sources = ([each[n] for n in numbers] for each in (copied, values))
-        torch_compat.copy_each(targets, sources, True)  # type: ignore[arg-type]
-    return copied
 
 
 def _stale(path: str, how: str) -> StaticGraphError:
