@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -149,13 +150,13 @@ def marks_for(
         InputError: nothing dynamic is passed, or a backed dimension has size 0 or 1, which a trace would fix.
     """
     _register_holders([arguments.get(name) for name in (*dims.dynamic, *dims.unbacked)])
-    found: dict[tuple[int, int], tuple[torch.Tensor, torch_compat.Mark]] = {}
-    labels: dict[tuple[int, int], str] = {}
+    found: dict[tuple[int, int], tuple[str, torch.Tensor, torch_compat.Mark]] = {}
     for table in (dims.dynamic, dims.unbacked):
+        unbacked = table is dims.unbacked or shapes is DynamicShapesType.UNBACKED
         for name, wanted in table.items():
             argument, must = arguments.get(name), dims.declared or table is dims.unbacked
-            leaves = leaves_of(argument)
-            tensors = [(name + at, x) for at, x in leaves if isinstance(x, torch.Tensor)]
+            leaves = [(name + at, x) for at, x in leaves_of(argument)]
+            tensors = [(label, x) for label, x in leaves if isinstance(x, torch.Tensor)]
             if must and not tensors and not (argument is None or argument == () or argument == {}):
                 raise ConfigError(
                     f"parameter {name} is declared dynamic, and the first call passes "
@@ -163,48 +164,38 @@ def marks_for(
                     where=dims.where,
                     hint="declare the parameters that tensors come in",
                 )
-            unbacked = table is dims.unbacked or shapes is DynamicShapesType.UNBACKED
             for label, tensor in tensors:
-                for dim in _in_range(dims.where, label, tensor, wanted, must):
-                    fixed = shapes is DynamicShapesType.AUTO and tensor.size(dim) < 2
-                    mark = torch_compat.Mark("static" if fixed else "dynamic", dim)
-                    if unbacked:
-                        mark = torch_compat.unbacked_mark(tensor, dim)
-                    found[id(tensor), dim], labels[id(tensor), dim] = (tensor, mark), label
+                rank = tensor.dim()
+                for dim in wanted:
+                    if not -rank <= dim < rank:
+                        if must:
+                            raise ConfigError(
+                                f"dimension {dim} of {label} is declared dynamic, and it has {rank} dimensions",
+                                where=dims.where,
+                            )
+                        continue
+                    mark = torch_compat.unbacked_mark(tensor, dim % rank)
+                    if not unbacked:
+                        fixed = shapes is DynamicShapesType.AUTO and tensor.size(dim) < 2
+                        mark = torch_compat.Mark("static" if fixed else "dynamic", dim % rank)
+                    found[id(tensor), mark.dim] = label, tensor, mark
     if not found:
         raise InputError(
             "the first call passes no tensor for a dynamic parameter",
             where=dims.where,
             hint="make the first call with tensors, or declare other dynamic_arg_dims",
         )
-    for place, (tensor, mark) in found.items():
+    for label, tensor, mark in found.values():
         small = tensor.size(mark.dim) < 2 and mark.kind == "dynamic"
         if small and shapes is DynamicShapesType.BACKED:
             raise InputError(
-                f"argument {labels[place]} has size {tensor.size(mark.dim)} in dynamic dimension {mark.dim} at the first call, "
+                f"argument {label} has size {tensor.size(mark.dim)} in dynamic dimension {mark.dim} at the first call, "
                 "which a trace with backed shapes would fix",
                 where=dims.where,
                 hint="make the first call with size 2 or more, name the dimension in mark_unbacked_dims, or set "
                 "dynamic_shapes_config.type to unbacked or backed_size_oblivious",
             )
-    return list(found.values())
-
-
-def _in_range(
-    where: str, label: str, tensor: torch.Tensor, dims: tuple[int, ...], must: bool
-) -> list[int]:
-    rank = tensor.dim()
-    beyond = [dim for dim in dims if not -rank <= dim < rank]
-    if beyond and must:
-        raise ConfigError(
-            f"dimension {beyond[0]} of {label} is declared dynamic, and it has {rank} dimensions",
-            where=where,
-            hint=f"use {-rank} to {rank - 1}" if rank else "a tensor without dimensions has none",
-        )
-    positive = [dim % rank for dim in dims if dim not in beyond]
-    if len(set(positive)) != len(positive):
-        raise ConfigError(f"two declared dimensions of {label} are the same one", where=where)
-    return positive
+    return [(tensor, mark) for _, tensor, mark in found.values()]
 
 
 @contextmanager
@@ -244,38 +235,35 @@ def _register_holders(values: list[object]) -> None:
         kinds = {type(leaf) for leaf in leaves if _holds_tensors(leaf)}
         values = [leaf for leaf in leaves if type(leaf) in kinds]
         for kind in kinds:
-            _register(kind)
+            pytree.register_pytree_node(
+                kind,
+                lambda value: ([getattr(value, n) for n in _names(value)], _names(value)),
+                partial(_rebuilt, kind),
+                serialized_type_name=f"{kind.__module__}.{kind.__qualname__}",
+                flatten_with_keys_fn=_with_keys,
+            )
 
 
 def _holds_tensors(value: object) -> bool:
     if isinstance(value, (torch.Tensor, torch.nn.Module, type)) or callable(value):
         return False
-    held = [getattr(value, name) for name in _attribute_names(value)]
-    return any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(held))
+    held = pytree.tree_leaves([getattr(value, name) for name in _names(value)])
+    return any(isinstance(leaf, torch.Tensor) for leaf in held)
 
 
-def _register(kind: type) -> None:
-    def children(value: object) -> tuple[list[object], tuple[str, ...]]:
-        names = _attribute_names(value)
-        return [getattr(value, name) for name in names], names
-
-    def with_keys(value: object) -> tuple[list[tuple[Any, object]], tuple[str, ...]]:
-        found, names = children(value)
-        return list(zip(map(pytree.GetAttrKey, names), found, strict=True)), names
-
-    def rebuilt(found: Iterable[object], names: tuple[str, ...]) -> object:
-        value: object = object.__new__(kind)
-        for name, child in zip(names, found, strict=True):
-            object.__setattr__(value, name, child)
-        return value
-
-    name = f"{kind.__module__}.{kind.__qualname__}"
-    pytree.register_pytree_node(
-        kind, children, rebuilt, serialized_type_name=name, flatten_with_keys_fn=with_keys
-    )
-
-
-def _attribute_names(value: object) -> tuple[str, ...]:
+def _names(value: object) -> tuple[str, ...]:
     if dataclasses.is_dataclass(value):
         return tuple(f.name for f in dataclasses.fields(value) if hasattr(value, f.name))
     return tuple(sorted(getattr(value, "__dict__", ())))
+
+
+def _with_keys(value: object) -> tuple[list[tuple[Any, object]], tuple[str, ...]]:
+    names = _names(value)
+    return [(pytree.GetAttrKey(name), getattr(value, name)) for name in names], names
+
+
+def _rebuilt(kind: type, found: Iterable[object], names: tuple[str, ...]) -> object:
+    value: object = object.__new__(kind)
+    for name, child in zip(names, found, strict=True):
+        object.__setattr__(value, name, child)
+    return value

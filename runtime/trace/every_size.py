@@ -8,7 +8,7 @@ Python are not run.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,7 +39,6 @@ _COMPUTING = (
 )
 _SETTING = ("_log_api_usage_once", "_set_grad_enabled")
 Compiled = Callable[..., object]
-_Conflicts = set[tuple[int, int]]
 
 
 class _Unlike(Exception):
@@ -74,7 +73,7 @@ class EverySize:
         """
         structures: dict[str, Structure] = {}
         first: dict[str, str] = {}  # structure → the piece that is run for all of it
-        shared: dict[int, str] = (
+        shared: dict[int | None, str] = (
             {}
         )  # memory that is apart for several rows alone → what is no copy for one
         calls = {str(n.target): n for n in split_gm.graph.find_nodes(op="call_module")}
@@ -83,57 +82,44 @@ class EverySize:
             structures[name] = structure_of(piece, describe_input=input_signature)
             one = first.setdefault(structures[name].key, name)
             if one == name:
-                pairs = zip(piece.graph.find_nodes(op="placeholder"), calls[name].args, strict=True)
-                weights = {
-                    own.name: self.weights[given.name]
-                    for own, given in pairs
-                    if isinstance(given, torch.fx.Node) and given.name in self.weights
-                }
-                reason = self.refusal(name, piece, weights)
+                given = map(str, calls[name].args)  # by name
+                reason = self.refusal(name, piece, [self.weights.get(each) for each in given])
                 if reason is not None:
                     raise NotAdmitted(f"{name}: {reason}")
             nodes = list(piece.graph.nodes)
-            for numbers in (c for run in self._runs.get(one, ()) for c in run.conflicts):
-                for number in numbers:
-                    shared[memory_of(value_of(nodes[number]))] = nodes[max(numbers)].name  # type: ignore[index]
+            for pair in (pair for run in self._runs.get(one, ()) for pair in run.conflicts):
+                for number in pair:
+                    shared[memory_of(value_of(nodes[number]))] = nodes[max(pair)].name
         for name in calls if shared else ():
-            for key in written_memory(graph_of(split_gm, name), shared):
+            for key in written_memory(graph_of(split_gm, name), shared):  # type: ignore[arg-type]
                 raise NotAdmitted(
                     f"{shared[key]} is no copy where the batch is one row, and it or what it is a copy of is written to"
                 )
         return structures
 
     def refusal(
-        self, name: str, piece: torch.fx.GraphModule, weights: Mapping[str, torch.Tensor]
+        self, name: str, piece: torch.fx.GraphModule, weights: Sequence[torch.Tensor | None]
     ) -> str | None:
-        """Why ``piece`` need not be compiled for every size; ``weights``: the model's own tensors among its inputs, by placeholder."""
+        """Why ``piece`` need not be compiled for every size; ``weights``: the model's own tensors among its inputs."""
         said = self._never_tried(piece)
         if said is not None:
             return said
-        try:
-            with torch.no_grad(), warnings.catch_warnings(action="ignore"):
-                self._runs[name] = [*self._runs_of(piece, weights)]
-        except _Unlike as unlike:
-            return str(unlike)
-        except Exception as error:  # noqa: BLE001  (an operator has no answer for so many rows)
-            return f"it does not run with {', '.join(map(str, ROWS))} rows: {_first_line(error)}"
-        return None
-
-    def _runs_of(
-        self, piece: torch.fx.GraphModule, weights: Mapping[str, torch.Tensor]
-    ) -> Iterator[_Run]:
-        values = [value_of(node) for node in piece.graph.nodes]
-        sizes = [s for v in values for s in (v.shape if isinstance(v, torch.Tensor) else (v,))]
         hints: dict[str, int] = {}
-        for size in sizes:
-            hints |= torch_compat.symbol_hints(size)
+        for value in (value_of(node) for node in piece.graph.nodes):
+            for size in value.shape if isinstance(value, torch.Tensor) else (value,):
+                hints |= torch_compat.symbol_hints(size)
+        runs = self._runs[name] = []
         for rows in ROWS:
             try:
-                yield _Run.of(piece, {**hints, **dict.fromkeys(self.symbols, rows)}, weights)
-            except RuntimeError:
-                if rows:
-                    raise
-                # The model's own operators refuse a batch of no rows, eagerly and in each call too.
+                with torch.no_grad(), warnings.catch_warnings(action="ignore"):
+                    runs.append(_Run.of(piece, hints | dict.fromkeys(self.symbols, rows), weights))
+            except _Unlike as unlike:
+                return str(unlike)
+            except Exception as error:  # noqa: BLE001 - an operator has no answer for so many rows
+                if not rows and isinstance(error, RuntimeError):
+                    continue  # the model's own operators refuse a batch of no rows, eagerly and in each call too
+                return f"it does not run with {rows} rows: {_first_line(error)}"
+        return None
 
     def after(self, compiled: Mapping[str, Compiled]) -> None:
         """Compare what the pieces were compiled to with their graphs.
@@ -156,12 +142,11 @@ class EverySize:
 
     def _never_tried(self, piece: torch.fx.GraphModule) -> str | None:
         for node in piece.graph.nodes:
-            name = getattr(node.target, "__name__", str(node.target))
             if isinstance(node.target, HigherOrderOperator):
                 return f"{node.target.name()} runs a graph of its own"
             if node.op == "call_function" and not _computes(node.target):
                 return f"{node.name} is no operator: it changes what those after it mean"
-            if "conv" in name:
+            if "conv" in getattr(node.target, "__name__", str(node.target)):
                 return "the compiler chooses the layout of a convolution"
             tensors = [node] if node.op == "placeholder" else []
             tensors += node.all_input_nodes if node.op == "output" and not self.rows_in_one else []
@@ -170,13 +155,13 @@ class EverySize:
                     return f"{each.name} has a stride that is made of the batch size"
         return None
 
-    def _in_stride(self, value: object) -> bool:
+    def _in_stride(self, value: Any) -> bool:
         if memory_of(value) is None:
             return False
-        pairs = zip(value.shape, value.stride(), strict=True)  # type: ignore[attr-defined]
-        steps = [
+        pairs = zip(value.shape, value.stride(), strict=True)
+        steps = (
             n for size, n in pairs if not (self.rows_in_one and type(size) is int and size == 1)
-        ]
+        )
         return any(set(torch_compat.symbols_in(each)) & set(self.symbols) for each in steps)
 
 
@@ -205,42 +190,37 @@ class _Run:
     expected: list[object]
     after: list[object]
     unwritten: Collection[int]
-    conflicts: _Conflicts
+    conflicts: set[tuple[int, int]]
 
     @classmethod
     def of(
         cls,
         piece: torch.fx.GraphModule,
         sizes: Mapping[str, int],
-        weights: Mapping[str, torch.Tensor],
+        weights: Sequence[torch.Tensor | None],
     ) -> _Run:
         inputs, written = piece.graph.find_nodes(op="placeholder"), written_inputs(piece)
-        own = {n for n, node in enumerate(inputs) if node.name in weights and n not in written}
+        own = {n for n, each in enumerate(weights) if each is not None and n not in written}
         given = [
-            weights[node.name] if n in own else _made(value_of(node), sizes)
+            weights[n] if n in own else _made(value_of(node), sizes)
             for n, node in enumerate(inputs)
         ]
-        after = _copies(given, own)
-        run = _AsTraced(piece, sizes)
+        after, run = _copies(given, own), _AsTraced(piece, sizes)
         with _NothingDrawn():
             expected = pytree.tree_leaves(run.run(*after))
         return cls(given, own, expected, after, unwritten_outputs(piece), run.conflicts)
 
     def require_alike(self, compiled: Compiled, any_order: bool) -> None:
-        """Run the compiled form on the same data.
-
-        Raises:
-            _Unlike: it gives something else.
-        """
+        """Run the compiled form on the same data; raises `_Unlike` if it gives something else."""
         ours = _copies(self.given, self.own)
         with torch.no_grad(), warnings.catch_warnings(action="ignore"):
             found = pytree.tree_leaves(compiled(*ours))
         if len(found) != len(self.expected):
             raise _Unlike("it gives another number of results")
-        for number, (one, other) in enumerate(zip(found, self.expected, strict=True)):
+        for number, (one, other) in enumerate(
+            zip((*ours, *found), (*self.after, *self.expected), strict=True), -len(ours)
+        ):
             _require_equal(one, other, any_order, number not in self.unwritten)
-        for one, other in zip(ours, self.after, strict=True):
-            _require_equal(one, other, any_order)
         if _sharing(found, ours) != _sharing(self.expected, self.after):
             raise _Unlike("its results share memory in another way")
 
@@ -254,7 +234,7 @@ class _AsTraced(torch.fx.Interpreter):
         self._sizes = sizes
         self._numbers = {node: number for number, node in enumerate(piece.graph.nodes)}
         self._first: dict[int, torch.fx.Node] = {}
-        self.conflicts: _Conflicts = set()
+        self.conflicts: set[tuple[int, int]] = set()
 
     def run_node(self, n: torch.fx.Node) -> Any:
         value = super().run_node(n)

@@ -43,53 +43,51 @@ class RepeatedLayers:
     names: Sequence[str] = ()
     text: str = ""
     _failed: bool = False
-    _marks: dict[type, tuple[Callable[..., object], object]] = field(default_factory=dict)
+    _marks: dict[Any, tuple[Callable[..., object], object]] = field(default_factory=dict)
 
     @contextlib.contextmanager
     def marked(self, model: Callable[..., object]) -> Iterator[None]:
         """Mark the classes of the layers for the block, which traces ``model``; no other thread traces meanwhile."""
         kinds = [] if self._failed else self._classes(model)
-        if not kinds:
-            yield
-            return
-        with torch_compat.one_trace_at_a_time():
+        with torch_compat.one_trace_at_a_time() if kinds else contextlib.nullcontext():
             try:
                 for kind in kinds:
-                    self._mark(kind)
+                    mark = torch_compat.compile_region(kind.forward)
+                    if mark is None:
+                        self.text = "every layer was traced: this torch shares no traces"
+                        break
+                    self._marks[kind] = mark, vars(kind).get("forward")
+                    kind.forward = mark
                 yield
             finally:
                 self._unmark()
 
-    def _classes(self, model: Callable[..., object]) -> list[type]:
+    def _classes(self, model: Callable[..., object]) -> list[Any]:
         """The classes of which two layers are called; none of torch's own."""
         if not self.names or not isinstance(model, torch.nn.Module):
             return []
         modules = dict(model.named_modules(remove_duplicate=False))
         held = [each for name in self.names if name in modules for each in modules[name].children()]
-        counts = Counter(type(each) for each in held)
-        found = [kind for kind, count in counts.items() if count > 1 and _can_be_marked(kind)]
+        found = [
+            kind
+            for kind, count in Counter(map(type, held)).items()
+            if count > 1
+            and isinstance(getattr(kind, "forward", None), types.FunctionType)
+            and kind.__module__.partition(".")[0] != "torch"
+        ]
         if not found:
             self.text = f"every layer was traced: no module {' or '.join(self.names)} holds two of one class"
         return found
-
-    def _mark(self, kind: type) -> None:
-        mark = torch_compat.compile_region(kind.forward)  # type: ignore[attr-defined]
-        if mark is None:
-            self.text = "every layer was traced: this torch shares no traces"
-            return
-        self._marks[kind] = mark, vars(kind).get("forward")
-        kind.forward = mark  # type: ignore[attr-defined]
 
     def _unmark(self) -> None:
         """Take the marks off, unless somebody put something else in their place."""
         while self._marks:
             kind, (mark, own) = self._marks.popitem()
-            if vars(kind).get("forward") is not mark:
-                continue
-            if own is None:
-                del kind.forward  # type: ignore[attr-defined]
-            else:
-                kind.forward = own  # type: ignore[attr-defined]
+            if vars(kind).get("forward") is mark:
+                if own is None:
+                    del kind.forward
+                else:
+                    kind.forward = own
 
     def write_out(self, gm: torch.fx.GraphModule) -> torch.fx.GraphModule:
         """``gm`` with the nodes of each region in the place of its calls; for the backend of the trace, which takes the marks off.
@@ -119,11 +117,6 @@ class RepeatedLayers:
         self.text = f"every layer was traced: {str(error).splitlines()[0].partition('. Hint')[0]}"
         _log.info("repeated layers are traced one by one: %s", error)
         return True
-
-
-def _can_be_marked(kind: type) -> bool:
-    forward = getattr(kind, "forward", None)
-    return isinstance(forward, types.FunctionType) and kind.__module__.partition(".")[0] != "torch"
 
 
 def _inlined(gm: torch.fx.GraphModule) -> dict[int, int]:

@@ -227,7 +227,8 @@ def _run(module: torch.fx.GraphModule, node: torch.fx.Node, note: Callable[..., 
 
     args, kwargs = torch.fx.node.map_aggregate((node.args, dict(node.kwargs)), given)
     fakes = [v for each in node.all_input_nodes if (v := value_of(each)) is not None]
-    with torch_compat.watching_operators(note, fakes):
+    watch = torch_compat.OperatorWatch(note, lambda *_: None, lambda *_: None)
+    with torch_compat.on_fakes(fakes), watch:
         if node.op == "call_method":
             getattr(args[0], str(node.target))(*args[1:], **kwargs)
         elif node.op == "call_module":

@@ -154,14 +154,6 @@ def test_a_declared_dimension_out_of_range_is_an_error(dim: int, rank: int) -> N
     assert not vars(x)
 
 
-def test_one_dimension_declared_from_both_ends_is_an_error() -> None:
-    with (
-        pytest.raises(ConfigError, match="the same one"),
-        marked(dims_of(example, {"x": [1, -1]}), {"x": torch.randn(4, 8)}),
-    ):
-        pass
-
-
 def test_a_declared_parameter_without_tensors_is_an_error_and_an_absent_one_is_not() -> None:
     dims = dims_of(example, {"x": 0, "y": 0})
     with marked(dims, {"x": torch.randn(4), "y": None}), marked(dims, {"x": torch.randn(4)}):

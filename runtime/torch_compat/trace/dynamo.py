@@ -209,34 +209,20 @@ def own_symbol_per_dimension() -> contextlib.AbstractContextManager[object]:
 
 
 @contextlib.contextmanager
-def watching_operators(
-    note: Callable[[torch._ops.OpOverload, tuple[object, ...], dict[str, object]], None],
-    values: Iterable[object],
-) -> Iterator[None]:
-    """While active, ``note(operator, args, kwargs)`` is called before each operator runs; nothing is computed on data.
-
-    Args:
-        note: told about every operator that reaches the dispatcher.
-        values: fake values whose mode the block runs under; symbols that it makes are forgotten.
-    """
+def on_fakes(values: Iterable[object]) -> Iterator[None]:
+    """Run operators in the block on fake ``values`` of a trace, as Dynamo does; it leaves no guard on a size, and no symbol."""
     from torch._dispatch.python import enable_python_dispatcher
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-            note(func, args, kwargs or {})
-            return func(*args, **(kwargs or {}))
 
     modes = (getattr(value, "fake_mode", None) for value in values)
-    fake_mode = next((mode for mode in modes if mode is not None), None)
-    forget = getattr(
-        getattr(fake_mode, "shape_env", None),
-        "ignore_fresh_unbacked_symbols",
-        contextlib.nullcontext,
-    )
-    # With the decompositions that a trace runs: composite kernels may read sizes that are symbols.
-    fakes = fake_mode or contextlib.nullcontext()
-    with forget(), fakes, torch.no_grad(), enable_python_dispatcher(), Watch():
+    mode = next((each for each in modes if each is not None), None)
+    env = getattr(mode, "shape_env", None)
+    with contextlib.ExitStack() as stack:
+        if env is not None:
+            stack.enter_context(env.ignore_fresh_unbacked_symbols())
+            stack.enter_context(env.suppress_guards())
+        # With the decompositions that a trace runs: composite kernels may read sizes that are symbols.
+        for each in (mode or contextlib.nullcontext(), torch.no_grad(), enable_python_dispatcher()):
+            stack.enter_context(each)
         yield
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import types
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -50,23 +49,6 @@ def module_of(node: torch.fx.Node) -> int | None:
     stack = node.meta.get("nn_module_stack") or {"": None}
     number = str(list(stack)[-1]).partition("@")[0]
     return int(number) if number.isdecimal() else None
-
-
-def on_fakes(values: Sequence[object]) -> contextlib.ExitStack:
-    """A context to run operators in on the fake ``values`` of a trace, as Dynamo does; it leaves no guard on a size."""
-    from torch._dispatch.python import enable_python_dispatcher
-
-    modes = (getattr(value, "fake_mode", None) for value in values)
-    mode = next(each for each in modes if each is not None)
-    stack = contextlib.ExitStack()
-    for each in (
-        mode,
-        torch.no_grad(),
-        enable_python_dispatcher(),
-        mode.shape_env.suppress_guards(),
-    ):
-        stack.enter_context(each)
-    return stack
 
 
 def guard_past_marks(marked: Collection[object]) -> None:
