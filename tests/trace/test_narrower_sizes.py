@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 
 import pytest
@@ -15,6 +16,7 @@ from piecework.runtime.config.compilation import CompilationConfig
 
 HERE = "narrower_sizes_under_test"
 sys.modules.setdefault(HERE, sys.modules[__name__])
+CALLS = itertools.count()
 
 
 class FixedImages:
@@ -34,6 +36,11 @@ class FixedImages:
         return CompiledPiece(graph)
 
 
+class Never(FixedImages):
+    def compile(self, graph, example_inputs, config, compile_range):  # type: ignore[no-untyped-def]
+        raise RuntimeError(f"call {next(CALLS)}")
+
+
 class Images(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -51,75 +58,56 @@ class Odd(Images):
         return super().forward(images) * table[images.shape[2]]
 
 
-@pytest.fixture
-def config() -> CompilationConfig:
-    return CompilationConfig(backend=f"{HERE}:FixedImages", dynamic_shapes_config={"max_traces": 8})
+def compiled(model: nn.Module, backend: str = f"{HERE}:FixedImages") -> piecework.StitchedModule:
+    config = {"backend": backend, "dynamic_shapes_config": {"max_traces": 8}}
+    return piecework.compile(model.eval(), (torch.randn(4, 3, 8, 8),), config=config)
 
 
-def test_a_compiler_that_fails_with_all_sizes_unknown_gets_the_batch_alone(
-    config: CompilationConfig,
-) -> None:
-    model = Images().eval()
-    stitched = piecework.compile(model, (torch.randn(4, 3, 8, 8),), config=config)
+def check(stitched: piecework.StitchedModule, model: nn.Module, *shape: int) -> None:
+    images = torch.randn(shape[0], 3, *shape[1:])
+    torch.testing.assert_close(stitched(images), model(images), rtol=0, atol=0)
+
+
+def test_a_compiler_that_fails_with_all_sizes_unknown_gets_the_batch_alone() -> None:
+    model = Images()
+    stitched = compiled(model)
     for rows in (4, 1, 2, 5):
-        images = torch.randn(rows, 3, 8, 8)
-        torch.testing.assert_close(stitched(images), model(images), rtol=0, atol=0)
-    assert len(stitched.traces) <= 2  # a batch of one may have its own
-
-
-def test_other_images_get_a_trace_of_their_own(config: CompilationConfig) -> None:
-    model = Images().eval()
-    stitched = piecework.compile(model, (torch.randn(4, 3, 8, 8),), config=config)
+        check(stitched, model, rows, 8, 8)
     traces = len(stitched.traces)
-    for height, width in ((12, 8), (8, 12)):
+    assert traces <= 2  # a batch of one may have its own
+    for height, width in ((12, 8), (8, 12)):  # other images get a trace of their own
         for rows in (3, 4):
-            images = torch.randn(rows, 3, height, width)
-            torch.testing.assert_close(stitched(images), model(images), rtol=0, atol=0)
+            check(stitched, model, rows, height, width)
     assert len(stitched.traces) == traces + 2
 
 
-def test_the_first_failure_is_told_if_nothing_helps(config: CompilationConfig) -> None:
-    model = nn.Sequential(nn.Linear(8, 8), nn.Flatten(0))
-
-    class Never(FixedImages):
-        def compile(self, graph, example_inputs, config, compile_range):  # type: ignore[no-untyped-def]
-            raise RuntimeError(f"{len(NEVER)}: {NEVER.append(1)}")
-
-    sys.modules[HERE].Never = Never  # type: ignore[attr-defined]
-    NEVER.clear()
-    with pytest.raises(PieceCompileError, match="RuntimeError: 0"):
-        piecework.compile(model, (torch.randn(4, 2, 8),), config={"backend": f"{HERE}:Never"})
+def test_a_model_that_looks_a_size_up() -> None:
+    model = Odd()
+    stitched = compiled(model, "eager")
+    for rows, height in ((4, 8), (1, 8), (5, 8), (4, 16), (2, 16)):
+        check(stitched, model, rows, height, 8)
+    with pytest.raises(KeyError):
+        model(torch.randn(4, 3, 12, 8))
+    with pytest.raises(piecework.errors.PieceworkError):
+        stitched(torch.randn(4, 3, 12, 8))
 
 
-NEVER: list[int] = []
+def test_the_first_failure_is_told_if_nothing_helps() -> None:
+    with pytest.raises(PieceCompileError, match="RuntimeError: call 0"):
+        compiled(Images(), f"{HERE}:Never")
 
-
-def test_marks_are_not_narrowed(config: CompilationConfig) -> None:
-    images = torch.randn(4, 3, 8, 8)
-    torch._dynamo.mark_dynamic(images, 0)
-    torch._dynamo.mark_dynamic(images, 2)
-    with pytest.raises(PieceCompileError, match="a size of an image is unknown"):
-        piecework.compile(Images().eval(), (images,), config=config)
-
-
-def test_a_graph_break_stays_one() -> None:
     class Broken(Images):
         def forward(self, images: torch.Tensor) -> torch.Tensor:
             torch._dynamo.graph_break()
             return super().forward(images)
 
     with pytest.raises(CaptureError, match="graph_break"):
-        piecework.compile(Broken().eval(), (torch.randn(4, 3, 8, 8),), config={"backend": "eager"})
+        compiled(Broken(), "eager")
 
 
-def test_a_model_that_looks_a_size_up() -> None:
-    model = Odd().eval()
-    config = {"backend": "eager", "dynamic_shapes_config": {"max_traces": 8}}
-    stitched = piecework.compile(model, (torch.randn(4, 3, 8, 8),), config=config)
-    for rows, height in ((4, 8), (1, 8), (5, 8), (4, 16), (2, 16)):
-        images = torch.randn(rows, 3, height, 8)
-        torch.testing.assert_close(stitched(images), model(images), rtol=0, atol=0)
-    with pytest.raises(KeyError):
-        model(torch.randn(4, 3, 12, 8))
-    with pytest.raises(piecework.errors.PieceworkError):
-        stitched(torch.randn(4, 3, 12, 8))
+def test_marks_are_not_narrowed() -> None:
+    images = torch.randn(4, 3, 8, 8)
+    torch._dynamo.mark_dynamic(images, 0)
+    torch._dynamo.mark_dynamic(images, 2)
+    with pytest.raises(PieceCompileError, match="a size of an image is unknown"):
+        piecework.compile(Images().eval(), (images,), config={"backend": f"{HERE}:FixedImages"})

@@ -132,28 +132,20 @@ class WritesInSplittingOp(nn.Module):
         return self.out + y[:4]
 
 
-def test_a_write_in_a_splitting_op_is_outside_the_pieces() -> None:
+def branches(module: nn.Module, y: torch.Tensor) -> object:
+    def left(y: torch.Tensor) -> torch.Tensor:
+        return y + module.state
+
+    def right(y: torch.Tensor) -> torch.Tensor:
+        return y - module.state
+
+    return torch.cond(y.sum() > 0, left, right, (y,))
+
+
+def test_a_write_in_a_splitting_op_is_outside_the_pieces_and_a_branch_that_reads_is_none() -> None:
+    assert found_in(Model(branches)) == ()
     assert found_in(WritesInSplittingOp()) == ()
     piecework.compile(WritesInSplittingOp(), (torch.randn(6, 8),), config=CAPTURED)
-
-
-class Branches(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("state", torch.zeros(8))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        def left(y: torch.Tensor) -> torch.Tensor:
-            return y + self.state
-
-        def right(y: torch.Tensor) -> torch.Tensor:
-            return y - self.state
-
-        return torch.cond(x.sum() > 0, left, right, (x,))
-
-
-def test_reading_in_a_branch_is_no_write() -> None:
-    assert found_in(Branches()) == ()
 
 
 def test_capturing_such_a_piece_is_refused_before_anything_is_compiled() -> None:
