@@ -12,7 +12,7 @@ import sys
 import traceback
 import types
 import warnings
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import ParamSpec, TypeVar
@@ -157,16 +157,11 @@ def tell(problem: PieceworkError, *, strict: bool) -> None:
     warnings.warn(str(problem), stacklevel=level)
 
 
-def short_errors(
-    function: Callable[P, R], elsewhere: Callable[[str, Collection[str]], str] | None = None
-) -> Callable[P, R]:
+def short_errors(function: Callable[P, R]) -> Callable[P, R]:
     """``function``, whose typed errors leave it without what lies behind them: piecework's own frames, and Dynamo's.
 
     An error of the user's own code that one follows from stays with it. With ``PIECEWORK_FULL_TRACEBACK=1`` everything stays.
     Arguments that the function does not take are a `ConfigError`.
-
-    Args:
-        elsewhere: where an argument of such a name goes, of those that the function has; "" if nobody knows.
     """
 
     @functools.wraps(function)
@@ -177,7 +172,7 @@ def short_errors(
             try:
                 inspect.signature(function).bind(*args, **kwargs)
             except TypeError:
-                raise _misfit(function, error, kwargs, elsewhere) from None
+                raise _misfit(function, error, kwargs) from None
             raise  # from inside
         except PieceworkError as error:
             if full_tracebacks():
@@ -198,24 +193,13 @@ def short_methods(kind: Kind) -> Kind:
     return kind
 
 
-def _misfit(
-    function: Callable[..., object],
-    error: TypeError,
-    named: Iterable[str],
-    elsewhere: Callable[[str, Collection[str]], str] | None,
-) -> ConfigError:
-    """What Python says of arguments that ``function`` does not take, with where they go."""
+def _misfit(function: Callable[..., object], error: TypeError, named: Iterable[str]) -> ConfigError:
+    """What Python says of arguments that ``function`` does not take, and those that it takes."""
     parameters = [name for name in inspect.signature(function).parameters if name != "self"]
-    unknown = [name for name in named if name not in parameters]
-    hints = {
-        (elsewhere(name, parameters) if elsewhere is not None else "")
-        or did_you_mean(name, parameters)
-        for name in unknown
-    } - {""}
+    near = {did_you_mean(name, parameters) for name in named if name not in parameters} - {""}
     takes = f"it takes {', '.join(parameters)}" if parameters else "it takes no arguments"
-    return ConfigError(
-        str(error), where=function.__qualname__, hint="; ".join(sorted(hints)) or takes
-    )
+    hint = "; ".join(sorted(near)) or takes
+    return ConfigError(str(error), where=function.__qualname__, hint=hint)
 
 
 def full_tracebacks() -> bool:

@@ -18,7 +18,6 @@ from piecework.runtime.artifact.model import Artifact
 from piecework.runtime.batch.sizes import require_positive_sizes
 from piecework.runtime.call.shared_module import require_model
 from piecework.runtime.config.compilation import CompilationConfig
-from piecework.runtime.config.elsewhere import where_it_goes
 from piecework.runtime.config.groups import CompilationMode, RuntimeConfig
 from piecework.runtime.model_tag import compilation_complete
 from piecework.runtime.splitting_op import registry
@@ -31,7 +30,7 @@ _log = logging.getLogger(__name__)
 _UNSTITCHED = (CompilationMode.NONE, CompilationMode.STOCK_TORCH_COMPILE)
 
 
-@partial(short_errors, elsewhere=where_it_goes)
+@short_errors
 def compile(
     model: Callable[..., object],
     example_args: Sequence[object] = (),
@@ -112,7 +111,7 @@ def compile(
     return made
 
 
-@partial(short_errors, elsewhere=where_it_goes)
+@short_errors
 def load(
     path: Place,
     model: Callable[..., object],

@@ -11,7 +11,6 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, TypeVar, overload
 
 import torch
@@ -19,7 +18,6 @@ import torch
 from piecework.errors import ConfigError, short_errors
 from piecework.runtime.compile import compile_with_mode
 from piecework.runtime.config.compilation import CompilationConfig
-from piecework.runtime.config.elsewhere import where_it_goes
 from piecework.runtime.config.groups import CompilationMode, DynamicShapesType, RuntimeConfig
 from piecework.runtime.model_tag import (
     ModelTag,
@@ -66,7 +64,7 @@ def support_torch_compile(
 ) -> Callable[[ModuleClass], ModuleClass]: ...
 
 
-@partial(short_errors, elsewhere=where_it_goes)
+@short_errors
 def support_torch_compile(
     cls: ModuleClass | None = None,
     *,

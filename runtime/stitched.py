@@ -44,7 +44,7 @@ from piecework.runtime.artifact.model import (
     write_model,
 )
 from piecework.runtime.batch.mode import CUDAGraphMode
-from piecework.runtime.call.edited import EditedSource
+from piecework.runtime.call.edited import EditedSource, check_edited
 from piecework.runtime.call.shared_module import SharedModule, model_name, require_model
 from piecework.runtime.config.compilation import CompilationConfig, RuntimeConfig
 from piecework.runtime.config.groups import DynamicShapesType
@@ -345,9 +345,15 @@ class StitchedModule(Captures, Observed, SharedModule):
             sizes = self.config.cudagraph_capture_sizes
         if self._sizes is None or (sizes is not None and 1 not in sizes):
             return None
-        call = self.traces[0].call_of_one(options)
+        first = self.traces[0]
+        plan = first.entry.made.plan
+        serves_one = all((each.low or 0) < 2 for each in plan.symbols)
+        # Without checks, nothing tells which trace serves a call.
+        if serves_one or first.program.batch.symbol is None or not plan.checks:
+            return None
         try:
-            return None if call is None else self._serving(call)
+            found = self._serving(first.call_of(1, options))
+            return None if found is first else found
         except PieceworkError:
             if sizes is not None:
                 raise
@@ -390,7 +396,6 @@ class StitchedModule(Captures, Observed, SharedModule):
             ready = [each.entry.rebound() for each in self.traces]  # all of them, or none
             for each, execution in zip(self.traces, ready, strict=True):
                 each.entry.publish(execution)
-                each.forget_given_up()
 
     def refit(self, state: Mapping[str, torch.Tensor]) -> None:
         """Copy new values into the model's weights, where they lie: nothing is bound or captured anew.
@@ -432,7 +437,8 @@ class StitchedModule(Captures, Observed, SharedModule):
         """
         first, *_ = self._require("source to edit")
         with self._change("use_edited()"):
-            edited = first.use_edited(code)
+            edited = check_edited(first.program.source, first.program.split_gm, code)
+            first.entry.edit(edited)
             self._serve_by(first.call)
         return edited
 
@@ -465,7 +471,7 @@ class StitchedModule(Captures, Observed, SharedModule):
         """What an artifact holds of this module, which does not change in the block."""
         from piecework.runtime.graphs.plan.options import CaptureOptions
 
-        first, *_ = self._require("artifact")
+        self._require("artifact")
         if self._around is not nullcontext and self.kept is None:
             raise ArtifactError(
                 "the model was traced in a context of its caller's, which says nothing that another process could make it of",
@@ -473,9 +479,8 @@ class StitchedModule(Captures, Observed, SharedModule):
                 hint="compile it in each process: compiled pieces come from the cache",
             )
         with self._change("save()"), self._lock:
-            larger = any((each.low or 0) > 1 for each in first.entry.made.plan.symbols)
             in_one_row = self._sizes is not None and self._sizes.rows_in_one
-            if larger and (in_one_row or not self._saves_together):
+            if in_one_row or not self._saves_together:
                 # A graph without a batch has no batch of one, and an object of the user's can't be made up.
                 with suppress(PieceworkError, TypeError):
                     self._trace_of_one(None, CaptureOptions(runtime=self.runtime_config))

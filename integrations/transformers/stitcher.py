@@ -42,7 +42,6 @@ from piecework.runtime.batch.sizes import default_capture_sizes
 from piecework.runtime.compile import compile as compile_model
 from piecework.runtime.compile import keep, require_stitching, take_if_it_fits
 from piecework.runtime.config.compilation import CompilationConfig, RuntimeConfig
-from piecework.runtime.config.elsewhere import where_it_goes
 from piecework.runtime.stitched import StitchedModule
 from piecework.runtime.store.package import Place
 
@@ -56,7 +55,7 @@ AUTO = "auto"
 AUTO_MAXIMUM = 64
 
 
-@partial(short_errors, elsewhere=where_it_goes)
+@short_errors
 def stitch(
     model: Model,
     *,
@@ -345,7 +344,7 @@ def save(model: nn.Module, path: Place, *, key_file: str | os.PathLike[str] | No
     save_ways(_way_of(model).ways(), path, key_file)
 
 
-@partial(short_errors, elsewhere=where_it_goes)
+@short_errors
 def load(path: Place, model: Model, *, key_file: str | os.PathLike[str] | None = None) -> Model:
     """Stitch a causal LM in place by what `save` wrote: nothing is run, traced or compiled.
 

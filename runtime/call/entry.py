@@ -127,15 +127,15 @@ class Entry:
         return self._now.edited
 
     @property
-    def has_graphs(self) -> bool:
-        """Whether static graphs serve calls."""
-        return self._now.graphs is not None
+    def graphs(self) -> Graphs | None:
+        """The static graphs that serve calls."""
+        return self._now.graphs
 
     @property
     def uncaptured_calls(self) -> int:
         """How many calls ran the stitching function since anything was captured or released last; static graphs count for themselves."""
         # A counter says what comes next, and to ask for that would count.
-        return 0 if self.has_graphs else int(repr(self._now.counter)[len("count(") : -1])
+        return 0 if self.graphs else int(repr(self._now.counter)[len("count(") : -1])
 
     # --- changes: each publishes another execution, and calls that run keep theirs --------------------
 
@@ -159,7 +159,7 @@ class Entry:
         self.publish(replace(self._now, weights=self._now.weights.accepted(), variants={}))
 
     def edit(self, edited: EditedSource) -> None:
-        """Run an edited text in place of the generated stitching source, and of what was captured.
+        """Run an edited text in place of the generated stitching source, and of static graphs.
 
         Raises:
             EmitError: the text can't be executed; what ran before still runs.
@@ -200,7 +200,7 @@ class Entry:
 
     def _counter(self) -> itertools.count[int]:
         """What counts the calls after a change: on from where it was, unless graphs served."""
-        return itertools.count() if self.has_graphs else self._now.counter
+        return itertools.count() if self.graphs else self._now.counter
 
     def _made(
         self, weights: BoundWeights, edited: EditedSource | None, counter: itertools.count[int]

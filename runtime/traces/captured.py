@@ -130,7 +130,7 @@ class Captures:
         with self._change("sleep()"):
             for each in self.traces:
                 platform = each.static and each.static.graphs.platform
-                each.give_up_graphs()
+                each.entry.capture(None)
                 if platform:
                     platform.release_cached_memory()
 
@@ -170,7 +170,7 @@ class Captures:
         worth = found.worth_capturing
         if any(row.best != CAPTURED for row in rows):
             for each in self.traces:
-                each.give_up_graphs()
+                each.entry.capture(None)
             self._again = None
             if worth:
                 self.capture(worth, **options)

@@ -8,9 +8,9 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.fx
@@ -24,7 +24,6 @@ from piecework.errors import (
     StaticGraphError,
 )
 from piecework.runtime import torch_compat
-from piecework.runtime.call.edited import EditedSource, check_edited
 from piecework.runtime.call.entry import Entry
 from piecework.runtime.call.example_call import example_call
 from piecework.runtime.call.profile_names import layer_by_line, named_pieces
@@ -45,7 +44,6 @@ if TYPE_CHECKING:
     from piecework.runtime.call.shadow import Shadow
     from piecework.runtime.graphs.plan.batch_shape import BatchShape, FixedBatch
     from piecework.runtime.graphs.plan.options import CaptureOptions
-    from piecework.runtime.graphs.plan.phase import CaptureWatcher
     from piecework.runtime.graphs.serve.model import CapturedModel
     from piecework.runtime.graphs.serve.report import CallRow, MeasuredSize
 
@@ -64,8 +62,6 @@ class TracedModel:
         backend: made the program.
         program: what was compiled and emitted.
         entry: the emitted function behind a call.
-        static: the static graphs, after `capture_graphs`.
-        call: what serves a call.
     """
 
     model: Callable[..., object]
@@ -73,11 +69,24 @@ class TracedModel:
     backend: PieceworkBackend
     program: Program
     entry: Entry
-    static: CapturedModel | None = None
-    call: Callable[..., object] = field(init=False)
 
-    def __post_init__(self) -> None:
-        self.call = self.entry.call
+    @property
+    def call(self) -> Callable[..., object]:
+        """What serves a call."""
+        return self.entry.call
+
+    @property
+    def static(self) -> CapturedModel | None:
+        """The static graphs that serve calls, if some were captured."""
+        return self.entry.graphs  # type: ignore[return-value]
+
+    def calls(self) -> list[CallRow]:
+        """What its calls ran as; where static graphs were captured or released, those since then."""
+        from piecework.runtime.graphs.serve.report import uncaptured_rows
+
+        if self.static is not None:
+            return self.static.calls()
+        return uncaptured_rows(self.entry.uncaptured_calls, self.entry.careful_calls)
 
     def add_note(self, error: Exception) -> None:
         """Note on an exception of a call which statement of the emitted source was running, its piece or operator, and the module it stands for."""
@@ -94,52 +103,28 @@ class TracedModel:
         at = f" ({origin.source})" if origin is not None and origin.source else ""
         error.add_note(f"in {what}{of}{at}; stitched source, line {lines[-1]}: {text}")
 
-    @contextmanager
-    def named_pieces(self, *, by_layer: bool = True) -> Iterator[None]:
-        """Show pieces, replays and operators by name in ``torch.profiler`` for the block.
-
-        Args:
-            by_layer: name the layer that an operator is called for; else all its calls are one.
-        """
-        source, lists = self.program.source, self.program.submod_lists
-        labels = self._labels()
-        operators = {alias.name: alias.name for alias in source.module.aliases}
-        names = [labels[name] for name in source.submod_names]
-        captured = self.static
-        with ExitStack() as stack:
-            layer = layer_by_line(source.code, source.lines) if by_layer else None
-            function = self.entry.execution_fn
-            stack.enter_context(named_pieces(function, lists, names, operators, layer))
-            if captured is not None:
-                stack.enter_context(captured.named_replays(names, by_layer=by_layer))
-            yield
-
-    def calls(self) -> list[CallRow]:
-        """What its calls ran as; where static graphs were captured or released, those since then."""
-        from piecework.runtime.graphs.serve.report import uncaptured_rows
-
-        if self.static is not None:
-            return self.static.calls()
-        return uncaptured_rows(self.entry.uncaptured_calls, self.entry.careful_calls)
-
-    def shadowed(self, found: Shadow) -> AbstractContextManager[None]:
-        """Run the uncompiled graph of each piece beside it for the block, in calls that ``found`` asks for."""
-        splitting_ops = SplittingOps(self.backend.declared_ops or ())
-        return self.entry.served_beside(found.beside(self.program, splitting_ops))
+    # --- at work -----------------------------------------------------------------------------------
 
     def _labels(self) -> dict[str, str]:
-        """What each piece is called in a profile: its name and the modules in it.
-
-        In ASCII: the profiler writes any other name into a trace file as "unknown".
-        """
+        """What each piece is called in a profile: its name and the modules in it, in ASCII, as the profiler writes no other name."""
         pieces = self.program.pieces()
         return {e.name: f"{e.name} {e.modules.replace('…', '...')}".strip() for e in pieces}
 
-    def stages(self) -> dict[str, tuple[str, ...]]:
-        """What each piece, replay and operator is called in a profile, with the code that Inductor generated for it.
+    @contextmanager
+    def named_pieces(self, *, by_layer: bool = True) -> Iterator[None]:
+        """Show pieces, replays and operators by name in ``torch.profiler`` for the block; ``by_layer`` tells the calls of an operator apart."""
+        source, labels = self.program.source, self._labels()
+        operators = {alias.name: alias.name for alias in source.module.aliases}
+        names = [labels[name] for name in source.submod_names]
+        layer = layer_by_line(source.code, source.lines) if by_layer else None
+        function, lists = self.entry.execution_fn, self.program.submod_lists
+        with named_pieces(function, lists, names, operators, layer), ExitStack() as stack:
+            if self.static is not None:
+                stack.enter_context(self.static.named_replays(names, by_layer=by_layer))
+            yield
 
-        With batch ranges, the code is that for the last one.
-        """
+    def stages(self) -> dict[str, tuple[str, ...]]:
+        """What each piece, replay and operator is called in a profile, with the code that Inductor generated for it, for the last batch range."""
         last, labels = self.program.compile_ranges[-1], self._labels()
         found = {
             label: generated_sources(self.program.backends[name].entries[last].compiled)
@@ -150,22 +135,19 @@ class TracedModel:
         aliases = (alias.name for alias in self.program.source.module.aliases)
         return found | dict.fromkeys((*replays, *aliases), ())
 
-    def use_edited(self, code: str) -> EditedSource:
-        """Run an edited version of the stitching source from now on."""
-        edited = check_edited(self.program.source, self.program.split_gm, code)
-        self.entry.edit(edited)
-        self.forget_given_up()
-        return edited
+    def shadowed(self, found: Shadow) -> AbstractContextManager[None]:
+        """Run the uncompiled graph of each piece beside it for the block, in calls that ``found`` asks for."""
+        splitting_ops = SplittingOps(self.backend.declared_ops or ())
+        return self.entry.served_beside(found.beside(self.program, splitting_ops))
+
+    # --- captured ----------------------------------------------------------------------------------
 
     def capture_graphs(
         self,
         sizes: Iterable[int] | None,
         options: CaptureOptions,
-        *,
-        memory_budget: int | None,
-        progress: bool | CaptureWatcher,
-        estimate: bool,
         fixed: FixedBatch | None = None,
+        **how: Any,
     ) -> CapturedModel:
         """Capture static graphs, in place of those that there are; see `StitchedModule.capture`.
 
@@ -181,94 +163,64 @@ class TracedModel:
                 hint="use_edited(stitched.source.code) goes back to the generated source",
             )
         self.entry.capture(None)
-        if self.static is not None:
-            self.static.release()  # of a change that was stopped half-way
-        self.static = None
-        # Kept before it captures, so that a stop leaves what was captured usable.
-        self.static = CapturedModel(self.entry, self.program, sizes, options, fixed)
+        made = CapturedModel(self.entry, self.program, sizes, options, fixed)
         # In a context of its own: whatever stops it, no forward context stays behind in this thread.
-        made = self.static
-        how = {"memory_budget": memory_budget, "progress": progress, "estimate": estimate}
-        try:
-            contextvars.copy_context().run(made.capture, **how)
-        finally:
-            self.forget_given_up()
+        contextvars.copy_context().run(made.capture, **how)
         return made
-
-    def call_of(self, size: int, options: CaptureOptions) -> Call:
-        """A call with a batch of ``size``, zeros in all tensors."""
-        return self._call_of(size, self._shape(options))
-
-    def call_of_one(self, options: CaptureOptions) -> Call | None:
-        """A call with a batch of one, which this trace does not serve; None if it does, or has no batch at all."""
-        # Without checks, nothing tells which trace serves a call.
-        if self.program.batch.symbol is None or not self.entry.made.plan.checks:
-            return None
-        shape = self._shape(options)
-        return None if shape.low < 2 else self._call_of(1, shape)
-
-    def _shape(self, options: CaptureOptions) -> BatchShape:
-        from piecework.runtime.graphs.plan.batch_shape import batch_shape
-
-        return batch_shape(self.entry.captured, self.program, options.other_sizes)
-
-    def _call_of(self, size: int, shape: BatchShape) -> Call:
-        """A call with a batch of ``size``, and the captured value of every other size."""
-        captured = self.entry.captured
-        symbols = {each.name: max(each.low or 0, 2) for each in captured.assumptions.symbols()}
-        return example_call(captured.parameters, symbols | shape.sizes(size))
-
-    def measure(self, *, seconds: float) -> Iterator[MeasuredSize]:
-        """Time each captured size eager, uncaptured, and as it was captured; see `StitchedModule.measure`."""
-        from piecework.runtime.batch.mode import CUDAGraphMode
-        from piecework.runtime.graphs.serve.report import CAPTURED, EAGER, STITCHED, measured
-
-        static = self.static
-        if static is None:
-            return
-        captured = static.graphs.bytes_by_descriptor()
-        for mode, group in static.dispatcher.get_capture_descs():
-            for descriptor in (each for each in group if (mode, each) in captured):
-                size = descriptor.num_tokens
-                args, kwargs = self._call_of(size, static.shape)
-                ways = {
-                    EAGER: partial(self._dry, CUDAGraphMode.NONE, descriptor, self.as_it_is),
-                    STITCHED: partial(self._dry, CUDAGraphMode.NONE, descriptor, self.call),
-                    CAPTURED: partial(self._dry, mode, descriptor, self.call),
-                }
-                calls = {name: partial(way, *args, **kwargs) for name, way in ways.items()}
-                with static.without_traces(descriptor):
-                    yield measured(size, calls, static.graphs.platform.synchronize, seconds=seconds)
-        static.count_anew()
-
-    def _dry(
-        self,
-        mode: CUDAGraphMode,
-        descriptor: BatchDescriptor,
-        call: Callable[..., object],
-        *args: object,
-        **kwargs: object,
-    ) -> None:
-        """A call on dummy arguments in the context of a captured size."""
-        assert self.static is not None
-        with torch.no_grad(), self.static.context_for(mode, descriptor):
-            call(*args, **kwargs)
-
-    def forget_given_up(self) -> None:
-        """Let go of static graphs that serve no more: they hold the weights that they were captured with."""
-        if not self.entry.has_graphs:
-            self.static = None
-
-    def give_up_graphs(self) -> None:
-        """Serve every call uncaptured again."""
-        self.entry.capture(None)
-        self.static = None
 
     def batch_of_one(self) -> FixedBatch:
         """Where a trace of a single row has its batch, as this one has a larger one."""
         from piecework.runtime.graphs.plan.batch_shape import FixedBatch, batch_dims
 
         return FixedBatch(1, batch_dims(self.entry.captured, self.program))
+
+    def call_of(self, size: int, options: CaptureOptions) -> Call:
+        """A call with a batch of ``size``, zeros in all tensors, and the captured value of every other size."""
+        from piecework.runtime.graphs.plan.batch_shape import batch_shape
+
+        shape = batch_shape(self.entry.captured, self.program, options.other_sizes)
+        return self._call_of(size, shape)
+
+    def _call_of(self, size: int, shape: BatchShape) -> Call:
+        captured = self.entry.captured
+        symbols = {each.name: max(each.low or 0, 2) for each in captured.assumptions.symbols()}
+        return example_call(captured.parameters, symbols | shape.sizes(size))
+
+    def measure(self, *, seconds: float) -> Iterator[MeasuredSize]:
+        """Time each captured size eager, uncaptured, and as it was captured; see `StitchedModule.measure`."""
+        static = self.static
+        if static is None:
+            return
+        captured = static.graphs.bytes_by_descriptor()
+        for mode, group in static.dispatcher.get_capture_descs():
+            for descriptor in (each for each in group if (mode, each) in captured):
+                yield self._measured(static, mode, descriptor, seconds)
+        static.count_anew()
+
+    def _measured(
+        self,
+        static: CapturedModel,
+        mode: CUDAGraphMode,
+        descriptor: BatchDescriptor,
+        seconds: float,
+    ) -> MeasuredSize:
+        from piecework.runtime.batch.mode import CUDAGraphMode
+        from piecework.runtime.graphs.serve.report import CAPTURED, EAGER, STITCHED, measured
+
+        size = descriptor.num_tokens
+        args, kwargs = self._call_of(size, static.shape)
+
+        def run(mode: CUDAGraphMode, call: Callable[..., object]) -> None:
+            with torch.no_grad(), static.context_for(mode, descriptor):
+                call(*args, **kwargs)
+
+        calls = {
+            EAGER: partial(run, CUDAGraphMode.NONE, self.as_it_is),
+            STITCHED: partial(run, CUDAGraphMode.NONE, self.call),
+            CAPTURED: partial(run, mode, self.call),
+        }
+        with static.without_traces(descriptor):
+            return measured(size, calls, static.graphs.platform.synchronize, seconds=seconds)
 
 
 def trace_model(

@@ -270,12 +270,7 @@ MISTAKES: list[tuple[Callable[[], object], type[PieceworkError], str, str]] = [
      "without annotation: states", "dynamic_arg_dims={"),
     (lambda: piecework.support_torch_compile(branches), ConfigError, "classes of torch.nn.Module", ""),
     # --- arguments that belong elsewhere
-    (misplaced("mode"), ConfigError, "unexpected keyword argument 'mode'", "max_autotune"),
-    (misplaced("fullgraph"), ConfigError, "'fullgraph'", "captured whole"),
-    (misplaced("dynamic"), ConfigError, "'dynamic'", "mark_dynamic"),
-    (misplaced("disable"), ConfigError, "'disable'", "TORCH_COMPILE_DISABLE=1"),
-    (misplaced("compile_sizes"), ConfigError, "'compile_sizes'", "config={'compile_sizes': ...}"),
-    (misplaced("max_num_seqs"), ConfigError, "'max_num_seqs'", "runtime_config={'max_num_seqs': ...}"),
+    (misplaced("fullgraph"), ConfigError, "'fullgraph'", "it takes model, example_args"),
     (misplaced("spliting_ops"), ConfigError, "'spliting_ops'", "did you mean splitting_ops?"),
     (piecework.compile, ConfigError, "missing 1 required positional argument: 'model'", "it takes"),
     (lambda: stitched().save("x", keyfile="k"), ConfigError, "'keyfile'", "did you mean key_file?"),

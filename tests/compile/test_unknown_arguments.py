@@ -118,23 +118,10 @@ def test_an_option_that_means_nothing_is_named(name: str) -> None:
         (lambda: piecework.split_graph(None, [], blockz="off"), "did you mean blocks?"),
         (lambda: piecework.compile_execution_fn("", {}, [], const=[]), "did you mean consts?"),
         (lambda: piecework.check_op("aten::sin", arg=()), "did you mean args?"),
-        (lambda: piecework.load("x", None, config={}), "holds what it was compiled with"),
-        (lambda: transformers.load("x", None, backend="eager"), "holds what it was compiled with"),
-        (lambda: transformers.stitch(None, fullgraph=True), "captured whole"),
-        (lambda: transformers.stitch(None, backend="eager"), "config={'backend': ...}"),
-        (lambda: piecework.support_torch_compile(config={}), "compilation_config={...}"),
-        (lambda: piecework.support_torch_compile(mode=3), "compilation_config={...}"),
-        (lambda: piecework.support_torch_compile(runtime_config={}), "to the instances"),
         (lambda: piecework.splitting_op("a::b", mutate_args=()), "did you mean mutates_args?"),
         (lambda: stitched().dispatch(3, uniform=True), "did you mean uniform_decode?"),
         (lambda: stitched().dispatch(), "it takes num_tokens"),
         (lambda: stitched().shadow(evry=1), "did you mean every?"),
-        (
-            lambda: stitched()
-            .capture([4], progress=False)
-            .static_graphs.source_for(4, mode="FULL"),
-            "it takes size, kind",
-        ),
     ],
 )
 def test_the_hint_says_where_it_goes(call: Callable[[], object], hint: str) -> None:
