@@ -71,7 +71,7 @@ def model_tag_is_set() -> bool:
 
 
 def use_model_tag(tag: ModelTag) -> AbstractContextManager[object]:
-    """Make a tag that was kept current again, for a model that is compiled later than it was made."""
+    """The tag that a model was made under, for what is compiled of it later."""
     return set_for(_TAG, tag)
 
 
@@ -79,11 +79,6 @@ def set_on_compilation_complete(
     callback: Callable[[], object],
 ) -> AbstractContextManager[object]:
     """Have ``callback()`` called each time that a model was compiled in the block, after its last piece."""
-    if not callable(callback):
-        raise ConfigError(
-            f"a callback must be callable; got a {type(callback).__qualname__}",
-            where="set_on_compilation_complete",
-        )
     return set_for(_ON_COMPLETE, callback)
 
 

@@ -121,7 +121,6 @@ class StitchedModule(Captures, Observed, SharedModule):
         self._first_backend = self._new_backend()
         self._splitting_ops, self._around = splitting_ops, around
         self._declared_sizes, self._sizes = sizes, None
-        self._example: Call | None = None
         self._lock = threading.RLock()  # held while a trace is made
         self._turn, self._changing = threading.Lock(), (0, "")
         self._on_trace: Callable[[TracedModel], object] | None = None
@@ -203,8 +202,7 @@ class StitchedModule(Captures, Observed, SharedModule):
             return self.as_it_is(*args, **kwargs)
         with self._lock:
             if not self.traces:  # another thread may have been first
-                traced, by_name = self._example or (args, kwargs)
-                self.prepare(*traced, **by_name)
+                self.prepare(*args, **kwargs)
         return self._call(*args, **kwargs)
 
     def _switched_off(self) -> bool:
@@ -218,32 +216,32 @@ class StitchedModule(Captures, Observed, SharedModule):
     # --- traces ----------------------------------------------------------------------------------
 
     def prepare(self, *args: object, **kwargs: object) -> None:
-        """Trace, compile and stitch now, with these arguments as the example.
-
-        While torch's compiler is switched off nothing is done but to remember them.
-        """
+        """Trace, compile and stitch now, with these arguments as the example; nothing is done while torch's compiler is switched off."""
         with self._lock:
             if self.traces:
                 raise BindError("this module is compiled already", hint="compile the model again")
             if self._switched_off():
-                self._example = args, kwargs
                 return
             with _tracing_shapes(self.config.dynamic_shapes_config.type, (args, kwargs)):
                 self._settle_sizes(args, kwargs)
                 tell_of_training(self.model, self.config.strict)
                 tell_of_gradients((*args, *kwargs.values()), self.config.strict)
                 self._add(args, kwargs)
-            wanted = _asks_for_captures(self.config)
-            self._serve_by(partial(self._uncaptured, wanted) if wanted else self.traces[0].call)
-            self._example = None
+            config = self.config
+            # Sizes to capture may stand for those to compile.
+            sizes = config.cudagraph_capture_sizes and not config.compile_sizes
+            captures = config.cudagraph_mode is not CUDAGraphMode.NONE or sizes
+            self._serve_by(self._uncaptured if captures else self.traces[0].call)
         compilation_complete()
 
-    def _uncaptured(self, wanted: str, *args: object, **kwargs: object) -> object:
+    def _uncaptured(self, *args: object, **kwargs: object) -> object:
         """The first call under a configuration that asks for captures: the last moment to say that there are none."""
         if not any(each.static for each in self.traces):
-            problem = f"nothing is captured, and the configuration says {wanted}"
-            hint = "call capture(sizes) on the stitched module before it serves"
-            error = StaticGraphError(problem, where=self.backend.prefix, hint=hint)
+            error = StaticGraphError(
+                "nothing is captured, and the configuration has a cudagraph_mode or cudagraph_capture_sizes",
+                where=self.backend.prefix,
+                hint="call capture(sizes) on the stitched module before it serves",
+            )
             tell(error, strict=self.config.strict)
         self._serve_by(self.traces[0].call)
         return self._call(*args, **kwargs)
@@ -533,16 +531,10 @@ class StitchedModule(Captures, Observed, SharedModule):
         return self.traces
 
     def _missing(self, what: str) -> NotThereError:
-        """Why there is no ``what`` before the first trace."""
-        switch = torch_compat.compiler_off()
-        if switch is not None:
-            return NotThereError(
-                f"there is no {what}: torch's compiler is switched off, and the model runs as it is",
-                where=switch,
-                hint="switch it on again, and compile the model or call it",
-            )
+        """Why there is no ``what``."""
         return NotThereError(
             f"there is no {what} yet: the model is compiled at its first call",
+            where=torch_compat.compiler_off(),  # while torch's compiler is off, it runs as it is
             hint="pass example arguments to piecework.compile, or call the module once",
         )
 
@@ -605,15 +597,6 @@ class StitchedModule(Captures, Observed, SharedModule):
 
 
 torch_compat.keep_out_of_traces(StitchedModule.__call__, OPAQUE)  # type: ignore[arg-type]
-
-
-def _asks_for_captures(config: CompilationConfig) -> str:
-    """What of a configuration means that something is captured, as text; "" for nothing."""
-    if config.cudagraph_mode is not CUDAGraphMode.NONE:
-        return f"cudagraph_mode={config.cudagraph_mode.name}"
-    if config.cudagraph_capture_sizes and not config.compile_sizes:  # which may stand for them
-        return f"cudagraph_capture_sizes={list(config.cudagraph_capture_sizes)}"
-    return ""
 
 
 @contextmanager

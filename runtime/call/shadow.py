@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -58,15 +58,7 @@ class PieceDifference:
 
 @dataclass
 class Shadow:
-    """What `StitchedModule.shadow` found so far; ``str()`` says it.
-
-    Attributes:
-        every: one call of so many is compared, the first one among them.
-        calls: how many calls were compared.
-        compared: how many runs of a piece were.
-        left_out: piece → why it is not compared.
-        found: piece → its first difference.
-    """
+    """What `StitchedModule.shadow` found so far: how many ``calls`` and runs of pieces were ``compared``, why pieces are ``left_out``; ``str()`` says it."""
 
     every: int = 1
     calls: int = 0
@@ -91,16 +83,10 @@ class Shadow:
         return next(iter(self.found.values()), None)
 
     def __str__(self) -> str:
-        count = len(self.found)
-        result = f"{count} piece{'s differ' if count > 1 else ' differs'}"
-        return "\n".join(
-            [
-                f"compared {self.compared} runs of pieces in {self.calls} calls: "
-                + (result if count else "no difference"),
-                *map(str, self.found.values()),
-                *(f"not compared: {name}, {why}" for name, why in self.left_out.items()),
-            ]
-        )
+        result = f"{len(self.found)} pieces differ" if self.found else "no difference"
+        lines = [f"compared {self.compared} runs of pieces in {self.calls} calls: {result}"]
+        left_out = (f"not compared: {name}, {why}" for name, why in self.left_out.items())
+        return "\n".join([*lines, *map(str, self.found.values()), *left_out])
 
     def beside(self, program: Program, splitting_ops: SplittingOps) -> Callable[[_Piece], _Piece]:
         """What makes of a stitching function one that runs the graph of each piece beside it.
@@ -154,13 +140,13 @@ class Shadow:
                 return piece(*args)
             # Its graph goes first: the piece may write to what both of them read.
             try:
-                expected = reference.run(args)
+                expected, written = reference.run(args)
             except Exception as error:  # noqa: BLE001 - the caller's own run goes on
                 why = f"its graph fails beside it: {type(error).__name__}: {error}"
                 self.left_out.setdefault(reference.name, why)
                 return piece(*args)
             results = piece(*args)
-            difference = reference.difference(expected, results, args, self.calls)
+            difference = reference.difference(expected, written, results, args, self.calls)
             with self._counting:
                 self.compared += 1
                 if difference is not None:
@@ -184,7 +170,7 @@ class _Reference:
         # Of the least precise dtype in the piece: its other values come of those.
         self._tolerance = max(map(tolerance_of, dtypes), default=0.0)
 
-    def run(self, args: Sequence[object]) -> tuple[Sequence[object], dict[int, object]]:
+    def run(self, args: Sequence[object]) -> tuple[object, dict[int, torch.Tensor]]:
         """What the graph gives of a piece's arguments, and copies of those that it writes to.
 
         Raises:
@@ -201,18 +187,18 @@ class _Reference:
             results = self._run(*(copies.get(n, each) for n, each in enumerate(args)))
             if not all(map(torch.equal, before, _random_states(gpus))):
                 raise RuntimeError("it draws random numbers")
-        return _sequence(results), dict(copies)
+        return results, copies
 
     def difference(
         self,
-        expected: tuple[Sequence[object], dict[int, object]],
+        expected: object,
+        written: Mapping[int, torch.Tensor],
         results: object,
         args: Sequence[object],
         call: int,
     ) -> PieceDifference | None:
-        """The first difference between what a piece did and what its graph did."""
-        right, written = expected
-        given = _sequence(results)
+        """The first difference between what a piece did and what its graph did, and wrote to copies."""
+        right, given = (x if isinstance(x, (tuple, list)) else (x,) for x in (expected, results))
         pairs: list[tuple[str, object, object]] = [("number of outputs", len(right), len(given))]
         for number, pair in enumerate(zip(right, given, strict=False)):
             output = self._outputs[number]
@@ -250,17 +236,17 @@ def _why_once(graph: torch.fx.GraphModule, splitting_ops: SplittingOps) -> str:
     return ""
 
 
-def _sequence(results: object) -> Sequence[object]:
-    return results if isinstance(results, (tuple, list)) else (results,)
-
-
 def _different(right: object, given: object, tolerance: float) -> tuple[str, float, float] | None:
     """How ``given`` differs, its largest error, and the one that is allowed; None if it is alike."""
     if not isinstance(right, torch.Tensor) or not isinstance(given, torch.Tensor):
         same = type(right) is type(given) and right == given
         return None if same else (f"is {given!r}, and the graph gives {right!r}", math.inf, 0.0)
-    if (right.shape, right.dtype, right.device) != (given.shape, given.dtype, given.device):
-        return f"is {_kind(given)}, and the graph gives {_kind(right)}", math.inf, 0.0
+    kinds = [
+        f"{str(each.dtype).removeprefix('torch.')}{list(each.shape)} on {each.device}"
+        for each in (given, right)
+    ]
+    if kinds[0] != kinds[1]:
+        return f"is {kinds[0]}, and the graph gives {kinds[1]}", math.inf, 0.0
     if not (right.is_floating_point() or right.is_complex()):
         wrong = int((right != given).sum())
         return (f"differs in {wrong} of {right.numel()} elements", math.inf, 0.0) if wrong else None
@@ -276,7 +262,3 @@ def _different(right: object, given: object, tolerance: float) -> tuple[str, flo
     error = (given - right)[wrong].abs().nan_to_num(math.inf).max().item()
     limit = f"where {allowed:.1e} is allowed (largest value {largest:.1e})"
     return f"is off by up to {error:.1e}, {limit}", error, allowed
-
-
-def _kind(tensor: torch.Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)} on {tensor.device}"

@@ -18,10 +18,7 @@ FORCE_EAGER = "force_eager"
 
 
 def stance_holder() -> object:
-    """What has the current stance as its attribute ``_stance``: an object that is another one after each change.
-
-    Where torch has no stances, it has one that never changes. Nothing is imported for it.
-    """
+    """What has the current stance as its attribute ``_stance``: an object that is another one after each change. Nothing is imported for it."""
     frames = sys.modules.get("torch._dynamo.eval_frame")
     return frames if hasattr(frames, "_stance") else _Frames()
 

@@ -103,33 +103,6 @@ def test_a_tensor_that_takes_the_place_of_a_weight() -> None:
 NOBODY = twos()
 
 
-class Defaulted(nn.Module):
-    def forward(self, x: torch.Tensor, t: torch.Tensor = NOBODY) -> torch.Tensor:
-        return x * 3 + t
-
-
-def test_a_tensor_for_a_default_that_is_one() -> None:
-    stitched = piecework.compile(Defaulted(), (X, twos()), config={"backend": "eager"})
-    for given in ((X,), (X, torch.ones(WIDTH)), (X,), (X, NOBODY)):
-        assert torch.equal(stitched(*given), Defaulted()(*given))
-
-
-def test_a_default_that_only_the_signature_holds_is_a_weight() -> None:
-    stitched = piecework.compile(Defaulted(), (X,), config={"backend": "eager"})
-    for given in ((X,), (X, torch.ones(WIDTH)), (X,), (X, NOBODY)):
-        assert torch.equal(stitched(*given), Defaulted()(*given))
-
-
-def _defaulted(x: torch.Tensor, t: torch.Tensor = NOBODY) -> torch.Tensor:
-    return x * 3 + t
-
-
-def test_a_function_s_default_may_be_left_out_or_given() -> None:
-    stitched = piecework.compile(_defaulted, (X, twos()), config={"backend": "eager"})
-    for given in ((X,), (X, torch.ones(WIDTH)), (X,), (X, NOBODY)):
-        assert torch.equal(stitched(*given), _defaulted(*given))
-
-
 def test_a_weight_that_was_replaced_is_let_go() -> None:
     model = asking_model(twos())
     stitched = piecework.compile(model, (X, {"t": twos()}), config={"backend": "eager"})

@@ -13,7 +13,7 @@ from models import Block, Layers, mix, mix_pair
 from torch import nn
 
 import piecework
-from piecework.errors import BindError, ConfigError
+from piecework.errors import BindError
 from piecework.runtime.call.shadow import Shadow
 from piecework.runtime.compilers import EagerAdaptor
 from piecework.runtime.compilers.interface import CompiledPiece
@@ -330,39 +330,6 @@ def test_nothing_stays_behind(plain: StitchedModule) -> None:
     with plain.shadow() as again, pytest.raises(piecework.PieceworkError):
         plain(torch.randn(4, 9))
     assert again.compared == 0 and again.calls == 0
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda stitched: stitched.rebind(),
-        lambda stitched: stitched.capture([2], progress=False),
-        lambda stitched: stitched.use_edited(stitched.source.code),
-        lambda stitched: stitched.shadow().__enter__(),
-    ],
-)
-def test_the_model_is_not_changed_meanwhile(
-    plain: StitchedModule, change: Callable[[StitchedModule], object]
-) -> None:
-    with (
-        plain.shadow(),
-        pytest.raises(BindError, match=r"from inside shadow\(\) of the same model"),
-    ):
-        change(plain)
-
-
-@pytest.mark.parametrize(
-    ("how", "says"),
-    [
-        ({"every": 0}, "every must be a positive number; got 0"),
-        ({"every": 1.5}, "got 1.5"),
-    ],
-)
-def test_wrong_arguments_are_named(
-    plain: StitchedModule, how: dict[str, object], says: str
-) -> None:
-    with pytest.raises(ConfigError, match=says), plain.shadow(**how):  # type: ignore[arg-type]
-        pass
 
 
 def test_a_model_that_is_not_compiled_has_nothing_to_compare() -> None:

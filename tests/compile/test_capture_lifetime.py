@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import gc
-import pickle
 import weakref
 
 import pytest
@@ -13,7 +11,7 @@ from models import EAGER, fresh
 from torch import nn
 
 import piecework
-from piecework.errors import BindError, CaptureError
+from piecework.errors import CaptureError
 
 
 class Model(nn.Module):
@@ -72,14 +70,6 @@ def test_a_refused_model_dies_too() -> None:
     assert watched() is None
 
 
-def test_the_model_lives_on_without_its_stitched_module() -> None:
-    model = Model()
-    x = torch.randn(3, 8)
-    expected = compiled(model)(x)
-    gc.collect()
-    torch.testing.assert_close(model(x), expected)
-
-
 # --- other tracers ---------------------------------------------------------------------------------
 
 
@@ -124,9 +114,3 @@ def test_what_torch_compiled_is_compiled_from_its_original(kind: str) -> None:
 
 
 # --- copies ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, pickle.dumps])
-def test_a_stitched_module_is_neither_copied_nor_pickled(duplicate) -> None:
-    with pytest.raises(BindError, match="can't be copied or pickled"):
-        duplicate(compiled())

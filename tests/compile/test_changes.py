@@ -316,14 +316,6 @@ def test_a_model_called_by_its_own_op(mode: str | None) -> None:
     assert torch.equal(stitched(X), X)
 
 
-def test_other_models_may_be_captured_inside_an_op() -> None:
-    _, stitched = made("PIECEWISE")
-    _, other = fresh()
-    inside.append(lambda: captured(other, "PIECEWISE"))
-    assert torch.equal(stitched(X), X)
-    assert torch.equal(other(X), X)
-
-
 # --- interrupts --------------------------------------------------------------------------------------
 
 
@@ -462,11 +454,3 @@ def test_a_change_keeps_what_the_one_before_it_set(first: str, second: str) -> N
 
 def replays(stitched: piecework.StitchedModule) -> int:
     return sum(row.calls for row in stitched.call_report() if row.mode == "PIECEWISE")
-
-
-def test_an_edit_that_can_not_run_leaves_the_one_before_it() -> None:
-    _, stitched = made(None)
-    text = stitched.source.code
-    with pytest.raises(PieceworkError, match="fails where it is defined"):
-        stitched.use_edited(doubled(text) + "raise ValueError('never')\n")
-    assert torch.equal(captured(stitched, "PIECEWISE")(X), X)

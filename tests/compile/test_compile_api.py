@@ -10,10 +10,8 @@ from torch import nn
 import piecework
 from piecework.errors import (
     CaptureError,
-    ConfigError,
     InputError,
     PieceCompileError,
-    SplitError,
 )
 from piecework.runtime.config.compilation import CompilationConfig
 
@@ -73,13 +71,6 @@ def test_shared_pieces_run_with_their_own_weights() -> None:
     torch.testing.assert_close(stitched(x), model(x))
 
 
-def test_the_report_says_why_near_equal_pieces_differ() -> None:
-    stitched = piecework.compile(Stack(4, {2: 16}), (torch.randn(4, 8),), config=EAGER)
-    text = str(stitched.report())
-    assert "not shared: submod_2 and submod_4" in text
-    assert "(16, 8)" in text or "(32, 8)" in text
-
-
 class Returns(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -111,14 +102,6 @@ def test_torch_compile_finds_the_backend_by_name() -> None:
         torch.testing.assert_close(compiled(x), model(x))
 
 
-def test_two_compilations_of_one_model_are_independent() -> None:
-    model, x = Stack(), torch.randn(4, 8)
-    first = piecework.compile(model, (x,), config=EAGER)
-    second = piecework.compile(model, (x,), config=EAGER)
-    assert first.source.code == second.source.code
-    torch.testing.assert_close(first(x), second(x))
-
-
 def test_no_gradient_is_recorded() -> None:
     stitched = piecework.compile(Stack(), (torch.randn(4, 8),), config=EAGER)
     assert torch.is_grad_enabled()
@@ -126,45 +109,6 @@ def test_no_gradient_is_recorded() -> None:
 
 
 # --- refusals --------------------------------------------------------------------------------------
-
-
-def test_a_graph_break_is_named() -> None:
-    class Breaks(nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            if x.sum() > 0:
-                return x + 1
-            return x - 1
-
-    with pytest.raises(CaptureError, match=r"can't be captured as one graph.*test_compile_api\.py"):
-        piecework.compile(Breaks(), (torch.randn(4),), config=EAGER)
-
-
-def test_an_unknown_splitting_op_is_refused() -> None:
-    with pytest.raises(SplitError, match="compile_api::nothing is not registered"):
-        piecework.compile(
-            Stack(), (torch.randn(4, 8),), splitting_ops=["compile_api::nothing"], config=EAGER
-        )
-
-
-def test_a_malformed_splitting_op_is_refused() -> None:
-    with pytest.raises(SplitError, match="not of the form"):
-        piecework.compile(Stack(), (torch.randn(4, 8),), splitting_ops=["mix"], config=EAGER)
-
-
-def test_a_splitting_op_without_a_fake_is_refused() -> None:
-    @piecework.splitting_op("compile_api::twice_unfaked")
-    def twice(x: torch.Tensor) -> torch.Tensor:
-        return x * 2
-
-    class Uses(nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return twice(x) + 1
-
-    with pytest.raises(SplitError, match=r"twice_unfaked returns a value.*register_fake"):
-        piecework.compile(Uses(), (torch.randn(4),), config=EAGER)
-    twice.register_fake(lambda x: torch.empty_like(x))
-    x = torch.randn(4)
-    torch.testing.assert_close(piecework.compile(Uses(), (x,), config=EAGER)(x), x * 2 + 1)
 
 
 def test_a_model_without_a_dynamic_dimension_is_compiled_as_it_is() -> None:
@@ -181,13 +125,6 @@ def test_a_model_without_a_dynamic_dimension_is_compiled_as_it_is() -> None:
     torch.testing.assert_close(stitched(x), x + 1)
     with pytest.raises(InputError, match="size 5 in dimension 0; the model was traced with 4"):
         stitched(torch.randn(5, 8))
-
-
-def test_fixed_sizes_are_accepted_when_asked_for() -> None:
-    x = torch.randn(4, 8)
-    torch._dynamo.mark_static(x)
-    model = Stack()
-    torch.testing.assert_close(piecework.compile(model, (x,), config=EAGER)(x), model(x))
 
 
 def test_a_forward_that_changes_its_own_state_is_refused_and_left_as_it_was() -> None:
@@ -253,11 +190,6 @@ def test_a_model_that_computes_nothing_returns_what_it_returns() -> None:
     assert stitched(longer, x) is x
 
 
-def test_something_that_is_not_a_model_is_refused() -> None:
-    with pytest.raises(ConfigError, match="got a str"):
-        piecework.compile("model", (torch.randn(4),))  # type: ignore[arg-type]
-
-
 class Fails:
     """A compiler that fails."""
 
@@ -278,11 +210,6 @@ def test_a_compiler_of_ones_own_is_found_and_its_failure_names_the_piece() -> No
     config = CompilationConfig(backend="compile_api_fails:Fails")
     with pytest.raises(PieceCompileError, match=r"submod_0.*no registers left.*layers\.0"):
         piecework.compile(Stack(), (torch.randn(4, 8),), config=config)
-
-
-def test_an_unknown_compiler_is_refused() -> None:
-    with pytest.raises(ConfigError, match="no compiler 'nope'"):
-        piecework.compile(Stack(), config=CompilationConfig(backend="nope"))
 
 
 @pytest.mark.inductor

@@ -12,7 +12,6 @@ import pytest
 import torch
 from models import EAGER, mix
 from torch import nn
-from torch.utils._pytree import register_pytree_node
 
 import piecework
 from piecework import CompilationConfig, counters, ignore_torch_compile, support_torch_compile
@@ -86,14 +85,6 @@ def test_each_instance_compiles_for_itself() -> None:
     assert stitched(first) is not stitched(second)
 
 
-def test_many_instances_do_not_meet_dynamos_recompile_limit() -> None:
-    limit = torch._dynamo.config.recompile_limit
-    models = [Model() for _ in range(limit + 2)]
-    with counters.expect(num_graphs_seen=len(models)):
-        for model in models:
-            same(model, torch.randn(4, 8))
-
-
 def test_threads_share_one_compilation() -> None:
     model, results = Model(), []
     inputs = [torch.randn(n, 8) for n in (2, 3, 4, 5)]
@@ -142,15 +133,6 @@ def test_wrong_arguments_are_named() -> None:
         Model()(torch.randn(4, 8), other=1)
 
 
-def test_a_later_call_that_breaks_the_trace_is_named() -> None:
-    model = Model()
-    same(model, torch.randn(4, 8))
-    with pytest.raises(InputError, match="argument x"):
-        model(torch.randn(4, 8, dtype=torch.float64))
-    with pytest.raises(InputError, match="residual"):
-        model(torch.randn(4, 8), torch.randn(4, 8))
-
-
 # --- dynamic dimensions ------------------------------------------------------------------------------
 
 
@@ -170,32 +152,6 @@ def test_containers_of_tensors_are_dynamic_in_and_out() -> None:
             result = model(x, before=Intermediate({"hidden": hidden}))
             assert type(result) is Intermediate and result.tensors["x"] is x
             torch.testing.assert_close(result.tensors["hidden"], x + hidden)
-
-
-class Unnamed:
-    """Registered with torch's pytree by its author, without names for its children."""
-
-    hidden: torch.Tensor
-
-    def __init__(self, hidden: torch.Tensor) -> None:
-        self.hidden = hidden
-
-
-def test_a_class_registered_without_names_is_served() -> None:
-    register_pytree_node(Unnamed, lambda v: ([v.hidden], None), lambda found, _: Unnamed(*found))
-
-    @support_torch_compile
-    class Takes(nn.Module):
-        compilation_config = EAGER
-
-        def forward(self, x: Unnamed) -> torch.Tensor:
-            return x.hidden + 1
-
-    model = Takes()
-    for batch in (4, 2):
-        same(model, Unnamed(torch.randn(batch, 8)))
-    with pytest.raises(InputError, match=r"argument x \(leaf 0\)"):
-        model(Unnamed(torch.randn(4, 9)))
 
 
 def test_declared_dimensions_are_the_only_dynamic_ones() -> None:
@@ -227,29 +183,6 @@ def test_an_unbacked_dimension_serves_every_size() -> None:
         model = Adds()
         for batch in (first, 0, 1, 2, 9):
             same(model, torch.randn(batch, 3))
-
-
-def test_wrong_declarations_are_errors_at_decoration() -> None:
-    with pytest.raises(ConfigError, match="names 'y', and forward has no such parameter"):
-
-        @support_torch_compile(dynamic_arg_dims={"y": 0})
-        class Named(nn.Module):
-            def forward(self, x: torch.Tensor) -> torch.Tensor:
-                return x
-
-    with pytest.raises(ConfigError, match="nothing is dynamic"):
-
-        @support_torch_compile
-        class Bare(nn.Module):
-            def forward(self, x):  # type: ignore[no-untyped-def]
-                return x
-
-    with pytest.raises(ConfigError, match="enable_if must be callable"):
-        support_torch_compile(enable_if=True)  # type: ignore[call-overload]
-    with pytest.raises(ConfigError, match="decorates classes"):
-        support_torch_compile(lambda x: x)  # type: ignore[type-var]
-    with pytest.raises(ConfigError, match="decorates classes"):
-        ignore_torch_compile(Intermediate)  # type: ignore[type-var]
 
 
 def test_a_dimension_out_of_range_is_an_error_at_the_first_call() -> None:
@@ -296,16 +229,6 @@ def test_the_keyword_is_taken_whether_init_asks_for_it_or_not() -> None:
     loose = TakesAny(2, compilation_config=EAGER, other=3)
     assert loose.options == {"other": 3} and loose.compilation_config is EAGER
     assert TakesConfig(EAGER).seen is EAGER
-
-
-def test_a_mapping_is_a_configuration_too() -> None:
-    model = TakesAny(compilation_config={"backend": "eager", "mode": 2})
-    assert model.compilation_config.mode.name == "DYNAMO_TRACE_ONCE"
-    same(model, torch.randn(4))
-    with pytest.raises(ConfigError, match="no_such_field"):
-        TakesAny(compilation_config={"no_such_field": 1})
-    with pytest.raises(ConfigError, match="got 3"):
-        TakesAny(compilation_config=3)
 
 
 def test_the_attribute_is_read_at_the_first_call() -> None:
@@ -390,22 +313,6 @@ def test_super_init_takes_the_keyword_through_every_class() -> None:
     assert model.compilation_config is NONE and model.linear.out_features == 16
 
 
-def test_inherited_names_that_a_subclass_dropped_are_an_error_at_the_first_call() -> None:
-    @support_torch_compile(dynamic_arg_dims={"x": 0})
-    class Base(nn.Module):
-        compilation_config = EAGER
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x
-
-    class Child(Base):
-        def forward(self, hidden: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-            return hidden + 1
-
-    with pytest.raises(ConfigError, match=r"names 'x'.*Child\.forward.*parameters: hidden"):
-        Child()(torch.randn(4))
-
-
 def test_a_decorated_module_inside_another_becomes_part_of_it() -> None:
     @support_torch_compile
     class Outer(nn.Module):
@@ -424,14 +331,6 @@ def test_a_decorated_module_inside_another_becomes_part_of_it() -> None:
         torch.testing.assert_close(model(x), expected)
     assert stitched_of(model.first) is None
     assert stitched(model).report().splitting == 2
-
-
-def test_a_decorated_module_inside_a_plain_one_compiles_by_itself() -> None:
-    outer = nn.Sequential(Model(), nn.ReLU(), Model())
-    with counters.expect(num_graphs_seen=2):
-        x = torch.randn(4, 8)
-        expected = outer[2].forward(outer[1](outer[0].forward(x)))
-        torch.testing.assert_close(outer(x), expected)
 
 
 def test_torch_compile_around_a_decorated_module_traces_the_model() -> None:
@@ -467,39 +366,6 @@ def test_an_own_call_stays_around_what_is_compiled() -> None:
     assert stitched(model).source.module.banner[0] == "model: Logged"
 
 
-def test_a_forward_put_on_the_instance_is_what_is_compiled() -> None:
-    model = Model()
-    plain = model.forward
-
-    def twice(x: torch.Tensor) -> torch.Tensor:
-        return plain(x) * 2
-
-    model.forward = twice  # type: ignore[method-assign]
-    with counters.expect(num_graphs_seen=1):
-        for batch in (2, 5):
-            same(model, torch.randn(batch, 8))
-
-
-def test_the_instance_may_have_any_name_in_forward() -> None:
-    @support_torch_compile
-    class Odd(nn.Module):
-        compilation_config = EAGER
-
-        def forward(this, x: torch.Tensor) -> torch.Tensor:
-            return x + 1
-
-    same(Odd(), torch.randn(3))
-    with pytest.raises(ConfigError, match="names 'this'"):
-        support_torch_compile(dynamic_arg_dims={"this": 0})(Odd)
-
-
-def test_forward_hooks_that_are_there_at_the_first_call_are_compiled_in() -> None:
-    model = Model()
-    model.register_forward_hook(lambda module, args, result: result + 100)
-    x = torch.randn(4, 8)
-    torch.testing.assert_close(model(x), model.forward(x) + 100)
-
-
 # --- copies, modes, weights --------------------------------------------------------------------------
 
 
@@ -518,52 +384,6 @@ def test_a_copy_compiles_for_itself(duplicate: Any) -> None:
         same(other, x)
     assert stitched(model).model is model and stitched(other).model is other
     same(model, x)
-
-
-def test_state_dict_and_parameters_are_untouched() -> None:
-    model = Model()
-    names = list(model.state_dict())
-    same(model, torch.randn(4, 8))
-    assert list(model.state_dict()) == names == ["linear.weight", "linear.bias"]
-    model.load_state_dict(
-        {name: torch.ones_like(value) for name, value in model.state_dict().items()}
-    )
-    same(model, torch.randn(3, 8))
-
-
-def test_another_mode_than_the_trace_is_refused_where_the_model_asks_for_it() -> None:
-    @support_torch_compile
-    class Dropping(nn.Module):
-        compilation_config = EAGER
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.linear = nn.Linear(8, 8)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return torch.nn.functional.dropout(self.linear(x), training=self.training)
-
-    indifferent = Model().eval()
-    same(indifferent, torch.randn(4, 8))
-    same(indifferent.train(), torch.randn(4, 8))
-
-    model = Dropping().eval()
-    same(model, torch.randn(4, 8))
-    model.train()
-    with pytest.raises(InputError, match="training"):
-        model(torch.randn(4, 8))
-    model.eval()
-    same(model, torch.randn(4, 8))
-
-
-def test_replaced_weights_are_noticed_and_rebound() -> None:
-    model = Model()
-    same(model, torch.randn(4, 8))
-    model.linear.weight = nn.Parameter(torch.ones(8, 8))
-    with pytest.raises(InputError, match="replaced"):
-        model(torch.randn(4, 8))
-    stitched(model).rebind()
-    same(model, torch.randn(4, 8))
 
 
 def test_the_tag_at_construction_holds_at_the_first_call() -> None:
@@ -585,21 +405,6 @@ def test_completion_is_told_once_per_instance() -> None:
         for batch in (4, 5):
             same(model, torch.randn(batch, 8))
     assert heard == [1]
-
-
-def test_what_the_callback_raises_leaves_the_call_and_the_instance_is_compiled() -> None:
-    def fail() -> None:
-        raise ValueError("not now")
-
-    model = Model()
-    with (
-        set_on_compilation_complete(fail),
-        counters.expect(num_graphs_seen=1),
-        pytest.raises(ValueError, match="not now"),
-    ):
-        model(torch.randn(4, 8))
-    with counters.expect(num_graphs_seen=0):
-        same(model, torch.randn(5, 8))
 
 
 def test_a_failure_in_a_piece_carries_the_piece() -> None:

@@ -388,7 +388,7 @@ def test_the_whole_traceback_is_there_for_who_asks(monkeypatch: pytest.MonkeyPat
         (lambda: compiled(config=config(cudagraph_mode="PIECEWISE"))(X), "nothing is captured"),
         (
             lambda: compiled(config=config(cudagraph_capture_sizes=[2, 4]))(X),
-            "nothing is captured, and the configuration says cudagraph_capture_sizes=[2, 4]",
+            "nothing is captured, and the configuration has",
         ),
         (
             lambda: compiled(None, X.clone().requires_grad_()),
@@ -421,13 +421,6 @@ def test_what_was_silent_is_warned_of_where_the_user_wrote_it(make, text: str) -
     assert Path(filename) == Path(__file__)
 
 
-def test_gradients_that_nobody_records_are_no_matter() -> None:
-    module = stitched()
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("error")
-        assert not module(X.clone().requires_grad_()).requires_grad
-
-
 def test_gradients_that_end_in_torch_compile_are_told_of_too() -> None:
     run = torch.compile(Model().eval(), backend="piecework", options={"backend": "eager"})
     with pytest.warns(UserWarning, match="an argument requires grad"):
@@ -449,26 +442,12 @@ def test_what_only_the_model_has_is_said_so() -> None:
     assert module.note == 3 and copy.copy(module.__dict__)["note"] == 3
 
 
-def test_whole_numbers_of_other_libraries_are_sizes() -> None:
-    np = pytest.importorskip("numpy")
-    for sizes in (np.array([2, 4]), torch.tensor([4, 2]), (np.int32(2), 4)):
-        module = stitched().capture(sizes, progress=False)
-        assert module.static_graphs.sizes == (2, 4)
-        assert all(type(size) is int for size in module.static_graphs.sizes)
-
-
 def test_the_short_form_names_the_sizes_that_are_captured() -> None:
     module = stitched().capture([2, 4], progress=False)
     assert "captured for 2, 4" in repr(module)
     module.sleep()
     assert "captured" not in repr(module)
     assert "captured" not in repr(stitched().capture([4], memory_budget=0, progress=False))
-
-
-def test_torch_logs_no_traceback_beside_a_typed_error(caplog: pytest.LogCaptureFixture) -> None:
-    with pytest.raises(CaptureError):
-        compiled(None, marked())
-    assert "Error while creating guard" not in caplog.text
 
 
 def test_nothing_is_said_where_nothing_is_wrong() -> None:

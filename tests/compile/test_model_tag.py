@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
 from pathlib import Path
 
@@ -52,18 +51,6 @@ def test_another_thread_sees_no_tag() -> None:
         thread.start()
         thread.join()
     assert seen == ["backbone"]
-
-
-def test_tasks_keep_their_own_tags() -> None:
-    async def work(name: str) -> str:
-        with set_model_tag(name):
-            await asyncio.sleep(0)
-            return current_model_tag().tag
-
-    async def both() -> list[str]:
-        return await asyncio.gather(work("a"), work("b"))
-
-    assert asyncio.run(both()) == ["a", "b"]
 
 
 @pytest.mark.parametrize("tag", ["", "../up", "a/b", "a b", ".hidden", "-x", "x" * 101, 3])
@@ -122,19 +109,3 @@ def test_the_callback_does_not_hear_of_a_failure() -> None:
     with set_on_compilation_complete(lambda: heard.append("done")), pytest.raises(CaptureError):
         piecework.compile(lambda x: x.sum().item() > 0 or x, (torch.randn(4),), config=EAGER)
     assert heard == []
-
-
-def test_what_the_callback_raises_leaves_the_call_and_the_model_is_compiled() -> None:
-    def fail() -> None:
-        raise ValueError("not now")
-
-    stitched = piecework.compile(Model(), config=EAGER)
-    with set_on_compilation_complete(fail), pytest.raises(ValueError, match="not now"):
-        stitched(torch.randn(4, 8))
-    x = torch.randn(6, 8)
-    torch.testing.assert_close(stitched(x), stitched.model(x))
-
-
-def test_a_callback_must_be_callable() -> None:
-    with pytest.raises(ConfigError, match="must be callable"), set_on_compilation_complete(3):  # type: ignore[arg-type]
-        pass

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import piecework
-from piecework.errors import ArtifactError, BindError, InputError
+from piecework.errors import BindError, InputError
 
 EAGER = piecework.CompilationConfig(backend="eager")
 INDUCTOR = piecework.CompilationConfig()
@@ -258,13 +258,6 @@ def _parts() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.zeros(32, dtype=torch.int8), torch.ones(32)
 
 
-def test_an_artifact_of_it_is_refused() -> None:
-    with pytest.raises(
-        ArtifactError, match=r"weight layers.0.weight, which is a tensor of several, can't be saved"
-    ):
-        serve(of_subclass()).save("nowhere")
-
-
 # --- torchao -----------------------------------------------------------------------------------------
 
 
@@ -294,17 +287,3 @@ def test_weights_of_torchao(name: str) -> None:
         torch.testing.assert_close(stitched(x), torch.compile(model)(x))
     stitched.refit(build(1).state_dict())
     check(build(1), stitched)
-
-
-@pytest.mark.inductor
-def test_weight_only_and_dynamic_int8_side_by_side() -> None:
-    quantization = pytest.importorskip("torchao.quantization")
-    model = Model().eval()
-    kinds = (quantization.Int8WeightOnlyConfig, quantization.Int8DynamicActivationInt8WeightConfig)
-    quantization.quantize_(model.layers[1], kinds[0]())
-    quantization.quantize_(model.layers[2], kinds[1]())
-    stitched = piecework.compile(model, (torch.randn(4, 32),), config=INDUCTOR)
-    x = torch.randn(4, 32)
-    with torch.no_grad():
-        torch.testing.assert_close(stitched(x), model(x), rtol=1e-6, atol=1e-6)
-    assert len({each.key for each in stitched.pieces}) == 5

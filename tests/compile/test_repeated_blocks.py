@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import piecework
-from piecework.errors import ConfigError, SplitError
+from piecework.errors import SplitError
 
 EAGER = {"backend": "eager"}
 
@@ -91,22 +91,11 @@ def test_one_block_that_is_called_again_and_again() -> None:
     assert pieces(model, X) == (8, 3)
 
 
-def test_blocks_of_two_kinds() -> None:
-    mixed = [Block(hidden=16 if i % 2 else 24) for i in range(8)]
-    assert pieces(Stack(list(mixed)), X) == (10, 4)
-
-
 def test_a_block_that_differs_is_left_beside_the_rest() -> None:
     scaled = [*blocks_of(4), Block(scale=0.5), *blocks_of(4)]
     # It begins where the fourth ends, and ends where the next one begins.
     number, unique = pieces(Stack(scaled), X)
     assert (number, unique) == (10, 4)
-
-
-def test_blocks_in_stages() -> None:
-    stages = [nn.Sequential(*blocks_of(n)) for n in (2, 6, 4)]
-    # Two are not enough; those of the two other stages are one kind.
-    assert pieces(nn.Sequential(*stages), X) == (11, 2)
 
 
 @pytest.mark.parametrize(
@@ -162,11 +151,6 @@ def test_it_can_be_left(config: dict[str, object]) -> None:
     assert pieces(Stack(blocks_of(4)), X, **config) == (1, 1)
 
 
-def test_a_wish_of_another_kind_is_refused() -> None:
-    with pytest.raises(ConfigError, match="repeated_blocks"):
-        piecework.CompilationConfig(repeated_blocks="on")  # type: ignore[arg-type]
-
-
 def test_a_splitting_op_decides_alone_where_to_cut() -> None:
     class Cut(Stack):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -203,32 +187,6 @@ def test_what_crosses_a_border() -> None:
 
     number, unique = pieces(Passing(), X)
     assert number >= 5 and unique <= 3
-
-
-def test_states_that_a_block_enters() -> None:
-    class Halved(Block):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            with torch.autocast("cpu", torch.bfloat16):
-                return super().forward(x)
-
-    assert pieces(Stack([Halved() for _ in range(4)]), X)[1] == 3
-
-
-def test_inside_of_vmap_nothing_is_cut() -> None:
-    inner = Stack(blocks_of(4)).eval()
-
-    class Mapped(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = inner
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return torch.vmap(lambda row: self.inner(row))(x) + 1
-
-    traces = {"max_traces": 4}  # vmap fixes its batch
-    assert pieces(Mapped(), X, dynamic_shapes_config=traces) == (1, 1)
-    with pytest.raises(SplitError, match=r"inner\.blocks"):
-        piecework.compile(Mapped(), (X,), config={**EAGER, "repeated_blocks": ["inner.blocks"]})
 
 
 def test_captured_saved_and_loaded(tmp_path: Path) -> None:

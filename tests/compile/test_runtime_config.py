@@ -78,14 +78,6 @@ def test_what_does_not_fit_the_limits_is_refused_before_anything_is_traced(kind:
         compiled(kind, 3)
 
 
-def test_compile_sizes_may_be_the_capture_sizes_of_the_program() -> None:
-    made = compiled(
-        "compile", RANKED, cudagraph_mode="FULL", compile_sizes=["cudagraph_capture_sizes"]
-    )
-    single = {each.start for each in made.program.compile_ranges if each and each.is_single_size()}
-    assert single == {1, 2, 4, 8, 16}  # 2 · max_num_seqs is the largest that is captured by default
-
-
 @KINDS
 def test_capture_goes_by_the_limits(kind: str) -> None:
     made = compiled(kind, RANKED, cudagraph_mode="FULL").capture(progress=False, estimate=False)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -123,22 +121,6 @@ def test_stock_runs_nothing_on_example_arguments_and_keeps_their_marks() -> None
     assert decorated.calls == 1
 
 
-def test_stock_retraces_where_the_trace_does_not_hold() -> None:
-    @support_torch_compile
-    class Flag(nn.Module):
-        def forward(self, x: torch.Tensor, double: bool = False) -> torch.Tensor:
-            return x * 2 if double else x
-
-    model = Flag(compilation_config=config(mode=1))
-    x = torch.randn(4)
-    for double in (False, True, False):
-        same(model, model, x, double)  # type: ignore[arg-type]
-    once = Flag(compilation_config=config(mode=2))
-    same(once, once, x, True)  # type: ignore[arg-type]
-    with pytest.raises(InputError, match="double"):
-        once(x, False)
-
-
 def test_stock_instances_do_not_share_dynamos_cache() -> None:
     limit = torch._dynamo.config.recompile_limit
     with torch._dynamo.config.patch(error_on_recompile=True):
@@ -148,48 +130,7 @@ def test_stock_instances_do_not_share_dynamos_cache() -> None:
                 same(model, model, *pair(batch))
 
 
-@contextlib.contextmanager
-def as_module(name: str) -> Iterator[None]:
-    """Make this file importable by ``name``, as a user's own module is."""
-    sys.modules[name] = sys.modules[__name__]
-    try:
-        yield
-    finally:
-        del sys.modules[name]
-
-
 graphs_given: list[torch.fx.GraphModule] = []
-
-
-def own_backend(graph: torch.fx.GraphModule, inputs: list[object]) -> Callable[..., object]:
-    graphs_given.append(graph)
-    return graph.forward
-
-
-def no_backend(graph: torch.fx.GraphModule, inputs: list[object]) -> None:
-    return None
-
-
-@pytest.mark.parametrize("mode", [1, 2])
-@pytest.mark.parametrize("backend", ["aot_eager", "shape_types_module:own_backend"])
-def test_whole_graph_modes_take_any_torch_backend(mode: int, backend: str) -> None:
-    graphs_given.clear()
-    with as_module("shape_types_module"):
-        model = Model(compilation_config=config(mode=mode, backend=backend))
-        for batch in (4, 6):
-            same(model, model, *pair(batch))
-    if "own" in backend:
-        (graph,) = graphs_given
-        assert sum("mix" in str(node.target) for node in graph.graph.nodes) == 1
-
-
-def test_a_backend_that_is_none_is_refused() -> None:
-    with pytest.raises(ConfigError, match="nonesuch"):
-        piecework.compile(Model(), pair(4), config=config(mode=2, backend="nonesuch"))
-    with as_module("shape_types_module"):
-        made = config(mode=2, backend="shape_types_module:no_backend")
-        with pytest.raises(BindError, match="submod_0' is bound to something that can't be called"):
-            piecework.compile(Model(), pair(4), config=made)
 
 
 def test_splitting_ops_and_a_mode_that_cuts_nowhere_conflict() -> None:
@@ -208,13 +149,6 @@ def test_the_dynamo_backend_cuts_by_mode(mode: int, pieces: int) -> None:
     compiled = torch.compile(model.forward, backend="piecework", fullgraph=True, options=options)
     with counters.expect(num_piecewise_capturable_graphs_seen=pieces):
         same(compiled, model, *pair(4))
-
-
-def test_the_dynamo_backend_refuses_modes_that_compile_nothing() -> None:
-    options = {"backend": "eager", "mode": 1}
-    compiled = torch.compile(lambda x: x + 1, backend="piecework", options=options)
-    with pytest.raises(Exception, match="would have no effect"):
-        compiled(torch.randn(4))
 
 
 # --- shape types -------------------------------------------------------------------------------------
@@ -260,13 +194,6 @@ def test_unbacked_without_marks_takes_the_first_dimensions_and_leaves_no_mark() 
     assert not any(vars(each) for each in example)
 
 
-def test_unbacked_dimensions_of_one_size_are_one_dimension() -> None:
-    model = Model(compilation_config=config(shapes="unbacked"))
-    same(model, model, *pair(4))
-    with pytest.raises(InputError, match="argument y"):
-        model(torch.randn(4, 8), torch.randn(1, 8))
-
-
 def test_the_setting_ends_with_the_trace() -> None:
     from torch.fx.experimental import _config
 
@@ -298,16 +225,6 @@ def test_guards_are_evaluated_at_each_call(sizes: tuple[int, int]) -> None:
         torch.testing.assert_close(stitched(x, y), Halves()(x, y))
     with pytest.raises(InputError):
         stitched(*map(torch.randn, sizes))
-
-
-def test_a_decorated_class_evaluates_guards_too() -> None:
-    decorated = support_torch_compile(type("Decorated", (Halves,), {}))
-    model = decorated(
-        compilation_config=config(guards=True, stitching_config={"check_inputs": False})
-    )
-    model(torch.randn(6), torch.randn(6))
-    with pytest.raises(InputError):
-        model(torch.randn(9), torch.randn(9))
 
 
 @pytest.mark.inductor

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-import weakref
-
 import pytest
 import torch
 from models import EAGER
@@ -87,13 +84,6 @@ def test_a_function_makes_a_module_without_members() -> None:
     assert stitched.eval() is stitched and not stitched.training
 
 
-def test_a_model_in_mode_none_is_not_a_member_of_itself(model: nn.Module) -> None:
-    stitched = piecework.compile(model, config=piecework.CompilationConfig(mode="NONE"))
-    assert torch.equal(stitched(X), model(X))
-    assert list(stitched.state_dict()) == list(model.state_dict())
-    assert repr(stitched) == "StitchedModule(Model, mode NONE: not stitched)"
-
-
 def test_what_it_shows_of_itself(model: nn.Module) -> None:
     assert repr(piecework.compile(model, config=EAGER)) == "StitchedModule(Model, not compiled yet)"
     stitched = stitch(model)
@@ -102,24 +92,6 @@ def test_what_it_shows_of_itself(model: nn.Module) -> None:
     page = stitched._repr_html_()
     assert "def execution_fn" in page and "<summary>Report</summary>" in page
     assert "&#x27;" in page or "<lambda>" not in page  # text, not markup
-
-
-def test_it_keeps_nobody_alive(model: nn.Module) -> None:
-    stitched = stitch(model)
-    stitched(X)
-    alive = weakref.ref(stitched)
-    del stitched
-    gc.collect()
-    assert alive() is None
-
-
-def test_a_refused_assignment_leaves_the_model_alone(model: nn.Module) -> None:
-    stitched, before = stitch(model), model.layer
-    with pytest.raises(BindError):
-        stitched.layer = nn.Linear(8, 8)
-    assert model.layer is before
-    stitched.note = "mine"  # anything else is an attribute of its own
-    assert stitched.note == "mine" and not hasattr(model, "note")
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -76,20 +76,6 @@ def test_a_name_taken_by_another_function_is_refused() -> None:
             out.zero_()
 
 
-@pytest.mark.parametrize("name", ["plain", "a::b::c", "::x", "a::", "a b::c", "a::b.c"])
-def test_a_malformed_name_is_refused(name: str) -> None:
-    with pytest.raises(SplitError, match="not of the form"):
-        piecework.splitting_op(name)
-
-
-def test_an_unannotated_function_is_refused() -> None:
-    with pytest.raises(SplitError, match="annotate every parameter"):
-
-        @piecework.splitting_op("splitting_op_test::unannotated")
-        def unannotated(x) -> None:  # type: ignore[no-untyped-def]
-            pass
-
-
 def test_mutates_args_must_name_parameters() -> None:
     with pytest.raises(SplitError, match=r"no operator schema for .*nothing"):
 

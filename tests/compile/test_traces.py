@@ -209,15 +209,6 @@ def test_an_argument_that_is_only_asked_about_counts(
         assert right_or_refused(stitched, model, x, other)
 
 
-def test_tensors_in_containers_count_too() -> None:
-    def model(x: torch.Tensor, batch: dict[str, list[torch.Tensor]]) -> torch.Tensor:
-        return x * 2 if batch["mask"][0].shape[0] > 4 else x
-
-    stitched = compiled(model, torch.randn(4, 3), {"mask": [torch.randn(6, 2)]})
-    for rows in (6, 3, 9):
-        same(stitched, model, torch.randn(5, 3), {"mask": [torch.randn(rows, 2)]})
-
-
 def test_one_tensor_for_two_arguments_is_traced_by_itself() -> None:
     def model(*tensors: torch.Tensor) -> torch.Tensor:
         return tensors[0] + tensors[1]
@@ -232,40 +223,7 @@ def test_one_tensor_for_two_arguments_is_traced_by_itself() -> None:
 # --- how arguments are named -------------------------------------------------------------------------------
 
 
-def test_arguments_that_were_traced_by_keyword_are_taken_by_keyword() -> None:
-    model = nn.Linear(6, 4)
-    stitched = compiled(model, input=torch.randn(4, 6))
-    for batch in (4, 1, 5):
-        same(stitched, model, input=torch.randn(batch, 6))
-        same(stitched, model, torch.randn(batch, 6))
-
-
-def test_parameters_keep_names_that_the_entry_uses_itself() -> None:
-    def model(x, type=None, flatten=True, *, torch=3, entry=1, check_inputs=2):  # type: ignore[no-untyped-def]
-        return x * torch + (entry if flatten else check_inputs)
-
-    stitched = compiled(model, torch.randn(4, 6), flatten=True, torch=3)
-    x = torch.randn(5, 6)
-    with torch.enable_grad():
-        torch.testing.assert_close(stitched(x, torch=3, flatten=True), model(x, torch=3))
-    torch.testing.assert_close(stitched(x, None, True), model(x))
-    with pytest.raises(InputError, match="flatten"):
-        stitched(x, flatten=False)
-
-
 # --- models without a dynamic dimension --------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("model", "shape"),
-    [(nn.ReLU(), ()), (nn.ReLU(), (1,)), (nn.LSTMCell(4, 3), (4,)), (nn.Linear(4, 2), (4,)), (nn.Identity(), (3,))],
-    ids=["scalar", "one", "cell", "row", "identity"],
-)  # fmt: skip
-def test_a_model_without_a_batch_is_compiled_as_it_is(
-    model: nn.Module, shape: tuple[int, ...]
-) -> None:
-    stitched = compiled(model, torch.randn(shape))
-    same(stitched, model, torch.randn(shape))
 
 
 # --- numbers in results ------------------------------------------------------------------------------------
@@ -303,15 +261,6 @@ def test_what_python_computes_from_data_is_right_or_refused(model: Callable[...,
 
 
 # --- several traces ----------------------------------------------------------------------------------------
-
-
-def test_what_a_trace_can_serve_makes_no_other(nothing_admitted: None) -> None:
-    model = nn.Linear(4, 2)
-    stitched = compiled(model, torch.randn(4, 4))
-    for batch in (2, 9, 1, 7, 1, 3, 1):
-        same(stitched, model, torch.randn(batch, 4))
-    assert len(stitched.traces) == 2  # more, one
-    assert stitched.source is stitched.traces[0].program.source
 
 
 def test_no_more_traces_are_made_than_allowed_but_on_request(nothing_admitted: None) -> None:
@@ -418,19 +367,6 @@ def test_a_batch_of_one_is_captured_by_a_trace_of_its_own(nothing_admitted: None
         assert stitched.memory_report().total > 0
 
 
-def test_a_captured_batch_of_one_has_the_other_sizes_that_were_asked_for(
-    nothing_admitted: None,
-) -> None:
-    def model(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return x * 2 + y.mean()
-
-    stitched = compiled(model, torch.randn(4, 6), torch.randn(3))
-    stitched.capture([1, 2], other_sizes={"x.1": 6, "y.0": 3}, progress=False)
-    for batch, others in ((1, 3), (2, 3), (1, 3)):
-        same(stitched, model, torch.randn(batch, 6), torch.randn(others))
-    assert all(row.mode != "NONE" for row in stitched.call_report())
-
-
 @pytest.mark.inductor
 def test_a_compiler_that_asks_for_the_number_of_a_size_gets_a_trace_that_has_it(
     monkeypatch: pytest.MonkeyPatch,
@@ -479,23 +415,3 @@ def test_an_operator_that_torch_does_not_know_is_refused_before_the_trace_and_on
 
     with pytest.warns(UserWarning, match="not in the graph: traces_later::op"):
         assert torch.equal(stitched(torch.ones(4)), torch.full((4,), 2.0))
-
-
-@pytest.mark.parametrize("held", ["X", "x_1", "Input", "layerNorm"])
-@pytest.mark.parametrize("passed", ["x", "X_1", "layer_norm"])
-def test_weights_and_arguments_may_be_called_alike_but_for_case(held: str, passed: str) -> None:
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.register_buffer(held, torch.randn(3, 4))
-
-    scope: dict[str, object] = {}
-    exec(
-        f"def forward(self, {passed}): return self.{held} + 1, {passed} @ self.{held}.mT", scope
-    )  # an argument called as the test wants
-    Model.forward = scope["forward"]  # type: ignore[assignment]
-    model = Model()
-    stitched = piecework.compile(model, (torch.randn(5, 4),), config={"backend": "eager"})
-    for rows in (5, 2):
-        x = torch.randn(rows, 4)
-        torch.testing.assert_close(stitched(x), model(x))
