@@ -296,7 +296,7 @@ def _saved(trace: TracedModel, files: dict[str, bytes], folder: str) -> dict[str
     program.split_gm  # noqa: B018 - of a loaded program the graphs are read now
     saved = saved_program(program, files, folder)
     held = {torch_compat.storage_id(t) for _, t in tensors_of(trace.model).values()}
-    for each in (*saved["source"].consts, *saved["careful consts"]):
+    for each in saved["source"].consts:
         if isinstance(each, torch.Tensor) and (
             torch_compat.storage_id(each) in held or each.nbytes > MAX_TENSOR
         ):

@@ -22,7 +22,6 @@ from piecework.codegen.graph.origin import graph_of
 from piecework.codegen.graph.schemas import every_node, overloads_of
 from piecework.codegen.graph.structure import Structure, input_signature, structure_of
 from piecework.codegen.graph.targets import function_path
-from piecework.codegen.stitch.source import generate_source
 from piecework.errors import ArtifactError, Unidentifiable
 from piecework.runtime import torch_compat
 from piecework.runtime.artifact.pieces import PieceForm, PieceLoader, piece_files
@@ -46,7 +45,7 @@ from piecework.runtime.store.surroundings import (
 )
 from piecework.runtime.watch.direct_ops import DirectOps
 
-STITCHED, CAREFUL, ENTRY, EDITED = "stitched.py", "careful.py", "entry.py", "edited.py"
+STITCHED, ENTRY, EDITED = "stitched.py", "entry.py", "edited.py"
 STATE, GRAPHS = "state.pickle", "graphs.pickle"
 _OPERATOR = "make the function an operator with torch.library.custom_op and register_fake"
 Saved = dict[str, Any]
@@ -69,13 +68,10 @@ def saved_program(program: Program, files: dict[str, bytes], folder: str) -> Sav
     Raises:
         ArtifactError: something in it can't be told again in another process.
     """
-    source = careful = program.source
-    if source.options.direct:
-        careful = generate_source(program.split_gm, replace(source.options, direct={}))
+    source = program.source
     direct = {id(f): op for op, f in program.direct_ops.implementations.items()}
     consts = tuple(DirectConst(direct[id(c)]) if id(c) in direct else c for c in source.consts)
     files[f"{folder}{STITCHED}"] = source.code.encode()
-    files[f"{folder}{CAREFUL}"] = careful.code.encode()
     options = replace(source.options, direct={})
     return {
         "name": program.name,
@@ -83,7 +79,6 @@ def saved_program(program: Program, files: dict[str, bytes], folder: str) -> Sav
         "batch": program.batch,
         "ranges": None if program.range_table is None else program.range_table.entries,
         "source": replace(source, code="", consts=consts, options=options),
-        "careful consts": tuple(careful.consts),
         "direct": dict(program.direct_ops.calls),
         "forms": _forms(program, files),
         "report": program.report(),
@@ -204,8 +199,6 @@ def loaded_program(
         consts=tuple(consts),
         options=replace(kept.options, direct=direct.implementations),
     )
-    code, given = package.file(f"{folder}{CAREFUL}").decode(), saved["careful consts"]
-    careful = replace(source, code=code, consts=given)
     table = None if saved["ranges"] is None else RangeTable.of(saved["ranges"])
     backends: dict[str, PiecewiseBackend] = {}
     for name, (sizes, forms) in saved["forms"].items():
@@ -241,7 +234,7 @@ def loaded_program(
             table,
             direct=config.stitching_config.direct_artifact_entry,
         ),
-        kept=Kept(careful, tuple(pieces), saved["together"], saved["report"]),
+        kept=Kept(tuple(pieces), saved["together"], saved["report"]),
     )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import logging
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,6 +29,8 @@ from piecework.runtime.pieces.program import Program
 from piecework.runtime.trace.errors import OPAQUE, tell_of_gradients
 from piecework.runtime.trace.one_trace import ModelTrace
 from piecework.runtime.watch.weights import BoundWeights
+
+_log = logging.getLogger(__name__)
 
 
 class Graphs(Protocol):
@@ -325,8 +328,7 @@ class Entry:
     def _with_care(self, *args: object, **kwargs: object) -> object:
         """A call while a mode, a transform or autocast is active, or after an operator was overridden.
 
-        Modes see what the model does: it runs as it is. Under autocast, and where operators have other kernels than in the trace, pieces run
-        in their public form and operators through the dispatcher.
+        What a mode sees, and what another kernel computes, is what the model does: it runs as it is.
 
         Raises:
             InputError: a ``torch.func`` transform is active, or autocast is not as it was in the trace.
@@ -339,9 +341,11 @@ class Entry:
                     hint="transform or trace the model itself, and compile the result",
                 )
             )
-        mode = self._mode_that_sees_into()
-        if mode:
-            self._count(mode)
+        reason = self._why_as_it_is()
+        if reason:
+            if reason not in self.careful_calls:
+                _log.warning("%s runs as it is, uncompiled: %s", self._program.name, reason)
+            self._count(reason)
             return self.as_it_is(*args, **kwargs)
         autocast = torch_compat.autocast_state()
         if autocast != self.made.autocast:
@@ -352,26 +356,38 @@ class Entry:
                     hint="compile the model inside the same autocast context",
                 )
             )
-        now, same_kernels = self._now, self._program.direct_ops.unchanged()
-        if same_kernels and not autocast:  # torch.set_default_device is a mode for good
-            if "unaware" not in now.variants:
-                serves = self.call.__globals__["bound"][0]
-                submods_for = self._program.submods_for
-                now.variants["unaware"] = self._execute(
-                    now, serves, submods_for, function_modes=_never
-                )
-            return now.variants["unaware"](*args, **kwargs)
-        if "careful" not in now.variants:
-            code = None if now.edited is None else now.edited.code
-            made = self._program.bind_safely(by_path_of(now.weights), code=code)
-            apart = replace(now, counter=itertools.count())  # `careful_calls` counts these
-            idle = dict.fromkeys(_MODES, _never) | {"same_kernels": lambda: True}
-            now.variants["careful"] = self._execute(apart, *made, **idle)
-        self._count("autocast is on" if same_kernels else "an operator was given another kernel")
-        return now.variants["careful"](*args, **kwargs)
+        if autocast:
+            self._count("autocast is on")
+        now = self._now
+        # torch.set_default_device is a mode for good.
+        variant = "under autocast" if autocast else "under a default device"
+        if variant not in now.variants:
+            idle = dict.fromkeys(_MODES, _never)
+            serves, submods_for = self.call.__globals__["bound"][0], self._program.submods_for
+            if autocast:
+                serves, submods_for = self._by_public_forms(now.function)
+                now = replace(now, counter=itertools.count())  # `careful_calls` counts these
+            self._now.variants[variant] = self._execute(now, serves, submods_for, **idle)
+        return self._now.variants[variant](*args, **kwargs)
 
-    def _mode_that_sees_into(self) -> str:
-        """The mode, if one is active, that would come to what runs inside pieces."""
+    def _by_public_forms(
+        self, function: FunctionType
+    ) -> tuple[Callable[..., object], Callable[[int], object]]:
+        """The stitching function over what compilers hand out, whose wrappers switch autocast off inside of pieces, and its lists by batch size."""
+        program, names = self._program, self._program.source.submod_names
+        found = [program.callables(each) for each in program.compile_ranges]
+        lists = [tuple(each[name] for name in names) for each in found]
+
+        def serves(*flat: object, __vllm_submods__: object = lists[-1]) -> object:
+            return function(*flat, __vllm_submods__=__vllm_submods__)
+
+        table = program.range_table
+        return serves, lambda batch: lists[0 if table is None else table.index(batch)]
+
+    def _why_as_it_is(self) -> str:
+        """The mode, if one is active, that would come to what runs inside pieces, or what else the pieces don't know."""
+        if not self._program.direct_ops.unchanged():
+            return "an operator was given another kernel"
         if torch_compat.dispatch_modes():
             return "a torch dispatch mode is active"
         if not torch_compat.only_default_device_modes():

@@ -268,8 +268,10 @@ class Compilation:
 
 
 def _direct_ops(items: Sequence[SplitItem], graph: torch.fx.GraphModule) -> DirectOps:
-    """Implementations that the stitched code may call past the dispatcher, by operator."""
-    calls = []
+    """Implementations that the stitched code may call past the dispatcher, by operator; none under autocast, which an operator may have rules for."""
+    calls: list[tuple[object, str | None]] = []
+    if torch_compat.autocast_enabled():
+        return DirectOps.of(calls)
     for item in items:
         for node in item.graph.graph.nodes if item.is_splitting_graph else ():
             if node.op == "call_function":

@@ -11,7 +11,7 @@ from types import FunctionType
 import torch
 import torch.fx
 
-from piecework.codegen import SplitItem, StitchedSource, generate_source
+from piecework.codegen import SplitItem, StitchedSource
 from piecework.codegen.graph.origin import SymbolNames, origin_of_piece, value_of
 from piecework.codegen.graph.schemas import every_node
 from piecework.codegen.stitch.bind import compile_execution_fn
@@ -59,10 +59,8 @@ class Graphs:
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """What a program that was made in another process says without reading its graphs; ``careful``
-    is the stitching source without shortcuts."""
+    """What a program that was made in another process says without reading its graphs."""
 
-    careful: StitchedSource
     pieces: tuple[Piece, ...]
     together: Together
     report: Report
@@ -149,35 +147,6 @@ class Program:
         if code is None:
             self.dump.finish(self.backends, self.phases)
         return function
-
-    def bind_safely(
-        self, weights: Mapping[str, object], *, code: str | None = None
-    ) -> tuple[Callable[..., object], Callable[[int], Callables]]:
-        """The same graph stitched without shortcuts: operators through the dispatcher, pieces by
-        their public form.
-
-        Args:
-            weights: weight path → tensor, for the names that the source binds.
-            code: an edited text to execute in place of the generated one.
-
-        Returns:
-            The function, and what gives its ``__vllm_submods__`` for a batch size.
-        """
-        source = self.source
-        if code is not None:
-            operators = {id(value): op for op, value in source.options.direct.items()}
-            consts = tuple(operators.get(id(value), value) for value in source.consts)
-            source = replace(source, code=code, consts=consts)
-        elif self.kept is not None:
-            source = self.kept.careful
-        elif source.options.direct:
-            source = generate_source(self.split_gm, replace(source.options, direct={}))
-        names, table = source.submod_names, self.range_table
-        per_range = [self.callables(each) for each in self.compile_ranges]
-        lists = [tuple(found[name] for name in names) for found in per_range]
-        bound = {row.name: weights[row.path] for row in source.module.bound}
-        run = compile_execution_fn(source.code, per_range[-1], names, source.consts, bound=bound)
-        return run, lambda batch: lists[0 if table is None else table.index(batch)]
 
     def asks_for_default_device(self) -> bool:
         """Whether a graph makes tensors on the device that is the process's default.
