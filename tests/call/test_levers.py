@@ -308,7 +308,7 @@ def test_a_default_device_costs_no_shortcut(stitched: piecework.StitchedModule) 
     torch.set_default_device("cpu")
     try:
         stitched(torch.randn(3, 8))
-        assert "unaware" in stitched.traces[0].entry._now.variants
+        assert "under a default device" in stitched.traces[0].entry._now.variants
         with Recording() as mode:
             stitched(torch.randn(3, 8))
         assert "levers.mix.default" in mode.seen
