@@ -279,7 +279,7 @@ class Entry:
 
     def _argument_refusal(self, values: Sequence[object]) -> InputError | None:
         """What of the arguments is not as traced, beyond what the emitted check compares; asked after those checks have passed."""
-        refusal = None if self._arguments is None else self._arguments.refusal(values)
+        refusal = None if self._arguments is None else self._arguments(values)
         weights, given = self.weights, self.made.given
         if weights not in self._spans:
             held, span = weights.tensors, torch_compat.memory_span

@@ -21,27 +21,14 @@ Implementation = Callable[..., object]
 LookUp = tuple[Callable[..., Implementation | None], tuple[object, ...]]
 
 
-@dataclass(frozen=True, slots=True)
-class _Row:
-    look_up: Callable[..., Implementation | None]
-    args: tuple[object, ...]
-    found: Implementation
-    name: str
-    table: str
-
-
 @dataclass(slots=True)
 class DirectOps:
-    """The operators that stitched code calls by their own functions.
-
-    Attributes:
-        implementations: operator (as graphs hold it) → function.
-        calls: operator → the device type that the function is for.
-    """
+    """The operators that stitched code calls by their own functions: operator (as graphs hold it) → function, and → the device type that it is for."""
 
     implementations: dict[object, Implementation] = field(default_factory=dict)
     calls: dict[object, str] = field(default_factory=dict)
-    _rows: list[_Row] = field(default_factory=list)
+    _rows: list[tuple[LookUp, Implementation]] = field(default_factory=list)
+    _tables: dict[str, str] = field(default_factory=dict)
     _kernels: Sized = field(default_factory=torch_compat.registered_kernels)
     _count: int = 0
 
@@ -77,8 +64,8 @@ class DirectOps:
             overload = overload.default
         name, looks = overload.name(), bool(overload._schema.returns) and apart(target)
         self.implementations[target] = _with_own_results(function, name) if looks else function
-        table = torch_compat.kernel_table(name)
-        self._rows.append(_Row(*look_up, found, name, table))
+        self._rows.append((look_up, found))
+        self._tables[name] = torch_compat.kernel_table(name)
 
     def unchanged(self) -> bool:
         """Whether each function is still the one that the dispatcher would reach.
@@ -86,14 +73,13 @@ class DirectOps:
         Kernels that `register_kernel` or ``torch.library`` adds later are noticed at once; one that replaces a kernel
         under the very same dispatch key through a raw ``torch.library.Library`` is noticed with the next new one.
         """
-        for row in self._rows:
-            if row.look_up(*row.args) is not row.found:
+        for (look_up, args), found in self._rows:
+            if look_up(*args) is not found:
                 return False
-        return len(self._kernels) == self._count or self._unchanged_tables()
-
-    def _unchanged_tables(self) -> bool:
-        """The slow look, after some kernel of some operator was registered or removed."""
-        if any(torch_compat.kernel_table(row.name) != row.table for row in self._rows):
+        if len(self._kernels) == self._count:
+            return True
+        # Some kernel of some operator was registered or removed.
+        if any(torch_compat.kernel_table(name) != table for name, table in self._tables.items()):
             return False
         self._count = len(self._kernels)
         return True

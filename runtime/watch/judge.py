@@ -19,13 +19,8 @@ from piecework.runtime.watch.values import ONE_OBJECT, PlainValue
 Variables = Mapping[str, object]
 #: Kinds of guards that compare identities.
 OBJECTS = {
-    "ID_MATCH",
-    "FUNCTION_MATCH",
-    "CLASS_MATCH",
-    "MODULE_MATCH",
-    "BUILTIN_MATCH",
-    "NN_MODULE",
-    "CLOSURE_MATCH",
+    *("ID_MATCH", "FUNCTION_MATCH", "CLASS_MATCH", "MODULE_MATCH", "BUILTIN_MATCH"),
+    *("NN_MODULE", "CLOSURE_MATCH"),
 }
 
 
@@ -58,16 +53,17 @@ class DynamoJudge:
         self._places, self._names, self._starts = places, names, starts
         self._globals, self._apart = variables, apart
         self._installed = {n: v for n, v in variables.items() if n.startswith("__builtins_dict__")}
-        self._root = self._part(root, frozenset()) if guards else None
+        self._root = self._part(root, set()) if guards else None
         # torch compares identities by number, and the number of an object that is gone can be another's.
         self._alive: list[tuple[Place, weakref.ref[object]]] = []
         for each in guards:
             value = now.at(each.place)
             value = type(value) if each.kind == "TYPE_MATCH" else value
-            if each.kind in (*OBJECTS, "TYPE_MATCH") and _is_weakly_held(value):
+            can_go = value is not None and type(value).__weakrefoffset__ > 0
+            if can_go and each.kind in (*OBJECTS, "TYPE_MATCH"):
                 self._alive.append((each.place, weakref.ref(value)))
 
-    def _part(self, root: Any, without: frozenset[str]) -> Any:
+    def _part(self, root: Any, without: set[str]) -> Any:
         return torch_compat.guards_where(
             root, lambda name: not name.startswith(self._apart) and name not in without
         )
@@ -80,14 +76,19 @@ class DynamoJudge:
         now = LookUps({**self._starts, "local": variables})
         for each in self.guards:
             if each.other and now.at(each.place) is not now.at(each.other):
-                texts = (place_text(place, self._names) or "model" for place in each.places)
-                return (
-                    f"{' and '.join(texts)} {ONE_OBJECT} when the model was traced and are two now"
-                )
+                one, two = (place_text(place, self._names) or "model" for place in each.places)
+                return f"{one} and {two} {ONE_OBJECT} when the model was traced and are two now"
         # The trace was made outside inference mode, and a guard on a tensor knows that.
         with torch.inference_mode(False), torch.no_grad():
-            text = self._failing(variables)
-        return self._readable(text) if text else ""
+            text, _, comment = readable(self._failing(variables), self._names).partition("#")
+        line, _, at = comment.partition("(HINT")[0].partition("# ")
+        about = ", ".join(filter(None, (line.strip(), at.strip().rpartition("/")[2])))
+        path, is_value, value = text.strip().partition(" == ")
+        if is_value and " " not in path:
+            text = f"{path} was {value} when the model was traced and is another now"
+        elif text:
+            text = f"what held when the model was traced holds no longer: {text.strip()}"
+        return f"{text} ({about})" if about else text
 
     def less_failing(self, variables: Variables) -> DynamoJudge:
         """One that doesn't look at what fails now."""
@@ -98,53 +99,32 @@ class DynamoJudge:
             if failing in dropped:
                 break
             dropped.add(failing)
-            root = self._part(self._root, frozenset(dropped))
-            found = self._with(root, {p for p, name in self._places.items() if name in dropped})
+            found = self._without(dropped)
         return found
 
-    def _with(self, root: Any, dropped: set[Place]) -> DynamoJudge:
+    def _without(self, names: set[str]) -> DynamoJudge:
+        dropped = {place for place, name in self._places.items() if name in names}
+
+        def is_left(place: Place) -> bool:
+            return not any(place[:n] in dropped for n in range(1, len(place) + 1))
+
         other: DynamoJudge = object.__new__(DynamoJudge)
-        other.__dict__.update(self.__dict__, _root=root)
-        other.guards = [g for g in self.guards if not any(_is_in(p, dropped) for p in g.places)]
-        other._alive = [each for each in self._alive if not _is_in(each[0], dropped)]
+        other.__dict__.update(self.__dict__, _root=self._part(self._root, names))
+        other.guards = [each for each in self.guards if all(map(is_left, each.places))]
+        other._alive = [(place, held) for place, held in self._alive if is_left(place)]
         return other
 
     def _failing(self, variables: Variables) -> str:
+        """The text of the first guard that doesn't hold; "" if all do."""
         if self._root is None:
             return ""
         for name, value in self._installed.items():
             self._globals.setdefault(name, value)
         return torch_compat.failing_guard(self._root, variables)
 
-    def _readable(self, text: str) -> str:
-        """A guard's text as a person would write it: ``rate == 2.0 held when the model was traced (return x * self.rate, model.py:12)``."""
-        text, _, comment = readable(text, self._names).partition("#")
-        line, _, at = comment.partition("(HINT")[0].partition("# ")
-        about = ", ".join(filter(None, (line.strip(), at.strip().rpartition("/")[2])))
-        path, is_value, value = text.strip().partition(" == ")
-        told = (
-            f"{path} was {value} when the model was traced and is another now"
-            if is_value and " " not in path
-            else f"what held when the model was traced holds no longer: {text.strip()}"
-        )
-        return f"{told} ({about})" if about else told
-
-
-def _is_weakly_held(value: object) -> bool:
-    return value is not None and type(value).__weakrefoffset__ > 0
-
-
-def _is_in(place: Place, dropped: set[Place]) -> bool:
-    return any(place[:n] in dropped for n in range(1, len(place) + 1))
-
 
 class ValueJudge:
-    """The plain values of a program that was loaded.
-
-    Args:
-        values: what the trace read.
-        names: Dynamo's names of arguments → their own.
-    """
+    """The plain values of a program that was loaded, and Dynamo's names of arguments → their own."""
 
     def __init__(self, values: Sequence[PlainValue], names: Mapping[str, str]) -> None:
         self.values, self._names = values, names

@@ -26,17 +26,12 @@ from piecework.runtime.watch.process import ProcessState, hook_tables
 from piecework.runtime.watch.values import ONE_OBJECT, PlainValue, plain_values
 
 _PACKAGE = __name__.partition(".")[0]
+ArgumentCheck = Callable[[Sequence[Any]], InputError | None]
 
 
 @dataclass(frozen=True, slots=True)
 class SavedState:
-    """A `TracedState` without objects of its process: texts and numbers alone.
-
-    Attributes:
-        values: what the trace read, the methods that it went through among it.
-        names, places, asks_grad_mode: as in `TracedState`.
-        process: torch's global state.
-    """
+    """A `TracedState` without objects of its process: what the trace read, the methods that it went through among it, and torch's global state."""
 
     values: tuple[PlainValue, ...]
     names: Mapping[str, str]
@@ -50,7 +45,6 @@ class TracedState:
     """The Python that a captured graph has built in.
 
     Attributes:
-        model: what was traced.
         judge: says what of the model is not as the trace relied on it.
         arguments: says so of arguments, of what ``check_inputs`` leaves to it.
         given: what another process can compare of these, and reasons why it can't the others.
@@ -60,7 +54,6 @@ class TracedState:
         places: how many arguments were positional, and the order of the others.
         tensors: the model's tensors that the trace looked at, whether the graph reads them or not; none once it is over.
         asks_grad_mode: the model's code asks whether gradients are recorded.
-        process: torch's global state.
         classes: the methods that were traced.
     """
 
@@ -96,8 +89,7 @@ class TracedState:
 
     def saved(self) -> SavedState:
         """What another process has to compare; it has to hold now."""
-        values = (*self._plain()[0], *self.given[0])
-        process = self.process.as_json()
+        values, process = (*self._plain()[0], *self.given[0]), self.process.as_json()
         return SavedState(values, dict(self.names), self.places, self.asks_grad_mode, process)
 
     def _plain(self) -> tuple[tuple[PlainValue, ...], tuple[str, ...]]:
@@ -109,15 +101,14 @@ class TracedState:
         now = LookUps.of(model)
         given = tuple(each for each in saved.values if is_argument(each.guard.place))
         values = [each for each in saved.values if not is_argument(each.guard.place)]
-        methods = [each.guard.place for each in values if each.guard.kind == METHOD]
-        functions = filter(None, (function_of(now.at(place)) for place in methods))
+        methods = (now.at(e.guard.place) for e in values if e.guard.kind == METHOD)
         found = cls(
             model=model,
             judge=ValueJudge(values, saved.names),
             arguments=ValueJudge(given, saved.names),
             given=(given, ()),
             starts={"local": {"model": model}},
-            code=frozenset(each.__code__ for each in functions),
+            code=frozenset(f.__code__ for f in map(function_of, methods) if f is not None),
             names=saved.names,
             places=saved.places,
             asks_grad_mode=saved.asks_grad_mode,
@@ -183,20 +174,33 @@ class TracedState:
     # --- arguments --------------------------------------------------------------------------------------
 
     def argument_check(self, parameters: Sequence[Parameter]) -> ArgumentCheck | None:
-        """The check of what ``check_inputs`` leaves to it; None if it leaves nothing."""
-        keyed = [p for p in parameters if p.kind == "**" and getattr(p.node, "keys", ())]
-        return ArgumentCheck(self, parameters) if self.arguments.guards or keyed else None
-
-    def argument_refusal(
-        self, args: tuple[object, ...], kwargs: Mapping[str, object]
-    ) -> InputError | None:
-        """The first thing that the graph is wrong about in these arguments; None if there is none."""
-        text = self.arguments.difference({**self.starts["local"], "args": args, "kwargs": kwargs})
-        if not text:
+        """Says what of a call's arguments, one value per parameter, is not as traced and left to it by ``check_inputs``; None if that leaves nothing."""
+        orders = {p.name: tuple(p.node.keys) for p in parameters if p.kind == "**"}  # type: ignore[union-attr]
+        if not self.arguments.guards and not any(orders.values()):
             return None
-        refusal = _refusal(text)
-        if ONE_OBJECT in text:  # which of them are one object, another trace can have otherwise
-            refusal.places = frozenset()
+        named = [(p.name, p.kind) for p in parameters]
+        count, keys = self.places
+
+        def refusal(values: Sequence[Any]) -> InputError | None:
+            args: list[object] = []
+            kwargs: dict[str, object] = {}
+            for (name, kind), value in zip(named, values, strict=True):
+                if kind == "*":
+                    args += value
+                elif kind == "**":
+                    if tuple(value) != orders[name]:
+                        order = ", ".join(orders[name])
+                        return _refusal(f"{order} were passed in this order when it was traced")
+                    kwargs.update(value)
+                elif kind != "k" and len(args) < count:
+                    args.append(value)
+                else:
+                    kwargs[name] = value
+            ordered = {key: kwargs[key] for key in keys if key in kwargs}
+            given = {**self.starts["local"], "args": tuple(args), "kwargs": ordered}
+            text = self.arguments.difference(given)
+            return _refusal(text) if text else None
+
         return refusal
 
 
@@ -206,36 +210,7 @@ def _hooks() -> dict[str, tuple[object, ...]]:
 
 def _refusal(text: str) -> InputError:
     hint = "compare them with the example arguments, or compile the model again"
-    return InputError(f"the arguments differ from the traced ones: {text}", hint=hint)
-
-
-class ArgumentCheck:
-    """Whether arguments are as the trace saw them, beyond what the emitted check compares.
-
-    It takes one value per parameter of the model.
-    """
-
-    def __init__(self, state: TracedState, parameters: Sequence[Parameter]) -> None:
-        self._state = state
-        self._count, self._keys = state.places
-        self._parameters = [(p.name, p.kind) for p in parameters]
-        self._orders = {p.name: tuple(p.node.keys) for p in parameters if p.kind == "**"}  # type: ignore[union-attr]
-
-    def refusal(self, values: Sequence[object]) -> InputError | None:
-        """What is different; None if nothing is."""
-        args: list[object] = []
-        kwargs: dict[str, object] = {}
-        for (name, kind), value in zip(self._parameters, values, strict=True):
-            if kind == "*":
-                args += value  # type: ignore[arg-type]
-            elif kind == "**":
-                if tuple(value) != self._orders[name]:  # type: ignore[arg-type]
-                    order = ", ".join(self._orders[name])
-                    return _refusal(f"{order} were passed in this order when the model was traced")
-                kwargs.update(value)  # type: ignore[call-overload]
-            elif kind != "k" and len(args) < self._count:
-                args.append(value)
-            else:
-                kwargs[name] = value
-        ordered = {key: kwargs[key] for key in self._keys if key in kwargs}
-        return self._state.argument_refusal(tuple(args), ordered)
+    error = InputError(f"the arguments differ from the traced ones: {text}", hint=hint)
+    if ONE_OBJECT in text:  # which of them are one object, another trace can have otherwise
+        error.places = frozenset()
+    return error

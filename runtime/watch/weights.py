@@ -1,12 +1,7 @@
 """The weights of a trace: whether the model still holds them, as they were traced, and what it holds now.
 
-A binding is stale once a name no longer leads to the bound tensor, or the tensor itself is of another kind. Both are looked at in every call, and completely:
-
-- The names: every dictionary on the way from the model to a weight (`piecework.runtime.watch.dict_watch`), so it does not matter who writes: an assignment,
-  ``load_state_dict(assign=True)``, ``.to()``, ``torch.func.functional_call``, or anybody who writes ``module._parameters[...]``. What lies in lists or behind
-  computed attributes is looked up.
-- The tensors: dtype, device, sizes and strides in one call into torch. Weights that only matrix products of ATen read are left out: the products refuse another
-  dtype or device, compiled code compares sizes and strides, and `explain` then tells which weight it was.
+Every call looks whether each name still leads to the bound tensor, whoever writes (`piecework.runtime.watch.dict_watch`), and at the tensors' dtypes, devices, sizes
+and strides. Of these, weights that only matrix products of ATen read are left out: the products and compiled code compare them.
 """
 
 from __future__ import annotations
@@ -15,6 +10,7 @@ import copy
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -35,67 +31,48 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 @dataclass(frozen=True, slots=True)
 class Traced:
-    """A weight as the trace saw it.
-
-    Attributes:
-        kind: its class.
-        settings, inner: of a subclass around other tensors, what it says of itself, and those tensors by name.
-    """
+    """A weight as the trace saw it: its metadata by name, and of a subclass the tensors that it is made of."""
 
     path: str
-    dtype: torch.dtype
-    layout: torch.layout
-    device: torch.device
-    shape: torch.Size
-    stride: tuple[int, ...]
-    kind: type = torch.Tensor
-    settings: object = None
+    facts: Mapping[str, object]
     inner: tuple[Traced, ...] = ()
 
     @classmethod
     def of(cls, path: str, tensor: torch.Tensor) -> Traced:
-        settings, held = _made_of(tensor)
-        inner = tuple(cls.of(name, each) for name, each in held.items())
-        where = tensor.dtype, tensor.layout, tensor.device, tensor.shape, _stride(tensor)
-        return cls(path, *where, _kind(tensor), settings, inner)
+        facts, inner = _facts(tensor)
+        return cls(path, facts, tuple(cls.of(name, each) for name, each in inner.items()))
 
     def difference(self, tensor: object) -> str:
         """How ``tensor`` differs from what was traced; "" if it does not."""
         if not isinstance(tensor, torch.Tensor):
             return f"is a {type(tensor).__qualname__} now"
-        if _kind(tensor) is not self.kind:
-            return f"is a {type(tensor).__qualname__} now; the trace had a {self.kind.__qualname__}"
-        for what, expected, actual in (
-            ("dtype", self.dtype, tensor.dtype),
-            ("layout", self.layout, tensor.layout),
-            ("device", self.device, tensor.device),
-            ("shape", tuple(self.shape), tuple(tensor.shape)),
-            ("stride", self.stride, _stride(tensor)),
-        ):
-            if expected != actual:
-                return f"has {what} {actual}; the trace had {expected}"
-        settings, inner = _made_of(tensor)
-        if settings != self.settings or [each.path for each in self.inner] != list(inner):
-            return f"is made as {settings} of {', '.join(inner)} now; the trace had it otherwise"
+        facts, inner = _facts(tensor)
+        if facts["class"] is not self.facts["class"]:
+            traced: Any = self.facts["class"]
+            return f"is a {type(tensor).__qualname__} now; the trace had a {traced.__qualname__}"
+        for what, was in self.facts.items():
+            if facts[what] != was:
+                verb = "is made as" if what == "settings" else f"has {what}"
+                return f"{verb} {facts[what]}; the trace had {was}"
         for each in self.inner:
-            difference = each.difference(inner[each.path])
-            if difference:
+            if difference := each.difference(inner.get(each.path)):
                 return f"holds a tensor {each.path} that {difference}"
         return "is a lazily negated or conjugated view now" if torch_compat.is_lazy(tensor) else ""
 
 
-def _kind(tensor: torch.Tensor) -> type:
-    return torch.Tensor if type(tensor) in _PLAIN else type(tensor)
-
-
-def _stride(tensor: torch.Tensor) -> tuple[int, ...]:
-    return tensor.stride() if tensor.layout is torch.strided else ()
-
-
-def _made_of(tensor: torch.Tensor) -> tuple[object, dict[str, torch.Tensor]]:
-    """What a tensor subclass says of itself, and the tensors that it holds; nothing for a plain tensor."""
+def _facts(tensor: torch.Tensor) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """What must stay as it is about a tensor, and the tensors that a subclass is made of."""
     inner, settings = taken_apart(tensor) or ({}, None)
-    return copy.deepcopy(settings), inner
+    facts = {
+        "class": torch.Tensor if type(tensor) in _PLAIN else type(tensor),
+        "dtype": tensor.dtype,
+        "layout": tensor.layout,
+        "device": tensor.device,
+        "shape": tuple(tensor.shape),
+        "stride": tensor.stride() if tensor.layout is torch.strided else (),
+        "settings": copy.deepcopy(settings),
+    }
+    return facts, inner
 
 
 @dataclass(frozen=True, slots=True)
@@ -314,20 +291,21 @@ class BoundWeights:
         return None
 
 
-def _unfit(old: torch.Tensor, new: torch.Tensor) -> str:
+def _unfit(old: torch.Tensor, new: object) -> str:
     """Why the values of ``new`` can't be copied to where ``old`` lies; "" if they can."""
+    if not isinstance(new, torch.Tensor):
+        return f"the new weight must be a tensor; got a {type(new).__qualname__}"
     if new.is_meta and not old.is_meta:
         return "the new weight is on the meta device, which holds no data"
-    for what, held, given in (
-        ("", f"{old.dtype}{list(old.shape)}", f"{new.dtype}{list(new.shape)}"),
-        ("made as ", *(_made_of(each)[0] for each in (old, new))),
-    ):
-        if held != given:
-            return f"the weight is {what}{held}, the new one {given}"
-    (_, mine), (_, theirs) = _made_of(old), _made_of(new)
-    if mine.keys() != theirs.keys():
-        return f"the weight is a {type(old).__qualname__}, the new one a {type(new).__qualname__}"
-    return next(filter(None, (_unfit(each, theirs[name]) for name, each in mine.items())), "")
+    (held, inner), (given, others) = _facts(old), _facts(new)
+    sizes = [f"{facts['dtype']}{[*facts['shape']]}" for facts in (held, given)]
+    kinds = [facts["class"] if inner or others else None for facts in (held, given)]
+    settings = [facts["settings"] for facts in (held, given)]
+    for what, (was, now) in (("", sizes), ("made as ", settings), ("a ", kinds)):
+        if was != now:
+            return f"the weight is {what}{was}, the new one {now}"
+    pairs = ((each, others.get(name)) for name, each in inner.items())
+    return next(filter(None, (_unfit(*pair) for pair in pairs)), "")
 
 
 def _names(roots: Sequence[tuple[str, torch.nn.Module]]) -> dict[int, list[Place]]:
@@ -377,21 +355,11 @@ def refit(
                 where=name,
                 hint=did_you_mean(name, held) or "names are those of model.state_dict()",
             )
-        if not isinstance(new, torch.Tensor):
-            problem = f"the new weight must be a tensor; got a {type(new).__qualname__}"
-        else:
-            problem = _unfit(held[name], new)
-        if problem:
+        if problem := _unfit(held[name], new):
             raise BindError(problem, where=name, hint="compile the model again for other weights")
     own = {torch_compat.storage_id(each) for each in held.values()}
-
-    def copies() -> list[tuple[torch.Tensor, torch.Tensor]]:
-        found = []
-        for name, new in state.items():
-            place = torch_compat.storage_id(new)
-            # A value that is another weight of the model may be written before it is read.
-            of_another = place in own and place != torch_compat.storage_id(held[name])
-            found.append((held[name], new.clone() if of_another else new))
-        return found
-
-    return copies
+    # A value that is another weight of the model may be written before it is read.
+    return lambda: [
+        (held[name], new.clone() if torch_compat.storage_id(new) in own else new)
+        for name, new in state.items()
+    ]
