@@ -155,13 +155,8 @@ def config_in(path: Path) -> tuple[Path, dict[str, Any]]:
 def model_of(
     kind: Any, path: Path, seed: int, make: Callable[[], torch.nn.Module], **options: object
 ) -> torch.nn.Module:
-    """The model of a folder by its weights, or what ``make`` makes, with seeded random ones.
-
-    Args:
-        kind: has ``from_pretrained``, which takes ``options``.
-
-    Raises:
-        UsageError: it can't be loaded or made.
+    """The model of a folder by the ``from_pretrained`` of ``kind``, which takes ``options``, or what
+    ``make`` makes, with seeded random weights; raises `UsageError`.
     """
     torch.manual_seed(seed)
     weights = path.is_dir() and any(any(path.glob(each)) for each in ("*.safetensors", "*.bin"))

@@ -23,17 +23,11 @@ _ROWS = 16  # the most of a call
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """How large a call is.
+    """How large a call is; sound is longer with more tokens, images are of one size."""
 
-    Attributes:
-        rows: at most 16.
-        tokens: of a row; sound is longer with them, images are of one size.
-        padding: where the mask hides tokens; "none" for a mask of ones.
-    """
-
-    rows: int
+    rows: int  # at most 16
     tokens: int = TOKENS
-    padding: Literal["left", "right", "none"] = "right"
+    padding: Literal["left", "right", "none"] = "right"  # where the mask hides tokens
 
 
 Ways = Callable[[Size], Call]

@@ -29,11 +29,8 @@ def admit_flat(
 ) -> flat_way.FlatWay:
     """Prove on a few tokens that a decoder can be served flattened, and compile it.
 
-    Nothing is compiled while torch's compiler is off.
-
-    Raises:
-        CaptureError: the model is not fit, and why; it is left as it was.
-        PieceCompileError: as ``piecework.compile``.
+    Nothing is compiled while torch's compiler is off. One that is not fit is refused by a
+    `CaptureError`, and left as it was.
     """
     flat_way.refuse_at_sight(decoder)
     flat = FlatIdsForward(decoder, decoder.forward)
@@ -103,9 +100,7 @@ def _found_equal(
     layers: Sequence[states.AttentionLayer],
     config: CompilationConfig | None,
 ) -> flat_way.FlatWay:
-    """The first masks, numbering and packing under which the flattened forward equals the model's
-    own.
-    """
+    """The first masks, numbering and packing under which the flattened forward equals its own."""
     with probe.as_refusal(decoder, "as it is"):
         expected, output_class = _results(decoder, decoder.forward)
     for each in expected:
@@ -140,9 +135,7 @@ def _found_equal(
 
 
 def _results(decoder: nn.Module, run: probe.Forward) -> tuple[list[torch.Tensor], type]:
-    """Hidden states of a prompt with padding, of one more token, and of positions that start anew;
-    and the class of an output.
-    """
+    """Hidden states of a padded prompt, of one more token, and of packed rows; the output's class."""
     ids, mask = probe.probe_tokens(decoder)
     prompt: Any = run(input_ids=ids, attention_mask=mask, use_cache=True, return_dict=True)
     given = {name for name, value in prompt.items() if value is not None}

@@ -79,19 +79,12 @@ class TokenDimension(SizePolicy):
 
 @dataclass(frozen=True, slots=True)
 class ChangingRope:
-    """A rotary embedding that depends on the longest position (``dynamic`` or ``longrope``).
-
-    Attributes:
-        module: the rotary embedding.
-        layer_type: which of its frequencies, where it has several.
-        buffer: the name of the frequencies on ``module``.
-        captured: the tensor that graphs read; its values change, never its identity.
-    """
+    """A rotary embedding that depends on the longest position (``dynamic`` or ``longrope``)."""
 
     module: nn.Module
-    layer_type: str | None
-    buffer: str
-    captured: torch.Tensor
+    layer_type: str | None  # which of its frequencies, where it has several
+    buffer: str  # the name of the frequencies on ``module``
+    captured: torch.Tensor  # what graphs read; its values change, never its identity
 
     def update(self, position_ids: torch.Tensor, dtype: torch.dtype) -> None:
         """Let the module choose its frequencies for these positions, as its forward does."""

@@ -61,10 +61,8 @@ class FlatWay(Way):
     Args:
         layers: its attention layers, which carry their names.
         rule: how it numbers tokens by default.
-        masks: which of `mask_makers` makes its masks.
-        masks_see_positions: whether its masks separate packed sequences.
+        masks: which of `mask_makers` makes its masks; ``masks_see_positions``: if these part packed rows.
         output_class: what its forward returns.
-        The others are those of `Way`.
     """
 
     name = "flat"
@@ -95,14 +93,9 @@ class FlatWay(Way):
     # --- forwards --------------------------------------------------------------------------------
 
     def serve(self, given: Mapping[str, object], run: Run | None = None) -> object:
-        """Run one forward.
+        """Run one forward, ``given`` its arguments by name; raises `InputError` for what can't be served.
 
-        Args:
-            given: the arguments of the decoder's forward, by name.
-            run: the entry's name, flattened tokens and positions → hidden states [1, rows, hidden].
-
-        Raises:
-            InputError: the arguments ask for what a stitched decoder can't give.
+        ``run`` takes the entry's name, flattened tokens and positions, and gives states [1, rows, hidden].
         """
         settings = self.settings.now()
         known = _KNOWN if given.get("cache") is None else _KNOWN_PAGED
@@ -293,11 +286,8 @@ class FlatWay(Way):
         decoder: nn.Module,
         config: CompilationConfig | None,
     ) -> FlatWay:
-        """The way that was saved, for a model like that one.
-
-        Raises:
-            ArtifactError: it does not fit; the decoder is left as it was.
-            CaptureError: the model is not fit, such as one in training mode.
+        """The way that was saved, for a model like that one; else it raises `ArtifactError` or
+        `CaptureError`, and the decoder is left as it was.
         """
         refuse_at_sight(decoder)
         layers = [

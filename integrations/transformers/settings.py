@@ -24,20 +24,13 @@ _UNSTITCH = "unstitch(model) for this call"
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What serving needs of a config.
+    """What serving needs of a config."""
 
-    Attributes:
-        implementation: the name of its attention function.
-        use_cache, return_dict: defaults of a call.
-        recorded: intermediate values that it asks for.
-        sees_all: each token attends to all before it, in every layer.
-    """
-
-    implementation: str
-    use_cache: bool
+    implementation: str  # the name of its attention function
+    use_cache: bool  # as the call's default, and so the next
     return_dict: bool
-    recorded: frozenset[str]
-    sees_all: bool
+    recorded: frozenset[str]  # intermediate values that it asks for
+    sees_all: bool  # each token attends to all before it, in every layer
 
     @classmethod
     def of(cls, config: PreTrainedConfig) -> Settings:
@@ -111,10 +104,8 @@ def refuse_model(decoder: nn.Module) -> None:
 def refuse_call(
     decoder: nn.Module, given: Mapping[str, object], settings: Settings, strange: Sequence[str]
 ) -> None:
-    """Raise `InputError` where a forward asks for more than hidden states and a cache.
-
-    Args:
-        strange: names of arguments that are not served.
+    """Raise `InputError` where a forward asks for more than hidden states and a cache;
+    ``strange``: names of arguments that are not served.
     """
     where = type(decoder).__name__
     for name in RECORDED:
@@ -138,12 +129,8 @@ def tokens_of(
 ) -> tuple[str, torch.Tensor]:
     """The argument that the tokens of a forward come as, and the tokens.
 
-    Args:
-        dtype, device: of the decoder's embeddings when it was stitched.
-
-    Raises:
-        InputError: there are none or two, they are empty or no ids, gradients or autocast are on,
-            or the model was moved or cast.
+    ``dtype``, ``device``: of the decoder's embeddings when it was stitched. It is an `InputError` where
+    there are none or two, they are no ids, or gradients, autocast, or a moved model are in the way.
     """
     ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
     entry, tokens, ranks = ("input_ids", ids, 2) if embeds is None else ("inputs_embeds", embeds, 3)

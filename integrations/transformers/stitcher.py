@@ -256,10 +256,8 @@ def _capture(
     *,
     measured: bool,
 ) -> None:
-    """Capture the decoder's pieces, and the head, for these numbers of tokens; in mode ``full``
-    decode steps whole too.
-
-    ``limits``: the most sequences of such a step, and the longest cache.
+    """Capture the decoder's pieces, and the head, for these numbers of tokens; in mode ``full`` decode
+    steps whole too, of ``limits``: the most sequences of such a step, and the longest cache.
     """
     entry = stitched_module(model)
     if entry.traces and way.device.type == "cpu":
@@ -413,21 +411,13 @@ def how_served(model: nn.Module) -> Served:
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """How a stitched model is served.
-
-    Attributes:
-        way: "flat" or "whole".
-        not_flat: why the flat way did not take it, if it was asked.
-        modules: the stitched modules, by the calls that they serve.
-        as_it_is: how many calls the model's own forward served, by the reason.
-        outside: how many decode steps ran outside full graphs for static caches, by the reason.
-    """
+    """How a stitched model is served."""
 
     way: str
-    not_flat: str
-    modules: Mapping[str, StitchedModule]
-    as_it_is: Mapping[str, int]
-    outside: Mapping[str, int]
+    not_flat: str  # why the flat way did not take it, if it was asked
+    modules: Mapping[str, StitchedModule]  # by the calls that they serve
+    as_it_is: Mapping[str, int]  # calls that the model's own forward served, by reason
+    outside: Mapping[str, int]  # steps of static caches outside full graphs, by reason
 
     def __str__(self) -> str:
         because = f": {self.not_flat}" if self.not_flat else ""

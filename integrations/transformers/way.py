@@ -58,20 +58,7 @@ class TracedForward(nn.Module):
 
 
 class Way:
-    """A decoder whose forwards are served by stitched functions.
-
-    Args:
-        model: what was stitched.
-        decoder: the module whose forward is replaced.
-        config: handed to ``piecework.compile``.
-
-    Attributes:
-        forward: the decoder's own, bound.
-        not_flat: why it is not served flat, if that was tried.
-        encoder: serves the encoder beside it, if that is stitched too, or says why it is not.
-        as_it_is: calls that the decoder's own forward served, by the reason.
-        compiling: held while something is compiled or saved.
-    """
+    """A decoder, part of ``model``, whose forwards are served by stitched functions."""
 
     name: ClassVar[str]
 
@@ -79,15 +66,15 @@ class Way:
         self, model: nn.Module, decoder: nn.Module, config: CompilationConfig | None
     ) -> None:
         self.model, self.decoder, self.config = model, decoder, config
-        self.forward: Forward = decoder.forward
+        self.forward: Forward = decoder.forward  # the decoder's own
         weight = embedding_of(decoder)
         self.dtype, self.device = weight.dtype, weight.device
         self.settings = ConfigReader(decoder.config)
         self.accepted = frozenset(inspect.signature(self.forward).parameters)
-        self.not_flat = ""
-        self.encoder: Way | str | None = None
-        self.as_it_is: Counter[str] = Counter()
-        self.compiling = threading.RLock()
+        self.not_flat = ""  # why it is not served flat, if that was tried
+        self.encoder: Way | str | None = None  # the one beside it, or why it is not served
+        self.as_it_is: Counter[str] = Counter()  # calls of the decoder's own forward, by reason
+        self.compiling = threading.RLock()  # while something is compiled or saved
 
     def ways(self) -> list[Way]:
         """This one, and that of the encoder if it has one."""
@@ -119,11 +106,7 @@ class Way:
 
 
 def save_ways(ways: list[Way], place: Place, key_file: str | os.PathLike[str] | None) -> None:
-    """Write what serves a decoder, and the encoder beside it.
-
-    Raises:
-        ArtifactError: nothing is compiled, or as `StitchedModule.save`.
-    """
+    """Write what serves a decoder, and the encoder beside it; raises `ArtifactError`."""
     with ExitStack() as stack:
         for each in ways:
             stack.enter_context(each.compiling)

@@ -32,12 +32,8 @@ def admit_whole(
 ) -> whole_way.WholeWay:
     """Prove that a decoder can be served whole, and its encoder, and compile what generation needs.
 
-    An encoder that can't be served stays as it is. Nothing is compiled while torch's compiler is
-    off.
-
-    Raises:
-        CaptureError: the decoder is not fit, and why.
-        PieceCompileError: as ``piecework.compile``.
+    An encoder that can't be served stays as it is; a decoder is refused by a `CaptureError`. Nothing
+    is compiled while torch's compiler is off.
     """
     way = _admitted(model, decoder, config)
     if reading.is_encoder_decoder(decoder):

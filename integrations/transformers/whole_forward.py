@@ -28,21 +28,13 @@ Form = tuple[torch.dtype, int] | tuple[tuple[str, tuple[torch.dtype, int] | None
 
 @dataclass(frozen=True, slots=True)
 class CallKind:
-    """What calls have in common that traces which differ in sizes alone can serve.
-
-    Attributes:
-        tensors: the tensor arguments and tables of such, by name.
-        flags: the others.
-        cache: the form of the cache; None without one.
-        one: whether there is one sequence, and one token of each; such have traces of their own.
-        implementation: the attention function's name.
-    """
+    """What calls have in common that traces which differ in sizes alone can serve."""
 
     tensors: tuple[tuple[str, Form], ...]
-    flags: tuple[tuple[str, object], ...]
+    flags: tuple[tuple[str, object], ...]  # the other arguments
     cache: cache_state.CacheForm | None
-    one: tuple[bool, bool]
-    implementation: str
+    one: tuple[bool, bool]  # one sequence, one token of each: such have traces of their own
+    implementation: str  # the attention function's name
 
     def describe(self) -> str:
         """In words, for reports."""
@@ -61,21 +53,13 @@ class CallKind:
 
 @dataclass(frozen=True, slots=True)
 class Habits:
-    """What running a decoder showed.
+    """What running a decoder showed."""
 
-    Attributes:
-        cache_name: the argument and the field that a KV cache is; None if it takes none.
-        makes_cache: whether it makes one where none is given.
-        counts: attributes of the cache's layers, integers that grow.
-        output_class: what its forward returns.
-        is_pair: whether the cache that it makes is one of an encoder-decoder.
-    """
-
-    cache_name: str | None
-    makes_cache: bool
-    counts: frozenset[str]
+    cache_name: str | None  # the argument and field that a KV cache is, if it takes one
+    makes_cache: bool  # where none is given
+    counts: frozenset[str]  # attributes of the cache's layers, integers that grow
     output_class: type
-    is_pair: bool = False
+    is_pair: bool = False  # the cache is one of an encoder-decoder
 
 
 @dataclass(slots=True)

@@ -39,12 +39,7 @@ _SETTLED = ("use_cache", *reading.INERT, *reading.RECORDED)
 
 
 class WholeWay(Way):
-    """A decoder served whole, and the encoder beside it if there is one.
-
-    Args:
-        habits: what running it showed.
-        The others are those of `Way`.
-    """
+    """A decoder served whole, and the encoder beside it; ``habits``: what running it showed."""
 
     name = "whole"
 
@@ -62,11 +57,7 @@ class WholeWay(Way):
     # --- calls -----------------------------------------------------------------------------------
 
     def serve(self, given: Mapping[str, object]) -> object:
-        """One forward, its arguments by name.
-
-        Raises:
-            InputError: the arguments ask for what a stitched decoder can't give.
-        """
+        """One forward, its arguments by name; raises `InputError` for what can't be served."""
         settings = self.settings.now()
         call = self.call_of(given, settings)
         stitched = self._kinds.get(call.kind)
@@ -93,11 +84,7 @@ class WholeWay(Way):
     def call_of(
         self, given: Mapping[str, object], settings: reading.Settings | None = None
     ) -> whole_forward.WholeCall:
-        """What ``given`` asks for.
-
-        Raises:
-            InputError: it asks for what a stitched decoder can't give.
-        """
+        """What ``given`` asks for; raises `InputError` where that can't be served."""
         settings = settings or self.settings.now()
         cache_name = self.habits.cache_name
         tensors: whole_forward.Given = {}
@@ -184,10 +171,8 @@ class WholeWay(Way):
         return None if isinstance(made, str) else made
 
     def compile(self, kind: whole_forward.CallKind, given: Mapping[str, object]) -> StitchedModule:
-        """Compile for calls of ``kind``, of which ``given`` is one.
-
-        Raises:
-            CaptureError: it can't be captured, or gives another result than the model's own.
+        """Compile for calls of ``kind``, of which ``given`` is one; raises `CaptureError` where that
+        can't be, or gives another result than the model's own.
         """
         own = self.own_result(given)
         stitched = self._module_for(kind, held_names(own[1]))
@@ -301,12 +286,7 @@ class WholeWay(Way):
         decoder: nn.Module,
         config: CompilationConfig | None,
     ) -> WholeWay:
-        """The way that was saved, for a model like that one.
-
-        Raises:
-            ArtifactError: it does not fit.
-            CaptureError: the model is not fit, such as one in training mode.
-        """
+        """The way that was saved, for a model like that one; raises `ArtifactError`, `CaptureError`."""
         reading.refuse_model(decoder)
         habits, kinds, not_flat, encoder = found
         way = cls(model, decoder, config, habits)

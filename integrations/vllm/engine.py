@@ -102,14 +102,8 @@ class Served(SerializableCallable):
 
     Args:
         program: what was compiled, or its bytes until `finalize_loading`.
-        paths: of each input of the graph the path of the weight that it is, or None.
-        places: of each input the argument of the model that it is, or None.
-        prefix: what vLLM calls the model.
-        is_encoder: whether it is an encoder.
-        call: what runs.
-
-    Attributes:
-        run: what a call calls.
+        paths, places: of each input the path of the weight, or the argument of the model, that it is.
+        prefix, is_encoder, call: what vLLM calls the model, which kind it is, and what runs.
     """
 
     def __init__(
@@ -133,9 +127,7 @@ class Served(SerializableCallable):
     def serialize_compile_artifacts(cls, fn: Served) -> bytes:
         """What the engine keeps: texts, kernels and plan, with their digest; no graph, no weight.
 
-        Raises:
-            ArtifactError: something can't be told again in another process; vLLM says so and starts
-                without it next time.
+        Where something can't be told in another process, vLLM logs the `ArtifactError`.
         """
         kept = fn.program
         data = kept if isinstance(kept, bytes) else program_to_bytes(kept)
@@ -148,8 +140,7 @@ class Served(SerializableCallable):
     def finalize_loading(self, vllm_config: Any) -> None:
         """Bind the pieces, inside of this process's static-graph wrappers; nothing is compiled.
 
-        Raises:
-            ArtifactError: it was changed, or made by or for something else; vLLM compiles again then.
+        Where it was changed, or made for something else, it is an `ArtifactError`; vLLM compiles again.
         """
         if not isinstance(self.program, bytes):
             return
@@ -169,8 +160,7 @@ def _declare_functions() -> None:
 
 
 def _called(program: Program, paths: Sequence[str | None], vllm_config: Any) -> BoundCall:
-    """``program`` as vLLM calls it: each piece inside of the platform's static-graph wrapper, where
-    pieces are captured.
+    """``program`` as vLLM calls it: each piece inside of the platform's static-graph wrapper.
 
     Raises:
         ConfigError: vLLM is to copy inputs in front of captured pieces.
@@ -195,9 +185,7 @@ def _called(program: Program, paths: Sequence[str | None], vllm_config: Any) -> 
 
 
 def reports(worker: Any) -> dict[str, Report]:
-    """What a rank of an engine runs, by vLLM's names of its models: for
-    ``llm.collective_rpc(reports)``.
-    """
+    """What a rank runs, by vLLM's names of its models: for ``llm.collective_rpc(reports)``."""
     programs = worker.vllm_config.compilation_config._piecework
     return {name: program.report() for name, program in programs.items()}
 
@@ -209,11 +197,10 @@ def splitting_ops(config: Any, graph: torch.fx.GraphModule) -> list[str]:
 
 
 def settings(vllm_config: Any, is_encoder: bool) -> tuple[CompilationConfig, RuntimeConfig]:
-    """The engine's settings as piecework's; the user's own for piecework on top.
+    """The engine's settings as piecework's, the user's ``additional_config["piecework"]`` on top.
 
     Raises:
-        ConfigError: ``additional_config["piecework"]`` has a field that there is not, or one that
-            vLLM's configuration decides.
+        ConfigError: that has a field that there is not, or one that vLLM's configuration decides.
     """
     from vllm import envs
 

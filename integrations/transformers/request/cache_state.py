@@ -27,44 +27,28 @@ Attributes = tuple[tuple[str, Part], ...]
 
 @dataclass(frozen=True, slots=True)
 class CacheForm:
-    """What of a cache is fixed while it is traced.
-
-    Attributes:
-        kind: the cache's class.
-        own: its attributes beside the layers.
-        layers: of each its class and attributes; none of a pair, whose caches are attributes.
-        is_filled: whether any layer holds states of tokens.
-    """
+    """What of a cache is fixed while it is traced."""
 
     kind: type
-    own: Attributes
-    layers: tuple[tuple[type, Attributes], ...]
-    is_filled: bool
+    own: Attributes  # beside the layers; of a pair, its two caches too
+    layers: tuple[tuple[type, Attributes], ...]  # of each its class and attributes
+    is_filled: bool  # whether any layer holds states of tokens
 
 
 @dataclass(slots=True)
 class TakenApart:
-    """A cache's form and what it holds.
-
-    Attributes:
-        form: without the leaves.
-        leaves: its tensors, and for each growing count an empty one of that length.
-        lent: of leaves that are copies or views, by identity, the tensor that the cache holds.
-    """
+    """A cache's form without its leaves, and these: tensors, and an empty one of the length of each count."""
 
     form: CacheForm
     leaves: list[torch.Tensor]
-    lent: dict[int, torch.Tensor] = field(default_factory=dict)
+    lent: dict[int, torch.Tensor] = field(
+        default_factory=dict
+    )  # by the copy's identity, what is held
 
 
 def take_apart(cache: Cache, counts: Set[str]) -> TakenApart:
-    """The form and the leaves of ``cache``, which is left as it is.
-
-    Args:
-        counts: names of attributes of layers, integers that grow from call to call.
-
-    Raises:
-        InputError: it is of another class, or holds what is neither a tensor nor a plain value.
+    """The form and the leaves of ``cache``, which is left as it is; raises `InputError` for what is
+    neither a tensor nor a plain value. ``counts``: names of attributes of layers, integers that grow.
     """
     leaves: list[torch.Tensor] = []
     taken = TakenApart(_form(cache, leaves, counts), leaves)
@@ -158,10 +142,8 @@ def _value(part, leaves):  # type: ignore[no-untyped-def]
 
 
 def held_by(cache: Cache, names: Sequence[str]) -> list[dict[str, object]]:
-    """What each layer of ``cache`` holds, and at the end what a pair sets; traced by Dynamo.
-
-    Args:
-        names: all attributes that layers may have; Dynamo of torch 2.11 can't list them.
+    """What each layer of ``cache`` holds, and at the end what a pair sets; traced by Dynamo, which
+    can't list the ``names`` of attributes in torch 2.11.
     """
     held = [
         {name: getattr(layer, name) for name in names if hasattr(layer, name)}

@@ -65,21 +65,13 @@ class PositionRule(Enum):
 
 @dataclass(frozen=True, slots=True)
 class AttentionLayer:
-    """One attention module of the stitched decoder, and how its model calls the attention function.
+    """One attention module of the stitched decoder, and how its model calls the attention function."""
 
-    Attributes:
-        name: the module's path inside the decoder, the ``layer_name`` of the splitting op.
-        module: the attention module, handed to the implementation as the model does.
-        layer_idx: its slot in the KV cache.
-        layer_type: its key among several masks; None where the model has one mask for all.
-        passed: the keyword arguments that its model passes to the attention function.
-    """
-
-    name: str
+    name: str  # its path inside the decoder, the ``layer_name`` of the splitting op
     module: torch.nn.Module
-    layer_idx: int
-    layer_type: str | None
-    passed: frozenset[str]
+    layer_idx: int  # its slot in the KV cache
+    layer_type: str | None  # its key among several masks; None where one is for all
+    passed: frozenset[str]  # the keyword arguments that its model passes
 
     def mask_of(self, masks: Masks) -> torch.Tensor | None:
         """The layer's own mask among those of the request."""
@@ -96,28 +88,21 @@ class AttentionLayer:
 
 @dataclass(frozen=True, slots=True)
 class RequestState:
-    """What the splitting op needs to know of one forward.
+    """What the splitting op needs to know of one forward: ``tokens`` of each of ``batch`` rows.
 
-    Attributes:
-        layers: the attention layers by name.
-        batch: rows of the request; ``tokens``: tokens of each row in this forward.
-        implementation: the registered attention function; None for the modeling file's eager one.
-        masks: made before the first cache update, one for all layers or one per layer type.
-        cache: the request's KV cache, or None.
-        position_ids: as the request has them, [batch, tokens].
-        paged: what continuous batching gives its attention functions; else empty.
-        step: the forward as a decode step, if it is one.
+    The masks were made before the first cache update; ``paged`` is what continuous batching gives its
+    attention functions, else empty.
     """
 
     layers: Mapping[str, AttentionLayer]
     batch: int
     tokens: int
-    implementation: AttentionFunction | None
+    implementation: AttentionFunction | None  # None for the modeling file's eager one
     masks: Masks
     cache: Cache | None
     position_ids: torch.Tensor
     paged: Mapping[str, object]
-    step: Step | None = None
+    step: Step | None = None  # the forward as a decode step, if it is one
 
     def attend(
         self,
@@ -143,11 +128,8 @@ class RequestState:
 def request_context(state: object, *, in_full_graphs: bool | None = None) -> ForwardScope:
     """Make ``state`` the request of a block, keeping whatever an engine set around it.
 
-    Args:
-        in_full_graphs: whether full graphs may serve it; None where there are none.
-
-    Raises:
-        InputError: the context asks for a full graph, which can't serve this request.
+    ``in_full_graphs``: whether full graphs may serve it; None where there are none. It is an
+    `InputError` where the context asks for one that can't serve this request.
     """
     outer = current_forward_context() or ForwardContext()
     if in_full_graphs is False and outer.cudagraph_runtime_mode is CUDAGraphMode.FULL:
@@ -176,9 +158,7 @@ def current_request() -> RequestState:
 
 
 def registered_attention(implementation: str) -> AttentionFunction | None:
-    """The function registered by a name; None for "eager"; raises `CaptureError` for an unknown
-    one.
-    """
+    """The function registered by a name; None for "eager"; `CaptureError` for an unknown one."""
     if implementation == "eager":
         return None
     try:

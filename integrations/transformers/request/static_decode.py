@@ -44,15 +44,9 @@ class StaticDecode:
     """The memory of full graphs for decode steps, and the cache that lies in it.
 
     Args:
-        layers: the decoder's attention layers by name.
-        shapes: what each stores, by its slot in the cache.
-        largest: the most sequences of a step.
-        length: the longest cache.
+        shapes: what each attention layer stores, by its slot in the cache.
+        largest, length: the most sequences of a step, and the longest cache.
         like: of the dtype, and on the device, of what is stored.
-
-    Attributes:
-        outside: how many steps of static caches ran outside full graphs, by the reason.
-        step: the memory; None before a capture and while it sleeps.
     """
 
     def __init__(
@@ -66,8 +60,8 @@ class StaticDecode:
     ) -> None:
         self._layers, self._shapes = layers, [shapes[slot] for slot in sorted(shapes)]
         self._largest, self._length, self._like = largest, length, like
-        self.outside: Counter[str] = Counter()
-        self.step: StaticStep | None = None
+        self.outside: Counter[str] = Counter()  # steps that ran outside full graphs, by reason
+        self.step: StaticStep | None = None  # the memory, from a capture on until it sleeps
         self._moving = threading.Lock()
         self._order = platform_for(like.device).call_order()
 
@@ -119,8 +113,7 @@ class StaticDecode:
                 self.step = None
 
     def take(self, cache: Cache, batch: int, masks: steps.LayerMasks) -> StaticStep | None:
-        """The step of a cache, moved here if need be, with its masks; None, and counted, if it
-        can't.
+        """The step of a cache, moved here if need be, with its masks; None, and counted, if it can't.
 
         Raises:
             InputError: the cache is full.
@@ -315,11 +308,7 @@ def static_decode(
     largest: int,
     length: int,
 ) -> StaticDecode:
-    """The memory for a stitched decoder.
-
-    Raises:
-        StaticGraphError: its attention can't be in full graphs, and why.
-    """
+    """The memory for a stitched decoder; raises `StaticGraphError` where its attention can't be in it."""
     implementation = config._attn_implementation
     if states.registered_attention(implementation) is not sdpa_attention_forward:
         raise _refused(f"attention by {implementation!r}; only 'sdpa' is captured")

@@ -29,12 +29,8 @@ class Step(Protocol):
 class DecodeStep:
     """One forward in which each sequence of a batch has one new token and all attention is `sdpa`.
 
-    Args:
-        batch: how many sequences.
-        cache: their KV cache.
-        rows: where its rows lie.
-        masks: the layers' masks by layer type, or the one of them all under None.
-        dtype: of masks that are made additive, which torch would otherwise do in each layer.
+    ``masks`` are those of the layers by layer type, or the one of them all under None; boolean ones are
+    made additive here, of ``dtype``, which torch would otherwise do in each layer.
     """
 
     __slots__ = ("_added", "_batch", "_cache", "_dtype", "_indices", "_layout", "_masks", "_packed")
