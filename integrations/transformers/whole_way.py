@@ -69,7 +69,7 @@ class WholeWay(Way):
             with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
                 fields = call.run(stitched, self.habits)
         except InputError as error:
-            if error.refused_by is None:  # else its arguments were, before anything ran
+            if error.places is None:  # else a size was refused, before anything ran
                 raise
             return self._run_as_it_is(given, "no graph of it serves these sizes or strides")
         if len(stitched.traces) > MAX_TRACES:

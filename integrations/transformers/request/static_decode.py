@@ -197,20 +197,14 @@ class StaticStep:
         if rows > self._largest:  # padding of captured pieces
             rows = self._largest
             query, key, value, out = steps.without_padding(rows, query, key, value, out)
-        keys, values = self._keys[layer_idx][:rows], self._values[layer_idx][:rows]
+        stored = self._keys[layer_idx][:rows], self._values[layer_idx][:rows]
         if not get_forward_context().dry:
-            index = self._counts[layer_idx]
-            keys.transpose(0, 2).index_copy_(0, index, key)
-            values.transpose(0, 2).index_copy_(0, index, value)
-        heads = key.shape[1]
-        turned = out.transpose(1, 2)
-        attended = scaled_dot_product_attention(
-            query.as_strided(*steps.packed(query.shape, query.stride(), heads)),
-            keys,
-            values,
-            self._masks[layer_type][:rows],
-            scale=scaling,
-        )
+            for held, new in zip(stored, (key, value), strict=True):
+                held.transpose(0, 2).index_copy_(0, self._counts[layer_idx], new)
+        heads, turned = key.shape[1], out.transpose(1, 2)
+        query = query.as_strided(*steps.packed(query.shape, query.stride(), heads))
+        mask = self._masks[layer_type][:rows]
+        attended = scaled_dot_product_attention(query, *stored, mask, scale=scaling)
         out.as_strided(*steps.packed(turned.shape, turned.stride(), heads)).copy_(attended)
 
     def advance(self) -> None:
