@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from importlib import import_module
 
-_INTEGRATIONS = ("transformers",)
-
 
 def __getattr__(name: str) -> object:
-    if name in _INTEGRATIONS:
-        return import_module(f"piecework.integrations.{name}")
+    if name == "transformers":
+        return import_module("piecework.integrations.transformers")
     raise AttributeError(f"module 'piecework.integrations' has no attribute {name!r}")

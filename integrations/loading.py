@@ -22,11 +22,7 @@ if TYPE_CHECKING:
 
 
 def require_model(spec: str) -> None:
-    """Refuse a name that no model can have.
-
-    Raises:
-        UsageError: it is a file with a factory behind it, or a path to nothing.
-    """
+    """Raise `UsageError` for a name that no model can have: a file with a factory, or a path to nothing."""
     file, _, factory = spec.partition(":")
     if file.endswith(".py") or (factory and os.sep in file):
         module = file.removesuffix(".py").replace(os.sep, ".").strip(".")

@@ -31,12 +31,8 @@ MakeModel = Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]]
 
 
 class StitchedModels(ModelManager):
-    """The models of transformers' server: one, stitched before it serves, and no other.
-
-    Args:
-        name: what requests call it.
-        make: the stitched model and its tokenizer; called again after ``POST /reset``.
-        state: what generates, which ends with the models.
+    """The models of transformers' server: the stitched one, which is made again after ``POST /reset``;
+    ``state`` generates, and ends with it.
     """
 
     def __init__(self, name: str, make: MakeModel, state: GenerationState) -> None:
@@ -112,18 +108,15 @@ def bound_socket(host: str, port: int) -> socket.socket:
     return listener
 
 
-def answer_errors(app: FastAPI) -> None:
-    """Have an application's errors, and what a stitched model refuses, told as OpenAI's clients
-    read it.
-    """
+def _answer_errors(app: FastAPI) -> None:
+    """Have errors, and what a stitched model refuses, told as OpenAI's clients read it."""
     from fastapi.responses import JSONResponse
     from starlette.exceptions import HTTPException
 
     async def refused(_request: object, error: Exception) -> JSONResponse:
         status = error.status_code if isinstance(error, HTTPException) else 400
         message = error.detail if isinstance(error, HTTPException) else str(error)
-        kind = "invalid_request_error" if status < 500 else "server_error"
-        return JSONResponse({"error": {"message": message, "type": kind}}, status)
+        return JSONResponse({"error": {"message": message}}, status)
 
     for kind in (HTTPException, InputError):
         app.add_exception_handler(kind, refused)
@@ -132,14 +125,12 @@ def answer_errors(app: FastAPI) -> None:
 def make_server(
     name: str, make: MakeModel, *, batching: ContinuousBatchingConfig | None = None
 ) -> uvicorn.Server:
-    """The server of a model, which is made now; ``run(sockets=[bound_socket(…)])`` serves until a
-    signal or ``should_exit``.
+    """The server of a model that requests call ``name``; ``run(sockets=[bound_socket(…)])`` serves
+    until a signal or ``should_exit``.
 
     Args:
-        name: what requests call the model.
-        make: the stitched model, and its tokenizer.
-        batching: requests are computed together, by transformers' continuous batching; None: one
-            after the other.
+        make: makes the stitched model, now, and its tokenizer.
+        batching: requests are computed together by it, else one after the other.
 
     Raises:
         UsageError: fastapi, uvicorn or openai is missing.
@@ -166,6 +157,6 @@ def make_server(
         systemone_handler=SystemOneHandler(models, state),
         generation_state=state,
     )
-    answer_errors(app)
+    _answer_errors(app)
     app.get("/metrics", response_class=PlainTextResponse)(models.metrics)
     return uvicorn.Server(uvicorn.Config(app, log_level="info"))

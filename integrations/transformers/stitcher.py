@@ -50,6 +50,8 @@ _log = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=nn.Module)
 AnyWay = FlatWay | WholeWay
 WAYS: dict[str, type[AnyWay]] = {each.name: each for each in (FlatWay, WholeWay)}
+#: The most sequences of a decode step that is captured whole, and the longest cache.
+Limits = tuple[int | None, int | None]
 AUTO = "auto"
 #: The largest number of tokens that ``capture="auto"`` tries.
 AUTO_MAXIMUM = 64
@@ -98,7 +100,8 @@ def stitch(
     """
     chosen = None if config is None else CompilationConfig.given(config, "config")
     sizes = _sizes(capture)
-    full = _full_mode(chosen, sizes, max_cache_len, max_num_seqs)
+    limits = (max_num_seqs, max_cache_len)
+    full = _full_mode(chosen, sizes, limits)
     decoder = _unstitched(model)
     if way is not None and way not in WAYS:
         raise ConfigError(f"there is no way {way!r}", where="way", hint=" or ".join(WAYS))
@@ -125,7 +128,6 @@ def stitch(
     _serve_by(taken, model)
     try:
         if sizes is not None and isinstance(taken, FlatWay):
-            limits = (max_num_seqs, max_cache_len)
             _capture(model, taken, sizes, full, limits, measured=capture == AUTO)
     except BaseException:
         unstitch(model)
@@ -176,27 +178,23 @@ def _loaded_way(
     and leaves the model as it was.
     """
     kept = artifact.package.facts.get("kept")
-    if not isinstance(kept, dict) or kept.get("load") != LOADER or kept.get("way") not in WAYS:
+    saved = kept.get("way") if isinstance(kept, dict) and kept.get("load") == LOADER else None
+    if saved not in WAYS or wanted not in (None, saved):
+        what = f"served the {saved} way" if saved in WAYS else "none of transformers'"
         raise ArtifactError(
-            "the artifact is of no decoder of transformers",
+            f"the artifact is of a decoder {what}",
             where=type(model).__name__,
-            hint="piecework.load(path, model) loads what piecework.compile made",
-        )
-    if wanted not in (None, kept["way"]):
-        raise ArtifactError(
-            f"the artifact is of the {kept['way']} way, and {wanted!r} is wanted",
-            hint=f"leave way out, say way={kept['way']!r}, or save it anew",
+            hint="leave way out, or save it anew; piecework.load(path, model) loads what piecework.compile made",
         )
     refuse_model(decoder)
-    require_like(kept, model, decoder)
+    require_like(kept, model, decoder)  # type: ignore[arg-type]
     first, *encoders = from_bytes(artifact.package.file(FOUND), FOUND)
     parts = iter(artifact.parts())
-    way = WAYS[kept["way"]].from_found(first, parts, model, decoder, config)
+    way = WAYS[saved].from_found(first, parts, model, decoder, config)
     for found in encoders:
         encoder = encoder_of(model, decoder)
         if encoder is None:
-            why = "the artifact is of a model with an encoder"
-            raise ArtifactError(why, where=type(model).__name__)
+            raise ArtifactError("the artifact is of a model with an encoder")
         way.encoder = WholeWay.from_found(found, parts, model, encoder, config)
     return way
 
@@ -217,27 +215,24 @@ def _sizes(capture: object) -> list[int] | None:
     if capture == AUTO:
         return list(default_capture_sizes(AUTO_MAXIMUM))
     if isinstance(capture, str) or not isinstance(capture, Iterable | None):
-        raise ConfigError(
-            f"capture is {capture!r}", where="stitch", hint="give a list of sizes, or 'auto'"
-        )
+        hint = "give a list of sizes, or 'auto'"
+        raise ConfigError(f"capture is {capture!r}", where="stitch", hint=hint)
     return None if capture is None else list(capture)
 
 
 def _full_mode(
-    config: CompilationConfig | None,
-    sizes: Sequence[int] | None,
-    max_cache_len: int | None,
-    max_num_seqs: int | None,
+    config: CompilationConfig | None, sizes: Sequence[int] | None, limits: Limits
 ) -> CUDAGraphMode | None:
     """The mode in which decode steps are captured whole; None if none is to be."""
     asked = CUDAGraphMode.NONE if config is None else config.cudagraph_mode
-    for name, number in (("max_cache_len", max_cache_len), ("max_num_seqs", max_num_seqs)):
-        if number is not None and (type(number) is not int or number < 1):
-            raise ConfigError(f"{name} is a positive number; got {number!r}", where="stitch")
+    if any(number is not None and (type(number) is not int or number < 1) for number in limits):
+        why = f"max_num_seqs and max_cache_len are positive numbers; got {limits}"
+        raise ConfigError(why, where="stitch")
+    most, length = limits
     wants_full = sizes is not None and asked.has_mode(CUDAGraphMode.FULL)
-    if max_cache_len is None and max_num_seqs is None and not wants_full:
+    if length is None and most is None and not wants_full:
         return None
-    if max_cache_len is None or sizes is None or asked is CUDAGraphMode.PIECEWISE:
+    if length is None or sizes is None or asked is CUDAGraphMode.PIECEWISE:
         raise ConfigError(
             "decode steps are captured whole for the sizes in capture and static caches of up to "
             "max_cache_len tokens, in no cudagraph_mode of PIECEWISE",
@@ -252,12 +247,12 @@ def _capture(
     way: FlatWay,
     sizes: Sequence[int],
     full: CUDAGraphMode | None,
-    limits: tuple[int | None, int | None],
+    limits: Limits,
     *,
     measured: bool,
 ) -> None:
     """Capture the decoder's pieces, and the head, for these numbers of tokens; in mode ``full`` decode
-    steps whole too, of ``limits``: the most sequences of such a step, and the longest cache.
+    steps whole too, of ``limits``.
     """
     entry = stitched_module(model)
     if entry.traces and way.device.type == "cpu":
@@ -265,11 +260,8 @@ def _capture(
             "static graphs on a CPU are a stand-in for testing, and slower than running uncaptured"
         )
     # Tokens meet in attention alone, which reads the request.
-    options: dict[str, object] = {
-        "mode": CUDAGraphMode.PIECEWISE,
-        "context_for": dry_request,
-        "pad": True,
-    }
+    options: dict[str, object] = {"mode": CUDAGraphMode.PIECEWISE, "pad": True}
+    options["context_for"] = dry_request
     if full is not None and entry.traces:
         most, length = limits
         largest = max(sizes, default=1)
@@ -282,10 +274,8 @@ def _capture(
         sizes = found.worth_capturing
         others = [f"{row.size} ({row.best})" for row in found.rows if row.size not in sizes]
         if others:
-            _log.warning(
-                "capture='auto' leaves out sizes that run faster in another way: %s",
-                ", ".join(others),
-            )
+            text = "capture='auto' leaves out sizes that run faster in another way: %s"
+            _log.warning(text, ", ".join(others))
     else:
         entry.capture(sizes, progress=False, **options)
     head = model.get_output_embeddings()  # type: ignore[operator]

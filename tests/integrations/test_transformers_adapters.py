@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -121,21 +120,6 @@ def test_swapped_adapters_are_served_by_the_same_graphs(
             assert replays(model.get_base_model()) == before + 14  # every step behind a prefill
 
 
-@pytest.mark.nightly
-def test_without_preparation_adapters_of_one_rank_and_scaling_are_swapped(
-    peft: Any, saved: Saved, eager: Any, served: Any
-) -> None:
-    first, second, other = saved(1), saved(2), saved(3, alpha=20)
-    model = served(first, rank=None)
-    swap(peft, model, second)
-    check(model, eager(second))
-    swap(peft, model, other)
-    with pytest.raises(InputError, match=r"scaling\['default'\] was 2.0 .* is 5.0 now"):
-        generated(model, 2)
-    swap(peft, model, first)
-    check(model, eager(first))
-
-
 def test_a_rank_above_the_prepared_one_is_refused(
     peft: Any, saved: Saved, eager: Any, served: Any
 ) -> None:
@@ -152,18 +136,6 @@ def test_a_rank_above_the_prepared_one_is_refused(
     check(model, eager(larger))
     stitch(model.get_base_model(), config=EAGER_PIECES, capture=SIZES)
     check(model, eager(larger))
-
-
-def test_an_adapter_of_another_dtype_is_cast_into_place(
-    peft: Any, saved: Saved, eager: Any, served: Any
-) -> None:
-    model, half = served(saved(1)), saved(2, dtype=torch.float64)
-    swap(peft, model, half)
-    check(model, eager(saved(2)))
-    layer = next(each for each in model.modules() if isinstance(each, peft.tuners.lora.Linear))
-    layer.lora_A["default"].weight.data = layer.lora_A["default"].weight.data.double()
-    with pytest.raises(InputError, match=r"has dtype torch.float64; the trace had torch.float32"):
-        generated(model, 2)
 
 
 CHANGES = 4
@@ -218,28 +190,6 @@ def test_an_adapter_put_on_a_stitched_model_is_noticed(peft: Any) -> None:
     assert torch.equal(generated(wrapped, 2), expected)
 
 
-def test_a_swap_that_runs_beside_calls_leaves_the_new_adapter(
-    peft: Any, saved: Saved, eager: Any, served: Any
-) -> None:
-    """What such a call computes is anybody's guess, as with the model itself; what comes after it is not."""
-    paths = [saved(1), saved(2, rank=2)]
-    model, done = served(paths[0]), threading.Event()
-
-    def serve() -> None:
-        while not done.is_set():
-            generated(model, 2)
-
-    thread = threading.Thread(target=serve)
-    thread.start()
-    for number in range(10):
-        swap(peft, model, paths[(number + 1) % 2])
-    done.set()
-    thread.join()
-    check(model, eager(paths[0]))
-    swap(peft, model, paths[1])
-    check(model, eager(paths[1]))
-
-
 # --- weights -----------------------------------------------------------------------------------------
 
 
@@ -292,10 +242,3 @@ def test_nights_of_sleep(nights: int) -> None:
     for each in (sleep, wake_up):
         with pytest.raises(UsageError, match="not stitched"):
             each(model)
-
-
-def test_a_model_that_was_not_captured_sleeps_and_wakes_as_it_is() -> None:
-    model = stitch(build(), config=EAGER_PIECES)
-    sleep(model)
-    wake_up(model)
-    check(model, build())

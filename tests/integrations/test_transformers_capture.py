@@ -75,14 +75,6 @@ def test_a_capture_that_is_refused_leaves_the_model_as_it_was() -> None:
     assert "forward" not in vars(model.model)
 
 
-def test_auto_keeps_what_was_measured_to_be_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("piecework.integrations.transformers.stitcher.AUTO_MAXIMUM", 2)
-    model = stitch(build(), config=EAGER_PIECES, capture="auto")
-    assert torch.equal(generated(model, 2), generated(build(), 2))
-    worth = [each for each in stitched_module(model).traces if each.static is not None]
-    assert ("forward" in vars(model.lm_head)) == bool(worth)
-
-
 def test_auto_that_keeps_nothing_says_so(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

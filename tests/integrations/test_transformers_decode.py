@@ -129,13 +129,6 @@ def test_a_cache_that_was_changed_between_two_steps(
     caches.steps(1)
 
 
-def test_a_cache_that_was_reset_begins_again(pair: Pair) -> None:
-    caches = pair.caches(transformers.DynamicCache)
-    caches.steps()
-    caches.both(lambda cache: cache.reset())
-    caches.steps(3)
-
-
 def test_a_cache_grows_past_the_room_of_its_buffers(pair: Pair) -> None:
     pair.caches(transformers.DynamicCache).steps(140)
 
@@ -169,18 +162,6 @@ def test_branches_of_one_cache_don_t_meet(pair: Pair, copied: Callable[[object],
             torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_several_tokens_between_single_ones(pair: Pair) -> None:
-    """As a draft is verified: several tokens at once, some of them taken back."""
-    caches = pair.caches(transformers.DynamicCache)
-    for _ in range(2):
-        caches.steps()
-        ids = IDS[:, :3]
-        got = pair.stitched(ids, past_key_values=caches.ours).logits
-        expected = pair.eager(ids, past_key_values=caches.theirs).logits
-        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
-        caches.both(lambda cache: cache.crop(-2))
-
-
 def test_caches_go_in_and_out_of_inference_mode(pair: Pair) -> None:
     caches = pair.caches(transformers.DynamicCache)
     with torch.inference_mode():
@@ -190,15 +171,6 @@ def test_caches_go_in_and_out_of_inference_mode(pair: Pair) -> None:
         inside = pair.caches(transformers.DynamicCache)
         inside.steps()
     inside.steps()
-
-
-def test_a_batch_that_is_not_the_cache_s_is_an_error_as_it_is_eager(pair: Pair) -> None:
-    """A single row of the cache is never taken for all of the batch's."""
-    caches = pair.caches(transformers.DynamicCache, IDS[:1])
-    caches.steps()
-    for model, cache in ((pair.eager, caches.theirs), (pair.stitched, caches.ours)):
-        with pytest.raises(RuntimeError, match=r"[Ss]izes of tensors must match|same slice shapes"):
-            model(IDS[:, -1:], past_key_values=cache)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])

@@ -19,7 +19,6 @@ from piecework.integrations.transformers import (
     save,
     stitch,
     stitched_module,
-    unstitch,
 )
 from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.counters import counters
@@ -85,11 +84,6 @@ def same(
             torch.testing.assert_close(layer.values, their.values, rtol=1e-4, atol=1e-4)
 
 
-def test_greedily(models: tuple[nn.Module, nn.Module]) -> None:
-    same(models, padded=2)
-    assert not how_served(models[1]).as_it_is
-
-
 GENERATIONS = {
     "sampled": {"do_sample": True, "top_k": 20},
     "beams": {"num_beams": 3},
@@ -138,14 +132,6 @@ def test_an_artifact_has_both(models: tuple[nn.Module, nn.Module], tmp_path: Pat
         same((models[0], loaded))
     assert "encoder's states" in how_served(loaded).not_flat
     assert how_served(loaded).modules.keys() == how_served(models[1]).modules.keys()
-
-
-@pytest.mark.nightly
-def test_a_stitched_pair_is_given_back() -> None:
-    model = build("t5")
-    before = dict(vars(model.encoder)), dict(vars(model.decoder))
-    unstitch(stitch(model, config=EAGER_PIECES))
-    assert (dict(vars(model.encoder)), dict(vars(model.decoder))) == before
 
 
 @pytest.mark.nightly

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from piecework.errors import CaptureError, ConfigError, UsageError
+from piecework.errors import CaptureError, UsageError
 from piecework.integrations.transformers import stitch, stitched_module, unstitch
 from piecework.runtime.config.compilation import CompilationConfig
 
@@ -97,21 +97,6 @@ def test_tokens_mixed_outside_attention(dtype: torch.dtype) -> None:
     refused(model.to(dtype), "mixes tokens outside attention", "flat")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_short_convolutions(dtype: torch.dtype) -> None:
-    """With its initial weights the convolution moves the states by less than bfloat16 shows."""
-    model = from_config(
-        "lfm2",
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        layer_types=["conv", "full_attention"],
-    )
-    refused(model.to(dtype), "mixes tokens outside attention", "flat")
-
-
 def test_state_outside_the_cache() -> None:
     model = llama()
     model.model.layers[0].mlp = Remembers(model.model.layers[0].mlp)
@@ -142,16 +127,6 @@ def test_no_positions() -> None:
     refused(model, "takes no position_ids", "flat")
 
 
-def test_recurrent_model() -> None:
-    model = from_config("mamba", hidden_size=32, num_hidden_layers=2, state_size=8)
-    refused(model, "takes no position_ids", "flat")
-
-
-def test_encoder() -> None:
-    model = from_config("bert", hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
-    refused(model, "KV cache", "flat")
-
-
 def test_experts_in_a_loop() -> None:
     model = from_config(
         "mixtral",
@@ -175,19 +150,6 @@ def test_attention_with_more_than_the_op_carries() -> None:
     attention.forward = lambda *args, **kwargs: own(*args, head_bias=torch.zeros(4), **kwargs)
     error = refused(model, "head_bias", "flat")
     assert error.where == "layers.0.self_attn"
-
-
-def test_mask_of_its_own() -> None:
-    model = llama()
-    attention = model.model.layers[0].self_attn
-    attention.register_forward_pre_hook(
-        lambda _module, args, kwargs: (
-            args,
-            {**kwargs, "attention_mask": torch.ones(2, 1, 3, 3, dtype=torch.bool)},
-        ),
-        with_kwargs=True,
-    )
-    refused(model, "mask", "flat")
 
 
 def test_undefined_weights() -> None:
@@ -216,12 +178,3 @@ def test_stitching_twice_and_unknown_entries() -> None:
     with pytest.raises(UsageError, match="not stitched"):
         stitched_module(model)
     stitch(model, config=EAGER_PIECES)
-
-
-def test_a_configuration_is_one_or_its_fields() -> None:
-    model = llama()
-    for wrong in (3, {"backnd": "eager"}):
-        with pytest.raises(ConfigError, match=r"CompilationConfig|backnd"):
-            stitch(model, config=wrong)  # type: ignore[arg-type]
-    stitch(model, config={"backend": "eager"})
-    assert stitched_module(model).config.backend == "eager"

@@ -97,32 +97,6 @@ def test_a_prompt_of_one_token(pair: Pair, cache: str | None) -> None:
         assert torch.equal(pair.stitched.generate(ids, **how), pair.eager.generate(ids, **how))
 
 
-class Nowhere(transformers.generation.BaseStreamer):
-    """Takes tokens and leaves them."""
-
-    def put(self, value: torch.Tensor) -> None:
-        pass
-
-    def end(self) -> None:
-        pass
-
-
-def test_what_generate_hands_on_without_using_it(pair: Pair) -> None:
-    beams = {"num_beams": 2, "do_sample": True, "streamer": Nowhere(), "max_new_tokens": 5}
-    beams["assistant_model"] = pair.eager
-    ours, theirs = (
-        [torch.manual_seed(3), each.generate(pair.ids, **beams)][1]
-        for each in (pair.stitched, pair.eager)
-    )
-    assert torch.equal(ours, theirs)
-
-
-def test_generation_under_inference_mode(pair: Pair) -> None:
-    with torch.inference_mode():
-        pair.check_generation()
-    pair.check_generation()
-
-
 def test_mask_forms(pair: Pair) -> None:
     later = torch.ones(9, 9, dtype=torch.bool).tril()
     four = later.expand(2, 1, 9, 9)
@@ -203,21 +177,6 @@ def test_attention_implementation_can_change_after_stitching() -> None:
                 stitched(ids).logits, eager(ids).logits, rtol=1e-4, atol=1e-4
             )
     assert stitched_module(stitched) is entry
-
-
-def test_one_graph_serves_every_batch() -> None:
-    model = build("llama")
-    shapes = [(1, 1), (1, 2), (1, 17), (4, 1), (3, 5), (16, 1), (1, 64)]
-    generator = torch.Generator().manual_seed(2)
-    prompts = [torch.randint(1, 97, shape, generator=generator) for shape in shapes]
-    with torch.no_grad():
-        expected = [model(ids).logits for ids in prompts]
-    stitch(model, config=EAGER_PIECES)
-    entry = stitched_module(model)
-    with torch.no_grad():
-        for ids, theirs in zip(prompts, expected, strict=True):
-            torch.testing.assert_close(model(ids).logits, theirs, rtol=1e-4, atol=1e-4)
-    assert stitched_module(model) is entry
 
 
 ROPES = {
@@ -322,18 +281,6 @@ def test_two_threads_share_one_stitched_model(pair: Pair) -> None:
         ours = list(pool.map(lambda ids: answer(pair.stitched, ids), prompts))
     for ids, got in zip(prompts, ours, strict=True):
         assert torch.equal(got, answer(pair.eager, ids))
-
-
-@pytest.mark.sample(2)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision(dtype: torch.dtype) -> None:
-    eager = build().to(dtype)
-    stitched = stitch(copy.deepcopy(eager), config=EAGER_PIECES)
-    ids = torch.randint(1, 97, (2, 9), generator=torch.Generator().manual_seed(10))
-    with torch.no_grad():
-        ours, theirs = stitched(ids).logits, eager(ids).logits
-    assert ours.dtype == dtype
-    assert float((ours - theirs).float().norm() / theirs.float().norm()) < 2e-2
 
 
 def test_a_moved_model_is_noticed() -> None:

@@ -252,16 +252,6 @@ def test_a_model_that_was_unloaded_is_stitched_again_and_shutdown_leaves_nothing
     assert not any(each.is_alive() for each in left), left
 
 
-def test_stop_strings_reach_a_stitched_model_with_their_tokenizer(folder: Path) -> None:
-    """The server gives generate() a tokenizer, which transformers hands on to the forward."""
-    model, tokenizer = stitched(folder)
-    ids = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
-    word = expected(folder, PROMPT, 9).split()[2]
-    how = {"tokenizer": tokenizer, "stop_strings": [word], "max_new_tokens": 9, "do_sample": False}
-    ours, theirs = (each.generate(ids, **how) for each in (model, loaded(folder)[0]))
-    assert torch.equal(ours, theirs) and ours.shape[1] <= 3 + 3
-
-
 def test_the_command_serves_what_compile_made(folder: Path) -> None:
     made = folder.with_name(COMPILED)
     kept = {path: path.stat().st_mtime_ns for path in made.rglob("*")}

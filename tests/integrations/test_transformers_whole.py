@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import threading
 
 import pytest
 import torch
@@ -139,10 +138,6 @@ def test_every_length_is_served_by_the_same_traces(pair: Pair) -> None:
             pair.generate(IDS[:3, :length], max_new_tokens=9)
 
 
-def test_a_prompt_of_one_token(pair: Pair) -> None:
-    pair.generate(IDS[:2, :1])
-
-
 @pytest.mark.nightly
 def test_a_mask_for_each_type_of_layer() -> None:
     fields = {**LLAMA, "full_attn_idxs": [1]}
@@ -200,27 +195,6 @@ def test_caches_that_are_changed_between_steps(pair: Pair, make: str, change: ob
                 model(IDS[:1, step : step + 1].expand(batch, 1), past_key_values=cache)
             assert held.shape[2] == IDS.shape[1]
     same_cache(*caches)
-
-
-def test_several_tokens_behind_a_past(pair: Pair) -> None:
-    got, _ = pair.call(input_ids=IDS)
-    pair.call(input_ids=IDS[:, :3], past_key_values=got.past_key_values)
-
-
-@pytest.mark.parametrize("use_cache", [None, True, False])
-def test_a_call_without_a_cache(pair: Pair, use_cache: bool | None) -> None:
-    got, _ = pair.call(input_ids=IDS, use_cache=use_cache)
-    assert (got.past_key_values is None) == (use_cache is False)
-
-
-def test_embeddings_and_a_tuple(pair: Pair) -> None:
-    embeds = pair.eager.get_input_embeddings()(IDS).detach()
-    pair.call(inputs_embeds=embeds)
-    with torch.no_grad():
-        got = pair.stitched(IDS, return_dict=False)
-        want = pair.eager(IDS, return_dict=False)
-    assert isinstance(got, tuple) and len(got) == len(want)
-    torch.testing.assert_close(got[0], want[0])
 
 
 # --- other models --------------------------------------------------------------------------------------
@@ -375,16 +349,6 @@ def test_a_decoder_that_would_differ_is_refused() -> None:
     assert "forward" not in vars(model.transformer)
 
 
-@pytest.mark.nightly
-def test_another_attention_implementation() -> None:
-    model = Pair(build("llama", **LLAMA), way="whole")
-    model.generate(IDS[:2])
-    for each in (model.eager, model.stitched):
-        each.set_attn_implementation("eager")
-    model.generate(IDS[:2])
-    assert not how_served(model.stitched).as_it_is
-
-
 def test_state_in_modules_is_refused() -> None:
     model = build()
     layer = model.transformer.h[0].mlp
@@ -448,25 +412,6 @@ def test_while_the_compiler_is_off() -> None:
     assert not how_served(pair.stitched).modules
     pair.generate(IDS[:2])
     assert how_served(pair.stitched).modules
-
-
-def test_threads(pair: Pair) -> None:
-    want = [pair.eager.generate(IDS[:n], max_new_tokens=4, do_sample=False) for n in (1, 2, 3)]
-    wrong: list[object] = []
-
-    def serve(turn: int) -> None:
-        for round_ in range(3):
-            n = (turn + round_) % 3
-            got = pair.stitched.generate(IDS[: n + 1], max_new_tokens=4, do_sample=False)
-            if not torch.equal(got, want[n]):
-                wrong.append((turn, n))
-
-    threads = [threading.Thread(target=serve, args=(turn,)) for turn in range(4)]
-    for each in threads:
-        each.start()
-    for each in threads:
-        each.join()
-    assert not wrong
 
 
 # --- the registry --------------------------------------------------------------------------------------

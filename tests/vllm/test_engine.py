@@ -60,26 +60,6 @@ def test_the_source_is_in_the_cache_folder(cold, cache):
     assert "past the dispatcher" in code
 
 
-def test_the_source_is_reviewed_as_any_golden(cold, cache, tmp_path):
-    """What an engine runs is put beside what it ran: accepted as it is; a change is told by its meaning."""
-    from typer.testing import CliRunner
-
-    from piecework.cli import app
-    from piecework.golden.snapshot import NEW_SUFFIX
-
-    (source,) = cache.rglob("stitched.py")
-    golden = tmp_path / "engine.py"
-    proposal = tmp_path / f"engine.py{NEW_SUFFIX}"
-    code = source.read_text()
-    golden.write_text(code.replace("unified_attention_with_output", "another", 1))
-    proposal.write_text(code)
-    told = CliRunner().invoke(app, ["golden", "diff", str(golden), str(source)])
-    assert told.exit_code == 1 and "unified_attention_with_output" in told.output, told.output
-    accept = ["golden", "review", str(golden), "--accept", str(golden)]
-    assert CliRunner().invoke(app, accept).exit_code == 0
-    assert golden.read_text() == code and not proposal.exists()
-
-
 def test_damage_is_compiled_again(cold, engine, cache, eager):
     (model,) = (each for each in cache.rglob("torch_aot_compile/*/*/model"))
     data = bytearray(model.read_bytes())

@@ -31,14 +31,9 @@ class StaticMasks:
         kind: Hashable,
         theirs: Callable[[], Masks],
     ) -> Masks:
-        """The mask, [batch, 1, 1, length] of booleans.
+        """The mask of the tokens behind those in ``cache``, [batch, 1, 1, length] of booleans.
 
-        Args:
-            cache: before the new tokens enter it.
-            attention_mask: None, or [batch, tokens so far and the new one].
-            batch: how many sequences.
-            kind: what else the mask may depend on.
-            theirs: makes it as transformers does.
+        ``theirs`` makes it as transformers does; ``kind``: what else that may depend on.
         """
         kind = (kind, attention_mask is None)
         known = self._as_theirs.get(kind)
