@@ -6,89 +6,79 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 
-from piecework.runtime.compilers import inductor as vector_isa
+from piecework.runtime.compilers import inductor
+from piecework.runtime.compilers.inductor import await_test, begin_test
 
 BEGUN = "from piecework.runtime.compilers.inductor import begin_test, await_test\n"
-TOLD = "from torch._inductor.cpu_vec_isa import pick_vec_isa\nprint(pick_vec_isa())"
+PRINTED = "from torch._inductor.cpu_vec_isa import pick_vec_isa\nprint(pick_vec_isa())"
+Test = Callable[[], object]
 
 
-@pytest.fixture(autouse=True)
-def unknown(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Inductor knows nothing; gives what was done."""
-    done: list[str] = []
-    vector_isa._isa_test.cache_clear()
+@pytest.fixture
+def tested(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Test], list[str]]]:
+    """Makes the CPU's test do what is given, where Inductor knows nothing; gives what was taken."""
+    taken: list[str] = []
+    compat = inductor.torch_compat
+    inductor._isa_test.cache_clear()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(vector_isa.torch_compat, "vector_isa_is_known", lambda: False)
-    monkeypatch.setattr(
-        vector_isa.torch_compat, "take_vector_isa", lambda: done.append("all are taken")
-    )
-    yield done
-    vector_isa._isa_test.cache_clear()
+    monkeypatch.setattr(compat, "vector_isa_is_known", lambda: False)
+    monkeypatch.setattr(compat, "take_vector_isa", lambda: taken.append("all"))
 
+    def run(test: Test) -> list[str]:
+        monkeypatch.setattr(compat, "vector_isa_test", lambda: test)
+        return taken
 
-def told(before: str, folder: object) -> str:
-    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(folder)}
-    environment.pop("ATEN_CPU_CAPABILITY", None)
-    done = subprocess.run(
-        [sys.executable, "-c", f"import torch\n{before}{TOLD}"],
-        **{"capture_output": True, "text": True, "check": True, "env": environment},
-    )
-    return done.stdout
+    yield run
+    inductor._isa_test.cache_clear()
 
 
 @pytest.mark.nightly
 def test_inductor_takes_what_it_would_find_itself(tmp_path) -> None:
-    found = told(f"{BEGUN}begin_test()\nawait_test()\n", tmp_path / "begun")
-    assert found == told("", tmp_path / "alone")
+    def printed(before: str, name: str) -> str:
+        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / name)}
+        environment.pop("ATEN_CPU_CAPABILITY", None)
+        command = [sys.executable, "-c", f"import torch\n{before}{PRINTED}"]
+        return subprocess.run(command, capture_output=True, check=True, env=environment).stdout
+
+    assert printed(f"{BEGUN}begin_test()\nawait_test()\n", "begun") == printed("", "alone")
 
 
 @pytest.mark.parametrize("passes", [True, False])
-def test_all_are_taken_where_the_strongest_pass(
-    passes: bool, unknown: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_all_are_taken_where_the_strongest_pass_one_test(passes: bool, tested) -> None:
     tests: list[bool] = []
-
-    def test() -> bool:
-        tests.append(passes)
-        return passes
-
-    monkeypatch.setattr(vector_isa.torch_compat, "vector_isa_test", lambda: test)
-    vector_isa.begin_test()
-    vector_isa.begin_test()
-    vector_isa.await_test()
-    assert tests == [passes]
-    assert unknown == ["all are taken"] * passes
+    taken = tested(lambda: tests.append(passes) or passes)
+    begin_test()
+    begin_test()
+    await_test()
+    assert tests == [passes] and taken == ["all"] * passes
 
 
 def test_nothing_is_tested_where_inductor_knows_or_pieces_may_be_for_a_gpu(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, tested
 ) -> None:
-    def unasked() -> object:
-        raise AssertionError("it was tested")
-
-    monkeypatch.setattr(vector_isa.torch_compat, "vector_isa_test", unasked)
-    with monkeypatch.context() as here:
-        here.setattr(vector_isa.torch_compat, "vector_isa_is_known", lambda: True)
-        vector_isa.begin_test()
-        vector_isa.await_test()
+    taken = tested(lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    vector_isa.begin_test()
-    vector_isa.await_test()
+    begin_test()
+    await_test()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(inductor.torch_compat, "vector_isa_is_known", lambda: True)
+    await_test()
+    assert not taken
 
 
 def test_a_process_that_was_forked_meanwhile_tests_by_itself(
-    unknown: list[str], monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch, tested
 ) -> None:
     never = threading.Event()
-    monkeypatch.setattr(vector_isa.torch_compat, "vector_isa_test", lambda: never.wait)
-    vector_isa.begin_test()
-    monkeypatch.setattr(vector_isa.torch_compat, "vector_isa_test", lambda: lambda: True)
+    tested(never.wait)
+    begin_test()
+    taken = tested(lambda: True)
     monkeypatch.setattr(os, "getpid", lambda: -1)
-    vector_isa.await_test()
+    await_test()
     never.set()
-    assert unknown == ["all are taken"]
+    assert taken == ["all"]

@@ -37,53 +37,34 @@ def nested(leaves):
     )
 
 
+OPTIONAL = {
+    "backend": st.sampled_from(["inductor", "eager", "pkg.module:Compiler"]),
+    "debug_dump_path": st.sampled_from(["dumps", "a b/c", "12", "null"]),
+    "cache_dir": st.sampled_from(["cache", "true"]),
+    "custom_ops": st.sampled_from([["none"], ["all", "-silu"], ["+silu", "-norm"]]),
+    "splitting_ops": st.none() | op_names,
+    "repeated_layers": st.sampled_from([[], ["model.layers"]]),
+    "repeated_blocks": st.sampled_from(["found", "off", ["model.layers"]]),
+    "compile_sizes": sizes | st.just(["cudagraph_capture_sizes", 3]),
+    "compile_ranges_endpoints": sizes,
+    "inductor_passes": st.dictionaries(text, st.just("os.path:join"), max_size=2),
+    "cudagraph_num_of_warmups": st.integers(0, 9),
+    "cudagraph_copy_inputs": st.booleans(),
+    "max_cudagraph_capture_size": st.none() | st.integers(1, 512),
+    "pass_config": st.fixed_dictionaries({}, optional={"enable_sp": st.booleans()}),
+    "dynamic_shapes_config": st.fixed_dictionaries({"type": st.sampled_from(["auto", "unbacked"])}),
+    "stitching_config": st.fixed_dictionaries({}, optional={"emit_del": st.booleans()}),
+}
+
+
 @st.composite
 def configs(draw, leaves=scalars):
-    """Valid configurations that touch every field (and only sometimes the default)."""
-    fields = draw(
-        st.fixed_dictionaries(
-            {},
-            optional={
-                "backend": st.sampled_from(["inductor", "eager", "pkg.module:Compiler"]),
-                "debug_dump_path": st.sampled_from(["dumps", "a b/c", "12", "null"]),
-                "cache_dir": st.sampled_from(["cache", "true"]),
-                "compile_cache_save_format": st.just("binary"),
-                "custom_ops": st.sampled_from([["none"], ["all", "-silu"], ["+silu", "-norm"]]),
-                "splitting_ops": st.none() | op_names,
-                "repeated_layers": st.sampled_from([[], ["model.layers"]]),
-                "repeated_blocks": st.sampled_from(["found", "off", ["model.layers"]]),
-                "compile_mm_encoder": st.just(False),
-                "compile_sizes": sizes | st.just(["cudagraph_capture_sizes", 3]),
-                "compile_ranges_endpoints": sizes,
-                "inductor_compile_config": st.dictionaries(text, nested(leaves), max_size=3),
-                "inductor_passes": st.dictionaries(text, st.just("os.path:join"), max_size=2),
-                "cudagraph_mode": st.sampled_from(CUDAGraphMode),
-                "cudagraph_num_of_warmups": st.integers(0, 9),
-                "cudagraph_copy_inputs": st.booleans(),
-                "cudagraph_specialize_lora": st.booleans(),
-                "pass_config": st.fixed_dictionaries({}, optional={"enable_sp": st.booleans()}),
-                "dynamic_shapes_config": st.fixed_dictionaries(
-                    {}, optional={"type": st.sampled_from(["backed", "unbacked"])}
-                ),
-                "stitching_config": st.fixed_dictionaries(
-                    {}, optional={"check_inputs": st.booleans(), "emit_del": st.booleans()}
-                ),
-            },
-        )
-    )
-    capturing = CUDAGraphMode.parse(fields.get("cudagraph_mode", "NONE"))
-    modes = [3] if capturing.requires_piecewise_compilation() else [1, 2, 3]
-    modes += [0] if capturing is CUDAGraphMode.NONE else []
-    fields["mode"] = draw(st.sampled_from(modes))
-    if fields.get("backend", "inductor") == "inductor" and fields["mode"]:
-        fields["use_inductor_graph_partition"] = draw(st.booleans())
-    captures = capturing is not CUDAGraphMode.NONE  # then something must be captured
-    if draw(st.booleans()):
-        listed = fields["cudagraph_capture_sizes"] = draw(sizes.filter(len) if captures else sizes)
-        if captures and "compile_sizes" in fields:  # and what is compiled must be run
-            fields["compile_sizes"] = [n for n in fields["compile_sizes"] if n in listed]
-    else:
-        fields["max_cudagraph_capture_size"] = draw(st.none() | st.integers(int(captures), 512))
+    """Valid configurations that touch every kind of field (and only sometimes the default)."""
+    options = {"inductor_compile_config": st.dictionaries(text, nested(leaves), max_size=3)}
+    fields = draw(st.fixed_dictionaries({}, optional={**OPTIONAL, **options}))
+    fields["mode"] = draw(st.sampled_from([0, 1, 2, 3]))
+    if fields["mode"] == 3 and fields.get("splitting_ops") != []:
+        fields["cudagraph_mode"] = draw(st.sampled_from(CUDAGraphMode))
     return CompilationConfig(**fields)
 
 
