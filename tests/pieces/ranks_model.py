@@ -148,10 +148,6 @@ def main(mode: str) -> object:
             model = build("inside")
             found["cut"] = right(compiled(model, splitting_ops=ALL_REDUCE), model)
             return found
-        case "layers":
-            compiled(build("inside", layers=2 + RANK))
-        case "ranges":
-            compiled(build("inside"), compile_ranges_endpoints=[4] if RANK else [])
         case "sizes":
             model = build("inside")
             if RANK:

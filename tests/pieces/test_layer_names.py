@@ -129,15 +129,8 @@ def test_a_name_that_decides_a_shape_is_not_shared() -> None:
 
 
 def test_torchs_own_string_arguments_are_left_alone() -> None:
-    class Rounding(nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            for mode in ("floor", "trunc", "floor"):
-                out = torch.empty_like(x)
-                mix(x, out)
-                x = torch.div(out, 3, rounding_mode=mode)
-            return x
-
-    split_gm, items, _ = split(Rounding())
+    op = torch.ops.aten.div.Tensor_mode
+    split_gm, items, _ = split(Layers(["floor", "trunc"], lambda x, n: op(x, 3, rounding_mode=n)))
     before = keys(items)
     share_layer_names(split_gm, items)
     assert keys(items) == before

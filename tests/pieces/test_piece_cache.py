@@ -147,23 +147,10 @@ def test_autocast_around_a_model_is_not_the_model_without_it(own_compile_cache: 
             torch.testing.assert_close(found, model(x))
 
 
-def test_what_has_no_stable_form_switches_the_cache_off_with_a_warning(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    lock = threading.Lock()
-
-    def locked(graph: torch.fx.Graph) -> None:
-        lock.locked()
-
-    cache = opened(inductor_passes={"post_grad_custom_post_pass": locked})
-    assert cache.entry is None
-    (record,) = (each for each in caplog.records if each.name.startswith("piecework"))
-    assert "inductor_passes.post_grad_custom_post_pass" in record.getMessage()
-    assert "uuid()" in record.getMessage()
-
-
 @pytest.mark.inductor
-def test_a_pass_without_a_stable_form_compiles_and_is_kept_nowhere(own_compile_cache: Path) -> None:
+def test_a_pass_without_a_stable_form_compiles_and_is_kept_nowhere(
+    own_compile_cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     lock = threading.Lock()
     calls: list[int] = []
 
@@ -178,6 +165,9 @@ def test_a_pass_without_a_stable_form_compiles_and_is_kept_nowhere(own_compile_c
         with piecework.counters.expect(num_inductor_compiles=1, num_compiled_artifacts_saved=0):
             torch.testing.assert_close(piecework.compile(model, (x,), config=config)(x), model(x))
         assert len(calls) == times  # Inductor's own caches did not answer either
+    first = next(each for each in caplog.records if each.name.startswith("piecework"))
+    assert "inductor_passes.post_grad_custom_post_pass" in first.getMessage()
+    assert "uuid()" in first.getMessage()
     assert not list(own_compile_cache.rglob("*.bin"))
 
 
@@ -277,19 +267,6 @@ def test_texts_lie_beside_the_artifacts(own_compile_cache: Path) -> None:
     shutil.rmtree(own_compile_cache)
 
 
-def traced(model: torch.nn.Module) -> torch.fx.GraphModule:
-    """What Dynamo makes of a model, with the values of its inputs."""
-    found: list[torch.fx.GraphModule] = []
-
-    def keep(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> object:
-        found.append(graph)
-        return graph.forward
-
-    torch._dynamo.reset()
-    torch.compile(model, backend=keep, fullgraph=True)(torch.ones(4, 8))
-    return found[0]
-
-
 class Reading(torch.nn.Module):
     """What engines' norms do: the tensor behind a parameter, and modes switched inside."""
 
@@ -302,10 +279,13 @@ class Reading(torch.nn.Module):
             return torch.nn.functional.gelu(x) * self.weight.data
 
 
-def test_a_piece_that_calls_functions_of_torchs_c_is_kept(warned: list[str]) -> None:
-    graph = traced(Reading())
-    assert any("get_data_attr" in str(node.target) for node in graph.graph.nodes)
-    assert opened()._name(graph, structure_of(graph), None) is not None
+@pytest.mark.inductor
+def test_a_piece_that_calls_functions_of_torchs_c_is_kept(
+    own_compile_cache: Path, warned: list[str]
+) -> None:
+    with piecework.counters.expect(num_compiled_artifacts_saved=1):
+        stitched = piecework.compile(Reading(), (torch.ones(4, 8),))
+    assert any("get_data_attr" in str(each.target) for each in stitched.program.graph.graph.nodes)
     assert warned == []
 
 

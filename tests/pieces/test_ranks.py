@@ -96,8 +96,6 @@ def test_torchrun_runs_a_model_that_is_cut_over_two_processes(
     [
         ("sizes", "float32[*, 4]"),
         ("capture others", "PIECEWISE tokens=4"),
-        pytest.param("layers", "nothing more", marks=pytest.mark.nightly),
-        pytest.param("ranges", "batches", marks=pytest.mark.nightly),
     ],
 )
 def test_ranks_that_would_do_different_things_stop_with_an_error(
