@@ -6,30 +6,21 @@ The emitted ``check_inputs`` is the table as text; the explanation of a refused 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import EllipsisType, NoneType
 from typing import assert_never
 
 import torch
 
-from piecework.codegen.entry.plan import (
-    EntryPlan,
-    FixedValue,
-    IntegerInput,
-    Items,
-    Leaf,
-    Node,
-    SameObject,
-    Size,
-    TensorInput,
-    Tree,
-    UnusedTensor,
-    WatchedObject,
+from piecework.codegen.entry import plan as entry
+from piecework.codegen.plan.literals import (
+    is_inline_literal,
+    literal_text,
+    targets_text,
+    tuple_text,
 )
-from piecework.codegen.plan.literals import is_inline_literal, literal_text
 from piecework.codegen.plan.names import NameTable
-from piecework.codegen.plan.one_line import targets_text, tuple_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,8 +98,9 @@ class EntryTable:
         unpacked: names that are no parameters.
     """
 
-    def __init__(self, plan: EntryPlan, names: Names, parameters: Sequence[str]) -> None:
+    def __init__(self, plan: entry.EntryPlan, names: Names, parameters: Sequence[str]) -> None:
         self.plan, self.names, self.parameters = plan, names, tuple(parameters)
+        self.steps: list[Bind | Require] = []
         self.leaves: dict[int, str] = {}
         self.symbols: dict[str, str] = {}
         self.origin: dict[str, tuple[str, tuple[int, int | None]]] = {}
@@ -116,102 +108,102 @@ class EntryTable:
         self._sized = {symbol.name for symbol in plan.symbols}
         self._labels: dict[int, str] = {}
         self._tensors: list[int] = []
+        self._about: _About = (None, "", "")
+        self._checks: list[Check] = []  # of the step that is being made
+        # What is compared in the end, over symbols that are all known then.
+        self._late: list[tuple[_About, str, str, entry.Size | float, int | None]] = []
         self._same: list[Require] = []
-        self._late: list[Callable[[], Check]] = []  # over symbols that are all known in the end
-        self.steps = tuple(self._steps())
-
-    def _steps(self) -> Iterator[Bind | Require]:
-        plan, leaves, labels = self.plan, self.leaves, self._labels
         for parameter, name in zip(plan.parameters, self.parameters, strict=True):
-            yield from self._node(parameter.node, name)
-        bounds = [
-            Check("range", range_text(self.symbols[each.name], each.low, each.high), expected=each)
-            for each in plan.symbols
-            if each.name in self.symbols and (each.low, each.high) != (None, None)
-        ]
-        yield from _require("sizes that the trace allows", bounds)
-        late = [make() for make in self._late]
-        late += [Check("relation", self._relation(text), expected=text) for text in plan.guards]
-        yield from _require("relations that the trace relied on", late)
-        yield from self._same
-        several = [leaves[each] for each in self._tensors]
-        if len(several) == 2:
-            check = Check("distinct", " is not ".join(several), expected=tuple(self._tensors))
-            yield Require("two tensors", (check,))
-        elif several[1:]:
-            text = f"len({{{', '.join(f'id({each})' for each in several)}}}) == {len(several)}"
-            check = Check("distinct", text, expected=tuple(self._tensors))
-            yield Require(f"{len(several)} tensors", (check,))
-        for written, others in plan.apart:
-            about = f"{labels[written]}: written, so no other argument may share its memory"
-            text = f"memory_apart({', '.join(leaves[each] for each in (written, *others))})"
-            check = Check("apart", text, written, leaves[written], labels[written], others)
-            yield Require(about, (check,))
+            self._node(parameter.node, name)
+        self._about = (None, "", "")
+        for symbol in plan.symbols:
+            if symbol.name in self.symbols and (symbol.low, symbol.high) != (None, None):
+                text = range_text(self.symbols[symbol.name], symbol.low, symbol.high)
+                self._check("range", text, symbol)
+        self._require("sizes that the trace allows")
+        for about, kind, read, size, dim in self._late:
+            self._about = about
+            self._compare(kind, read, size, dim)
+        self._about = (None, "", "")
+        for text in plan.guards:
+            self._check("relation", self._relation(text), text)
+        self._require("relations that the trace relied on")
+        self.steps += self._same
+        self._apart()
         if plan.watches_arguments:
-            text = f"arguments_as_traced({', '.join(self.parameters)})"
-            yield Require("what else the trace read of the arguments", (Check("traced", text),))
+            self._check("traced", f"arguments_as_traced({', '.join(self.parameters)})")
+            self._require("what else the trace read of the arguments")
 
     def label(self, leaf: int) -> str:
         return self._labels[leaf]
 
-    def _node(self, node: Node, place: str) -> Iterator[Bind | Require]:
+    def _check(self, kind: str, text: str, expected: object = None, dim: int | None = None) -> None:
+        self._checks.append(Check(kind, text, *self._about, expected, dim))
+
+    def _require(self, about: str) -> None:
+        if self._checks:
+            self.steps.append(Require(about, tuple(self._checks)))
+        self._checks = []
+
+    def _unpack(self, wish: str) -> str:
+        self.unpacked.append(self.names.claim(wish))
+        return self.unpacked[-1]
+
+    # --- arguments -------------------------------------------------------------------------------
+
+    def _node(self, node: entry.Node, place: str) -> None:
         value = self.names.value
         match node:
-            case Leaf():
-                yield from self._leaf(node, place)
-            case Items(kind, label, keys, children):
+            case entry.Leaf():
+                self._leaf(node, place)
+            case entry.Items(kind, label, keys, children):
+                self._about = (None, place, label)
                 inside = [f"{value(key)} in {place}" for key in keys if kind is dict]
-                text = " and ".join([f"len({place}) == {len(keys)}", *inside])
-                of_kind = f"type({place}) is {kind.__name__}"
-                checks = (
-                    Check("kind", of_kind, None, place, label, kind),
-                    Check("keys", text, None, place, label, keys),
-                )
-                yield Require(f"{label}: a {kind.__name__} of {len(keys)}", checks)
+                self._check("kind", f"type({place}) is {kind.__name__}", kind)
+                self._check("keys", " and ".join([f"len({place}) == {len(keys)}", *inside]), keys)
+                self._require(f"{label}: a {kind.__name__} of {len(keys)}")
                 for key, child in zip(keys, children, strict=True):
-                    yield from self._node(child, f"{place}[{value(key)}]")
-            case Tree(label, structure, children):
+                    self._node(child, f"{place}[{value(key)}]")
+            case entry.Tree(label, structure, children):
                 leaves, spec = self.names.claim("leaves"), self.names.claim("structure")
-                yield Bind(f"{leaves}, {spec} = flatten({place})")
-                expected = value(structure, "expected_structure")
-                check = Check("structure", f"{spec} == {expected}", None, place, label)
-                yield Require(f"{label}: of the traced structure", (check,))
+                self.steps.append(Bind(f"{leaves}, {spec} = flatten({place})"))
+                self._about = (None, place, label)
+                self._check("structure", f"{spec} == {value(structure, 'expected_structure')}")
+                self._require(f"{label}: of the traced structure")
                 for number, child in enumerate(children):
-                    yield from self._leaf(child, f"{leaves}[{number}]")
+                    self._leaf(child, f"{leaves}[{number}]")
             case _:
                 assert_never(node)
 
-    def _leaf(self, leaf: Leaf, place: str) -> Iterator[Bind | Require]:
-        index, label = leaf.index, leaf.label
-        self._labels[index] = label
-        self.leaves[index] = name = place
+    def _leaf(self, leaf: entry.Leaf, place: str) -> None:
+        index, label, name = leaf.index, leaf.label, place
         if place not in self.parameters:
-            self.leaves[index] = name = self._unpack(label)
-            yield Bind(f"{name} = {place}", index)
+            name = self._unpack(label)
+            self.steps.append(Bind(f"{name} = {place}", index))
+        self.leaves[index], self._labels[index] = name, label
+        self._about = (index, name, label)
         match leaf.assumption:
-            case TensorInput():
-                yield from self._tensor(index, name, label, leaf.assumption)
-            case UnusedTensor(dtype, device, rank):
+            case entry.TensorInput():
+                self._tensor(index, name, label, leaf.assumption)
+            case entry.UnusedTensor(dtype, device, rank):
                 self._tensors.append(index)
                 plain = f"type({name}) is torch.Tensor or type({name}) is torch.nn.Parameter"
-                checks = (
-                    Check("class", plain, index, name, label),
-                    *_memory(index, name, label, dtype, device, rank),
+                self._check("class", plain)
+                self._memory(name, dtype, device, rank)
+                self._require(f"{label}: not read by the model")
+            case entry.SameObject(other, first):
+                self._check("same", f"{name} is {self.leaves[other]}", first)
+                self._same.append(
+                    Require(f"{label}: the same tensor as {first}", (self._checks.pop(),))
                 )
-                yield Require(f"{label}: not read by the model", checks)
-            case SameObject(other, first):
-                check = Check("same", f"{name} is {self.leaves[other]}", index, name, label, first)
-                self._same.append(Require(f"{label}: the same tensor as {first}", (check,)))
-            case IntegerInput(symbol):
-                check = Check("int", f"type({name}) is int", index, name, label)
-                yield Require(f"{label}: an integer", (check,))
-                if not self._is_told(symbol, name, index, None):
-                    self._compare_late("integer", index, name, symbol)
-            case FixedValue(value):
-                text = self._is_value(name, value, label)
-                check = Check("value", text, index, name, label, value)
-                yield Require(f"{label}: fixed by the trace", (check,))
-            case WatchedObject():
+            case entry.IntegerInput(symbol):
+                self._check("int", f"type({name}) is int")
+                self._require(f"{label}: an integer")
+                self._take("integer", symbol, name)
+            case entry.FixedValue(value):
+                self._check("value", self._is_value(name, value, label), value)
+                self._require(f"{label}: fixed by the trace")
+            case entry.WatchedObject():
                 pass
             case _:
                 assert_never(leaf.assumption)
@@ -228,30 +220,56 @@ class EntryTable:
             return f"type({name}) is {type(value).__name__} and {name} == {known}"
         return f"({name} is {known} or (type({name}) is type({known}) and {name} == {known}))"
 
-    def _tensor(
-        self, index: int, name: str, label: str, tensor: TensorInput
-    ) -> Iterator[Bind | Require]:
+    def _tensor(self, index: int, name: str, label: str, tensor: entry.TensorInput) -> None:
         self._tensors.append(index)
-        checks = [*_tensor_checks(index, name, label, tensor)]
+        kind = "Tensor" if tensor.kind is torch.Tensor else "nn.Parameter"
+        self._check("class", f"type({name}) is torch.{kind}", tensor.kind)
+        self._memory(name, tensor.dtype, tensor.device, len(tensor.sizes))
+        if tensor.strides is None:
+            self._check("contiguous", f"{name}.is_contiguous()")
+        # Integers are never negated or conjugated lazily, and never require gradients.
+        if tensor.dtype.is_floating_point or tensor.dtype.is_complex:
+            self._check("lazy", f"not {name}.is_neg()")
+            if tensor.requires_grad is not None:
+                text = f"{'' if tensor.requires_grad else 'not '}{name}.requires_grad"
+                self._check("grad", text, tensor.requires_grad)
+        if tensor.dtype.is_complex:
+            self._check("lazy", f"not {name}.is_conj()")
+        fixed = bool(tensor.sizes) and all(isinstance(size, int) for size in tensor.sizes)
+        if fixed:
+            text = f"{name}.shape == {tuple_text([*map(str, tensor.sizes)])}"
+            self._check("shape", text, tensor.sizes)
         layout = "contiguous" if tensor.strides is None else "strided as traced"
         short = f"{str(tensor.dtype).removeprefix('torch.')}[{', '.join(map(str, tensor.sizes))}]"
-        about = f"{label}: {short} on {tensor.device}, {layout}"
-        if tensor.sizes and all(isinstance(size, int) for size in tensor.sizes):
-            text = f"{name}.shape == {tuple_text([*map(str, tensor.sizes)])}"
-            yield Require(about, (*checks, Check("shape", text, index, name, label, tensor.sizes)))
-        else:
-            yield Require(about, tuple(checks))
-            yield from self._sizes(index, name, label, tensor.sizes)
-        yield from self._item(index, name, label, tensor.item)
+        self._require(f"{label}: {short} on {tensor.device}, {layout}")
+        if tensor.sizes and not fixed:
+            self._sizes(index, name, label, tensor.sizes)
+        read, item = f"{name}.item()", tensor.item
+        if isinstance(item, str) and item.isidentifier() and item not in self.symbols:
+            self._take("item", item, self._unpack(item))
+            self.steps.append(Bind(f"{self.symbols[item]} = {read}", index))
+        elif isinstance(item, str):
+            self._late.append((self._about, "item", read, item, None))
+        elif item is not None:
+            self._compare("item", read, item)
+            self._require(f"{label}: its value")
         for dim, stride in enumerate(tensor.strides or ()):
-            self._compare_late("stride", index, f"{name}.stride({dim})", stride, dim)
+            self._late.append((self._about, "stride", f"{name}.stride({dim})", stride, dim))
 
-    def _sizes(
-        self, index: int, name: str, label: str, sizes: Sequence[Size]
-    ) -> Iterator[Bind | Require]:
+    def _memory(self, name: str, dtype: torch.dtype, device: torch.device, rank: int) -> None:
+        where = f"{name}.device == torch.device({literal_text(str(device))})"
+        if device.type == "cpu":
+            where = f"{name}.is_cpu"
+        elif device.type == "cuda":
+            where = f"{name}.is_cuda and {name}.get_device() == {device.index or 0}"
+        self._check("dtype", f"{name}.dtype is {dtype}", dtype)
+        self._check("layout", f"{name}.layout is torch.strided", torch.strided)
+        self._check("device", where, device)
+        self._check("rank", f"{name}.dim() == {rank}", rank)
+
+    def _sizes(self, index: int, name: str, label: str, sizes: Sequence[entry.Size]) -> None:
         """A symbol that is met for the first time is taken from the shape; all else is compared, at once or in the end."""
         taken: list[str] = []
-        now: list[Check] = []
         for dim, size in enumerate(sizes):
             if isinstance(size, str) and size in self._sized and size not in self.symbols:
                 taken.append(self._unpack(size))
@@ -259,54 +277,49 @@ class EntryTable:
                 continue
             taken.append(self.names.claim(f"{label}_{dim}"))
             if isinstance(size, int) or size in self.symbols:
-                now.append(self._compared("size", index, taken[-1], size, dim))
+                self._compare("size", taken[-1], size, dim)
             else:
-                self._compare_late("size", index, taken[-1], size, dim)
-        if taken:
-            yield Bind(f"{targets_text(tuple(taken), True)}{name}.shape", index)
-        yield from _require("", now)
+                self._late.append((self._about, "size", taken[-1], size, dim))
+        self.steps.append(Bind(f"{targets_text(taken, True)}{name}.shape", index))
+        self._require("")
 
-    def _item(
-        self, index: int, name: str, label: str, item: float | str | None
-    ) -> Iterator[Bind | Require]:
-        """The value of a single number, where the trace looked at it."""
-        if item is None:
-            return
-        if not isinstance(item, str):
-            check = self._compared("item", index, f"{name}.item()", item)
-            yield Require(f"{label}: its value", (check,))
-        elif item.isidentifier() and item not in self.symbols:
-            self._is_told(item, self._unpack(item), index, None)
-            yield Bind(f"{self.symbols[item]} = {name}.item()", index)
-        else:
-            self._compare_late("item", index, f"{name}.item()", item)
-
-    def _is_told(self, symbol: str, name: str, leaf: int, dim: int | None) -> bool:
-        """Take ``name`` for ``symbol``, if it is one and not known yet."""
-        if not symbol.isidentifier() or symbol in self.symbols:
-            return False
-        self.symbols[symbol], self.origin[symbol] = name, (self._labels[leaf], (leaf, dim))
-        return True
-
-    def _unpack(self, wish: str) -> str:
-        self.unpacked.append(self.names.claim(wish))
-        return self.unpacked[-1]
+    def _apart(self) -> None:
+        """Tensors that are several objects, and what a piece writes in memory of its own."""
+        several = [self.leaves[each] for each in self._tensors]
+        if len(several) == 2:
+            self._check("distinct", " is not ".join(several), tuple(self._tensors))
+            self._require("two tensors")
+        elif several[1:]:
+            text = f"len({{{', '.join(f'id({each})' for each in several)}}}) == {len(several)}"
+            self._check("distinct", text, tuple(self._tensors))
+            self._require(f"{len(several)} tensors")
+        for written, others in self.plan.apart:
+            self._about = (written, self.leaves[written], self._labels[written])
+            every = [self.leaves[each] for each in (written, *others)]
+            self._check("apart", f"memory_apart({', '.join(every)})", others)
+            about = "written, so no other argument may share its memory"
+            self._require(f"{self._labels[written]}: {about}")
+        self._about = (None, "", "")
 
     # --- numbers ---------------------------------------------------------------------------------
 
-    def _compare_late(
-        self, kind: str, leaf: int, name: str, size: Size | float, dim: int | None = None
-    ) -> None:
-        self._late.append(lambda: self._compared(kind, leaf, name, size, dim))
+    def _take(self, kind: str, symbol: str, name: str) -> None:
+        """Take ``name`` for ``symbol``, if it is one and not known yet; compare them in the end otherwise."""
+        leaf, _, label = self._about
+        if leaf is not None and symbol.isidentifier() and symbol not in self.symbols:
+            self.symbols[symbol], self.origin[symbol] = name, (label, (leaf, None))
+        else:
+            self._late.append((self._about, kind, name, symbol, None))
 
-    def _compared(
-        self, kind: str, leaf: int, name: str, size: Size | float, dim: int | None = None
-    ) -> Check:
-        """What ``name`` says is ``size``: a number, a symbol that is known, or an expression over those."""
-        text = f"{name} == {self.names.value(size)}"
+    def _compare(
+        self, kind: str, read: str, size: entry.Size | float, dim: int | None = None
+    ) -> None:
+        """What ``read`` says is ``size``: a number, a symbol that is known, or an expression over those."""
+        text = f"{read} == {self.names.value(size)}"
         if isinstance(size, str):
-            text = self._relation(f"{_VALUE} == {size}").replace(_VALUE, name)
-        return Check(kind, text, leaf, name, self._labels[leaf], size, dim)
+            text = self._relation(f"{_VALUE} == {size}").replace(_VALUE, read)
+        leaf, _, label = self._about
+        self._checks.append(Check(kind, text, leaf, read, label, size, dim))
 
     def _relation(self, text: str) -> str:
         """A relation over symbols, by what the text calls them."""
@@ -314,6 +327,7 @@ class EntryTable:
         return re.sub(names, lambda each: self.symbols.get(each.group(), each.group()), text)
 
 
+_About = tuple[int | None, str, str]  # a flattened argument, what the text calls it, what errors do
 _VALUE = "__value__"  # no symbol's name
 
 
@@ -327,41 +341,3 @@ def range_text(name: str, low: int | None, high: int | None) -> str:
 def is_object(value: object) -> bool:
     """Whether a fixed value must be this object: equality of tensors and arrays is no yes or no."""
     return isinstance(value, torch.Tensor) or bool(getattr(value, "shape", ()))
-
-
-def _require(about: str, checks: Sequence[Check]) -> Iterator[Require]:
-    if checks:
-        yield Require(about, tuple(checks))
-
-
-def _memory(
-    leaf: int, name: str, label: str, dtype: torch.dtype, device: torch.device, rank: int
-) -> tuple[Check, ...]:
-    where = f"{name}.device == torch.device({literal_text(str(device))})"
-    if device.type == "cpu":
-        where = f"{name}.is_cpu"
-    elif device.type == "cuda":
-        where = f"{name}.is_cuda and {name}.get_device() == {device.index or 0}"
-    return (
-        Check("dtype", f"{name}.dtype is {dtype}", leaf, name, label, dtype),
-        Check("layout", f"{name}.layout is torch.strided", leaf, name, label, torch.strided),
-        Check("device", where, leaf, name, label, device),
-        Check("rank", f"{name}.dim() == {rank}", leaf, name, label, rank),
-    )
-
-
-def _tensor_checks(leaf: int, name: str, label: str, tensor: TensorInput) -> Iterator[Check]:
-    """What doesn't need a size. Integers are never negated or conjugated lazily, and never require gradients."""
-    about = (leaf, name, label)
-    kind = "Tensor" if tensor.kind is torch.Tensor else "nn.Parameter"
-    yield Check("class", f"type({name}) is torch.{kind}", *about, tensor.kind)
-    yield from _memory(*about, tensor.dtype, tensor.device, len(tensor.sizes))
-    if tensor.strides is None:
-        yield Check("contiguous", f"{name}.is_contiguous()", *about)
-    if tensor.dtype.is_floating_point or tensor.dtype.is_complex:
-        yield Check("lazy", f"not {name}.is_neg()", *about)
-        if tensor.requires_grad is not None:
-            text = f"{'' if tensor.requires_grad else 'not '}{name}.requires_grad"
-            yield Check("grad", text, *about, tensor.requires_grad)
-    if tensor.dtype.is_complex:
-        yield Check("lazy", f"not {name}.is_conj()", *about)

@@ -13,8 +13,8 @@ from typing import assert_never
 from piecework.codegen.entry import plan as entry
 from piecework.codegen.entry.checks import Bind, EntryTable, Names
 from piecework.codegen.plan.ir import Function, Module, Origin, Parameter, Statement
+from piecework.codegen.plan.literals import targets_text, tuple_text
 from piecework.codegen.plan.names import BUILTINS, SUBMODS
-from piecework.codegen.plan.one_line import targets_text, tuple_text
 from piecework.codegen.plan.render import render
 from piecework.codegen.plan.size_text import MODULES, RESERVED
 

@@ -51,16 +51,12 @@ class SameObject:
 
 
 @dataclass(frozen=True, slots=True)
-class IntegerInput:
-    """An integer argument that stayed symbolic."""
-
+class IntegerInput:  # that stayed symbolic
     symbol: str
 
 
 @dataclass(frozen=True, slots=True)
-class FixedValue:
-    """A Python value that the trace has built in."""
-
+class FixedValue:  # that the trace has built in
     value: object
 
 
@@ -105,12 +101,7 @@ Node = Leaf | Items | Tree
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """One parameter of the entry.
-
-    Attributes:
-        kind: ``"/"`` positional only, ``""`` plain, ``"*"`` and ``"**"`` variadic, ``"k"`` keyword only.
-        default: present for a parameter with a default.
-    """
+    """One parameter of the entry: ``kind`` is ``"/"`` positional only, ``""`` plain, ``"*"`` and ``"**"`` variadic, ``"k"`` keyword only."""
 
     name: str
     kind: str
@@ -140,22 +131,16 @@ class FromLeaf:
 
 @dataclass(frozen=True, slots=True)
 class FromSymbol:
-    """The value of a symbol."""
-
     name: str
 
 
 @dataclass(frozen=True, slots=True)
-class FromWeights:
-    """A weight that is fetched for every call."""
-
+class FromWeights:  # fetched for every call
     index: int
 
 
 @dataclass(frozen=True, slots=True)
-class FromOutput:
-    """An output of the graph."""
-
+class FromOutput:  # of the graph
     index: int
 
 

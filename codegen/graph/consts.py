@@ -16,9 +16,8 @@ import torch.fx
 from torch.fx.immutable_collections import immutable_dict, immutable_list
 
 from piecework.codegen.plan import ir
-from piecework.codegen.plan.literals import is_inline_literal, literal_text
+from piecework.codegen.plan.literals import is_inline_literal, literal_text, tuple_text
 from piecework.codegen.plan.names import CONSTS
-from piecework.codegen.plan.one_line import tuple_text
 from piecework.errors import UnsupportedNode
 
 # CPython refuses 200 nested brackets; some are left for the statement around the argument.

@@ -105,13 +105,12 @@ def dotted_path(source: str) -> str:
     return _comment_safe(path.strip("."))
 
 
-def source_line(node: torch.fx.Node, *, line_numbers: bool = True) -> str:
+def source_line(node: torch.fx.Node) -> str:
     """``file.py:41``, the innermost user frame recorded for ``node``; "" when unknown."""
     frame = _user_frame(node)
     if frame is None:
         return ""
-    name = _comment_safe(os.path.basename(frame["file"]))
-    return f"{name}:{frame['line']}" if line_numbers else name
+    return f"{_comment_safe(os.path.basename(frame['file']))}:{frame['line']}"
 
 
 def source_code(node: torch.fx.Node) -> str:
@@ -141,30 +140,18 @@ def node_where(node: torch.fx.Node) -> str:
     return f"node %{ascii(node.name)[1:-1]}" + (f", {line}" if line else "")
 
 
-def origin_of(node: torch.fx.Node, symbols: SymbolNames, *, line_numbers: bool) -> ir.Origin:
-    return ir.Origin(
-        node=_comment_safe(node.name),
-        module=module_path(node),
-        source=source_line(node, line_numbers=line_numbers),
-        shapes=shapes_of([node], symbols),
-        code=source_code(node),
-    )
+def origin_of(node: torch.fx.Node, symbols: SymbolNames) -> ir.Origin:
+    shapes = shapes_of([node], symbols)
+    return ir.Origin(module_path(node), source_line(node), shapes, source_code(node))
 
 
-def origin_of_piece(
-    piece: torch.fx.GraphModule, symbols: SymbolNames, *, line_numbers: bool
-) -> ir.Origin:
+def origin_of_piece(piece: torch.fx.GraphModule, symbols: SymbolNames) -> ir.Origin:
     """Origin of a whole submodule: its first and last module path, or line where it runs no module, and the shapes that it returns."""
     nodes = [n for n in piece.graph.nodes if n.op not in ("placeholder", "get_attr", "output")]
-    paths = [path for path in map(module_path, nodes) if path]
-    told = nodes if len(nodes) == 1 or not paths else []
-    lines = [line for node in told if (line := source_line(node, line_numbers=line_numbers))]
-    outputs = results_of(piece.graph)
-    return ir.Origin(
-        module=_from_to(paths),
-        source=_from_to(lines),
-        shapes=shapes_of([n for n in outputs if isinstance(n, torch.fx.Node)], symbols),
-    )
+    paths = list(filter(None, map(module_path, nodes)))
+    lines = filter(None, map(source_line, nodes if len(nodes) == 1 or not paths else []))
+    outputs = [n for n in results_of(piece.graph) if isinstance(n, torch.fx.Node)]
+    return ir.Origin(_from_to(paths), _from_to(list(lines)), shapes_of(outputs, symbols))
 
 
 def _from_to(places: Sequence[str]) -> str:

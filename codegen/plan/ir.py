@@ -11,12 +11,11 @@ from typing import Literal
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """What a statement stands for: the FX node, the module path, the place of the user's source line, and what stands there.
+    """What a statement stands for: the module path, the place of the user's source line, the shapes of results, and what stands in that line.
 
     ``module`` is one path, or ``first … last`` for a piece that spans several modules; ``code`` is "" where it takes several lines.
     """
 
-    node: str = ""
     module: str = ""
     source: str = ""
     shapes: str = ""

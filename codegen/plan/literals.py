@@ -1,11 +1,14 @@
-"""Literals of emitted source: which values have one, how it is written, read back and compared."""
+"""Literals of emitted source (which values have one, how it is written, read back and compared), and other pieces of Python on one line."""
 
 from __future__ import annotations
 
 import ast
 import math
+from collections.abc import Iterable, Sequence
 from types import EllipsisType, NoneType
 from typing import Any, NamedTuple
+
+from piecework.codegen.plan.names import is_identifier
 
 # int -> str conversion is limited by CPython (4300 digits by default); larger integers go to consts.
 _MAX_INLINE_BITS = 4096
@@ -79,3 +82,44 @@ def read_literal(node: ast.expr) -> Read | None:
             whole: Any = real.value
             return Read(whole + part if isinstance(sign, ast.Add) else whole - part)
     return None
+
+
+# --- pieces of Python ----------------------------------------------------------------------------
+
+
+def operand(text: str, *, receiver: bool = False) -> str:
+    """``text`` beside a sign, or before a dot or a bracket: numbers that would be read otherwise there are in brackets."""
+    loose = text.startswith("-") or (" " in text and text.endswith("j"))
+    number = receiver and (text[0].isdigit() or text.startswith("{"))
+    return f"({text})" if loose or number else text
+
+
+def arguments_text(args: Iterable[str], kwargs: Sequence[tuple[str, str]] = ()) -> str:
+    """Positional arguments, then named ones.
+
+    From the first name on that can't be written as a keyword, the rest goes into one dict: order is kept.
+    """
+    parts = list(args)
+    for number, (key, value) in enumerate(kwargs):
+        if not is_identifier(key):
+            rest = ", ".join(f"{literal_text(name)}: {each}" for name, each in kwargs[number:])
+            parts.append(f"**{{{rest}}}")
+            break
+        parts.append(f"{key}={value}")
+    return ", ".join(parts)
+
+
+def attribute_text(value: str, name: str) -> str:
+    if is_identifier(name):
+        return f"{operand(value, receiver=True)}.{name}"
+    return f"getattr({value}, {literal_text(name)})"
+
+
+def targets_text(targets: Sequence[str], unpack: bool) -> str:
+    if not targets:
+        return ""
+    return f"({targets[0]},) = " if unpack and len(targets) == 1 else f"{', '.join(targets)} = "
+
+
+def tuple_text(items: Sequence[str]) -> str:
+    return f"({items[0]},)" if len(items) == 1 else f"({', '.join(items)})"

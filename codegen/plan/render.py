@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from piecework.codegen.plan import ir
 from piecework.codegen.plan.formatting import LINE_LENGTH, format_source, format_statements
-from piecework.codegen.plan.one_line import signature_text
+from piecework.codegen.plan.names import SUBMODS
 
 if TYPE_CHECKING:
     import jinja2
@@ -98,7 +98,7 @@ def const_rows(module: ir.Module) -> list[str]:
 
 
 def _function(function: ir.Function, texts: Iterator[str]) -> str:
-    signature = format_source(f"{signature_text(function)}\n    pass\n")
+    signature = format_source(f"{_signature(function)}\n    pass\n")
     return (
         environment()
         .get_template("function.py.jinja")
@@ -108,6 +108,25 @@ def _function(function: ir.Function, texts: Iterator[str]) -> str:
             statements=list(_lines_of(function.body, texts)),
         )
     )
+
+
+def _signature(function: ir.Function) -> str:
+    """``def name(parameters):``; what takes ``__vllm_submods__`` takes it by keyword."""
+    parameters = list(function.parameters)
+    if function.takes_submods:
+        ends = len(parameters) - (bool(parameters) and parameters[-1].kind == "**")
+        parameters.insert(ends, ir.Parameter(SUBMODS, "k"))
+    kinds = [each.kind for each in parameters]
+    parts: list[str] = []
+    for number, each in enumerate(parameters):
+        if each.kind == "k" and not {"*", "k"} & {*kinds[:number]}:
+            parts.append("*")
+        stars = each.kind if each.kind in ("*", "**") else ""
+        default = "" if each.default is None else f"={each.default}"
+        parts.append(f"{stars}{each.name}{default}")
+        if each.kind == "/" and kinds[number + 1 : number + 2] != ["/"]:
+            parts.append("/")
+    return f"def {function.name}({', '.join(parts)}):"
 
 
 def _wrapped(note: str) -> str:

@@ -15,9 +15,8 @@ import torch.fx
 from piecework.codegen.graph.origin import results_of
 from piecework.codegen.graph.structure import new_placeholder
 from piecework.codegen.plan import ir
-from piecework.codegen.plan.literals import is_inline_literal, literal_text
+from piecework.codegen.plan.literals import is_inline_literal, literal_text, targets_text
 from piecework.codegen.plan.names import NameTable, is_identifier
-from piecework.codegen.plan.one_line import targets_text
 from piecework.codegen.plan.render import const_rows, render, table_rows
 from piecework.codegen.replay import plan
 from piecework.codegen.replay.proof import verify_replay
@@ -61,7 +60,7 @@ def generate_replay(
     """
     planner = _Planner(source, facts)
     module = planner.module()
-    text = _render(module, planner, facts)
+    text = planner.text(module)
     emitted = plan.ReplaySource(text, planner.held, planner.outputs, source.consts, module)
     verify_replay(emitted, source, split_gm, facts)
     return emitted
@@ -84,6 +83,8 @@ class _Planner:
         taken |= {module.partition(".")[0] for module in stitched.imports}
         self.names = NameTable(frozenset(taken))
         self.held: dict[str, plan.Held] = {}
+        self.rows: list[str] = []  # what they are, for the header
+        self.returned: dict[str, list[str]] = {}  # what each submodule's static outputs are called
         self.stage = self.names.claim("stage")
         self.inputs = self.names.claim("inputs")
         # Results of pieces that follow from the captured sizes, and whose they are.
@@ -96,16 +97,32 @@ class _Planner:
         body = list(self._body(stitched.entry.body))
         used = {name for stmt in body for name in stmt.uses}
         self.numbers = {name: number for name, number in self.numbers.items() if name in used}
-        for name in [*self.facts.staged, *self.facts.places]:
+        for name in dict.fromkeys([*self.facts.staged, *self.facts.places]):
             if name in used:
-                self.held[name] = plan.HeldInput(name)
+                kind = "persistent buffer" if name in self.facts.staged else "weight"
+                self._hold(name, plan.HeldInput(name), kind)
         entry = ir.Function(REPLAY_NAME, (ir.Parameter(self.inputs),), tuple(body))
         return replace(stitched, entry=entry, submod_names=(), bound=())
 
+    def text(self, module: ir.Module) -> str:
+        rows = self.rows + [
+            f"{', '.join(names)}: output of {submod}" for submod, names in self.returned.items()
+        ]
+        graphs = f"graphs: {self.facts.title}, address policy: {self.facts.policy}"
+        held = table_rows("Held by this module; each is the same memory at every replay", rows)
+        header = ["", *self.facts.banner, graphs, *held, *const_rows(module)]
+        numbers = {**self.facts.sizes, **self.numbers}
+        sizes = [f"{name} = {literal_text(value)}" for name, value in numbers.items()]
+        return render(module, "replay source", header, sizes)
+
+    def _hold(self, name: str, held: plan.Held, what: str) -> None:
+        self.held[name] = held
+        self.rows.append(f"{name}: {what}")
+
     def _body(self, body: tuple[ir.Statement, ...]) -> Iterator[ir.Statement]:
         if self.facts.staged:
-            self.held[self.stage] = plan.HeldStage()
             what = ", ".join(self.facts.staged)
+            self._hold(self.stage, plan.HeldStage(), f"copies {what} into persistent buffers")
             note = f"inputs: {what}, padded to {self.facts.tokens}"
             yield _made(f"{self.stage}({self.inputs})", note, self.inputs)
         for stmt in body:
@@ -130,48 +147,39 @@ class _Planner:
         submod = self.source.submod_names[index]
         if facts.eager_reason is not None:
             name = self.names.claim(submod)
-            self.held[name] = plan.HeldReplay(index)
+            self._hold(name, plan.HeldReplay(index), "runs uncaptured")
             self.live.update(stmt.targets)
-            note = f"{stmt.origin.module}: runs uncaptured: {facts.eager_reason}"
+            note = f"{stmt.origin.module}: runs uncaptured: {facts.eager_reason}".removeprefix(": ")
             text = targets_text(stmt.targets, stmt.unpack) + f"{name}({piece.arguments})"
-            yield replace(
-                stmt, text=text, origin=ir.Origin(module=note.removeprefix(": ")), piece=None
-            )
+            yield replace(stmt, text=text, origin=ir.Origin(module=note), piece=None)
             return
         leaves = piece.leaves
         if leaves is None:
             why = "a piece takes a container or a keyword, which has no replay form"
             raise EmitError(why, where=submod)
-        staged = [(n, each) for n, each in enumerate(facts.reads) if isinstance(each, plan.Staged)]
         reads = _reads(stmt, piece, facts, leaves)
-        buffers = {leaf: self._buffer(index, leaf) for leaf, _ in staged}
-        for leaf, name in buffers.items():
-            note = f"fresh tensor: address policy {self.facts.policy!r} stages it for {submod}"
-            yield _made(f"{name}.copy_({leaves[leaf]})", note, name, leaves[leaf])
+        buffers: dict[int, str] = {}
+        for leaf, each in enumerate(facts.reads):
+            if isinstance(each, plan.Staged):
+                buffers[leaf] = name = self.names.claim(f"{submod}_in_{leaf}")
+                self._hold(name, plan.HeldBuffer(index, leaf), f"static buffer of {submod}")
+                note = f"fresh tensor: address policy {self.facts.policy!r} stages it for {submod}"
+                yield _made(f"{name}.copy_({leaves[leaf]})", note, name, leaves[leaf])
         replay = self.names.claim(f"replay_{index}")
-        self.held[replay] = plan.HeldReplay(index)
+        self._hold(replay, plan.HeldReplay(index), f"static graph of {submod}")
         yield _made(f"{replay}()", reads)
-        for leaf, each in staged:
-            if each.writes_back:
-                text = f"{leaves[leaf]}.copy_({buffers[leaf]})"
-                yield _made(text, f"{submod} changed it in place", leaves[leaf], buffers[leaf])
+        for leaf, name in buffers.items():
+            if getattr(facts.reads[leaf], "writes_back", False):
+                text = f"{leaves[leaf]}.copy_({name})"
+                yield _made(text, f"{submod} changed it in place", leaves[leaf], name)
         for element, target in enumerate(stmt.targets):
-            output = facts.output(element if stmt.unpack else None)
             held = plan.HeldOutput(index, element if stmt.unpack else None)
+            output = facts.output(held.element)
             if isinstance(output, plan.Frozen) and is_inline_literal(output.value):
                 self.numbers[target], self.outputs[target] = output.value, held
             else:
                 self.held[target] = held
-
-    def _buffer(self, index: int, leaf: int) -> str:
-        submod = self.source.submod_names[index]
-        if self.facts.policy != "copy":
-            raise EmitError(
-                f"address policy {self.facts.policy!r} stages nothing, and {submod} has buffers"
-            )
-        name = self.names.claim(f"{submod}_in_{leaf}")
-        self.held[name] = plan.HeldBuffer(index, leaf)
-        return name
+                self.returned.setdefault(submod, []).append(target)
 
 
 def _reads(
@@ -204,46 +212,3 @@ def _reads(
 def _made(text: str, note: str, *uses: str) -> ir.Statement:
     used = tuple(filter(is_identifier, uses))
     return ir.Statement(text, uses=used, origin=ir.Origin(module=note))
-
-
-# --- text ------------------------------------------------------------------------------------------
-
-
-def _render(module: ir.Module, planner: _Planner, facts: plan.ReplayFacts) -> str:
-    graphs = f"graphs: {facts.title}, address policy: {facts.policy}"
-    held = "Held by this module; each is the same memory at every replay"
-    header = [
-        "",
-        *facts.banner,
-        graphs,
-        *table_rows(held, list(_rows(planner))),
-        *const_rows(module),
-    ]
-    numbers = {**facts.sizes, **planner.numbers}
-    sizes = [f"{name} = {literal_text(value)}" for name, value in numbers.items()]
-    return str(render(module, "replay source", header, sizes))
-
-
-def _rows(planner: _Planner) -> Iterator[str]:
-    """One line for each held name, outputs of a piece together."""
-    outputs: dict[int, list[str]] = {}
-    submods = planner.source.submod_names
-    for name, held in planner.held.items():
-        match held:
-            case plan.HeldOutput(piece):
-                outputs.setdefault(piece, []).append(name)
-            case plan.HeldStage():
-                yield f"{name}: copies {', '.join(planner.facts.staged)} into persistent buffers"
-            case plan.HeldBuffer(piece):
-                yield f"{name}: static buffer of {submods[piece]}"
-            case plan.HeldReplay(piece):
-                eager = planner.facts.pieces[piece].eager_reason is not None
-                what = "runs uncaptured" if eager else f"static graph of {submods[piece]}"
-                yield f"{name}: {what}"
-            case plan.HeldInput():
-                kind = "persistent buffer" if name in planner.facts.staged else "weight"
-                yield f"{name}: {kind}"
-            case _:
-                assert_never(held)
-    for piece, names in outputs.items():
-        yield f"{', '.join(names)}: output of {submods[piece]}"

@@ -114,10 +114,7 @@ class _Partition:
 
 
 def _assign(
-    graph: torch.fx.Graph,
-    is_splitting: SplittingOps,
-    regions: Regions,
-    starts: set[torch.fx.Node],
+    graph: torch.fx.Graph, is_splitting: SplittingOps, regions: Regions, starts: set[torch.fx.Node]
 ) -> list[_Partition]:
     """Give each computing node a partition, in one pass over the nodes."""
     partitions: list[_Partition] = []

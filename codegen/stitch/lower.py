@@ -35,7 +35,6 @@ class LowerOptions:
         bound: placeholder name → path of the weight, for placeholders held as module-level names.
         direct: operator → callable to use in its place (a splitting op's own implementation).
         emit_del: write ``del`` after each last use.
-        line_numbers: put ``file:line`` rather than ``file`` into comments.
         banner: lines of the header comment.
         digests: name of a submodule → a short digest of what it computes, for the header.
     """
@@ -44,7 +43,6 @@ class LowerOptions:
     bound: Mapping[str, str] = field(default_factory=dict)
     direct: Mapping[object, Callable[..., object]] = field(default_factory=dict)
     emit_del: bool = True
-    line_numbers: bool = True
     banner: tuple[str, ...] = ()
     digests: Mapping[str, str] = field(default_factory=dict)
 
@@ -76,7 +74,7 @@ class _Lowering:
         self.gm = split_gm
         self.options = options
         self.plan = plan_inlining(split_gm, options.submods)
-        self.state = ModuleState(self.plan, line_numbers=options.line_numbers)
+        self.state = ModuleState(self.plan)
         self.names = NameTable(frozenset({*self._possible_roots(), ENTRY_NAME}))
 
     def run(self) -> tuple[ir.Module, list[object]]:

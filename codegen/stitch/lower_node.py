@@ -21,9 +21,15 @@ from piecework.codegen.graph.origin import node_where
 from piecework.codegen.graph.structure import attribute_of, is_liftable
 from piecework.codegen.graph.targets import INFIX, PREFIX, FunctionPath, function_path, sign_of
 from piecework.codegen.plan import ir
-from piecework.codegen.plan.literals import is_inline_literal, literal_text
+from piecework.codegen.plan.literals import (
+    arguments_text,
+    attribute_text,
+    is_inline_literal,
+    literal_text,
+    operand,
+    targets_text,
+)
 from piecework.codegen.plan.names import SUBMODS, NameTable, is_identifier
-from piecework.codegen.plan.one_line import arguments_text, attribute_text, operand, targets_text
 from piecework.codegen.split.regions import regions_in
 from piecework.codegen.stitch.inline import InlinePlan, bind_call, is_plain, returned_value
 from piecework.errors import UnsupportedNode
@@ -38,9 +44,8 @@ Scope = dict[torch.fx.Node, str]
 class ModuleState:
     """What the functions of one module have in common: constants, imports, aliases, and which submodules are inlined as what."""
 
-    def __init__(self, plan: InlinePlan, *, line_numbers: bool) -> None:
+    def __init__(self, plan: InlinePlan) -> None:
         self.plan = plan
-        self.line_numbers = line_numbers
         self.consts = ConstTable()
         self.symbols = origin.SymbolNames()
         self.imports: set[str] = set()
@@ -249,10 +254,9 @@ class FunctionLowering:
         return ir.Statement(text, "", targets, unpack, uses, about, piece)
 
     def _origin(self, node: torch.fx.Node, callee: object = None) -> ir.Origin:
-        symbols, numbers = self.module.symbols, self.module.line_numbers
         if isinstance(callee, torch.fx.GraphModule):
-            return origin.origin_of_piece(callee, symbols, line_numbers=numbers)
-        return origin.origin_of(node, symbols, line_numbers=numbers)
+            return origin.origin_of_piece(callee, self.module.symbols)
+        return origin.origin_of(node, self.module.symbols)
 
     # --- operands and targets --------------------------------------------------------------------
 

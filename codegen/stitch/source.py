@@ -128,9 +128,7 @@ def verify(
 
 
 @short_errors
-def generate_execution_code(
-    split_gm: torch.fx.GraphModule,
-) -> tuple[str, list[str], list[object]]:
+def generate_execution_code(split_gm: torch.fx.GraphModule) -> tuple[str, list[str], list[object]]:
     """Emit ``execution_fn`` for a stitching graph.
 
     Submodules that are plain ``GraphModule``s are inlined; every other submodule is called through ``__vllm_submods__``.

@@ -269,7 +269,7 @@ def _readable(graph: torch.fx.GraphModule) -> str:
 
 
 def _modules(graph: torch.fx.GraphModule) -> str:
-    return origin_of_piece(graph, SymbolNames(), line_numbers=False).module
+    return origin_of_piece(graph, SymbolNames()).module
 
 
 def _operators(item: SplitItem) -> str:

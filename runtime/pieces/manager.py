@@ -366,7 +366,7 @@ class CompilerManager:
         sizes = "" if compile_range is None else f" for batches {compile_range}"
         failure = PieceCompileError(
             f"{self.compiler.name} failed on {submod_name}{sizes}: {why}",
-            where=origin_of_piece(graph, SymbolNames(), line_numbers=True).module or submod_name,
+            where=origin_of_piece(graph, SymbolNames()).module or submod_name,
             hint=of_pass.hint if of_pass is not None else _NO_COMPILER if no_compiler else _HINT,
         )
         failure.whatever_is_traced = of_pass is not None or no_compiler

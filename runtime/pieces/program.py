@@ -179,7 +179,7 @@ class Program:
         found = []
         for name, piece in self.backends.items():
             graph, structure = piece.compiled_of()
-            modules = origin_of_piece(graph, SymbolNames(), line_numbers=False).module
+            modules = origin_of_piece(graph, SymbolNames()).module
             runnable = piece.runnable_for(self.compile_ranges[0])
             found.append(Piece(name, structure.key, modules, piece.seconds, runnable, piece.reused))
         return tuple(found)

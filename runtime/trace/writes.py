@@ -153,7 +153,7 @@ def memory_of(value: object) -> int | None:
 
 
 def _where(node: torch.fx.Node) -> str:
-    origin = origin_of(node, SymbolNames(), line_numbers=True)
+    origin = origin_of(node, SymbolNames())
     return ", ".join(part for part in (origin.module, origin.source) if part)
 
 

@@ -8,12 +8,7 @@ import pytest
 import torch
 import torch.fx
 
-from piecework.codegen import (
-    compile_execution_fn,
-    generate_execution_code,
-    generate_source,
-    verify,
-)
+from piecework.codegen import compile_execution_fn, generate_execution_code, generate_source, verify
 from piecework.codegen.plan.formatting import format_source
 from piecework.errors import BindError, EmitError, UnsupportedNode
 
@@ -67,29 +62,6 @@ def test_an_argument_that_is_nested_too_deep() -> None:
     )
 
 
-def test_a_size_of_the_trace_as_an_argument() -> None:
-    from torch._subclasses import FakeTensorMode
-    from torch.fx.experimental.symbolic_shapes import ShapeEnv
-
-    mode = FakeTensorMode(shape_env=ShapeEnv())
-    x = torch.empty(5, 3)
-    torch._dynamo.mark_dynamic(x, 0)
-    fake = mode.from_tensor(x)
-    size = fake.shape[0]
-    assert isinstance(size, torch.SymInt)
-    gm = raw(lambda g, x: traced(g.call_function(torch.zeros, ([size, 2],))))
-    with pytest.raises(
-        UnsupportedNode, match=r"the size s\d+ of the trace is an argument.*model.py:41"
-    ):
-        generate_source(gm)
-
-
-def test_a_method_without_a_receiver() -> None:
-    gm = raw(lambda g, x: traced(g.create_node("call_method", "sin", ())))
-    with pytest.raises(UnsupportedNode, match=r"without a receiver \(node %sin, model.py:41\)"):
-        generate_source(gm)
-
-
 def test_a_node_that_is_used_before_it_is_defined() -> None:
     def build(g: torch.fx.Graph, x: torch.fx.Node) -> object:
         late = g.call_function(torch.cos, (x,))
@@ -121,19 +93,6 @@ def test_placeholders_in_an_order_that_python_does_not_have(
     gm = torch.fx.GraphModule(torch.nn.Module(), torch.fx.Graph())
     gm._graph = graph
     with pytest.raises(UnsupportedNode, match=f"a placeholder {text}.*model.py:41.*Hint: reorder"):
-        generate_source(gm)
-
-
-def test_a_placeholder_without_a_default_after_one_with() -> None:
-    graph = torch.fx.Graph()
-    graph.placeholder("a", default_value=1)
-    graph.placeholder("b")
-    graph.output(None)
-    gm = torch.fx.GraphModule(torch.nn.Module(), torch.fx.Graph())
-    gm._graph = graph
-    with pytest.raises(
-        UnsupportedNode, match=r"without a default follows one with a default \(node %b\)"
-    ):
         generate_source(gm)
 
 

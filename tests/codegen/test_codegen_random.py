@@ -465,7 +465,7 @@ def loaded(gm: torch.fx.GraphModule, source: StitchedSource, bound: tuple[str, .
 def check(program: tuple[torch.fx.GraphModule, LowerOptions]) -> None:
     gm, options = program
     source = generate_source(gm, options)
-    assert generate_source(gm, options).code == source.code
+    assert generate_source(gm, options).code == source.code == format_source(source.code)
     assert verify(source, gm) == source.proof
     expected_to_run = differences(loaded(gm, source, tuple(options.bound)))
     assert not [p for p in expected_to_run if "the interpreter fails" not in p], source.code
@@ -494,10 +494,3 @@ def test_a_random_graph_is_emitted_as_the_interpreter_runs_it(
 @settings(max_examples=50_000, **SETTINGS)
 def test_many_random_graphs(program: tuple[torch.fx.GraphModule, LowerOptions]) -> None:
     check(program)
-
-
-@given(programs())
-@settings(max_examples=EXAMPLES // 8, **SETTINGS)
-def test_black_has_nothing_to_change(program: tuple[torch.fx.GraphModule, LowerOptions]) -> None:
-    code = generate_source(*program).code
-    assert format_source(code) == code

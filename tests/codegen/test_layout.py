@@ -10,9 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from piecework.codegen.plan.formatting import format_source, format_statements
-from piecework.codegen.plan.literals import literal_text
-from piecework.codegen.plan.one_line import (
+from piecework.codegen.plan.literals import (
     arguments_text,
+    literal_text,
     operand,
     targets_text,
     tuple_text,
@@ -116,12 +116,6 @@ def test_literals_read_back_as_they_are(value: object) -> None:
         return  # which complex numbers are literals is for `consts` to say
     back = eval(text)
     assert type(back) is type(value) and repr(back) == repr(value)
-
-
-@pytest.mark.parametrize("length", range(84, 97))
-def test_the_last_column_is_used_and_not_the_one_after(length: int) -> None:
-    (text,) = format_statements([(f"f({'a' * (length - 3)})", 0)])
-    assert ("\n" in text) == (4 + length > 100)
 
 
 @pytest.mark.parametrize("digits", ["1", "12", "9007199254740993"])

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from piecework.codegen.plan.names import BUILTINS, NameTable, is_identifier
+from piecework.codegen.plan.names import NameTable, is_identifier
 
 
 @given(
@@ -49,11 +49,6 @@ def test_a_taken_name_gets_the_next_number() -> None:
         "x_3",
         "x_1_1",
     ]
-
-
-def test_what_a_session_adds_to_builtins_reserves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "len" in BUILTINS and "open" in BUILTINS and "ValueError" in BUILTINS
-    assert "exit" not in BUILTINS and "_" not in BUILTINS and "__import__" not in BUILTINS
 
 
 def test_an_identifier_is_ascii_and_no_keyword() -> None:

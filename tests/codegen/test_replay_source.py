@@ -14,7 +14,7 @@ from torch import nn
 
 import piecework
 from piecework.codegen.plan.formatting import format_source
-from piecework.codegen.replay.plan import Frozen, InPlace, ReplayFacts, ReplaySource
+from piecework.codegen.replay.plan import Frozen, InPlace, ReplayFacts
 from piecework.codegen.replay.proof import verify_replay
 from piecework.errors import EmitError
 from piecework.golden.cases import Case, import_graph
@@ -112,11 +112,7 @@ def proved(stitched, facts: ReplayFacts, change: Callable[[str], str] = str):
     [
         ("    replay_1()\n", "", "stages or brings back an operand|differs from the graph"),
         ("    replay_0()\n", "    replay_0()\n    replay_0()\n", "differs from the graph"),
-        (
-            "    submod_2_in_1.copy_(fresh_default)\n",
-            "",
-            "operand 1 is not staged before it",
-        ),
+        ("    submod_2_in_1.copy_(fresh_default)\n", "", "operand 1 is not staged before it"),
         (
             "submod_2_in_1.copy_(fresh_default)",
             "submod_2_in_1.copy_(left)",
@@ -197,29 +193,7 @@ def halves(x: torch.Tensor) -> torch.Tensor:
     return torch.cat([x, 2 * x], -1)
 
 
-@halves.register_fake
-def _(x: torch.Tensor) -> torch.Tensor:
-    return x.new_empty(x.shape[0], 2 * x.shape[1])
-
-
-@piecework.splitting_op("replay_source::transposed", rows="independent")
-def transposed(x: torch.Tensor) -> torch.Tensor:
-    return (x * 2).t().contiguous().t()
-
-
-@transposed.register_fake
-def _(x: torch.Tensor) -> torch.Tensor:
-    return x.new_empty(x.shape[1], x.shape[0]).t()
-
-
-def test_strides_of_a_fresh_tensor_are_kept() -> None:
-    leave = nn.Linear(8, 8)
-    model = lambda x: leave(transposed(leave(x)))  # noqa: E731
-    stitched = piecework.compile(model, (torch.randn(4, 8),), config=EAGER)
-    capture(stitched, [2, 4])
-    for n in (1, 2, 3, 4):
-        x = torch.randn(n, 8)
-        torch.testing.assert_close(stitched(x), model(x).detach(), rtol=1e-5, atol=1e-5)
+halves.register_fake(lambda x: x.new_empty(x.shape[0], 2 * x.shape[1]))
 
 
 def test_a_wide_fresh_tensor_is_staged_once_for_several_readers() -> None:
@@ -234,11 +208,3 @@ def test_a_wide_fresh_tensor_is_staged_once_for_several_readers() -> None:
     x = torch.randn(3, 8)
     torch.testing.assert_close(stitched(x), model(x).detach(), rtol=1e-4, atol=1e-4)
     assert stitched.static_graphs.source_for(4).code.count(".copy_(") == 1
-
-
-def test_source_is_data_without_tensors(compiled) -> None:
-    _, stitched = compiled
-    capture(stitched, [4])
-    source: ReplaySource = stitched.static_graphs.source_for(4)
-    assert str(source) == source.code
-    assert not any(isinstance(value, torch.Tensor) for value in source.held.values())

@@ -161,15 +161,7 @@ def test_every_function_of_torch_has_a_text_or_a_typed_refusal() -> None:
                 written.add(name)
             except EmitError as error:
                 assert "has no source form" in str(error)
-    assert {
-        "FloorDiv",
-        "Mod",
-        "PythonMod",
-        "TruncToInt",
-        "CeilToInt",
-        "Max",
-        "Min",
-    } <= written
+    assert {"FloorDiv", "Mod", "PythonMod", "TruncToInt", "CeilToInt", "Max", "Min"} <= written
     assert "IsNonOverlappingAndDenseIndicator" not in written
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 import piecework
 from piecework.codegen import LowerOptions, generate_source
-from piecework.codegen.graph.origin import SymbolNames, source_code, tidy
+from piecework.codegen.graph.origin import source_code
 
 
 class Clashing(nn.Module):
@@ -52,26 +52,6 @@ def test_a_size_has_no_name_of_an_argument_a_parameter_or_a_buffer() -> None:
         torch.testing.assert_close(stitched(*given), model(*given))
 
 
-def test_pieces_call_a_size_as_the_stitching_source_does() -> None:
-    stitched = piecework.compile(
-        Clashing(), (torch.randn(6, 4), torch.randn(6, 4), torch.randn(9, 3)), config=EAGER
-    )
-    legend = legend_of(stitched.source.code)
-    for call in stitched.split_gm.graph.find_nodes(op="call_module"):
-        piece = stitched.split_gm.get_submodule(str(call.target))
-        for outer, inner in zip(call.args, piece.graph.find_nodes(op="placeholder"), strict=True):
-            if isinstance(inner.meta.get("example_value"), torch.SymInt):
-                assert inner.name == outer.name and inner.name in legend
-
-
-def test_names_of_symbols_avoid_what_is_taken() -> None:
-    symbols = SymbolNames()
-    symbols.know({"s77": "s1"}, ["s0", "x", "s3"])
-    assert [symbols(each) for each in ("s77", "s5", "s9", "s77 + s9", 4)] == [
-        *("s1", "s2", "s4", "s1 + s4", "4"),
-    ]
-
-
 class Windowed(nn.Module):
     """Reads whole shapes, of which it uses some sizes, and computes others; two operators of torch run live."""
 
@@ -96,21 +76,6 @@ def test_a_size_is_read_where_it_is_used_and_said_without_needless_brackets() ->
     assert "rolled = roll(linear, (neg, neg_1), (1, 2))" in code and "submod_1" not in code
     assert "f32[s0, s1//2, 2, " in code and "int s1//2, int -(s1//2), int s2//2, " in code
     torch.testing.assert_close(stitched(x), model(x))
-
-
-@pytest.mark.parametrize(
-    ("sizes", "shown"),
-    [
-        ("(s0//4)", "s0//4"),
-        ("2*(((s0 - 1)//2)) + 2", "2*((s0 - 1)//2) + 2"),
-        ("(s0//(4*((s0//16))))", "s0//(4*(s0//16))"),
-        ("Mod(s0, 4)", "Mod(s0, 4)"),
-        (" + ".join(f"((s0//{k}))" for k in range(2, 40)), "…"),
-        ("s0 if", "s0 if"),
-    ],
-)
-def test_computed_sizes_are_said_without_needless_brackets(sizes: str, shown: str) -> None:
-    assert tidy(sizes) == shown
 
 
 def many_outputs(count: int) -> torch.fx.GraphModule:

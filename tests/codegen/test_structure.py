@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import namedtuple
 from collections.abc import Callable
 
 import pytest
@@ -10,8 +9,6 @@ import torch
 import torch.fx
 
 from piecework.codegen.graph.structure import Structure, input_signature, structure_of
-
-Pair = namedtuple("Pair", ["left", "right"])
 
 
 def graph(build: Callable[..., object], *names: str) -> torch.fx.GraphModule:
@@ -74,12 +71,6 @@ def test_open_literals_are_holes_and_their_types_are_not() -> None:
     assert [(hole.argument, hole.ordinal) for hole in one.holes] == [("1", 0), ("alpha", 1)]
     other = of(lambda g, x: g.call_function(torch.add, (x, 3.0), {"alpha": 4}), open_literals=True)
     assert other.key != one.key
-
-
-def test_a_constant_namedtuple_opens_no_holes() -> None:
-    """It is one constant, so its parts are no literals of the text."""
-    found = of(lambda g, x: g.call_function(len, (Pair(1, 2), 5)), open_literals=True)
-    assert [(hole.value, hole.ordinal) for hole in found.holes] == [(5, 0)]
 
 
 def test_the_number_of_results_counts() -> None:

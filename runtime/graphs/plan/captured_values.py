@@ -51,7 +51,7 @@ def require_sizes_only(split_gm: torch.fx.GraphModule, captured: Iterable[str]) 
     for name, node in nodes_of(split_gm, captured):
         unknown = sorted(set(_symbols(value_of(node))) - known)
         if unknown and node.op != "output":
-            origin = origin_of(node, SymbolNames(), line_numbers=True)
+            origin = origin_of(node, SymbolNames())
             where = ", ".join(part for part in (origin.module, origin.source) if part)
             raise StaticGraphError(
                 f"{node.name} in {name} depends on {unknown[0]}, which is read from data or made "
