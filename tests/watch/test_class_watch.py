@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import nn
@@ -49,21 +45,3 @@ def test_a_method_is_watched_where_a_call_may_come_by(
         else:
             assert torch.equal(stitched(X), right)
     assert torch.equal(stitched(X), right)
-
-
-def test_dynamo_that_first_runs_in_a_process_leaves_loaded_models_alone(tmp_path: Path) -> None:
-    """It wraps ``__init__`` and ``__setstate__`` of every module then."""
-    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU()).eval()
-    piecework.compile(model, (X,), config={"backend": "eager"}).save(tmp_path / "made")
-    text = f"""
-import piecework, torch
-model, x = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU()).eval(), torch.ones(4, 8)
-stitched = piecework.load({str(tmp_path / "made")!r}, model)
-right = stitched(x)
-before = torch.nn.Module.__setstate__
-torch.compile(lambda y: y + 1, backend="eager")(x)
-assert torch.nn.Module.__setstate__ is not before, "the test is void"
-assert torch.equal(stitched(x), right)
-"""
-    done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]

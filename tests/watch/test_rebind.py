@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import copy
-import gc
-import pickle
 import re
-import weakref
 from collections.abc import Callable
 
 import pytest
@@ -89,15 +86,6 @@ def test_data_of_the_same_kind_is_seen_at_once(
     assert_current(model, stitched)
 
 
-def test_an_optimizer_step_is_seen_at_once(
-    model: Model, stitched: piecework.StitchedModule
-) -> None:
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    model(IDS).sum().backward()
-    optimizer.step()
-    assert_current(model, stitched)
-
-
 # --- replaced --------------------------------------------------------------------------------------------
 
 
@@ -107,20 +95,6 @@ def test_assigned_state_needs_a_rebind(model: Model, stitched: piecework.Stitche
     model.load_state_dict(state, assign=True)
     model.head.weight = model.embed.weight
     assert_refused(stitched, "was replaced since the weights were bound")
-    stitched.rebind()
-    assert_current(model, stitched)
-
-
-@pytest.mark.parametrize(
-    "path", ["blocks.0.norm", "blocks.7.linear.weight", "blocks.11.linear.bias"]
-)
-def test_a_replaced_parameter_needs_a_rebind(
-    model: Model, stitched: piecework.StitchedModule, path: str
-) -> None:
-    owner, _, name = path.rpartition(".")
-    module = model.get_submodule(owner)
-    setattr(module, name, nn.Parameter(torch.rand_like(getattr(module, name))))
-    assert_refused(stitched, rf"{path} was replaced")
     stitched.rebind()
     assert_current(model, stitched)
 
@@ -142,25 +116,8 @@ def test_a_replaced_buffer_or_submodule_needs_a_rebind(
     assert_current(model, stitched)
 
 
-def replace_by_setattr(owner: nn.Module, name: str, new: nn.Parameter) -> None:
-    setattr(owner, name, new)
-
-
-def replace_in_dictionary(owner: nn.Module, name: str, new: nn.Parameter) -> None:
-    owner._parameters[name] = new
-
-
-def replace_by_deleting(owner: nn.Module, name: str, new: nn.Parameter) -> None:
-    delattr(owner, name)
-    setattr(owner, name, new)
-
-
 def replace_the_dictionary_unseen(owner: nn.Module, name: str, new: nn.Parameter) -> None:
     owner.__dict__["_parameters"] = {**owner._parameters, name: new}
-
-
-def replace_by_loading(owner: nn.Module, name: str, new: nn.Parameter) -> None:
-    owner.load_state_dict({name: new.detach()}, strict=False, assign=True)
 
 
 def replace_by_swapping_params(owner: nn.Module, name: str, new: nn.Parameter) -> None:
@@ -180,11 +137,11 @@ def replace_everything_above(owner: nn.Module, name: str, new: nn.Parameter) -> 
 
 
 REPLACEMENTS = [
-    replace_by_setattr,
-    replace_in_dictionary,
-    replace_by_deleting,
+    setattr,
+    lambda owner, name, new: owner._parameters.update({name: new}),
+    lambda owner, name, new: delattr(owner, name) or setattr(owner, name, new),
+    lambda owner, name, new: owner.load_state_dict({name: new}, strict=False, assign=True),
     replace_the_dictionary_unseen,
-    replace_by_loading,
     replace_by_swapping_params,
     replace_everything_above,
 ]
@@ -214,22 +171,14 @@ def test_whoever_replaces_a_weight_the_next_call_refuses_it(model: Model) -> Non
             assert_current(model, stitched)
 
 
-KINDS = {
-    "an instance": lambda weight: isinstance(weight, nn.Parameter),
-    "its type": lambda weight: type(weight) is nn.Parameter,
-    "its class": lambda weight: weight.__class__ is nn.Parameter,
-}
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_parameter_stays_one_where_the_code_tells_them_apart(kind: str) -> None:
+def test_a_parameter_stays_one_where_the_code_tells_them_apart() -> None:
     class Telling(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.weight = nn.Parameter(torch.rand(4))
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x * self.weight + (100 if KINDS[kind](self.weight) else 0)
+            return x * self.weight + (100 if isinstance(self.weight, nn.Parameter) else 0)
 
     model, x = Telling().eval(), torch.rand(2, 4)
     stitched = piecework.compile(model, (x,), config=EAGER)
@@ -272,16 +221,6 @@ def test_a_parametrized_weight_is_refused(model: Model, stitched: piecework.Stit
         stitched.rebind()
 
 
-def test_other_memory_under_the_same_tensor_is_seen_at_once(
-    model: Model, stitched: piecework.StitchedModule
-) -> None:
-    before = stitched(IDS)
-    with torch.no_grad():
-        model.blocks[6].linear.weight.set_(torch.rand(8, 8))
-    assert_current(model, stitched)
-    assert not torch.allclose(stitched(IDS), before)
-
-
 def test_a_write_elsewhere_in_the_model_is_no_change(
     model: Model, stitched: piecework.StitchedModule
 ) -> None:
@@ -297,16 +236,6 @@ def test_a_write_elsewhere_in_the_model_is_no_change(
         linear._parameters["weight"] = nn.Parameter(torch.rand(8, 8))
         assert_refused(stitched, rf"{path}.weight was replaced")
         stitched.rebind()
-        assert_current(model, stitched)
-
-
-def test_the_model_can_still_be_copied_and_saved(
-    model: Model, stitched: piecework.StitchedModule
-) -> None:
-    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert {type(m._parameters) for m in other.modules()} == {dict}
-        torch.testing.assert_close(other(IDS), model(IDS))
-        other.blocks[3].norm = nn.Parameter(torch.rand(8))
         assert_current(model, stitched)
 
 
@@ -511,17 +440,13 @@ def test_a_moved_model_is_refused(model: Model, stitched: piecework.StitchedModu
         stitched.rebind()
 
 
-def test_data_of_another_shape_is_refused(model: Model, stitched: piecework.StitchedModule) -> None:
-    model.blocks[3].linear.weight.data = torch.rand(9, 8)
-    assert_refused(stitched, r"blocks.3.linear.weight has shape \(9, 8\); the trace had \(8, 8\)")
-
-
 def test_data_of_another_layout_or_lazily_negated_is_refused(
     model: Model, stitched: piecework.StitchedModule
 ) -> None:
     weight = model.blocks[3].linear.weight
     kept = weight.data
     for data, said in (
+        (torch.rand(9, 8), r"has shape \(9, 8\); the trace had \(8, 8\)"),
         (torch.rand(8, 8).t(), r"has stride \(1, 8\); the trace had \(8, 1\)"),
         (torch._neg_view(torch.rand(8, 8)), "is a lazily negated or conjugated view now"),
     ):
@@ -562,17 +487,3 @@ def test_weights_that_only_products_read_are_still_refused(model: Model) -> None
         assert_refused(stitched, f"weight {path} has dtype torch.float64")
         parameter.data = kept
         torch.testing.assert_close(stitched(IDS), model(IDS).detach())
-
-
-# --- lifetimes -------------------------------------------------------------------------------------------------
-
-
-def test_a_stitched_module_lets_go_of_the_model(model: Model) -> None:
-    other = copy.deepcopy(model)
-    stitched = piecework.compile(other, (torch.arange(4),), splitting_ops=[], config=EAGER)
-    assert_current(other, stitched)
-    gone = weakref.ref(other)
-    del stitched, other
-    torch.compiler.reset()
-    gc.collect()
-    assert gone() is None
