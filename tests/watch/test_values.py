@@ -65,7 +65,6 @@ def test_another_model_of_the_same_kind_has_no_difference(saved) -> None:
     ("change", "told"),
     [
         (lambda m: setattr(m.options, "rate", 3.0), "options.rate was 2.0 and is 3.0 now"),
-        (lambda m: setattr(m.options, "rate", 2), "options.rate was 2.0 and is 2 now"),
         (lambda m: m.options.sizes.append(3), "options.sizes was 2 items and is 3 items now"),
         (lambda m: setattr(m, "level", Level.HIGH), "Level.LOW"),
         (lambda m: setattr(m, "act", torch.tanh), "act was builtin"),
@@ -107,13 +106,9 @@ def test_what_another_process_could_not_look_up_is_said_to_be_untold() -> None:
         (1, True),
         (1, 1.0),
         (0.0, -0.0),
-        ((1,), [1]),
-        ("1", 1),
         (torch.float32, torch.float16),
         ({1, 2}, {1, 3}),
-        (slice(1, 2), slice(1, 3)),
         (Level.LOW, Level.HIGH),
-        (None, 0),
     ],
 )
 def test_values_that_differ_to_any_code_have_two_texts(one, other) -> None:
