@@ -14,20 +14,6 @@ from typing import Any
 
 import torch
 
-#: What ``torch.cuda.graph`` and `mark_kernels` need of torch's recorder.
-RECORDER = (
-    "_set_annotations_enabled",
-    "_set_annotation_backend",
-    "_set_annotation_key_by",
-    "maybe_stamp_capture_root",
-    "resolve_pending_annotations",
-    "take_body_graph_ids",
-    "discard_capture_annotations",
-    "mark_kernels",
-    "get_kernel_annotations",
-    "is_available",
-)
-
 
 def why_kernels_unmarked() -> str:
     """Why kernels inside graphs can't be marked; "" where they can."""
@@ -85,8 +71,7 @@ def marks_for_trace() -> dict[str, Any]:
 
 
 def _recorder() -> Any:
-    """The module of torch that records; None where it can't be driven without ``torch.cuda.graph``."""
+    """The module of torch that records; None where it can't be driven without ``torch.cuda.graph`` (before 2.15)."""
     if not hasattr(torch.cuda.CUDAGraph, "register_capture_start_hook"):
         return None
-    found = importlib.import_module("torch.cuda._graph_annotations")
-    return found if all(hasattr(found, name) for name in RECORDER) else None
+    return importlib.import_module("torch.cuda._graph_annotations")

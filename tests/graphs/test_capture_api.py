@@ -28,9 +28,7 @@ def scaled(x: torch.Tensor) -> torch.Tensor:
     return x * float(get_forward_context().attn_metadata or 1)
 
 
-@scaled.register_fake
-def _(x: torch.Tensor) -> torch.Tensor:
-    return torch.empty_like(x)
+scaled.register_fake(torch.empty_like)
 
 
 class Stack(nn.Module):

@@ -6,32 +6,16 @@ import re
 
 import pytest
 import torch
+from models import EAGER, fresh, mix_pair
 from torch import nn
 
 import piecework
 from piecework.errors import StaticGraphError
 from piecework.runtime.batch.forward_context import current_forward_context, set_forward_context
-from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.graphs import BatchDescriptor, BatchKind, CUDAGraphMode, FailurePolicy
 
-EAGER = CompilationConfig(backend="eager")
 NONE, PIECEWISE, FULL = CUDAGraphMode.NONE, CUDAGraphMode.PIECEWISE, CUDAGraphMode.FULL
 DECODE = BatchKind(uniform_decode=True)
-
-
-@piecework.splitting_op("capture_modes::mix", mutates_args=("out",), rows="independent")
-def mix(x: torch.Tensor, out: torch.Tensor, layer: str) -> None:
-    out.copy_(x * 2 + 1)
-
-
-@piecework.splitting_op("capture_modes::fresh", rows="independent")
-def fresh(x: torch.Tensor) -> torch.Tensor:
-    return x - 3
-
-
-@fresh.register_fake
-def _(x: torch.Tensor) -> torch.Tensor:
-    return torch.empty_like(x)
 
 
 @piecework.splitting_op("capture_modes::adapted", rows="independent")
@@ -44,11 +28,6 @@ def adapted(x: torch.Tensor) -> torch.Tensor:
     return x + (0 if descriptor is None else descriptor.num_active_loras)
 
 
-@adapted.register_fake
-def _(x: torch.Tensor) -> torch.Tensor:
-    return torch.empty_like(x)
-
-
 @piecework.splitting_op("capture_modes::uncapturable", rows="independent")
 def uncapturable(x: torch.Tensor) -> torch.Tensor:
     context = current_forward_context()
@@ -57,9 +36,8 @@ def uncapturable(x: torch.Tensor) -> torch.Tensor:
     return x * 1
 
 
-@uncapturable.register_fake
-def _(x: torch.Tensor) -> torch.Tensor:
-    return torch.empty_like(x)
+for each in (adapted, uncapturable):
+    each.register_fake(torch.empty_like)
 
 
 class Model(nn.Module):
@@ -70,7 +48,7 @@ class Model(nn.Module):
     def forward(self, x: torch.Tensor, positions: torch.Tensor):
         y = self.first(x) + positions[:, None]
         out = torch.empty_like(y)
-        mix(y, out, "0")
+        mix_pair(y, y + 1, out)
         return self.second(self.op(out)) + x, positions * 2
 
 
@@ -182,7 +160,7 @@ class Turned(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.first(x)
-        mix(y, out := torch.empty_like(y), "0")
+        mix_pair(y, y + 1, out := torch.empty_like(y))
         return out.t().contiguous().t() * 2
 
 

@@ -31,9 +31,7 @@ def fresh(x: torch.Tensor) -> torch.Tensor:
     return x * 3
 
 
-@fresh.register_fake
-def _(x: torch.Tensor) -> torch.Tensor:
-    return torch.empty_like(x)
+fresh.register_fake(torch.empty_like)
 
 
 def small():

@@ -32,9 +32,7 @@ def remember(x: torch.Tensor) -> torch.Tensor:
     return hidden[: x.shape[0]] * 2
 
 
-@remember.register_fake
-def _(x: torch.Tensor) -> torch.Tensor:
-    return torch.empty_like(x)
+remember.register_fake(torch.empty_like)
 
 
 @torch.library.custom_op("dry_runs::library", mutates_args=())
@@ -43,9 +41,7 @@ def library(x: torch.Tensor) -> torch.Tensor:
     return x * 2
 
 
-@library.register_fake
-def _(x: torch.Tensor) -> torch.Tensor:
-    return torch.empty_like(x)
+library.register_fake(torch.empty_like)
 
 
 @piecework.splitting_op("dry_runs::act")

@@ -4,34 +4,22 @@ from __future__ import annotations
 
 import pytest
 import torch
+from models import EAGER, Block
 
 import piecework
-from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.graphs.serve.report import MeasuredSize, Measurement, measured
 
 
 @piecework.splitting_op("measure_tests::count", mutates_args=("out", "seen"), rows="independent")
-def count(x: torch.Tensor, out: torch.Tensor, seen: torch.Tensor) -> None:
-    out.copy_(x)
+def count(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor, seen: torch.Tensor) -> None:
+    out.copy_(left)
     seen.add_(1)
 
 
-class Model(torch.nn.Module):
+class Counting(Block):
     def __init__(self) -> None:
-        super().__init__()
-        self.enter, self.leave = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+        super().__init__(lambda left, right, out: count(left, right, out, self.seen))
         self.register_buffer("seen", torch.zeros(1))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.enter(x)
-        out = torch.empty_like(y)
-        count(y, out, self.seen)
-        return self.leave(out)
-
-
-def compiled() -> piecework.StitchedModule:
-    config = CompilationConfig(backend="eager")
-    return piecework.compile(Model().eval(), (torch.randn(4, 8),), config=config)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +63,7 @@ def test_graphs_are_kept_where_they_were_faster(
         return MeasuredSize(size, {**dict.fromkeys(ways, 2.0), better: 1.0})  # type: ignore[call-overload]
 
     monkeypatch.setattr("piecework.runtime.graphs.serve.report.measured", judge)
-    stitched = compiled()
+    stitched = piecework.compile(Counting().eval(), (torch.randn(4, 8),), config=EAGER)
     found = stitched.measure([2, 4])
     assert found.worth_capturing == ((2, 4) if faster == "captured" else (2,))
     assert not stitched.model.seen.any(), "what calls on dummy inputs wrote was not put back"

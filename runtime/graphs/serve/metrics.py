@@ -5,6 +5,7 @@ Nothing is counted here, so calls pay nothing for it.
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -67,16 +68,15 @@ class Metrics:
 
     def prometheus(self) -> str:
         """All of it in Prometheus' text exposition format; models of one name are added up."""
-        samples: dict[str, dict[_Labels, float]] = {}
+        families: defaultdict[str, Counter[_Labels]] = defaultdict(Counter)
         for name, labels, value in self._samples():
-            family = samples.setdefault(name, {})
-            family[labels] = family.get(labels, 0) + value
+            families[name][labels] += value  # type: ignore[assignment]
         lines = []
-        for name in sorted(samples, key=lambda name: name not in _FAMILIES):
+        for name, samples in sorted(families.items(), key=lambda pair: pair[0] not in _FAMILIES):
             kind = "counter" if name.endswith("_total") else "gauge"
             told = _FAMILIES.get(name, "A counter of this process, as in piecework.counters.")
             lines += [f"# HELP piecework_{name} {told}", f"# TYPE piecework_{name} {kind}"]
-            for labels, value in samples[name].items():
+            for labels, value in samples.items():
                 inner = ",".join(f'{k}="{_escaped(v)}"' for k, v in labels)
                 lines.append(f"piecework_{name}{f'{{{inner}}}' if inner else ''} {value}")
         return "".join(line + "\n" for line in lines)

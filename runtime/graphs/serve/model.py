@@ -32,7 +32,7 @@ from piecework.runtime.graphs.plan.padding import padded_difference, why_not_pad
 from piecework.runtime.graphs.plan.phase import Key, text_of
 from piecework.runtime.graphs.serve.graphs import CapturedGraphs
 from piecework.runtime.graphs.serve.replay import STAGE
-from piecework.runtime.graphs.serve.report import CallRow, MemoryReport, careful_rows
+from piecework.runtime.graphs.serve.report import CallRow, MemoryReport, uncaptured_rows
 from piecework.runtime.graphs.serve.writes import acting_unseen
 from piecework.runtime.pieces.program import Program
 from piecework.runtime.pieces.ranks import in_common, require_agreement
@@ -487,7 +487,7 @@ class CapturedModel(CapturedGraphs):
             calls[key] += step.calls
             padding[key] += 0 if step.call is None else step.calls * (step.padded - step.count)
         rows = [CallRow(*key, n, padding[key]) for key, n in calls.items() if n]
-        rows += careful_rows(self._entry.careful_calls)
+        rows += uncaptured_rows(0, self._entry.careful_calls)
         return sorted(rows, key=lambda row: (-row.calls, row.mode, row.graph, row.reason))
 
     def count_anew(self) -> None:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 
 from piecework.collector import collector_paused
 from piecework.runtime.batch.coverage import aligned
-from piecework.runtime.graphs.plan.phase import Key, MemoryEstimate, format_bytes, text_of
+from piecework.runtime.graphs.plan.phase import Key, MemoryEstimate, format_bytes
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -29,33 +29,30 @@ class MemoryReport:
     def total(self) -> int:
         return sum(self.held.values())
 
-    def _rows(self) -> list[tuple[Key, int | None, int | None]]:
-        expected = {} if self.estimate is None else dict(self.estimate.rows)
-        keys = dict.fromkeys([*expected, *self.held])
-        return [(key, expected.get(key), self.held.get(key)) for key in keys]
-
-    def __repr__(self) -> str:
-        cells = [("graph", "expected", "held", "note")]
-        for key, *sizes in self._rows():
-            note = "dropped for the budget" if key in self.dropped else ""
-            texts = ["" if size is None else format_bytes(size) for size in sizes]
-            cells.append((text_of(key), *texts, note))
-        return f"static graphs hold {format_bytes(self.total)}\n{aligned(cells)}"
-
     def as_json(self) -> dict[str, object]:
         """The report as plain values."""
+        expected = {} if self.estimate is None else dict(self.estimate.rows)
         graphs = [
             {
                 "mode": key[0].name,
                 "tokens": key[1].num_tokens,
                 "graph": key[1].describe(),
-                "expected": expected,
-                "held": held,
+                "expected": expected.get(key),
+                "held": self.held.get(key),
                 "dropped": key in self.dropped,
             }
-            for key, expected, held in self._rows()
+            for key in dict.fromkeys([*expected, *self.held])
         ]
         return {"total": self.total, "graphs": graphs}
+
+    def __repr__(self) -> str:
+        cells = [("graph", "expected", "held", "note")]
+        for each in self.as_json()["graphs"]:  # type: ignore[attr-defined]
+            sizes = [each["expected"], each["held"]]
+            texts = ["" if size is None else format_bytes(size) for size in sizes]
+            note = "dropped for the budget" if each["dropped"] else ""
+            cells.append((f"{each['mode']} {each['graph']}", *texts, note))
+        return f"static graphs hold {format_bytes(self.total)}\n{aligned(cells)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,14 +75,9 @@ class CallRow:
 
 
 def uncaptured_rows(calls: int, careful: Mapping[str, int]) -> list[CallRow]:
-    """Rows of a model that nothing is captured of: its calls, and those past every shortcut."""
-    plain = [CallRow("NONE", "", "nothing is captured", calls)] if calls else []
-    return [*plain, *careful_rows(careful)]
-
-
-def careful_rows(counts: Mapping[str, int]) -> list[CallRow]:
-    """Rows of calls that went past every shortcut, by what made them."""
-    return [CallRow("NONE", "", why, calls) for why, calls in dict(counts).items()]
+    """Rows of calls without a graph: plain ones, and those past every shortcut by what made them."""
+    counts = {**({"nothing is captured": calls} if calls else {}), **careful}
+    return [CallRow("NONE", "", why, calls) for why, calls in counts.items()]
 
 
 def calls_text(rows: Sequence[CallRow]) -> str:

@@ -21,6 +21,7 @@ from piecework.runtime.batch.forward_context import (
     current_forward_context,
     override_forward_context,
 )
+from piecework.runtime.graphs.device.contract import owns_plain_memory
 from piecework.runtime.splitting_op import registry
 
 
@@ -40,7 +41,7 @@ class DryWrites:
         known: list[torch.Tensor],
     ) -> None:
         self._is_own, self._known = is_own, known
-        self._outside = {_address(t) for t in outside if _is_plain(t)}
+        self._outside = {_address(t) for t in outside if owns_plain_memory(t)}
         self._watch = torch_compat.OperatorWatch(self._before, _body_of, self._after)
         self._active = False
         # By place: a tensor, and what it held; and tensors that earlier runs wrote to.
@@ -99,8 +100,8 @@ class DryWrites:
         if not self._active:
             return
         for each in torch_compat.written_operands(op, args, kwargs):
-            born = _is_plain(each) and torch_compat.storage_id(each) in self._born
-            if _is_plain(each) and not born and not self._is_own(each):
+            born = owns_plain_memory(each) and torch_compat.storage_id(each) in self._born
+            if owns_plain_memory(each) and not born and not self._is_own(each):
                 self._keep(each)
 
     def _keep(self, tensor: torch.Tensor) -> None:
@@ -125,20 +126,12 @@ class DryWrites:
 
 def _tensors(tree: object) -> list[torch.Tensor]:
     leaves = torch_compat.flatten_tree(tree)[0]
-    return [each for each in leaves if isinstance(each, torch.Tensor) and _is_plain(each)]
+    return [each for each in leaves if isinstance(each, torch.Tensor) and owns_plain_memory(each)]
 
 
 def _address(tensor: torch.Tensor) -> int:
     """Where its memory begins; weak references to it have the same."""
     return tensor.untyped_storage().data_ptr()
-
-
-def _is_plain(tensor: torch.Tensor) -> bool:
-    return (
-        tensor.layout is torch.strided
-        and tensor.device.type != "meta"
-        and type(tensor) in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
-    )
 
 
 def _body_of(op: torch._ops.OpOverload, args: tuple[object, ...]) -> Callable[..., object] | None:
