@@ -17,7 +17,7 @@ from rich.table import Table
 
 from piecework.cli.console import DIFFERS, console, typed_errors
 from piecework.errors import CacheError, UsageError
-from piecework.runtime.store import upkeep
+from piecework.runtime.store import cache
 from piecework.runtime.store.factors import KeyFactors
 from piecework.runtime.store.files import default_root, signing_key
 
@@ -47,7 +47,7 @@ def list_command(cache_dir: CacheDir = None, as_json: AsJson = False) -> None:
     """List the entries, the one used last first. Exit code 0, also for an empty cache."""
     with typed_errors():
         root = _root(cache_dir)
-        entries = upkeep.list_entries(root)
+        entries = cache.list_entries(root)
     if as_json:
         total = sum(entry.bytes for entry in entries)
         rows = [{**each._asdict(), **each.identity._asdict()} for each in entries]
@@ -95,7 +95,7 @@ def explain(
     with typed_errors():
         if key is not None and factors is not None:
             raise UsageError("a key and --factors exclude each other", hint="give one of them")
-        keys = upkeep.saved_keys(_root(cache_dir))
+        keys = cache.saved_keys(_root(cache_dir))
         if factors is not None:
             current = _read_factors(factors)
         elif keys:
@@ -107,7 +107,7 @@ def explain(
                 hint="compile a model first, or name another cache with --cache-dir",
             )
         others = [each for each in keys.values() if factors is not None or each != current]
-        found = upkeep.nearest(current, others if to is None else [_find(keys, to)])
+        found = cache.nearest(current, others if to is None else [_find(keys, to)])
     differences = () if found is None else found[1]
     nearest = None if found is None else found[0].hash
     if as_json:
@@ -139,13 +139,13 @@ def verify(
     """Check every byte of every entry against its manifest. Exit code 1 if something is damaged; nothing is changed."""
     with typed_errors():
         root = _root(cache_dir)
-        result = upkeep.verify(root, signing_key(hmac_key_file))
+        result = cache.verify(root, signing_key(hmac_key_file))
     if as_json:
         findings = [each._asdict() for each in result.findings]
         _print_json({"root": str(root), **result._asdict(), "findings": findings})
     else:
         for finding in result.findings:
-            typer.echo(str(finding))
+            typer.echo(": ".join(finding))
         typer.echo(
             f"{root}: {result.entries} entries, {result.artifacts} artifacts, "
             f"{_size(result.bytes)}, {len(result.findings)} damaged"
@@ -172,7 +172,7 @@ def gc(
     """
     with typed_errors():
         root = _root(cache_dir)
-        report = upkeep.collect(
+        report = cache.collect(
             root,
             max_bytes=None if max_size is None else parse_size(max_size),
             max_age_s=None if max_age is None else parse_age(max_age),
@@ -187,8 +187,7 @@ def gc(
     for name in report.busy:
         typer.echo(f"kept {name}: in use")
     typer.echo(
-        f"{root}: {verb} {len(report.removed)} entries ({_size(report.removed_bytes)}) and "
-        f"{report.leftover_files} other files ({_size(report.leftover_bytes)}); "
+        f"{root}: {verb} {len(report.removed)} entries ({_size(report.removed_bytes)}); "
         f"{report.kept_entries} entries stay ({_size(report.kept_bytes)})"
     )
 

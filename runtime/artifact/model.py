@@ -27,8 +27,6 @@ from piecework.errors import ArtifactError, BindError, CaptureError
 from piecework.runtime import torch_compat
 from piecework.runtime.artifact.pieces import PieceLoader
 from piecework.runtime.artifact.program import (
-    EDITED,
-    ENTRY,
     GRAPHS,
     STATE,
     loaded_program,
@@ -73,9 +71,6 @@ _HINT = "load it with the model that it was saved of, or compile again: with art
 _NO_EFFECT = frozenset({"cache_dir", "debug_dump_path", "compile_workers"})
 
 
-# --- how it was made ---------------------------------------------------------------------------------
-
-
 def made_with(
     config: CompilationConfig,
     runtime_config: RuntimeConfig | None,
@@ -99,39 +94,28 @@ def made_with(
             where="config",
             hint="leave passes and other objects out of it, or name them as text",
         )
+    ops = None if splitting_ops is None else list(SplittingOps(splitting_ops).declared)
     return {
         "config": data,
         "runtime config": runtime_config and json.loads(runtime_config.model_dump_json()),
-        "splitting ops": (
-            None if splitting_ops is None else list(SplittingOps(splitting_ops).declared)
-        ),
+        "splitting ops": ops,
         "sizes": None if sizes is None else type(sizes).__name__,
         "kept": None if kept is None else dict(kept),
     }
 
 
-def require_made_so(saved: Mapping[str, object], wanted: Mapping[str, object]) -> None:
+def require_made_so(saved: Mapping[str, Any], wanted: Mapping[str, Any], among: str = "") -> None:
     """Raise `ArtifactError` where an artifact was made with other settings than are wanted."""
-    before, now = _flat(saved, wanted), _flat(wanted, wanted)
-    for name in sorted(before.keys() | now.keys()):
-        if before.get(name) != now.get(name):
+    for name in sorted(wanted.keys() | (saved.keys() if among else set())):
+        before, now, full = saved.get(name), wanted.get(name), f"{among} {name}".strip()
+        if isinstance(before, dict) and isinstance(now, dict):
+            require_made_so(before, now, full)
+        elif before != now and name not in _NO_EFFECT:
             raise ArtifactError(
-                f"the artifact was made with {name} {before.get(name)!r}, and {now.get(name)!r} is wanted",
-                where=name,
-                hint="give it a directory of its own, or leave it as it was",
+                f"the artifact was made with {full} {before!r}, and {now!r} is wanted",
+                where=full,
+                hint="give it a file of its own, or leave it as it was",
             )
-
-
-def _flat(facts: Mapping[str, object], fields: Iterable[str]) -> dict[str, object]:
-    """``fields`` of ``facts``, those of configurations one by one, without what has no effect."""
-    found: dict[str, object] = {}
-    for name in fields:
-        value = facts.get(name)
-        if isinstance(value, dict):
-            found |= {f"{name} {k}": each for k, each in value.items() if k not in _NO_EFFECT}
-        else:
-            found[name] = value
-    return found
 
 
 def _processes() -> dict[str, int]:
@@ -160,12 +144,8 @@ def _partition(tensors: Sequence[torch.Tensor]) -> tuple[int, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A stitched module that is saved, alone or with others.
-
-    Attributes:
-        model: what it was made of.
-        traces: its traces.
-        settings: what the manifest says of how they were made, as JSON data.
+    """A stitched module that is saved, alone or with others: what it was made of, its traces, and
+    what the manifest says of how they were made, as JSON data.
     """
 
     model: Any
@@ -225,36 +205,31 @@ def _facts(
     part: Part, files: dict[str, bytes], prefix: str, graphs: list[torch.fx.GraphModule]
 ) -> dict[str, object]:
     """What the manifest says of a module; its files and graphs are added to those given."""
-    rows, own = [], []
+    edits, own = [], []
+    traced: set[str] = set()
+    classes = {type(each) for _, root in modules_of(part.model) for each in root.modules()}
     for number, trace in enumerate(part.traces):
         _require_savable(trace)
         program, edited, folder = trace.program, trace.entry.edited, f"{prefix}trace_{number}/"
-        saved = _saved(trace, files, folder)
-        files[f"{folder}{STATE}"] = to_bytes(saved, "what the trace took for given")
-        files[f"{folder}{ENTRY}"] = trace.entry.source.code.encode()
-        row: dict[str, object] = {"edited": None}
-        if edited is not None:
-            files[f"{folder}{EDITED}"] = edited.code.encode()
-            why = edited.difference
-            row["edited"] = f"differs from the graph: {why}" if why else "proved to mean the graph"
+        why = edited and edited.difference
+        mark = f"differs from the graph: {why}" if why else "proved to mean the graph"
+        edits.append(mark if edited else "")
+        files[f"{folder}{STATE}"] = to_bytes(_saved(trace, files), "what the trace took for given")
         items = tuple((i.submod_name, i.graph_id, i.is_splitting_graph) for i in program.items)
         pickled = torch_compat.graphs_to_bytes(program.graph, program.split_gm, items)
         if pickled is not None:  # else captures must compile again
             files[f"{folder}{GRAPHS}"] = pickled
-        rows.append({**row, "graphs": pickled is not None})
-        own.append(program.graph)
+        own += [program.graph, *(item.graph for item in program.items)]
         own += [backend.graph for backend in program.backends.values() if backend.graph]
-        own += [item.graph for item in program.items]
+        state = trace.entry.weights.state
+        traced |= {each.co_filename for each in state.code}
+        classes |= set(state.classes.classes)
     graphs += own
-    states = [trace.entry.weights.state for trace in part.traces]
-    traced = {each.co_filename for state in states for each in state.code}
-    classes = {type(each) for _, root in modules_of(part.model) for each in root.modules()}
-    classes.update(each for state in states for each in state.classes.classes)
     return {
         **part.settings,
-        "sources": source_factors(filter(os.path.isfile, {*traced, *files_of(classes)})),
+        "sources": source_factors(filter(os.path.isfile, traced | files_of(classes))),
         "operators": operators(own),
-        "traces": rows,
+        "edits": edits,
     }
 
 
@@ -290,11 +265,11 @@ def _require_savable(trace: TracedModel) -> None:
             )
 
 
-def _saved(trace: TracedModel, files: dict[str, bytes], folder: str) -> dict[str, object]:
-    """A trace as values for `to_bytes`; its texts are added to ``files``."""
+def _saved(trace: TracedModel, files: dict[str, bytes]) -> dict[str, object]:
+    """A trace as values for `to_bytes`; its pieces are added to ``files``."""
     program, entry, captured = trace.program, trace.entry, trace.entry.captured
     program.split_gm  # noqa: B018 - of a loaded program the graphs are read now
-    saved = saved_program(program, files, folder)
+    saved = saved_program(program, files)
     held = {torch_compat.storage_id(t) for _, t in tensors_of(trace.model).values()}
     for each in saved["source"].consts:
         if isinstance(each, torch.Tensor) and (
@@ -304,17 +279,17 @@ def _saved(trace: TracedModel, files: dict[str, bytes], folder: str) -> dict[str
                 "the stitching source holds a weight as a constant, and an artifact holds none",
                 hint="register it as a parameter or a buffer of the model",
             )
-    weights, edited = entry.weights, entry.edited
+    weights = entry.weights
     indices = {each.path: i for i, each in enumerate(weights.traced)}
     return {
         "program": saved,
-        "made": replace(entry.made, source=replace(entry.source, code="")),
+        "made": replace(entry.made, source=entry.source),
         "inputs": [indices[i.path] if isinstance(i, Weight) else i for i in captured.inputs],
         "weights": [*zip(weights.traced, weights.taken, weights.names(), strict=True)],
         "memory": _memory(trace),
         "state": _state(trace),
         "symbols": captured.assumptions.names(),
-        "edited": None if edited is None else replace(edited, code=""),
+        "edited": entry.edited,
     }
 
 
@@ -350,7 +325,7 @@ def _memory(trace: TracedModel) -> tuple[int, ...] | None:
 
 @dataclass(frozen=True, slots=True)
 class Artifact:
-    """An artifact that fits this process, and the seconds that opening it took."""
+    """A file's content that fits this process, and the seconds that opening it took."""
 
     package: Package
     seconds: float
@@ -369,7 +344,7 @@ class Artifact:
         if made_by != _processes():
             raise ArtifactError(
                 f"the artifact was made by process {made_by}, and this is {_processes()}",
-                hint="save an artifact on each rank, in a directory of its own",
+                hint="save an artifact on each rank, in a file of its own",
             )
         require_same_machine(package.table("machine"))  # type: ignore[arg-type]
         return cls(package, time.perf_counter() - start)
@@ -395,11 +370,10 @@ class Artifact:
         require_same_operators(self.package.table("operators"))
         require_same_sources(self.package.table("sources"))
         loader = PieceLoader(self.package.file)
-        rows = self.package.facts.get("traces")
         with collector_paused():
             return tuple(
                 self._trace(f"trace_{n}/", loader, model, config, new_backend(), as_it_is)
-                for n in range(len(rows) if isinstance(rows, list) else 0)
+                for n, _ in enumerate(self.package.facts["edits"])  # type: ignore[arg-type]
             )
 
     def _trace(
@@ -417,9 +391,10 @@ class Artifact:
         with timed(phases, "check"):
             weights = _weights(saved, model)
         with timed(phases, "pieces"):
-            program = loaded_program(saved["program"], package, place, loader, config, phases)
+            program = loaded_program(
+                saved["program"], package, f"{place}{GRAPHS}", loader, config, phases
+            )
         made, held = saved["made"], weights.tensors
-        source = replace(made.source, code=package.file(f"{place}{ENTRY}").decode())
         inputs = (
             (
                 Weight(saved["weights"][each][0].path, held[each], saved["weights"][each][1])
@@ -437,9 +412,9 @@ class Artifact:
             out_spec=pytree.tree_structure(None),
             result=(),
         )
-        entry = Entry(captured, program, as_it_is, replace(made, source=source))
+        entry = Entry(captured, program, as_it_is, made)
         if saved["edited"] is not None:
-            entry.edit(replace(saved["edited"], code=package.file(f"{place}{EDITED}").decode()))
+            entry.edit(saved["edited"])
         backend = new_backend()
         backend.adopt(program)
         return TracedModel(model, as_it_is, backend, program, entry)

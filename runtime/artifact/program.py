@@ -45,7 +45,6 @@ from piecework.runtime.store.surroundings import (
 )
 from piecework.runtime.watch.direct_ops import DirectOps
 
-STITCHED, ENTRY, EDITED = "stitched.py", "entry.py", "edited.py"
 STATE, GRAPHS = "state.pickle", "graphs.pickle"
 _OPERATOR = "make the function an operator with torch.library.custom_op and register_fake"
 Saved = dict[str, Any]
@@ -61,24 +60,17 @@ class DirectConst:
 # --- saving ------------------------------------------------------------------------------------------
 
 
-def saved_program(program: Program, files: dict[str, bytes], folder: str) -> Saved:
-    """What is kept of ``program``, for `to_bytes`; texts and pieces are added to ``files``, texts
-    below ``folder``.
-
-    Raises:
-        ArtifactError: something in it can't be told again in another process.
-    """
+def saved_program(program: Program, files: dict[str, bytes]) -> Saved:
+    """What is kept of ``program``, for `to_bytes`; its pieces are added to ``files``."""
     source = program.source
     direct = {id(f): op for op, f in program.direct_ops.implementations.items()}
     consts = tuple(DirectConst(direct[id(c)]) if id(c) in direct else c for c in source.consts)
-    files[f"{folder}{STITCHED}"] = source.code.encode()
-    options = replace(source.options, direct={})
     return {
         "name": program.name,
         "compiler": program.compiler,
         "batch": program.batch,
         "ranges": None if program.range_table is None else program.range_table.entries,
-        "source": replace(source, code="", consts=consts, options=options),
+        "source": replace(source, consts=consts, options=replace(source.options, direct={})),
         "direct": dict(program.direct_ops.calls),
         "forms": _forms(program, files),
         "report": program.report(),
@@ -166,20 +158,12 @@ def require_same_operators(saved: Mapping[str, str]) -> None:
 def loaded_program(
     saved: Mapping[str, Any],
     package: Package,
-    folder: str,
+    graphs: str,
     loader: PieceLoader,
     config: CompilationConfig,
     phases: dict[str, float],
 ) -> Program:
-    """The program again.
-
-    Args:
-        package: the verified files; the program's own texts lie below ``folder``, and the graphs,
-            which are read when somebody asks for them.
-
-    Raises:
-        ArtifactError: a piece or an operator is not here.
-    """
+    """The program again; the file ``graphs`` is read when somebody asks for them."""
     direct = DirectOps.of(saved["direct"].items())
     for op in saved["direct"]:
         if op not in direct.implementations:
@@ -193,12 +177,8 @@ def loaded_program(
         direct.implementations[each.op] if isinstance(each, DirectConst) else each
         for each in kept.consts
     )
-    source = replace(
-        kept,
-        code=package.file(f"{folder}{STITCHED}").decode(),
-        consts=tuple(consts),
-        options=replace(kept.options, direct=direct.implementations),
-    )
+    options = replace(kept.options, direct=direct.implementations)
+    source = replace(kept, consts=tuple(consts), options=options)
     table = None if saved["ranges"] is None else RangeTable.of(saved["ranges"])
     backends: dict[str, PiecewiseBackend] = {}
     for name, (sizes, forms) in saved["forms"].items():
@@ -218,7 +198,7 @@ def loaded_program(
     return Program(
         name=saved["name"],
         config=config,
-        graphs=_graphs_reader(package, f"{folder}{GRAPHS}", backends),
+        graphs=_graphs_reader(package, graphs, backends),
         backends=backends,
         source=source,
         range_table=table,
@@ -273,7 +253,7 @@ def program_to_bytes(program: Program) -> bytes:
         ArtifactError: something in it can't be told again in another process.
     """
     files: dict[str, bytes] = {}
-    files[STATE] = to_bytes(saved_program(program, files, ""), "what was compiled")
+    files[STATE] = to_bytes(saved_program(program, files), "what was compiled")
     graphs = [program.graph, *(item.graph for item in program.items)]
     facts = {"machine": machine(*graphs), "operators": operators(graphs)}
     return packed(files, facts, signing_key(), KIND)
@@ -292,4 +272,4 @@ def program_from_bytes(data: bytes, config: CompilationConfig) -> Program:
     require_same_operators(found.table("operators"))
     saved: Any = from_bytes(found.file(STATE), STATE)
     phases = {"read": time.perf_counter() - start}
-    return loaded_program(saved, found, "", PieceLoader(found.file), config, phases)
+    return loaded_program(saved, found, GRAPHS, PieceLoader(found.file), config, phases)

@@ -37,7 +37,7 @@ from piecework.runtime.counters import counters
 from piecework.runtime.observe import trace
 from piecework.runtime.observe.progress import current_progress
 from piecework.runtime.store import surroundings as store_surroundings
-from piecework.runtime.store.entry import CacheEntry, open_entry
+from piecework.runtime.store.cache import CacheEntry, open_entry
 from piecework.runtime.store.factors import KeyFactors, content_key
 from piecework.runtime.store.files import cache_disabled, signing_key
 

@@ -30,10 +30,9 @@ class StandaloneCompiledArtifacts:
     def insert(self, submod_name: str, range_name: str, data: bytes) -> str:
         """Keep `data` for a submodule and range, in place of what was there; return its SHA-256."""
         digest = self._digests[submod_name, range_name] = sha256(data)
-        self._data.setdefault(digest, data)
-        for unused in self._data.keys() - self._digests.values():
-            del self._data[unused]
-            self._loaded.pop(unused, None)
+        used = self._digests.values()
+        self._data = {k: v for k, v in {**self._data, digest: data}.items() if k in used}
+        self._loaded = {k: v for k, v in self._loaded.items() if k in used}
         return digest
 
     def get(self, submod_name: str, range_name: str) -> bytes:
@@ -53,20 +52,21 @@ class StandaloneCompiledArtifacts:
 
         The first failure is raised as `ArtifactError`; what did load stays loaded.
         """
-        waiting = [digest for digest in self._data if digest not in self._loaded]
         with ThreadPoolExecutor(max_workers, thread_name_prefix="piecework-load") as pool:
+            waiting = self._data.keys() - self._loaded.keys()
             made = {digest: pool.submit(loader, self._data[digest]) for digest in waiting}
-        failed = {digest: error for digest, each in made.items() if (error := each.exception())}
-        self._loaded |= {digest: made[digest].result() for digest in made.keys() - failed.keys()}
-        for digest, error in failed.items():
-            named = (" ".join(each) for each, found in self._digests.items() if found == digest)
-            why = f"an artifact could not be loaded: {type(error).__name__}: {error}"
-            hint = "compile again; the bytes are intact but do not suit this torch or machine"
-            raise ArtifactError(why, where=", ".join(named), hint=hint) from error
+        self._loaded |= {
+            digest: each.result() for digest, each in made.items() if not each.exception()
+        }
+        for (submod_name, range_name), digest in self._digests.items():
+            if digest not in self._loaded and (error := made[digest].exception()):
+                why = f"an artifact could not be loaded: {type(error).__name__}: {error}"
+                hint = "compile again; the bytes are intact but do not suit this torch or machine"
+                raise ArtifactError(why, where=f"{submod_name} {range_name}", hint=hint) from error
 
     def size_bytes(self) -> int:
         """Bytes kept, each distinct artifact counted once."""
-        return sum(len(data) for data in self._data.values())
+        return sum(map(len, self._data.values()))
 
     def num_artifacts(self) -> int:
         """Distinct artifacts."""
@@ -81,8 +81,9 @@ class StandaloneCompiledArtifacts:
         return tuple(dict.fromkeys(submod for submod, _ in self._digests))
 
     def _digest(self, submod_name: str, range_name: str) -> str:
-        if (submod_name, range_name) not in self._digests:
+        found = self._digests.get((submod_name, range_name))
+        if found is None:
             known = ", ".join(map(" ".join, self._digests)) or "none"
             where, hint = f"{submod_name}, {range_name}", f"there are: {known}"
             raise ArtifactError("there is no such artifact", where=where, hint=hint)
-        return self._digests[submod_name, range_name]
+        return found

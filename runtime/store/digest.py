@@ -19,7 +19,6 @@ import sys
 import sysconfig
 import types
 from collections.abc import Callable
-from importlib import metadata
 from typing import Any
 
 from piecework.code_objects import HEAP_TYPE, global_names, with_inner_code
@@ -271,17 +270,15 @@ def library_of(module: object) -> str | None:
 
 @functools.cache
 def _library(top: str, file: str) -> str | None:
-    if top in sys.stdlib_module_names:
-        return "python" if not file or _lies_in(file, "stdlib", "platstdlib") else None
-    if top not in _TORCH and not (file and _lies_in(file, "purelib", "platlib")):
-        return None
-    try:
-        return f"{top} {metadata.version(top)}"
-    except metadata.PackageNotFoundError:  # of another name than its package
-        version = getattr(sys.modules.get(top), "__version__", None)
-        return f"{top} {version}" if isinstance(version, str) and version else None
-
-
-def _lies_in(file: str, *places: str) -> bool:
+    if top in _TORCH:
+        return top  # its version is in the key
+    places = ("stdlib", "platstdlib", "purelib", "platlib")
     paths, real = sysconfig.get_paths(), os.path.realpath(file)
-    return any(real.startswith(os.path.realpath(paths[each]) + os.sep) for each in places)
+    if top in sys.stdlib_module_names and not file:
+        return "python"
+    if not any(real.startswith(os.path.realpath(paths[each]) + os.sep) for each in places):
+        return None
+    if top in sys.stdlib_module_names:
+        return "python"
+    version = getattr(sys.modules.get(top), "__version__", None)
+    return f"{top} {version}" if isinstance(version, str) and version else None

@@ -17,7 +17,6 @@ from typing import NamedTuple
 from piecework.errors import CacheError
 
 FACTORS_NAME = "cache_key_factors.json"
-MAX_FACTORS_BYTES = 16 << 20
 _FORMAT = 2
 _DIGEST = re.compile(r"(sha256:)?[0-9a-f]{32,}")
 

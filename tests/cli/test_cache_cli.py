@@ -9,9 +9,8 @@ from typer.testing import CliRunner, Result
 
 from piecework.cli.cache import cache_app, parse_age, parse_size
 from piecework.errors import UsageError
-from piecework.runtime.store.entry import INDEX_NAME, open_entry
+from piecework.runtime.store.cache import INDEX_NAME, list_entries, open_entry
 from piecework.runtime.store.factors import KeyFactors
-from piecework.runtime.store.upkeep import list_entries
 
 
 def factors(dtype: str) -> KeyFactors:

@@ -1,9 +1,8 @@
-"""Past Inductor's wrappers, and what they leave undone: wrappers of torch versions other than the installed one, inputs at odd addresses."""
+"""Past Inductor's wrappers, and what they leave undone: inputs at odd addresses."""
 
 from __future__ import annotations
 
 from functools import wraps
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,43 +16,6 @@ class CompiledFxGraph:
 
     def __init__(self) -> None:
         self.current_callable = lambda args: [args[0] + 1]
-
-
-class EffectTokensWrapper:
-    """Of torch 2.11, which wraps every function, also those without tokens."""
-
-    def post_compile(self, compiled_fn, num_tokens):
-        @wraps(compiled_fn)
-        def inner_fn(args):
-            return compiled_fn([*([None] * num_tokens), *args])[num_tokens:]
-
-        return inner_fn
-
-
-class FunctionalizedRngRuntimeWrapper:
-    """Around it, and by its ``__qualname__`` the same function."""
-
-    def post_compile(self, compiled_fn, runtime_metadata):
-        @wraps(compiled_fn)
-        def wrapper(args):
-            return (runtime_metadata, compiled_fn(args))[1]
-
-        return wrapper
-
-
-def entered(num_tokens: int) -> tuple[object, str]:
-    graph = CompiledFxGraph()
-    wrapped = EffectTokensWrapper().post_compile(graph, num_tokens)
-    around = FunctionalizedRngRuntimeWrapper().post_compile(wrapped, None)
-    assert around.__qualname__ == wrapped.__qualname__
-    artifact = SimpleNamespace(_compiled_fn=around)
-    call, reason = torch_compat.direct_entry(artifact, 1, 1, vouched=True)
-    return call is graph.current_callable, reason
-
-
-def test_a_wrapper_for_effect_tokens_is_passed_where_there_are_none():
-    assert entered(0) == (True, "")
-    assert entered(2) == (False, "num_tokens is 2")
 
 
 def test_an_input_at_an_odd_address_is_copied_and_what_is_written_to_it_comes_back():

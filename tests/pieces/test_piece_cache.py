@@ -20,7 +20,7 @@ import piecework
 from piecework.codegen.graph.structure import structure_of
 from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.pieces.manager import CompilerManager
-from piecework.runtime.store.upkeep import list_entries
+from piecework.runtime.store.cache import list_entries
 
 MODEL = Path(__file__).with_name("piece_cache_model.py").read_text()
 

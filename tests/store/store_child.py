@@ -28,7 +28,7 @@ def stand_in(name: str, path: Path) -> None:
 stand_in("piecework", PACKAGE)
 stand_in("piecework.runtime", PACKAGE / "runtime")
 
-from piecework.runtime.store.entry import open_entry  # noqa: E402
+from piecework.runtime.store.cache import open_entry  # noqa: E402
 from piecework.runtime.store.factors import KeyFactors  # noqa: E402
 
 FACTORS = KeyFactors({"config": {"dtype": "bf16"}})

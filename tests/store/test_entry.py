@@ -13,11 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from piecework.runtime.store.entry import INDEX_NAME, KIND, CacheEntry, open_entry
+from piecework.runtime.store.cache import INDEX_NAME, KIND, CacheEntry, open_entry, verify
 from piecework.runtime.store.factors import KeyFactors, content_key
 from piecework.runtime.store.files import cache_disabled
 from piecework.runtime.store.package import packed
-from piecework.runtime.store.upkeep import verify
 
 FACTORS = KeyFactors({"config": {"dtype": "bf16"}, "versions": {"torch": "2.13.0"}})
 OTHER = KeyFactors({"config": {"dtype": "fp32"}, "versions": {"torch": "2.13.0"}})
@@ -152,7 +151,7 @@ def test_looking_into_a_cache_does_not_import_torch() -> None:
         "    module = types.ModuleType(name)\n"
         "    module.__path__ = [path]\n"
         "    sys.modules[name] = module\n"
-        "import piecework.runtime.store.upkeep\n"
+        "import piecework.runtime.store.cache\n"
         "sys.exit('torch' in sys.modules)\n"
     )
     package = Path(__file__).resolve().parents[2]

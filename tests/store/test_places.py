@@ -12,10 +12,9 @@ from pathlib import Path
 import pytest
 
 from piecework.errors import CacheError
-from piecework.runtime.store.entry import open_entry
+from piecework.runtime.store.cache import open_entry, verify
 from piecework.runtime.store.factors import KeyFactors
 from piecework.runtime.store.files import default_root
-from piecework.runtime.store.upkeep import verify
 
 CHILD = Path(__file__).with_name("store_child.py")
 FACTORS = KeyFactors({"config": {"dtype": "bf16"}})

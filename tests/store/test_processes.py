@@ -14,9 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from piecework.runtime.store.entry import open_entry
+from piecework.runtime.store.cache import collect, open_entry, verify
 from piecework.runtime.store.factors import KeyFactors
-from piecework.runtime.store.upkeep import collect, verify
 
 CHILD = Path(__file__).with_name("store_child.py")
 FACTORS = KeyFactors({"config": {"dtype": "bf16"}})
