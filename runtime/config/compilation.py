@@ -64,14 +64,13 @@ class CompilationConfig(model.FrozenModel):
 
     mode: groups.ModeField = key(
         CompilationMode.PIECEWORK_COMPILE,
-        "`NONE` (0): run as written; `STOCK_TORCH_COMPILE` (1): torch.compile; `DYNAMO_TRACE_ONCE` "
-        "(2): one trace, no recompilation; `PIECEWORK_COMPILE` (3): split, compile the pieces, "
-        "stitch. By number or name; `VLLM_COMPILE` means 3.",
+        "`NONE` (0): as written; `STOCK_TORCH_COMPILE` (1); `DYNAMO_TRACE_ONCE` (2): one trace, not "
+        "split; `PIECEWORK_COMPILE` (3), also called `VLLM_COMPILE`: split, compile, stitch.",
     )
     backend: groups.BackendName = key(
         "inductor",
-        "What compiles a piece: `inductor`, `eager` (compiles nothing) or a qualified name. In "
-        "modes 1 and 2, the torch.compile backend.",
+        "What compiles a piece: `inductor`, `eager` (nothing does) or a qualified name; in modes 1 "
+        "and 2 torch.compile's backend.",
     )
     debug_dump_path: Path | None = no_key(
         None, _A_PATH, "A folder that receives the stages of each compilation."
@@ -84,49 +83,45 @@ class CompilationConfig(model.FrozenModel):
     )
     custom_ops: groups.CustomOps = key(
         (),
-        "Which custom ops run as such: `all` or `none`, then `+op` and `-op`. Without a base, "
-        "`none` where Inductor compiles. A model asks with `config.is_custom_op_enabled(op)`.",
+        "Which custom ops a model runs as such (`config.is_custom_op_enabled(op)`): `all` or `none` "
+        "(where Inductor compiles, by default), `+op`, `-op`.",
     )
     splitting_ops: groups.OpNames | None = key(
         None,
-        "Where the graph is cut: `ns::op` (every overload) or `ns::op.overload`. None is every op "
-        "registered with `piecework.splitting_op`; an empty list cuts nowhere.",
+        "Where the graph is cut: `ns::op` or `ns::op.overload`. None is every op registered with "
+        "`piecework.splitting_op`; an empty list cuts nowhere.",
     )
     repeated_layers: tuple[str, ...] = no_key(
         (),
         "layers that share a trace have the graph that a trace of each has",
-        "Which layers share one trace where torch finds them alike: dotted names of the modules "
-        "whose children they are. By default each layer is traced.",
+        "Modules whose children share one trace where torch finds them alike, by dotted names.",
     )
     repeated_blocks: Literal["found", "off"] | tuple[str, ...] = key(
         "found",
-        "Where a graph that calls no splitting op is cut: between the calls of modules that are "
-        "alike. `found` (at least 4 of one class that one module calls, of 8 operators each, none "
-        "a convolution), the dotted names of the modules that hold them (2 are enough there), or "
-        "`off`. An empty `splitting_ops` cuts nowhere.",
+        "Where a graph without splitting ops is cut: between alike modules that are `found` (4 of "
+        "one class, of 8 operators each, none a convolution), or that modules of these names hold; "
+        "`off`: nowhere.",
     )
     compile_mm_encoder: Literal[False] = no_key(
         False,
         "it decides whether an encoder is compiled, not how",
-        "Refused if true: compile an encoder by itself, under `set_model_tag(…, is_encoder=True)`.",
+        "Refused if true: compile an encoder under `set_model_tag(…, is_encoder=True)`.",
     )
     strict: bool = no_key(
         False,
         "it decides what is refused, not what is compiled",
-        "Refuse instead of warning: a splitting op that is not in the graph, a model in training "
-        "mode that goes by it, a `cudagraph_mode` that has captured nothing by the first call.",
+        "Refuse what is warned of: a splitting op that is not in the graph, training mode that the "
+        "model goes by, a `cudagraph_mode` that captured nothing by the first call.",
     )
     compile_sizes: groups.CompileSizes = no_key(
         (),
         _A_BATCH_RANGE,
-        "Batch sizes that get code for exactly that size, which wins over a range. "
-        '`"cudagraph_capture_sizes"` stands for those.',
+        'Batch sizes with code of their own; `"cudagraph_capture_sizes"` stands for those.',
     )
     compile_ranges_endpoints: groups.Endpoints = no_key(
         (),
         _A_BATCH_RANGE,
-        "Last sizes of the compiled ranges: `[1, e0] [e0+1, e1] …` up to the largest batch. Also "
-        "accepted as `compile_ranges_split_points`.",
+        "Last sizes of ranges: `[1, e0] [e0+1, e1] …`; also `compile_ranges_split_points`.",
         validation_alias=AliasChoices("compile_ranges_endpoints", "compile_ranges_split_points"),
     )
     inductor_compile_config: groups.Options = key(
@@ -138,8 +133,7 @@ class CompilationConfig(model.FrozenModel):
     compile_workers: int = no_key(
         1,
         "it decides who compiles, not what",
-        "Processes that compile different pieces at the same time; 1 compiles one after another. "
-        "They are forked, so there is only one where CUDA is in use.",
+        "Forked processes that compile at the same time; one where CUDA is in use.",
         ge=1,
         strict=True,
     )
@@ -148,8 +142,8 @@ class CompilationConfig(model.FrozenModel):
     )
     cudagraph_mode: groups.CUDAGraphModeField = key(
         CUDAGraphMode.NONE,
-        "What is captured: `NONE`, `PIECEWISE` (the pieces), `FULL` (the whole forward), "
-        "`FULL_DECODE_ONLY` (FULL for decode batches, else NONE) or `FULL_AND_PIECEWISE`.",
+        "What is captured: `NONE`, `PIECEWISE` (the pieces), `FULL` (the whole forward), or both by "
+        "the batch: `FULL_DECODE_ONLY`, `FULL_AND_PIECEWISE` (FULL for decode batches).",
     )
     cudagraph_num_of_warmups: int = no_key(
         0, _CAPTURED, "Runs of a batch shape before it is captured.", ge=0, strict=True
@@ -157,22 +151,22 @@ class CompilationConfig(model.FrozenModel):
     cudagraph_capture_sizes: groups.Sizes | None = no_key(
         None,
         _CAPTURED,
-        "Batch sizes to capture. None is 1, 2, 4, then by 8 to 256, then by 16 to the maximum, and "
-        "the same steps in requests up to max_num_seqs; an empty list goes with mode `NONE` only.",
+        "Batch sizes to capture. None is 1, 2, 4, by 8 to 256, by 16 to the maximum, in tokens and "
+        "in requests.",
     )
     max_cudagraph_capture_size: int | None = no_key(
         None,
         _CAPTURED,
-        "The largest size to capture. None is min(2 · max_num_seqs · query length, 512, "
-        "max_num_batched_tokens), or the largest of `cudagraph_capture_sizes`.",
+        "The largest one. None is the largest listed, or min(2 · max_num_seqs · query length, 512, "
+        "max_num_batched_tokens).",
         ge=0,
         strict=True,
     )
     cudagraph_copy_inputs: bool = no_key(
         True,
         _CAPTURED,
-        "Copy inputs into persistent buffers before a replay. Off, the caller writes into them "
-        "(`static_graphs.static_inputs(size)`) and passes views; another batch is an error.",
+        "Copy inputs into buffers before a replay. Off, the caller writes into these "
+        "(`static_graphs.static_inputs(size)`) and passes views of them.",
     )
     cudagraph_specialize_lora: bool = no_key(
         True, _CAPTURED, "Capture once with and once without active adapters."

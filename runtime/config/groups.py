@@ -185,10 +185,9 @@ class DynamicShapesConfig(FrozenModel):
 
     type: DynamicShapesType = key(
         DynamicShapesType.AUTO,
-        "`auto`: every size is served, by one trace where that is known to be right, else by "
-        "several, made when a call first needs them; the others make one trace: `backed`: symbols "
-        "with a hint, sizes 0 and 1 are not served; `unbacked`: no hint, so nothing can be "
-        "specialised; `backed_size_oblivious`: a hint, but sizes 0 and 1 are not special.",
+        "`auto`: every size is served, by one trace or by several, as calls need them; the others "
+        "make one: `backed`: symbols with a hint, not for sizes 0 and 1; `unbacked`: no hint, so "
+        "nothing is specialised; `backed_size_oblivious`: a hint, sizes 0 and 1 are not special.",
     )
     evaluate_guards: bool = key(
         False,
@@ -197,9 +196,7 @@ class DynamicShapesConfig(FrozenModel):
     max_traces: int = no_key(
         8,
         "each trace is what it is, however many there are",
-        "How many traces calls may get by themselves under `auto`: the example's, and others for "
-        "sizes that it does not serve; what `piecework.compile(sizes=...)` and `capture` ask for "
-        "does not count.",
+        "Traces that calls may get by themselves under `auto`; `sizes=...` asks for others.",
         ge=1,
     )
 
