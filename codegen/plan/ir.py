@@ -97,7 +97,8 @@ class BoundName:
 
     name: str
     path: str
-    description: str = ""
+    description: str
+    placeholder: str
 
 
 @dataclass(frozen=True, slots=True)

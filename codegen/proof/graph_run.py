@@ -26,15 +26,13 @@ class Linkage:
     Attributes:
         submod_names: what ``__vllm_submods__`` holds, by name; those submodules are opaque, all others are looked into.
         consts: what ``__vllm_consts__`` holds.
-        bound: name in the text → path of the weight that it holds.
-        bound_placeholders: name of a placeholder → path of the weight that is held for it.
+        bound: placeholder of a weight that the module holds → its name in the text.
         direct: operator → the callable that the text may call in its place.
     """
 
     submod_names: Sequence[str] = ()
     consts: Sequence[object] = ()
     bound: Mapping[str, str] = field(default_factory=dict)
-    bound_placeholders: Mapping[str, str] = field(default_factory=dict)
     direct: Mapping[object, object] = field(default_factory=dict)
 
 
@@ -143,18 +141,11 @@ def same_constant(left: object, right: object) -> bool:
 
 @dataclass(slots=True)
 class GraphRun:
-    """What a graph did.
-
-    Attributes:
-        events: its calls, in order.
-        parameters: the placeholders that are passed, each with its token.
-        weights: path → token of those that are held.
-        returned: what it returns.
-    """
+    """What a graph did: its calls in order, the placeholders that are passed, the weights that the text holds by name, and what it returned."""
 
     events: list[Event] = field(default_factory=list)
     parameters: list[tuple[torch.fx.Node, Token]] = field(default_factory=list)
-    weights: dict[str, Token] = field(default_factory=dict)
+    held: dict[str, Token] = field(default_factory=dict)
     returned: object = None
 
 
@@ -163,11 +154,10 @@ def run_graph(split_gm: torch.fx.GraphModule, linked: Linkage) -> GraphRun:
     run, tokens = GraphRun(), []
     for node in split_gm.graph.find_nodes(op="placeholder"):
         tokens.append(Token(node.name))
-        path = linked.bound_placeholders.get(node.name)
-        if path is None:
-            run.parameters.append((node, tokens[-1]))
+        if node.name in linked.bound:
+            run.held[linked.bound[node.name]] = tokens[-1]
         else:
-            tokens[-1] = run.weights.setdefault(path, tokens[-1])
+            run.parameters.append((node, tokens[-1]))
     try:
         run.returned = _Interpreter(split_gm, run, linked, "").run(*tokens)
     except RecursionError as error:
@@ -190,23 +180,20 @@ class _Interpreter:
     def run(self, *given: object) -> object:
         values = iter(given)
         for node in self.gm.graph.nodes:
-            match node.op:
-                case "placeholder":
-                    self.env[node] = next(values)
-                    continue
-                case "get_attr":
-                    self.env[node] = attribute_of(self.gm, str(node.target))
-                    continue
+            if node.op == "placeholder":
+                self.env[node] = next(values)
+                continue
+            if node.op == "get_attr":
+                self.env[node] = attribute_of(self.gm, str(node.target))
+                continue
             args, kwargs = self._operand(node.args), self._operand(node.kwargs)
-            match node.op:
-                case "output":
-                    return args[0]
-                case "call_function":
-                    self.env[node] = self._call(node, node.target, args, kwargs)
-                case "call_method":
-                    self.env[node] = self._call(node, f".{node.target}", args, kwargs)
-                case _:
-                    self.env[node] = self._call_module(node, args, kwargs)
+            if node.op == "output":
+                return args[0]
+            if node.op == "call_module":
+                self.env[node] = self._call_module(node, args, kwargs)
+            else:
+                target = f".{node.target}" if node.op == "call_method" else node.target
+                self.env[node] = self._call(node, target, args, kwargs)
         return None
 
     def _call_module(
@@ -217,10 +204,8 @@ class _Interpreter:
         if path in self.linked.submod_names:
             return self._call(node, f"submod {path}", args, kwargs, callee)
         if not isinstance(callee, torch.fx.GraphModule):
-            raise EmitError(
-                f"module {path!a} is not among the names of __vllm_submods__",
-                where=node_where(node),
-            )
+            why = f"module {path!a} is not among the names of __vllm_submods__"
+            raise EmitError(why, where=node_where(node))
         given = [self._operand(value) for _, value in bind_call(node, callee)]
         result = _Interpreter(callee, self.recorded, self.linked, path).run(*given)
         if isinstance(result, Token) and result.size is None:
@@ -228,11 +213,7 @@ class _Interpreter:
         return result
 
     def _operand(self, value: Any) -> Any:
-        try:
-            return torch.fx.node.map_arg(value, self.env.__getitem__)  # type: ignore[arg-type]
-        except KeyError as error:
-            where = node_where(error.args[0])
-            raise EmitError("a node is used before it is defined", where=where) from None
+        return torch.fx.node.map_arg(value, self.env.__getitem__)  # type: ignore[arg-type]
 
     def _call(
         self,

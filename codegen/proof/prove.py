@@ -61,8 +61,7 @@ def prove(
     """
     graph = graph_run.run_graph(split_gm, linked)
     run = TextRun(code, parse_text(code) if tree is None else tree, ENTRY_NAME, graph, linked)
-    paths = linked.bound.items()
-    run.define({name: graph.weights[path] for name, path in paths if path in graph.weights})
+    run.define(graph.held)
     run.check_signature(node for node, _ in graph.parameters)
     return run.prove([token for _, token in graph.parameters])
 
@@ -207,6 +206,8 @@ class TextRun:
         if name.startswith("__") or name in self._imports:
             why = "is a name of Python's, an import or the emitted module, which no text may bind"
             self.refuse(at, f"{name!a} {why}")
+        if scope is self.module and name in scope:
+            self.refuse(at, f"{name!a} is bound twice at module level")
         scope[name] = value
 
     def _check_plain(self, function: ast.FunctionDef) -> None:

@@ -5,7 +5,7 @@ What each captured piece reads is held against its operands, place by place.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 from typing import assert_never
 
 import torch.fx
@@ -54,15 +54,11 @@ class _ReplayRun(TextRun):
         self.replay, self.facts, self.names = replay, facts, source.submod_names
         names = [each.name for each in source.module.entry.parameters]
         self.tokens = dict(zip(names, (token for _, token in graph.parameters), strict=True))
-        self.tokens |= {name: graph.weights[path] for name, path in linked.bound.items()}
+        self.tokens |= graph.held
         self.calls = {event.target: event for event in graph.events}
-        self.places: dict[Token, Hashable] = {
-            self.tokens[name]: place for name, place in facts.places.items()
-        }
-        self.numbers: dict[str, object] = {
-            **facts.numbers,
-            **{self.tokens[name].name: size for name, size in facts.sizes.items()},
-        }
+        self.places = {self.tokens[name]: place for name, place in facts.places.items()}
+        self.numbers: dict[str, object] = {**facts.numbers}
+        self.numbers |= {self.tokens[name].name: size for name, size in facts.sizes.items()}
         self.inputs = Token("inputs")
         self.staged = not facts.staged
         self.filled: dict[_Buffer, object] = {}

@@ -154,7 +154,7 @@ class _Lowering:
         name = scope[node] = self.names.claim(node.name)
         value = value_of(node)
         kind = short_type(value, self.state.symbols) if isinstance(value, torch.Tensor) else ""
-        return ir.BoundName(name, self.options.bound[node.name], kind)
+        return ir.BoundName(name, self.options.bound[node.name], kind, node.name)
 
     # --- functions -----------------------------------------------------------------------------
 

@@ -84,8 +84,8 @@ def _require_graph(split_gm: object) -> None:
 
 def linkage_of(module: ir.Module, options: LowerOptions, consts: Sequence[object]) -> Linkage:
     """What the names of a stitching plan's text stand for."""
-    bound = {row.name: row.path for row in module.bound}
-    return Linkage(module.submod_names, consts, bound, options.bound, options.direct)
+    bound = {row.placeholder: row.name for row in module.bound}
+    return Linkage(module.submod_names, consts, bound, options.direct)
 
 
 def stitched_text(module: ir.Module) -> str:

@@ -248,6 +248,7 @@ def test_text_outside_of_the_language_is_refused(text: str, message: str) -> Non
         ("from torch import sin", "ImportFrom is not part"),
         ("print('hello')", "Expr is not part of emitted modules"),
         ("class A: pass", "ClassDef is not part"),
+        ("execution_fn = torch.sin", "bound twice"),
         ("alias = torch.sin(1)", "Call is not part of emitted modules"),
         ("@print\ndef f(x): return x", "decorators"),
         ("def f(x, /): return x", "not plain"),

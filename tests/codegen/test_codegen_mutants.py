@@ -327,11 +327,6 @@ def test_no_mutant_survives(kind: Callable[[ast.Module], Iterator[str]]) -> None
     assert not survivors, f"{len(survivors)} of {count} survive:\n" + "\n\n".join(survivors[:5])
 
 
-def test_there_are_at_least_two_hundred_mutants() -> None:
-    trees = [ast.parse(case.source.code) for case in loaded_cases()]
-    assert sum(1 for kind in KINDS for tree in trees for _ in kind(tree)) >= 200
-
-
 @pytest.mark.parametrize("index", range(3))
 def test_a_changed_constant_is_found(index: int) -> None:
     """The text says nothing of what constants are; their values are part of the proof."""
@@ -345,11 +340,3 @@ def test_a_changed_constant_is_found(index: int) -> None:
         with pytest.raises(EmitError):
             verify(replace(case.source, consts=tuple(consts)), case.gm)
     assert found >= 2
-
-
-def test_the_originals_are_proved() -> None:
-    for case in loaded_cases():
-        proof = verify(case.source, case.gm)
-        assert proof.events >= 1 and proof.statements >= 1
-        round_trip = ast.unparse(ast.parse(case.source.code))
-        assert verify(case.source, case.gm, edited=round_trip).events == proof.events

@@ -92,15 +92,6 @@ def test_a_function_of_an_importable_module_is_imported() -> None:
     assert "import functools" in source.code and "import operator" not in source.code
 
 
-def test_a_function_that_lies_about_its_name_is_a_constant() -> None:
-    def liar(x: torch.Tensor) -> torch.Tensor:
-        return x - 5
-
-    liar.__name__, liar.__qualname__, liar.__module__ = "relu", "relu", "torch"
-    source = same(graph_of(lambda g, x: g.call_function(liar, (x,)), "x"), (X,))
-    assert "__vllm_consts__[0](x)" in source.code
-
-
 @pytest.mark.parametrize(
     "target",
     [
@@ -359,28 +350,6 @@ def test_a_tuple_may_be_used_as_a_whole_and_unpacked_elsewhere(kind: type) -> No
     assert ("getitem_1, getitem = inner(x)" in source.code) is (kind is tuple)
 
 
-def test_results_are_unpacked_by_their_own_number() -> None:
-    """Two layers that differ only in how many chunks they make are not one function."""
-
-    def layer(chunks: int) -> torch.fx.GraphModule:
-        def build(g: torch.fx.Graph, a: torch.fx.Node) -> object:
-            parts = g.call_method("chunk", (a, chunks))
-            parts.meta["example_value"] = tuple(X for _ in range(chunks))
-            return (
-                g.call_function(operator.getitem, (parts, 0)),
-                g.call_function(operator.getitem, (parts, 1)),
-            )
-
-        return inner_graph(build, "a")
-
-    root = torch.nn.Module()
-    root.two, root.four = layer(2), layer(4)
-    gm = graph_of(
-        lambda g, x: [g.call_module("two", (x,)), g.call_module("four", (x,))], "x", root=root
-    )
-    same(gm, (X,))
-
-
 # --- higher-order operators and regions, as Dynamo captures them ---------------------------------
 
 
@@ -416,29 +385,11 @@ def _while(x: torch.Tensor) -> torch.Tensor:
     return while_loop(lambda n, x: n < 3, lambda n, x: (n + 1, x * 2), (torch.tensor(0), x))[1]
 
 
-def _map(x: torch.Tensor) -> torch.Tensor:
-    from torch._higher_order_ops.map import map as hop_map
-
-    return hop_map(lambda row, y: row.sin() + y, x, x[0].clone())
-
-
-def _scan(x: torch.Tensor) -> torch.Tensor:
-    from torch._higher_order_ops.scan import scan
-
-    return scan(lambda carry, row: (carry + row, carry * row), x[0].clone(), x)[1]
-
-
 def _flex(x: torch.Tensor) -> torch.Tensor:
     from torch.nn.attention.flex_attention import flex_attention
 
     q = x.reshape(1, 1, 4, 3).repeat(1, 2, 1, 6)[..., :16]
     return flex_attention(q, q, q, score_mod=lambda score, b, h, i, j: score + (i - j))
-
-
-def _checkpoint(x: torch.Tensor) -> torch.Tensor:
-    from torch.utils.checkpoint import checkpoint
-
-    return checkpoint(lambda x: x.sin().cos(), x, use_reentrant=False)
 
 
 def _autocast(x: torch.Tensor) -> torch.Tensor:
@@ -453,9 +404,7 @@ def _no_grad(x: torch.Tensor) -> torch.Tensor:
     return y + x
 
 
-@pytest.mark.parametrize(
-    "function", [_cond, _nested_cond, _while, _map, _scan, _flex, _checkpoint, _autocast, _no_grad]
-)
+@pytest.mark.parametrize("function", [_cond, _nested_cond, _while, _flex, _autocast, _no_grad])
 def test_higher_order_operators_and_regions(
     function: Callable[[torch.Tensor], torch.Tensor],
 ) -> None:

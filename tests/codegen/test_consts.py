@@ -130,11 +130,6 @@ def test_a_size_of_the_trace_never_becomes_a_constant(wrap: Callable[[object], o
         convert(wrap(size))
 
 
-def test_a_namedtuple_without_nodes_is_a_constant() -> None:
-    pair = Pair(1, 2)
-    assert convert(pair) == ("__vllm_consts__[0]", [pair])
-
-
 def test_descriptions_have_no_addresses() -> None:
     def local() -> None: ...
 

@@ -148,7 +148,7 @@ def proved(stitched, facts: ReplayFacts, change: Callable[[str], str] = str):
             "a call of something else",
         ),
         ("s0 = 4\n", "s0 = True\n", "s0 is 4 in this capture"),
-        ("s0 = 4\n", "s0 = 4\nstage = torch.sin\n", "a call of something else"),
+        ("s0 = 4\n", "s0 = 4\nstage = torch.sin\n", "bound twice"),
         ("    replay_1()\n", "    replay_0 = replay_1\n    replay_1()\n", "is not defined"),
         ("s0 = 4\n", "s0 = 4\n__builtins__ = torch\n", "which no text may bind"),
     ],

@@ -10,7 +10,6 @@ from functools import partial
 import pytest
 import torch
 import torch.fx
-from torch.fx.graph import CodeGen
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from piecework.codegen import (
@@ -300,31 +299,6 @@ def test_sizes_cross_a_cut_one_by_one(function: Callable[[torch.Tensor], torch.T
         torch.testing.assert_close(result[0], function(x))  # type: ignore[index]
 
 
-@pytest.mark.parametrize("form", ["splat", "sequence", "keyword", "nested"])
-def test_every_form_of_a_whole_shape_is_taken_apart(form: str) -> None:
-    def build(g: torch.fx.Graph, x: torch.fx.Node) -> object:
-        shape = g.call_method("size", (x,))
-        y = g.call_function(CUT, (x,))
-        if form == "splat":
-            return (g.call_method("view", (y, shape)),)
-        if form == "sequence":
-            return (g.call_function(torch.reshape, (y, shape)),)
-        if form == "keyword":
-            return (g.call_function(torch.zeros, (), {"size": shape}), y)
-        rows = g.call_function(operator.getitem, (shape, 0))
-        return ({"shape": [rows, (shape, 1)]}, y)
-
-    graph = torch.fx.Graph()
-    x = graph.placeholder("x")
-    x.meta["example_value"] = torch.empty(4, 6, device="meta")
-    graph.output(build(graph, x))
-    gm = torch.fx.GraphModule(torch.nn.Module(), graph)
-    split_gm, items = split_graph(gm, [CUT])
-    calls = [n for item in items for n in item.graph.graph.nodes if n.target == "size"]
-    assert not calls
-    run_all_ways(gm, split_gm, torch.randn(4, 6))
-
-
 def test_a_consumer_that_needs_the_whole_shape_reads_it_again() -> None:
     def build(g: torch.fx.Graph, x: torch.fx.Node) -> object:
         shape = g.call_method("size", (x,))
@@ -341,28 +315,6 @@ def test_a_consumer_that_needs_the_whole_shape_reads_it_again() -> None:
 
 
 # --- pieces with nothing to launch ---------------------------------------------------------------
-
-
-def test_a_piece_of_sizes_and_allocations_is_merged() -> None:
-    def between(x: torch.Tensor) -> torch.Tensor:
-        y = torch.ops.test_split.cut(x.sin())
-        rows = y.shape[0]
-        out = torch.empty(rows, 6)
-        torch.ops.test_split.fill(y, out)
-        return out + 1
-
-    gm = symbolic_graph_of(between)
-    split_gm, items = split_graph(gm, ["test_split::cut", "test_split::fill"])
-    for item in items:
-        if not item.is_splitting_graph:
-            names = [n.name for n in item.graph.graph.nodes if n.op.startswith("call")]
-            assert any("sin" in name or "add" in name for name in names), names
-    x = torch.randn(4, 6)
-    inputs = [
-        4 if isinstance(n.meta["example_value"], torch.SymInt) else x
-        for n in gm.graph.find_nodes(op="placeholder")
-    ]
-    run_all_ways(gm, split_gm, *inputs)
 
 
 @pytest.mark.parametrize("where", ["first", "between", "last"])
@@ -567,27 +519,6 @@ def test_a_plain_function_can_be_a_splitting_op() -> None:
     gm = graph_of(lambda g, x: (g.call_function(torch.sin, (g.call_function(torch.relu, (x,)),)),))
     _, items = split_graph(gm, [torch.relu])
     assert pieces(items) == ["cut", "piece"]
-
-
-@pytest.mark.parametrize("name", ["attention", "ns::", "::op", "a::b::c", ""])
-def test_a_malformed_name_is_refused(name: str) -> None:
-    with pytest.raises(SplitError, match="not of the form"):
-        split_graph(graph_of(lambda g, x: (x,)), [name])
-
-
-def test_something_that_is_no_operator_is_refused() -> None:
-    with pytest.raises(SplitError, match="neither a name nor an operator"):
-        split_graph(graph_of(lambda g, x: (x,)), [3])  # type: ignore[list-item]
-
-
-def test_a_graph_with_a_pytree_signature_is_refused() -> None:
-    class Other(CodeGen):
-        pass
-
-    gm = graph_of(lambda g, x: (x,))
-    gm.graph.set_codegen(Other())
-    with pytest.raises(SplitError, match=r"pytree.*set_codegen"):
-        split_graph(gm, [CUT])
 
 
 # --- fitness (S8) --------------------------------------------------------------------------------
