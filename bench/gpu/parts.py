@@ -238,7 +238,7 @@ def transformers_decode(scale: Scale, rows: Rows) -> None:
     """Tokens of a Llama by ``generate``: seconds a token, beside transformers' own static cache, which compiles with ``reduce-overhead``."""
     from piecework.integrations.transformers import stitch as stitch_llama
     from piecework.integrations.transformers import stitched_module, unstitch
-    from piecework.integrations.transformers.request.dry import dry_request
+    from piecework.integrations.transformers.request.state import dry_request
 
     model, config = _llama(scale)
     dynamic: dict[str, object] = {}

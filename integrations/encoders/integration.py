@@ -107,9 +107,6 @@ def _runs(model: torch.nn.Module, call: Call) -> bool:
     return True
 
 
-# --- which models are called once -----------------------------------------------------------------
-
-
 def is_encoder(config: Any, architectures: Sequence[str], where: str) -> bool:
     """Whether the model of ``config`` is called once, as an encoder is; False for a causal LM.
 

@@ -74,9 +74,6 @@ class TokenDimension(SizePolicy):
         return dim == 1
 
 
-# --- rotary frequencies that change with the length -----------------------------------------------
-
-
 @dataclass(frozen=True, slots=True)
 class ChangingRope:
     """A rotary embedding that depends on the longest position (``dynamic`` or ``longrope``)."""

@@ -90,8 +90,6 @@ class FlatWay(Way):
         self._rows, self._static_masks = CacheRows(), StaticMasks()
         self._entries: dict[str, StitchedModule] = {}
 
-    # --- forwards --------------------------------------------------------------------------------
-
     def serve(self, given: Mapping[str, object], run: Run | None = None) -> object:
         """Run one forward, ``given`` its arguments by name; raises `InputError` for what can't be served.
 
@@ -178,11 +176,7 @@ class FlatWay(Way):
         )
 
     def _make_masks(
-        self,
-        tokens: torch.Tensor,
-        attention_mask: object,
-        cache: Cache | None,
-        packing: object,
+        self, tokens: torch.Tensor, attention_mask: object, cache: Cache | None, packing: object
     ) -> states.Masks:
         """The masks of all layers by transformers' own, before the tokens enter ``cache``."""
         if isinstance(attention_mask, Mapping):
@@ -209,8 +203,6 @@ class FlatWay(Way):
         if cache is None and (settings.use_cache if use_cache is None else use_cache):
             return DynamicCache(config=self.decoder.config)
         return cache
-
-    # --- what is compiled ------------------------------------------------------------------------
 
     def is_compiled(self, given: Mapping[str, object]) -> bool:
         """Whether calls like this one run what is compiled already."""
@@ -263,8 +255,6 @@ class FlatWay(Way):
             length=length,
         )
         return self.static
-
-    # --- artifacts -------------------------------------------------------------------------------
 
     def kept_modules(self) -> list[StitchedModule]:
         """What serves token ids; embeddings are compiled anew."""

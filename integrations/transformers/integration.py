@@ -60,7 +60,7 @@ class CausalLM(LoadedModel):
         return Outcome(out.sequences[0, prompt.shape[1] :], (logits,))  # type: ignore[attr-defined]
 
     def dry_context(self) -> Callable[..., AbstractContextManager[object]]:
-        from piecework.integrations.transformers.request.dry import dry_request
+        from piecework.integrations.transformers.request.state import dry_request
 
         return dry_request
 

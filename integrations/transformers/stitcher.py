@@ -29,7 +29,7 @@ from piecework.errors import (
 )
 from piecework.integrations.transformers.flat_admission import admit_flat
 from piecework.integrations.transformers.flat_way import FlatWay, forget_layers
-from piecework.integrations.transformers.request.dry import dry_request
+from piecework.integrations.transformers.request.state import dry_request
 from piecework.integrations.transformers.settings import is_encoder_decoder, refuse_model
 from piecework.integrations.transformers.way import FOUND, LOADER, require_like, save_ways
 from piecework.integrations.transformers.whole_admission import admit_whole
@@ -208,9 +208,6 @@ def _serve_by(way: AnyWay, model: nn.Module) -> None:
     model.get_compiled_call = lambda compile_config: found().__call__  # type: ignore[misc, union-attr]
 
 
-# --- static graphs --------------------------------------------------------------------------------
-
-
 def _sizes(capture: object) -> list[int] | None:
     if capture == AUTO:
         return list(default_capture_sizes(AUTO_MAXIMUM))
@@ -313,9 +310,6 @@ class HeadForward:
             return self._original(hidden)
         logits = self.stitched(hidden.reshape(-1, hidden.shape[-1]).contiguous())
         return logits.view(*hidden.shape[:-1], logits.shape[-1])
-
-
-# --- what a stitched model is asked ---------------------------------------------------------------
 
 
 @short_errors

@@ -10,7 +10,7 @@ import json
 import os
 import threading
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
@@ -85,14 +85,6 @@ class Way:
         mine, *encoder = (each.as_it_is for each in self.ways())
         return dict(mine) | {f"{ENCODER}: {why}": n for c in encoder for why, n in c.items()}
 
-    def found(self) -> object:
-        """What the admission found, and what was compiled since, as `from_found` takes it."""
-        raise NotImplementedError
-
-    def kept_modules(self) -> list[StitchedModule]:
-        """What an artifact holds, in the order of `found`."""
-        raise NotImplementedError
-
     @cached_property
     def kept(self) -> dict[str, Any]:
         """What a manifest says of the modules that serve the decoder, as JSON reads it back."""
@@ -105,7 +97,7 @@ class Way:
         made.take(part)
 
 
-def save_ways(ways: list[Way], place: Place, key_file: str | os.PathLike[str] | None) -> None:
+def save_ways(ways: Sequence[Any], place: Place, key_file: str | os.PathLike[str] | None) -> None:
     """Write what serves a decoder, and the encoder beside it; raises `ArtifactError`."""
     with ExitStack() as stack:
         for each in ways:

@@ -17,7 +17,6 @@ from piecework.errors import CaptureError
 from piecework.integrations.transformers import probe, whole_way
 from piecework.integrations.transformers import settings as reading
 from piecework.integrations.transformers.request.cache_state import layers_of, take_apart
-from piecework.integrations.transformers.whole_forward import CallKind, Habits, WholeForward
 from piecework.runtime import torch_compat
 from piecework.runtime.config.compilation import CompilationConfig
 
@@ -63,7 +62,7 @@ def _admitted(
             for given in _generations(model, decoder):
                 kind, own = way.call_of(given).kind, way.own_result(given)
                 cache_name, held = way.habits.cache_name, whole_way.held_names(own[1])
-                run = WholeForward(decoder, way.forward, kind, cache_name, held)
+                run = whole_way.WholeForward(decoder, way.forward, kind, cache_name, held)
                 way.require_same(run, given, own, compiled=False)
         if torch_compat.compiler_off() is None:
             with probe.as_refusal(decoder, "compiled whole"):
@@ -73,7 +72,7 @@ def _admitted(
 
 def _compile(way: whole_way.WholeWay, calls: Sequence[Given]) -> None:
     """Compile for the first call of each kind, which must serve the others without a trace of each."""
-    seen: Counter[CallKind] = Counter()
+    seen: Counter[whole_way.CallKind] = Counter()
     for given in calls:
         kind = way.call_of(given).kind
         if way.is_left(kind):
@@ -134,7 +133,7 @@ def _generations(model: nn.Module, decoder: nn.Module) -> list[Given]:
     return calls
 
 
-def _habits(decoder: nn.Module, calls: Sequence[Given]) -> Habits:
+def _habits(decoder: nn.Module, calls: Sequence[Given]) -> whole_way.Habits:
     """What the calls, and the output of the first, show."""
     accepted = inspect.signature(decoder.forward).parameters
     first = copy.deepcopy(calls[0])
@@ -152,14 +151,14 @@ def _habits(decoder: nn.Module, calls: Sequence[Given]) -> Habits:
         )
     if not made:
         name = "past_key_values" if "past_key_values" in accepted else None
-        return Habits(name, False, frozenset(), type(output))
+        return whole_way.Habits(name, False, frozenset(), type(output))
     (name,) = made
     take_apart(output[name], frozenset())  # refuses what it can't
     held = [_numbers(call.get(name)) for call in calls]
     # From the second call on: in the first there may be nothing yet.
     counts = {what for what, _ in set().union(*(each ^ held[1] for each in held[1:_STEPS]))}
     is_pair = isinstance(output[name], EncoderDecoderCache)
-    return Habits(name, True, frozenset(counts), type(output), is_pair)
+    return whole_way.Habits(name, True, frozenset(counts), type(output), is_pair)
 
 
 def _refused(why: str, decoder: nn.Module) -> CaptureError:

@@ -7,25 +7,27 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 
 from piecework.errors import CaptureError, InputError, PieceworkError, UsageError
 from piecework.integrations.transformers import settings as reading
-from piecework.integrations.transformers import whole_forward
 from piecework.integrations.transformers.probe import HINT, Forward, require_same
-from piecework.integrations.transformers.request.cache_state import layers_of, take_apart
-from piecework.integrations.transformers.way import ENCODER, Way
+from piecework.integrations.transformers.request import cache_state
+from piecework.integrations.transformers.way import ENCODER, TracedForward, Way
 from piecework.runtime import torch_compat
 from piecework.runtime.artifact.model import Artifact
 from piecework.runtime.compile import compile_with_mode
 from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.stitched import StitchedModule
+from piecework.runtime.trace.dynamic_dims import Marks
+from piecework.runtime.trace.sizes import AllDimensions
 
 _log = logging.getLogger(__name__)
 
@@ -38,23 +40,125 @@ MAX_KINDS = 32
 _SETTLED = ("use_cache", *reading.INERT, *reading.RECORDED)
 
 
+Fields = dict[str, object]
+Held = list[dict[str, object]]
+#: Arguments of a call: tensors by name, and tables of them, such as a mask for each type of layer.
+Given = dict[str, torch.Tensor | dict[str, torch.Tensor | None]]
+#: Dtype and number of dimensions of a tensor; of a table those of its entries, by their keys.
+Form = tuple[torch.dtype, int] | tuple[tuple[str, tuple[torch.dtype, int] | None], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CallKind:
+    """What calls have in common that traces which differ in sizes alone can serve."""
+
+    tensors: tuple[tuple[str, Form], ...]
+    flags: tuple[tuple[str, object], ...]  # the other arguments
+    cache: cache_state.CacheForm | None
+    one: tuple[bool, bool]  # one sequence, one token of each: such have traces of their own
+    implementation: str  # the attention function's name
+
+    def describe(self) -> str:
+        """In words, for reports."""
+        names = ", ".join(name for name, _ in self.tensors)
+        rows = "one sequence" if self.one[0] else "sequences"
+        tokens = "one token each" if self.one[1] else "tokens"
+        cache = "no cache" if self.cache is None else self.cache.kind.__name__
+        empty = "" if self.cache is None or self.cache.is_filled else ", empty"
+        return f"{rows} of {tokens}, {cache}{empty}: {names}"
+
+    @property
+    def is_step(self) -> bool:
+        """Whether a call is one more token of sequences whose past is in a cache."""
+        return self.one[1] and self.cache is not None and self.cache.is_filled
+
+
+@dataclass(frozen=True, slots=True)
+class Habits:
+    """What running a decoder showed."""
+
+    cache_name: str | None  # the argument and field that a KV cache is, if it takes one
+    makes_cache: bool  # where none is given
+    counts: frozenset[str]  # attributes of the cache's layers, integers that grow
+    output_class: type
+    is_pair: bool = False  # the cache is one of an encoder-decoder
+
+
+@dataclass(slots=True)
+class WholeCall:
+    """One forward: its kind, its tensors by name, and its cache, taken apart."""
+
+    kind: CallKind
+    tensors: Given
+    cache: Cache | None
+    taken: cache_state.TakenApart | None
+
+    def run(self, run: Forward, habits: Habits) -> Fields:
+        """The output's fields, the cache among them if it is one."""
+        leaves = [] if self.taken is None else self.taken.leaves
+        fields, returned, held = run(self.tensors, leaves)  # type: ignore[misc]
+        if self.cache is not None and self.taken is not None:
+            cache_state.put_back(self.cache, self.taken, held)
+        if returned and habits.cache_name is not None:
+            fields[habits.cache_name] = self.cache
+        return fields
+
+
+class WholeForward(TracedForward):
+    """The decoder's forward for one kind of call; ``held``: what the cache's layers have then."""
+
+    def __init__(
+        self,
+        decoder: nn.Module,
+        forward: Forward,
+        kind: CallKind,
+        cache_name: str | None,
+        held: Sequence[str],
+    ) -> None:
+        super().__init__(decoder, forward)
+        self._flags = dict(kind.flags)
+        self._form = kind.cache
+        self._cache_name = cache_name
+        self.held = tuple(held)
+
+    def forward(self, given: Given, leaves: Sequence[torch.Tensor]) -> tuple[Fields, bool, Held]:
+        """The output's fields beside its cache, whether that is one of them, and what it holds."""
+        arguments = {**given, **self._flags}
+        cache = None
+        if self._form is not None:
+            cache = cache_state.rebuilt(self._form, leaves)
+            arguments[self._cache_name] = cache
+        fields = {}
+        returned = False
+        for name, value in self.output(**arguments).items():
+            if cache is not None and value is cache:
+                returned = True
+            else:
+                fields[name] = value
+        return fields, returned, [] if cache is None else cache_state.held_by(cache, self.held)
+
+
+class CallDimensions(AllDimensions):
+    """Every size of a call may differ, and has a number behind it in a trace."""
+
+    def every_size(self, args: Sequence[object], kwargs: Mapping[str, object]) -> Marks:
+        return []
+
+    def batch_alone(self, args: Sequence[object], kwargs: Mapping[str, object]) -> None:
+        return None  # with the batch alone dynamic, each length would be compiled anew
+
+
 class WholeWay(Way):
     """A decoder served whole, and the encoder beside it; ``habits``: what running it showed."""
 
     name = "whole"
 
     def __init__(
-        self,
-        model: nn.Module,
-        decoder: nn.Module,
-        config: CompilationConfig | None,
-        habits: whole_forward.Habits,
+        self, model: nn.Module, decoder: nn.Module, config: CompilationConfig | None, habits: Habits
     ) -> None:
         super().__init__(model, decoder, config)
         self.habits = habits
-        self._kinds: dict[whole_forward.CallKind, StitchedModule | str] = {}
-
-    # --- calls -----------------------------------------------------------------------------------
+        self._kinds: dict[CallKind, StitchedModule | str] = {}
 
     def serve(self, given: Mapping[str, object]) -> object:
         """One forward, its arguments by name; raises `InputError` for what can't be served."""
@@ -83,11 +187,11 @@ class WholeWay(Way):
 
     def call_of(
         self, given: Mapping[str, object], settings: reading.Settings | None = None
-    ) -> whole_forward.WholeCall:
+    ) -> WholeCall:
         """What ``given`` asks for; raises `InputError` where that can't be served."""
         settings = settings or self.settings.now()
         cache_name = self.habits.cache_name
-        tensors: whole_forward.Given = {}
+        tensors: Given = {}
         flags: dict[str, bool] = {}
         strange = []
         for name, value in sorted(given.items()):
@@ -122,21 +226,17 @@ class WholeWay(Way):
                 where="past_key_values",
                 hint="pass a DynamicCache",
             )
-        taken = None if cache is None else take_apart(cache, self.habits.counts)  # type: ignore[arg-type]
-        kind = whole_forward.CallKind(
+        taken = None if cache is None else cache_state.take_apart(cache, self.habits.counts)  # type: ignore[arg-type]
+        kind = CallKind(
             tensors=tuple((name, _form(each)) for name, each in tensors.items()),
             flags=tuple(sorted(flags.items())),
             cache=None if taken is None else taken.form,
             one=(tokens.shape[0] == 1, tokens.shape[1] == 1),
             implementation=settings.implementation,
         )
-        return whole_forward.WholeCall(kind, tensors, cache, taken)  # type: ignore[arg-type]
+        return WholeCall(kind, tensors, cache, taken)  # type: ignore[arg-type]
 
-    # --- kinds of calls --------------------------------------------------------------------------
-
-    def _stitched(
-        self, call: whole_forward.WholeCall, given: Mapping[str, object]
-    ) -> StitchedModule | str:
+    def _stitched(self, call: WholeCall, given: Mapping[str, object]) -> StitchedModule | str:
         """What serves calls of this kind from now on, or why the model's own forward does."""
         switch = torch_compat.compiler_off()
         if switch is not None:
@@ -153,24 +253,24 @@ class WholeWay(Way):
                     self.leave(call.kind, error.message)
             return self._kinds[call.kind]
 
-    def leave(self, kind: whole_forward.CallKind, why: str) -> None:
+    def leave(self, kind: CallKind, why: str) -> None:
         """Let the model's own forward serve calls of ``kind`` from now on."""
         name = type(self.decoder).__name__
         _log.warning("%s runs as it is for %s: %s", name, kind.describe(), why)
         self._kinds[kind] = why
 
-    def is_left(self, kind: whole_forward.CallKind) -> bool:
+    def is_left(self, kind: CallKind) -> bool:
         """Whether calls of ``kind``, or others of one token, or of several as these, are unrolled."""
         return any(
             why == UNROLLED and each.one[1] == kind.one[1] for each, why in self._kinds.items()
         )
 
-    def serving(self, kind: whole_forward.CallKind) -> StitchedModule | None:
+    def serving(self, kind: CallKind) -> StitchedModule | None:
         """What was compiled for ``kind``."""
         made = self._kinds.get(kind)
         return None if isinstance(made, str) else made
 
-    def compile(self, kind: whole_forward.CallKind, given: Mapping[str, object]) -> StitchedModule:
+    def compile(self, kind: CallKind, given: Mapping[str, object]) -> StitchedModule:
         """Compile for calls of ``kind``, of which ``given`` is one; raises `CaptureError` where that
         can't be, or gives another result than the model's own.
         """
@@ -180,14 +280,14 @@ class WholeWay(Way):
         self._kinds[kind] = stitched
         return stitched
 
-    def _module_for(self, kind: whole_forward.CallKind, held: tuple[str, ...]) -> StitchedModule:
+    def _module_for(self, kind: CallKind, held: tuple[str, ...]) -> StitchedModule:
         """The forward for calls of ``kind``, stitched at its first call, or by an artifact."""
         # The class's name labels the model in the emitted banner and in the report.
-        named = type(type(self.decoder).__name__, (whole_forward.WholeForward,), {})
+        named = type(type(self.decoder).__name__, (WholeForward,), {})
         return compile_with_mode(
             named(self.decoder, self.forward, kind, self.habits.cache_name, held),
             config=self.config,
-            sizes=whole_forward.CallDimensions(),
+            sizes=CallDimensions(),
             kept=self.kept,
             deferred=True,
         )
@@ -221,7 +321,7 @@ class WholeWay(Way):
         require_same(fields, expected, compiled=compiled)
         if call.cache is not None:
             mine, own_cache = (
-                take_apart(each, self.habits.counts) for each in (call.cache, theirs)  # type: ignore[arg-type]
+                cache_state.take_apart(each, self.habits.counts) for each in (call.cache, theirs)  # type: ignore[arg-type]
             )
             if mine.form != own_cache.form:
                 self._refuse("compiled whole, it leaves a cache of another form")
@@ -230,8 +330,6 @@ class WholeWay(Way):
 
     def _refuse(self, why: str) -> None:
         raise CaptureError(why, where=type(self.decoder).__name__, hint=HINT)
-
-    # --- what is there ---------------------------------------------------------------------------
 
     def entry(self, name: str) -> StitchedModule:
         """The first kind of call that was compiled; for ``decode`` of one token with a past."""
@@ -263,8 +361,6 @@ class WholeWay(Way):
                     name = f"{of}{kind.describe()}"
                     found[name if name not in found else f"{name} ({len(found)})"] = made
         return found
-
-    # --- artifacts -------------------------------------------------------------------------------
 
     def kept_modules(self) -> list[StitchedModule]:
         return [made for made in self._kinds.values() if not isinstance(made, str)]
@@ -302,7 +398,7 @@ class WholeWay(Way):
 
 def held_names(cache: object) -> tuple[str, ...]:
     """The attributes that the layers of a cache have."""
-    return tuple(sorted({name for layer in layers_of(cache) for name in vars(layer)}))
+    return tuple(sorted({name for layer in cache_state.layers_of(cache) for name in vars(layer)}))
 
 
 def encoder_of(model: nn.Module, decoder: nn.Module) -> nn.Module | None:
@@ -318,7 +414,7 @@ def _is_table(value: Mapping[object, object]) -> bool:
     )
 
 
-def _form(value: torch.Tensor | Mapping[str, torch.Tensor | None]) -> whole_forward.Form:
+def _form(value: torch.Tensor | Mapping[str, torch.Tensor | None]) -> Form:
     if isinstance(value, torch.Tensor):
         return value.dtype, value.ndim
     return tuple((key, None if each is None else _form(each)) for key, each in value.items())

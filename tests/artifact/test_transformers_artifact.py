@@ -140,7 +140,7 @@ def test_one_line_loads_what_fits_and_compiles_and_saves_what_does_not(
 
 
 def test_static_graphs_are_captured_of_a_loaded_model(artifact: Path) -> None:
-    from piecework.integrations.transformers.request.dry import dry_request
+    from piecework.integrations.transformers.request.state import dry_request
 
     model = build(seed=5)
     expected = tokens_of(model, 2, 5)

@@ -26,7 +26,7 @@ import piecework
 from piecework.errors import ArtifactError
 from piecework.examples import engine
 from piecework.integrations.transformers import how_served, stitch, stitched_module, unstitch
-from piecework.integrations.transformers.request.dry import dry_request
+from piecework.integrations.transformers.request.state import dry_request
 from piecework.runtime import torch_compat
 
 pytestmark = [pytest.mark.gpu, needs_device]

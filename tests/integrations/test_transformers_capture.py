@@ -11,7 +11,7 @@ from small_llms import build
 
 from piecework.errors import BindError, ConfigError, StaticGraphError
 from piecework.integrations.transformers import stitch, stitched_module, unstitch
-from piecework.integrations.transformers.request.dry import dry_request
+from piecework.integrations.transformers.request.state import dry_request
 from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.counters import counters
 from piecework.runtime.graphs.serve.report import MeasuredSize

@@ -16,8 +16,11 @@ from small_llms import build as built
 
 from piecework.errors import InputError, PieceworkError, UsageError
 from piecework.integrations.transformers import stitch, stitched_module, unstitch
-from piecework.integrations.transformers.request.dry import dry_request
-from piecework.integrations.transformers.request.state import STATE_KEY, request_context
+from piecework.integrations.transformers.request.state import (
+    STATE_KEY,
+    dry_request,
+    request_context,
+)
 from piecework.runtime.batch.descriptor import BatchKind
 from piecework.runtime.batch.forward_context import (
     ForwardContext,

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from piecework.integrations.transformers.request.static_mask import StaticMasks
+from piecework.integrations.transformers.request.step import StaticMasks
 
 transformers = pytest.importorskip("transformers")
 

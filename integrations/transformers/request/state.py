@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import Enum
 
@@ -11,20 +12,21 @@ import torch
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from piecework.errors import CaptureError, InputError
+from piecework.errors import CaptureError, InputError, StaticGraphError
 from piecework.integrations.transformers.request.step import Step
-from piecework.runtime.batch.descriptor import PLAIN
+from piecework.runtime.batch.descriptor import PLAIN, BatchDescriptor
 from piecework.runtime.batch.forward_context import (
     ForwardContext,
     ForwardScope,
     current_forward_context,
     get_forward_context,
     override_forward_context,
+    set_forward_context,
 )
 from piecework.runtime.batch.mode import CUDAGraphMode
 
 STATE_KEY = "piecework.integrations.transformers"
-_DRY = f"{STATE_KEY}.request.dry.dry_request"
+_DRY = f"{STATE_KEY}.request.state.dry_request"
 
 Masks = torch.Tensor | Mapping[str, torch.Tensor | None] | None
 AttentionFunction = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
@@ -182,3 +184,53 @@ def _eager_attention_of(module: torch.nn.Module) -> AttentionFunction:
         where=type(module).__name__,
         hint="load the model with attn_implementation='sdpa'",
     )
+
+
+@contextmanager
+def dry_request(
+    mode: CUDAGraphMode, descriptor: BatchDescriptor
+) -> Iterator[ForwardContext | None]:
+    """The context of a run on dummy tokens; the ``context_for`` of a capture.
+
+    Example:
+        >>> stitched_module(model).capture([1, 2, 4], context_for=dry_request, pad=True)
+        >>> model.generate(ids)  # decoding steps replay
+
+    Raises:
+        StaticGraphError: the mode is FULL: the graph would hold the attention of the dummy request.
+    """
+    if mode is CUDAGraphMode.FULL:
+        raise StaticGraphError(
+            "a full graph would freeze the attention of a dummy request",
+            where=descriptor.describe(),
+            hint="capture in mode PIECEWISE, or decode steps of static caches by "
+            "stitch(model, capture=..., max_cache_len=...)",
+        )
+    state = RequestState(
+        layers=_EveryLayer(),
+        batch=1,
+        tokens=descriptor.num_tokens,
+        implementation=_no_attention,
+        masks=None,
+        cache=None,
+        position_ids=torch.zeros(1, descriptor.num_tokens, dtype=torch.long),
+        paged={},
+    )
+    scope = set_forward_context(cudagraph_runtime_mode=mode, batch_descriptor=descriptor)
+    with scope as context, request_context(state):
+        yield context
+
+
+class _EveryLayer(dict[str, AttentionLayer]):
+    """Any layer's name, with nothing behind it."""
+
+    def __missing__(self, name: str) -> AttentionLayer:
+        return AttentionLayer(name, torch.nn.Identity(), 0, None, frozenset())
+
+
+def _no_attention(
+    module: object, query: torch.Tensor, key: object, value: torch.Tensor, *_: object, **__: object
+) -> tuple[torch.Tensor, None]:
+    """Zeros of the result's shape: [batch, tokens, heads, value dim]."""
+    batch, heads, tokens, _dim = query.shape
+    return query.new_zeros(batch, tokens, heads, value.shape[3]), None

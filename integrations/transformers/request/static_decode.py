@@ -24,7 +24,7 @@ from piecework.errors import InputError, StaticGraphError
 from piecework.integrations.transformers.request import state as states
 from piecework.integrations.transformers.request import step as steps
 from piecework.integrations.transformers.request.attention import attention
-from piecework.integrations.transformers.request.dry import dry_request
+from piecework.integrations.transformers.request.state import dry_request
 from piecework.runtime import torch_compat
 from piecework.runtime.batch.descriptor import BatchDescriptor
 from piecework.runtime.batch.forward_context import (
@@ -247,8 +247,6 @@ class StaticStep:
                 where="past_key_values",
                 hint="make it with a larger max_cache_len",
             )
-
-    # --- whose memory it is -----------------------------------------------------------------------
 
     def holds(self, cache: StaticCache, batch: int) -> bool:
         """Whether a cache that was moved in still lies here, and has so many sequences."""
