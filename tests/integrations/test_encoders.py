@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import piecework
-from piecework.errors import InputError, UsageError
+from piecework.errors import UsageError
 from piecework.integrations.encoders.arguments import SIZES, padding_mask
 from piecework.integrations.loading import load_model
 from piecework.integrations.protocol import LoadedModel, compare
@@ -122,34 +122,6 @@ def test_masks_of_ones_and_others_take_turns_without_a_trace_for_each(tmp_path: 
         hidden = want.last_hidden_state - model.module(given["input_ids"]).last_hidden_state  # type: ignore[operator]
         assert bool(mask.all()) == (hidden.abs().max() < 1e-4), "these masks tell nothing"
     assert len(stitched.traces) == traces
-
-
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-def test_another_attention_by_the_models_name_is_noticed_where_torch_notices(
-    implementation: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Eager attention is what a modeling file falls back to: torch guards no key that a table lacks, and stays as it was traced."""
-    model = transformers.BertModel(
-        transformers.BertConfig(**TEXT, attn_implementation=implementation)
-    )
-    ids = torch.randint(1, 60, (2, 5))
-    attention = transformers.AttentionInterface
-    stitched = piecework.compile(model.eval(), (ids,), config=EAGER)
-    stock = torch.compile(model, backend="eager")
-
-    def other(_module: object, _query: object, _key: object, value: torch.Tensor, *_: object, **__: object):  # type: ignore[no-untyped-def]  # fmt: skip
-        return value.transpose(1, 2).contiguous(), None
-
-    with torch.no_grad():
-        before = stock(ids)[0]
-        monkeypatch.setitem(attention._global_mapping, "elsewhere", other)
-        torch.testing.assert_close(stitched(ids)[0], before)
-        monkeypatch.setitem(attention._global_mapping, implementation, other)
-        if torch.equal(stock(ids)[0], before):
-            torch.testing.assert_close(stitched(ids)[0], before)
-        else:
-            with pytest.raises(InputError, match="traced"):
-                stitched(ids)
 
 
 def test_captured_by_its_batch(tmp_path: Path) -> None:

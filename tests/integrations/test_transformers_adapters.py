@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -136,34 +136,6 @@ def test_a_rank_above_the_prepared_one_is_refused(
     check(model, eager(larger))
     stitch(model.get_base_model(), config=EAGER_PIECES, capture=SIZES)
     check(model, eager(larger))
-
-
-CHANGES = 4
-
-
-def changes(peft: Any, model: Any, other: Path) -> Iterator[tuple[Callable[[], Any], str]]:
-    """What PEFT can do to a model with an adapter, each with what a call says then."""
-    base = model.get_base_model()
-    yield lambda: model.load_adapter(str(other), "other"), "had the keys|_modules"
-    yield lambda: model.set_adapter("other"), "_active_adapter|_modules"
-    yield lambda: model.merge_adapter(), "merged_adapters had 0 items|_modules"
-    layer = next(each for each in base.modules() if isinstance(each, peft.tuners.lora.Linear))
-    yield lambda: layer.enable_adapters(False), "_disable_adapters was False"
-
-
-@pytest.mark.nightly
-def test_what_else_becomes_of_an_adapter_is_noticed(peft: Any, saved: Saved, served: Any) -> None:
-    first, other = saved(1), saved(2)
-    for number in range(CHANGES):
-        model = served(first, sizes=[2])
-        waiting = list(changes(peft, model, other))
-        assert len(waiting) == CHANGES
-        if number == 1:
-            waiting[0][0]()
-        change, said = waiting[number]
-        change()
-        with pytest.raises(InputError, match=said):
-            generated(model, 2)
 
 
 @pytest.mark.nightly

@@ -13,13 +13,7 @@ from torch import nn
 from piecework.bench.lists.generation import Family, encoder_decoders, try_family
 from piecework.bench.lists.trial import Options
 from piecework.errors import CaptureError, InputError
-from piecework.integrations.transformers import (
-    how_served,
-    load,
-    save,
-    stitch,
-    stitched_module,
-)
+from piecework.integrations.transformers import how_served, load, save, stitch, stitched_module
 from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.counters import counters
 

@@ -362,16 +362,3 @@ def test_what_an_engine_says_of_the_batch_reaches_the_dispatcher() -> None:
     with override_forward_context(kept), request_context("a request"):
         inner = get_forward_context()
         assert inner == replace(kept, state={"mine": 1, STATE_KEY: "a request"})
-
-
-def test_models_of_other_classes_may_be_made_later() -> None:
-    """transformers notes in one table what each of its classes can record."""
-    model = stitch(build("llama"), config=EAGER_PIECES)
-    ids = torch.randint(1, 30, (1, 5))
-    with torch.no_grad():
-        before = model(ids).logits
-        other = transformers.GPTNeoXConfig(
-            vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2
-        )
-        transformers.GPTNeoXForCausalLM(other)
-        assert torch.equal(model(ids).logits, before)

@@ -257,10 +257,7 @@ def test_the_command_serves_what_compile_made(folder: Path) -> None:
     kept = {path: path.stat().st_mtime_ns for path in made.rglob("*")}
     command = [sys.executable, "-m", "piecework", "serve", str(made), "--port", "0"]
     with subprocess.Popen(
-        [*command, "--name", NAME],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
+        [*command, "--name", NAME], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:
         try:
             lines = iter(process.stdout.readline, "")

@@ -71,11 +71,7 @@ class Request:
     """A request in both models, a static cache each."""
 
     def __init__(
-        self,
-        models: Models,
-        ids: torch.Tensor = IDS[:3],
-        length: int = 24,
-        **given: object,
+        self, models: Models, ids: torch.Tensor = IDS[:3], length: int = 24, **given: object
     ) -> None:
         self.eager, self.ours = models
         self.theirs, self.mine = static(self.eager, length), static(self.ours, length)
@@ -128,25 +124,6 @@ def test_left_padding_and_masks_of_the_callers(models: Models) -> None:
     mask[1, :, :, 2] = -torch.inf
     request.steps(1, attention_mask=mask)
     assert full_steps(models[1]) == 5 + 1
-
-
-@pytest.mark.parametrize(
-    "how",
-    [
-        {"num_beams": 2, "do_sample": False},
-        {"num_beams": 2, "do_sample": True},
-        {"do_sample": True},
-    ],
-    ids=["beams", "sampled beams", "sampled"],
-)
-def test_ways_to_generate(models: Models, how: dict[str, object]) -> None:
-    found = []
-    for model in models:
-        torch.manual_seed(3)
-        how = {**how, "max_new_tokens": 6, "cache_implementation": "static"}
-        found.append(model.generate(IDS[:2], **how))
-    assert torch.equal(*found)
-    assert full_steps(models[1]) == 5
 
 
 def test_one_cache_at_a_time_is_in_the_graphs(models: Models) -> None:

@@ -12,13 +12,7 @@ from torch import nn
 
 from piecework.bench.lists.generation import Family, causal_lms, try_family
 from piecework.bench.lists.trial import Options
-from piecework.errors import (
-    CaptureError,
-    ConfigError,
-    InputError,
-    StaticGraphError,
-    UsageError,
-)
+from piecework.errors import CaptureError, ConfigError, InputError, StaticGraphError, UsageError
 from piecework.integrations.transformers import how_served, stitch, stitched_module, unstitch
 from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.counters import counters
@@ -152,19 +146,6 @@ def test_a_mask_for_each_type_of_layer() -> None:
 
 
 # --- caches ------------------------------------------------------------------------------------------
-
-
-def test_a_cache_that_two_generations_share(pair: Pair) -> None:
-    first = pair.generate(IDS[:2])
-    longer = torch.cat([first.sequences, IDS[:2, :3]], dim=1)
-    past = pair.eager.generate(
-        IDS[:2], attention_mask=torch.ones_like(IDS[:2]), max_new_tokens=5, do_sample=False,
-        return_dict_in_generate=True,
-    ).past_key_values  # fmt: skip
-    given = {"attention_mask": torch.ones_like(longer), "max_new_tokens": 3, "do_sample": False}
-    want = pair.eager.generate(longer, past_key_values=past, **given)
-    got = pair.stitched.generate(longer, past_key_values=first.past_key_values, **given)
-    assert torch.equal(got, want)
 
 
 CHANGES = {

@@ -53,11 +53,7 @@ def stand_in_graphs() -> Counter[str]:
 
     class StandIn:
         def __init__(
-            self,
-            runnable: Any,
-            vllm_config: Any,
-            runtime_mode: Any,
-            cudagraph_options: Any = None,
+            self, runnable: Any, vllm_config: Any, runtime_mode: Any, cudagraph_options: Any = None
         ) -> None:
             self.runnable, self.mode, self.options = runnable, runtime_mode, cudagraph_options
             self.captured: dict[Any, Any] = {}
@@ -190,7 +186,6 @@ def run(what: dict[str, Any]) -> dict[str, Any]:
         "counters": {name: value for name, value in vars(compilation_counter).items() if value},
         "graphs": dict(graphs or {}),
         "ranks": llm.collective_rpc(of_a_rank) if what.get("ranks") else [],
-        **measured(llm, what.get("measure", [])),
     }
 
 
@@ -204,35 +199,6 @@ def of_a_rank(worker: Any) -> dict[str, Any]:
         "reports": {name: str(report) for name, report in reports(worker).items()},
         "counters": {name: value for name, value in vars(compilation_counter).items() if value},
     }
-
-
-def measured(llm: Any, sizes: list[int]) -> dict[str, Any]:
-    """Milliseconds of a decode step's forward for each batch size: the median, and the fastest tenth."""
-    if not sizes:
-        return {}
-    from vllm import SamplingParams
-
-    core = llm.llm_engine.engine_core.engine_core
-    runner = core.model_executor.driver_worker.worker.model_runner
-    forward, log = runner._model_forward, []
-
-    def timed(*args: Any, **kwargs: Any) -> Any:
-        start = time.perf_counter()
-        result = forward(*args, **kwargs)
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        log.append((0 if ids is None else len(ids), time.perf_counter() - start))
-        return result
-
-    runner._model_forward = timed
-    options = SamplingParams(max_tokens=150, temperature=0, detokenize=False, ignore_eos=True)
-    found = {}
-    for size in sizes:
-        log.clear()
-        llm.generate([prompt(i, 4) for i in range(size)], options, use_tqdm=False)
-        each = sorted(1e3 * seconds for rows, seconds in log if rows == size)
-        found[str(size)] = [each[len(each) // 2], each[len(each) // 10]]
-    runner._model_forward = forward
-    return {"forward ms": found}
 
 
 if os.environ.get("RANKS_DIFFER"):  # each rank is a process that imports this file

@@ -84,13 +84,6 @@ def test_a_killed_start_and_two_at_once(engine, tmp_path, eager):
     assert after["counters"] == {"num_models_seen": 1, "num_aot_artifacts_loaded": 1}
 
 
-def test_by_the_environment(engine, cache, eager):
-    found = engine(cache=cache, environ={"VLLM_PIECEWORK": "1", "VLLM_USE_AOT_COMPILE": "0"})
-    same(found, eager)
-    assert found["backend"] == "piecework"
-    assert found["counters"].get("num_inductor_compiles", 0) == 0  # one cache for both ways
-
-
 def test_static_graphs_of_the_engines_own_wrapper(engine, tmp_path, eager):
     """Each captured size is replayed, from the addresses that it was captured with."""
     sizes = [1, 2, 4, 8, 16, 32]

@@ -46,10 +46,7 @@ def test_the_users_own_word_on_custom_ops_holds(checkpoint):
 
 @pytest.mark.parametrize(
     ("compilation", "said"),
-    [
-        ({"mode": 1}, "mode 1"),
-        ({"use_inductor_graph_partition": True}, "cuts the graph itself"),
-    ],
+    [({"mode": 1}, "mode 1"), ({"use_inductor_graph_partition": True}, "cuts the graph itself")],
 )
 def test_what_can_not_be_is_refused(checkpoint, compilation, said):
     with pytest.raises(ConfigError, match=said):
