@@ -6,20 +6,14 @@ It knows arguments by name, and no class; whether a call runs is for the caller 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 
-from piecework.integrations.encoders.arguments import (
-    SEED,
-    TOKENS,
-    Size,
-    Ways,
-    named_arguments,
-    padding_mask,
-)
+from piecework.integrations.encoders.arguments import SEED, TOKENS, Size, Ways, padding_mask
+from piecework.integrations.protocol import Call
 
 _STEPS = 1000  # of the noise schedule
 _SIDE = 16  # of latents, where a config says none
@@ -43,7 +37,12 @@ def candidates(model: torch.nn.Module) -> Iterator[Ways]:
     if not getattr(model.config, "guidance_embeds", False):
         names = [name for name in names if name != "guidance"]
     for layout in ("image", "patches", "video", "frames"):
-        yield partial(named_arguments, partial(_Arguments, model.config, layout), names)
+        yield partial(_call, model.config, layout, names)
+
+
+def _call(config: Any, layout: str, names: Sequence[str], size: Size) -> Call:
+    made = _Arguments(config, layout, size)
+    return (), {name: getattr(made, name)() for name in names}
 
 
 class _Arguments:

@@ -94,104 +94,100 @@ def candidates(model: torch.nn.Module) -> Iterator[Ways]:
             pair = getattr(model.config, "is_encoder_decoder", False)
             if pair and "decoder_input_ids" in parameters:
                 chosen.append("decoder_input_ids")
-            if all(hasattr(_Arguments, name) for name in chosen):
-                make = partial(_Arguments, model.config, image, sound)
-                yield partial(named_arguments, make, list(dict.fromkeys(chosen)))
+            if all(name in ARGUMENTS for name in chosen):
+                yield partial(_call, model.config, image, sound, list(dict.fromkeys(chosen)))
 
 
 _MAIN = ("input_ids", "pixel_values", "bbox", "input_features", "input_values")
 
 
-def named_arguments(make: Callable[[Size], object], names: Sequence[str], size: Size) -> Call:
-    """The call of a size by keyword arguments, each made by what ``make`` has of its name."""
-    made = make(size)
-    return (), {name: getattr(made, name)() for name in names}
+def _call(config: Any, image: int | None, sound: int, names: Sequence[str], size: Size) -> Call:
+    """The call of a size, by keyword."""
+    made = _Sizes(config, image, sound, size)
+    return (), {name: ARGUMENTS[name](made) for name in names}
 
 
-class _Arguments:
-    """Makes each argument by its name; fewer rows are the first of more."""
+class _Sizes:
+    """How large arguments are; fewer rows are the first of more."""
 
     def __init__(self, config: Any, image: int | None, sound: int, size: Size) -> None:
-        self._config, self._size = config, size
-        self._text = getattr(config, "text_config", config)
-        self._vision = getattr(config, "vision_config", config)
-        self._audio = getattr(config, "audio_config", config)
-        side = getattr(self._vision, "image_size", None) or 32
+        self.config, self.rows, self.tokens, self.size = config, size.rows, size.tokens, size
+        self.vision = getattr(config, "vision_config", config)
+        self.audio = getattr(config, "audio_config", config)
+        text = getattr(config, "text_config", config)
+        self._most = min(VOCABULARY, int(getattr(text, "vocab_size", None) or VOCABULARY))
+        side = getattr(self.vision, "image_size", None) or 32
         if isinstance(side, dict):
             side = side.get("height", side.get("shortest_edge", 32))
-        self._image = image or int(side[0] if isinstance(side, (list, tuple)) else side)
-        self._sound = sound * max(1, size.tokens // TOKENS)
+        side = image or int(side[0] if isinstance(side, (list, tuple)) else side)
+        self.image = (side, side)
+        self.sound = sound * max(1, size.tokens // TOKENS)
 
-    def _number(self, name: str, default: int) -> int:
-        return int(getattr(self._config, name, None) or default)
+    def number(self, name: str, default: int) -> int:
+        return int(getattr(self.config, name, None) or default)
 
-    def _drawn(self, *shape: int) -> torch.Tensor:
+    def drawn(self, *shape: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(SEED)
-        return torch.randn(_ROWS, *shape, generator=generator)[: self._size.rows]
+        return torch.randn(_ROWS, *shape, generator=generator)[: self.rows]
 
-    def _tokens(self, length: int) -> torch.Tensor:
+    def ids(self, length: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(SEED)
-        most = min(VOCABULARY, int(getattr(self._text, "vocab_size", None) or VOCABULARY))
-        return torch.randint(3, most, (_ROWS, length), generator=generator)[: self._size.rows]
+        return torch.randint(3, self._most, (_ROWS, length), generator=generator)[: self.rows]
 
-    def input_ids(self) -> torch.Tensor:
-        return self._tokens(self._size.tokens)
 
-    inputs = input_ids
+def _bbox(of: _Sizes) -> torch.Tensor:
+    most = min(100, of.number("max_2d_position_embeddings", 100))
+    corner = of.ids(of.tokens * 2).unflatten(1, (-1, 2)) % (most // 2)
+    return torch.cat([corner, corner + most // 3], dim=-1)
 
-    def decoder_input_ids(self) -> torch.Tensor:
-        return self._tokens(self._size.tokens // 2)
 
-    def attention_mask(self) -> torch.Tensor:
-        return padding_mask(self._size)
+def _pixel_values(of: _Sizes) -> torch.Tensor:
+    channels = int(getattr(of.vision, "num_channels", None) or 3)
+    frames = of.number("num_frames", 0) or of.number("frames_per_clip", 0)
+    return of.drawn(*[frames] * bool(frames), channels, *of.image)
 
-    def bbox(self) -> torch.Tensor:
-        most = min(100, self._number("max_2d_position_embeddings", 100))
-        corner = self._tokens(self._size.tokens * 2).unflatten(1, (-1, 2)) % (most // 2)
-        return torch.cat([corner, corner + most // 3], dim=-1)
 
-    def pixel_values(self) -> torch.Tensor:
-        channels = int(getattr(self._vision, "num_channels", None) or 3)
-        frames = self._number("num_frames", 0) or self._number("frames_per_clip", 0)
-        return self._drawn(*[frames] * bool(frames), channels, self._image, self._image)
+def _input_values(of: _Sizes) -> torch.Tensor:
+    bins = of.number("num_mel_bins", 0)
+    if bins and hasattr(of.config, "max_length"):
+        return of.drawn(int(of.config.max_length), bins)
+    return of.drawn(of.sound)
 
-    def pixel_values_videos(self) -> torch.Tensor:
-        return self._drawn(self._number("frames_per_clip", 4), 3, self._image, self._image)
 
-    def pixel_mask(self) -> torch.Tensor:
-        return torch.ones(self._size.rows, self._image, self._image, dtype=torch.long)
+def _input_features(of: _Sizes) -> torch.Tensor:
+    named = ("num_mel_bins", "input_feat_per_channel")
+    bins = next((int(n) for each in named if (n := getattr(of.audio, each, 0))), 80)
+    if getattr(of.config, "model_type", "") and hasattr(of.audio, "max_source_positions"):
+        return of.drawn(bins, 2 * int(of.audio.max_source_positions))
+    return of.drawn(of.sound // 10, bins)
 
-    def input_values(self) -> torch.Tensor:
-        bins = self._number("num_mel_bins", 0)
-        if bins and hasattr(self._config, "max_length"):
-            return self._drawn(int(self._config.max_length), bins)
-        return self._drawn(self._sound)
 
-    def input_features(self) -> torch.Tensor:
-        named = ("num_mel_bins", "input_feat_per_channel")
-        bins = next((int(n) for each in named if (n := getattr(self._audio, each, 0))), 80)
-        if getattr(self._config, "model_type", "") and hasattr(self._audio, "max_source_positions"):
-            return self._drawn(bins, 2 * int(self._audio.max_source_positions))
-        return self._drawn(self._sound // 10, bins)
+def _past_values(of: _Sizes) -> torch.Tensor:
+    lags = max(getattr(of.config, "lags_sequence", None) or [0])
+    channels = of.number("num_input_channels", 0)
+    return of.drawn(of.number("context_length", 32) + lags, *[channels] * bool(channels))
 
-    def past_values(self) -> torch.Tensor:
-        lags = max(getattr(self._config, "lags_sequence", None) or [0])
-        length = self._number("context_length", 32) + lags
-        channels = self._number("num_input_channels", 0)
-        return self._drawn(length, channels) if channels else self._drawn(length)
 
-    def past_time_features(self) -> torch.Tensor:
-        width = int(getattr(self._config, "num_time_features", 0))
-        return self._drawn(self.past_values().shape[1], width)
+def _past_time_features(of: _Sizes) -> torch.Tensor:
+    return of.drawn(_past_values(of).shape[1], int(getattr(of.config, "num_time_features", 0)))
 
-    def past_observed_mask(self) -> torch.Tensor:
-        return torch.ones_like(self.past_values())
 
-    def visual_embeds(self) -> torch.Tensor:
-        return self._drawn(5, self._number("visual_embedding_dim", 32))
-
-    def visual_feats(self) -> torch.Tensor:
-        return self._drawn(5, self._number("visual_feat_dim", 32))
-
-    def visual_pos(self) -> torch.Tensor:
-        return self._drawn(5, self._number("visual_pos_dim", 4))
+#: How each argument that is known is made.
+ARGUMENTS: dict[str, Callable[[_Sizes], torch.Tensor]] = {
+    "input_ids": lambda of: of.ids(of.tokens),
+    "inputs": lambda of: of.ids(of.tokens),
+    "decoder_input_ids": lambda of: of.ids(of.tokens // 2),
+    "attention_mask": lambda of: padding_mask(of.size),
+    "bbox": _bbox,
+    "pixel_values": _pixel_values,
+    "pixel_values_videos": lambda of: of.drawn(of.number("frames_per_clip", 4), 3, *of.image),
+    "pixel_mask": lambda of: torch.ones(of.rows, *of.image, dtype=torch.long),
+    "input_values": _input_values,
+    "input_features": _input_features,
+    "past_values": _past_values,
+    "past_time_features": _past_time_features,
+    "past_observed_mask": lambda of: torch.ones_like(_past_values(of)),
+    "visual_embeds": lambda of: of.drawn(5, of.number("visual_embedding_dim", 32)),
+    "visual_feats": lambda of: of.drawn(5, of.number("visual_feat_dim", 32)),
+    "visual_pos": lambda of: of.drawn(5, of.number("visual_pos_dim", 4)),
+}

@@ -22,14 +22,13 @@ from piecework.errors import ArtifactError, CaptureError, InputError, UsageError
 from piecework.integrations.transformers import flat_forward
 from piecework.integrations.transformers import settings as reading
 from piecework.integrations.transformers.request import state as states
+from piecework.integrations.transformers.request import step as steps
 from piecework.integrations.transformers.request.attention import LAYER_NAME, attention, register
 from piecework.integrations.transformers.request.static_decode import (
     StaticDecode,
     StaticStep,
     static_decode,
 )
-from piecework.integrations.transformers.request.static_mask import StaticMasks
-from piecework.integrations.transformers.request.step import CacheRows, DecodeStep, masks_by_type
 from piecework.integrations.transformers.way import AGAIN, Way
 from piecework.runtime.artifact.model import Artifact
 from piecework.runtime.compile import compile_with_mode
@@ -87,7 +86,7 @@ class FlatWay(Way):
         self._create_masks = mask_makers(model)[masks]
         self._layer_types = {layer.layer_type for layer in layers}
         self._ropes = flat_forward.changing_ropes(decoder)
-        self._rows, self._static_masks = CacheRows(), StaticMasks()
+        self._rows, self._static_masks = steps.CacheRows(), steps.StaticMasks()
         self._entries: dict[str, StitchedModule] = {}
 
     def serve(self, given: Mapping[str, object], run: Run | None = None) -> object:
@@ -156,13 +155,15 @@ class FlatWay(Way):
                 masks = self._static_masks.mask(cache, attention_mask, batch, settings, make)
             else:
                 masks = make()
-        step: DecodeStep | StaticStep | None = None
-        by_type = masks_by_type(masks, self._layer_types) if by_step and cache is not None else None
+        step: steps.DecodeStep | StaticStep | None = None
+        by_type = (
+            steps.masks_by_type(masks, self._layer_types) if by_step and cache is not None else None
+        )
         if by_type is not None:
             if self.static is not None:
                 step = self.static.take(cache, batch, by_type)
             if step is None:
-                step = DecodeStep(batch, cache, self._rows, by_type, self.dtype)
+                step = steps.DecodeStep(batch, cache, self._rows, by_type, self.dtype)
         return states.RequestState(
             layers=self.layers,
             batch=batch,

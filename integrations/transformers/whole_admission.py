@@ -78,7 +78,7 @@ def _compile(way: whole_way.WholeWay, calls: Sequence[Given]) -> None:
         if way.is_left(kind):
             continue
         seen[kind] += 1
-        stitched = way.serving(kind)
+        stitched = way.kinds.get(kind)
         if stitched is None:
             stitched = way.compile(kind, given)
         else:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -158,13 +159,14 @@ class WholeWay(Way):
     ) -> None:
         super().__init__(model, decoder, config)
         self.habits = habits
-        self._kinds: dict[CallKind, StitchedModule | str] = {}
+        self.kinds: dict[CallKind, StitchedModule | str] = {}
+        self._counting = threading.Lock()
 
     def serve(self, given: Mapping[str, object]) -> object:
         """One forward, its arguments by name; raises `InputError` for what can't be served."""
         settings = self.settings.now()
         call = self.call_of(given, settings)
-        stitched = self._kinds.get(call.kind)
+        stitched = self.kinds.get(call.kind)
         if stitched is None:
             stitched = self._stitched(call, given)
         if isinstance(stitched, str):
@@ -181,7 +183,7 @@ class WholeWay(Way):
         return settings.returned(self.habits.output_class(**fields), given)
 
     def _run_as_it_is(self, given: Mapping[str, object], why: str) -> object:
-        with self.compiling:
+        with self._counting:  # not the lock that is held while something is compiled
             self.as_it_is[why] += 1
         return self.forward(**given)
 
@@ -221,11 +223,8 @@ class WholeWay(Way):
             if self.habits.is_pair:
                 cache = EncoderDecoderCache(cache, DynamicCache(config=self.decoder.config))
         if isinstance(cache, EncoderDecoderCache) and not self.habits.is_pair:
-            raise InputError(
-                "past_key_values is an EncoderDecoderCache, and this is no encoder-decoder",
-                where="past_key_values",
-                hint="pass a DynamicCache",
-            )
+            why = "past_key_values is an EncoderDecoderCache, and this is no encoder-decoder"
+            raise InputError(why, where="past_key_values", hint="pass a DynamicCache")
         taken = None if cache is None else cache_state.take_apart(cache, self.habits.counts)  # type: ignore[arg-type]
         kind = CallKind(
             tensors=tuple((name, _form(each)) for name, each in tensors.items()),
@@ -242,8 +241,8 @@ class WholeWay(Way):
         if switch is not None:
             return switch
         with self.compiling:
-            if call.kind not in self._kinds:
-                if len(self._kinds) >= MAX_KINDS:
+            if call.kind not in self.kinds:
+                if len(self.kinds) >= MAX_KINDS:
                     return f"more than {MAX_KINDS} kinds of calls"
                 if self.is_left(call.kind):
                     return UNROLLED
@@ -251,24 +250,19 @@ class WholeWay(Way):
                     self.compile(call.kind, given)
                 except PieceworkError as error:
                     self.leave(call.kind, error.message)
-            return self._kinds[call.kind]
+            return self.kinds[call.kind]
 
     def leave(self, kind: CallKind, why: str) -> None:
         """Let the model's own forward serve calls of ``kind`` from now on."""
         name = type(self.decoder).__name__
         _log.warning("%s runs as it is for %s: %s", name, kind.describe(), why)
-        self._kinds[kind] = why
+        self.kinds[kind] = why
 
     def is_left(self, kind: CallKind) -> bool:
         """Whether calls of ``kind``, or others of one token, or of several as these, are unrolled."""
         return any(
-            why == UNROLLED and each.one[1] == kind.one[1] for each, why in self._kinds.items()
+            why == UNROLLED and each.one[1] == kind.one[1] for each, why in self.kinds.items()
         )
-
-    def serving(self, kind: CallKind) -> StitchedModule | None:
-        """What was compiled for ``kind``."""
-        made = self._kinds.get(kind)
-        return None if isinstance(made, str) else made
 
     def compile(self, kind: CallKind, given: Mapping[str, object]) -> StitchedModule:
         """Compile for calls of ``kind``, of which ``given`` is one; raises `CaptureError` where that
@@ -277,7 +271,7 @@ class WholeWay(Way):
         own = self.own_result(given)
         stitched = self._module_for(kind, held_names(own[1]))
         self.require_same(stitched, given, own, compiled=True)
-        self._kinds[kind] = stitched
+        self.kinds[kind] = stitched
         return stitched
 
     def _module_for(self, kind: CallKind, held: tuple[str, ...]) -> StitchedModule:
@@ -335,7 +329,7 @@ class WholeWay(Way):
         """The first kind of call that was compiled; for ``decode`` of one token with a past."""
         if name == ENCODER and isinstance(self.encoder, WholeWay):
             return self.encoder.entry("input_ids")
-        for kind, made in list(self._kinds.items()):
+        for kind, made in list(self.kinds.items()):
             if not isinstance(made, str) and (
                 name == "input_ids" or (name == "decode" and kind.is_step)
             ):
@@ -349,26 +343,26 @@ class WholeWay(Way):
 
     def is_compiled(self, given: Mapping[str, object]) -> bool:
         """Whether calls like this one run what is compiled already."""
-        return bool(self._kinds)
+        return bool(self.kinds)
 
     def modules(self) -> dict[str, StitchedModule]:
         """What is compiled, by the calls that it serves."""
         found: dict[str, StitchedModule] = {}
         for each in self.ways():
             of = "" if each is self else f"{ENCODER}: "
-            for kind, made in list(each._kinds.items()):
+            for kind, made in list(each.kinds.items()):
                 if not isinstance(made, str):
                     name = f"{of}{kind.describe()}"
                     found[name if name not in found else f"{name} ({len(found)})"] = made
         return found
 
     def kept_modules(self) -> list[StitchedModule]:
-        return [made for made in self._kinds.values() if not isinstance(made, str)]
+        return [made for made in self.kinds.values() if not isinstance(made, str)]
 
     def found(self) -> object:
         kinds = [
             (kind, (), made) if isinstance(made, str) else (kind, made.model.held, None)
-            for kind, made in self._kinds.items()
+            for kind, made in self.kinds.items()
         ]
         encoder = self.encoder if isinstance(self.encoder, str) else None
         return self.habits, kinds, self.not_flat, encoder
@@ -389,10 +383,10 @@ class WholeWay(Way):
         way.not_flat, way.encoder = not_flat, encoder
         for kind, held, why in kinds:
             if why is None:
-                way._kinds[kind] = made = way._module_for(kind, held)
+                way.kinds[kind] = made = way._module_for(kind, held)
                 way.adopt(made, next(parts))
             else:
-                way._kinds[kind] = why
+                way.kinds[kind] = why
         return way
 
 
