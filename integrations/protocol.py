@@ -1,9 +1,7 @@
 """A model and what to call it with, how two runs compare, and what integrations need to load one.
 
-An integration is a function ``load(path, seed)``: a `LoadedModel` of a local folder or file, or
-None for one of another kind. A package beside this file that has one in its module ``integration``
-is found by itself, as is what another distribution names in the entry points
-``piecework.integrations``.
+An integration is a function ``load(path, seed)`` in the module ``integration`` of a package beside
+this file, or in the entry points ``piecework.integrations``: a `LoadedModel`, or None if not its own.
 """
 
 from __future__ import annotations

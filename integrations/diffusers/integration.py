@@ -21,11 +21,7 @@ from piecework.integrations.protocol import (
 
 
 def load(path: Path, seed: int) -> LoadedModel | None:
-    """The transformer of a local folder or ``config.json``; None for what has no ``_class_name``.
-
-    Raises:
-        UsageError: it can't be loaded.
-    """
+    """The transformer of a folder or ``config.json``; None for what has no ``_class_name``."""
     file, fields = config_in(path)
     name = fields.get("_class_name")
     if not isinstance(name, str):

@@ -60,11 +60,7 @@ def padding_mask(size: Size) -> torch.Tensor:
 
 @torch.no_grad()
 def first_that_runs(model: torch.nn.Module, ways: Iterable[Ways]) -> Ways:
-    """The first of ``ways`` to call ``model`` that runs.
-
-    Raises:
-        ValueError: none does; the message has the last reason.
-    """
+    """The first of ``ways`` to call ``model`` that runs; `ValueError` with the last reason if none."""
     reason = "no arguments known"
     for arguments in ways:
         try:

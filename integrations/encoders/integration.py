@@ -34,11 +34,7 @@ _GENERATORS = ("IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM", *_WITH_ENCODER)
 
 
 def load(path: Path, seed: int) -> LoadedModel | None:
-    """The model of a folder or ``config.json``; None for a causal LM, or no model of transformers.
-
-    Raises:
-        UsageError: it can't be loaded.
-    """
+    """The model of a folder or ``config.json``; None for a causal LM, or none of transformers."""
     file, fields = config_in(path)
     if not isinstance(fields.get("model_type"), str):
         return None
@@ -79,10 +75,8 @@ def without_caches(config: Any) -> None:
 
 
 def example_calls(model: torch.nn.Module, file: Path, candidates: Iterable[Ways]) -> list[Call]:
-    """The call to trace ``model`` with, in the first way that runs, and others that it takes.
-
-    Raises:
-        UsageError: it takes no arguments that are known here.
+    """The call to trace ``model`` with, in the first way that runs, and others that it takes; raises
+    `UsageError` where it takes no arguments that are known here.
     """
     try:
         ways = first_that_runs(model, candidates)
@@ -110,11 +104,8 @@ def _runs(model: torch.nn.Module, call: Call) -> bool:
 def is_encoder(config: Any, architectures: Sequence[str], where: str) -> bool:
     """Whether the model of ``config`` is called once, as an encoder is; False for a causal LM.
 
-    Args:
-        architectures: what its file, ``where``, names; it need not be all that transformers has.
-
-    Raises:
-        UsageError: it is neither, such as one that generates text from images, or both.
+    ``architectures`` are those that its file, ``where``, names. It is a `UsageError` where it is neither,
+    such as one that generates text from images, or both.
     """
     from transformers.models.auto import modeling_auto
 

@@ -1,7 +1,6 @@
 """The traced forward of a flat decoder: last hidden states of a whole batch's tokens in one row.
 
-Cache, mask and the batch's shape belong to the request behind the splitting op, and rotary
-frequencies that change with the length are updated by transformers' code before a forward.
+Rotary frequencies that change with the length are updated by transformers' code before a forward.
 """
 
 from __future__ import annotations

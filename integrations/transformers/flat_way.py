@@ -1,8 +1,4 @@
-"""The flat way: a decoder's forwards by a stitched function of one row of tokens.
-
-The tokens are computed by the ``run`` that a forward is given: eager while a model is tried,
-stitched after.
-"""
+"""The flat way: a decoder's forwards by a stitched function of one row of tokens."""
 
 from __future__ import annotations
 
@@ -55,13 +51,11 @@ Run = Callable[[str, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class FlatWay(Way):
-    """A decoder served flattened.
+    """A decoder served flattened, its attention ``layers`` carrying their names.
 
     Args:
-        layers: its attention layers, which carry their names.
         rule: how it numbers tokens by default.
         masks: which of `mask_makers` makes its masks; ``masks_see_positions``: if these part packed rows.
-        output_class: what its forward returns.
     """
 
     name = "flat"

@@ -66,11 +66,7 @@ class CausalLM(LoadedModel):
 
 
 def load(path: Path, seed: int) -> CausalLM | None:
-    """The causal LM of a local folder or ``config.json``; None where there is no config.
-
-    Raises:
-        UsageError: it can't be loaded.
-    """
+    """The causal LM of a local folder or ``config.json``, None without one; raises `UsageError`."""
     file, fields = config_in(path)
     if not file.is_file():
         return None

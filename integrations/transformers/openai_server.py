@@ -1,7 +1,6 @@
-"""A stitched model behind transformers' own OpenAI-style server.
+"""A stitched model behind transformers' own OpenAI-style server, which has no place to stitch one.
 
-Routes, generation, streams, cancels and refusals are those of ``transformers serve``, which loads
-models by itself and has no place to stitch them: here it gets a model that was stitched before.
+Routes, generation, streams, cancels and refusals are those of ``transformers serve``.
 """
 
 from __future__ import annotations
@@ -90,10 +89,8 @@ def tokenizer_of(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def bound_socket(host: str, port: int) -> socket.socket:
-    """A socket at an address, held but not listening yet; port 0 takes a free one.
-
-    Raises:
-        UsageError: the address can't be had.
+    """A socket at an address, held but not listening yet; port 0 takes a free one. `UsageError` if the
+    address can't be had.
     """
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -57,11 +57,8 @@ def distance(got: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def limit_of(dtype: torch.dtype, *, compiled: bool = False) -> float:
-    """The largest `distance` at which two results count as equal.
-
-    For what a compiler made, which leaves out roundings, it is the package's tolerance. Without a
-    compiler it is a fifth of that: the same operators run, but kernels get another number of rows
-    at once, and a CPU's may add in another order for that.
+    """The largest `distance` at which two results count as equal: the package's tolerance for what a
+    compiler made, else a fifth of it, since kernels get another number of rows at once.
     """
     return tolerance_of(dtype) if compiled else tolerance_of(dtype) / 5
 
@@ -69,10 +66,8 @@ def limit_of(dtype: torch.dtype, *, compiled: bool = False) -> float:
 def require_same(
     got: Mapping[str, object], expected: Mapping[str, object], *, compiled: bool
 ) -> None:
-    """Compare two outputs, or what two caches hold; caches among their fields are left out.
-
-    Raises:
-        CaptureError: a value is missing, is of another form, or differs.
+    """Compare two outputs, or what two caches hold, but for caches among their fields; raises
+    `CaptureError` where a value is missing, is of another form, or differs.
     """
     if got.keys() != expected.keys():
         raise CaptureError(

@@ -1,5 +1,4 @@
-"""Stitches a causal LM of transformers in place: its decoder's forward is replaced by a stitched
-one, served flat or whole.
+"""Stitches a causal LM of transformers in place: its decoder's forward is replaced by a stitched one.
 
 Weights, config and LM head are never changed, and nothing is left behind when a model is refused.
 """
@@ -318,7 +317,6 @@ def save(model: nn.Module, path: Place, *, key_file: str | os.PathLike[str] | No
 
     Raises:
         ArtifactError: something can't be told again in another process, or be written.
-        UsageError: the model is not stitched.
 
     Example:
         >>> save(stitch(model), "bloom.artifact")
@@ -370,7 +368,6 @@ def stitched_module(model: nn.Module, entry: str = "input_ids") -> StitchedModul
     """The stitched module behind a model, with its ``.source``, ``.pieces`` and ``.report()``.
 
     Args:
-        model: a stitched model.
         entry: "input_ids", or "inputs_embeds" (compiled now if need be); of a decoder that is served
             whole what serves prompts, "decode" for one more token, "encoder" for that beside it.
 
@@ -382,11 +379,7 @@ def stitched_module(model: nn.Module, entry: str = "input_ids") -> StitchedModul
 
 @short_errors
 def how_served(model: nn.Module) -> Served:
-    """Which way a stitched model is served, why, by what, and what its own forward served.
-
-    Example:
-        >>> print(how_served(stitch(model)))
-    """
+    """Which way a stitched model is served, why, by what, and what its own forward served."""
     way = _way_of(model)
     static = way.static if isinstance(way, FlatWay) else None
     outside = {} if static is None else dict(static.outside)

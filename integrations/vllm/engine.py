@@ -50,10 +50,7 @@ _SAME = (
 
 
 class EngineBackend:
-    """The Dynamo backend of one model of an engine, which vLLM calls ``prefix``, or by its model tag.
-
-    The last batch range of an encoder is open-ended.
-    """
+    """The Dynamo backend of one model of an engine; the last batch range of an encoder is open-ended."""
 
     def __init__(self, vllm_config: Any, prefix: str = "", is_encoder: bool = False) -> None:
         from vllm.compilation import backends
@@ -197,10 +194,8 @@ def splitting_ops(config: Any, graph: torch.fx.GraphModule) -> list[str]:
 
 
 def settings(vllm_config: Any, is_encoder: bool) -> tuple[CompilationConfig, RuntimeConfig]:
-    """The engine's settings as piecework's, the user's ``additional_config["piecework"]`` on top.
-
-    Raises:
-        ConfigError: that has a field that there is not, or one that vLLM's configuration decides.
+    """The engine's settings as piecework's, the user's ``additional_config["piecework"]`` on top; raises
+    `ConfigError` for a field that there is not, or that vLLM's configuration decides.
     """
     from vllm import envs
 

@@ -1,7 +1,5 @@
-"""What vLLM calls in the place of a function that AOT compile made: sealed where it is kept,
-and runs past Dynamo's code where that only fetches weights.
-
-Dynamo's code does so in each call, which is a sixth of a decode step of a small model.
+"""What vLLM calls in the place of a function that AOT compile made: sealed where it is kept, and past
+Dynamo's code where that only fetches weights, a sixth of a decode step of a small model.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
-"""The entry point ``vllm.general_plugins``: ``{"backend": "piecework"}``, or VLLM_PIECEWORK=1, makes piecework the compiler of an engine.
+"""The entry point ``vllm.general_plugins``: by ``{"backend": "piecework"}``, or VLLM_PIECEWORK=1.
 
-vLLM knows two compilers by name and takes every other one for one of these; so three of its methods are wrapped, once a process.
-They do what they did for all engines that don't ask for piecework.
+vLLM knows two compilers by name; methods that it settles one by are wrapped, once a process.
 """
 
 from __future__ import annotations

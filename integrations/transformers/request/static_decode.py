@@ -1,8 +1,7 @@
 """Decode steps of static caches in full graphs, in memory that keeps its address.
 
-A cache is moved into that memory at its first step and stays while anybody holds its tensors; a
-second one is served outside full graphs meanwhile. No graph holds a length: layers read it on the
-device.
+A cache is moved into that memory at its first step, and stays while anybody holds its tensors. No
+graph holds a length: layers read it on the device.
 """
 
 from __future__ import annotations

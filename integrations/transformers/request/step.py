@@ -258,11 +258,9 @@ def _continues(new: torch.Tensor, rows: torch.Tensor | None) -> bool:
 
 
 class StaticMasks:
-    """Makes the masks of one new token a sequence over static caches by three operators, where each
-    sees all that came before it and is not hidden.
+    """Makes the masks of one new token a sequence over static caches, where each sees all before it.
 
-    Transformers' own is made beside the first of each kind; where they differ, it is taken from then
-    on.
+    Transformers' own is made beside the first of each kind; where they differ, it is taken.
     """
 
     def __init__(self) -> None:
