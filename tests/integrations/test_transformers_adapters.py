@@ -138,14 +138,6 @@ def test_a_rank_above_the_prepared_one_is_refused(
     check(model, eager(larger))
 
 
-@pytest.mark.nightly
-def test_rows_with_adapters_of_their_own_are_refused(saved: Saved, served: Any) -> None:
-    model = served(saved(1))
-    ids = torch.ones(2, 4, dtype=torch.long)
-    with pytest.raises(InputError, match="hooks"), torch.no_grad():
-        model.generate(input_ids=ids, adapter_names=["default", "__base__"], max_new_tokens=2)
-
-
 def test_an_adapter_put_on_a_stitched_model_is_noticed(peft: Any) -> None:
     model = stitch(build(), config=EAGER_PIECES, capture=SIZES)
     config = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)

@@ -50,64 +50,28 @@ FAMILIES = {
 EAGER = {"gemma2", "gpt_oss"}
 
 
-def build(family: str) -> torch.nn.Module:
-    return built(family, seed=7, norms=0.5, **{"num_hidden_layers": 3, **FAMILIES[family]})
-
-
-def tokens(batch: int, length: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(100 * batch + length)
-    return torch.randint(1, SHAPE["vocab_size"], (batch, length), generator=generator)
-
-
-def logits(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        return model(ids, use_cache=False).logits
-
-
-def generate(
-    model: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor, **kwargs: object
-) -> tuple:
-    out = model.generate(
-        ids,
-        attention_mask=mask,
-        max_new_tokens=8,
-        do_sample=False,
-        return_dict_in_generate=True,
-        output_logits=True,
-        **kwargs,
-    )
-    return out.sequences, torch.stack(out.logits)
-
-
-def distance(got: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((got - expected).norm() / expected.norm())
-
-
-def left_padded() -> tuple[torch.Tensor, torch.Tensor]:
-    """Three prompts of 9 tokens, the first two padded on the left."""
-    ids, mask = tokens(3, 9), torch.ones(3, 9, dtype=torch.long)
-    mask[0, :4] = 0
-    mask[1, :1] = 0
-    return ids, mask
-
-
 @pytest.mark.sample(3)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_family_equals_eager(family: str) -> None:
-    model = build(family)
+    model = built(family, seed=7, norms=0.5, **{"num_hidden_layers": 3, **FAMILIES[family]})
     assert model.config._attn_implementation == ("eager" if family in EAGER else "sdpa")
-    prompts = [tokens(1, 7), tokens(2, 11), tokens(1, 1)]
-    ids, mask = left_padded()
-    expected = [logits(model, prompt) for prompt in prompts]
-    expected_tokens, expected_logits = generate(model, ids, mask)
+    prompts = [torch.randint(1, SHAPE["vocab_size"], shape) for shape in ((1, 7), (3, 11), (1, 1))]
+    mask = torch.ones(3, 11, dtype=torch.long)
+    mask[0, :4] = mask[1, :1] = 0  # on the left
 
+    def results() -> list[torch.Tensor]:
+        with torch.no_grad():
+            logits = [model(ids, use_cache=False).logits for ids in prompts]
+        how = {"max_new_tokens": 8, "do_sample": False, "output_logits": True}
+        how |= {"attention_mask": mask, "return_dict_in_generate": True}
+        out = model.generate(prompts[1], **how)
+        return [out.sequences, torch.stack(out.logits), *logits]
+
+    tokens, *expected = results()
     with counters.expect(num_graphs_seen=1):  # one graph serves prefill and decode
         assert stitch(model, config=EAGER_PIECES) is model
-        got = [logits(model, prompt) for prompt in prompts]
-        got_tokens, got_logits = generate(model, ids, mask)
-
+        got_tokens, *got = results()
+    assert torch.equal(got_tokens, tokens)
     for ours, theirs in zip(got, expected, strict=True):
         assert ours.shape == theirs.shape
-        assert distance(ours, theirs) <= 1e-4
-    assert torch.equal(got_tokens, expected_tokens)
-    assert distance(got_logits, expected_logits) <= 1e-4
+        assert float((ours - theirs).norm() / theirs.norm()) <= 1e-4

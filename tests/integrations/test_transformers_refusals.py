@@ -117,11 +117,6 @@ def test_shared_attention_module() -> None:
     assert error.where == "layers.0.self_attn"
 
 
-def test_own_attention() -> None:
-    model = from_config("codegen", n_embd=32, n_layer=2, n_head=4, rotary_dim=4)
-    refused(model, "attention-function registry", "flat")
-
-
 def test_no_positions() -> None:
     model = from_config("bloom", hidden_size=32, n_layer=2, n_head=4)
     refused(model, "takes no position_ids", "flat")

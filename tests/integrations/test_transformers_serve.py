@@ -44,7 +44,6 @@ NAME = "tiny"
 COMPILED, HERE = "compiled", "compiled_here"
 PROMPT = "w5 w60 w7"
 TOGETHER = {"page_size": 8, "num_blocks": 256, "max_batch_tokens": 64, "max_requests_per_batch": 4}
-LONG = 1000
 
 
 @pytest.fixture(scope="module")
@@ -205,20 +204,6 @@ def test_a_wrong_name_is_refused(running: Running, folder: Path) -> None:
     assert "no other model" in fetch(f"{running.url}/load_model", b'{"model": "other"}')
     assert [each.id for each in running.client().models.list()] == [NAME]
     assert complete(running, PROMPT, 3) == expected(folder, PROMPT, 3)
-
-
-def test_a_stream_that_the_client_leaves_is_not_computed_on(running: Running, folder: Path) -> None:
-    before = running.steps()
-    with running.client().completions.create(
-        model=NAME, prompt=PROMPT, max_tokens=LONG, temperature=0, stream=True
-    ) as stream:
-        begun = "".join(next(stream).choices[0].text for _ in range(3))
-    assert expected(folder, PROMPT, 20).startswith(begun)
-    assert complete(running, PROMPT, 9) == expected(folder, PROMPT, 9)
-    last = -1
-    while last != (last := running.steps()):  # what is computed meanwhile is over
-        time.sleep(0.2)
-    assert last - before < LONG
 
 
 def test_metrics_are_answered(running: Running) -> None:

@@ -302,18 +302,6 @@ def test_only_decode_steps_are_captured_in_decode_only() -> None:
     assert how_served(ours).outside == {"4 sequences, and graphs for at most 2": 3}
 
 
-def test_a_step_that_is_padded_beyond_the_memory() -> None:
-    """Two sequences, of which no whole step is captured, run in pieces for eight."""
-    eager = built(max_position_embeddings=128).requires_grad_(False)
-    ours = stitch(
-        copy.deepcopy(eager), config=EAGER_PIECES, capture=[1, 8], max_cache_len=16, max_num_seqs=2
-    )
-    how = {"max_new_tokens": 5, "do_sample": False, "cache_implementation": "static"}
-    assert torch.equal(ours.generate(IDS[:2], **how), eager.generate(IDS[:2], **how))
-    ran = {(row.mode, row.graph) for row in stitched_module(ours).call_report()}
-    assert ("PIECEWISE", "tokens=8") in ran and not full_steps(ours)
-
-
 @pytest.mark.parametrize(
     "family, fields, why",
     [

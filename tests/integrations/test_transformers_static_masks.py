@@ -90,23 +90,17 @@ def test_where_they_differ_transformers_own_is_taken() -> None:
 
 @pytest.mark.parametrize("case", ["growing", "empty", "windows", "4D", "longer", "other rows"])
 def test_what_is_of_another_form_is_left_to_transformers(case: str) -> None:
-    masks, cache, asked = StaticMasks(), cache_of(6, 2), None
-    if case == "growing":
-        cache = transformers.DynamicCache()
-    elif case == "empty":
-        cache = transformers.StaticCache(config=CONFIG, max_cache_len=6)
-    elif case == "windows":
-        windows = transformers.MistralConfig(
-            num_hidden_layers=2, num_attention_heads=2, hidden_size=8, sliding_window=3
-        )
-        cache = transformers.StaticCache(config=windows, max_cache_len=6)
-    elif case == "4D":
-        asked = torch.zeros(BATCH, 1, 1, 6)
-    elif case == "longer":
-        asked = torch.ones(BATCH, 7)
-    else:
-        asked = torch.ones(1, 3)
-    mark = object()
-    assert masks.mask(cache, asked, BATCH, "kind", lambda: mark) is mark  # type: ignore[arg-type,return-value]
+    def static(config: object = CONFIG) -> transformers.StaticCache:
+        return transformers.StaticCache(config=config, max_cache_len=6)
+
+    windows = transformers.MistralConfig(
+        num_hidden_layers=2, num_attention_heads=2, hidden_size=8, sliding_window=3
+    )
+    caches = {"growing": transformers.DynamicCache(), "empty": static(), "windows": static(windows)}
+    asked = {"4D": torch.zeros(BATCH, 1, 1, 6), "longer": torch.ones(BATCH, 7)}
+    asked["other rows"] = torch.ones(1, 3)
+    masks, mark = StaticMasks(), object()
+    given = (caches.get(case, cache_of(6, 2)), asked.get(case), BATCH, "kind", lambda: mark)
+    assert masks.mask(*given) is mark
     masks.mask(cache_of(6, 2), None, BATCH, "kind", lambda: own_mask(cache_of(6, 2), None))
-    assert masks.mask(cache, asked, BATCH, "kind", lambda: mark) is mark  # type: ignore[arg-type,return-value]
+    assert masks.mask(*given) is mark
