@@ -25,10 +25,10 @@ def register() -> None:
     from vllm.config import CompilationConfig, VllmConfig
     from vllm.platforms import current_platform
 
-    _wrap(CompilationConfig, "__post_init__", _accepting)
-    _wrap(CompilationConfig, "init_backend", _choosing)
-    _wrap(VllmConfig, "__post_init__", _settling)
-    _wrap(type(current_platform), "check_and_update_config", _keeping_mode)
+    _wrap(CompilationConfig, "__post_init__", _accept)
+    _wrap(CompilationConfig, "init_backend", _choose_backend)
+    _wrap(VllmConfig, "__post_init__", _settle)
+    _wrap(type(current_platform), "check_and_update_config", _keep_mode)
 
 
 def version() -> str:
@@ -48,12 +48,17 @@ def require_known_version() -> None:
         )
 
 
-def _wrap(owner: Any, name: str, wrapper: Callable[[Callable[..., Any]], Any]) -> None:
+def _wrap(owner: Any, name: str, instead: Callable[..., Any]) -> None:
+    """Let ``instead`` be called with a method's own function and the arguments of a call."""
     held = getattr(owner, name)
     function = getattr(held, "__func__", held)
     if hasattr(function, _MARK):
         return
-    wrapped = functools.wraps(function)(wrapper(function))
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return instead(function, *args, **kwargs)
+
     setattr(wrapped, _MARK, True)
     setattr(owner, name, wrapped if held is function else classmethod(wrapped))
 
@@ -66,7 +71,7 @@ def wanted(config: Any) -> bool:
 
 @contextmanager
 def _as_inductor(config: Any) -> Iterator[None]:
-    """What vLLM settles by its compiler's name (fusion instead of custom ops, priorities, ranges) is settled as for Inductor."""
+    """What vLLM settles by its compiler's name (custom ops, priorities, ranges) is so as for Inductor."""
     config.backend = "inductor"
     try:
         yield
@@ -74,115 +79,98 @@ def _as_inductor(config: Any) -> Iterator[None]:
         config.backend = NAME
 
 
-def _accepting(original: Callable[..., None]) -> Callable[..., None]:
+def _accept(original: Callable[..., None], self: Any) -> None:
     """vLLM's own check refuses a third compiler in its mode 3."""
-
-    def post_init(self: Any) -> None:
-        with _as_inductor(self) if self.backend == NAME else nullcontext():
-            original(self)
-
-    return post_init
+    with _as_inductor(self) if self.backend == NAME else nullcontext():
+        original(self)
 
 
-def _settling(original: Callable[..., None]) -> Callable[..., None]:
-    def post_init(self: Any) -> None:
-        config = self.compilation_config
-        if not wanted(config):
-            return original(self)
-        from vllm.compilation import decorators, wrapper
-        from vllm.config import CompilationMode
+def _settle(original: Callable[..., None], self: Any) -> None:
+    config = self.compilation_config
+    if not wanted(config):
+        return original(self)
+    from vllm.compilation import decorators, wrapper
+    from vllm.config import CompilationMode
 
-        require_known_version()
-        _wrap(wrapper.TorchCompileWithNoGuardsWrapper, "aot_compile", _forwarding)
-        _wrap(decorators, "_try_load_aot_compiled_fn", _checking)
-        if config.mode == CompilationMode.STOCK_TORCH_COMPILE:
-            why = "vLLM's mode 1 calls a backend without the engine's configuration"
-            raise ConfigError(why, where="mode", hint="leave the mode out")
-        if config.use_inductor_graph_partition:
-            why = "piecework cuts the graph itself, before Inductor"
-            raise ConfigError(why, where="use_inductor_graph_partition", hint="leave it out")
-        if config.mode == CompilationMode.DYNAMO_TRACE_ONCE:
-            config.mode = CompilationMode.VLLM_COMPILE  # one trace too, and with its static graphs
-        with _as_inductor(config):
-            vars(config).setdefault("_piecework", {})  # what was compiled, by name
-            original(self)
-        if config.mode == CompilationMode.NONE:
-            _log.info("piecework: vLLM compiles nothing here (enforce_eager, LoRA on the CPU, …)")
-            return None
-        if config.mode != CompilationMode.VLLM_COMPILE:
-            raise ConfigError(f"vLLM made it {config.mode}, for another compiler", where="mode")
-        _log.info(
-            "piecework compiles this engine: %d splitting ops, cudagraph_mode %s, custom_ops %s",
-            len(config.splitting_ops or ()),
-            config.cudagraph_mode.name,
-            ",".join(config.custom_ops),
-        )
-
-    return post_init
+    require_known_version()
+    _wrap(wrapper.TorchCompileWithNoGuardsWrapper, "aot_compile", _compile_and_forward)
+    _wrap(decorators, "_try_load_aot_compiled_fn", _load_sealed)
+    if config.mode == CompilationMode.STOCK_TORCH_COMPILE:
+        why = "vLLM's mode 1 calls a backend without the engine's configuration"
+        raise ConfigError(why, where="mode", hint="leave the mode out")
+    if config.use_inductor_graph_partition:
+        why = "piecework cuts the graph itself, before Inductor"
+        raise ConfigError(why, where="use_inductor_graph_partition", hint="leave it out")
+    if config.mode == CompilationMode.DYNAMO_TRACE_ONCE:
+        config.mode = CompilationMode.VLLM_COMPILE  # one trace too, and with its static graphs
+    with _as_inductor(config):
+        vars(config).setdefault("_piecework", {})  # what was compiled, by name
+        original(self)
+    if config.mode == CompilationMode.NONE:
+        _log.info("piecework: vLLM compiles nothing here (enforce_eager, LoRA on the CPU, …)")
+        return None
+    if config.mode != CompilationMode.VLLM_COMPILE:
+        raise ConfigError(f"vLLM made it {config.mode}, for another compiler", where="mode")
+    _log.info(
+        "piecework compiles this engine: %d splitting ops, cudagraph_mode %s, custom_ops %s",
+        len(config.splitting_ops or ()),
+        config.cudagraph_mode.name,
+        ",".join(config.custom_ops),
+    )
 
 
-def _keeping_mode(original: Callable[..., None]) -> Callable[..., None]:
-    """A platform may leave vLLM's own compiler for plain Inductor, as the CPU's does; not where it is piecework's turn."""
+def _keep_mode(original: Callable[..., None], cls: Any, vllm_config: Any) -> None:
+    """A platform may leave vLLM's own compiler for plain Inductor, as the CPU's does; not here."""
+    from vllm.config import CompilationMode
 
-    def check_and_update_config(cls: Any, vllm_config: Any) -> None:
-        from vllm.config import CompilationMode
-
-        config = vllm_config.compilation_config
-        if not hasattr(config, "_piecework"):
-            return original(cls, vllm_config)
-        before = config.mode
-        sizes = config.cudagraph_capture_sizes
-        original(cls, vllm_config)
-        if before == CompilationMode.VLLM_COMPILE != config.mode != CompilationMode.NONE:
-            config.mode = before
-        if cls.support_static_graph_mode():
-            config.cudagraph_capture_sizes = sizes
-
-    return check_and_update_config
+    config = vllm_config.compilation_config
+    if not hasattr(config, "_piecework"):
+        return original(cls, vllm_config)
+    before = config.mode
+    sizes = config.cudagraph_capture_sizes
+    original(cls, vllm_config)
+    if before == CompilationMode.VLLM_COMPILE != config.mode != CompilationMode.NONE:
+        config.mode = before
+    if cls.support_static_graph_mode():
+        config.cudagraph_capture_sizes = sizes
 
 
-def _choosing(original: Callable[..., Any]) -> Callable[..., Any]:
-    def init_backend(
-        self: Any, vllm_config: Any, prefix: str = "", is_encoder: bool = False
-    ) -> Any:
-        if self.backend != NAME:
-            return original(self, vllm_config, prefix=prefix, is_encoder=is_encoder)
-        from piecework.integrations.vllm.engine import EngineBackend
+def _choose_backend(
+    original: Callable[..., Any],
+    self: Any,
+    vllm_config: Any,
+    prefix: str = "",
+    is_encoder: bool = False,
+) -> Any:
+    if self.backend != NAME:
+        return original(self, vllm_config, prefix=prefix, is_encoder=is_encoder)
+    from piecework.integrations.vllm.engine import EngineBackend
 
-        return EngineBackend(vllm_config, prefix, is_encoder)
-
-    return init_backend
-
-
-def _forwarding(original: Callable[..., Any]) -> Callable[..., Any]:
-    def aot_compile(self: Any, *args: Any, **kwargs: Any) -> Any:
-        from piecework.runtime.compilers.inductor import begin_test
-
-        begin_test()
-        return _forward(original(self, *args, **kwargs))
-
-    return aot_compile
+    return EngineBackend(vllm_config, prefix, is_encoder)
 
 
-def _checking(original: Callable[..., Any]) -> Callable[..., Any]:
+def _compile_and_forward(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    from piecework.runtime.compilers.inductor import begin_test
+
+    begin_test()
+    return _forward(original(*args, **kwargs))
+
+
+def _load_sealed(original: Callable[..., Any], model: Any, path: str) -> Any:
     """vLLM unpickles what it kept unseen."""
+    from vllm import envs
 
-    def try_load(model: Any, path: str) -> Any:
-        from vllm import envs
+    from piecework.integrations.vllm.forward import require_sealed
 
-        from piecework.integrations.vllm.forward import require_sealed
-
-        if model.compilation_config.backend == NAME and os.path.exists(path):
-            try:
-                require_sealed(path)
-            except (PieceworkError, OSError) as error:
-                if envs.VLLM_FORCE_AOT_LOAD:
-                    raise
-                _log.warning("Compiling model again due to a load failure: %s", error)
-                return None
-        return _forward(original(model, path))
-
-    return try_load
+    if model.compilation_config.backend == NAME and os.path.exists(path):
+        try:
+            require_sealed(path)
+        except (PieceworkError, OSError) as error:
+            if envs.VLLM_FORCE_AOT_LOAD:
+                raise
+            _log.warning("Compiling model again due to a load failure: %s", error)
+            return None
+    return _forward(original(model, path))
 
 
 def _forward(compiled: Any) -> Any:
