@@ -99,7 +99,7 @@ def pair():  # type: ignore[no-untyped-def]
         (torch.randn(5, 9), torch.randn(5, 6), "argument x has size 9 in dimension 1; the model was traced with 8"),
         (torch.randn(5, 8), torch.randn(6, 6), "argument y has size 6 in dimension 0; the model was traced with s0 with s0=5"),
         (torch.randn(8, 5).t(), torch.randn(5, 6), "argument x is not as traced, where x.is_contiguous()"),
-        (torch.randn(1, 8), torch.randn(1, 6), "argument x has size 1 where the trace assumed at least 2"),
+        (torch.randn(1, 8), torch.randn(1, 6), "argument x has size 1 in dimension 0; the model was traced with"),
         ([1.0], torch.randn(5, 6), "argument x has type list; the model was traced with Tensor"),
         (torch.randn(5, 8), None, "argument y has type NoneType"),
         (torch.randn(5, 8).to_sparse(), torch.randn(5, 6), "argument x has layout torch.sparse_coo"),
@@ -139,7 +139,7 @@ def test_declared_maximum_is_kept() -> None:
     torch._dynamo.mark_dynamic(x, 0, min=2, max=16)
     stitched = compiled(lambda x: x + 1, x)
     stitched(torch.randn(16, 3))
-    assert "has size 17 where the trace assumed at most 16" in error_of(
+    assert "has size 17 in dimension 0; the model was traced with" in error_of(
         lambda: stitched(torch.randn(17, 3))
     )
     assert len(stitched.traces) == 1
@@ -180,7 +180,7 @@ def test_the_same_tensor_twice_must_stay_the_same() -> None:
     stitched = compiled(lambda x, y: x + y, x, x)
     now = torch.randn(5, 3)
     torch.testing.assert_close(stitched(now, now), 2 * now)
-    assert "was the same tensor as" in error_of(lambda: stitched.entry(now, now.clone()))
+    assert "the same tensor as" in error_of(lambda: stitched.entry(now, now.clone()))
     torch.testing.assert_close(stitched(now, now + 1), 2 * now + 1)
     assert len(stitched.traces) == 2
 
@@ -214,7 +214,7 @@ def test_a_written_argument_shares_no_memory(backend: str) -> None:
     torch.testing.assert_close(ours, theirs)
     for x, state in ((both[1:], both[:-1]), (both[:5], both[4:9])):
         said = error_of(lambda x=x, state=state: stitched(x, state))  # type: ignore[misc]
-        assert "arguments state and x share memory, and the model writes to state" in said
+        assert "may share its memory" in said
     for rows in (slice(0, 5), slice(5, 10), slice(0, 0)):  # side by side in one storage
         ours, theirs = both.clone(), both.clone()
         other = slice(10 - rows.stop, 10 - rows.start)
