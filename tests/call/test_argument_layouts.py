@@ -39,12 +39,6 @@ def test_call_with_any_layout_after_any_example(example: str) -> None:
     check(stitched, [example, *LAYOUTS])
 
 
-@pytest.mark.inductor
-def test_call_with_any_layout_compiled_by_inductor() -> None:
-    stitched = piecework.compile(branching, (LAYOUTS["every second column"](4),))
-    check(stitched, ["every second column", "dense", "inside a larger tensor"])
-
-
 def check(stitched: piecework.StitchedModule, layouts: list[str]) -> None:
     for layout in layouts:
         for batch in (4, 3):

@@ -98,20 +98,6 @@ def test_the_trace_keeps_no_example_tensor() -> None:
     stitched(torch.randn(5, 8))
 
 
-@pytest.mark.inductor
-def test_artifacts_hold_no_weights() -> None:
-    """What is left when all but the compiled pieces is gone does not include the weights."""
-    model = Model(2)
-    stitched = piecework.compile(model, (torch.randn(4, 8),), splitting_ops=["lifetimes::mix"])
-    pieces = [p.entries[None].compiled for p in stitched.program.backends.values()]
-    weights = [weakref.ref(parameter) for parameter in model.parameters()]
-    del model, stitched
-    torch.compiler.reset()
-    gc.collect()
-    assert len(pieces) == 3
-    assert [ref for ref in weights if ref() is not None] == []
-
-
 class Choosing(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x * 2 if x.shape[0] > 4 else x - 1

@@ -394,16 +394,6 @@ def test_a_kernel_registered_later_is_used(fresh) -> None:  # type: ignore[no-un
     assert not torch.allclose(stitched(x), before)
 
 
-def test_a_kernel_from_torch_library_is_used(fresh) -> None:  # type: ignore[no-untyped-def]
-    model, stitched = compiled_with(fresh, "levers::fresh")
-    check(model, stitched)
-    library = torch.library.Library("levers", "IMPL")
-    library.impl("fresh", other, "CPU")
-    check(model, stitched)
-    library._destroy()
-    check(model, stitched)
-
-
 def test_a_kernel_of_a_custom_op_registered_later_is_used() -> None:
     @torch.library.custom_op("levers::custom_fresh", mutates_args=("out",))
     def custom_fresh(

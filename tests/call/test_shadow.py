@@ -86,12 +86,6 @@ def test_pieces_that_are_right_differ_nowhere() -> None:
     assert str(found) == "compared 8 runs of pieces in 2 calls: no difference"
 
 
-@pytest.mark.inductor
-def test_pieces_of_inductor_are_right() -> None:
-    found = shadowed(piecework.compile(layers(), (X,)), (X,), (torch.randn(3, 8),))
-    assert found.compared == 8 and found.first is None, str(found)
-
-
 def test_a_wrong_piece_is_named_and_its_caller_gets_what_it_computed(spoil) -> None:  # type: ignore[no-untyped-def]
     model = layers()
     stitched = piecework.compile(model, (X,), config=spoil({2: times(0, 1.5)}))
@@ -330,9 +324,3 @@ def test_nothing_stays_behind(plain: StitchedModule) -> None:
     with plain.shadow() as again, pytest.raises(piecework.PieceworkError):
         plain(torch.randn(4, 9))
     assert again.compared == 0 and again.calls == 0
-
-
-def test_a_model_that_is_not_compiled_has_nothing_to_compare() -> None:
-    waiting = piecework.compile(layers(1), config={"backend": "eager"})
-    with pytest.raises(BindError, match="there is no piece to compare yet"), waiting.shadow():
-        pass

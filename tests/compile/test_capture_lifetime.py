@@ -103,14 +103,4 @@ def test_a_full_graph_with_a_stitched_call_is_refused_with_the_reason() -> None:
         compiled(outer)
 
 
-@pytest.mark.parametrize("kind", ["module", "function"])
-def test_what_torch_compiled_is_compiled_from_its_original(kind: str) -> None:
-    model = Model()
-    original = model if kind == "module" else lambda x: model(x) - 1
-    stitched = compiled(torch.compile(original, backend="eager"))
-    assert stitched.model is original
-    x = torch.randn(6, 8)
-    torch.testing.assert_close(stitched(x), original(x))
-
-
 # --- copies ----------------------------------------------------------------------------------------

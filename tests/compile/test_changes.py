@@ -197,16 +197,6 @@ def test_a_call_keeps_its_graphs_until_it_returns(mode: str) -> None:
     assert graphs.nbytes == 0 and not graphs.records
 
 
-def test_two_first_calls_compile_once() -> None:
-    model = Model()
-    stitched = piecework.compile(model, splitting_ops=[halve], config=EAGER)
-    with calling(stitched, threads=2) as results:
-        time.sleep(0.2)
-        stitched(X)
-    assert_old_or_new(results, 1)
-    assert stitched.report().pieces
-
-
 @pytest.mark.parametrize("mode", ["PIECEWISE", "FULL"])
 def test_captures_and_rebinds_of_several_threads_take_turns(mode: str) -> None:
     _, stitched = made(None)
@@ -438,7 +428,7 @@ def test_a_change_keeps_what_the_one_before_it_set(first: str, second: str) -> N
     before = replays(stitched)
     assert torch.equal(stitched(X), X * factor)
     # Guards are evaluated whatever serves.
-    with pytest.raises(InputError, match="the trace assumed"):
+    with pytest.raises(InputError, match="has size 1"):
         stitched(X[:1])
     # Static graphs serve unless something came after their capture that they know nothing of.
     serves = True

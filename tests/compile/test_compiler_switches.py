@@ -3,8 +3,6 @@
 import contextlib
 import logging
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -177,20 +175,6 @@ def test_eager_on_recompile_serves_what_fits_and_runs_the_rest_as_it_is():
     assert not stitched(x).requires_grad
 
 
-@pytest.mark.parametrize("name", ["fail_on_recompile", "eager_then_compile", "default"])
-def test_a_compilation_that_was_asked_for_happens_in_every_other_stance(name):
-    model, x = Plain().eval(), torch.randn(3, 4)
-    with torch.compiler.set_stance(name):
-        for stitched in (
-            piecework.compile(model, (x,), config=EAGER),
-            piecework.compile(model, config=EAGER),
-        ):
-            assert torch.equal(stitched(x), model(x)) and not stitched(x).requires_grad
-            assert torch.equal(stitched(x[:2]), model(x[:2]))
-            stitched.capture([4], progress=False)
-            torch.testing.assert_close(stitched(x), model(x).detach())  # padded to four rows
-
-
 CHILD = """
 import logging, torch, piecework
 from piecework.runtime.counters import counters
@@ -200,29 +184,3 @@ assert torch.equal(stitched.capture()(x), model(x))
 assert torch.equal(torch.compile(model, backend="piecework")(x), model(x))
 assert counters.num_graphs_seen == 0
 """
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["TORCH_COMPILE_DISABLE", pytest.param("TORCHDYNAMO_DISABLE", marks=pytest.mark.nightly)],
-)
-def test_the_variables_hold_for_a_whole_program(name, tmp_path, monkeypatch):
-    def run(*command):
-        return subprocess.run(
-            [sys.executable, *command],
-            env={**os.environ, name: "1"},
-            capture_output=True,
-            text=True,
-            timeout=900,
-        )
-
-    child = run("-c", CHILD)
-    assert child.returncode == 0, child.stderr
-    assert child.stderr.count(f"Linear runs as it is, uncompiled: {name}=1") == 1
-    (tmp_path / "made.py").write_text(
-        "import torch\ndef make(): return torch.nn.Linear(4, 4), (torch.randn(3, 4),)\n"
-    )
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
-    refused = run("-m", "piecework", "compile", "made:make", "-o", str(tmp_path / "out"))
-    assert refused.returncode == 2 and f"{name}=1" in refused.stderr + refused.stdout
-    assert not (tmp_path / "out").exists()

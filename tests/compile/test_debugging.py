@@ -193,28 +193,3 @@ stitched = piecework.compile(torch.nn.Linear(8, 8), (x,), config={"backend": "ea
 first, second = (stitched.profile(x, profiled_calls=20) for _ in range(2))
 print(first.rows[0].microseconds, second.rows[0].microseconds)
 """
-
-
-@pytest.mark.inductor
-def test_a_profile_counts_the_kernels_and_library_calls_of_inductors_code() -> None:
-    layer = nn.Sequential(nn.Linear(8, 8), nn.GELU()).eval()
-    (row,) = piecework.compile(layer, (torch.randn(4, 8),)).profile(torch.randn(4, 8)).rows
-    assert (row.kernels, row.external) == (1, 1)
-
-
-def test_the_log_names_what_was_cut_at_and_each_capture_once(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Sigmoid(), torch.nn.Linear(4, 4))
-    with caplog.at_level("DEBUG", logger="piecework"):
-        stitched = piecework.compile(
-            model, (torch.randn(3, 4),), splitting_ops=[torch.sigmoid], config=EAGER
-        )
-        stitched.capture([2, 4], progress=False)
-    told = [each.getMessage() for each in caplog.records if each.name.startswith("piecework")]
-    (traced,) = [text for text in told if "cut at" in text]
-    assert traced.endswith("; 2 pieces, cut at torch.sigmoid")
-    captures = [text for text in told if "captured" in text]
-    assert [text.partition(",")[0] for text in captures] == [
-        f"capture: PIECEWISE tokens={size}: captured" for size in (4, 2)
-    ]

@@ -201,11 +201,6 @@ def test_captured_saved_and_loaded(tmp_path: Path) -> None:
     torch.testing.assert_close(loaded(X), model(X), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("layers", [["blocks"], []])
-def test_whether_layers_share_a_trace_or_not(layers: list[str]) -> None:
-    assert pieces(Stack(blocks_of(6)), X, repeated_layers=layers) == (8, 3)
-
-
 def test_inductor_compiles_each_kind_once() -> None:
     model = Stack(blocks_of(5)).eval()
     stitched = piecework.compile(model, (X,))
@@ -215,53 +210,6 @@ def test_inductor_compiles_each_kind_once() -> None:
     assert (stitched.report().pieces, stitched.report().unique) == (7, 3)
 
 
-@pytest.mark.sample(2)
-@pytest.mark.parametrize("family", ["vit", "bert", "albert", "whisper"])
-def test_encoders_of_transformers(family: str) -> None:
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    small = {
-        "hidden_size": 16,
-        "num_attention_heads": 2,
-        "intermediate_size": 32,
-        "num_hidden_layers": 5,
-    }
-    image = {"image_size": 16, "patch_size": 4}
-    ids = torch.randint(0, 30, (4, 6))
-    if family == "vit":
-        model, x = transformers.ViTModel(transformers.ViTConfig(**small, **image)), torch.randn(
-            4, 3, 16, 16
-        )
-    elif family == "bert":
-        model, x = transformers.BertModel(transformers.BertConfig(**small, vocab_size=30)), ids
-    elif family == "albert":
-        model, x = (
-            transformers.AlbertModel(
-                transformers.AlbertConfig(**small, vocab_size=30, embedding_size=8)
-            ),
-            ids,
-        )
-    else:
-        config = transformers.WhisperConfig(
-            d_model=16,
-            decoder_attention_heads=2,
-            encoder_layers=5,
-            encoder_attention_heads=2,
-            encoder_ffn_dim=32,
-            num_mel_bins=4,
-            max_source_positions=8,
-        )
-        model, x = transformers.WhisperModel(config).get_encoder(), torch.randn(4, 4, 16)
-    model.eval()
-    with torch.no_grad():
-        stitched = piecework.compile(model, (x,), config=EAGER)
-        for rows in (4, 2):
-            want = model(x[:rows]).last_hidden_state
-            torch.testing.assert_close(stitched(x[:rows]).last_hidden_state, want)
-    report = stitched.report()
-    assert report.pieces >= 5 and report.unique < report.pieces
-
-
 UNDER_TORCH_FUNC: dict[str, Callable[..., torch.Tensor]] = {
     "grad": lambda model, x: torch.func.grad(model)(x),
     "vjp": lambda model, x: torch.func.vjp(model, x)[1](torch.ones(()))[0],
@@ -269,26 +217,3 @@ UNDER_TORCH_FUNC: dict[str, Callable[..., torch.Tensor]] = {
     "jacrev": lambda model, x: torch.func.vmap(torch.func.jacrev(model))(x),
     "beside a plain call": lambda model, x: torch.func.grad(model)(x) + model(x),
 }
-
-
-@pytest.mark.sample(2)
-@pytest.mark.parametrize("way", UNDER_TORCH_FUNC)
-def test_blocks_that_are_called_inside_torch_func_are_not_cut_at(way: str) -> None:
-    """Values there have no memory of their own to compare."""
-
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.stack = Stack(blocks_of(3))
-
-        def energy(self, x: torch.Tensor) -> torch.Tensor:
-            return self.stack(x).sum()
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return UNDER_TORCH_FUNC[way](self.energy, x)
-
-    model = Model().eval().requires_grad_(False)
-    stitched = piecework.compile(model, (torch.randn(4, 8),), config=EAGER)
-    for rows in (4, 6):
-        x = torch.randn(rows, 8)
-        torch.testing.assert_close(stitched(x), model(x))

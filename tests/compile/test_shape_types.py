@@ -121,15 +121,6 @@ def test_stock_runs_nothing_on_example_arguments_and_keeps_their_marks() -> None
     assert decorated.calls == 1
 
 
-def test_stock_instances_do_not_share_dynamos_cache() -> None:
-    limit = torch._dynamo.config.recompile_limit
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        for _ in range(limit + 1):
-            model = Model(compilation_config=config(mode=1))
-            for batch in (4, 5):
-                same(model, model, *pair(batch))
-
-
 graphs_given: list[torch.fx.GraphModule] = []
 
 
@@ -179,11 +170,6 @@ def test_sizes_zero_and_one_are_served(shapes: str, first: int, decorated: bool)
     assert stitched_of(model) is None or not decorated or "s0" in stitched_of(model).source.code
 
 
-def test_a_backed_first_call_of_size_one_says_what_to_do() -> None:
-    with pytest.raises(InputError, match=r"size 1 in dynamic dimension 0.*unbacked"):
-        Model(compilation_config=config())(*pair(1))
-
-
 def test_unbacked_without_marks_takes_the_first_dimensions_and_leaves_no_mark() -> None:
     model, example = Model(), pair(4)
     made = piecework.compile(model, example, config=config(shapes="unbacked"))
@@ -225,12 +211,3 @@ def test_guards_are_evaluated_at_each_call(sizes: tuple[int, int]) -> None:
         torch.testing.assert_close(stitched(x, y), Halves()(x, y))
     with pytest.raises(InputError):
         stitched(*map(torch.randn, sizes))
-
-
-@pytest.mark.inductor
-@pytest.mark.parametrize("shapes", SHAPES)
-def test_inductor_serves_each_shape_type(shapes: str) -> None:
-    made = CompilationConfig(dynamic_shapes_config={"type": shapes, "evaluate_guards": True})
-    model = Model(compilation_config=made)
-    for batch in (4, 7) if shapes == "backed" else (4, 1, 7):
-        same(model, model, *pair(batch))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,9 +14,6 @@ import piecework
 from piecework.errors import (
     CaptureError,
     InputError,
-    PieceCompileError,
-    PieceworkError,
-    SplitError,
 )
 from piecework.runtime.trace import every_size
 
@@ -125,23 +121,6 @@ def test_an_operator_gets_the_layout_that_the_model_made() -> None:
     assert all(strides)
 
 
-def test_an_index_beyond_the_rows_is_refused() -> None:
-    stitched = compiled(lambda x, n: x[n], torch.randn(9, 3), 4)
-    x = torch.randn(9, 3)
-    for n in (0, 1, 5, 8, -1, -9):
-        assert torch.equal(stitched(x, n), x[n])
-    for n in (9, 12, -10):
-        with pytest.raises(InputError):
-            stitched(x, n)
-
-
-def test_a_reduction_of_no_rows_is_refused(nothing_admitted: None) -> None:
-    stitched = compiled(lambda x: x.max(0).values, torch.randn(4, 3))
-    same(stitched, lambda x: x.max(0).values, torch.randn(1, 3))
-    with pytest.raises((PieceworkError, IndexError)):  # as the model itself
-        stitched(torch.randn(0, 3))
-
-
 def test_no_rows_are_served_where_the_model_can() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
     stitched = compiled(model, torch.randn(4, 4))
@@ -149,16 +128,6 @@ def test_no_rows_are_served_where_the_model_can() -> None:
 
 
 # --- what an example must not decide ---------------------------------------------------------------------
-
-
-def test_equal_sizes_of_the_example_are_no_relation(nothing_admitted: None) -> None:
-    def model(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return a * 2, b.sum(1)
-
-    stitched = compiled(model, torch.randn(4, 4), torch.randn(4, 4))
-    for sizes in ((2, 3, 4, 5), (5, 4, 3, 2), (4, 4, 4, 4)):
-        same(stitched, model, torch.randn(sizes[:2]), torch.randn(sizes[2:]))
-    assert len(stitched.traces) == 1
 
 
 def test_a_batch_that_equals_a_number_of_the_model_stays_free(nothing_admitted: None) -> None:
@@ -279,20 +248,6 @@ def test_no_more_traces_are_made_than_allowed_but_on_request(nothing_admitted: N
     assert len(asked.traces) == 3
 
 
-@pytest.mark.inductor
-def test_a_pass_that_raises_is_told_at_once() -> None:
-    calls = []
-
-    def broken(graph: torch.fx.Graph) -> None:
-        calls.append(graph)
-        raise RuntimeError("not today")
-
-    config = {"inductor_passes": {"post_grad_custom_post_pass": broken}}
-    with pytest.raises(PieceCompileError, match="not today"):
-        piecework.compile(nn.Linear(4, 2), (torch.randn(4, 4),), config=config)
-    assert len(calls) == 1
-
-
 def test_threads_that_need_a_trace_at_once_make_one(nothing_admitted: None) -> None:
     model = nn.Linear(4, 2)
     stitched = compiled(model, torch.randn(4, 4))
@@ -379,39 +334,3 @@ def test_a_compiler_that_asks_for_the_number_of_a_size_gets_a_trace_that_has_it(
     stitched = piecework.compile(model, (torch.randn(6, 8),))
     for rows in (6, 2):
         same(stitched, model, torch.randn(rows, 8))
-
-
-def test_what_a_failed_compilation_left_is_not_compiled_with_again() -> None:
-    @piecework.splitting_op("traces_late::op", rows="independent")
-    def late(x: torch.Tensor) -> torch.Tensor:
-        return x.clone()
-
-    late.register_fake(torch.empty_like)
-    use = SimpleNamespace(late=False)
-    config = EAGER.replace(strict=True)
-    stitched = piecework.compile(
-        lambda x: (late(x) if use.late else x) + 1, splitting_ops=["traces_late::op"], config=config
-    )
-    with pytest.raises(SplitError, match="not in the graph: traces_late::op"):
-        stitched(torch.ones(4))
-    failed = stitched.backend
-
-    use.late = True
-    assert torch.equal(stitched(torch.ones(4)), torch.full((4,), 2.0))
-    assert stitched.backend is not failed
-
-
-def test_an_operator_that_torch_does_not_know_is_refused_before_the_trace_and_once_known_serves() -> (
-    None
-):
-    stitched = piecework.compile(lambda x: x + 1, splitting_ops=["traces_later::op"], config=EAGER)
-    with pytest.raises(SplitError, match="traces_later::op is not registered"):
-        stitched(torch.ones(4))
-    assert not stitched.backend.used
-
-    @piecework.splitting_op("traces_later::op", rows="independent")
-    def later(x: torch.Tensor) -> torch.Tensor:
-        return x.clone()
-
-    with pytest.warns(UserWarning, match="not in the graph: traces_later::op"):
-        assert torch.equal(stitched(torch.ones(4)), torch.full((4,), 2.0))
