@@ -11,8 +11,8 @@ from functools import partial
 
 import torch
 
+from piecework import errors
 from piecework.codegen.split.split import SplittingOp as SplittingOpLike
-from piecework.errors import ArtifactError, ConfigError, NotThereError, short_errors
 from piecework.runtime import torch_compat
 from piecework.runtime.artifact.model import Artifact
 from piecework.runtime.batch.sizes import require_positive_sizes
@@ -30,7 +30,7 @@ _log = logging.getLogger(__name__)
 _UNSTITCHED = (CompilationMode.NONE, CompilationMode.STOCK_TORCH_COMPILE)
 
 
-@short_errors
+@errors.short_errors
 def compile(
     model: Callable[..., object],
     example_args: Sequence[object] = (),
@@ -86,7 +86,7 @@ def compile(
         args, kwargs = example_args, example_kwargs or {}
         require_stitching(made.config)
         if not (args or kwargs):
-            raise ConfigError(
+            raise errors.ConfigError(
                 "an artifact is made or loaded for example arguments, and there are none",
                 where="artifact",
                 hint="pass example_args",
@@ -96,7 +96,7 @@ def compile(
             made.require_made_so(found, args, kwargs)
             made.take(found)
             if not made.accepts(*args, **kwargs):
-                raise ArtifactError(
+                raise errors.ArtifactError(
                     "no trace in it serves the example arguments",
                     hint="it was saved for arguments of other kinds or sizes",
                 )
@@ -111,7 +111,7 @@ def compile(
     return made
 
 
-@short_errors
+@errors.short_errors
 def load(
     path: Place,
     model: Callable[..., object],
@@ -135,7 +135,7 @@ def load(
     facts = found.package.facts
     kept = facts.get("kept")
     if kept is not None:
-        raise ArtifactError(
+        raise errors.ArtifactError(
             "the artifact is of a model that was stitched in place, and holds what that takes",
             where=str(path),
             hint=f"{kept['load']}(path, model) loads it",  # type: ignore[index]
@@ -154,7 +154,7 @@ def load(
 def require_stitching(config: CompilationConfig | None) -> None:
     """Raise `ConfigError` for a mode that compiles nothing which could be saved."""
     if config is not None and config.mode in _UNSTITCHED:
-        raise ConfigError(
+        raise errors.ConfigError(
             f"mode {config.mode} compiles nothing that could be saved",
             where="artifact",
             hint="use DYNAMO_TRACE_ONCE or PIECEWORK_COMPILE",
@@ -169,7 +169,7 @@ def take_if_it_fits(
         if not file_of(path).exists():
             return False
         take(Artifact.open(path, key_file))
-    except ArtifactError as error:
+    except errors.ArtifactError as error:
         _log.warning("the artifact %s does not fit, the model is compiled again: %s", path, error)
         return False
     return True
@@ -179,7 +179,7 @@ def keep(save: Callable[[], None], path: Place) -> None:
     """Save what was compiled to ``path``; a warning says why it can't be."""
     try:
         save()
-    except ArtifactError as error:
+    except errors.ArtifactError as error:
         _log.warning("the compiled model is not saved to %s: %s", path, error)
 
 
@@ -226,7 +226,7 @@ def compile_with_mode(
         config = config.set_splitting_ops_for_v1(registry.names())
     named = example_kwargs is None or isinstance(example_kwargs, Mapping)
     if not isinstance(example_args, (tuple, list)) or not named:
-        raise ConfigError(
+        raise errors.ConfigError(
             "example_args is a tuple with one item per argument, and example_kwargs a dict of arguments by name",
             where="example_args",
             hint="a single argument x is passed as (x,)",
@@ -238,7 +238,7 @@ def compile_with_mode(
         if config.mode is CompilationMode.DYNAMO_TRACE_ONCE:
             declared = config.splitting_ops if splitting_ops is None else splitting_ops
             if declared and not config.use_inductor_graph_partition:
-                raise ConfigError(
+                raise errors.ConfigError(
                     f"mode {config.mode} compiles the graph whole, and there are splitting ops",
                     where="splitting_ops",
                     hint="use PIECEWORK_COMPILE to cut there, or leave splitting_ops out",
@@ -268,7 +268,7 @@ def _require_dtype(model: Callable[..., object], name: str) -> None:
     floating = (t.dtype for t in held if isinstance(t, torch.Tensor) and t.is_floating_point())
     found = sorted(set(map(str, floating)))
     if found and f"torch.{name}" not in found:
-        raise ConfigError(
+        raise errors.ConfigError(
             f"the program's dtype is {name}, and the model's weights are {', '.join(found)}",
             where="dtype",
             hint="load the model as that, or leave dtype out",
@@ -307,8 +307,8 @@ class UnstitchedModule(StitchedModule):
         compilation_complete()
         return result
 
-    def _missing(self, what: str) -> NotThereError:
-        return NotThereError(
+    def _missing(self, what: str) -> errors.NotThereError:
+        return errors.NotThereError(
             f"mode {self.config.mode} stitches nothing, so there is no {what}",
             where="mode",
             hint="use DYNAMO_TRACE_ONCE or PIECEWORK_COMPILE",

@@ -194,7 +194,7 @@ class _State:
 
     def __init__(self, tag: ModelTag | None = None) -> None:
         self.tag = tag
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()
         self.model: torch.nn.Module | None = None
         self.call: Callable[..., object] | None = None
         self.made: StitchedModule | None = None

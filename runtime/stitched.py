@@ -19,22 +19,11 @@ import torch
 import torch.fx
 from torch.utils import _pytree as pytree
 
+from piecework import errors
 from piecework.codegen import StitchedSource
 from piecework.codegen.entry.emit import EntrySource
 from piecework.codegen.split.split import SplittingOp as SplittingOpLike
 from piecework.collector import collector_paused, seldom_full_collections
-from piecework.errors import (
-    ArtifactError,
-    BindError,
-    InputError,
-    NotThereError,
-    PieceworkError,
-    StaticGraphError,
-    full_tracebacks,
-    short_errors,
-    short_methods,
-    tell,
-)
 from piecework.runtime import torch_compat
 from piecework.runtime.artifact.model import (
     Artifact,
@@ -72,7 +61,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 
-@short_methods
+@errors.short_methods
 class StitchedModule(Captures, Observed, SharedModule):
     """A compiled model; see `compile`.
 
@@ -140,7 +129,7 @@ class StitchedModule(Captures, Observed, SharedModule):
         """
         try:
             return self._call(*args, **kwargs)
-        except InputError as error:
+        except errors.InputError as error:
             # Its traceback would keep the frames of this call alive, and so what it was called with.
             refused = error.with_traceback(None)
         except Exception as error:
@@ -153,9 +142,9 @@ class StitchedModule(Captures, Observed, SharedModule):
         """As calling the module."""
         return self(*args, **kwargs)
 
-    @short_errors
+    @errors.short_errors
     def _serve_refused(
-        self, refused: InputError, args: tuple[object, ...], kwargs: dict[str, object]
+        self, refused: errors.InputError, args: tuple[object, ...], kwargs: dict[str, object]
     ) -> object:
         """The result of a call that a trace refused: by another, one that is made for it, or, with torch's compiler off, of the model as it is."""
         refusals = {refused.refused_by: refused}
@@ -167,7 +156,7 @@ class StitchedModule(Captures, Observed, SharedModule):
                     continue
                 try:
                     result = each.call(*args, **kwargs)
-                except InputError as error:
+                except errors.InputError as error:
                     if error.refused_by is not each.entry:
                         raise
                     refusals[each.entry] = error.with_traceback(None)
@@ -219,7 +208,9 @@ class StitchedModule(Captures, Observed, SharedModule):
         """Trace, compile and stitch now, with these arguments as the example; nothing is done while torch's compiler is switched off."""
         with self._lock:
             if self.traces:
-                raise BindError("this module is compiled already", hint="compile the model again")
+                raise errors.BindError(
+                    "this module is compiled already", hint="compile the model again"
+                )
             if self._switched_off():
                 return
             with _tracing_shapes(self.config.dynamic_shapes_config.type, (args, kwargs)):
@@ -237,12 +228,12 @@ class StitchedModule(Captures, Observed, SharedModule):
     def _uncaptured(self, *args: object, **kwargs: object) -> object:
         """The first call under a configuration that asks for captures: the last moment to say that there are none."""
         if not any(each.static for each in self.traces):
-            error = StaticGraphError(
+            error = errors.StaticGraphError(
                 "nothing is captured, and the configuration has a cudagraph_mode or cudagraph_capture_sizes",
                 where=self.backend.prefix,
                 hint="call capture(sizes) on the stitched module before it serves",
             )
-            tell(error, strict=self.config.strict)
+            errors.tell(error, strict=self.config.strict)
         self._serve_by(self.traces[0].call)
         return self._call(*args, **kwargs)
 
@@ -254,7 +245,7 @@ class StitchedModule(Captures, Observed, SharedModule):
 
     def _add(self, args: Sequence[object], kwargs: Mapping[str, object]) -> TracedModel:
         """Trace and compile the model for calls like this one."""
-        quiet = nullcontext() if full_tracebacks() else torch_compat.quiet_trial()
+        quiet = nullcontext() if errors.full_tracebacks() else torch_compat.quiet_trial()
         with self._around(), quiet, seldom_full_collections():
             made = trace_model(
                 self.model, args, kwargs, self._backends(), self._sizes, self.as_it_is
@@ -284,7 +275,11 @@ class StitchedModule(Captures, Observed, SharedModule):
         return make
 
     def _add_for(
-        self, refused: InputError, tried: int, args: Sequence[object], kwargs: Mapping[str, object]
+        self,
+        refused: errors.InputError,
+        tried: int,
+        args: Sequence[object],
+        kwargs: Mapping[str, object],
     ) -> bool:
         """Trace the model for sizes that no trace serves; False if that is not why the call was refused, or can't be done."""
         sizes, places = self._sizes, refused.places
@@ -305,7 +300,7 @@ class StitchedModule(Captures, Observed, SharedModule):
             start = time.perf_counter()
             try:
                 made = self._add(args, kwargs)
-            except PieceworkError as error:
+            except errors.PieceworkError as error:
                 refused.add_note(f"A trace for these sizes is not to be had: {error}")
                 raise refused from error
             self._by_themselves += 1
@@ -352,7 +347,7 @@ class StitchedModule(Captures, Observed, SharedModule):
         try:
             found = self._serving(first.call_of(1, options))
             return None if found is first else found
-        except PieceworkError:
+        except errors.PieceworkError:
             if sizes is not None:
                 raise
             return None  # nobody asked for it
@@ -368,7 +363,7 @@ class StitchedModule(Captures, Observed, SharedModule):
         """
         thread, other = self._changing
         if thread == threading.get_ident():
-            raise BindError(
+            raise errors.BindError(
                 f"{what} was called from inside {other} of the same model",
                 hint="call it after that has returned",
             )
@@ -456,7 +451,7 @@ class StitchedModule(Captures, Observed, SharedModule):
             ArtifactError: something can't be told again in another process, or the file not be written.
         """
         if self._saves_together:
-            raise ArtifactError(
+            raise errors.ArtifactError(
                 "it serves a part of a model's calls, and others serve the rest",
                 where=self.backend.prefix,
                 hint=f"{self._saves_together}(model, path) saves all of them",
@@ -471,7 +466,7 @@ class StitchedModule(Captures, Observed, SharedModule):
 
         self._require("artifact")
         if self._around is not nullcontext and self.kept is None:
-            raise ArtifactError(
+            raise errors.ArtifactError(
                 "the model was traced in a context of its caller's, which says nothing that another process could make it of",
                 where=self.backend.prefix,
                 hint="compile it in each process: compiled pieces come from the cache",
@@ -480,7 +475,7 @@ class StitchedModule(Captures, Observed, SharedModule):
             in_one_row = self._sizes is not None and self._sizes.rows_in_one
             if in_one_row or not self._saves_together:
                 # A graph without a batch has no batch of one, and an object of the user's can't be made up.
-                with suppress(PieceworkError, TypeError):
+                with suppress(errors.PieceworkError, TypeError):
                     self._trace_of_one(None, CaptureOptions(runtime=self.runtime_config))
             with collector_paused():
                 yield Part(self.model, self.traces, self._made_with())
@@ -530,9 +525,9 @@ class StitchedModule(Captures, Observed, SharedModule):
             raise self._missing(what)
         return self.traces
 
-    def _missing(self, what: str) -> NotThereError:
+    def _missing(self, what: str) -> errors.NotThereError:
         """Why there is no ``what``."""
-        return NotThereError(
+        return errors.NotThereError(
             f"there is no {what} yet: the model is compiled at its first call",
             where=torch_compat.compiler_off(),  # while torch's compiler is off, it runs as it is
             hint="pass example arguments to piecework.compile, or call the module once",

@@ -138,7 +138,7 @@ class Entry:
     def uncaptured_calls(self) -> int:
         """How many calls ran the stitching function since anything was captured or released last; static graphs count for themselves."""
         # A counter says what comes next, and to ask for that would count.
-        return 0 if self.graphs else int(repr(self._now.counter)[len("count(") : -1])
+        return 0 if self.graphs is not None else int(repr(self._now.counter)[len("count(") : -1])
 
     # --- changes: each publishes another execution, and calls that run keep theirs --------------------
 
@@ -198,12 +198,13 @@ class Entry:
 
     def _serve_by(self, execution: Execution, serves: Callable[..., object] | None = None) -> None:
         self._now = execution
-        serves = serves or execution.graphs or execution.function
+        if serves is None:
+            serves = execution.function if execution.graphs is None else execution.graphs
         self.call.__globals__["bound"] = self._held(execution, serves)
 
     def _counter(self) -> itertools.count[int]:
         """What counts the calls after a change: on from where it was, unless graphs served."""
-        return itertools.count() if self.graphs else self._now.counter
+        return itertools.count() if self.graphs is not None else self._now.counter
 
     def _made(
         self, weights: BoundWeights, edited: EditedSource | None, counter: itertools.count[int]

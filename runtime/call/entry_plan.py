@@ -9,28 +9,15 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from piecework.codegen.entry import plan as ep
 from piecework.codegen.entry.emit import EntrySource, generate_entry
-from piecework.codegen.entry.plan import (
-    EntryPlan,
-    FromCall,
-    FromItems,
-    FromWeights,
-    Items,
-    Leaf,
-    Node,
-    Packed,
-    Passed,
-    TensorInput,
-    Tree,
-    UnusedTensor,
-)
 from piecework.codegen.graph.origin import results_of, value_of
 from piecework.errors import InputError
 from piecework.runtime import torch_compat
 from piecework.runtime.pieces.program import Program
+from piecework.runtime.trace import results
 from piecework.runtime.trace.inputs import Argument, Layout, Size
 from piecework.runtime.trace.one_trace import ModelTrace
-from piecework.runtime.trace.results import ResultLeaf
 from piecework.runtime.trace.writes import mutations_in
 from piecework.runtime.watch.weights import BoundWeights, Weight
 
@@ -47,7 +34,7 @@ class MadeEntry:
         given: arguments that have to be apart from tensors of the model.
     """
 
-    plan: EntryPlan
+    plan: ep.EntryPlan
     source: EntrySource
     strict: frozenset[str]
     autocast: tuple[tuple[str, torch.dtype], ...]
@@ -149,7 +136,7 @@ def _given_tensors(captured: ModelTrace, written: _Written) -> Iterator[GivenTen
     numbers = {weights.traced[n].path: n for n in plain}
     for number, parameter in enumerate(captured.parameters):
         for leaf, where, flat in _leaves(parameter.node, (number,)):
-            if not isinstance(leaf.assumption, (TensorInput, UnusedTensor)):
+            if not isinstance(leaf.assumption, (ep.TensorInput, ep.UnusedTensor)):
                 continue
             others = tuple(n for n in plain if _could_be(leaf.assumption, weights.tensors[n]))
             if leaf.index in captured.weights_given:  # a fact says which one it has to be
@@ -162,24 +149,24 @@ def _given_tensors(captured: ModelTrace, written: _Written) -> Iterator[GivenTen
 
 
 def _leaves(
-    node: Node, where: tuple[object, ...]
-) -> Iterator[tuple[Leaf, tuple[object, ...], bool]]:
+    node: ep.Node, where: tuple[object, ...]
+) -> Iterator[tuple[ep.Leaf, tuple[object, ...], bool]]:
     """The flattened arguments of a parameter, each with where a call has it, and whether that counts leaves."""
     match node:
-        case Leaf():
+        case ep.Leaf():
             yield node, where, False
-        case Items(keys=keys, children=children):
+        case ep.Items(keys=keys, children=children):
             for key, child in zip(keys, children, strict=True):
                 yield from _leaves(child, (*where, key))
-        case Tree(children=children):
+        case ep.Tree(children=children):
             yield from ((leaf, (*where, number), True) for number, leaf in enumerate(children))
 
 
-def _could_be(assumption: TensorInput | UnusedTensor, tensor: torch.Tensor) -> bool:
+def _could_be(assumption: ep.TensorInput | ep.UnusedTensor, tensor: torch.Tensor) -> bool:
     """Whether a tensor of the model passes the checks of an argument."""
     sizes: Sequence[object] = [None] * tensor.dim()
-    rank = assumption.rank if isinstance(assumption, UnusedTensor) else len(assumption.sizes)
-    if isinstance(assumption, TensorInput):
+    rank = assumption.rank if isinstance(assumption, ep.UnusedTensor) else len(assumption.sizes)
+    if isinstance(assumption, ep.TensorInput):
         sizes = assumption.sizes
         if type(tensor) is not assumption.kind:
             return False
@@ -197,19 +184,19 @@ def _could_be(assumption: TensorInput | UnusedTensor, tensor: torch.Tensor) -> b
 
 def _plan_entry(
     captured: ModelTrace, program: Program, written: _Written, watches_arguments: bool
-) -> EntryPlan:
+) -> ep.EntryPlan:
     """Say what the entry must check, pass and return."""
     levers, state = program.config.stitching_config, captured.weights.state
     source = program.source
     bound = {row.path for row in source.module.bound}
     weights = [each for each in captured.inputs if isinstance(each, Weight)]
     numbers = {each.path: number for number, each in enumerate(weights)}
-    passed: list[Passed] = []
+    passed: list[ep.Passed] = []
     for each in captured.inputs:
         match each:
             case Weight(path):
                 if path not in bound:
-                    passed.append(FromWeights(numbers[path]))
+                    passed.append(ep.FromWeights(numbers[path]))
             case Argument(leaf):
                 passed.append(captured.assumptions.passed(leaf, None))
             case Size(leaf, dim):
@@ -217,7 +204,7 @@ def _plan_entry(
             case Layout(leaf, stride):
                 passed.append(captured.assumptions.layout(leaf, stride))
     weight_at = {id(tensor): number for number, tensor in enumerate(captured.weights.tensors)}
-    return EntryPlan(
+    return ep.EntryPlan(
         banner=(f"model: {program.name}",),
         parameters=captured.parameters,
         symbols=captured.assumptions.symbols(),
@@ -257,7 +244,7 @@ def _is_strict(user: torch.fx.Node, weight: torch.fx.Node, program: Program) -> 
     return all(places <= entry.compiled.strict_inputs for entry in piece.entries.values())
 
 
-def _batch(captured: ModelTrace, program: Program) -> Passed | None:
+def _batch(captured: ModelTrace, program: Program) -> ep.Passed | None:
     if program.range_table is None or program.batch.symbol is None:
         return None
     index, dim = program.batch.input
@@ -275,23 +262,25 @@ def _output_names(captured: ModelTrace) -> tuple[str, ...]:
     return tuple(each.name if isinstance(each, torch.fx.Node) else "unused" for each in outputs)
 
 
-def _packed(spec: pytree.TreeSpec, leaves: list[ResultLeaf], weight_at: dict[int, int]) -> Packed:
+def _packed(
+    spec: pytree.TreeSpec, leaves: list[results.ResultLeaf], weight_at: dict[int, int]
+) -> ep.Packed:
     """How ``spec`` is rebuilt; takes what it needs from the front of ``leaves``."""
     kind, context, children = torch_compat.spec_parts(spec)
     if kind is None:
         leaf = leaves.pop(0)
-        return FromWeights(weight_at[id(leaf)]) if isinstance(leaf, torch.Tensor) else leaf
+        return ep.FromWeights(weight_at[id(leaf)]) if isinstance(leaf, torch.Tensor) else leaf
     items = tuple(_packed(child, leaves, weight_at) for child in children)
     if kind in (list, tuple):
-        return FromItems(kind, tuple(range(len(items))), items)
+        return ep.FromItems(kind, tuple(range(len(items))), items)
     if kind is dict:
-        return FromItems(dict, tuple(context), items)  # type: ignore[arg-type]
+        return ep.FromItems(dict, tuple(context), items)  # type: ignore[arg-type]
     if kind is torch.Size:  # which pytree would make a tuple of
-        return FromCall(_size, None, "Size", items)
+        return ep.FromCall(_size, None, "Size", items)
     rebuild = torch_compat.rebuilder(kind)
     if rebuild is not None:
-        return FromCall(rebuild, context, kind.__name__, items)
-    return FromCall(torch_compat.with_children, spec, kind.__name__, items)
+        return ep.FromCall(rebuild, context, kind.__name__, items)
+    return ep.FromCall(torch_compat.with_children, spec, kind.__name__, items)
 
 
 def _size(items: Sequence[int], _: object) -> torch.Size:

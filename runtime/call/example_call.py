@@ -10,25 +10,13 @@ from typing import assert_never
 
 import torch
 
-from piecework.codegen.entry.plan import (
-    FixedValue,
-    IntegerInput,
-    Items,
-    Leaf,
-    Node,
-    Parameter,
-    SameObject,
-    Size,
-    TensorInput,
-    Tree,
-    UnusedTensor,
-)
+from piecework.codegen.entry import plan as ep
 from piecework.codegen.plan.size_text import evaluate
 from piecework.runtime import torch_compat
 
 
 def example_call(
-    parameters: Sequence[Parameter], symbols: Mapping[str, int]
+    parameters: Sequence[ep.Parameter], symbols: Mapping[str, int]
 ) -> tuple[tuple[object, ...], dict[str, object]]:
     """Positional and keyword arguments in which each symbol has the given number.
 
@@ -58,15 +46,15 @@ class _Maker:
         self._symbols = symbols
         self._leaves: dict[int, object] = {}
 
-    def value(self, node: Node) -> object:
+    def value(self, node: ep.Node) -> object:
         match node:
-            case Leaf(index, _, assumption):
+            case ep.Leaf(index, _, assumption):
                 found = self._leaves[index] = self._leaf(assumption)
                 return found
-            case Items():
+            case ep.Items():
                 pairs = zip(node.keys, map(self.value, node.children), strict=True)
                 return dict(pairs) if node.kind is dict else node.kind(each for _, each in pairs)
-            case Tree():
+            case ep.Tree():
                 leaves = [self.value(child) for child in node.children]
                 return torch_compat.unflatten_tree(leaves, node.structure)  # type: ignore[arg-type]
             case _:
@@ -74,19 +62,19 @@ class _Maker:
 
     def _leaf(self, assumption: object) -> object:
         match assumption:
-            case TensorInput():
+            case ep.TensorInput():
                 return self._tensor(assumption)
-            case UnusedTensor(dtype, device, rank):
+            case ep.UnusedTensor(dtype, device, rank):
                 return torch.zeros([2] * rank, dtype=dtype, device=device)
-            case SameObject(index):
+            case ep.SameObject(index):
                 return self._leaves[index]
-            case IntegerInput(symbol):
+            case ep.IntegerInput(symbol):
                 return self._number(symbol)
-            case FixedValue(value):
+            case ep.FixedValue(value):
                 return value
         raise TypeError(type(assumption).__name__)
 
-    def _tensor(self, tensor: TensorInput) -> torch.Tensor:
+    def _tensor(self, tensor: ep.TensorInput) -> torch.Tensor:
         shape = [self._number(size) for size in tensor.sizes]
         made = torch.zeros(shape, dtype=tensor.dtype, device=tensor.device)
         if tensor.strides is not None and None not in tensor.strides:
@@ -98,5 +86,5 @@ class _Maker:
             return torch.nn.Parameter(made, requires_grad=bool(tensor.requires_grad))
         return made.requires_grad_(bool(tensor.requires_grad))
 
-    def _number(self, size: Size) -> int:
+    def _number(self, size: ep.Size) -> int:
         return size if isinstance(size, int) else int(evaluate(size, self._symbols))  # type: ignore[call-overload]
