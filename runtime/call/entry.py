@@ -282,10 +282,12 @@ class Entry:
         """What of the arguments is not as traced, beyond what the emitted check compares; asked after those checks have passed."""
         refusal = None if self._arguments is None else self._arguments(values)
         weights, given = self.weights, self.made.given
-        if weights not in self._spans:
+        found = self._spans.get(weights)
+        if found is None:
             held, span = weights.tensors, torch_compat.memory_span
-            self._spans[weights] = [[span(held[n]) for n in each.apart] for each in given]
-        for each, spans in zip(given, self._spans[weights], strict=True):
+            found = [[span(held[n]) for n in each.apart] for each in given]
+            self._spans[weights] = found
+        for each, spans in zip(given, found, strict=True):
             refusal = refusal or each.refusal(weights, spans, values)
         return refusal
 
