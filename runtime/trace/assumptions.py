@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -40,20 +42,23 @@ class Assumptions:
 
     def __init__(
         self,
-        fakes: Mapping[int, object],
+        fakes: Mapping[int, Any],
         wished: Mapping[str, str],
         leaves: Sequence[object],
         labels: Sequence[str],
         asks_grad: bool,
         asks_strides: bool,
     ) -> None:
-        self._fakes = dict(fakes)
+        self._fakes, self._labels = dict(fakes), tuple(labels)
         self._asks_grad, self._asks_strides = asks_grad, asks_strides
-        self._labels = tuple(labels)
-        self._sizes = [size for fake in self._fakes.values() for size in _sizes_of(fake)]
+        self._sizes = [
+            size
+            for fake in self._fakes.values()
+            for size in (fake.shape if isinstance(fake, torch.Tensor) else (fake,))
+        ]
         found = {leaf: torch_compat.traced_item(fake) for leaf, fake in self._fakes.items()}
         self._items = {leaf: item for leaf, item in found.items() if item is not None}
-        self._names = _names(self._sizes, self._items.values(), wished)
+        self._names = _names([*self._sizes, *self._items.values()], wished)
         self._first: dict[int, int] = {}
         for index, leaf in enumerate(leaves):
             if isinstance(leaf, torch.Tensor):
@@ -124,9 +129,7 @@ class Assumptions:
         """How the entry finds argument ``leaf``, or dimension ``dim`` of it."""
         if dim is None:
             return FromLeaf(leaf)
-        fake = self._fakes[leaf]
-        assert isinstance(fake, torch.Tensor)
-        symbol = torch_compat.symbol_of(fake.shape[dim])
+        symbol = torch_compat.symbol_of(self._fakes[leaf].shape[dim])
         if symbol in self._names:
             return FromSymbol(self._names[symbol])
         return FromLeaf(leaf, f".size({dim})")
@@ -135,9 +138,7 @@ class Assumptions:
         """How the entry finds the stride of a dimension, which is the example's, or the storage offset (None)."""
         if dim is None:
             return FromLeaf(leaf, ".storage_offset()")
-        fake = self._fakes[leaf]
-        assert isinstance(fake, torch.Tensor)
-        stride = self._stride(fake.stride(dim))
+        stride = self._stride(self._fakes[leaf].stride(dim))
         assert isinstance(stride, int)
         return FromConst(stride)
 
@@ -166,23 +167,15 @@ class Assumptions:
         return TensorInput(fake.dtype, fake.device, sizes, strides, type(example), grad, item)
 
 
-def _sizes_of(fake: object) -> tuple[object, ...]:
-    return tuple(fake.shape) if isinstance(fake, torch.Tensor) else (fake,)
-
-
-def _names(
-    sizes: Sequence[object], items: Iterable[object], wished: Mapping[str, str]
-) -> dict[str, str]:
+def _names(values: Sequence[object], wished: Mapping[str, str]) -> dict[str, str]:
     """A name for each symbol: the wished one, or the next free of ``s0, s1, …``; none that texts use themselves."""
     names: dict[str, str] = {}
     taken = set(wished.values()) | RESERVED
-    for symbol in (each for size in (*sizes, *items) for each in torch_compat.symbols_in(size)):
-        if symbol in names:
-            continue
-        number = len(names)
-        while f"s{number}" in taken:
-            number += 1
-        wish = wished.get(symbol) or f"s{number}"
-        names[symbol] = f"{wish}_" if wish in RESERVED else wish
-        taken.add(names[symbol])
+    for symbol in (each for value in values for each in torch_compat.symbols_in(value)):
+        if symbol not in names:
+            numbers = itertools.count(len(names))
+            free = next(name for n in numbers if (name := f"s{n}") not in taken)
+            wish = wished.get(symbol) or free
+            names[symbol] = f"{wish}_" if wish in RESERVED else wish
+            taken.add(names[symbol])
     return names

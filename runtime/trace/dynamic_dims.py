@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from piecework.errors import ConfigError, InputError
 from piecework.runtime import torch_compat
@@ -149,7 +145,6 @@ def marks_for(
         ConfigError: a declared dimension is out of range, or its argument holds no tensor.
         InputError: nothing dynamic is passed, or a backed dimension has size 0 or 1, which a trace would fix.
     """
-    _register_holders([arguments.get(name) for name in (*dims.dynamic, *dims.unbacked)])
     found: dict[tuple[int, int], tuple[str, torch.Tensor, torch_compat.Mark]] = {}
     for table in (dims.dynamic, dims.unbacked):
         unbacked = table is dims.unbacked or shapes is DynamicShapesType.UNBACKED
@@ -162,7 +157,8 @@ def marks_for(
                     f"parameter {name} is declared dynamic, and the first call passes "
                     f"a {type(argument).__qualname__} without tensors",
                     where=dims.where,
-                    hint="declare the parameters that tensors come in",
+                    hint="declare the parameters that tensors come in; register a class that holds some with torch's pytree, as "
+                    "torch.utils._pytree.register_dataclass does",
                 )
             for label, tensor in tensors:
                 rank = tensor.dim()
@@ -220,50 +216,3 @@ def unmarked_afterwards(tensors: Sequence[torch.Tensor]) -> Iterator[None]:
         for tensor, attributes in kept:
             vars(tensor).clear()
             vars(tensor).update(attributes)
-
-
-# --- classes that hold tensors -------------------------------------------------------------------------
-
-
-def _register_holders(values: list[object]) -> None:
-    """Make objects with tensors among their attributes visible to torch's pytree: a dataclass is its fields, another object its attributes.
-
-    The registration stays for the process: without it a call could not be told from another by its tensors.
-    """
-    while values:  # a registered class may hold others
-        leaves = pytree.tree_leaves(values)
-        kinds = {type(leaf) for leaf in leaves if _holds_tensors(leaf)}
-        values = [leaf for leaf in leaves if type(leaf) in kinds]
-        for kind in kinds:
-            pytree.register_pytree_node(
-                kind,
-                lambda value: ([getattr(value, n) for n in _names(value)], _names(value)),
-                partial(_rebuilt, kind),
-                serialized_type_name=f"{kind.__module__}.{kind.__qualname__}",
-                flatten_with_keys_fn=_with_keys,
-            )
-
-
-def _holds_tensors(value: object) -> bool:
-    if isinstance(value, (torch.Tensor, torch.nn.Module, type)) or callable(value):
-        return False
-    held = pytree.tree_leaves([getattr(value, name) for name in _names(value)])
-    return any(isinstance(leaf, torch.Tensor) for leaf in held)
-
-
-def _names(value: object) -> tuple[str, ...]:
-    if dataclasses.is_dataclass(value):
-        return tuple(f.name for f in dataclasses.fields(value) if hasattr(value, f.name))
-    return tuple(sorted(getattr(value, "__dict__", ())))
-
-
-def _with_keys(value: object) -> tuple[list[tuple[Any, object]], tuple[str, ...]]:
-    names = _names(value)
-    return [(pytree.GetAttrKey(name), getattr(value, name)) for name in names], names
-
-
-def _rebuilt(kind: type, found: Iterable[object], names: tuple[str, ...]) -> object:
-    value: object = object.__new__(kind)
-    for name, child in zip(names, found, strict=True):
-        object.__setattr__(value, name, child)
-    return value

@@ -26,12 +26,8 @@ _REMEDY = (
 _OWN_FAULT = (
     "call the model itself with the example arguments: it has to run with them, on one device"
 )
-# How Dynamo tells of an exception of the code that it traces, by version and by where it was raised.
-_RAISED = (
-    r"Developer debug context: raised exception (\w+)\((.*)\)$",
-    r"Developer debug context: (TypeError) <.+?>: (.+)$",
-    r"\): got (\w+)\((.*)\)$",
-)
+# How Dynamo tells of an exception of the code that it traces.
+_RAISED = re.compile(r"(?:debug context: raised exception|\): got) (\w+)\((.*)\)$", re.MULTILINE)
 _OURS = os.path.dirname(os.path.abspath(__file__)) + os.sep
 _LIBRARIES = tuple(
     os.path.dirname(os.path.abspath(each)) + os.sep for each in (torch.__file__, os.__file__)
@@ -40,15 +36,7 @@ _LIBRARIES = tuple(
 
 def own_error(error: BaseException) -> PieceworkError | None:
     """The typed error that Dynamo may have wrapped."""
-    seen: set[int] = set()
-    current: BaseException | None = error
-    while current is not None and id(current) not in seen:
-        seen.add(id(current))
-        if isinstance(current, PieceworkError):
-            return current
-        inner = getattr(current, "inner_exception", None)
-        current = inner or current.__cause__ or current.__context__
-    return None
+    return next((e for e in torch_compat.causes(error) if isinstance(e, PieceworkError)), None)
 
 
 def capture_error(error: BaseException) -> CaptureError:
@@ -91,14 +79,16 @@ def _raised_by_model(text: str, code: str) -> str | None:
     """The exception that the model's code raised, as ``ValueError: text``; None if it raised none."""
     if text.startswith("Data-dependent assertion failed"):
         return f"AssertionError at {code}"
-    for pattern in _RAISED:
-        found = re.search(pattern, text, re.MULTILINE)
-        if found is not None and (found.re.pattern == _RAISED[0] or "fake tensor" in text):
-            words = re.sub(r"^\[ConstantVariable\(\w+: (.*)\)\]$", r"\1", found[2].rstrip(","))
-            if len(words) > 1 and words[0] == words[-1] in "'\"":
-                words = words[1:-1].replace(f"\\{found[2][0]}", found[2][0]).replace("\\n", " ")
-            return f"{found[1]}: {words}".removesuffix(": ")
-    return None
+    found = _RAISED.search(text)
+    if found is None:
+        return None
+    words = re.sub(
+        r"^\[ConstantVariable\(\w+: (.*)\)\]$", r"\1", found[2].rstrip(",")
+    )  # torch 2.11
+    quote = words[:1]
+    if len(words) > 1 and quote == words[-1] and quote in "'\"":
+        words = words[1:-1].replace(f"\\{quote}", quote).replace("\\n", " ")
+    return f"{found[1]}: {words}".removesuffix(": ")
 
 
 def _user_line(text: str) -> tuple[str | None, str]:
@@ -113,19 +103,19 @@ def _user_line(text: str) -> tuple[str | None, str]:
         if (found := re.match(r'\s*File "(.+)", line (\d+)(?:, in (.+))?$', line))
         and not found[1].startswith(_OURS)
     ]
+    own = [each for each in frames if _is_users(each[1][1])]
     if not frames:
         return None, ""
-    # Models of installed packages are the user's.
-    own = [
-        each
-        for each in frames
-        if not each[1][1].startswith(_LIBRARIES[0])
-        and ("-packages" in each[1][1] or not each[1][1].startswith(_LIBRARIES[1]))
-    ]
     number, found = (own or frames)[-1]
     code = lines[number + 1].strip() if number + 1 < len(lines) else ""
     inside = f" in {found[3]}" if found[3] else ""
     return f"{os.path.basename(found[1])}:{found[2]}{inside}", code
+
+
+def _is_users(path: str) -> bool:
+    """Whether a file is neither torch's nor Python's own; models of installed packages are the user's."""
+    torchs, pythons = map(path.startswith, _LIBRARIES)
+    return not torchs and ("-packages" in path or not pythons)
 
 
 # --- what a caller may have meant otherwise ------------------------------------------------------------

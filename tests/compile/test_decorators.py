@@ -12,6 +12,7 @@ import pytest
 import torch
 from models import EAGER, mix
 from torch import nn
+from torch.utils._pytree import register_dataclass
 
 import piecework
 from piecework import CompilationConfig, counters, ignore_torch_compile, support_torch_compile
@@ -146,6 +147,7 @@ def test_containers_of_tensors_are_dynamic_in_and_out() -> None:
             return Intermediate({"hidden": x + before.tensors["hidden"], "x": x})
 
     model = Stage()
+    register_dataclass(Intermediate)
     with counters.expect(num_graphs_seen=1):
         for batch in (4, 2, 7):
             x, hidden = torch.randn(batch, 8), torch.randn(batch, 8)

@@ -23,13 +23,6 @@ class Intermediate:
     label: str = ""
 
 
-class Plain:
-    tensors: dict[str, torch.Tensor]
-
-    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
-        self.tensors = tensors
-
-
 def marks(tensor: torch.Tensor, kind: str = "dynamic") -> set[int]:
     return set(getattr(tensor, f"_dynamo_{kind}_indices", ()))
 
@@ -147,28 +140,21 @@ def test_a_size_that_a_backed_trace_fixes_is_an_error(size: int) -> None:
 # --- arguments that hold tensors ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "make", [Intermediate, Plain, lambda t: [t], lambda t: (t, None), lambda t: t]
-)
-def test_tensors_inside_arguments_are_marked(make: Any) -> None:
-    def forward(
-        self: object, x: Intermediate | Plain | list[dict[str, torch.Tensor]] | None
-    ) -> None: ...
+def test_tensors_inside_arguments_are_marked_where_pytree_knows_their_class() -> None:
+    def forward(self: object, x: Intermediate | list[dict[str, torch.Tensor]]) -> None: ...
 
-    tensors = {"a": torch.randn(4, 8), "b": torch.randn(4)}
-    value, dims = make(tensors), dims_of(forward)
-    with marked(dims, {"x": value}):
-        assert marks(tensors["a"]) == marks(tensors["b"]) == {0}
-    assert not vars(tensors["a"])
-    leaves, spec = pytree.tree_flatten(value)
-    again = pytree.tree_unflatten(leaves, spec)
-    assert type(again) is type(value)
-    if hasattr(value, "tensors"):
-        assert vars(again) == vars(value)
-        value.tensors["h"] = torch.randn(1, 8)
-        refused = pytest.raises(InputError, match=r"x\.tensors\['h'\] has size 1")
-        with refused, marked(dims, {"x": value}):
-            pass
+    tensors, dims = {"a": torch.randn(4, 8), "b": torch.randn(4)}, dims_of(forward)
+    refused = pytest.raises(InputError, match="no tensor for a dynamic parameter")
+    with refused, marked(dims, {"x": Intermediate(tensors)}):
+        pass
+    pytree.register_dataclass(Intermediate)
+    for value in (Intermediate(tensors), [tensors], (tensors, None), tensors):
+        with marked(dims, {"x": value}):
+            assert marks(tensors["a"]) == marks(tensors["b"]) == {0}
+        assert not vars(tensors["a"])
+    refused = pytest.raises(InputError, match=r"x\.tensors\['h'\] has size 1")
+    with refused, marked(dims, {"x": Intermediate({"h": torch.randn(1, 8)})}):
+        pass
 
 
 def test_star_arguments_are_marked() -> None:

@@ -129,15 +129,21 @@ def lists_attributes() -> bool:
     return hasattr(torch._dynamo.variables, "DunderDictVariable")
 
 
-def data_dependent(error: BaseException | None) -> bool:
-    """Whether ``error`` comes from a decision on a size that the trace was not told."""
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, and what it was raised for, as Dynamo wraps it."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
-        if "data-dependent" in str(error) or type(error).__name__ == "GuardOnDataDependentSymNode":
-            return True
+        yield error
         error = getattr(error, "inner_exception", None) or error.__cause__ or error.__context__
-    return False
+
+
+def data_dependent(error: BaseException) -> bool:
+    """Whether ``error`` comes from a decision on a size that the trace was not told."""
+    return any(
+        "data-dependent" in str(each) or type(each).__name__ == "GuardOnDataDependentSymNode"
+        for each in causes(error)
+    )
 
 
 def dynamo_backend(name: str) -> Callable[..., object]:
