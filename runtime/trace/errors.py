@@ -27,7 +27,10 @@ _OWN_FAULT = (
     "call the model itself with the example arguments: it has to run with them, on one device"
 )
 # How Dynamo tells of an exception of the code that it traces.
-_RAISED = re.compile(r"(?:debug context: raised exception|\): got) (\w+)\((.*)\)$", re.MULTILINE)
+_RAISED = re.compile(
+    r"(?:debug context: raised exception|\): got) (\w+)\((.*)\)$|debug context: (TypeError) <.+?>: (.+)$",
+    re.MULTILINE,
+)
 _OURS = os.path.dirname(os.path.abspath(__file__)) + os.sep
 _LIBRARIES = tuple(
     os.path.dirname(os.path.abspath(each)) + os.sep for each in (torch.__file__, os.__file__)
@@ -88,7 +91,7 @@ def _raised_by_model(text: str, code: str) -> str | None:
     quote = words[:1]
     if len(words) > 1 and quote == words[-1] and quote in "'\"":
         words = words[1:-1].replace(f"\\{quote}", quote).replace("\\n", " ")
-    return f"{found[1]}: {words}".removesuffix(": ")
+    return f"{kind}: {words}".removesuffix(": ")
 
 
 def _user_line(text: str) -> tuple[str | None, str]:
