@@ -85,9 +85,8 @@ def _raised_by_model(text: str, code: str) -> str | None:
     found = _RAISED.search(text)
     if found is None:
         return None
-    words = re.sub(
-        r"^\[ConstantVariable\(\w+: (.*)\)\]$", r"\1", found[2].rstrip(",")
-    )  # torch 2.11
+    kind, words = found[1] or found[3], (found[2] or found[4] or "").rstrip(",")
+    words = re.sub(r"^\[ConstantVariable\(\w+: (.*)\)\]$", r"\1", words)  # as torch 2.11 has it
     quote = words[:1]
     if len(words) > 1 and quote == words[-1] and quote in "'\"":
         words = words[1:-1].replace(f"\\{quote}", quote).replace("\\n", " ")
