@@ -78,14 +78,7 @@ class Loaded:
 
 
 def piece_files(graph: torch.fx.GraphModule, compiled: CompiledPiece, name: str) -> Loaded:
-    """What is kept of a piece.
-
-    Args:
-        name: what errors call it.
-
-    Raises:
-        ArtifactError: its code needs something that does not travel.
-    """
+    """What is kept of a piece; `ArtifactError` where its code needs something that does not travel."""
     if isinstance(compiled.artifact, Loaded):
         return compiled.artifact
     inductor = compiled.artifact is not None
@@ -188,11 +181,7 @@ def _uncompiled(graph: torch.fx.GraphModule, name: str) -> tuple[str, dict[str, 
 
 @dataclass(slots=True)
 class PieceLoader:
-    """Makes callables of an artifact's pieces, each once.
-
-    Args:
-        read: the verified bytes of a file.
-    """
+    """Makes callables of an artifact's pieces, each once; ``read`` gives a file's verified bytes."""
 
     read: Callable[[str], bytes]
     _made: dict[str, CompiledPiece] = field(default_factory=dict)

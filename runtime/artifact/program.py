@@ -110,11 +110,8 @@ def _require_portable(graph: torch.fx.GraphModule, structure: Structure | None, 
 
 
 def operators(graphs: Iterable[torch.fx.GraphModule]) -> dict[str, str]:
-    """Operator that torch does not bring → what code depends on of it.
-
-    Raises:
-        ArtifactError: a graph calls a Python function, or an operator whose fake implementation
-            can't be read.
+    """Operator that torch does not bring → what code depends on of it; `ArtifactError` where a graph
+    calls a Python function, or an operator whose fake implementation can't be read.
     """
     found: dict[str, str] = {}
     nodes = (each for graph in graphs for each in every_node(graph) if each.op == "call_function")
@@ -221,7 +218,7 @@ def loaded_program(
 def _graphs_reader(
     package: Package, name: str, backends: Mapping[str, PiecewiseBackend]
 ) -> Callable[[], Graphs]:
-    """What reads a program's graphs once; it raises `ArtifactError` where it can't."""
+    """What reads a program's graphs once; `ArtifactError` where it can't."""
 
     @cache
     def read() -> Graphs:

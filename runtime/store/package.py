@@ -54,14 +54,8 @@ def encode(facts: Mapping[str, object], key: bytes | None) -> bytes:
 
 
 def decode(raw: bytes, key: bytes | None, file: str) -> dict[str, object]:
-    """What `encode` wrote.
-
-    Args:
-        key: what it must be signed with; None does not look at a signature.
-        file: its name, for errors.
-
-    Raises:
-        Damaged: a byte of it is not as it was written, or it is not signed with the key.
+    """What `encode` wrote; raises `Damaged` unless every byte is as it was written and, given a key,
+    signed with it.
     """
     found = _MANIFEST.fullmatch(raw)
     if found is None or sha256(found["signed"]).encode() != found["checksum"]:
@@ -135,14 +129,7 @@ class Package:
 
     @classmethod
     def of(cls, data: bytes, key: bytes | None, name: str = "<bytes>") -> Package:
-        """What `packed` made of an artifact.
-
-        Args:
-            key: what it must be signed with; None looks at no signature.
-
-        Raises:
-            ArtifactError: it is damaged, of another format, or not signed with the key.
-        """
+        """What `packed` made of an artifact; raises `ArtifactError` unless every byte is right."""
         try:
             files, facts = unpacked(data, key, KIND, name)
         except Damaged as error:
@@ -151,11 +138,7 @@ class Package:
 
     @classmethod
     def read(cls, place: Place, key: bytes | None) -> Package:
-        """The artifact in a file.
-
-        Raises:
-            ArtifactError: as `of`; or there is none, or others could write it.
-        """
+        """The artifact in a file; raises as `of`, or where there is none or others could write it."""
         path = Path(os.path.realpath(file_of(place)))
         try:
             data = read_regular(path.parent, path.name, MAX_BYTES)
@@ -194,12 +177,7 @@ def part_folder(number: int) -> str:
 
 
 def file_of(place: Place) -> Path:
-    """The file that ``place`` names.
-
-    Raises:
-        ConfigError: it names none.
-        ArtifactError: it is a URL.
-    """
+    """The file that ``place`` names; `ConfigError` if none, `ArtifactError` for a URL."""
     if not isinstance(place, (str, os.PathLike)) or not os.fspath(place):
         raise ConfigError(f"an artifact is a file; got {place!r}")
     if "://" in os.fspath(place):
@@ -211,11 +189,8 @@ def file_of(place: Place) -> Path:
 def write_package(
     place: Place, files: Mapping[str, bytes], facts: Mapping[str, object], key: bytes | None
 ) -> None:
-    """Write an artifact, in place of one that is there; a killed process leaves the old one, or
-    none.
-
-    Raises:
-        ArtifactError: there is something else, or it can't be written.
+    """Write an artifact, in place of one that is there; `ArtifactError` where something else is, or
+    it can't be written.
     """
     path = Path(os.path.realpath(file_of(place)))
     if os.path.lexists(path):

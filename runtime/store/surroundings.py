@@ -55,29 +55,24 @@ def surroundings(*graphs: torch.fx.GraphModule) -> Factors:
     }
 
 
-#: Factors of which everything that was there must be here, and there may be more.
-_AT_LEAST = {("device", "cpu_features"), ("device", "cuda")}
-
-
 def require_same_machine(saved: Factors) -> None:
-    """Raise `ArtifactError` at the first thing in which a program was compiled elsewhere."""
+    """Raise `ArtifactError` at the first thing in which a program was compiled elsewhere; a machine
+    may have more instructions and GPUs.
+    """
     here = {**machine()}
     if "cuda" in saved.get("device", {}) and torch.cuda.is_available():
         each = map(torch.cuda.get_device_capability, range(torch.cuda.device_count()))
         here["device"] = {**here["device"], "cuda": _cuda(each)}
     for difference in KeyFactors(here).differences(KeyFactors(saved)):
-        was, now = (each or "" for each in (difference.cached, difference.current))
-        what = f"and here it is {now or 'not set'}"
-        if (difference.group, difference.name) in _AT_LEAST:
-            lacking = " ".join(sorted(set(was.split()) - set(now.split())))
-            what = f"this machine lacks {lacking}"
+        was, now = (each or "not set" for each in (difference.cached, difference.current))
+        what = f"and here it is {now}"
+        if difference.name in ("cpu_features", "cuda"):
+            lacking = sorted(set((difference.cached or "").split()) - set(now.split()))
+            what = f"this machine lacks {' '.join(lacking)}"
             if not lacking:
                 continue
-        raise ArtifactError(
-            f"the artifact was made with {difference.name} {was or 'not set'}, {what}",
-            where=difference.group,
-            hint=AGAIN,
-        )
+        why = f"the artifact was made with {difference.name} {was}, {what}"
+        raise ArtifactError(why, where=difference.group, hint=AGAIN)
 
 
 # --- versions and machine ----------------------------------------------------------------------------
@@ -245,9 +240,6 @@ def source_factors(files: Iterable[str | os.PathLike[str]]) -> dict[str, str]:
     """The SHA-256 of each source file that `is_foreign`, by the name of its module; a moved source
     tree has the same.
 
-    A file called ``<...>`` (a notebook cell, generated code) is looked up in linecache, since there
-    is none.
-
     Raises:
         CacheError: a source cannot be read, so that a change of it would go unseen.
     """
@@ -255,26 +247,14 @@ def source_factors(files: Iterable[str | os.PathLike[str]]) -> dict[str, str]:
     named: dict[str, set[str]] = {}  # scripts of one name in two folders both count
     for file in filter(is_foreign, set(map(os.fspath, files))):
         name = modules.get(file, "__main__")  # which is another one in another process
-        name = _module_name(file) if name == "__main__" else name
+        if name == "__main__":  # a notebook's cells have numbers for names
+            name = "<dynamic>" if file.startswith("<") else Path(os.path.realpath(file)).stem
         named.setdefault(name, set()).add(sha256(_source(file)))
     return {
         f"{name}#{number}" if number else name: digest
         for name, digests in sorted(named.items())
         for number, digest in enumerate(sorted(digests))
     }
-
-
-def _module_name(file: str) -> str:
-    """The name that a file's module has by its packages."""
-    if file.startswith("<"):
-        return "<dynamic>"
-    path = Path(os.path.realpath(file)).with_suffix("")
-    parts = [path.name]
-    for parent in path.parents:
-        if not (parent / "__init__.py").is_file():
-            break
-        parts.append(parent.name)
-    return ".".join(reversed(parts)).removesuffix(".__init__")
 
 
 def _source(file: str) -> bytes:

@@ -4,12 +4,10 @@ It never imports torch: the packages above the cache are stood in for by empty o
 many of these start in a moment whatever `import piecework` pulls in.
 """
 
-import errno
 import hashlib
 import json
 import logging
 import os
-import random
 import resource
 import signal
 import sys
@@ -144,31 +142,6 @@ def use_as_nobody(root: str, count: int) -> dict[str, object]:
     return use(root, count)
 
 
-def churn(root: str, rounds: int, seed: int) -> dict[str, object]:
-    """Read, replace, reject and compile a few artifacts at random, and count wrong bytes."""
-    warnings, chance, wrong = Warnings(), random.Random(seed), 0
-    entry = open_entry(root, FACTORS)
-    for step in range(rounds):
-        name = f"piece {chance.randrange(5)}"
-        versions = [payload(f"{name} {number}") for number in range(3)]
-        chosen = chance.choice(versions)
-        match chance.randrange(5):
-            case 0:
-                entry = open_entry(root, FACTORS)
-            case 1:
-                entry.put(name, chosen)
-            case 2:
-                text = f"# {seed} {step}\n" * chance.randrange(1, 50)
-                entry.write_texts({"stitched.py": text})
-            case 3:
-                data = entry.get(name)
-                wrong += data is not None and data not in versions
-            case _:
-                result = entry.get_or_compile(name, lambda chosen=chosen: chosen)
-                wrong += result.data not in versions or not result.saved
-    return {"wrong": wrong, "warnings": warnings.texts}
-
-
 def main() -> int:
     mode, root, *rest = sys.argv[1:]
     functions = {
@@ -177,7 +150,6 @@ def main() -> int:
         "save_and_die": lambda: save_and_die(root, int(rest[0]), int(rest[1])),
         "use": lambda: use(root, int(rest[0])),
         "use_with_small_files": lambda: use_with_small_files(root, int(rest[0]), int(rest[1])),
-        "churn": lambda: churn(root, int(rest[0]), int(rest[1])),
         "use_as_nobody": lambda: use_as_nobody(root, int(rest[0])),
     }
     print(json.dumps(functions[mode]()))
@@ -185,8 +157,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except OSError as error:
-        print(json.dumps({"error": errno.errorcode.get(error.errno or 0, "?"), "text": str(error)}))
-        sys.exit(3)
+    sys.exit(main())

@@ -18,8 +18,6 @@ import types
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from piecework.errors import Unidentifiable
 from piecework.runtime.store.digest import canonical, text_of
@@ -91,65 +89,6 @@ def test_a_container_that_holds_itself_has_an_identity() -> None:
         return first
 
     assert identity(ring(2)) == identity(ring(2)) != identity(ring(3))
-
-
-LEAVES = (
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.floats(allow_nan=False)
-    | st.text()
-    | st.binary()
-    | st.complex_numbers(allow_nan=False)
-    | st.sampled_from([*Level, *Other, *Words, Text("a"), ..., NotImplemented])
-)
-HASHABLE = st.recursive(
-    LEAVES, lambda inner: st.lists(inner, max_size=3).map(tuple) | st.frozensets(inner, max_size=3)
-)
-DATA = st.recursive(
-    HASHABLE,
-    lambda inner: (
-        st.lists(inner, max_size=4)
-        | st.lists(inner, max_size=4).map(tuple)
-        | st.dictionaries(HASHABLE, inner, max_size=4)
-        | st.dictionaries(st.text(), inner, max_size=4).map(collections.OrderedDict)
-        | st.sets(HASHABLE, max_size=4)
-        | st.builds(Pair, inner, inner)
-        | st.lists(inner, max_size=3).map(collections.deque)
-    ),
-    max_leaves=12,
-)
-
-
-def same(left: object, right: object) -> bool:
-    """Whether two values are the same to the last type: what an identity must say."""
-    if type(left) is not type(right):
-        return False
-    if isinstance(left, (set, frozenset)):
-        rest = list(right)  # type: ignore[call-overload]
-        for each in left:
-            found = next((i for i, other in enumerate(rest) if same(each, other)), None)
-            if found is None:
-                return False
-            del rest[found]
-        return not rest
-    if isinstance(left, dict):
-        return same(list(left.items()), list(right.items()))  # type: ignore[attr-defined]
-    if isinstance(left, (list, tuple, collections.deque)):
-        return len(left) == len(right) and all(map(same, left, right))  # type: ignore[arg-type]
-    if isinstance(left, complex):
-        return same((left.real, left.imag), (right.real, right.imag))  # type: ignore[attr-defined]
-    if isinstance(left, float):
-        return left.hex() == right.hex() and math.copysign(1, left) == math.copysign(1, right)  # type: ignore[attr-defined]
-    return left is right if isinstance(left, enum.Enum) else left == right
-
-
-@settings(deadline=None, max_examples=200)
-@given(DATA, DATA)
-def test_two_values_share_an_identity_exactly_if_they_are_the_same(
-    left: object, right: object
-) -> None:
-    assert (identity(left) == identity(right)) is same(left, right)
 
 
 # --- code --------------------------------------------------------------------------------------------
@@ -277,24 +216,6 @@ def test_an_edit_changes_the_identity_of_what_reaches_it_and_of_nothing_else(
     assert identities(load(tmp_path / "moved")) == base
     other = identities(load(tmp_path / "edited", **dict([edit])))
     assert {name for name in base if other[name] != base[name]} == changed
-
-
-def test_what_is_changed_at_run_time_counts(tmp_path: Path) -> None:
-    module = load(tmp_path / "base")
-    value = module.Pass(module.Level.HIGH)
-    before = identity(value)
-    steps = [
-        lambda: setattr(module.Base, "rate", 2),
-        lambda: module.TABLE.update({2: b"b"}),
-        lambda: setattr(sys.modules["helpers"], "SCALE", 9),
-        lambda: setattr(sys.modules["helpers"], "twice", lambda x: x),
-        lambda: setattr(value, "level", module.Level.LOW),
-    ]
-    seen = {before}
-    for step in steps:
-        step()
-        seen.add(identity(value))
-    assert len(seen) == len(steps) + 1
 
 
 IN_A_PROCESS = """

@@ -22,9 +22,9 @@ IS_ROOT = os.geteuid() == 0
 COUNT = 3
 
 
-def run_child(*arguments: object, prefix: tuple[str, ...] = ()) -> dict[str, object]:
+def run_child(*arguments: object) -> dict[str, object]:
     done = subprocess.run(
-        [*prefix, sys.executable, str(CHILD), *map(str, arguments)],
+        [sys.executable, str(CHILD), *map(str, arguments)],
         capture_output=True,
         text=True,
         check=False,
@@ -33,32 +33,7 @@ def run_child(*arguments: object, prefix: tuple[str, ...] = ()) -> dict[str, obj
     return json.loads(done.stdout)
 
 
-def run_mounted(script: str, *arguments: object) -> dict[str, object]:
-    """Run a child behind `script` in a mount namespace of its own; skip where that is not permitted."""
-    if not IS_ROOT or shutil.which("unshare") is None:
-        pytest.skip("mounting needs root and unshare")
-    if subprocess.run(["unshare", "-m", "true"], capture_output=True, check=False).returncode:
-        pytest.skip("this machine permits no mount namespace")
-    command = ["unshare", "-m", "sh", "-c", script + ' && exec "$@"', "sh"]
-    return run_child(*arguments, prefix=tuple(command))
-
-
 # --- read-only ---------------------------------------------------------------------------------
-
-
-def test_read_only_mount_is_used_without_saving(tmp_path: Path) -> None:
-    root = tmp_path / "cache"
-    open_entry(root, FACTORS).get_or_compile("piece 0", lambda: b"saved before")
-    run_child("use", root, 1)  # replaces nothing: "piece 0" is there
-    script = f"mount --bind {root} {root} && mount -o remount,ro,bind {root}"
-    # "piece 0" holds other bytes than the child expects, which shows that they came from the cache.
-    outcome = run_mounted(script, "use", root, COUNT)
-    assert outcome["compiled"] == [False, True, True]
-    assert outcome["saved"] == [True, False, False]
-    assert outcome["right"] is False
-    assert outcome["texts_saved"] is False
-    (warning,) = outcome["warnings"]  # type: ignore[misc]
-    assert "read-only" in warning
 
 
 @pytest.fixture

@@ -8,13 +8,12 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from piecework.runtime.store.cache import collect, open_entry, verify
+from piecework.runtime.store.cache import open_entry, verify
 from piecework.runtime.store.factors import KeyFactors
 
 CHILD = Path(__file__).with_name("store_child.py")
@@ -131,26 +130,3 @@ def test_killed_while_it_holds_the_lock_frees_it(root: Path) -> None:
     holder.communicate()
     result = open_entry(root, FACTORS).get_or_compile("slow", lambda: b"done")
     assert (result.data, result.compiled, result.saved) == (b"done", True, True)
-
-
-@pytest.mark.parametrize("rounds", [60, pytest.param(2000, marks=pytest.mark.nightly)])
-def test_readers_writers_and_a_collector_at_once(
-    root: Path, warned: list[str], rounds: int
-) -> None:
-    """Nobody ever gets wrong bytes, and nobody takes another's change for damage."""
-    removed = 0
-    for attempt in range(20):  # on a busy machine they may be done before the collector looks
-        children = [start("churn", root, rounds, 3 * attempt + seed) for seed in range(3)]
-        while any(child.poll() is None for child in children):
-            if verify(root).entries:  # looks without a lock; what it sees may be half changed
-                removed += len(collect(root, max_bytes=50_000).removed)
-            time.sleep(0.02)
-        for child in children:
-            out, errors = child.communicate()
-            assert child.returncode == 0, errors
-            assert json.loads(out) == {"wrong": 0, "warnings": []}
-        if removed:
-            break
-    assert removed >= 1
-    assert warned == []
-    assert_clean(root)
