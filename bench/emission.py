@@ -22,7 +22,7 @@ import torch.fx
 
 from piecework.bench.measure.result import Result, Row, Target, machine
 from piecework.codegen import LowerOptions, generate_source
-from piecework.codegen.plan.formatting import format_source
+from piecework.codegen.plan.render import format_source
 from piecework.codegen.proof.prove import prove
 from piecework.codegen.stitch.lower import lower
 from piecework.codegen.stitch.source import collector_paused, linkage_of, stitched_text

@@ -43,11 +43,6 @@ class Structure:
     holes: tuple[Hole, ...]
     local: str = ""
 
-    @property
-    def portable(self) -> bool:
-        """Whether nothing in the key was told apart by identity."""
-        return not self.local
-
 
 def structure_of(
     gm: torch.fx.GraphModule,

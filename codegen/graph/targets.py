@@ -57,11 +57,12 @@ class FunctionPath:
 def function_path(target: object) -> FunctionPath | None:
     """The dotted path under which ``target`` is found again, or None (then it goes to consts)."""
     for module, path in _candidates(target):
-        if (
-            all(is_identifier(part) for part in path.split("."))
-            and (module is None or _may_import(path.partition(".")[0]))
-            and _resolve(module, path) is target
-        ):
+        root, *rest = path.split(".")
+        # An import may not hide a builtin or one of the emitted module's own names.
+        hides = module and (root in BUILTINS or root.startswith("__") or root == ENTRY_NAME)
+        if hides or not all(map(is_identifier, (root, *rest))):
+            continue
+        if _resolve(module, path) is target:
             return FunctionPath(path, module)
     return None
 
@@ -69,11 +70,6 @@ def function_path(target: object) -> FunctionPath | None:
 def sign_of(table: Mapping[Any, str], target: object) -> str | None:
     """The operator sign of ``target``, which may be any object, hashable or not."""
     return table.get(target) if isinstance(target, BuiltinFunctionType) else None
-
-
-def _may_import(root: str) -> bool:
-    """An import may not hide a builtin or one of the emitted module's own names."""
-    return root not in BUILTINS and not root.startswith("__") and root != ENTRY_NAME
 
 
 def _candidates(target: object) -> list[tuple[str | None, str]]:

@@ -1,6 +1,8 @@
 """From plan to text: an `ir.Module` becomes Python source in black's format, and each line is told its statement.
 
-Statements are laid out by `formatting`; what stands around them belongs to the templates; nothing is decided that the plan did not say.
+What stands around statements belongs to the templates; nothing is decided that the plan did not say. Black takes over a millisecond a
+statement, and statements repeat from layer to layer with other numbers in their names. So it is shown each form of a statement once, with
+all digits zero, and the digits are put back.
 """
 
 from __future__ import annotations
@@ -11,16 +13,25 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from piecework.codegen.plan import ir
-from piecework.codegen.plan.formatting import LINE_LENGTH, format_source, format_statements
 from piecework.codegen.plan.names import SUBMODS
+from piecework.errors import EmitError
 
 if TYPE_CHECKING:
     import jinja2
 
 FORMAT_VERSION = 1
+LINE_LENGTH = 100
+
+_DIGITS = re.compile("[0-9]+")
+_ZEROS = str.maketrans("123456789", "000000000")
+
+_KEPT = 10_000  # forms
+
+#: A statement on one line, and how many blocks of its function's body are around it.
+Statement = tuple[str, int]
 _UNCOMMENTED = ("del", "return", "try", "finally")
 
 # What switches black off, or tells it or a type checker something, when it is all of a comment.
@@ -226,3 +237,79 @@ def _flat(body: Sequence[ast.stmt]) -> Iterator[ast.stmt]:
             yield from _flat([*stmt.body, *stmt.finalbody])
         elif not isinstance(stmt, ast.Pass):
             yield stmt
+
+
+# --- black ------------------------------------------------------------------------------------------
+
+
+def numbered(text: str) -> str:
+    """``text`` with line numbers, for error messages."""
+    lines = text.splitlines()
+    width = len(str(len(lines)))
+    return "\n".join(f"{number:>{width}} | {line}" for number, line in enumerate(lines, 1))
+
+
+def format_source(text: str) -> str:
+    """``text`` as black formats it; `EmitError` with numbered lines if it is not Python."""
+    import black  # here, since those who load what was emitted need none of it
+    from black.mode import TargetVersion
+
+    mode = black.Mode(line_length=LINE_LENGTH, target_versions={TargetVersion.PY311})
+    try:
+        return black.format_str(text, mode=mode)
+    except ValueError as error:  # black.InvalidInput; some releases do not export it
+        raise EmitError(
+            f"emitted source is not Python: {error}\n{numbered(text)}",
+            hint="please report this with the graph that was lowered",
+        ) from error
+
+
+def format_statements(statements: Sequence[Statement]) -> list[str]:
+    """Each statement as black lays it out in a function's body, without its indentation.
+
+    Black never looks at a digit: those of numbers stay as `literals` writes them, all others are letters to it.
+    """
+    forms = [(text.translate(_ZEROS), depth) for text, depth in statements]
+    known = _laid_out()
+    new = [form for form in dict.fromkeys(forms) if form not in known]
+    made = dict(zip(new, _format_each(new), strict=True))
+    found = {form: made[form] if form in made else known[form] for form in forms}
+    known.update({form: made[form] for form in new[: max(0, _KEPT - len(known))]})
+    return [
+        _with_digits(found[form], form[0], text)
+        for (text, _), form in zip(statements, forms, strict=True)
+    ]
+
+
+@cache
+def _laid_out() -> dict[Statement, str]:
+    """What black made of forms in this process: it makes the same of them each time."""
+    return {}
+
+
+def _format_each(statements: Sequence[Statement]) -> list[str]:
+    """One call of black for all."""
+    if not statements:
+        return []
+    text = "def function():\n"
+    for statement, depth in statements:
+        text += "".join(f"{' ' * (4 * level)}if block:\n" for level in range(1, depth + 1))
+        text += textwrap.indent(f"{statement}\n", " " * (4 * depth + 4))
+    text = format_source(text)
+    lines = text.splitlines()
+    found: list[str] = []
+    function: Any = ast.parse(text).body[0]
+    for (_, depth), block in zip(statements, function.body, strict=True):
+        for _ in range(depth):
+            block = block.body[0]
+        at = slice(block.lineno - 1, block.end_lineno)
+        found.append("\n".join(line[4 * depth + 4 :] for line in lines[at]))
+    return found
+
+
+def _with_digits(formatted: str, form: str, text: str) -> str:
+    """``formatted``, which is ``form`` laid out, with the digits of ``text``."""
+    if formatted == form:
+        return text
+    digits = iter(_DIGITS.findall(text))
+    return _DIGITS.sub(lambda _: next(digits), formatted)

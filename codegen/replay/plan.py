@@ -118,8 +118,8 @@ class HeldReplay:
 
 
 @dataclass(frozen=True, slots=True)
-class HeldStage:
-    """What copies the inputs into their persistent buffers."""
+class HeldStage:  # copies the inputs into their persistent buffers
+    pass
 
 
 @dataclass(frozen=True, slots=True)

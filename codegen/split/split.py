@@ -167,17 +167,8 @@ _ALLOCATIONS = frozenset({"empty", "empty_like", "empty_strided", "new_empty", "
 # Methods and functions that may view their argument: the recorded values say whether they do.
 _VIEWS = frozenset(
     [
-        *(
-            "alias",
-            "as_strided",
-            "chunk",
-            "contiguous",
-            "detach",
-            "diagonal",
-            "expand",
-            "expand_as",
-        ),
-        *("flatten", "getitem", "movedim", "moveaxis", "narrow", "permute", "reshape", "select"),
+        *("alias", "as_strided", "chunk", "contiguous", "detach", "diagonal", "expand", "flatten"),
+        *("expand_as", "getitem", "movedim", "moveaxis", "narrow", "permute", "reshape", "select"),
         *("reshape_as", "slice", "split", "split_with_sizes", "squeeze", "swapaxes", "swapdims"),
         *("t", "tensor_split", "transpose", "unbind", "unflatten", "unsafe_chunk", "unsafe_split"),
         *("unsqueeze", "view", "view_as", "_reshape_alias", "_unsafe_view"),

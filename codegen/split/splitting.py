@@ -33,9 +33,14 @@ class SplittingOps:
             name = op if isinstance(op, str) else operator_name(op)
             if isinstance(op, OpOverload):
                 name = f"{name}.{op._overloadname}"
-            if name is None:
-                name = _written(op)
+            if name is None and callable(op):
+                name = _name_of(op)
                 self._targets.append(op)
+            elif name is None:
+                raise SplitError(
+                    f"splitting op {op} is neither a name nor an operator that a forward calls",
+                    hint="write 'ns::op', torch.ops.ns.op, or a function that the model calls, such as torch.sin",
+                )
             elif name.count("::") != 1 or not all(name.split("::")):
                 raise SplitError(
                     f"splitting op {name!a} is not of the form 'ns::op' or 'ns::op.overload'",
@@ -61,27 +66,8 @@ class SplittingOps:
         return [name for name in self.declared if name not in present]
 
 
-def _written(op: object) -> str:
-    """A function as code writes it.
-
-    Raises:
-        SplitError: it is no function, but a module or the like.
-    """
-    module = isinstance(op, torch.nn.Module) or (
-        isinstance(op, type) and issubclass(op, torch.nn.Module)
-    )
-    if module or not callable(op):
-        shown = op if not module else getattr(op, "__qualname__", type(op).__qualname__)
-        raise SplitError(
-            f"splitting op {shown} is neither a name nor an operator that a forward calls",
-            hint="write 'ns::op', torch.ops.ns.op, or a function that the model calls, such as torch.sin; "
-            "of a module, the operator that does its work",
-        )
-    return _name_of(op)
-
-
 def _name_of(function: object) -> str:
-    """``torch.sin``, or a function's own name."""
+    """A function as code writes it: ``torch.sin``, or its own name."""
     name = str(getattr(function, "__qualname__", repr(function)))
     short = name.rpartition(".")[2]
     return f"torch.{short}" if getattr(torch, short, None) is function else name

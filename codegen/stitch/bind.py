@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import FunctionType
 
 from piecework.codegen.graph.targets import ENTRY_NAME
-from piecework.codegen.plan.formatting import numbered
+from piecework.codegen.plan.render import numbered
 from piecework.errors import BindError, EmitError, short_errors
 
 

@@ -218,30 +218,10 @@ class _Lowering:
             if node.args and not prefix and gm is self.gm:
                 where = partial(node_where, node)
                 default = to_text(node.args[0], _no_node, self.state.consts, where)
-            parameter = ir.Parameter(name, prefix, default)
-            problem = _misplaced(parameter, parameters)
-            if problem is not None:
-                raise UnsupportedNode(
-                    f"a placeholder {problem}",
-                    where=node_where(node),
-                    hint="reorder the placeholders",
-                )
             scope[node] = name
-            parameters.append(parameter)
+            parameters.append(ir.Parameter(name, prefix, default))
         return parameters
 
 
 def _no_node(node: torch.fx.Node) -> str:
     raise UnsupportedNode("the default of a placeholder is a node", where=node_where(node))
-
-
-def _misplaced(parameter: ir.Parameter, before: list[ir.Parameter]) -> str | None:
-    """Why Python does not allow ``parameter`` after ``before``, or does not allow to pass it by position."""
-    kinds = [each.kind for each in before]
-    if "**" in kinds:
-        return "follows **kwargs"
-    if "*" in kinds and parameter.kind != "**":
-        return "follows *args, so that it could only be passed by a name that may have changed"
-    if not parameter.kind and parameter.default is None and before and before[-1].default:
-        return "without a default follows one with a default"
-    return None

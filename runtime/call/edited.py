@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch.fx
 
 from piecework.codegen import StitchedSource
-from piecework.codegen.plan.formatting import numbered
+from piecework.codegen.plan.render import numbered
 from piecework.codegen.proof.prove import Proof
 from piecework.codegen.stitch.lower import ENTRY_NAME
 from piecework.codegen.stitch.source import verify

@@ -258,7 +258,7 @@ class Compilation:
         known: dict[str, str] = {}  # equal pieces have one
         for name, piece in self.backends.items():
             structure = piece.compiled_of()[1]
-            if not structure.portable:
+            if structure.local:
                 continue
             if structure.key not in known:
                 # Torch numbers symbols as it likes; here they count in order of first sight.

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from piecework.codegen import LowerOptions, compile_execution_fn, generate_source
-from piecework.codegen.plan.formatting import format_source
+from piecework.codegen.plan.render import format_source
 from piecework.golden.cases import Case, LoadedCase
 from piecework.golden.execute import differences
 

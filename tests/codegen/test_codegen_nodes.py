@@ -23,7 +23,7 @@ from piecework.codegen import (
     generate_source,
     verify,
 )
-from piecework.codegen.plan.formatting import format_source
+from piecework.codegen.plan.render import format_source
 from piecework.errors import EmitError, UnsupportedNode
 from piecework.golden.cases import Case, LoadedCase
 from piecework.golden.execute import differences

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from piecework.codegen import LowerOptions, StitchedSource, generate_source, verify
-from piecework.codegen.plan.formatting import format_source
+from piecework.codegen.plan.render import format_source
 from piecework.golden.cases import Case, LoadedCase
 from piecework.golden.execute import differences, run_module
 

@@ -9,7 +9,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from piecework.codegen.plan.formatting import format_source, format_statements
 from piecework.codegen.plan.literals import (
     arguments_text,
     literal_text,
@@ -17,6 +16,7 @@ from piecework.codegen.plan.literals import (
     targets_text,
     tuple_text,
 )
+from piecework.codegen.plan.render import format_source, format_statements
 
 NAMES = st.sampled_from(
     ["x", "y", "out_1", "l_self_modules_layers_modules_0_parameters_weight_", "a" * 60, "b" * 79]

@@ -13,7 +13,7 @@ from models import EAGER
 from torch import nn
 
 import piecework
-from piecework.codegen.plan.formatting import format_source
+from piecework.codegen.plan.render import format_source
 from piecework.codegen.replay.plan import Frozen, InPlace, ReplayFacts
 from piecework.codegen.replay.proof import verify_replay
 from piecework.errors import EmitError

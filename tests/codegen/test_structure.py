@@ -108,4 +108,4 @@ def test_tensors_that_a_graph_reads_are_told_apart_by_identity() -> None:
     one, two = reading(torch.ones(2)), reading(torch.ones(2))
     assert structure_of(one).key == structure_of(one).key
     assert structure_of(one).key != structure_of(two).key
-    assert not structure_of(one).portable and structure_of(graph(lambda g, x: x, "x")).portable
+    assert structure_of(one).local and not structure_of(graph(lambda g, x: x, "x")).local
