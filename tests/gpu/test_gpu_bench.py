@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import runpy
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,11 +16,10 @@ from typer.testing import CliRunner
 
 from piecework.bench.gpu import __main__ as gpu
 from piecework.bench.gpu import contenders as gpu_contenders
-from piecework.bench.gpu import parts as gpu_parts
 from piecework.bench.gpu.contenders import Contenders
 from piecework.bench.gpu.model import TINY, build, token_ids
 from piecework.bench.gpu.parts import PARTS
-from piecework.bench.gpu.rows import QUICK, Rows, checked
+from piecework.bench.gpu.rows import Rows, checked
 from piecework.cli import app
 
 
@@ -111,26 +107,6 @@ def test_each_part_is_a_process_with_its_own_limit_and_the_next_goes_on(monkeypa
     assert float(part[part.index("--seconds") + 1]) <= 0.8 * 55, "it ends by itself, with its rows"
     text = " ".join(sanitizer)
     assert "--target-processes application-only" in text and "not reduce_overhead" in text
-
-
-def test_in_vllm_both_compilers_have_full_and_piecewise_graphs(monkeypatch, tmp_path):
-    made = []
-
-    class Engine:
-        def __init__(self, place, **options):
-            made.append(options["compilation_config"])
-
-        def generate(self, given, options, use_tqdm):
-            return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=[1, 2])])]
-
-    fake = SimpleNamespace(LLM=Engine, SamplingParams=lambda **options: options)
-    model = SimpleNamespace(save_pretrained=lambda place: None)
-    monkeypatch.setitem(sys.modules, "vllm", fake)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: fake)
-    monkeypatch.setattr(gpu_parts, "_llama", lambda scale: (model, None))
-    gpu_parts.vllm_decode(replace(QUICK, device="cuda"), Rows("vllm", tmp_path))
-    assert [each["backend"] for each in made] == ["piecework", "inductor"]
-    assert {each["cudagraph_mode"] for each in made} == {"FULL_AND_PIECEWISE"}
 
 
 def test_a_lost_device_ends_the_part(monkeypatch, tmp_path):

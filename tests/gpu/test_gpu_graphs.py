@@ -6,10 +6,6 @@ import pytest
 import torch
 from hand_captured import HandCaptured
 
-from piecework.bench.gpu.contenders import stitch
-from piecework.bench.gpu.model import TINY, build, token_ids
-from piecework.runtime.batch.descriptor import BatchKind
-from piecework.runtime.batch.forward_context import set_forward_context
 from piecework.runtime.batch.mode import CUDAGraphMode
 from piecework.runtime.graphs.plan.phase import estimate_memory
 from piecework.runtime.graphs.stage.inputs import InputSpec, StaticInputs
@@ -98,21 +94,3 @@ def test_pinned_memory_may_be_written_again_once_it_is_staged():
     (staged,) = inputs.stage([pinned], 1024)
     pinned.fill_(2)
     assert bool((staged == 1).all())
-
-
-@pytest.mark.parametrize("policy", ["copy", "eager"])
-@pytest.mark.parametrize("mode", ["PIECEWISE", "FULL", "FULL_AND_PIECEWISE", "FULL_DECODE_ONLY"])
-def test_a_compiled_model_serves_every_size(mode, policy):
-    model = build(3, TINY, "cuda")
-    ids = token_ids(9, TINY, "cuda")
-    stitched = stitch(model, ids, "eager")
-    stitched.capture([1, 2, 4, 8], mode=mode, address_policy=policy, progress=False)
-    for n in range(1, 10):
-        for kind in (None, BatchKind(uniform_decode=True)):
-            batch = torch.randint(0, TINY.vocabulary, (n,), device="cuda")
-            with torch.no_grad(), set_forward_context(batch=kind):
-                torch.testing.assert_close(stitched(batch), model(batch), rtol=1e-3, atol=1e-3)
-    report = stitched.memory_report()
-    assert report.total > 0 and report.estimate is not None
-    stitched.static_graphs.release()
-    torch.testing.assert_close(stitched(ids), model(ids), rtol=1e-3, atol=1e-3)

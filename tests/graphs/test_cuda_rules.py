@@ -627,20 +627,6 @@ def test_a_call_that_somebody_else_captures_is_a_part_of_that_capture(on_cuda):
 
 
 @torch.no_grad()
-def test_nothing_is_replayed_while_the_stream_captures(on_cuda, monkeypatch):
-    """The fake of a capture watches torch's operations, which sends calls another way already."""
-    model, x = Blocks(), torch.randn(3, 4)
-    stitched = on_cuda.stitch(model)
-    stitched.capture([2, 4], progress=False)
-    before = on_cuda.replays
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    torch.testing.assert_close(stitched(x), model(x))
-    assert on_cuda.replays == before
-    [row] = stitched.call_report()
-    assert (row.mode, row.reason.split(",")[0]) == ("NONE", "somebody else captures this call")
-
-
-@torch.no_grad()
 def test_on_the_cpu_likewise():
     model = Blocks()
     stitched = piecework.compile(model, (torch.randn(8, 4),), config=EAGER)

@@ -56,14 +56,10 @@ class CUDAGraphOptions:
 
 @dataclass(frozen=True, slots=True)
 class InputSlot:
-    """One leaf of the captured arguments: a tensor at its place, or a frozen Python value.
+    """One leaf of the captured arguments: a tensor at its ``placement``, or a Python ``value``.
 
-    Attributes:
-        origin, name: who owns a tensor's memory, and its name; None for a Python value.
-        placement: what a replay expects; None for a Python value.
-        value: the Python value; None for a tensor.
-        static: the buffer that a fresh tensor is copied into before each replay.
-        writes_back: the piece changes it, so the caller's tensor is updated after a replay.
+    ``static`` is the buffer that a fresh tensor is copied into before each replay, and from where
+    it is updated afterwards if the piece changes it (``writes_back``).
     """
 
     index: int
@@ -117,13 +113,9 @@ def _nothing_captured() -> None:
 class CapturedCall:
     """A captured callable with its inputs' slots, or the reason why it runs uncaptured.
 
-    Attributes:
-        output: the static output, weakly referenced.
-        checked: the arguments of a replay were checked once.
-        trusted: checked, and nothing has to be copied: a replay may skip looking at the arguments.
-        replay: the graph's own replay, bound once; for a trusted call it is all there is to do.
-        flat: the arguments are their own leaves.
-        copies: the slots that are staged.
+    ``output`` is weakly referenced, ``copies`` are the slots that are staged, and ``flat`` tells that
+    the arguments are their own leaves. Once the arguments of a replay were ``checked`` and nothing
+    has to be copied, a call is ``trusted``: ``replay``, the graph's own, is all there is to do.
     """
 
     where: str

@@ -49,12 +49,8 @@ class StagedInput:
 class OtherSize:
     """A dynamic size or an integer argument beside the batch size, which a captured graph fixes.
 
-    Attributes:
-        label: ``x.1`` is dimension 1 of argument ``x``, ``n`` an integer; the first that has it.
-        symbol: what guards call it.
-        position, dim: where a call has it; ``dim`` is None for a number.
-        value: what is captured; None if it equals the batch size.
-        low, high: values that the trace allows; None where there is no bound.
+    ``label`` is ``x.1`` for dimension 1 of argument ``x``, ``n`` for an integer; ``symbol`` what
+    guards call it; ``dim`` is None for a number, and ``value`` None if it equals the batch size.
     """
 
     label: str
@@ -74,14 +70,10 @@ class OtherSize:
 
 @dataclass(frozen=True, slots=True)
 class ResultRule:
-    """How one result of a padded replay becomes the result of the batch.
+    """How one result of a padded replay becomes the result of the batch: trimmed in ``dims``.
 
-    Attributes:
-        dims: dimensions to trim to the batch size.
-        is_count: it is the batch size itself.
-        argument: position of the argument that it is; None for a tensor of its own.
-        earlier: number of an earlier result that it is.
-        computed: its size is computed from the batch size: only the captured size has it.
+    It may be the batch size itself, an ``argument`` (by position) or an ``earlier`` result; one
+    whose size is ``computed`` from the batch size is right for the captured size alone.
     """
 
     dims: tuple[int, ...] = ()
@@ -95,13 +87,9 @@ class ResultRule:
 class BatchShape:
     """Arguments of ``execution_fn`` and its results, as far as the batch size matters.
 
-    Attributes:
-        numbers: position → value, for integer arguments; None is the batch size.
-        others: the sizes beside it; a call in which one is not as captured runs uncaptured.
-        weights: position → path, for weights that are passed per call.
-        symbols: what the trace calls the batch size; none where it has it as a number.
-        low, high: batch sizes that the trace allows; None where there is no bound.
-        guards: further conditions on sizes, as Python text, where ``symbol`` is the batch size.
+    ``numbers`` are integer arguments by position (None is the batch size), ``weights`` the paths of
+    those that are passed per call, ``others`` the sizes beside the batch size, whose ``symbols`` are
+    none where the trace has it as a number; ``guards`` are further conditions as Python text.
     """
 
     names: tuple[str, ...]

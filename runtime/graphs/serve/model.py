@@ -352,10 +352,6 @@ class CapturedModel(CapturedGraphs):
         try:
             if user.setdefault(0, mine) is mine and not self._retired:
                 step.calls += 1
-                if self._order is not None:
-                    self._order()
-                if self._join is not None:
-                    self._join()
                 return self._serve(step, inputs, flat, count)
         finally:
             try:
@@ -371,6 +367,10 @@ class CapturedModel(CapturedGraphs):
     def _serve(
         self, step: Step, inputs: Sequence[object], flat: Sequence[object], count: int
     ) -> object:
+        if self._order is not None:
+            self._order()
+        if self._join is not None:
+            self._join()
         outputs = step.call(inputs)  # type: ignore[misc]
         if step.bring_back is not None:
             step.bring_back(inputs, count)
