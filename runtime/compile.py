@@ -91,18 +91,8 @@ def compile(
                 where="artifact",
                 hint="pass example_args",
             )
-
-        def take(found: Artifact) -> None:
-            made.require_made_so(found, args, kwargs)
-            made.take(found)
-            if not made.accepts(*args, **kwargs):
-                raise errors.ArtifactError(
-                    "no trace in it serves the example arguments",
-                    hint="it was saved for arguments of other kinds or sizes",
-                )
-
+        take = partial(made.take_for, args=args, kwargs=kwargs)
         if not take_if_it_fits(artifact, key_file, take):
-            made.forget()
             made.prepare(*args, **kwargs)
             if made.traces:
                 keep(partial(made.save, artifact, key_file=key_file), artifact)

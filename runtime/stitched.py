@@ -508,14 +508,29 @@ class StitchedModule(Captures, Observed, SharedModule):
         self._settle_sizes(args, kwargs)
         require_made_so(artifact.package.facts, self._made_with())
 
+    def take_for(
+        self, artifact: Artifact, args: Sequence[object], kwargs: Mapping[str, object]
+    ) -> None:
+        """Serve calls by the traces of an artifact, if it was made with this module's configuration and serves a call with these arguments.
+
+        Raises:
+            ArtifactError: it was not, or does not; this module is as before then.
+        """
+        try:
+            self.require_made_so(artifact, args, kwargs)
+            self.take(artifact)
+            if self.accepts(*args, **kwargs):
+                return
+            hint = "it was saved for arguments of other kinds or sizes"
+            raise errors.ArtifactError("no trace in it serves the example arguments", hint=hint)
+        except errors.ArtifactError:
+            self.traces, self._sizes = (), None
+            self._serve_by(self._prepare_and_call)
+            raise
+
     def accepts(self, *args: object, **kwargs: object) -> bool:
         """Whether a trace that there is serves a call with these arguments; runs nothing but the emitted checks."""
         return any(each.entry.accepts(args, kwargs) for each in self.traces)
-
-    def forget(self) -> None:
-        """Be as before anything was compiled; for an artifact that was taken and does not serve."""
-        self.traces, self._sizes, self._again = (), None, None
-        self._serve_by(self._prepare_and_call)
 
     # --- what was made ---------------------------------------------------------------------------
 
