@@ -223,7 +223,7 @@ def _facts(
         own += [backend.graph for backend in program.backends.values() if backend.graph]
         state = trace.entry.weights.state
         traced |= {each.co_filename for each in state.code}
-        classes |= set(state.classes.classes)
+        classes |= set(state.classes)
     graphs += own
     return {
         **part.settings,

@@ -14,13 +14,15 @@ from typing import Any, Literal
 
 import torch
 
+from piecework.code_objects import HEAP_TYPE
 from piecework.runtime import torch_compat
+from piecework.runtime.watch.places import static
 
 QUIET = 8  # tests without a write, after which the numbers are trusted again: trusting costs milliseconds once
 BUSY = 8  # writes to a dictionary, after which its entries are looked at in every test
 _EQUAL = (bool, int, str, bytes)
 _NOTHING = object()
-LookKind = Literal["entry", "attribute", "item", "keys", "contents", "type", "hooks"]
+LookKind = Literal["entry", "attribute", "static", "item", "keys", "contents", "type", "hooks"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +30,8 @@ class Look:
     """One look-up: ``owner`` held ``value`` under ``key``.
 
     Attributes:
-        kind: ``"entry"`` of a dictionary (an instance's attributes are one), an ``"attribute"`` that is no entry, a computed ``"item"``;
-            all ``"keys"`` of a dictionary with what they hold, the ``"contents"`` of a list or set, the ``"type"`` of an object; or a table of
+        kind: ``"entry"`` of a dictionary (an instance's attributes are one), an ``"attribute"`` that is no entry, what a class and its bases hold (``"static"``),
+            a computed ``"item"``; all ``"keys"`` of a dictionary with what they hold, the ``"contents"`` of a list or set, the ``"type"`` of an object; or a table of
             ``"hooks"`` that is empty: torch counts each hook that is registered, so that the tables need no test of their own.
     """
 
@@ -50,12 +52,18 @@ class Look:
             return len(now) == len(was) and all(map(operator.is_, now, was))
         return now is was or (type(now) in _EQUAL and type(now) is type(was) and now == was)
 
-    @property
-    def watched(self) -> dict[Any, Any] | None:
-        """The dictionary whose writes tell of a change; None if none does."""
+    def watched(self) -> list[dict[Any, Any]]:
+        """The dictionaries whose writes tell of a change; none if none do."""
         if self.kind == "hooks":
-            return torch_compat.class_dict(torch.utils.hooks.RemovableHandle)
-        return self.owner if self.kind in ("entry", "keys") else None
+            return [torch_compat.class_dict(torch.utils.hooks.RemovableHandle)]
+        if self.kind == "static":
+            kinds = (each for each in self.owner.__mro__ if each.__flags__ & HEAP_TYPE)
+            return list(map(torch_compat.class_dict, kinds))
+        return [self.owner] if self.kind in ("entry", "keys") else []
+
+    def __str__(self) -> str:
+        name = getattr(self.owner, "__qualname__", None)
+        return f"{name}.{self.key}" if name else "torch.nn.modules.module's hooks"
 
 
 def _found(owner: Any, key: Any, kind: LookKind) -> Any:
@@ -71,6 +79,8 @@ def _found(owner: Any, key: Any, kind: LookKind) -> Any:
                 return _NOTHING
         case "keys":
             return (*dict.keys(owner), *dict.values(owner))
+        case "static":
+            return static(owner, key)
         case "type":
             return type(owner)
         case _:
@@ -86,7 +96,9 @@ class DictWatch:
 
     def __init__(self, looks: Iterable[Look]) -> None:
         self._looks = list(looks)
-        self._dicts = {id(held): held for look in self._looks if (held := look.watched) is not None}
+        watched = [look.watched() for look in self._looks]
+        self._dicts = {id(each): each for dicts in watched for each in dicts}
+        self._told_by = [frozenset(map(id, dicts)) for dicts in watched]
         self._written = dict.fromkeys(self._dicts, 0)
         self._numbers = self._versions()
         self._quiet = 0
@@ -121,11 +133,14 @@ class DictWatch:
         if self._numbers is None:
             return _unknown
         quiet = [held for key, held in self._dicts.items() if self._written[key] < BUSY]
-        told = set(map(id, quiet)) if torch_compat.guards_ready() else self._dicts
-        unwritten = torch_compat.dict_guard(quiet) if told is not self._dicts else self._unchanged
+        ready = torch_compat.guards_ready()
+        told = set(map(id, quiet)) if ready else set(self._dicts)
+        unwritten = torch_compat.dict_guard(quiet) if ready else self._unchanged
         if unwritten is None:
             return _unknown
-        test = _quick_test([e for e in self._looks if id(e.watched) not in told], unwritten)
+        pairs = zip(self._looks, self._told_by, strict=True)
+        others = [look for look, dicts in pairs if not dicts or not dicts <= told]
+        test = _quick_test(others, unwritten)
         # Another thread may write while the test is made.
         return test if self._quick() else _unknown
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import types
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 
@@ -54,9 +54,10 @@ class Looks:
                 self.look(self._now.at(place), key, "attribute" if kind == "attribute" else "item")
 
     def look(self, owner: object, key: object, kind: LookKind = "entry") -> bool:
-        """Watch a look-up."""
+        """Watch a look-up; classes of C stay as they are."""
         where = (id(owner), kind, key)
-        if where not in self.found:
+        stays = kind == "static" and not owner.__flags__ & HEAP_TYPE  # type: ignore[attr-defined]
+        if where not in self.found and not stays:
             self.found[where] = Look.of(owner, key, kind)
         return True
 
@@ -82,16 +83,17 @@ class Looks:
                 return self.look(base, key)
             case "item" if isinstance(base, (tuple, str, range)):
                 return True
-            case "item":  # a proxy of a class's dictionary is watched with the class
-                is_list = isinstance(base, (list, deque))
-                return place[-2][0] == "class dict" or (is_list and self._contents(base))
+            case "item" if place[-2][0] == "class dict":
+                return self.look(self._now.at(place[:-2]), key, "static")
+            case "item":
+                return isinstance(base, (list, deque)) and self._contents(base)
             case "key" | "at":
                 return self._contents(base)
             case "type":
                 return self._class_of(base, place[:-1])
             case "class dict" | "static":
                 self.classes.setdefault(base, place[:-1])
-                return True
+                return kind == "class dict" or self.look(base, key, "static")
         return kind == "referent" and isinstance(self._now.at(place), torch.Tensor)
 
     def _attribute(self, base: object, name: str, place: Place) -> bool:
@@ -99,9 +101,11 @@ class Looks:
         kind, held = type(base), getattr(base, "__dict__", None)
         if isinstance(base, type):
             self.classes.setdefault(base, place)
+            self.look(base, name, "static")
             return static(base, name) is not MISSING or self._computed(base, name)
         self._class_of(base, place)
         of_class = static(kind, name)
+        self.look(kind, name, "static")
         # A look-up of the class's own was gone through by the trace, which guards all that it read.
         has_own_way = isinstance(kind.__getattribute__, types.FunctionType)
         has_setter = hasattr(type(of_class), "__set__")
@@ -139,6 +143,8 @@ class Looks:
                 return self.look(value, about)
             if isinstance(value, (list, deque, set, frozenset)):
                 return self._contents(value)
+            if guard.place[-1][0] == "class dict":
+                return self.look(self._now.at(guard.place[:-1]), about, "static")
             return self._attribute(value, str(about), guard.place)
         if isinstance(value, torch.Tensor):
             return self.look(value, "requires_grad", "attribute")
@@ -163,3 +169,35 @@ class Looks:
             self.look(value, None, "type")
             self.classes.setdefault(kind, (*place, ("type", None)))
         return True
+
+
+#: The kind of what `method_guards` gives.
+METHOD = "METHOD"
+_STATE = ("__code__", "__defaults__", "__kwdefaults__")
+# Where Python itself looks, whatever the traced code says.
+_ALWAYS = ("__call__", "__getattr__", "__getattribute__")
+
+
+def method_looks(classes: Iterable[type], code: frozenset[types.CodeType]) -> list[Look]:
+    """The traced methods of classes, with their code and defaults, which Dynamo takes for constant."""
+    found, functions = [], {}
+    for kind in (each for each in classes if each.__flags__ & HEAP_TYPE):
+        held = {k: v for each in reversed(kind.__mro__) for k, v in vars(each).items()}
+        traced = {k for k, v in held.items() if (f := function_of(v)) and f.__code__ in code}
+        found += [Look.of(kind, name, "static") for name in (*_ALWAYS, *traced - {*_ALWAYS})]
+        functions.update({function_of(held[name]): None for name in traced})
+    states = (Look.of(each, name, "attribute") for each in functions for name in _STATE)
+    # A call that was traced without defaults needs none.
+    return [*found, *(look for look in states if look.value is not None)]
+
+
+def method_guards(looks: Iterable[Look], classes: Mapping[type, Place]) -> list[Guarded]:
+    """Traced methods as what another process can compare."""
+    methods = (look for look in looks if look.kind == "static")
+    return [Guarded((*classes[e.owner], ("static", e.key)), METHOD) for e in methods]
+
+
+def function_of(value: object) -> types.FunctionType | None:
+    """The function behind what a class body holds: a function, property, static or class method; None for anything else."""
+    value = getattr(value, "fget", getattr(value, "__func__", value))
+    return value if isinstance(value, types.FunctionType) else None

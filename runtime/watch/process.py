@@ -61,7 +61,7 @@ class ProcessState:
         return {"state": found, "asks_autocast": self.asks_autocast}
 
 
-def hook_tables() -> dict[str, dict[object, object]]:
-    """torch's hooks for every module, by the name of their table; Dynamo guards none of them."""
-    held = vars(torch.nn.modules.module)
-    return {k: held[k] for k in held if k.startswith("_global_") and isinstance(held[k], dict)}
+def hook_tables() -> list[dict[object, object]]:
+    """torch's hooks for every module; Dynamo guards none of them."""
+    held = vars(torch.nn.modules.module).items()
+    return [each for k, each in held if k.startswith("_global_") and isinstance(each, dict)]

@@ -17,10 +17,9 @@ from piecework.code_objects import cells_of
 from piecework.codegen.entry.plan import Parameter
 from piecework.errors import InputError
 from piecework.runtime.torch_compat import Place
-from piecework.runtime.watch.class_watch import METHOD, ClassWatch, function_of
-from piecework.runtime.watch.dict_watch import Look
+from piecework.runtime.watch.dict_watch import Look, LookKind
 from piecework.runtime.watch.judge import Judge, ValueJudge
-from piecework.runtime.watch.looks import Looks
+from piecework.runtime.watch.looks import METHOD, Looks, function_of, method_guards, method_looks
 from piecework.runtime.watch.places import LookUps, is_argument
 from piecework.runtime.watch.process import ProcessState, hook_tables
 from piecework.runtime.watch.values import ONE_OBJECT, PlainValue, plain_values
@@ -54,7 +53,7 @@ class TracedState:
         places: how many arguments were positional, and the order of the others.
         tensors: the model's tensors that the trace looked at, whether the graph reads them or not; none once it is over.
         asks_grad_mode: the model's code asks whether gradients are recorded.
-        classes: the methods that were traced.
+        classes: those whose instances the trace looked into, each with a place that leads to it.
     """
 
     model: object
@@ -68,23 +67,24 @@ class TracedState:
     tensors: list[tuple[Place, torch.Tensor]] = field(default_factory=list)
     asks_grad_mode: bool
     process: ProcessState
-    classes: ClassWatch = field(init=False)
+    classes: dict[type, Place] = field(init=False)
     _forward: object = field(init=False)
-    _hooks: dict[str, tuple[object, ...]] = field(init=False)
+    _methods: list[Look] = field(init=False)
+    _hooks: list[Look] = field(init=False)
     _first: Looks | None = field(init=False)
 
     def __post_init__(self) -> None:
-        self._forward, self._hooks = self._own_forward(), _hooks()
-        self._first = self._guarded()
-        self.classes = ClassWatch(self._first.classes, self.code)
+        self._forward, self._first = self._own_forward(), self._guarded()
+        self.classes = self._first.classes
+        self._methods = method_looks(self.classes, self.code)
+        self._hooks = [Look.of(each, None, _kind(each)) for each in hook_tables()]
 
     # --- another process ------------------------------------------------------------------------------
 
     def untold(self) -> str:
         """What of it only this process can compare; "" if nothing."""
-        for name, hooks in self._hooks.items():
-            if hooks:
-                return f"torch.nn.modules.module.{name} has hooks"
+        if any(look.value for look in self._hooks):
+            return "hooks of torch.nn.modules.module"
         return next(iter((*self._plain()[1], *self.given[1])), "")
 
     def saved(self) -> SavedState:
@@ -93,7 +93,8 @@ class TracedState:
         return SavedState(values, dict(self.names), self.places, self.asks_grad_mode, process)
 
     def _plain(self) -> tuple[tuple[PlainValue, ...], tuple[str, ...]]:
-        return plain_values((*self.judge.guards, *self.classes.guards()), LookUps(self.starts))
+        methods = method_guards(self._methods, self.classes)
+        return plain_values((*self.judge.guards, *methods), LookUps(self.starts))
 
     @classmethod
     def loaded(cls, saved: SavedState, model: object) -> TracedState:
@@ -114,7 +115,7 @@ class TracedState:
             asks_grad_mode=saved.asks_grad_mode,
             process=ProcessState(**saved.process),
         )
-        found._hooks = dict.fromkeys(found._hooks, ())
+        found._hooks = [Look(each, None, (), _kind(each)) for each in hook_tables()]
         return found
 
     # --- the model's side -----------------------------------------------------------------------------
@@ -129,11 +130,9 @@ class TracedState:
         # What was noted first serves once as it is: what changed since is seen as a change.
         looks, self._first = self._first or self._guarded(), None
         looks.add_weights(weights)
-        for table in hook_tables().values():
-            looks.look(table, None, "keys" if table else "hooks")
         if isinstance(self.model, torch.nn.Module):
             looks.look(self.model.__dict__, "forward")
-        found = [*looks.found.values(), *self.classes.looks()]
+        found = [*looks.found.values(), *self._methods, *self._hooks]
         return found, (lambda: not self._judged()) if looks.blind else None
 
     def _guarded(self) -> Looks:
@@ -143,15 +142,13 @@ class TracedState:
 
     def difference(self) -> str:
         """The first thing that the graph is wrong about; "" if there is none."""
-        hooks = (name for name, was in _hooks().items() if was != self._hooks[name])
         if changed := self.process.difference():
             return changed
         if (now := self._own_forward()) is not self._forward and not self._is_ours(now):
             return "the model has another forward than when the model was traced"
-        if changed := self.classes.difference():
-            return changed
-        for name in hooks:
-            return f"torch.nn.modules.module.{name} has other hooks than when the model was traced"
+        for look in (*self._methods, *self._hooks):
+            if not look.holds():
+                return f"{look} was replaced since the model was traced"
         return self._judged()
 
     def _judged(self) -> str:
@@ -204,8 +201,8 @@ class TracedState:
         return refusal
 
 
-def _hooks() -> dict[str, tuple[object, ...]]:
-    return {name: tuple(table.values()) for name, table in hook_tables().items()}
+def _kind(table: object) -> LookKind:
+    return "keys" if table else "hooks"
 
 
 def _refusal(text: str) -> InputError:
