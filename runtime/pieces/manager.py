@@ -204,17 +204,6 @@ class CompilerManager:
         if self.entry is not None:
             self.entry.write_texts({"transformed_code.py": code})
 
-    def to_bytes(self, piece: CompiledPiece) -> bytes | None:
-        """What the cache keeps of a piece; None, with a warning, if the compiler can't give it."""
-        try:
-            return self.compiler.to_bytes(piece)
-        except Exception as error:  # noqa: BLE001 - the piece is compiled and can be used
-            why, name = _first_line(error), self.compiler.name
-            _log.warning(
-                "compiler %r: to_bytes failed: %s; the piece is used and not kept", name, why
-            )
-            return None
-
     def is_kept(
         self, graph: torch.fx.GraphModule, structure: Structure, compile_range: Range | None
     ) -> bool:
@@ -235,10 +224,10 @@ class CompilerManager:
         return content_key("\n".join(structure.lines), str(compile_range), self._facts, operators)
 
     def _not_kept(self, reason: str) -> None:
-        """Say once why a piece is compiled anew by each process."""
-        level = logging.INFO if reason in self._told else logging.WARNING
-        self._told.add(reason)
-        _log.log(level, "a piece is not kept in the compile cache: %s", reason)
+        """Warn once of why a piece is compiled anew by each process."""
+        if reason not in self._told:
+            self._told.add(reason)
+            _log.warning("a piece is not kept in the compile cache: %s", reason)
 
     # --- compiling -------------------------------------------------------------------------------
 
@@ -272,8 +261,7 @@ class CompilerManager:
             )
             text = partial(graph.print_readable, print_output=False)
             trace.artifact(file_name(submod_name, compile_range), text)
-            made = self.compiler.compile(graph, example_inputs, self.config, compile_range)
-            return self._checked(made, "compile")
+            return self.compiler.compile(graph, example_inputs, self.config, compile_range)
 
         start = time.perf_counter()
         try:
@@ -282,6 +270,12 @@ class CompilerManager:
                 name = self._name(graph, structure, compile_range)
                 loaded = None if name is None else self._loaded(graph, name, compile_now)
                 compiled, cached = loaded or (compile_now(), False)
+            if not isinstance(compiled, CompiledPiece):
+                raise ConfigError(
+                    f"compiler {self.compiler.name!r} made a {type(compiled).__qualname__}, not a CompiledPiece",
+                    where="backend",
+                    hint="see piecework.runtime.compilers.CompilerInterface",
+                )
         except Exception as error:
             own = isinstance(error, PieceworkError) and not isinstance(error, PieceCompileError)
             if own or torch_compat.asks_for_restart(error):
@@ -307,7 +301,7 @@ class CompilerManager:
 
         def compile_to_bytes() -> bytes:
             fresh.append(compile_now())
-            data = self.to_bytes(fresh[0])
+            data = self.compiler.to_bytes(fresh[0])
             learned = torch_compat.learned_since(self._sizes, self._known)
             if learned is None:
                 self._not_kept("compiling it added a condition on a size that the data decides")
@@ -327,8 +321,7 @@ class CompilerManager:
                 return fresh[0], False
             try:
                 head, _, data = result.data.partition(b"\n")
-                learned = json.loads(head)
-                piece = self._checked(self.compiler.from_bytes(data, graph), "from_bytes")
+                learned, piece = json.loads(head), self.compiler.from_bytes(data, graph)
             except Exception as error:  # noqa: BLE001 - torch raises anything
                 self._pieces.reject(each, f"{type(error).__name__}: {error}")
                 return None
@@ -336,17 +329,6 @@ class CompilerManager:
                 counters.num_compiled_artifacts_loaded += 1
                 return piece, True
         return None
-
-    def _checked(self, piece: object, method: str) -> CompiledPiece:
-        """What the compiler returned, if it kept to its interface."""
-        if isinstance(piece, CompiledPiece):
-            return piece
-        kind = "None" if piece is None else f"a {type(piece).__qualname__}"
-        raise ConfigError(
-            f"compiler {self.compiler.name!r}: {method} returned {kind}, not a CompiledPiece",
-            where="backend",
-            hint="see piecework.runtime.compilers.CompilerInterface",
-        )
 
     def _failure(
         self,

@@ -117,13 +117,11 @@ class PiecewiseBackend:
         Raises:
             BindError: the piece was loaded, or its compiler makes nothing that can be kept.
         """
-        manager = self._manager
-        if manager is None or not manager.makes_bytes:
-            why = "a piece that was loaded has no bytes"
-            if manager is not None:
-                why = f"compiler {manager.compiler.name} makes nothing that can be kept"
+        if self._manager is None or not self._manager.makes_bytes:
+            why = "a piece that was loaded, or whose compiler keeps nothing, has no bytes"
             raise BindError(why, where=self.submod_name or None)
-        kept = {each: manager.to_bytes(entry.compiled) for each, entry in self.entries.items()}
+        to_bytes = self._manager.compiler.to_bytes
+        kept = {each: to_bytes(entry.compiled) for each, entry in self.entries.items()}
         return {compile_range: data for compile_range, data in kept.items() if data is not None}
 
     @property

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import subprocess
 import sys
@@ -67,31 +66,14 @@ class NoName(Picky):
     name = None  # type: ignore[assignment]
 
 
-class Keeping(Picky):
+class OnlyToBytes(Picky):
     def to_bytes(self, piece: CompiledPiece) -> object:
         return b"piece"
-
-    def from_bytes(self, data: bytes, graph: torch.fx.GraphModule) -> object:
-        return CompiledPiece(graph.forward)
 
 
 class BareFunction(Picky):
     def compile(self, graph, *rest):  # type: ignore[no-untyped-def]
         return graph.forward
-
-
-class OnlyToBytes(Picky):
-    to_bytes = Keeping.to_bytes
-
-
-class NotPicklable(Keeping):
-    def to_bytes(self, piece: CompiledPiece) -> object:
-        raise TypeError("cannot pickle this")
-
-
-class ForgetfulLoader(Keeping):
-    def from_bytes(self, data: bytes, graph: torch.fx.GraphModule) -> object:
-        return None
 
 
 def factory() -> Picky:
@@ -105,11 +87,6 @@ def compile_with(name: str, **fields: object) -> piecework.StitchedModule:
     stitched = piecework.compile(model, (x,), config=config)
     torch.testing.assert_close(stitched(x), model(x))
     return stitched
-
-
-def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
-    own = (each for each in caplog.records if each.name.startswith("piecework"))
-    return [each.getMessage() for each in own if each.levelno >= logging.WARNING]
 
 
 # --- by name, and their interface --------------------------------------------------------------------
@@ -139,27 +116,8 @@ def test_a_compiler_that_is_none_is_an_error(name: str, message: str) -> None:
 
 
 def test_what_is_no_compiled_piece_is_an_error_that_names_the_compiler() -> None:
-    with pytest.raises(ConfigError, match="'picky': compile returned a method, not a Compiled"):
+    with pytest.raises(ConfigError, match="'picky' made a method, not a Compiled"):
         compile_with("BareFunction")
-
-
-def test_a_piece_without_bytes_is_used_and_not_kept(
-    own_compile_cache: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    with piecework.counters.expect(num_backend_compilations=2, num_compiled_artifacts_saved=0):
-        compile_with("NotPicklable")
-    assert all("used and not kept" in text for text in warnings_of(caplog))
-    assert warnings_of(caplog) and not list(own_compile_cache.rglob("*.bin"))
-
-
-def test_kept_bytes_that_load_to_nothing_are_compiled_again(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    with piecework.counters.expect(num_backend_compilations=2, num_compiled_artifacts_saved=2):
-        compile_with("ForgetfulLoader")
-    with piecework.counters.expect(num_backend_compilations=2, num_compiled_artifacts_loaded=0):
-        compile_with("ForgetfulLoader")
-    assert any("from_bytes returned None" in text for text in warnings_of(caplog))
 
 
 # --- failures ----------------------------------------------------------------------------------------
