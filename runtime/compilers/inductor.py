@@ -13,7 +13,7 @@ from functools import cache
 from typing import Any
 
 import torch
-import torch.fx
+from torch.fx import GraphModule
 
 from piecework.codegen.graph.origin import value_of
 from piecework.errors import CaptureError, ConfigError, Unidentifiable
@@ -79,9 +79,7 @@ class InductorAdaptor:
         text = f"{self.name} {torch.__version__} {torch_compat.inductor_key()} {found}"
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def options_for(
-        self, compile_range: Range | None, graph: torch.fx.GraphModule | None = None
-    ) -> Options:
+    def options_for(self, compile_range: Range | None, graph: GraphModule | None = None) -> Options:
         """Inductor's options for one batch range, or for one piece; a single size gets those of
         ``single_size_inductor_config`` on top."""
         # A piece holds no CUDA graphs of its own, whatever the environment tells Inductor: it is captured as it is.
@@ -96,7 +94,7 @@ class InductorAdaptor:
             options["force_disable_caches"] = True
         return options
 
-    def _facts_for(self, graph: torch.fx.GraphModule) -> str | None:
+    def _facts_for(self, graph: GraphModule) -> str | None:
         """What code for ``graph`` depends on besides the graph: what is known of its sizes, its
         operators, torch's settings.
 
@@ -127,7 +125,7 @@ class InductorAdaptor:
 
     def compile(
         self,
-        graph: torch.fx.GraphModule,
+        graph: GraphModule,
         example_inputs: Sequence[object],
         config: CompilationConfig,
         compile_range: Range | None,
@@ -151,12 +149,12 @@ class InductorAdaptor:
         return self._piece(made, graph)
 
     def _made(
-        self, graph: torch.fx.GraphModule, inputs: Sequence[object], single: bool, options: Options
+        self, graph: GraphModule, inputs: Sequence[object], single: bool, options: Options
     ) -> Callable[..., object]:
         """What Inductor makes of ``graph``, for one batch size or for several."""
         return torch_compat.compile_fx(graph, inputs, own_shapes=single, config_patches=options)
 
-    def _piece(self, made: Callable[..., object], graph: torch.fx.GraphModule) -> CompiledPiece:
+    def _piece(self, made: Callable[..., object], graph: GraphModule) -> CompiledPiece:
         """What is called in place of ``graph``."""
         return CompiledPiece(made, indirect_because="compile_fx gives no artifact")
 
@@ -167,7 +165,7 @@ class InductorStandaloneAdaptor(InductorAdaptor):
     name = "inductor"
 
     def _made(
-        self, graph: torch.fx.GraphModule, inputs: Sequence[object], single: bool, options: Options
+        self, graph: GraphModule, inputs: Sequence[object], single: bool, options: Options
     ) -> Callable[..., object]:
         symbols = (torch_compat.symbol_of(n) for each in inputs for n in _sizes_of(each))
         if single and not any(symbol is not None for symbol in symbols):
@@ -180,7 +178,7 @@ class InductorStandaloneAdaptor(InductorAdaptor):
         )
 
     def _piece(
-        self, made: Callable[..., object], graph: torch.fx.GraphModule, vouched: bool = False
+        self, made: Callable[..., object], graph: GraphModule, vouched: bool = False
     ) -> CompiledPiece:
         """The artifact, and its innermost function where nothing around it has anything to do."""
         inputs = len(graph.graph.find_nodes(op="placeholder"))
@@ -197,7 +195,7 @@ class InductorStandaloneAdaptor(InductorAdaptor):
         mark = _PUBLIC if piece.direct is None else _DIRECT
         return None if data is None else mark + data
 
-    def from_bytes(self, data: bytes, graph: torch.fx.GraphModule) -> CompiledPiece:
+    def from_bytes(self, data: bytes, graph: GraphModule) -> CompiledPiece:
         """What `to_bytes` kept of ``graph``; raises whatever torch raises for other bytes."""
         mark, rest = data[: len(_DIRECT)], data[len(_DIRECT) :]
         with self._partitions_wrapped():
@@ -230,7 +228,7 @@ def _sizes_of(value: object) -> Sequence[object]:
     return value.shape if isinstance(value, torch.Tensor) else (value,)
 
 
-def _require_sizes(graph: torch.fx.GraphModule, inputs: Sequence[object]) -> None:
+def _require_sizes(graph: GraphModule, inputs: Sequence[object]) -> None:
     """Refuse a piece whose code would check a size that it is not given.
 
     Raises:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch.fx
+from torch.fx import GraphModule
 
 from piecework.codegen.split.regions import regions_in
 from piecework.codegen.stitch.bind import compile_execution_fn
@@ -63,7 +63,7 @@ class CompilerInterface(Protocol):
 
     def compile(
         self,
-        graph: torch.fx.GraphModule,
+        graph: GraphModule,
         example_inputs: Sequence[object],
         config: CompilationConfig,
         compile_range: Range | None,
@@ -94,7 +94,7 @@ class EagerAdaptor:
 
     def compile(
         self,
-        graph: torch.fx.GraphModule,
+        graph: GraphModule,
         example_inputs: Sequence[object],
         config: CompilationConfig,
         compile_range: Range | None,
@@ -103,14 +103,14 @@ class EagerAdaptor:
         return CompiledPiece(uncompiled(graph))
 
 
-def uncompiled(graph: torch.fx.GraphModule) -> Callable[..., object]:
+def uncompiled(graph: GraphModule) -> Callable[..., object]:
     """``graph`` as a function that runs its operators one by one.
 
     FX writes no ``finally``: a graph with regions (autocast, gradient mode) is emitted and proved
     as stitching source is, so that an exception leaves none of them open.
     """
     for each in graph.modules():
-        if isinstance(each, torch.fx.GraphModule) and "forward" not in vars(type(each)):
+        if isinstance(each, GraphModule) and "forward" not in vars(type(each)):
             each.recompile()  # it was read, and nobody had to run it yet
     if not regions_in(graph.graph):
         return graph.forward
@@ -132,7 +132,7 @@ class DynamoBackendAdaptor:
 
     def compile(
         self,
-        graph: torch.fx.GraphModule,
+        graph: GraphModule,
         example_inputs: Sequence[object],
         config: CompilationConfig,
         compile_range: Range | None,

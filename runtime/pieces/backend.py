@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.fx
+from torch.fx import GraphModule
 
 from piecework.codegen import SplitItem
 from piecework.codegen.split.split import SplittingOp as SplittingOpLike
@@ -22,12 +22,7 @@ from piecework.runtime.config.model import import_qualified
 from piecework.runtime.counters import counters
 from piecework.runtime.model_tag import current_model_tag, model_tag_is_set
 from piecework.runtime.observe.dump import Dump
-from piecework.runtime.pieces.bound_call import (
-    BoundCall,
-    bound_names,
-    modules_traced,
-    name_inputs,
-)
+from piecework.runtime.pieces.bound_call import BoundCall, bound_names, modules_traced, name_inputs
 from piecework.runtime.pieces.compilation import Compilation, Trace
 from piecework.runtime.pieces.manager import CompilerManager
 from piecework.runtime.pieces.program import Program, ranges_of
@@ -103,11 +98,11 @@ class PieceworkBackend:
         return self._program
 
     @property
-    def graph(self) -> torch.fx.GraphModule:
+    def graph(self) -> GraphModule:
         return self.program.graph
 
     @property
-    def split_gm(self) -> torch.fx.GraphModule:
+    def split_gm(self) -> GraphModule:
         return self.program.split_gm
 
     @property
@@ -139,7 +134,7 @@ class PieceworkBackend:
         return artifacts
 
     def __call__(
-        self, graph: torch.fx.GraphModule, example_inputs: Sequence[object]
+        self, graph: GraphModule, example_inputs: Sequence[object]
     ) -> Callable[..., object]:
         """Compile ``graph`` for Dynamo: the result takes the graph's inputs, weights included.
 
@@ -155,7 +150,7 @@ class PieceworkBackend:
 
     def prepare(
         self,
-        graph: torch.fx.GraphModule,
+        graph: GraphModule,
         bound: Mapping[str, str] | None = None,
         tried: EverySize | None = None,
     ) -> Program:
@@ -220,7 +215,7 @@ def backend_of(
 
 @short_errors
 def piecework_dynamo_backend(
-    graph: torch.fx.GraphModule,
+    graph: GraphModule,
     example_inputs: Sequence[object],
     *,
     options: Mapping[str, object] | None = None,

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from operator import is_, itemgetter
 
 import torch
-import torch.fx
+from torch.fx import GraphModule
 
 from piecework.codegen.graph.origin import value_of
 from piecework.runtime import torch_compat
@@ -24,7 +24,7 @@ _CELL = re.compile(r"\.__closure__\[\d+\]\.cell_contents")
 _ROOT = re.compile(r"L\['([^']+)'\](?P<rest>.*)", re.DOTALL)
 
 
-def name_inputs(graph: torch.fx.GraphModule) -> tuple[str | None, ...]:
+def name_inputs(graph: GraphModule) -> tuple[str | None, ...]:
     """Name the inputs of Dynamo's ``graph`` as the user's code does.
 
     Returns:
@@ -58,14 +58,14 @@ def name_inputs(graph: torch.fx.GraphModule) -> tuple[str | None, ...]:
     return tuple(paths)
 
 
-def modules_traced(graph: torch.fx.GraphModule) -> list[torch.nn.Module]:
+def modules_traced(graph: GraphModule) -> list[torch.nn.Module]:
     """The modules that a graph's inputs hang on; to be asked while Dynamo's trace is open."""
     found = {m[1] for s in torch_compat.placeholder_sources(graph) if (m := _ROOT.fullmatch(s))}
     held = (torch_compat.traced_locals().get(name) for name in sorted(found))
     return [each for each in held if isinstance(each, torch.nn.Module)]
 
 
-def bound_names(graph: torch.fx.GraphModule, paths: Sequence[str | None]) -> dict[str, str]:
+def bound_names(graph: GraphModule, paths: Sequence[str | None]) -> dict[str, str]:
     """Input → path of the weights of ``graph``, as `PieceworkBackend.prepare` takes them."""
     nodes = graph.graph.find_nodes(op="placeholder")
     return {n.name: path for n, path in zip(nodes, paths, strict=True) if path is not None}

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Literal
 
 import torch
-import torch.fx
+from torch.fx import GraphModule
 from torch.overrides import resolve_name
 
 from piecework.codegen import LowerOptions, SplitItem, StitchedSource, generate_source, split_graph
@@ -61,7 +61,7 @@ class Compilation:
     seconds per phase, ``backends`` the compiled forms by submodule.
     """
 
-    def __init__(self, backend: PieceworkBackend, graph: torch.fx.GraphModule, dump: Dump) -> None:
+    def __init__(self, backend: PieceworkBackend, graph: GraphModule, dump: Dump) -> None:
         self.graph, self.dump, self._backend = graph, dump, backend
         self.name = backend.prefix or "model"
         self.config, self.compiler_manager = backend.config, backend.compiler_manager
@@ -119,9 +119,7 @@ class Compilation:
         self.compiler_manager.write_texts(split_gm, pieces, source.code)
         return self._program(Graphs(graph, split_gm, tuple(items)), direct, source)
 
-    def _split(
-        self, ops: Sequence[SplittingOpLike]
-    ) -> tuple[torch.fx.GraphModule, list[SplitItem]]:
+    def _split(self, ops: Sequence[SplittingOpLike]) -> tuple[GraphModule, list[SplitItem]]:
         inside, declared = self.config.use_inductor_graph_partition, self._backend.declared_ops
         blocks: Literal["found", "off"] | Sequence[str] = self.config.repeated_blocks
         torch_compat.settle_asserts(map(value_of, self.graph.graph.nodes))
@@ -145,10 +143,7 @@ class Compilation:
         return split_gm, items
 
     def _compile(
-        self,
-        split_gm: torch.fx.GraphModule,
-        names: Sequence[str],
-        structures: dict[str, Structure],
+        self, split_gm: GraphModule, names: Sequence[str], structures: dict[str, Structure]
     ) -> None:
         """Fill ``backends`` with the pieces' compiled forms."""
         manager, backend = self.compiler_manager, self._backend
@@ -267,7 +262,7 @@ class Compilation:
             yield name, known[structure.key]
 
 
-def _direct_ops(items: Sequence[SplitItem], graph: torch.fx.GraphModule) -> DirectOps:
+def _direct_ops(items: Sequence[SplitItem], graph: GraphModule) -> DirectOps:
     """Implementations that the stitched code may call past the dispatcher, by operator; none under autocast, which an operator may have rules for."""
     calls: list[tuple[object, str | None]] = []
     if torch_compat.autocast_enabled():
@@ -301,7 +296,7 @@ def require_registered(splitting_ops: Sequence[SplittingOpLike] | None) -> None:
             )
 
 
-def _batch_of(graph: torch.fx.GraphModule, place: tuple[str, int] | None) -> Batch:
+def _batch_of(graph: GraphModule, place: tuple[str, int] | None) -> Batch:
     """The first dynamic size of an input; with a ``place``, the size there, dynamic or not."""
     for index, node in enumerate(graph.graph.find_nodes(op="placeholder")):
         value = value_of(node)

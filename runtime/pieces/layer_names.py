@@ -14,8 +14,8 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-import torch.fx
 from torch._ops import OpOverload
+from torch.fx import GraphModule
 
 from piecework.codegen.graph.origin import value_of
 from piecework.codegen.graph.schemas import overloads_of
@@ -35,7 +35,7 @@ class _Name(NamedTuple):
     text: str
 
 
-def share_layer_names(split_gm: torch.fx.GraphModule, items: Sequence[SplitItem]) -> None:
+def share_layer_names(split_gm: GraphModule, items: Sequence[SplitItem]) -> None:
     """Make pieces that are equal up to strings given to custom operators equal, in place.
 
     Each such piece gets one more input per string that differs: a tensor with the string's bytes,
@@ -54,7 +54,7 @@ def share_layer_names(split_gm: torch.fx.GraphModule, items: Sequence[SplitItem]
                 split_gm.recompile()
 
 
-def _names_in(piece: torch.fx.GraphModule) -> list[_Name]:
+def _names_in(piece: GraphModule) -> list[_Name]:
     """The strings given to operators that a compiler would call as they are."""
     found = []
     for position, node in enumerate(piece.graph.nodes):
@@ -71,12 +71,12 @@ def _names_in(piece: torch.fx.GraphModule) -> list[_Name]:
     return found
 
 
-def _fake_mode(piece: torch.fx.GraphModule) -> Any:
+def _fake_mode(piece: GraphModule) -> Any:
     values = map(value_of, piece.graph.find_nodes(op="placeholder"))
     return next((m for each in values if (m := getattr(each, "fake_mode", None))), None)
 
 
-def _form_without(names: Sequence[_Name], piece: torch.fx.GraphModule) -> tuple[str, ...]:
+def _form_without(names: Sequence[_Name], piece: GraphModule) -> tuple[str, ...]:
     """The piece's canonical lines with the names left out, and what tracing recorded for each node:
     everything that a result's form could tell of a name."""
     lines = list(structure_of(piece, describe_input=input_signature).lines)
@@ -94,9 +94,7 @@ def _described(value: object) -> str:
     return f"{type(value).__qualname__} {value}"
 
 
-def _take_as_input(
-    split_gm: torch.fx.GraphModule, item: SplitItem, name: _Name, first: str
-) -> None:
+def _take_as_input(split_gm: GraphModule, item: SplitItem, name: _Name, first: str) -> None:
     """Give the piece an input for a name, whose place in the call takes that of the ``first`` piece.
 
     Equal names of one piece may be different ones in another, so each has an input of its own.

@@ -16,7 +16,7 @@ from functools import cached_property, partial
 from typing import Any
 
 import torch
-import torch.fx
+from torch.fx import GraphModule
 
 from piecework.codegen.graph.origin import SymbolNames, graph_of, origin_of_piece, value_of
 from piecework.codegen.graph.structure import Structure
@@ -96,7 +96,7 @@ class CompilerManager:
         self._sizes: object = None
         self._told: set[str] = set()
         # With their graphs: no object that a key tells apart by its address may go away.
-        self._done: dict[Key, tuple[RangeEntry, torch.fx.GraphModule]] = {}
+        self._done: dict[Key, tuple[RangeEntry, GraphModule]] = {}
 
     @cached_property
     def compiler(self) -> CompilerInterface:
@@ -137,7 +137,7 @@ class CompilerManager:
 
     def initialize_cache(
         self,
-        graph: torch.fx.GraphModule,
+        graph: GraphModule,
         inputs: Iterable[object],
         *,
         tag: str = "backbone",
@@ -184,9 +184,7 @@ class CompilerManager:
         self._known = torch_compat.known_sizes(self._sizes)
         self._facts = torch_compat.sizes_text(self._sizes)
 
-    def write_texts(
-        self, graph: torch.fx.GraphModule, pieces: Mapping[str, Structure], code: str
-    ) -> None:
+    def write_texts(self, graph: GraphModule, pieces: Mapping[str, Structure], code: str) -> None:
         """Keep the split graph, with each different piece once, and the stitching source."""
         if self.entry is None:
             return
@@ -205,14 +203,14 @@ class CompilerManager:
             self.entry.write_texts({"transformed_code.py": code})
 
     def is_kept(
-        self, graph: torch.fx.GraphModule, structure: Structure, compile_range: Range | None
+        self, graph: GraphModule, structure: Structure, compile_range: Range | None
     ) -> bool:
         """Whether a piece is listed in the cache; it may still prove damaged when it is read."""
         name = self._name(graph, structure, compile_range)
         return name is not None and name in self._pieces.names()
 
     def _name(
-        self, graph: torch.fx.GraphModule, structure: Structure, compile_range: Range | None
+        self, graph: GraphModule, structure: Structure, compile_range: Range | None
     ) -> str | None:
         """What a piece is kept under: its content. None if it can't be kept."""
         if self.entry is None:
@@ -233,7 +231,7 @@ class CompilerManager:
 
     def compile(
         self,
-        graph: torch.fx.GraphModule,
+        graph: GraphModule,
         example_inputs: Sequence[object],
         compile_range: Range | None,
         *,
@@ -294,7 +292,7 @@ class CompilerManager:
         return entry
 
     def _loaded(
-        self, graph: torch.fx.GraphModule, name: str, compile_now: Callable[[], CompiledPiece]
+        self, graph: GraphModule, name: str, compile_now: Callable[[], CompiledPiece]
     ) -> tuple[CompiledPiece, bool] | None:
         """A piece through the cache, and whether it was there; None where what is there is no good."""
         fresh: list[CompiledPiece] = []
@@ -331,11 +329,7 @@ class CompilerManager:
         return None
 
     def _failure(
-        self,
-        graph: torch.fx.GraphModule,
-        compile_range: Range | None,
-        submod_name: str,
-        error: Exception,
+        self, graph: GraphModule, compile_range: Range | None, submod_name: str, error: Exception
     ) -> PieceCompileError:
         """The error for a piece that did not compile."""
         chain: list[BaseException | None] = [error]  # what a pass raised, Inductor wraps
@@ -355,7 +349,7 @@ class CompilerManager:
         return failure
 
 
-def key_of(graph: torch.fx.GraphModule, structure: Structure, compile_range: Range | None) -> Key:
+def key_of(graph: GraphModule, structure: Structure, compile_range: Range | None) -> Key:
     """What a compiled piece is right for in this process."""
     env = torch_compat.shape_env_of(map(value_of, graph.graph.find_nodes(op="placeholder")))
     return structure.key, compile_range, id(env)

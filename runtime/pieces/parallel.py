@@ -21,7 +21,7 @@ from multiprocessing.process import BaseProcess
 from typing import NamedTuple
 
 import torch
-import torch.fx
+from torch.fx import GraphModule
 
 from piecework.codegen.graph.origin import graph_of
 from piecework.codegen.graph.structure import Structure, input_signature, structure_of
@@ -37,7 +37,7 @@ class Request(NamedTuple):
     """One compilation that lies ahead: a piece that differs from those before it, for one range."""
 
     submod_name: str
-    graph: torch.fx.GraphModule
+    graph: GraphModule
     inputs: tuple[object, ...]
     compile_range: Range | None
     structure: Structure
@@ -53,7 +53,7 @@ class Request(NamedTuple):
 
 
 def different_pieces(
-    split_gm: torch.fx.GraphModule,
+    split_gm: GraphModule,
     submod_names: Sequence[str],
     compile_ranges: Sequence[Range | None],
     batch_symbol: str | None,

@@ -7,6 +7,7 @@ from typing import Protocol
 
 import torch
 import torch.fx
+from torch.fx import GraphModule, Node
 
 from piecework.codegen.graph.origin import value_of
 from piecework.codegen.graph.structure import Structure, input_signature, structure_of
@@ -48,7 +49,7 @@ class PiecewiseBackend:
 
     def __init__(
         self,
-        graph: torch.fx.GraphModule | None,
+        graph: GraphModule | None,
         config: CompilationConfig,
         piecewise_compile_index: int,
         total_piecewise_compiles: int,
@@ -94,7 +95,7 @@ class PiecewiseBackend:
                 submod_name=self.submod_name,
             )
 
-    def compiled_of(self) -> tuple[torch.fx.GraphModule, Structure]:
+    def compiled_of(self) -> tuple[GraphModule, Structure]:
         """The graph that is compiled, and its structure.
 
         Raises:
@@ -155,13 +156,13 @@ class PiecewiseBackend:
         return self.entries[RangeTable.of(ranges).find(size)].runnable(*args)
 
 
-def get_fake_args_from_graph(graph: torch.fx.GraphModule) -> list[object]:
+def get_fake_args_from_graph(graph: GraphModule) -> list[object]:
     """The fake value of each placeholder of ``graph``, in order."""
     return [value_of(node) for node in graph.graph.find_nodes(op="placeholder")]
 
 
 def inputs_for(
-    graph: torch.fx.GraphModule, compile_range: Range | None, batch_symbol: str | None
+    graph: GraphModule, compile_range: Range | None, batch_symbol: str | None
 ) -> list[object]:
     """What a compiler is given for a range: concrete sizes for a single one, else the trace's."""
     if compile_range is not None and compile_range.is_single_size():
@@ -169,9 +170,7 @@ def inputs_for(
     return get_fake_args_from_graph(graph)
 
 
-def create_concrete_args(
-    graph: torch.fx.GraphModule, size: int, batch_symbol: str | None
-) -> list[object]:
+def create_concrete_args(graph: GraphModule, size: int, batch_symbol: str | None) -> list[object]:
     """Fake inputs of ``graph`` for one batch size: the batch symbol becomes ``size``, other symbols
     stay.
 
@@ -200,7 +199,7 @@ class PiecewiseCompileInterpreter(torch.fx.Interpreter):
 
     def __init__(
         self,
-        module: torch.fx.GraphModule,
+        module: GraphModule,
         compile_submod_names: Sequence[str],
         config: CompilationConfig,
         backend: PieceCompiler,
@@ -221,7 +220,7 @@ class PiecewiseCompileInterpreter(torch.fx.Interpreter):
     def call_module(self, target: object, args: tuple[object, ...], kwargs: dict[str, object]) -> object:  # type: ignore[override]
         name = str(target)
         submod = self.fetch_attr(name)
-        assert isinstance(submod, torch.fx.GraphModule)
+        assert isinstance(submod, GraphModule)
         if name in self.compile_submod_names:
             structure = self.structures.get(name)
             for node, arg in zip(submod.graph.find_nodes(op="placeholder"), args, strict=True):
@@ -241,7 +240,7 @@ class PiecewiseCompileInterpreter(torch.fx.Interpreter):
         returned = submod.graph.output_node().args[0]
         many = isinstance(returned, (tuple, list))
         nodes = returned if many else [returned]
-        values = [value_of(each) if isinstance(each, torch.fx.Node) else each for each in nodes]
+        values = [value_of(each) if isinstance(each, Node) else each for each in nodes]
         if returned is not None and any(value is None for value in values):
             return submod(*args, **kwargs)  # tracing recorded nothing
         return tuple(values) if many else values[0]

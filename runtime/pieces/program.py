@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from types import FunctionType
 
 import torch
-import torch.fx
+from torch.fx import GraphModule
 
 from piecework.codegen import SplitItem, StitchedSource
 from piecework.codegen.graph.origin import SymbolNames, origin_of_piece, value_of
@@ -52,8 +52,8 @@ class Batch:
 class Graphs:
     """The traced graph, the stitching graph, and all its submodules in order."""
 
-    graph: torch.fx.GraphModule
-    split_gm: torch.fx.GraphModule
+    graph: GraphModule
+    split_gm: GraphModule
     items: tuple[SplitItem, ...]
 
 
@@ -100,12 +100,12 @@ class Program:
     kept: Kept | None = None
 
     @property
-    def graph(self) -> torch.fx.GraphModule:
+    def graph(self) -> GraphModule:
         """The traced graph."""
         return self.graphs().graph
 
     @property
-    def split_gm(self) -> torch.fx.GraphModule:
+    def split_gm(self) -> GraphModule:
         """The stitching graph."""
         return self.graphs().split_gm
 

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any, Protocol
 
-import torch.fx
+import torch
+from torch.fx import GraphModule, Node
 
 from piecework.codegen import SplitItem
 from piecework.codegen.graph.origin import graph_of, value_of
@@ -45,7 +46,7 @@ class Runs(Protocol):
 
 
 def together(
-    split_gm: torch.fx.GraphModule, items: Sequence[SplitItem], table: RangeTable | None
+    split_gm: GraphModule, items: Sequence[SplitItem], table: RangeTable | None
 ) -> Together:
     """What the processes that run ``split_gm`` must agree on."""
     ranges = f"batches {', '.join(map(str, table.entries))}" if table is not None else "all batches"
@@ -71,7 +72,7 @@ def together(
 
 
 def _written(value: object) -> str:
-    if isinstance(value, torch.fx.Node):
+    if isinstance(value, Node):
         value = value_of(value)
     if isinstance(value, torch.Tensor):
         sizes = ", ".join(str(n) if type(n) is int else "*" for n in value.shape)

@@ -14,11 +14,7 @@ import piecework
 from piecework.errors import StaticGraphError
 from piecework.runtime import torch_compat
 from piecework.runtime.batch.forward_context import current_forward_context, set_forward_context
-from piecework.runtime.compilers.inductor import (
-    Partition,
-    partitions_taken_by,
-    wrap_partition,
-)
+from piecework.runtime.compilers.inductor import Partition, partitions_taken_by, wrap_partition
 from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.pieces.backend import PieceworkBackend
 

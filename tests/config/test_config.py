@@ -20,13 +20,7 @@ from piecework.runtime.config.compilation import (
 )
 from piecework.runtime.config.model import CACHE_KEY, FrozenMap
 
-MODELS = [
-    CompilationConfig,
-    RuntimeConfig,
-    PassConfig,
-    DynamicShapesConfig,
-    StitchingConfig,
-]
+MODELS = [CompilationConfig, RuntimeConfig, PassConfig, DynamicShapesConfig, StitchingConfig]
 
 
 def problems(error):
@@ -117,8 +111,7 @@ def test_a_wrong_splitting_op_is_named(op):
 
 
 @pytest.mark.parametrize(
-    "rules",
-    [["all", "none"], ["all", "all"], ["+x", "-x"], ["silu"], ["+"], ["none", "y"]],
+    "rules", [["all", "none"], ["all", "all"], ["+x", "-x"], ["silu"], ["+"], ["none", "y"]]
 )
 def test_custom_op_rules_that_contradict(rules):
     message = fails(custom_ops=rules)["custom_ops"]

@@ -84,10 +84,7 @@ def test_a_named_pass_is_written_by_name():
     assert again.compute_hash() == config.compute_hash()
 
 
-@pytest.mark.parametrize(
-    "value",
-    [object(), json.dumps, [{"a": object()}]],
-)
+@pytest.mark.parametrize("value", [object(), json.dumps, [{"a": object()}]])
 def test_what_could_not_be_read_back_is_refused(value):
     config = CompilationConfig(inductor_compile_config={"option": value})
     for write in (to_json, to_toml, to_overrides):

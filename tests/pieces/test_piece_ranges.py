@@ -66,13 +66,7 @@ def compile_model(**fields: object) -> tuple[Model, piecework.StitchedModule]:
 
 @pytest.mark.parametrize(
     ("batch", "served_by"),
-    [
-        (2, "[1, 16]"),
-        (8, "[8, 8]"),
-        (16, "[1, 16]"),
-        (17, "[17, 256]"),
-        (999, "[257, …]"),
-    ],
+    [(2, "[1, 16]"), (8, "[8, 8]"), (16, "[1, 16]"), (17, "[17, 256]"), (999, "[257, …]")],
 )
 def test_each_batch_runs_its_form_in_every_piece(batch: int, served_by: str) -> None:
     model, stitched = compile_model(compile_ranges_endpoints=[16, 256], compile_sizes=[1, 8])

@@ -92,11 +92,7 @@ def test_torchrun_runs_a_model_that_is_cut_over_two_processes(
 
 @pytest.mark.sample(2)
 @pytest.mark.parametrize(
-    ("mode", "said"),
-    [
-        ("sizes", "float32[*, 4]"),
-        ("capture others", "PIECEWISE tokens=4"),
-    ],
+    ("mode", "said"), [("sizes", "float32[*, 4]"), ("capture others", "PIECEWISE tokens=4")]
 )
 def test_ranks_that_would_do_different_things_stop_with_an_error(
     mode: str, said: str, tmp_path: Path
