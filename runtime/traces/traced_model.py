@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from piecework.runtime.batch.descriptor import BatchDescriptor
     from piecework.runtime.batch.mode import CUDAGraphMode
     from piecework.runtime.call.shadow import Shadow
-    from piecework.runtime.graphs.plan.batch_shape import BatchShape, FixedBatch
+    from piecework.runtime.graphs.plan.batch_shape import BatchShape, FixedDims
     from piecework.runtime.graphs.plan.options import CaptureOptions
     from piecework.runtime.graphs.serve.model import CapturedModel
     from piecework.runtime.graphs.serve.report import CallRow, MeasuredSize
@@ -146,13 +146,13 @@ class TracedModel:
         self,
         sizes: Iterable[int] | None,
         options: CaptureOptions,
-        fixed: FixedBatch | None = None,
+        fixed: FixedDims | None = None,
         **how: Any,
     ) -> CapturedModel:
         """Capture static graphs, in place of those that there are; see `StitchedModule.capture`.
 
         Args:
-            fixed: the batch size, where the trace has it as a number.
+            fixed: where a trace of a single row has its batch dimension, by argument.
         """
         from piecework.runtime.graphs.serve.model import CapturedModel
 
@@ -168,11 +168,11 @@ class TracedModel:
         contextvars.copy_context().run(made.capture, **how)
         return made
 
-    def batch_of_one(self) -> FixedBatch:
+    def batch_of_one(self) -> FixedDims:
         """Where a trace of a single row has its batch, as this one has a larger one."""
-        from piecework.runtime.graphs.plan.batch_shape import FixedBatch, batch_dims
+        from piecework.runtime.graphs.plan.batch_shape import batch_dims
 
-        return FixedBatch(1, batch_dims(self.entry.captured, self.program))
+        return batch_dims(self.entry.captured, self.program)
 
     def call_of(self, size: int, options: CaptureOptions) -> Call:
         """A call with a batch of ``size``, zeros in all tensors, and the captured value of every other size."""

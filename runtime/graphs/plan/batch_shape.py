@@ -24,6 +24,7 @@ from piecework.runtime.trace.writes import held_by_source, mutations_in, refuse_
 from piecework.runtime.watch.weights import Weight
 
 OtherSizes = Mapping[str, int | str]
+FixedDims = Mapping[int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,14 +130,6 @@ class BatchShape:
         return None
 
 
-@dataclass(frozen=True, slots=True)
-class FixedBatch:
-    """A batch size that a trace has as a number; ``dims``: flattened argument → its dimension."""
-
-    size: int
-    dims: Mapping[int, int]
-
-
 def batch_dims(captured: ModelTrace, program: Program) -> dict[int, int]:
     """The batch dimension of each flattened argument that has one."""
     found = {}
@@ -160,14 +153,15 @@ def passed_inputs(
 
 
 def batch_shape(
-    captured: ModelTrace, program: Program, given: OtherSizes, fixed: FixedBatch | None = None
+    captured: ModelTrace, program: Program, given: OtherSizes, fixed: FixedDims | None = None
 ) -> BatchShape:
     """Read ``captured`` for capturing static graphs.
 
     Args:
         given: the value of other sizes by label, or ``"batch"`` where one equals the batch size;
             so does a dimension 0 of which nothing is said, if it did in the example.
-        fixed: the batch size, if the trace has it as a number.
+        fixed: where the arguments of a trace of a single row, which has the batch size as a number,
+            have their batch dimension.
 
     Raises:
         StaticGraphError: a piece writes to a weight, or an input can't be in a static buffer.
@@ -195,8 +189,8 @@ def batch_shape(
             raise _not_dense(_argument_of(captured, each))
         elif isinstance(fake, torch.Tensor):
             dims = [d for d, n in enumerate(fake.shape) if torch_compat.symbol_of(n) in symbols]
-            if fixed is not None and each.leaf in fixed.dims:
-                dims.insert(0, fixed.dims[each.leaf])
+            if fixed is not None and each.leaf in fixed:
+                dims.insert(0, fixed[each.leaf])
             _require_stageable(each.name, fake, dims)
             row = tuple(
                 1 if d in dims else _fixed_size(n, others) for d, n in enumerate(fake.shape)
@@ -222,7 +216,7 @@ def batch_shape(
     rows = {each.name: each for each in captured.assumptions.symbols()}
     batch = rows.get(captured.assumptions.name_of(symbol or ""))
     if fixed is not None:
-        batch = Symbol("", fixed.size, fixed.size)
+        batch = Symbol("", 1, 1)
     return BatchShape(
         names=names,
         staged=tuple(staged),
@@ -248,7 +242,7 @@ def _other_sizes(
     passed: Sequence[tuple[torch.fx.Node, GraphInput]],
     batch: str | None,
     given: OtherSizes,
-    fixed: FixedBatch | None,
+    fixed: FixedDims | None,
 ) -> dict[str, OtherSize]:
     """The sizes with a symbol beside that of the batch, by that symbol."""
     places: list[tuple[str, object, int, int | None]] = []

@@ -34,7 +34,7 @@ from piecework.runtime.graphs.device.cuda import kernels_of
 from piecework.runtime.graphs.memory.addresses import Placement, ValueOrigin
 from piecework.runtime.graphs.memory.owner import StaticGraphs
 from piecework.runtime.graphs.memory.wrapper import CapturedCall, CUDAGraphOptions, CUDAGraphWrapper
-from piecework.runtime.graphs.plan.batch_shape import FixedBatch, batch_shape, passed_inputs
+from piecework.runtime.graphs.plan.batch_shape import FixedDims, batch_shape, passed_inputs
 from piecework.runtime.graphs.plan.captured_values import (
     capture_device,
     numbers_of,
@@ -74,7 +74,7 @@ class CapturedGraphs:
         program: Program,
         sizes: Iterable[int] | None,
         options: CaptureOptions,
-        fixed: FixedBatch | None = None,
+        fixed: FixedDims | None = None,
     ) -> None:
         self._entry, self._program, self.options = entry, program, options
         self.shape = batch_shape(entry.captured, program, options.other_sizes, fixed)

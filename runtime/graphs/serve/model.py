@@ -26,7 +26,7 @@ from piecework.runtime.call.entry import Entry, by_path_of
 from piecework.runtime.counters import counters
 from piecework.runtime.graphs.device.contract import plain_parts
 from piecework.runtime.graphs.plan import phase
-from piecework.runtime.graphs.plan.batch_shape import FixedBatch
+from piecework.runtime.graphs.plan.batch_shape import FixedDims
 from piecework.runtime.graphs.plan.options import CaptureOptions
 from piecework.runtime.graphs.plan.padding import padded_difference, why_not_padded
 from piecework.runtime.graphs.plan.phase import Key, text_of
@@ -87,7 +87,7 @@ class CapturedModel(CapturedGraphs):
         program: Program,
         sizes: Iterable[int] | None,
         options: CaptureOptions,
-        fixed: FixedBatch | None = None,
+        fixed: FixedDims | None = None,
     ) -> None:
         super().__init__(entry, program, sizes, options, fixed)
         self.unpadded: str | None = None
