@@ -30,7 +30,7 @@ from piecework.runtime.artifact.model import (
     Part,
     made_with,
     require_made_so,
-    write_model,
+    write_models,
 )
 from piecework.runtime.batch.mode import CUDAGraphMode
 from piecework.runtime.call.edited import EditedSource, check_edited
@@ -457,7 +457,7 @@ class StitchedModule(Captures, Observed, SharedModule):
                 hint=f"{self._saves_together}(model, path) saves all of them",
             )
         with self.saved() as part:
-            write_model(path, part, key_file=key_file)
+            write_models(path, [part], key_file=key_file)
 
     @contextmanager
     def saved(self) -> Iterator[Part]:

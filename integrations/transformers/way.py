@@ -22,7 +22,7 @@ from torch import nn
 from piecework.errors import ArtifactError
 from piecework.integrations.transformers.probe import Forward
 from piecework.integrations.transformers.settings import ConfigReader, embedding_of
-from piecework.runtime.artifact.model import Artifact, Part, files_of, write_together
+from piecework.runtime.artifact.model import Artifact, Part, files_of, write_models
 from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.stitched import StitchedModule
 from piecework.runtime.store.package import Place
@@ -108,7 +108,7 @@ def save_ways(ways: Sequence[Any], place: Place, key_file: str | os.PathLike[str
             raise ArtifactError("nothing is compiled", where=where, hint="call it first")
         parts: list[Part] = [stack.enter_context(each.saved()) for each in made]
         found = [each.found() for each in ways]
-        write_together(place, parts, parts[0].settings, {FOUND: found}, key_file=key_file)
+        write_models(place, parts, parts[0].settings, {FOUND: found}, key_file=key_file)
 
 
 def require_like(kept: Mapping[str, Any], model: nn.Module, decoder: nn.Module) -> None:

@@ -153,50 +153,33 @@ class Part:
     settings: Mapping[str, object]
 
 
-def write_model(
-    place: Place, part: Part, *, key_file: str | os.PathLike[str] | None = None
+def write_models(
+    place: Place,
+    parts: Sequence[Part],
+    settings: Mapping[str, object] | None = None,
+    values: Mapping[str, object] | None = None,
+    *,
+    key_file: str | os.PathLike[str] | None = None,
 ) -> None:
-    """Write a stitched module to a file, in place of an artifact that is there.
+    """Write a stitched module, or several that serve one model, to a file, in place of an artifact
+    that is there; equal pieces are written once.
 
     Args:
+        settings: what the manifest says of several; None for one alone.
+        values: further values by the names of their files, as `to_bytes` takes them.
         key_file: the secret that signs the manifest; `piecework.runtime.store.files.signing_key`.
 
     Raises:
         ArtifactError: something can't be told again in another process, or the file can't be
             written.
     """
-    files: dict[str, bytes] = {}
+    files = {name: to_bytes(value, name) for name, value in (values or {}).items()}
     graphs: list[torch.fx.GraphModule] = []
-    _write(place, files, _facts(part, files, "", graphs), graphs, key_file)
-
-
-def write_together(
-    place: Place,
-    parts: Sequence[Part],
-    settings: Mapping[str, object],
-    values: Mapping[str, object],
-    *,
-    key_file: str | os.PathLike[str] | None = None,
-) -> None:
-    """The same of several modules that serve one model: their pieces are written once.
-
-    Args:
-        settings: what the manifest says of all of them.
-        values: further values by the names of their files, as `to_bytes` takes them.
-    """
-    files = {name: to_bytes(value, name) for name, value in values.items()}
-    graphs: list[torch.fx.GraphModule] = []
-    rows = [_facts(each, files, part_folder(i), graphs) for i, each in enumerate(parts)]
-    _write(place, files, {**settings, PARTS: rows}, graphs, key_file)
-
-
-def _write(
-    place: Place,
-    files: Mapping[str, bytes],
-    facts: Mapping[str, object],
-    graphs: Sequence[torch.fx.GraphModule],
-    key_file: str | os.PathLike[str] | None,
-) -> None:
+    if settings is None:
+        facts = _facts(parts[0], files, "", graphs)
+    else:
+        rows = [_facts(each, files, part_folder(i), graphs) for i, each in enumerate(parts)]
+        facts = {**settings, PARTS: rows}
     whole = {**facts, "machine": machine(*graphs), "processes": _processes()}
     write_package(place, files, json.loads(json.dumps(whole)), signing_key(key_file))
 

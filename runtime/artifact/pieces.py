@@ -15,7 +15,7 @@ import textwrap
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.fx
@@ -52,15 +52,10 @@ _KNOWN = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class PieceForm:
-    """A compiled form of a piece, as an artifact names it.
-
-    Attributes:
-        name: the file of its text, by content.
-        inputs: how many it takes.
-        strict: see `CompiledPiece.strict_inputs`.
-        inductor: the text is Inductor's; else it is the piece's operators, one by one.
+class PieceForm(NamedTuple):
+    """A compiled form of a piece, as an artifact names it: the file of its text, how many inputs it
+    takes, `CompiledPiece.strict_inputs`, and whether the text is Inductor's or the piece's
+    operators, one by one.
     """
 
     name: str
@@ -69,8 +64,7 @@ class PieceForm:
     inductor: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Loaded:
+class Loaded(NamedTuple):
     """What a loaded piece was made of, so that it can be saved again."""
 
     form: PieceForm

@@ -251,9 +251,8 @@ def source_factors(files: Iterable[str | os.PathLike[str]]) -> dict[str, str]:
             name = "<dynamic>" if file.startswith("<") else Path(os.path.realpath(file)).stem
         named.setdefault(name, set()).add(sha256(_source(file)))
     return {
-        f"{name}#{number}" if number else name: digest
+        name: digests.pop() if len(digests) == 1 else content_key(*sorted(digests))
         for name, digests in sorted(named.items())
-        for number, digest in enumerate(sorted(digests))
     }
 
 

@@ -656,23 +656,6 @@ def test_another_machine_is_refused_if_it_lacks_an_instruction(
     assert "pdp11" in refusal(artifact, made())
 
 
-def test_a_model_on_the_cpu_does_not_ask_for_a_gpu(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Asking starts CUDA in this process; and it says nothing of where the model is."""
-
-    def start(*args: object) -> None:
-        raise AssertionError("this starts CUDA")
-
-    config = piecework.CompilationConfig(backend="eager")
-    stitched = piecework.compile(torch.nn.Linear(4, 4), (torch.randn(3, 4),), config=config)
-    with monkeypatch.context() as patched:
-        patched.setattr(torch.cuda, "is_available", lambda: True)
-        patched.setattr(torch.cuda, "get_device_capability", start)
-        stitched.save(tmp_path / "artifact")
-        piecework.load(tmp_path / "artifact", torch.nn.Linear(4, 4))
-
-
 @pytest.mark.parametrize(
     ("saved", "fits"), [("13.0 sm_90", True), ("13.0 sm_86", False), ("12.8 sm_90", False)]
 )
@@ -708,15 +691,6 @@ def test_other_settings_of_torch_are_refused(
 
 
 # --- what is not saved --------------------------------------------------------------------------------------
-
-
-class Holding(nn.Module):
-    def __init__(self, held: object) -> None:
-        super().__init__()
-        self.held = held
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + 1.0 if self.held else x
 
 
 def test_what_only_this_process_can_tell_is_refused_by_name(tmp_path: Path) -> None:

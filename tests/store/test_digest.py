@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import collections
 import enum
-import functools
 import importlib
 import json
 import math
-import operator
 import os
 import re
 import subprocess
@@ -243,33 +241,6 @@ def test_every_process_and_hash_seed_has_the_same_identity(tmp_path: Path) -> No
         found.append(json.loads(done.stdout))
         (folder / "template.py").touch()
     assert found[0] == found[1]
-
-
-def test_callables_count_with_their_kind_and_state() -> None:
-    class Holder:
-        def __init__(self, state: object) -> None:
-            self.state = state
-
-        def run(self, graph: object) -> object:
-            return self.state
-
-        def other(self, graph: object) -> object:
-            return self.state
-
-        __call__ = run
-
-    def plain(graph: object, factor: int = 1) -> int:
-        return factor
-
-    a, b = lambda g: g + 1, lambda g: g - 1
-    made = [Holder(1), Holder(2), Holder(1).run, Holder(2).run, Holder(1).other, Holder.run]
-    made += [plain, functools.lru_cache(plain), functools.lru_cache(8)(plain), a, b, len, abs]
-    for args in ((), (1,), (True,)):
-        made.append(functools.partial(plain, *args))
-    made += [functools.partial(plain, factor=1), operator.itemgetter(1), operator.itemgetter("1")]
-    made += [operator.attrgetter("a"), operator.methodcaller("a"), operator.methodcaller("a", 1)]
-    made += [operator.methodcaller("a", x=1), str.upper, str.lower, "a".upper, "b".upper]
-    assert_all_differ([*made, [].append, dict.fromkeys])
 
 
 def test_classes_made_by_one_function_count_by_what_they_hold() -> None:

@@ -112,20 +112,6 @@ def test_threads_compile_once(root: Path) -> None:
     assert (results, len(compiled)) == ([b"data"] * 6, 1)
 
 
-def test_who_waited_too_long_compiles_for_itself(root: Path, warned: list[str]) -> None:
-    holder = open_entry(root, FACTORS)
-    waiter = open_entry(root, FACTORS, lock_timeout_s=0.05)
-    results = []
-
-    def compile_and_let_the_other_wait() -> bytes:
-        results.append(waiter.get_or_compile("a", lambda: b"data"))
-        return b"data"
-
-    assert holder.get_or_compile("a", compile_and_let_the_other_wait).data == b"data"
-    assert results[0].compiled and len(warned) == 1
-    assert verify(root).findings == ()
-
-
 def test_rejected_artifact_is_compiled_again(root: Path, warned: list[str]) -> None:
     entry = open_entry(root, FACTORS)
     for name, data in (("a", b"unfit"), ("b", b"fit")):

@@ -32,24 +32,6 @@ def test_hash_is_equal_exactly_when_the_factors_are(one: KeyFactors, other: KeyF
     assert shuffled.hash == one.hash
 
 
-@settings(deadline=None)
-@given(KEYS, TEXT, TEXT, TEXT, TEXT)
-def test_every_single_change_is_seen_and_named(
-    key: KeyFactors, group: str, name: str, old: str, new: str
-) -> None:
-    """No stale hit: a changed, added or removed factor changes the hash, and is the one difference."""
-
-    def having(value: str | None) -> KeyFactors:
-        rest = {k: v for k, v in key.groups.get(group, {}).items() if k != name}
-        return KeyFactors({**key.groups, group: rest | ({} if value is None else {name: value})})
-
-    for before, after in ((old, old + new + "x"), (old, None), (None, new)):
-        (difference,) = having(after).differences(having(before))
-        assert (difference.group, difference.name) == (group, name)
-        assert (difference.cached, difference.current) == (before, after)
-        assert having(after).hash != having(before).hash
-
-
 @pytest.mark.parametrize(
     ("before", "after", "said"),
     [
@@ -109,19 +91,6 @@ def test_sources_count_by_content_wherever_they_lie(tmp_path: Path) -> None:
     moved[1].unlink()
     with pytest.raises(CacheError, match="would go unseen"):
         source_factors(moved)
-
-
-def test_two_sources_of_one_name_both_count(tmp_path: Path) -> None:
-    for folder, text in (("a", "1"), ("b", "2"), ("c", "1")):
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / "script.py").write_text(text)
-    files = [tmp_path / folder / "script.py" for folder in ("a", "b")]
-    named = source_factors(files)
-    assert list(named) == ["script", "script#1"]
-    assert source_factors(reversed(files)) == named
-    assert len(source_factors([*files, tmp_path / "c" / "script.py"])) == 2
-    files[1].write_text("3")
-    assert source_factors(files) != named
 
 
 def test_dynamic_sources() -> None:
