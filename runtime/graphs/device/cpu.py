@@ -211,4 +211,4 @@ def _contents_kept(storages: Mapping[int, torch.UntypedStorage]) -> Iterator[Non
 def _bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:
     """Every byte of ``storage`` as a tensor over the same memory."""
     with torch.inference_mode(False):
-        return torch.empty(0, dtype=torch.uint8).set_(storage)
+        return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
