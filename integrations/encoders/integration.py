@@ -119,7 +119,7 @@ def is_encoder(config: Any, architectures: Sequence[str], where: str) -> bool:
             raise UsageError(
                 f"a {config.model_type!r} is neither a causal LM nor called once, as an encoder is",
                 where=where,
-                hint="compile its parts: its vision or audio encoder has a model type of its own",
+                hint="compile its parts: a vision or audio encoder has a model type of its own",
             )
         return True
     if not pair and not masked:

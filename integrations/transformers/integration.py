@@ -7,14 +7,11 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
+import transformers
 
-from piecework.integrations.protocol import (
-    LoadedModel,
-    Outcome,
-    config_in,
-    model_of,
-    require_packages,
-)
+from piecework.integrations.protocol import LoadedModel, Outcome, config_in, model_of
+from piecework.integrations.transformers import stitcher
+from piecework.integrations.transformers.request.state import dry_request
 from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.stitched import StitchedModule
 
@@ -25,24 +22,16 @@ class CausalLM(LoadedModel):
     """A causal LM of transformers, with a prompt as its example."""
 
     def stitch(self, config: CompilationConfig) -> StitchedModule:
-        from piecework.integrations.transformers import stitch, stitched_module
-
-        return stitched_module(stitch(self.module, config=config))
+        return stitcher.stitched_module(stitcher.stitch(self.module, config=config))  # type: ignore[type-var]
 
     def save(self, stitched: StitchedModule, artifact: Path) -> None:
-        from piecework.integrations.transformers import save
-
-        save(self.module, artifact)
+        stitcher.save(self.module, artifact)  # type: ignore[arg-type]
 
     def warm(self, artifact: Path) -> StitchedModule:
-        from piecework.integrations.transformers import load, stitched_module
-
-        return stitched_module(load(artifact, self.module))
+        return stitcher.stitched_module(stitcher.load(artifact, self.module))  # type: ignore[type-var]
 
     def modules(self, stitched: StitchedModule) -> Sequence[StitchedModule]:
-        from piecework.integrations.transformers import how_served
-
-        return tuple(how_served(self.module).modules.values())
+        return tuple(stitcher.how_served(self.module).modules.values())  # type: ignore[arg-type]
 
     def run(self, new_tokens: int, stitched: StitchedModule | None = None) -> Outcome:
         """Generate greedily with the model's own ``generate()``."""
@@ -60,8 +49,6 @@ class CausalLM(LoadedModel):
         return Outcome(out.sequences[0, prompt.shape[1] :], (logits,))  # type: ignore[attr-defined]
 
     def dry_context(self) -> Callable[..., AbstractContextManager[object]]:
-        from piecework.integrations.transformers.request.state import dry_request
-
         return dry_request
 
 
@@ -70,9 +57,6 @@ def load(path: Path, seed: int) -> CausalLM | None:
     file, fields = config_in(path)
     if not file.is_file():
         return None
-    require_packages(("transformers",), "transformers")
-    import transformers
-
     transformers.logging.set_verbosity_error()
     kind = transformers.AutoModelForCausalLM
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import torch
 
 import piecework
 from piecework.errors import UsageError
-from piecework.integrations.encoders.arguments import SIZES, padding_mask
+from piecework.integrations.encoders.arguments import SIZES
 from piecework.integrations.loading import load_model
 from piecework.integrations.protocol import LoadedModel, compare
 from piecework.runtime.config.compilation import CompilationConfig
@@ -122,23 +121,6 @@ def test_masks_of_ones_and_others_take_turns_without_a_trace_for_each(tmp_path: 
         hidden = want.last_hidden_state - model.module(given["input_ids"]).last_hidden_state  # type: ignore[operator]
         assert bool(mask.all()) == (hidden.abs().max() < 1e-4), "these masks tell nothing"
     assert len(stitched.traces) == traces
-
-
-def test_captured_by_its_batch(tmp_path: Path) -> None:
-    model = loaded(tmp_path, {"model_type": "bert", **TEXT})
-    stitched = stitched_like_eager(model)
-    stitched.capture([1, 2, 4], progress=False, estimate=False)
-    for rows in (1, 2, 4, 5):
-        ids = torch.randint(3, 99, (rows, 12))
-        mask = padding_mask(SIZES[0]).repeat(2, 1)[:rows]
-        with torch.no_grad():
-            want = model.module(ids, mask).last_hidden_state  # type: ignore[attr-defined]
-            got = stitched(input_ids=ids, attention_mask=mask).last_hidden_state
-        torch.testing.assert_close(got, want)
-    served: Counter[str] = Counter()
-    for row in stitched.call_report():
-        served[row.mode] += row.calls
-    assert served == {"PIECEWISE": 3, "NONE": 1}
 
 
 @pytest.mark.sample(3)
