@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 import dataclasses
 import enum
 import functools
@@ -61,28 +60,6 @@ X = torch.arange(12.0).reshape(4, 3)
 
 
 # --- functions -----------------------------------------------------------------------------------
-
-
-
-
-
-
-
-@pytest.mark.parametrize(
-    ("name", "args"),
-    [("len", ([1, 2],)), ("abs", (-3,)), ("sum", ([1, 2],)), ("max", (1, 2)), ("tuple", ([1],)), ("list", ((1, 2),)),
-     ("dict", ()), ("slice", (1, 2)), ("range", (3,)), ("str", (5,)), ("divmod", (7, 2)), ("pow", (2, 3)), ("sorted", ([2, 1],)),
-     ("complex", (1, 2)), ("bytes", (2,)), ("zip", ([1], [2])), ("any", ([0, 1],)), ("round", (2.567, 1)), ("getattr", (1j, "imag"))],
-)  # fmt: skip
-def test_builtins(name: str, args: Args) -> None:
-    function = getattr(builtins, name)
-    wrap = list if name == "zip" else lambda value: value
-
-    def build(g: torch.fx.Graph) -> object:
-        made = g.call_function(function, args)
-        return g.call_function(wrap, (made,)) if name == "zip" else made
-
-    assert f"{name}(" in same(graph_of(build), ()).code
 
 
 def test_a_function_of_an_importable_module_is_imported() -> None:
@@ -150,22 +127,6 @@ def test_values_arrive_as_they_are(value: object) -> None:
     else:
         assert arrived == value or arrived is value
     assert repr(nested["k"]) == repr(value)
-
-
-def test_one_object_is_one_constant_in_all_functions() -> None:
-    device = torch.device("cpu")
-    inner = inner_graph(
-        lambda g, a: (g.call_method("to", (a, device)), g.call_method("to", (a, device))), "a"
-    )
-    root = torch.nn.Module()
-    root.inner = inner
-    gm = graph_of(
-        lambda g, x: (g.call_module("inner", (x,)), g.call_method("to", (x, device))),
-        "x",
-        root=root,
-    )
-    source = same(gm, (X,))
-    assert list(source.consts) == [device]
 
 
 def test_a_returned_list_that_somebody_keeps_is_not_unpacked_early() -> None:
@@ -328,26 +289,6 @@ def test_a_result_that_a_graph_hands_on_is_unpacked_by_its_caller(meta_inside: b
 
     source = same(graph_of(outer, "x", root=root), (X,))
     assert "getitem_1, getitem = middle(x)" in source.code
-
-
-@pytest.mark.parametrize("kind", [tuple, list])
-def test_a_tuple_may_be_used_as_a_whole_and_unpacked_elsewhere(kind: type) -> None:
-    def inside(g: torch.fx.Graph, a: torch.fx.Node) -> object:
-        made = g.call_function(kind, ((a, 1),))
-        made.meta["example_value"] = kind((X, 1))
-        g.call_function(operator.getitem, (made, -1))
-        g.call_function(len, (made,))
-        return made
-
-    def outside(g: torch.fx.Graph, x: torch.fx.Node) -> object:
-        made = g.call_module("inner", (x,))
-        return [g.call_function(operator.getitem, (made, index)) for index in (1, 0)]
-
-    root = torch.nn.Module()
-    root.add_module("inner", graph_of(inside, "a"))
-    gm = graph_of(outside, "x", root=root)
-    source = same(gm, (X,))
-    assert ("getitem_1, getitem = inner(x)" in source.code) is (kind is tuple)
 
 
 # --- higher-order operators and regions, as Dynamo captures them ---------------------------------

@@ -52,32 +52,6 @@ def test_a_size_has_no_name_of_an_argument_a_parameter_or_a_buffer() -> None:
         torch.testing.assert_close(stitched(*given), model(*given))
 
 
-class Windowed(nn.Module):
-    """Reads whole shapes, of which it uses some sizes, and computes others; two operators of torch run live."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(8, 8)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        batch, height, width, channels = x.shape
-        rolled = torch.roll(self.layer(x), (-(height // 2), -(width // 2)), (1, 2))
-        back = torch.roll(rolled.view(batch, height * width // 2, 2, channels), 1, 1)
-        return back.reshape(batch, height // 2, 2, width // 2, 2, channels)
-
-
-def test_a_size_is_read_where_it_is_used_and_said_without_needless_brackets() -> None:
-    model, x = Windowed().eval(), torch.randn(2, 8, 12, 8)
-    stitched = piecework.compile(model, (x,), splitting_ops=[torch.roll], config=EAGER)
-    graphs = [module.graph for module in stitched.split_gm.children()]
-    reads = [node for graph in graphs for node in graph.nodes if "sym_size" in str(node.target)]
-    assert all(node.users for node in reads)
-    code = stitched.source.code
-    assert "rolled = roll(linear, (neg, neg_1), (1, 2))" in code and "submod_1" not in code
-    assert "f32[s0, s1//2, 2, " in code and "int s1//2, int -(s1//2), int s2//2, " in code
-    torch.testing.assert_close(stitched(x), model(x))
-
-
 def many_outputs(count: int) -> torch.fx.GraphModule:
     """A stitching graph whose piece returns ``count`` tensors."""
     piece, outer = torch.fx.Graph(), torch.fx.Graph()
@@ -137,29 +111,6 @@ def test_the_users_line_stands_above_an_operator_that_runs_live() -> None:
 
     code = piecework.compile(Model(), (torch.randn(3, 4),), config=EAGER).source.code
     assert re.search(r"# test_source_comments\.py:\d+  mix\(x \* 2, out\)\n    mix\(", code)
-
-
-class Recurrent(nn.Module):
-    """Its two arguments turn out to have one batch size when it was traced half-way."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.cell = nn.LSTM(4, 3, batch_first=True)
-
-    def forward(self, x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-        y, _ = self.cell(x)
-        mask = torch.arange(x.size(1))[None] < lengths[:, None]
-        return y.masked_fill(~mask[..., None], 0).sum(1) / lengths[:, None]
-
-
-def test_a_size_that_is_another_s_is_in_the_legend() -> None:
-    stitched = piecework.compile(
-        Recurrent().eval(), (torch.randn(4, 5, 4), torch.ones(4)), config=EAGER
-    )
-    (signature,) = re.findall(r"def execution_fn\(([^*]*), \*", stitched.source.code)
-    legend = legend_of(stitched.source.code)
-    assert set(legend) == set(signature.split(", ")) - {"x", "lengths"}
-    assert set(legend.values()) <= {"x.shape[0]", "x.shape[1]", "lengths.shape[0]", *legend}
 
 
 @pytest.mark.filterwarnings("ignore:splitting ops that are named")

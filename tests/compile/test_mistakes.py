@@ -193,7 +193,6 @@ MISTAKES: list[tuple[Callable[[], object], type[PieceworkError], str, str]] = [
     (lambda: compiled(splitting_ops="aten::sin"), SplitError, "got aten::sin", "pass a list"),
     (split_at("sin"), SplitError, "not of the form 'ns::op'", "torch.ops.ns.op"),
     (lambda: compiled(splitting_ops=torch.ops.aten.sin), SplitError, "must be a list", "pass a list"),
-    (split_at(nn.Linear(8, 8)), SplitError, "Linear is neither a name nor an operator", "does its work"),
     (split_at("mistakes::halv"), SplitError, "is not registered", "did you mean mistakes::halve?"),
     (split_at(None), SplitError, "neither a name nor an operator", "torch.sin"),
     (split_at("aten::cos", strict=True), SplitError, "not in the graph: aten::cos", "spelling"),
