@@ -48,13 +48,9 @@ def compile_execution_fn(
         )
     for name in submod_names:
         if not callable(submod_callables.get(name)):
-            has = (
-                "is bound to something that can't be called"
-                if name in submod_callables
-                else "has no callable"
-            )
             raise BindError(
-                f"submodule {name!a} {has}", hint="pass one callable for each name in submod_names"
+                f"submodule {name!a} has no callable, or is bound to something that can't be called",
+                hint="pass one callable for each name in submod_names",
             )
     submods = [submod_callables[name] for name in submod_names]
     function = execute_source(code, {"__vllm_consts__": list(consts or ()), **(bound or {})})
@@ -74,10 +70,8 @@ def execute_source(
     filename = filename_of(code)
     try:
         compiled = compile(code, filename, "exec", dont_inherit=True)
-    except (SyntaxError, ValueError) as error:
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise EmitError(f"stitching source does not compile: {error}\n{numbered(code)}") from error
-    except (RecursionError, MemoryError) as error:
-        raise EmitError("stitching source is nested too deeply for Python to compile") from error
     scope: dict[str, object] = {"__name__": "piecework_stitched", **namespace}
     try:
         exec(compiled, scope)
