@@ -11,22 +11,8 @@ import torch
 import torch.fx
 
 from piecework.codegen.plan.render import line_map
+from piecework.codegen.replay import plan
 from piecework.codegen.replay.emit import REPLAY_NAME, generate_replay
-from piecework.codegen.replay.plan import (
-    Frozen,
-    Held,
-    HeldBuffer,
-    HeldInput,
-    HeldOutput,
-    HeldReplay,
-    HeldStage,
-    InPlace,
-    PieceFacts,
-    Read,
-    ReplayFacts,
-    ReplaySource,
-    Staged,
-)
 from piecework.codegen.stitch.bind import execute_source
 from piecework.codegen.stitch.source import StitchedSource
 from piecework.runtime.call.profile_names import layer_by_line, named_globals
@@ -42,7 +28,7 @@ STAGE = "stage inputs"
 class Replay:
     """The replay of one captured descriptor: its source, and the function itself."""
 
-    source: ReplaySource
+    source: plan.ReplaySource
     call: Callable[[Sequence[torch.Tensor]], object]
 
     @contextmanager
@@ -50,9 +36,9 @@ class Replay:
         """Show its parts by name in ``torch.profiler``; ``labels`` are the replays', in order."""
         names = {}
         for name, what in self.source.held.items():
-            if isinstance(what, HeldReplay):
+            if isinstance(what, plan.HeldReplay):
                 names[name] = labels[what.piece]
-            elif isinstance(what, HeldStage):
+            elif isinstance(what, plan.HeldStage):
                 names[name] = STAGE
         code, module = self.source.code, self.source.module
         operators = {alias.name: alias.name for alias in module.aliases}
@@ -65,7 +51,7 @@ class Replay:
 def make_replay(
     split_gm: torch.fx.GraphModule,
     source: StitchedSource,
-    facts: ReplayFacts,
+    facts: plan.ReplayFacts,
     calls: Sequence[CapturedCall],
     uncaptured: Sequence[Callable[..., object]],
     stage: Stage,
@@ -82,28 +68,28 @@ def make_replay(
     return Replay(emitted, execute_source(emitted.code, namespace, REPLAY_NAME))
 
 
-def facts_of(call: CapturedCall) -> PieceFacts:
+def facts_of(call: CapturedCall) -> plan.PieceFacts:
     if call.graph is None:
-        return PieceFacts(eager_reason=call.eager_reason or "it was not captured")
-    reads: list[Read] = []
+        return plan.PieceFacts(eager_reason=call.eager_reason or "it was not captured")
+    reads: list[plan.Read] = []
     for slot in call.slots:
         if slot.static is not None:
-            reads.append(Staged(slot.writes_back))
+            reads.append(plan.Staged(slot.writes_back))
         elif slot.placement is not None and slot.origin is not None:
-            reads.append(InPlace(slot.placement, slot.origin.value))
+            reads.append(plan.InPlace(slot.placement, slot.origin.value))
         else:
-            reads.append(Frozen(slot.value))
-    return PieceFacts(tuple(reads), _places_of(call.output))
+            reads.append(plan.Frozen(slot.value))
+    return plan.PieceFacts(tuple(reads), _places_of(call.output))
 
 
 def _places_of(output: object) -> Hashable:
     if isinstance(output, (tuple, list)):
         return tuple(map(_places_of, output))
-    return Placement.of(output) if isinstance(output, torch.Tensor) else Frozen(output)
+    return Placement.of(output) if isinstance(output, torch.Tensor) else plan.Frozen(output)
 
 
 def _bound(
-    what: Held,
+    what: plan.Held,
     calls: Sequence[CapturedCall],
     uncaptured: Sequence[Callable[..., object]],
     stage: Stage,
@@ -111,16 +97,16 @@ def _bound(
 ) -> object:
     """What a name of the emitted text is bound to."""
     match what:
-        case HeldStage():
+        case plan.HeldStage():
             return stage
-        case HeldInput(name=known):
+        case plan.HeldInput(name=known):
             return held[known]
-        case HeldReplay(piece):
+        case plan.HeldReplay(piece):
             return uncaptured[piece] if calls[piece].graph is None else calls[piece].replay
-        case HeldOutput(piece, element):
+        case plan.HeldOutput(piece, element):
             output = calls[piece].output
             return output if element is None else output[element]  # type: ignore[index]
-        case HeldBuffer(piece, leaf):
+        case plan.HeldBuffer(piece, leaf):
             return calls[piece].slots[leaf].static
         case _:
             raise AssertionError(f"nothing is bound to {what}")
