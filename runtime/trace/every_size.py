@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.fx
-from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
+from torch._ops import HigherOrderOperator
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -31,13 +31,6 @@ from piecework.runtime.trace.writes import (
 )
 
 ROWS = (3, 1, 0)
-# Where functions are from that compute of their arguments and change nothing of what runs after them, as a level of torch.func does.
-_COMPUTING = (
-    *("_operator", "builtins", "math", "torch", "torch.functional", "torch.nn.functional"),
-    *("torch._C._nn", "torch._C._linalg", "torch._C._fft", "torch._C._special"),
-    "torch.amp.autocast_mode",
-)
-_SETTING = ("_log_api_usage_once", "_set_grad_enabled")
 Compiled = Callable[..., object]
 
 
@@ -144,8 +137,6 @@ class EverySize:
         for node in piece.graph.nodes:
             if isinstance(node.target, HigherOrderOperator):
                 return f"{node.target.name()} runs a graph of its own"
-            if node.op == "call_function" and not _computes(node.target):
-                return f"{node.name} is no operator: it changes what those after it mean"
             if "conv" in getattr(node.target, "__name__", str(node.target)):
                 return "the compiler chooses the layout of a convolution"
             tensors = [node] if node.op == "placeholder" else []
@@ -163,13 +154,6 @@ class EverySize:
             n for size, n in pairs if not (self.rows_in_one and type(size) is int and size == 1)
         )
         return any(set(torch_compat.symbols_in(each)) & set(self.symbols) for each in steps)
-
-
-def _computes(target: object) -> bool:
-    if isinstance(target, (OpOverload, OpOverloadPacket)):
-        return True
-    module, name = (getattr(target, each, None) for each in ("__module__", "__name__"))
-    return module in _COMPUTING or (module == "torch._C" and name in _SETTING)
 
 
 @dataclass

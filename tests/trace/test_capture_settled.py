@@ -6,12 +6,12 @@ import contextlib
 
 import pytest
 import torch
+from models import EAGER
 from torch import nn
 
 import piecework
 from piecework.errors import CaptureError, PieceworkError
 
-EAGER = {"backend": "eager"}
 X = torch.randn(4, 8)
 
 
@@ -29,16 +29,18 @@ class Window(nn.Module):
 
 
 class Stage(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, *, fails: bool = False) -> None:
         super().__init__()
-        self.parts = nn.ModuleList([Window(4), Window(9), Window(8)])
+        self.parts, self.fails = nn.ModuleList([Window(4), Window(9), Window(8)]), fails
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.cat([part(x) for part in self.parts], 1)
+        x = torch.cat([part(x) for part in self.parts], 1)
+        if self.fails:
+            print(x.sum().item() > 3)
+        return x
 
-
-def settings(model: nn.Module) -> list[tuple[int, int]]:
-    return [(part.window, part.shift) for part in model.parts]  # type: ignore[union-attr, misc]
+    def settings(self) -> list[object]:
+        return [(part.window, part.shift) for part in self.parts]
 
 
 def test_the_first_call_s_attributes_are_set_and_results_are_eagers() -> None:
@@ -48,7 +50,7 @@ def test_the_first_call_s_attributes_are_set_and_results_are_eagers() -> None:
     eager = Stage().eval()
     wants = [eager(X[:rows]) for rows in (4, 1, 2)]
     stitched = piecework.compile(model, (X,), config=EAGER)
-    assert settings(model) == settings(eager) == [(4, 2), (8, 0), (8, 0)]
+    assert model.settings() == eager.settings() == [(4, 2), (8, 0), (8, 0)]
     for rows, want in zip((4, 1, 2), wants, strict=True):
         assert torch.equal(stitched(X[:rows]), want)
     model.parts[0].shift = 1  # watched like any other attribute that the trace read
@@ -56,19 +58,23 @@ def test_the_first_call_s_attributes_are_set_and_results_are_eagers() -> None:
         assert torch.equal(stitched(X), model(X))
 
 
+def test_where_compilation_fails_afterwards_they_are_put_back() -> None:
+    model = Stage(fails=True).eval()
+    with pytest.raises(PieceworkError):
+        piecework.compile(model, (X,), config=EAGER)
+    assert model.settings() == [(4, 2), (9, 4), (8, 4)]
+
+
 class Writes(nn.Module):
     """What ``write`` does in each call is no first call's affair."""
 
     def __init__(self, write: str) -> None:
         super().__init__()
-        self.proj, self.write, self.calls, self.flag, self.last = (
-            nn.Linear(8, 8),
-            write,
-            0,
-            False,
-            0,
-        )
-        self.seen: list[int] = []
+        self.proj, self.write = nn.Linear(8, 8), write
+        self.calls, self.flag, self.last, self.seen = 0, False, 0, [0]
+
+    def __setattr__(self, name: str, value: object) -> None:
+        super().__setattr__(name, value if name != "size" else None)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.write == "counts":
@@ -80,8 +86,8 @@ class Writes(nn.Module):
         elif self.write == "sets and appends":
             self.flag = True
             self.seen.append(1)
-        elif self.write == "adds":
-            self.added = 3
+        elif self.write == "adds, by a setter of its own":
+            self.size = 3
         elif self.write == "sets a tensor":
             self.last = x.sum()
         return self.proj(x) * (2 if self.flag else 1) + self.calls
@@ -89,7 +95,10 @@ class Writes(nn.Module):
 
 @pytest.mark.parametrize(
     "write",
-    ["counts", "toggles", "keeps the batch", "sets and appends", "adds", "sets a tensor"],
+    [
+        *("counts", "toggles", "keeps the batch", "sets and appends"),
+        *("adds, by a setter of its own", "sets a tensor"),
+    ],
 )
 def test_what_is_set_anew_in_each_call_is_refused_and_put_back(write: str) -> None:
     model = Writes(write).eval()
@@ -97,36 +106,4 @@ def test_what_is_set_anew_in_each_call_is_refused_and_put_back(write: str) -> No
     with pytest.raises(CaptureError, match="own state"):
         piecework.compile(model, (X,), config=EAGER)
     assert {key: value for key, value in vars(model).items() if not key.startswith("_")} == before
-    assert model.seen == []
-
-
-def test_a_property_is_not_written_past_its_setter() -> None:
-    class Guarded(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.proj, self._size = nn.Linear(8, 8), 1
-
-        def __setattr__(self, name: str, value: object) -> None:
-            super().__setattr__(name, value if name != "size" else None)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            self.size = 3
-            return self.proj(x)
-
-    model = Guarded()
-    with pytest.raises(CaptureError):
-        piecework.compile(model, (X,), config=EAGER)
-    assert "size" not in vars(model)
-
-
-def test_where_compilation_fails_afterwards_it_is_put_back() -> None:
-    class Fails(Stage):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            x = super().forward(x)
-            print(x.sum().item() > 3)
-            return x
-
-    model = Fails().eval()
-    with pytest.raises(PieceworkError):
-        piecework.compile(model, (X,), config=EAGER)
-    assert settings(model) == [(4, 2), (9, 4), (8, 4)]
+    assert model.seen == [0]

@@ -62,20 +62,6 @@ class Cache(nn.Module):
         return through(keys + values).sum(0) + self.cache.sum(0).sum(0)
 
 
-class Overlap(nn.Module):
-    """Two overlapping parts of a buffer whose size is fixed."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("state", torch.arange(12.0).reshape(4, 3))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        first, last = self.state[:3], self.state[1:]
-        between = through(x)
-        first.add_(between.sum())
-        return between.sum() + last * 2
-
-
 @pytest.mark.sample(2)
 @pytest.mark.inductor
 @pytest.mark.parametrize("backend", ["inductor", "inductor_compile_fx", "eager"])
@@ -99,39 +85,14 @@ def test_writes_are_seen_through_every_name_of_the_memory(
         torch.testing.assert_close(mine, theirs)
 
 
-def part_of_a_part(x: torch.Tensor) -> torch.Tensor:
-    whole = x * 2
-    first, second = whole[:16], whole[4:20]
-    between = through(first)
-    first.add_(between.sum())
-    return second[2:6]
-
-
 @pytest.mark.inductor
-@pytest.mark.parametrize("backend", ["inductor", "inductor_compile_fx"])
-@pytest.mark.parametrize("function", [part_of_a_part])
-def test_views_of_memory_of_a_fixed_size_are_of_the_right_memory(
-    function: Callable[[torch.Tensor], torch.Tensor], backend: str
-) -> None:
-    example = torch.randn(32)
-    torch._dynamo.mark_static(example)
-    stitched = piecework.compile(function, (example,), config={"backend": backend})
-    for given in (torch.randn(32), torch.randn(40)[3:35]):
-        torch.testing.assert_close(stitched(given), function(given))
-
-
-@pytest.mark.inductor
-def test_views_of_the_model_s_memory_are_of_the_right_memory() -> None:
-    for model, given in (
-        (Cache(), (torch.randn(4, 8), torch.tensor([3, 1, 7, 2]))),
-        (Overlap(), (torch.randn(4, 3),)),
-    ):
-        reference = copy.deepcopy(model)
-        stitched = piecework.compile(model, given)
-        for _ in range(2):
-            torch.testing.assert_close(stitched(*given), reference(*given))
-        for mine, theirs in zip(model.buffers(), reference.buffers(), strict=True):
-            torch.testing.assert_close(mine, theirs)
+def test_views_of_the_models_memory_are_of_the_right_memory() -> None:
+    model, given = Cache(), (torch.randn(4, 8), torch.tensor([3, 1, 7, 2]))
+    reference = copy.deepcopy(model)
+    stitched = piecework.compile(model, given)
+    for _ in range(2):
+        torch.testing.assert_close(stitched(*given), reference(*given))
+    torch.testing.assert_close(model.cache, reference.cache)
 
 
 @pytest.mark.inductor
