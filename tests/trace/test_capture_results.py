@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict, namedtuple
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -63,16 +65,6 @@ def test_sizes_in_results_are_those_of_the_call(name: str) -> None:
         assert same(stitched(x), function(x)), (stitched(x), function(x))
 
 
-@pytest.mark.inductor
-@pytest.mark.parametrize("name", ["shape", "arithmetic", "float"])
-def test_compiled_pieces_compute_the_same_sizes(name: str) -> None:
-    function = FUNCTIONS[name]
-    stitched = compiled(function, torch.randn(4, 3), backend="inductor")
-    for rows in (7, 4, 2):
-        x = torch.randn(rows, 3)
-        assert same(stitched(x), function(x))
-
-
 def test_an_integer_argument_is_returned_as_it_was_passed() -> None:
     def function(x, k):
         return x * k, k, k + 1, [k]
@@ -121,3 +113,37 @@ def test_captured_batches_return_the_callers_sizes() -> None:
         y, shape, double = stitched(torch.ones(rows, 3))
         assert y.shape == (rows, 3)
         assert same(shape, torch.Size([rows, 3])) and double == 2 * rows
+
+
+# --- texts ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        lambda n: f"{n}",
+        lambda n: str(n),
+        lambda n: f"a{n}",
+        lambda n: "{}".format(n),  # noqa: UP032
+        lambda n: [f"{n}", 1, {"a": f"b{n}"}],
+    ],
+)
+def test_text_of_an_integer_argument(text: Callable[[int], object]) -> None:
+    def model(x: torch.Tensor, n: int) -> Any:
+        return x * n, text(n)
+
+    x = torch.randn(4, 8)
+    stitched = piecework.compile(model, (x, 5), config={"backend": "eager"})
+    assert stitched(x, 5)[1] == model(x, 5)[1]
+    with pytest.raises(InputError, match="argument n has value 7"):
+        stitched(x, 7)
+
+
+@pytest.mark.parametrize("text", [lambda x: f"{x.shape[0]}", lambda x: f"{x.shape[0]} rows"])
+def test_text_of_a_size(text: Callable[[torch.Tensor], str]) -> None:
+    def model(x: torch.Tensor) -> Any:
+        return x * 2, text(x)
+
+    stitched = piecework.compile(model, (torch.randn(4, 8),), config={"backend": "eager"})
+    for count in (4, 6):
+        assert stitched(torch.randn(count, 8))[1] == text(torch.randn(count, 8))

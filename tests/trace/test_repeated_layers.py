@@ -169,16 +169,10 @@ def test_a_region_that_the_user_marked_is_written_out() -> None:
     torch.testing.assert_close(stitched(x), model(x))
 
 
-@pytest.mark.parametrize(
-    ("names", "says"), [(["head"], "no module head holds two"), (["nowhere"], "no module nowhere")]
-)
-def test_names_that_hold_no_layers(names: list[str], says: str) -> None:
-    assert says in str(compiled(stack(), names).report())
-
-
-@pytest.mark.skipif(SHARES, reason="this torch shares traces")
-def test_a_torch_without_regions_says_that_every_layer_was_traced() -> None:
-    assert "every layer was traced: this torch" in str(compiled(stack()).report())
+def test_the_report_says_why_every_layer_was_traced() -> None:
+    assert "no module nowhere holds two" in str(compiled(stack(), ["nowhere"]).report())
+    if not SHARES:
+        assert "every layer was traced: this torch" in str(compiled(stack()).report())
 
 
 @needs_shared_traces

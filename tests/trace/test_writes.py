@@ -106,10 +106,8 @@ def test_a_write_is_found_whatever_form_it_has(
 @pytest.mark.parametrize(
     "statement",
     [
-        lambda module, y: module.state.add(1),
         lambda module, y: module.state.clone().add_(1),
         lambda module, y: y.add_(module.state),
-        lambda module, y: functional.relu(module.state),
         lambda module, y: torch.cat([module.state, y[0]]).mul_(2).sum(),
         lambda module, y: torch.empty(8).copy_(module.state),
     ],
@@ -162,16 +160,9 @@ def test_capturing_such_a_piece_is_refused_before_anything_is_compiled() -> None
 
 def test_the_dynamo_backend_refuses_it_too() -> None:
     model = Model(lambda module, y: module.state.add_(1).sum())
-    options = {"backend": "eager", "cudagraph_mode": "PIECEWISE"}
-    backend = PieceworkBackend(CompilationConfig(**options))
-    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    compiled = torch.compile(model, backend=PieceworkBackend(CAPTURED), fullgraph=True)
     with pytest.raises(Exception, match=r"writes to .*state"):
         compiled(torch.randn(4, 8))
-    clean = Model(lambda module, y: module.state.sum())
-    backend = PieceworkBackend(CompilationConfig(**options))
-    compiled = torch.compile(clean, backend=backend, fullgraph=True)
-    x = torch.randn(4, 8)
-    torch.testing.assert_close(compiled(x), clean(x))
 
 
 def test_looking_leaves_the_recorded_values_alone() -> None:
@@ -222,35 +213,3 @@ def test_literals_tell_nodes_apart() -> None:
     graph.output(())
     assert written_inputs(torch.fx.GraphModule(nn.Module(), graph)) == {1, 3, 5}
     assert calls == [False, True]
-
-
-class Layer(nn.Module):
-    def __init__(self, number: int) -> None:
-        super().__init__()
-        self.linear = nn.Linear(8, 8)
-        self.number = number
-        self.register_buffer(
-            "state", torch.zeros(8, dtype=(torch.float32, torch.float64)[number % 2])
-        )
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.linear(x)
-        if self.number != 2:
-            self.state.add_(1)
-        y = y + self.state.float()
-        out = torch.empty_like(y)
-        mix(y, out)
-        return out
-
-
-def test_layers_together_write_what_each_writes_alone() -> None:
-    model = nn.Sequential(*map(Layer, range(5)), nn.Linear(8, 8))
-    x = torch.randn(4, 8)
-    torch._dynamo.mark_dynamic(x, 0)
-    stitched = piecework.compile(model, (x,), config=EAGER)
-    bound = {row.name: row.path for row in stitched.source.module.bound}
-    pieces = [piece.name for piece in stitched.pieces]
-    together = mutations_in(stitched.split_gm, pieces, bound)
-    alone = [each for name in pieces for each in mutations_in(stitched.split_gm, [name], bound)]
-    assert together == tuple(alone)
-    assert {each.path for each in together} == {f"{n}.state" for n in (0, 1, 3, 4)}
