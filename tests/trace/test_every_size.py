@@ -111,13 +111,13 @@ def test_a_try_changes_nothing() -> None:
 
 
 @pytest.mark.inductor
-@pytest.mark.parametrize("name", ["heads", "feed forward", "a copy that is none for one row"])
-def test_what_inductor_compiles_is_tried(name: str) -> None:
-    model, make = {**ONE, **SEVERAL}[name]
-    stitched = piecework.compile(model, (make(6),))
-    for count in (5, 1, 0):
-        x = make(count)
-        torch.testing.assert_close(stitched(x), model(x), rtol=1e-4, atol=1e-4)
+def test_what_inductor_compiles_is_tried() -> None:
+    for name in ("heads", "a copy that is none for one row"):
+        model, make = {**ONE, **SEVERAL}[name]
+        stitched = piecework.compile(model, (make(6),))
+        for count in (5, 1, 0):
+            x = make(count)
+            torch.testing.assert_close(stitched(x), model(x), rtol=1e-4, atol=1e-4)
 
 
 def test_a_compiler_that_is_wrong_for_one_row_is_found_out() -> None:

@@ -57,13 +57,12 @@ def disabled(x: torch.Tensor) -> torch.Tensor:
     ("before", "args", "says"),
     [
         (branch, (X,), "torch.where"),
-        (lambda x: sum(x for _ in range(int(x.argmax()))), (X,), "splitting_op"),
         (prints, (X,), "`print`"),
         (lambda x: x * random.random(), (X,), "splitting_op"),
         (lambda x: disabled(x) * 2, (X,), "Remove the `torch.compiler.disable` call"),
         (PackedLSTM().eval(), WORDS, "Avoid calling the function `pack_padded_sequence`"),
     ],
-    ids=["branch", "loop", "print", "random", "disable", "packed"],
+    ids=["branch", "print", "random", "disable", "packed"],
 )
 def test_dynamos_words_and_where_cures_are_told(
     before: Callable[..., object], args: object, says: str
