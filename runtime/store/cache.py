@@ -88,7 +88,6 @@ def open_entry(
     tag: str = "backbone",
     *,
     hmac_key: bytes | None = None,
-    lock_timeout_s: float = COMPILE_LOCK_SECONDS,
 ) -> CacheEntry:
     """The entry for these factors; it is created when something is first saved.
 
@@ -97,7 +96,6 @@ def open_entry(
         rank, dp_rank: this process's.
         tag: which model of the process.
         hmac_key: sign what is kept with this secret, and accept nothing that it did not sign.
-        lock_timeout_s: how long to wait for another process that compiles the same artifact.
 
     Raises:
         CacheError: a directory that others can write, that is somebody else's, or a link.
@@ -110,7 +108,7 @@ def open_entry(
         factors = factors.signed_with(hmac_key)
     real = resolve_root(default_root() if root is None else root)
     identity = Identity(factors.hash, rank, dp_rank, tag)
-    entry = CacheEntry(real, identity, factors.to_json(), hmac_key, lock_timeout_s)
+    entry = CacheEntry(real, identity, factors.to_json(), hmac_key)
     entry.check_directories()
     index = entry.directory / INDEX_NAME
     with contextlib.suppress(OSError):  # the collector sees that it is in use
@@ -128,14 +126,12 @@ class CacheEntry:
         identity: Identity,
         factors_json: bytes = b"",
         hmac_key: bytes | None = None,
-        lock_timeout_s: float = COMPILE_LOCK_SECONDS,
     ) -> None:
         self.root = root
         self.identity = identity
         self.directory = root / str(identity)
         self._factors_json = factors_json
         self._hmac_key = hmac_key
-        self._lock_timeout_s = lock_timeout_s
         self._read_only = False
         self._warned: set[str] = set()
 
@@ -211,7 +207,7 @@ class CacheEntry:
             if data is None and not self._read_only:
                 what = f"{self.identity}\nartifact\n{name}"
                 try:
-                    stack.enter_context(locked(self.root, what, self._lock_timeout_s))
+                    stack.enter_context(locked(self.root, what, COMPILE_LOCK_SECONDS))
                     data = self.get(name)
                 except _TROUBLE as error:
                     self._cannot_save(error)

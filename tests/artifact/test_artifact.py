@@ -297,24 +297,6 @@ def test_captures_of_a_loaded_model_see_what_is_written(tmp_path: Path) -> None:
     assert outcomes[0] == outcomes[1]
 
 
-def test_modes_take_the_careful_path(artifact: Path) -> None:
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Counting(TorchDispatchMode):
-        calls = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-            Counting.calls += 1
-            return func(*args, **(kwargs or {}))
-
-    model = made()
-    stitched = piecework.load(artifact, model)
-    x = torch.randn(4, 8)
-    with Counting():
-        assert torch.equal(stitched(x), model(x))
-    assert Counting.calls and stitched.traces[0].entry.careful_calls
-
-
 def test_an_edited_source_travels_marked_as_edited(tmp_path: Path) -> None:
     stitched = piecework.compile(made(), (torch.randn(3, 8),), config=EAGER)
     stitched.use_edited(

@@ -91,102 +91,50 @@ def test_a_container_that_holds_itself_has_an_identity() -> None:
 
 # --- code --------------------------------------------------------------------------------------------
 
-TEMPLATE = """
-import enum, functools
-from helpers import offset, scale as imported
-from helpers import Config
-LIMITS = {limits}
-TABLE = {table}
+TEXT = """
+import enum
+LIMITS = (1, 2)
+RATE = 1
 class Level(enum.Enum):
-    LOW, HIGH = 1, {high}
-    def doubled(self):
-        return self.value * {factor}
+    LOW, HIGH = 1, 4
 class Base:
-    rate = {rate}
     def step(self):
-        return {step}
+        return RATE
 class Pass(Base):
+    table = {1: b'a'}
     def __init__(self, level):
         self.level = level
-    def __call__(self, graph):
+    def __call__(self, graph, by=5, *, also=6):
         def inner():
             return [each for each in LIMITS]
-        return inner(), self.step(), self.level.doubled(), imported(1), offset(1), Config.size
-    @staticmethod
-    def fixed():
-        return TABLE
-first, second = lambda g: g + {left}, lambda g: g - {right}
-def default(g, by={default}, *, also={kwdefault}):
-    return g + by + also
-def marked(g):
-    return marked.limit
-marked.limit = {attribute}
-{extra}
+        return inner(), self.step(), helper(graph), helper.limit
+def helper(x):
+    return deeper(x) * 2
+helper.limit = 7
+def deeper(x):
+    return x + 3
 """
-HELPERS = """
-from deeper import twice
-SCALE = {scale}
-def scale(x):
-    return twice(x) * SCALE
-def offset(x):
-    return x + OFFSETS[0]
-OFFSETS = {offsets}
-class Config:
-    size = {size}
-"""
-DEEPER = """
-def twice(x):
-    return x * {twice}
-"""
-VALUES = {
-    "limits": "(1, 2)",
-    "table": "{1: b'a'}",
-    "high": "2",
-    "factor": "2",
-    "rate": "1",
-    "step": "self.rate",
-    "left": "1",
-    "right": "1",
-    "default": "1",
-    "kwdefault": "1",
-    "attribute": "1",
-    "extra": "",
-    "scale": "2",
-    "offsets": "[1]",
-    "size": "1",
-    "twice": "2",
-}
-NAMES = ("template", "helpers", "deeper")
-# What is edited, and which of the template's values must change their identity with it.
-EDITS = {
-    ("limits", "(1, 3)"): {"Pass"},
-    ("table", "{1: b'b'}"): {"Pass"},
-    ("high", "5"): {"Pass"},
-    ("rate", "True"): {"Pass"},
-    ("step", "self.rate + 1"): {"Pass"},
-    ("left", "2"): {"first"},
-    ("default", "2"): {"default"},
-    ("kwdefault", "'1'"): {"default"},
-    ("attribute", "2"): {"marked"},
-    ("scale", "3"): {"Pass"},
-    ("offsets", "[2]"): {"Pass"},
-    ("twice", "3"): {"Pass"},
-    ("extra", "# a comment"): set(),
-    ("extra", "UNRELATED = 1"): set(),
-}
+#: What is edited in the text, and whether the pass is another one then.
+EDITS = [
+    ("(1, 2)", "(1, 3)", True),
+    ("RATE = 1", "RATE = True", True),
+    ("1, 4", "1, 5", True),
+    ("return RATE", "return -RATE", True),
+    ("b'a'", "b'b'", True),
+    ("by=5", "by=6", True),
+    ("also=6", "also='6'", True),
+    ("x + 3", "x - 3", True),
+    ("limit = 7", "limit = 8", True),
+    ("import enum", "import enum  # a comment", False),
+    ("import enum", "import enum\nUNRELATED = 1", False),
+]
 
 
-def load(folder: Path, **changes: str) -> types.ModuleType:
-    """The template with changes, as it would be imported in a new process."""
+def load(folder: Path, text: str = TEXT) -> types.ModuleType:
+    """A module of the text, as it would be imported in a new process."""
     folder.mkdir(parents=True)
-    values = {**VALUES, **changes}
-    for name, text in zip(NAMES, (TEMPLATE, HELPERS, DEEPER), strict=True):
-        used = {k: v for k, v in values.items() if f"{{{k}}}" in text}
-        for key, value in used.items():
-            text = text.replace(f"{{{key}}}", value)
-        (folder / f"{name}.py").write_text(text)
-    for name in NAMES:
-        sys.modules.pop(name, None)
+    (folder / "template.py").write_text(text)
+    sys.modules.pop("template", None)
     importlib.invalidate_caches()
     sys.path.insert(0, str(folder))
     try:
@@ -195,25 +143,15 @@ def load(folder: Path, **changes: str) -> types.ModuleType:
         sys.path.remove(str(folder))
 
 
-def identities(module: types.ModuleType) -> dict[str, str]:
-    names = ("first", "second", "default", "marked")
-    values = {name: getattr(module, name) for name in names}
-    values["Pass"] = module.Pass(module.Level.HIGH)
-    return {name: identity(value) for name, value in values.items()}
-
-
-@pytest.mark.parametrize(
-    ("edit", "changed"),
-    EDITS.items(),
-    ids=lambda each: "-".join(each if isinstance(each, tuple) else sorted(each)),
-)
-def test_an_edit_changes_the_identity_of_what_reaches_it_and_of_nothing_else(
-    tmp_path: Path, edit: tuple[str, str], changed: set[str]
+@pytest.mark.parametrize(("before", "after", "changes"), EDITS)
+def test_an_edit_changes_the_identity_of_what_reaches_it(
+    tmp_path: Path, before: str, after: str, changes: bool
 ) -> None:
-    base = identities(load(tmp_path / "base"))
-    assert identities(load(tmp_path / "moved")) == base
-    other = identities(load(tmp_path / "edited", **dict([edit])))
-    assert {name for name in base if other[name] != base[name]} == changed
+    assert before in TEXT
+    texts = {"base": TEXT, "moved": TEXT, "edited": TEXT.replace(before, after)}
+    modules = [load(tmp_path / name, text) for name, text in texts.items()]
+    base, moved, edited = (identity(each.Pass(each.Level.HIGH)) for each in modules)
+    assert base == moved and (edited != base) is changes
 
 
 IN_A_PROCESS = """
@@ -221,7 +159,7 @@ import json, sys
 sys.path[:0] = json.loads(sys.argv[1])
 import template
 from piecework.runtime.store.digest import digest_of
-values = [template.Pass(template.Level.HIGH), template.first, {"a", "b", (1, 2.5), frozenset({"x", "y"})}, template.Level]
+values = [template.Pass(template.Level.HIGH), template.helper, {"a", "b", (1, 2.5), frozenset({"x", "y"})}, template.Level]
 print(json.dumps([digest_of(each, "x") for each in values]))
 """
 

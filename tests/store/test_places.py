@@ -138,16 +138,6 @@ def test_link_out_of_the_tree_is_refused(tmp_path: Path, depth: int) -> None:
     assert sorted(path.relative_to(outside) for path in outside.rglob("*")) == before
 
 
-def test_own_directories_may_not_be_links(tmp_path: Path) -> None:
-    root, outside = tmp_path / "cache", tmp_path / "outside"
-    root.mkdir(0o700)
-    outside.mkdir()
-    (root / ".locks").symlink_to(outside)
-    with pytest.raises(CacheError, match="a link stands"):
-        open_entry(root, FACTORS)
-    assert list(outside.iterdir()) == []
-
-
 def test_lock_that_is_a_link_truncates_nothing(tmp_path: Path) -> None:
     root, victim = tmp_path / "cache", tmp_path / "victim"
     entry = open_entry(root, FACTORS)
