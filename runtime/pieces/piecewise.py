@@ -66,14 +66,11 @@ class PiecewiseBackend:
                 "a piece takes either a graph and a backend, or runnables to load",
                 where=submod_name or None,
             )
-        self.graph = graph
-        self.config = config
+        self.graph, self.config, self.structure = graph, config, structure
         self.piecewise_compile_index = piecewise_compile_index
         self.total_piecewise_compiles = total_piecewise_compiles
         self.sym_shape_indices = tuple(sym_shape_indices)
-        self.returns_tuple = returns_tuple
-        self.submod_name = submod_name
-        self.structure = structure
+        self.returns_tuple, self.submod_name = returns_tuple, submod_name
         self._manager = None if backend is None else backend.compiler_manager
         self.entries: dict[Range | None, RangeEntry] = {}
         if graph is None or backend is None:
@@ -208,8 +205,7 @@ class PiecewiseCompileInterpreter(torch.fx.Interpreter):
         super().__init__(module)
         self.extra_traceback = False  # our errors name the piece themselves
         self.compile_submod_names = tuple(compile_submod_names)
-        self.config = config
-        self.backend = backend
+        self.config, self.backend = config, backend
         self.structures = structures or {}
         self.backends: dict[str, PiecewiseBackend] = {}
 
