@@ -10,7 +10,7 @@ import torch
 from models import EAGER, Block, Layers, mix_pair
 
 import piecework
-from piecework.errors import BindError, ConfigError, InputError
+from piecework.errors import BindError, InputError
 from piecework.runtime.graphs.serve.metrics import Metrics, ModelMetrics
 from piecework.runtime.graphs.serve.report import CallRow
 from piecework.runtime.stitched import StitchedModule
@@ -157,10 +157,6 @@ def test_labels_are_escaped() -> None:
     assert steps == 3
 
 
-def test_wrong_arguments_are_named(compiled: StitchedModule) -> None:
-    with pytest.raises(ConfigError, match="a model's name is a text; got 3"):
-        compiled.metrics(name=3)  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match=r"profile takes what profile\(...\) returned; got a str"):
-        compiled.metrics(profile="fast")  # type: ignore[arg-type]
+def test_a_model_that_was_never_called_has_no_calls() -> None:
     with pytest.raises(BindError, match="nothing is captured"):
         piecework.compile(torch.nn.Linear(8, 8)).call_report()
