@@ -57,14 +57,12 @@ def marks_of(value: object) -> tuple[Mark, ...]:
         return ()
     ranges = {each.dim: each for each in getattr(value, "_dynamo_dynamic_range", None) or ()}
     kinds: tuple[Kind, ...] = ("dynamic", "unbacked", "static")
-    found = []
-    for kind in kinds:
-        for dim in sorted(getattr(value, f"_dynamo_{kind}_indices", None) or ()):
-            bounds = ranges.get(dim) if kind == "dynamic" else None
-            found.append(
-                Mark(kind, dim, getattr(bounds, "min", None), getattr(bounds, "max", None))
-            )
-    return tuple(found)
+    return tuple(
+        Mark(kind, dim, getattr(bounds, "min", None), getattr(bounds, "max", None))
+        for kind in kinds
+        for dim in sorted(getattr(value, f"_dynamo_{kind}_indices", None) or ())
+        for bounds in [ranges.get(dim) if kind == "dynamic" else None]
+    )
 
 
 def unmark_dynamic(tensor: torch.Tensor) -> tuple[int, ...]:

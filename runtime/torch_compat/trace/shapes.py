@@ -75,18 +75,13 @@ def asserted_symbols(values: Iterable[object]) -> frozenset[object]:
     from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
     sizes = [v for v in values if isinstance(v, (torch.Tensor, torch.SymInt))]
-    deferred = getattr(shape_env_of(sizes), "deferred_runtime_asserts", None)
-    if not deferred:
-        return frozenset()
+    deferred = getattr(shape_env_of(sizes), "deferred_runtime_asserts", None) or {}
     asserted = [
         (unbacked, backed)
-        for assertions in deferred.values()
-        for each in assertions
+        for each in (each for assertions in deferred.values() for each in assertions)
         if (backed := each.expr.free_symbols - (unbacked := free_unbacked_symbols(each.expr)))
     ]
-    if not asserted:
-        return frozenset()
-    bound = {symbol for size in sizes for symbol in free_unbacked_symbols(size)}
+    bound = {s for size in sizes for s in free_unbacked_symbols(size)} if asserted else set()
     return frozenset().union(*(backed for unbacked, backed in asserted if unbacked <= bound))
 
 
@@ -104,33 +99,25 @@ def number_at(value: object, sizes: Mapping[str, int]) -> bool | int | float | N
         return value
     if not isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
         return None
-    found = _evaluated(value.node.expr, sizes)
+    found: Any = _evaluated(value.node.expr, sizes)
     if isinstance(value, torch.SymBool):
-        known = {"True": True, "False": False}
-        return known.get(str(found))
-    if found is None or not getattr(found, "is_number", False):
+        return {"True": True, "False": False}.get(str(found))
+    if not getattr(found, "is_number", False):
         return None
     if isinstance(value, torch.SymFloat):
-        return float(found)  # type: ignore[arg-type]
-    return int(found) if getattr(found, "is_integer", False) else None  # type: ignore[call-overload,no-any-return]
+        return float(found)
+    return int(found) if found.is_integer else None
 
 
 def symbol_range(size: object) -> tuple[int | None, int | None]:
     """The smallest and largest value that the trace allows a plain symbol; None where there is no bound."""
     if not isinstance(size, torch.SymInt):
         return None, None
-    ranges = getattr(size.node.shape_env, "var_to_range", {})
-    found = ranges.get(size.node.expr)
-    if found is None:
-        return None, None
-    return tuple(int(b) if _is_finite(b) else None for b in (found.lower, found.upper))  # type: ignore[return-value]
-
-
-def _is_finite(bound: object) -> bool:
-    # Bounds that stand for "unlimited" are infinities, or integers close to the largest that torch can hold.
-    if not getattr(bound, "is_Integer", isinstance(bound, int)):
-        return False
-    return abs(int(bound)) < 2**62  # type: ignore[call-overload,no-any-return]
+    found = getattr(size.node.shape_env, "var_to_range", {}).get(size.node.expr)
+    bounds = (None, None) if found is None else (found.lower, found.upper)
+    # Those that stand for "unlimited" are infinities, or integers close to the largest that torch can hold.
+    whole = (b if getattr(b, "is_Integer", type(b) is int) else None for b in bounds)
+    return tuple(None if b is None or abs(int(b)) >= 2**62 else int(b) for b in whole)  # type: ignore[return-value]
 
 
 def symbol_hints(size: object) -> dict[str, int]:
@@ -172,10 +159,8 @@ def with_symbol(value: object, symbol: str, size: int) -> object:
     sizes = [_size_with(each, symbol, size) for each in value.shape]
     strides = [_size_with(each, symbol, size) for each in value.stride()]
     offset = _size_with(value.storage_offset(), symbol, size)
-    fixed = all(
-        a is b for a, b in zip((*sizes, *strides), (*value.shape, *value.stride()), strict=True)
-    )
-    if fixed:
+    before = (*value.shape, *value.stride())
+    if all(a is b for a, b in zip((*sizes, *strides), before, strict=True)):
         return value
     empty = any(type(each) is int and each == 0 for each in sizes)
     reach = 0 if empty else 1 + sum((n - 1) * step for n, step in zip(sizes, strides, strict=True))
