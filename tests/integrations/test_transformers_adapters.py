@@ -142,11 +142,10 @@ def test_an_adapter_put_on_a_stitched_model_is_noticed(peft: Any) -> None:
     model = stitch(build(), config=EAGER_PIECES, capture=SIZES)
     config = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
     wrapped = peft.get_peft_model(model, config).eval()
-    changed = r"q_proj was a torch.nn.*Linear when the model was traced and is another now"
     for _ in range(2):
-        with pytest.raises(InputError, match=f"q_proj was replaced|{changed}"):
+        with pytest.raises(InputError, match=r"q_proj(\.weight)? was"):
             generated(wrapped, 2)
-        with pytest.raises(BindError, match=changed):
+        with pytest.raises(BindError, match="q_proj"):
             stitched_module(model).rebind()
     plain = unstitch(model)
     expected = generated(wrapped, 2)
