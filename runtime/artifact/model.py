@@ -25,15 +25,8 @@ from piecework.codegen.split.split import SplittingOp, SplittingOps
 from piecework.collector import collector_paused
 from piecework.errors import ArtifactError, BindError, CaptureError
 from piecework.runtime import torch_compat
+from piecework.runtime.artifact import program as programs
 from piecework.runtime.artifact.pieces import PieceLoader
-from piecework.runtime.artifact.program import (
-    GRAPHS,
-    STATE,
-    loaded_program,
-    operators,
-    require_same_operators,
-    saved_program,
-)
 from piecework.runtime.artifact.values import MAX_TENSOR, from_bytes, to_bytes
 from piecework.runtime.call.entry import Entry
 from piecework.runtime.compilers.inductor import InductorStandaloneAdaptor
@@ -197,11 +190,13 @@ def _facts(
         why = edited and edited.difference
         mark = f"differs from the graph: {why}" if why else "proved to mean the graph"
         edits.append(mark if edited else "")
-        files[f"{folder}{STATE}"] = to_bytes(_saved(trace, files), "what the trace took for given")
+        files[f"{folder}{programs.STATE}"] = to_bytes(
+            _saved(trace, files), "what the trace took for given"
+        )
         items = tuple((i.submod_name, i.graph_id, i.is_splitting_graph) for i in program.items)
         pickled = torch_compat.graphs_to_bytes(program.graph, program.split_gm, items)
         if pickled is not None:  # else captures must compile again
-            files[f"{folder}{GRAPHS}"] = pickled
+            files[f"{folder}{programs.GRAPHS}"] = pickled
         own += [program.graph, *(item.graph for item in program.items)]
         own += [backend.graph for backend in program.backends.values() if backend.graph]
         state = trace.entry.weights.state
@@ -211,7 +206,7 @@ def _facts(
     return {
         **part.settings,
         "sources": source_factors(filter(os.path.isfile, traced | files_of(classes))),
-        "operators": operators(own),
+        "operators": programs.operators(own),
         "edits": edits,
     }
 
@@ -252,7 +247,7 @@ def _saved(trace: TracedModel, files: dict[str, bytes]) -> dict[str, object]:
     """A trace as values for `to_bytes`; its pieces are added to ``files``."""
     program, entry, captured = trace.program, trace.entry, trace.entry.captured
     program.split_gm  # noqa: B018 - of a loaded program the graphs are read now
-    saved = saved_program(program, files)
+    saved = programs.saved_program(program, files)
     held = {torch_compat.storage_id(t) for _, t in tensors_of(trace.model).values()}
     for each in saved["source"].consts:
         if isinstance(each, torch.Tensor) and (
@@ -350,7 +345,7 @@ class Artifact:
             ArtifactError: the model is not the one that was saved, in its code, its settings or its
                 weights' signature.
         """
-        require_same_operators(self.package.table("operators"))
+        programs.require_same_operators(self.package.table("operators"))
         require_same_sources(self.package.table("sources"))
         loader = PieceLoader(self.package.file)
         with collector_paused():
@@ -370,12 +365,14 @@ class Artifact:
     ) -> TracedModel:
         package, phases = self.package, {"read": self.seconds}
         with timed(phases, "read"):
-            saved: Any = from_bytes(package.file(f"{place}{STATE}"), f"{place}{STATE}")
+            saved: Any = from_bytes(
+                package.file(f"{place}{programs.STATE}"), f"{place}{programs.STATE}"
+            )
         with timed(phases, "check"):
             weights = _weights(saved, model)
         with timed(phases, "pieces"):
-            program = loaded_program(
-                saved["program"], package, f"{place}{GRAPHS}", loader, config, phases
+            program = programs.loaded_program(
+                saved["program"], package, f"{place}{programs.GRAPHS}", loader, config, phases
             )
         made, held = saved["made"], weights.tensors
         inputs = (

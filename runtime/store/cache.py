@@ -25,21 +25,8 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from piecework.errors import CacheError
+from piecework.runtime.store import files
 from piecework.runtime.store.factors import FACTORS_NAME, Difference, KeyFactors
-from piecework.runtime.store.files import (
-    FULL_DISK,
-    LOCKS_DIRECTORY,
-    MAX_BYTES,
-    TEMPORARY_PREFIX,
-    Damaged,
-    check_directory,
-    default_root,
-    locked,
-    make_directory,
-    read_regular,
-    resolve_root,
-    write_atomic,
-)
 from piecework.runtime.store.package import packed, unpacked
 
 T = TypeVar("T")
@@ -56,7 +43,7 @@ _ENTRY = re.compile(r"([0-9a-f]{32})/rank_([0-9]{1,7})_([0-9]{1,7})/([^/]+)")
 _END = ".bin"
 _TOUCH_SECONDS = 3600.0
 _READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
-_TROUBLE = (OSError, CacheError, Damaged)
+_TROUBLE = (OSError, CacheError, files.Damaged)
 
 
 class CacheResult(NamedTuple):
@@ -106,7 +93,7 @@ def open_entry(
     """
     if hmac_key is not None:
         factors = factors.signed_with(hmac_key)
-    real = resolve_root(default_root() if root is None else root)
+    real = files.resolve_root(files.default_root() if root is None else root)
     identity = Identity(factors.hash, rank, dp_rank, tag)
     entry = CacheEntry(real, identity, factors.to_json(), hmac_key)
     entry.check_directories()
@@ -140,19 +127,19 @@ class CacheEntry:
     def names(self) -> tuple[str, ...]:
         """The artifacts that there are now, sound or not, sorted."""
         try:
-            files = os.listdir(self.directory / ARTIFACTS_DIRECTORY)
+            found = os.listdir(self.directory / ARTIFACTS_DIRECTORY)
         except OSError:
             return ()
-        return tuple(sorted(each.removesuffix(_END) for each in files if each.endswith(_END)))
+        return tuple(sorted(each.removesuffix(_END) for each in found if each.endswith(_END)))
 
     def read(self, name: str) -> bytes:
         """The bytes saved under ``name``. Raises `FileNotFoundError`, or `Damaged`."""
         place = _place(name)
-        raw = read_regular(self.directory, place, MAX_BYTES)
-        files, facts = unpacked(raw, self._hmac_key, KIND, place)
+        raw = files.read_regular(self.directory, place, files.MAX_BYTES)
+        held, facts = unpacked(raw, self._hmac_key, KIND, place)
         if facts != self._facts(name):
-            raise Damaged(f"it is that of {facts}", place)
-        return files[""]
+            raise files.Damaged(f"it is that of {facts}", place)
+        return held[""]
 
     def get(self, name: str) -> bytes | None:
         """The bytes saved under ``name`` once their SHA-256 is right, else None."""
@@ -162,7 +149,7 @@ class CacheEntry:
             return None
         except OSError as error:
             self._warn("unreadable", f"it cannot be read ({error}); compiling instead")
-        except Damaged as damage:
+        except files.Damaged as damage:
             self.reject(name, damage.reason)
         return None
 
@@ -172,7 +159,7 @@ class CacheEntry:
         shelf = self.root / QUARANTINE_DIRECTORY
         where = f"moved to {shelf}"
         try:
-            make_directory(shelf, inside=self.root)
+            files.make_directory(shelf, inside=self.root)
             box = tempfile.mkdtemp(prefix=f"{self.identity.key[:12]}-", dir=shelf)
             os.rename(place, Path(box) / place.name)
         except FileNotFoundError:
@@ -207,7 +194,7 @@ class CacheEntry:
             if data is None and not self._read_only:
                 what = f"{self.identity}\nartifact\n{name}"
                 try:
-                    stack.enter_context(locked(self.root, what, COMPILE_LOCK_SECONDS))
+                    stack.enter_context(files.locked(self.root, what, COMPILE_LOCK_SECONDS))
                     data = self.get(name)
                 except _TROUBLE as error:
                     self._cannot_save(error)
@@ -216,26 +203,26 @@ class CacheEntry:
             data = compile_fn()
             return CacheResult(data, compiled=True, saved=self.put(name, data))
 
-    def _write(self, files: Mapping[str, bytes]) -> bool:
+    def _write(self, written: Mapping[str, bytes]) -> bool:
         """Save under the entry's lock; whatever prevents it is warned of once."""
         if self._read_only:
             return False
         try:
             with self.changing():
                 folder = self.directory / ARTIFACTS_DIRECTORY
-                make_directory(folder, inside=self.root)
+                files.make_directory(folder, inside=self.root)
                 for at in (self.directory, folder):
-                    for path in at.glob(f"{TEMPORARY_PREFIX}*"):
+                    for path in at.glob(f"{files.TEMPORARY_PREFIX}*"):
                         path.unlink(missing_ok=True)  # of killed writers
                 if not (self.directory / FACTORS_NAME).exists():
-                    files = {FACTORS_NAME: self._factors_json, **files}
-                for name, data in files.items():
-                    write_atomic(self.directory / name, data)
+                    written = {FACTORS_NAME: self._factors_json, **written}
+                for name, data in written.items():
+                    files.write_atomic(self.directory / name, data)
                 sizes = {
                     name: (self.directory / _place(name)).lstat().st_size for name in self.names()
                 }
                 index = json.dumps({"artifacts": sizes}, indent=1) + "\n"
-                write_atomic(self.directory / INDEX_NAME, index.encode())
+                files.write_atomic(self.directory / INDEX_NAME, index.encode())
                 return True
         except _TROUBLE as error:
             self._cannot_save(error)
@@ -245,15 +232,15 @@ class CacheEntry:
 
     def changing(self, timeout_s: float = 60.0) -> contextlib.AbstractContextManager[None]:
         """Hold the right to change the entry's files. Short: no compiler runs inside."""
-        return locked(self.root, f"{self.identity}\nfiles", timeout_s)
+        return files.locked(self.root, f"{self.identity}\nfiles", timeout_s)
 
     def check_directories(self) -> None:
         """Raise `CacheError` if a directory of the entry is a link, or not ours alone."""
         inside = self.directory / ARTIFACTS_DIRECTORY
         for level in (*reversed(inside.parents[:3]), inside):
-            check_directory(level)
-        for name in (LOCKS_DIRECTORY, QUARANTINE_DIRECTORY):
-            check_directory(self.root / name)
+            files.check_directory(level)
+        for name in (files.LOCKS_DIRECTORY, QUARANTINE_DIRECTORY):
+            files.check_directory(self.root / name)
 
     def _facts(self, name: str) -> dict[str, object]:
         """What an artifact says of itself, so that a copy of it elsewhere is refused."""
@@ -263,7 +250,7 @@ class CacheEntry:
         code = error.errno if isinstance(error, OSError) else None
         self._read_only = self._read_only or code in _READ_ONLY
         why = "it is read-only" if code in _READ_ONLY else "it cannot be written"
-        why = "there is no space left" if code in FULL_DISK else why
+        why = "there is no space left" if code in files.FULL_DISK else why
         self._warn("save", f"{why} ({error}); going on without saving")
 
     def _warn(self, kind: str, text: str) -> None:
@@ -320,7 +307,7 @@ class CollectionReport(NamedTuple):
 def list_entries(root: str | os.PathLike[str]) -> tuple[EntrySummary, ...]:
     """All entries, the one used last first."""
     found = []
-    for identity, directory in _directories(resolve_root(root)):
+    for identity, directory in _directories(files.resolve_root(root)):
         sizes = _file_sizes(directory)
         artifacts = sum(path.parent.name == ARTIFACTS_DIRECTORY for path in sizes)
         try:
@@ -357,17 +344,17 @@ def _file_sizes(directory: Path) -> dict[Path, int]:
 
 def saved_keys(root: str | os.PathLike[str]) -> dict[str, KeyFactors]:
     """Every readable key in the cache by its hash, the one used last first."""
-    real = resolve_root(root)
+    real = files.resolve_root(root)
     found: dict[str, KeyFactors] = {}
     for entry in list_entries(real):
-        with contextlib.suppress(OSError, Damaged, CacheError):
+        with contextlib.suppress(OSError, files.Damaged, CacheError):
             found.setdefault(entry.identity.key, _factors(real, entry.identity))
     return found
 
 
 def _factors(real: Path, identity: Identity) -> KeyFactors:
     """What an entry's key was made of."""
-    raw = read_regular(real / str(identity), FACTORS_NAME, MAX_BYTES)
+    raw = files.read_regular(real / str(identity), FACTORS_NAME, files.MAX_BYTES)
     factors = KeyFactors.from_json(raw)
     if factors.hash != identity.key:
         raise CacheError("its hash is not the name of the entry's directory")
@@ -392,15 +379,15 @@ def verify(root: str | os.PathLike[str], hmac_key: bytes | None = None) -> Verif
         hmac_key: what signed entries must be signed with; None looks at no
             signature.
     """
-    real = resolve_root(root)
+    real = files.resolve_root(root)
     findings: list[Finding] = []
     sizes: list[int] = []
 
     def checked(identity: Identity, file: str, check: Callable[[], T]) -> T | None:
         try:
             return check()
-        except (OSError, CacheError, Damaged) as error:
-            reason = error.reason if isinstance(error, Damaged) else str(error)
+        except (OSError, CacheError, files.Damaged) as error:
+            reason = error.reason if isinstance(error, files.Damaged) else str(error)
             findings.append(Finding(str(identity), file, reason))
             return None
 
@@ -438,7 +425,7 @@ def collect(
     Raises:
         CacheError: the directory is unsafe, or cannot be changed.
     """
-    real, now = resolve_root(root), time.time()
+    real, now = files.resolve_root(root), time.time()
     entries = list_entries(real)
     chosen: list[EntrySummary] = []
     total, is_full = 0, False
@@ -477,7 +464,7 @@ def _remove_entry(real: Path, identity: Identity) -> bool:
         with entry.changing(0.0):
             (entry.directory / INDEX_NAME).unlink(missing_ok=True)  # with it the entry is gone
             shutil.rmtree(entry.directory, ignore_errors=True)
-    except (TimeoutError, Damaged):
+    except (TimeoutError, files.Damaged):
         return False
     for parent in entry.directory.parents[:2]:
         with contextlib.suppress(OSError):  # other ranks or tags are still in it
@@ -488,7 +475,10 @@ def _remove_entry(real: Path, identity: Identity) -> bool:
 def _sweep_aside(real: Path, now: float, max_age_s: float | None) -> None:
     """Remove old quarantined files, and locks that nobody uses."""
     quarantined = -1.0 if max_age_s is None else max_age_s
-    for name, age in ((QUARANTINE_DIRECTORY, quarantined), (LOCKS_DIRECTORY, LOCK_AGE_SECONDS)):
-        for box in (real / name).iterdir() if check_directory(real / name) else ():
+    for name, age in (
+        (QUARANTINE_DIRECTORY, quarantined),
+        (files.LOCKS_DIRECTORY, LOCK_AGE_SECONDS),
+    ):
+        for box in (real / name).iterdir() if files.check_directory(real / name) else ():
             if now - os.lstat(box).st_mtime > age:
                 shutil.rmtree(box) if box.is_dir() else box.unlink(missing_ok=True)
