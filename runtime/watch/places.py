@@ -141,6 +141,17 @@ def readable(text: str, names: Mapping[str, str] | None = None) -> str:
     return text
 
 
+def by_attributes(place: Place) -> Place:
+    """The place with what a module holds in its tables as its attributes: ``linear`` for ``_modules['linear']``."""
+    found: list[tuple[str, object]] = []
+    for kind, key in place:
+        if kind == "item" and found[-1] in [("attribute", table) for table in _TABLES]:
+            found[-1] = ("attribute", key)
+        else:
+            found.append((kind, key))
+    return tuple(found)
+
+
 def portable(place: Place, now: LookUps) -> Place:
     """The place as another process can look it up; () if it can't."""
     (start, _), *steps = place

@@ -19,7 +19,7 @@ from piecework.errors import BindError, CaptureError, ConfigError, InputError, d
 from piecework.runtime import torch_compat
 from piecework.runtime.torch_compat import Place
 from piecework.runtime.watch.dict_watch import DictWatch
-from piecework.runtime.watch.places import MISSING, LookUps, place_text, portable
+from piecework.runtime.watch.places import MISSING, LookUps, by_attributes, place_text, portable
 from piecework.runtime.watch.reachable import own_tensors
 from piecework.runtime.watch.state import TracedState
 
@@ -126,6 +126,7 @@ class BoundWeights:
             CaptureError: there is no way to look a weight up again.
         """
         names, now = _names(roots), LookUps(state.starts)
+        weights = [replace(each, way=by_attributes(each.way)) for each in weights]
         ways = [(*names.get(id(each.tensor), ()), each.way) for each in weights]
         pairs = zip(weights, ways, strict=True)
         found = cls(
