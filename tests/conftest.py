@@ -28,8 +28,8 @@ else:
     settings.register_profile("nightly", print_blob=True, **timeless)
 # Ten seconds and more, of what a shorter test beside them shows as well; by the beginning of their names.
 LONG = (
-    "tests/analysis/test_every_size.py::test_what_inductor_compiles_is_tried[feed forward]",
-    "tests/analysis/test_every_size.py::test_what_inductor_compiles_is_tried[heads]",
+    "tests/trace/test_every_size.py::test_what_inductor_compiles_is_tried[feed forward]",
+    "tests/trace/test_every_size.py::test_what_inductor_compiles_is_tried[heads]",
     "tests/compile/test_inference_mode.py::test_every_combination[True]",
     "tests/graphs/test_compile_without_device.py::test_every_kernel_compiles[90]",
     "tests/house/test_benchmarks.py::test_a_benchmark_runs[decode_step]",
@@ -42,7 +42,6 @@ LONG = (
     "tests/pieces/test_parallel.py::test_a_failing_a_dying_and_a_hanging_worker",
     "tests/pieces/test_parallel.py::test_a_piece_that_fails_in_a_worker_fails_as",
     "tests/pieces/test_piece_ranges.py::test_inductor_compiles_sizes_and_ranges",
-    "tests/pieces/test_progress.py::test_the_command_line_shows_a_bar_on_a_terminal",
     "tests/pieces/test_ranks.py::test_a_rank_that_is_killed",
     "tests/pieces/test_ranks.py::test_ranks_that_would_do_different_things",
     "tests/watch/test_rebind.py::test_weights_that_only_products_read",

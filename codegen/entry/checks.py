@@ -85,11 +85,6 @@ class Names(NameTable):
 class EntryTable:
     """The steps of ``check_inputs``.
 
-    Args:
-        plan: what is assumed.
-        names: gives out names.
-        parameters: what the parameters are called.
-
     Attributes:
         steps: bindings and checks, each value bound and looked at before what is in it.
         leaves: flattened argument → what it is called.

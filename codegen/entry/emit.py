@@ -56,9 +56,6 @@ def generate_entry(plan: entry.EntryPlan) -> EntrySource:
     """Write ``plan`` as Python source.
 
     The module must be executed with the names of `PROVIDED` in its namespace, beside ``consts``.
-
-    Raises:
-        EmitError: the text is not Python (a defect of piecework).
     """
     made = _Entry(plan)
     *functions, last = made.functions()

@@ -68,9 +68,6 @@ def to_text(
     """Write a node argument as Python; nodes in any nesting become what ``refer`` gives.
 
     Inline literals are passed to ``literal``, in order of evaluation; an ``index`` has slices as brackets write them.
-
-    Raises:
-        UnsupportedNode: an FX node hides inside an object that FX itself does not look into.
     """
 
     def convert(item: object, depth: int = 0) -> str:

@@ -50,13 +50,7 @@ def structure_of(
     open_literals: bool = False,
     describe_input: Callable[[torch.fx.Node], str] | None = None,
 ) -> Structure:
-    """Canonical form of ``gm``.
-
-    Args:
-        gm: the graph; subgraphs that it refers to by attribute are included.
-        open_literals: leave scalar literals out of the key and report them as holes.
-        describe_input: what of a placeholder belongs to the key (shape, dtype, …); nothing by default.
-    """
+    """Canonical form of ``gm``."""
     writer = _Writer(gm, open_literals)
     for node in gm.graph.nodes:
         writer.write(node, describe_input)

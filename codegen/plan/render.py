@@ -56,16 +56,7 @@ def environment() -> jinja2.Environment:
 def render(
     module: ir.Module, title: str, header: Sequence[str] = (), facts: Sequence[str] = ()
 ) -> str:
-    """Write ``module`` as Python source.
-
-    Args:
-        title: what the text is, for its first line.
-        header: comments that say what the runtime puts into the module.
-        facts: assignments of numbers that hold for this text.
-
-    Raises:
-        EmitError: black could not parse a statement (a defect of piecework; the numbered text is in the message).
-    """
+    """Write ``module`` as Python source."""
     every = (*module.functions, module.entry)
     texts = iter(
         format_statements(

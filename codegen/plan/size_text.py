@@ -49,15 +49,7 @@ _SIGNS = {
 
 
 def size_text(expr: object, names: Mapping[str, str]) -> str:
-    """An expression or a relation as Python text over ``names`` (symbol → the name to write).
-
-    Raises:
-        EmitError: a function or a symbol in it has no text.
-
-    Example:
-        >>> size_text(expr, {"s77": "s0"})  # FloorDiv(s77, 2) + 1
-        's0 // 2 + 1'
-    """
+    """An expression or a relation as Python text over ``names`` (symbol → the name to write)."""
     return ast.unparse(ast.parse(_read(expr, names), mode="eval"))  # without needless brackets
 
 

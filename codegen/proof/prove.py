@@ -67,11 +67,7 @@ def prove(
 
 
 def parse_text(code: str, what: str = "stitching source") -> ast.Module:
-    """``code`` as a syntax tree.
-
-    Raises:
-        EmitError: it is not Python, or nested deeper than Python's parser goes.
-    """
+    """``code`` as a syntax tree."""
     try:
         return ast.parse(code)
     except (SyntaxError, ValueError) as error:

@@ -54,9 +54,6 @@ def generate_replay(
 
     The function takes the inputs that are staged, and returns what ``execution_fn`` returns for the
     captured size: static memory, which the next replay overwrites.
-
-    Raises:
-        EmitError: the capture does not fit the graph: a piece reads memory that is not its operand's.
     """
     planner = _Planner(source, facts)
     module = planner.module()

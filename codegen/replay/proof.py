@@ -29,10 +29,6 @@ def verify_replay(
     """Prove that ``replay`` runs what ``split_gm`` says, on the memory that was captured.
 
     The memory of operands that operators make, only the first checked replay knows.
-
-    Raises:
-        EmitError: a piece is missing, out of order or without its staged operands, an operator has
-            other operands, or a captured piece reads memory that is not its operand's.
     """
     _ReplayRun(replay, source, split_gm, facts).check()
 

@@ -35,18 +35,7 @@ def block_starts(
     regions: Regions,
     computes: Callable[[torch.fx.Node], bool],
 ) -> set[torch.fx.Node]:
-    """The nodes of ``graph`` that begin a block, or what follows the last block of several.
-
-    Args:
-        gm: what holds the attributes that ``graph`` reads.
-        named: dotted names of the modules whose children are blocks, two of a kind at least. None finds them: four of a kind,
-            of eight operators each and none of them a convolution, whose layout of memory the compiler chooses for all at once.
-        regions: those of ``graph``; what opens and closes them is no part of a block.
-        computes: whether a node launches something.
-
-    Raises:
-        SplitError: a module that is named holds no blocks that are alike and can be cut.
-    """
+    """The nodes of ``graph`` that begin a block, or what follows the last block of several."""
 
     def is_block(call: _Call) -> bool:
         if not regions.may_cut(call.nodes[0]):

@@ -97,11 +97,7 @@ class Regions:
     """
 
     def __init__(self, graph: torch.fx.Graph) -> None:
-        """Read ``graph``.
-
-        Raises:
-            SplitError: something is entered or set and not left or set back.
-        """
+        """Read ``graph``."""
         self.closed: list[Region] = []
         self.borders: set[torch.fx.Node] = set()
         self.crossing: torch.fx.Node | None = None  # it closes a region that is not the last one
@@ -148,11 +144,7 @@ class Regions:
         return all(region.may_cut for region in self._around.get(node, ()))
 
     def refuse_cuts(self, splitting: Iterable[torch.fx.Node]) -> None:
-        """Check that no splitting op is inside a region that can't be cut.
-
-        Raises:
-            SplitError: one is.
-        """
+        """Check that no splitting op is inside a region that can't be cut."""
         for node in splitting:
             for region in self._around.get(node, ()):
                 if not region.may_cut:
@@ -164,11 +156,7 @@ class Regions:
 
 
 def regions_in(graph: torch.fx.Graph) -> list[Region]:
-    """The regions of ``graph`` that a ``finally`` can close.
-
-    Raises:
-        SplitError: one is left where another was entered last, or as `Regions` says.
-    """
+    """The regions of ``graph`` that a ``finally`` can close."""
     regions = Regions(graph)
     if regions.crossing is not None:
         raise _unbalanced("closes a region inside of which another one is open", regions.crossing)

@@ -145,11 +145,6 @@ class PieceSizes:
 
     Compilers need them: to make views of a written input again, for arithmetic that they bring in (the N / (N - 1) of a variance), for
     inputs whose shape is computed, and for what the trace asserted of sizes that only the data decides, which each piece checks again.
-
-    Args:
-        graph: the graph that is being cut.
-        number_of: the partition of each computing node, in order of execution.
-        asserted: which symbols the trace related to those of a piece.
     """
 
     def __init__(

@@ -100,11 +100,7 @@ def returned_value(graph: torch.fx.Graph) -> object:
 def bind_call(
     node: torch.fx.Node, callee: torch.fx.GraphModule
 ) -> list[tuple[torch.fx.Node, object]]:
-    """What each placeholder of a plain ``callee`` stands for when ``node`` calls it, in order of placeholders.
-
-    Raises:
-        UnsupportedNode: the call does not fit the signature.
-    """
+    """What each placeholder of a plain ``callee`` stands for when ``node`` calls it, in order of placeholders."""
     placeholders = callee.graph.find_nodes(op="placeholder")
     values = dict(zip(placeholders, node.args, strict=False))
     named = {str(each.target): each for each in placeholders if each not in values}

@@ -58,13 +58,7 @@ class Coverage(list[CoverageRow]):
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of cells as text, each column as wide as its widest cell.
-
-    Example:
-        >>> print(aligned([("size", "mode"), ("1", "FULL")]))
-        size  mode
-        1     FULL
-    """
+    """Rows of cells as text, each column as wide as its widest cell."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     pairs = (zip(row, widths, strict=True) for row in rows)
     return "\n".join("  ".join(cell.ljust(w) for cell, w in row).rstrip() for row in pairs)

@@ -65,10 +65,6 @@ class LoraCases:
         enabled: adapters may be active.
         specialize: batches without adapters have graphs of their own.
         counts: numbers of active adapters to capture for, ascending; none: one graph for any.
-
-    Example:
-        >>> LoraCases(enabled=True, counts=(1, 4)).key(True, 3)
-        (True, 4)
     """
 
     enabled: bool = False

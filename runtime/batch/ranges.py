@@ -63,10 +63,6 @@ def derive_ranges(
 
     Without ``max_size``, or ``open_ended`` (encoders), the last range has no upper limit. Endpoints
     beyond the largest batch are a `ConfigError`: their ranges would be empty.
-
-    Example:
-        >>> [str(each) for each in derive_ranges([16], 256)]
-        ['[1, 16]', '[17, 256]']
     """
     given = list(endpoints)
     if max_size is not None and not open_ended:
@@ -90,11 +86,6 @@ class RangeTable:
     ``entries`` are what must be compiled, each once: the single sizes ascending, then the ranges.
     A range that is itself a single size and a compile size of the same value are one entry.
     Ranges that overlap are a `ConfigError`.
-
-    Example:
-        >>> table = RangeTable(derive_ranges([16], 64), sizes=[8])
-        >>> table.index(8), table.index(9), table.index(17)
-        (0, 1, 2)
     """
 
     __slots__ = ("_starts", "_wide", "entries", "single_sizes")

@@ -23,12 +23,6 @@ def default_capture_sizes(
 
     The same steps are taken in requests, up to ``max_num_seqs`` and with it, for each length of a
     request in ``decode_query_lens``: the decode batch of a busy program is met exactly.
-
-    Example:
-        >>> default_capture_sizes(20)
-        (1, 2, 4, 8, 16, 20)
-        >>> default_capture_sizes(20, max_num_seqs=5, decode_query_lens=[3])
-        (1, 2, 3, 4, 6, 8, 12, 15, 16, 20)
     """
     sizes = set(_steps(maximum))
     if max_num_seqs is not None:
@@ -55,10 +49,6 @@ def resolve_capture_sizes(
 
     ``sizes`` is the user's list (None: the default steps; an empty list captures nothing), and
     ``max_size`` alone truncates the default steps. A `ConfigError` names all that no batch reaches.
-
-    Example:
-        >>> resolve_capture_sizes(None, 8, max_num_seqs=8, max_num_batched_tokens=64)
-        (1, 2, 4, 8)
     """
     if sizes is not None:
         if beyond := [size for size in sizes if size > max_num_batched_tokens]:
@@ -93,12 +83,7 @@ def require_positive_sizes(sizes: Iterable[int]) -> tuple[int, ...]:
 def decode_sizes(
     sizes: Sequence[int], query_len: int, *, max_num_seqs: int, multiple_of: int = 1
 ) -> tuple[int, ...]:
-    """The sizes of uniform decode batches: whole numbers of requests that cover ``sizes``.
-
-    Example:
-        >>> decode_sizes((1, 2, 4, 8), 3, max_num_seqs=8)
-        (3, 6)
-    """
+    """The sizes of uniform decode batches: whole numbers of requests that cover ``sizes``."""
     rounded = _multiples(sizes, math.lcm(query_len, multiple_of), max(sizes, default=0))
     return tuple(size for size in rounded if 0 < size <= max_num_seqs * query_len)
 
@@ -117,10 +102,6 @@ def adjust_sizes_for_spec_decode(
     Where the tokens are cut over ranks the multiple must suit both.
 
     A `ConfigError` where ``query_len`` is not positive, or not even one multiple fits.
-
-    Example:
-        >>> adjust_sizes_for_spec_decode((1, 2, 4, 8), 3, max_size=8)
-        (3, 6)
     """
     if query_len < 1 or tensor_parallel_size < 1:
         raise ConfigError(
@@ -141,12 +122,7 @@ def adjust_sizes_for_spec_decode(
 
 
 def padded_sizes(sizes: Iterable[int], maximum: int | None = None) -> tuple[int | None, ...]:
-    """The padding table: entry ``n`` is the smallest captured size of at least ``n``, or None.
-
-    Example:
-        >>> padded_sizes([1, 4], 5)
-        (1, 1, 4, 4, 4, None)
-    """
+    """The padding table: entry ``n`` is the smallest captured size of at least ``n``, or None."""
     ordered = sorted(set(sizes))
     if maximum is None:
         maximum = max(ordered, default=0)

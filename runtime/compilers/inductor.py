@@ -229,12 +229,7 @@ def _sizes_of(value: object) -> Sequence[object]:
 
 
 def _require_sizes(graph: GraphModule, inputs: Sequence[object]) -> None:
-    """Refuse a piece whose code would check a size that it is not given.
-
-    Raises:
-        CaptureError: the trace asserted something of a value that is no argument and no size of
-            one.
-    """
+    """Refuse a piece whose code would check a size that it is not given."""
     values = [*inputs, *map(value_of, graph.graph.nodes)]
     given = {symbol for value in inputs for symbol in torch_compat.free_sizes(value)}
     missing = sorted(map(str, torch_compat.asserted_symbols(values) - given))

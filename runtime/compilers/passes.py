@@ -101,15 +101,7 @@ class CallableInductorPass(InductorPass):
 
 
 def as_inductor_pass(value: object, *, where: str) -> InductorPass:
-    """The pass that a configuration means: a pass, its class, a function, or the name of one.
-
-    Args:
-        value: as given in ``CompilationConfig.inductor_passes``.
-        where: the field, for the error.
-
-    Raises:
-        ConfigError: the name can't be imported, or it names nothing that can be called.
-    """
+    """The pass that a configuration means: a pass, its class, a function, or the name of one."""
     if isinstance(value, str):
         value = import_qualified(value, where=where)
     why = ""
@@ -224,11 +216,7 @@ class PostGradPassManager:
         return cls([] if given is None else [as_inductor_pass(given, where=where)])
 
     def __call__(self, graph: torch.fx.Graph) -> None:
-        """Run the passes that apply to the current `pass_context`.
-
-        Raises:
-            PieceCompileError: a pass raised, or changed the number of the graph's results; names it.
-        """
+        """Run the passes that apply to the current `pass_context`."""
         compile_range = get_pass_context().compile_range
         for each in self.passes:
             if not each.is_applicable_for_range(compile_range):

@@ -68,11 +68,7 @@ class FrozenModel(BaseModel):
 
     @classmethod
     def given(cls, given: object, argument: str, where: str | None = None) -> Self:
-        """What a caller gave for ``argument``: such a model, or a mapping of its fields.
-
-        Raises:
-            ConfigError: it is neither, or does not describe a model.
-        """
+        """What a caller gave for ``argument``: such a model, or a mapping of its fields."""
         if isinstance(given, (cls, Mapping)):
             return cls.model_validate(given)
         raise ConfigError(
@@ -130,9 +126,6 @@ def factors_of(model: FrozenModel) -> dict[str, str]:
     """Each field of the cache's key as canonical JSON, by dotted name.
 
     A value counts with its exact type and a pass by what it does.
-
-    Raises:
-        Unidentifiable: a value has no stable form.
     """
     factors: dict[str, str] = {}
     for name, field in type(model).model_fields.items():
@@ -186,11 +179,7 @@ def _config_error(model: type[FrozenModel], error: ValidationError) -> ConfigErr
 
 
 def qualified_name(value: str | Callable[..., Any]) -> str:
-    """How a callable is written in a file: ``module:name``; a string stays as it is.
-
-    Raises:
-        ValueError: it has no name that can be imported (a lambda, a local function, an object).
-    """
+    """How a callable is written in a file: ``module:name``; a string stays as it is."""
     if isinstance(value, str):
         return value
     module, name = getattr(value, "__module__", None), getattr(value, "__qualname__", None)
@@ -200,14 +189,7 @@ def qualified_name(value: str | Callable[..., Any]) -> str:
 
 
 def import_qualified(name: str, *, where: str) -> Any:
-    """The object that ``name`` points to: ``module:name`` or ``module.name``, nested names included.
-
-    Args:
-        where: the field it comes from, for the error.
-
-    Raises:
-        ConfigError: the module can't be imported or has no such name.
-    """
+    """The object that ``name`` points to: ``module:name`` or ``module.name``, nested names included."""
     try:
         return pkgutil.resolve_name(name)
     except (ImportError, AttributeError, ValueError) as error:

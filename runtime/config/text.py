@@ -19,9 +19,6 @@ _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 def to_data(config: FrozenModel, *, only_changed: bool = False) -> dict[str, Any]:
     """``config`` as plain JSON data, in the order of its fields; ``only_changed`` leaves out what is
     at its default.
-
-    Raises:
-        ConfigError: an option or a pass can't be written (an object, a lambda).
     """
     data: dict[str, Any] = {}
     for name in type(config).model_fields:
@@ -41,9 +38,6 @@ def to_toml(config: FrozenModel, *, only_changed: bool = False) -> str:
     """``config`` as TOML, groups and options as tables.
 
     TOML has no null: a field that is None is left out, and None is what it is by default.
-
-    Raises:
-        ConfigError: as :func:`to_data`, or an option's value is None.
     """
     data = to_data(config, only_changed=only_changed)
     plain = {n: each for n, each in data.items() if not isinstance(each, (dict, type(None)))}
@@ -72,11 +66,7 @@ def _toml(value: Any) -> str:
 
 
 def read_data(path: Path) -> dict[str, Any]:
-    """The fields in a ``.json`` or ``.toml`` file, not yet validated.
-
-    Raises:
-        ConfigError: the file can't be read, has another suffix, or is not what its suffix says.
-    """
+    """The fields in a ``.json`` or ``.toml`` file, not yet validated."""
     import tomllib  # few configurations are files
 
     parse = {".json": json.loads, ".toml": tomllib.loads}.get(path.suffix.lower())
@@ -106,13 +96,6 @@ def parse_overrides(
     Each text is ``.field=value`` (one dot more reaches into a group or a table of options, whose
     names may have dots), a mode's number as in ``-O3``, or a JSON object of fields. A value is JSON
     where it reads as JSON, else a string as it stands; lists may be written with commas.
-
-    Raises:
-        ConfigError: a text has another form.
-
-    Example:
-        >>> parse_overrides(CompilationConfig, ["3", ".stitching_config.emit_del=false"])
-        {'mode': 3, 'stitching_config': {'emit_del': False}}
     """
     data: dict[str, Any] = {}
     for text in (each.removeprefix(flag).strip() for each in texts):
@@ -147,11 +130,7 @@ def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def to_overrides(config: FrozenModel, *, flag: str = "-O") -> list[str]:
-    """The options that give ``config`` when nothing else is given, one for each changed field.
-
-    Raises:
-        ConfigError: an option or a pass can't be written as text.
-    """
+    """The options that give ``config`` when nothing else is given, one for each changed field."""
     options = []
     for name, value in to_data(config, only_changed=True).items():
         for inner, each in value.items() if isinstance(value, dict) else [("", value)]:

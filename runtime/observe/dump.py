@@ -97,17 +97,7 @@ class Dump:
     def open(
         cls, config: CompilationConfig, name: str, *, rank: int | None = None, dp_rank: int = 0
     ) -> Dump:
-        """Make the folder of one compilation: ``rank_<r>/<name>``, or the next free ``<name>_<n>``.
-
-        Args:
-            config: its ``debug_dump_path`` says where; None dumps nothing.
-            name: the model's class or tag.
-            rank: this process among those that run the model; None asks ``torch.distributed``.
-            dp_rank: its data-parallel rank.
-
-        Raises:
-            ConfigError: the folder can't be made or written to.
-        """
+        """Make the folder of one compilation: ``rank_<r>/<name>``, or the next free ``<name>_<n>``."""
         if config.debug_dump_path is None:
             return cls(None)
         replica = f"_dp_{dp_rank}" if dp_rank else ""
@@ -162,13 +152,7 @@ class Dump:
         phases: Mapping[str, float],
         error: BaseException | None = None,
     ) -> None:
-        """Write what the compiler made of the pieces, the times, and the page.
-
-        Args:
-            backends: the pieces that are compiled, by name.
-            phases: seconds per phase so far.
-            error: what ended the compilation early.
-        """
+        """Write what the compiler made of the pieces, the times, and the page."""
         if self.folder is None:
             return
         first: dict[str, str] = {}

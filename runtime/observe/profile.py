@@ -89,12 +89,7 @@ def profile_calls(
     stages: Mapping[str, Sequence[str]],
     calls: int,
 ) -> Profile:
-    """Run ``call`` ``calls`` times plainly and as often under torch's profiler.
-
-    Args:
-        named: puts each stage of a call inside a profiler range of its name.
-        stages: name of each stage → the code that was generated for it, as far as that is known.
-    """
+    """Run ``call`` ``calls`` times plainly and as often under torch's profiler."""
     call()
     start = time.perf_counter()
     for _ in range(calls):
@@ -139,18 +134,7 @@ def require_writable(path: Path) -> None:
 def write_trace(
     path: Path, call: Callable[[], object], named: Iterable[AbstractContextManager[object]]
 ) -> Counter[str]:
-    """Run ``call`` under torch's profiler and write what it saw as a trace in Chrome's format, which Perfetto opens.
-
-    Args:
-        path: the file; one that ends in ``.gz`` is compressed. It is whole, or not there.
-        named: puts each stage of a call inside a profiler range of its name.
-
-    Returns:
-        How often each range and operator is in the trace.
-
-    Raises:
-        UsageError: the file can't be written.
-    """
+    """Run ``call`` under torch's profiler and write what it saw as a trace in Chrome's format, which Perfetto opens."""
     require_writable(path)
     with ExitStack() as stack:
         for each in named:

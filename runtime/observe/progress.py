@@ -21,20 +21,7 @@ _log = logging.getLogger(__name__)
 
 
 class StepBar:
-    """A bar that moves with each step, or plain lines where the console is no terminal.
-
-    Args:
-        console: where to draw; standard error by default.
-        verb: what is done, such as "compiling".
-        columns: what stands behind the bar; they may show fields given to `started` and `finished`.
-        auto_refresh: redraw from a thread of its own, so that times go on during a step.
-        patience: show nothing before so many seconds have passed.
-
-    Example:
-        >>> bar = StepBar(Console(stderr=True), "compiling")
-        >>> bar.started(2)
-        >>> bar.finished("submod_0", "submod_0: 1.2 s")
-    """
+    """A bar that moves with each step, or plain lines where the console is no terminal."""
 
     def __init__(
         self,
@@ -122,16 +109,7 @@ class StepBar:
 
 
 class CompileProgress(StepBar):
-    """What is shown of a model that is compiled: its trace, then each different piece.
-
-    Args:
-        console: where to draw; standard error by default.
-        patience: show nothing before so many seconds have passed.
-
-    Example:
-        >>> with show_progress(CompileProgress(Console(stderr=True))):
-        ...     stitched = piecework.compile(model, (x,))
-    """
+    """What is shown of a model that is compiled: its trace, then each different piece."""
 
     def __init__(self, console: Console | None = None, *, patience: float = 0.0) -> None:
         # A thread that redraws would be in the way of forked workers.
@@ -157,9 +135,5 @@ def show_progress(progress: CompileProgress) -> AbstractContextManager[object]:
 
 
 def warn_of_another(what: str, why: str, seconds: float, cure: str) -> None:
-    """Warn of a trace or a compilation that came with a call, after the first.
-
-    Example:
-        >>> warn_of_another("traced", "no trace serves a batch of 1", 12.0, "pass sizes=[1]")
-    """
+    """Warn of a trace or a compilation that came with a call, after the first."""
     _log.warning("%s again, while a call waited %.1f s: %s. %s", what, seconds, why, cure)

@@ -221,19 +221,7 @@ def piecework_dynamo_backend(
     options: Mapping[str, object] | None = None,
     mode: str | None = None,
 ) -> Callable[..., object]:
-    """The entry point behind ``torch.compile(model, backend="piecework")``.
-
-    Args:
-        options: fields of `CompilationConfig`, as in ``torch.compile(..., options={...})``. In mode
-            ``DYNAMO_TRACE_ONCE`` the graph stays whole; Dynamo keeps its guards in any case.
-        mode: Inductor's presets of ``torch.compile(..., mode=...)``, which piecework has none of.
-
-    Raises:
-        PieceworkError: as `PieceworkBackend`; Dynamo wraps it in ``BackendCompilerFailed``.
-        ConfigError: something would have no effect here: ``mode``, a ``cudagraph_mode``, or a mode
-            in which piecework compiles nothing.
-        CaptureError: with ``strict``, an argument requires grad.
-    """
+    """The entry point behind ``torch.compile(model, backend="piecework")``."""
     counters.num_models_seen += 1
     config = CompilationConfig(**(options or {}))
     idle = config.mode in (CompilationMode.NONE, CompilationMode.STOCK_TORCH_COMPILE)

@@ -25,12 +25,7 @@ _ROOT = re.compile(r"L\['([^']+)'\](?P<rest>.*)", re.DOTALL)
 
 
 def name_inputs(graph: GraphModule) -> tuple[str | None, ...]:
-    """Name the inputs of Dynamo's ``graph`` as the user's code does.
-
-    Returns:
-        For each input its path if it is a weight: a tensor of fixed shape on a module that the
-            function was called with.
-    """
+    """Name the inputs of Dynamo's ``graph`` as the user's code does."""
     nodes = graph.graph.find_nodes(op="placeholder")
     found = [_ROOT.fullmatch(source) for source in torch_compat.placeholder_sources(graph)]
     modules = {each[1] for each in found if each and _TABLE.match(each["rest"])}
@@ -73,10 +68,6 @@ def bound_names(graph: GraphModule, paths: Sequence[str | None]) -> dict[str, st
 
 class BoundCall:
     """The stitched function of a program, as Dynamo calls it: with all inputs of the graph.
-
-    Args:
-        paths: of each input of the graph the path of the weight that it is, or None.
-        submod_lists: ``__vllm_submods__`` for each range, where they are not the program's own.
 
     Attributes:
         others: the inputs that are no weights, by number.

@@ -278,11 +278,7 @@ def _direct_ops(items: Sequence[SplitItem], graph: GraphModule) -> DirectOps:
 
 
 def require_registered(splitting_ops: Sequence[SplittingOpLike] | None) -> None:
-    """Check that torch knows the splitting ops that are named.
-
-    Raises:
-        SplitError: it does not know one.
-    """
+    """Check that torch knows the splitting ops that are named."""
     for name in SplittingOps(splitting_ops or ()).declared:
         namespace, colons, rest = name.partition("::")
         op, _, overload = rest.partition(".")

@@ -140,11 +140,7 @@ class PiecewiseBackend:
         return compiled.runnable if compiled.direct is None else compiled.direct
 
     def __call__(self, *args: object) -> object:
-        """Run the form that serves this batch; stitched functions are bound past this.
-
-        Raises:
-            InputError: the batch is outside every compiled range; they are listed.
-        """
+        """Run the form that serves this batch; stitched functions are bound past this."""
         ranges = [each for each in self.entries if each is not None]
         if len(self.entries) == 1 or not ranges:
             (entry,) = self.entries.values()

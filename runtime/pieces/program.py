@@ -149,11 +149,7 @@ class Program:
         return function
 
     def asks_for_default_device(self) -> bool:
-        """Whether a graph makes tensors on the device that is the process's default.
-
-        Raises:
-            ArtifactError: the program was loaded without its graphs.
-        """
+        """Whether a graph makes tensors on the device that is the process's default."""
         return any(
             node.op == "call_function"
             and torch_compat.makes_tensors_where_told(node.target)
@@ -162,11 +158,7 @@ class Program:
         )
 
     def submods_for(self, batch: int) -> list[Callable[..., object]]:
-        """``__vllm_submods__`` for a batch size, in O(log ranges).
-
-        Raises:
-            InputError: the size is outside every compiled range; they are listed.
-        """
+        """``__vllm_submods__`` for a batch size, in O(log ranges)."""
         return self.submod_lists[0 if self.range_table is None else self.range_table.index(batch)]
 
     def callables(self, compile_range: Range | None) -> dict[str, Callable[..., object]]:
@@ -235,11 +227,7 @@ def called_forms(
     *,
     direct: bool,
 ) -> tuple[list[Callable[..., object]], ...]:
-    """``__vllm_submods__`` for each range: the pieces called ``names``.
-
-    Args:
-        direct: enter a piece past its compiler's public callable, where it can be.
-    """
+    """``__vllm_submods__`` for each range: the pieces called ``names``."""
     forms = {n: p.direct_runnable_for if direct else p.runnable_for for n, p in backends.items()}
     return tuple([forms[name](each) for name in names] for each in ranges_of(table))
 

@@ -90,10 +90,6 @@ def require_agreement(
     Compared are the collectives of each group that the graph names; and, among the ranks that
     ``runtime`` says one layer is cut over, everything; and what is done ``before``. Each process
     must come here as often as the others, and waits as ``init_process_group(timeout=…)`` says.
-
-    Raises:
-        RankError: another process would do something else, on each of them; or one did not come, or
-            is gone.
     """
     rank = torch_compat.own_rank()
     for ranks, rows in _run_together(program, runtime):

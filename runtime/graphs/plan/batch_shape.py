@@ -155,17 +155,7 @@ def passed_inputs(
 def batch_shape(
     captured: ModelTrace, program: Program, given: OtherSizes, fixed: FixedDims | None = None
 ) -> BatchShape:
-    """Read ``captured`` for capturing static graphs.
-
-    Args:
-        given: the value of other sizes by label, or ``"batch"`` where one equals the batch size;
-            so does a dimension 0 of which nothing is said, if it did in the example.
-        fixed: where the arguments of a trace of a single row, which has the batch size as a number,
-            have their batch dimension.
-
-    Raises:
-        StaticGraphError: a piece writes to a weight, or an input can't be in a static buffer.
-    """
+    """Read ``captured`` for capturing static graphs."""
     if fixed is None and program.batch.symbol is None:
         raise StaticGraphError(
             "no input has a dynamic batch dimension, so there is nothing to capture sizes of",

@@ -106,18 +106,7 @@ def plan_capture(
     options: CaptureOptions,
     declared: Mapping[str, GraphsOf] = MappingProxyType({}),
 ) -> tuple[CudagraphDispatcher, str]:
-    """Settle what ``capture(sizes, …)`` means for one model.
-
-    Args:
-        declared: which whole forwards may be captured with each operator between the pieces inside.
-
-    Returns:
-        The dispatcher, and why that is less than the mode that was configured, "" if it isn't.
-
-    Raises:
-        ConfigError: a size can't be reached or served, or sizes and limits disagree.
-        StaticGraphError: nothing is left to capture.
-    """
+    """Settle what ``capture(sizes, …)`` means for one model."""
     runtime = options.runtime
     lens = (1,) if runtime is None else tuple(runtime.query_lens)
     wanted = config.cudagraph_mode if options.mode is None else options.mode
@@ -166,21 +155,7 @@ def full_graphs_of(split_gm: torch.fx.GraphModule, between: Iterable[str]) -> di
 def negotiated(
     mode: CUDAGraphMode, declared: Mapping[str, GraphsOf], query_lens: Sequence[int]
 ) -> tuple[CUDAGraphMode, tuple[int, ...], str]:
-    """The most of ``mode`` that every operator can be captured in.
-
-    Args:
-        declared: operator → which whole forwards may be captured with it inside.
-        query_lens: tokens of each request in a decode batch, where drafts differ in width.
-
-    Returns:
-        The mode; the query lengths that decode graphs can have; and why these are less than wanted.
-
-    Example:
-        >>> declared = {"my::attention": "single_token_decode"}
-        >>> mode, lens, why = negotiated(CUDAGraphMode.FULL, declared, (1, 4))
-        >>> mode.name, lens, why
-        ('FULL_AND_PIECEWISE', (1,), 'my::attention can be captured whole for single_token_decode only')
-    """
+    """The most of ``mode`` that every operator can be captured in."""
     lens = tuple(query_lens)
     weakest = min(declared, key=lambda name: _ORDER.index(declared[name]), default="")
     kind = declared.get(weakest, "always")

@@ -42,14 +42,7 @@ def why_not_padded(
     *,
     survives: bool,
 ) -> str | None:
-    """Why no batch may be padded; None if all may.
-
-    Args:
-        pad: True where the caller says that rows are independent, None where nothing is said.
-        state: the model's tensors that the graph writes to, by path.
-        attempt: runs a padded batch and says what differs, if something does.
-        survives: a number that points beyond a table is an error there, and not the device's end.
-    """
+    """Why no batch may be padded; None if all may."""
     for number, rule in enumerate(shape.results):
         if rule.computed:
             return f"result {number}: its size is computed from the batch size"

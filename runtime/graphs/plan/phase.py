@@ -227,12 +227,7 @@ def plain_context(
 
 
 def format_bytes(nbytes: int) -> str:
-    """A size for people.
-
-    Example:
-        >>> format_bytes(1536)
-        '1.5 KiB'
-    """
+    """A size for people."""
     amount = float(nbytes)
     for unit in ("B", "KiB", "MiB"):
         if amount < 1024:

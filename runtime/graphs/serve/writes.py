@@ -26,13 +26,7 @@ from piecework.runtime.splitting_op import registry
 
 
 class DryWrites:
-    """Puts back what runs on dummy inputs write.
-
-    Args:
-        is_own: whether a tensor lies in the graphs' own memory.
-        outside: tensors of the model; what a piece returns of them is not its own.
-        known: those of them that the graph says are written.
-    """
+    """Puts back what runs on dummy inputs write."""
 
     def __init__(
         self,

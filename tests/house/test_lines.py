@@ -1,0 +1,37 @@
+"""Lines are a budget: no part of the project grows beyond what it has, and a ceiling is only ever lowered."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+#: Folders -> lines of Python at most; of golden what its cases emit is left out.
+CEILINGS = {
+    ("runtime", "codegen"): 38_000,
+    ("integrations",): 7_000,
+    ("golden", "bench", "cli"): 11_000,
+    ("tests",): 47_000,
+}
+SLACK = 400  # a ceiling further above than this is lowered
+
+
+def lines_of(folder: str) -> int:
+    files = [
+        p
+        for p in (ROOT / folder).rglob("*.py")
+        if p.relative_to(ROOT).parts[:2] != ("golden", "cases")
+    ]
+    return sum(path.read_text().count("\n") for path in files)
+
+
+@pytest.mark.parametrize("folders", CEILINGS, ids="+".join)
+def test_no_part_grows(folders: tuple[str, ...]) -> None:
+    lines, ceiling = sum(map(lines_of, folders)), CEILINGS[folders]
+    assert (
+        lines <= ceiling
+    ), f"{' + '.join(folders)} has {lines} lines; what a change adds, it finds elsewhere"
+    assert (
+        lines > ceiling - SLACK
+    ), f"{' + '.join(folders)} has {lines} lines: lower the ceiling to that"
