@@ -88,6 +88,11 @@ class Observed:
         """
         from piecework.runtime.graphs.serve.metrics import Metrics, ModelMetrics
 
+        if name is not None and not isinstance(name, str):
+            raise ConfigError(f"a model's name is a text; got {name!r}", where="name")
+        if profile is not None and not hasattr(profile, "rows"):
+            given = type(profile).__qualname__
+            raise ConfigError(f"profile takes what profile(...) returned; got a {given}")
         phases: dict[str, float] = {}
         for each in self.traces:
             for phase, seconds in dict(each.program.phases).items():
