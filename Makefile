@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 DEMO := $(VENV)/.demo
 ELSEWHERE := tests/graphs tests/compile/test_compiler_switches.py tests/integrations/test_transformers_capture.py
 
-.PHONY: demo test test-elsewhere test-vllm golden review bench lint docs format clean
+.PHONY: demo test test-elsewhere test-vllm gates golden review bench lint docs format clean
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -44,6 +44,15 @@ $(VLLM_VENV)/.installed: pyproject.toml
 
 test-vllm: $(VLLM_VENV)/.installed
 	$(VLLM_VENV)/bin/python -m pytest -m vllm tests/vllm
+
+# What a redesign is held to, before it and after it; hours. The generators, then models of others' lists, then every benchmark.
+GENERATORS := tests/watch/test_python_state.py tests/graphs/test_padding_random.py tests/codegen/test_codegen_random.py
+LISTS := --list module_db --list tutorials --list 'causal LMs' --list encoder-decoders --list encoders
+
+gates: $(STAMP)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m nightly $(GENERATORS)
+	$(BIN)/piecework bench models $(LISTS) --jobs 2 --out out/gates
+	$(BIN)/piecework bench all --out out/gates
 
 golden: $(STAMP)
 	$(BIN)/piecework golden update

@@ -19,9 +19,9 @@ HELD: dict[str, tuple[str, ...]] = {
     "a single size wins over the range around it, each range is compiled once": ("batch/test_ranges.py", "pieces/test_piece_ranges.py"),
     # dispatch
     "each mode has its keys, adapters multiply them, largest first": ("batch/test_dispatch.py",),
-    "decode batches are padded up, mixed ones never run in a decode graph": ("batch/test_dispatch.py", "batch/test_dispatch_bounds.py"),
+    "decode batches are padded up, mixed ones never run in a decode graph": ("batch/test_dispatch.py",),
     "a graph that was not captured gives way to the next": ("batch/test_dispatch.py",),
-    "adapters of a batch choose its graph": ("batch/test_adapters_by_kind.py",),
+    "adapters of a batch choose its graph": ("batch/test_dispatch.py", "graphs/test_capture_modes.py"),
     # wrapper and forward context
     "the wrapper captures once, replays, steps aside, refuses or copies moved inputs": ("graphs/test_graph_wrapper.py", "graphs/test_graph_address.py"),
     "a failed capture can be tried again, clearing forgets every graph": ("graphs/test_graph_wrapper.py",),
