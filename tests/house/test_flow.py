@@ -14,7 +14,7 @@ from torch import nn
 import piecework
 
 ROOT = os.path.dirname(piecework.__file__) + os.sep
-DEPTH, FILES, CALLS = 13, 113, 10
+DEPTH, FILES, CALLS = 11, 95, 10
 
 
 @piecework.splitting_op("flow::mix")
