@@ -49,16 +49,7 @@ def _integrations() -> Iterator[Callable[[Path, int], LoadedModel | None]]:
 
 
 def load_model(spec: str, *, seed: int = 0) -> LoadedModel:
-    """Load what ``spec`` names; nothing is downloaded.
-
-    Args:
-        spec: a local model folder (weights are loaded if there are any), a ``config.json`` (random
-            weights), or ``module:factory`` returning ``(module, example_inputs)``.
-        seed: of random weights and of the example prompt.
-
-    Raises:
-        UsageError: there is no such thing, or it can't be loaded; says which.
-    """
+    """Load what ``spec`` names; nothing is downloaded."""
     require_model(spec)
     path = Path(spec)
     if not path.exists():

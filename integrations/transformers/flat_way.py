@@ -51,12 +51,7 @@ Run = Callable[[str, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class FlatWay(Way):
-    """A decoder served flattened, its attention ``layers`` carrying their names.
-
-    Args:
-        rule: how it numbers tokens by default.
-        masks: which of `mask_makers` makes its masks; ``masks_see_positions``: if these part packed rows.
-    """
+    """A decoder served flattened, its attention ``layers`` carrying their names."""
 
     name = "flat"
 

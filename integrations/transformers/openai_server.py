@@ -124,13 +124,6 @@ def make_server(
 ) -> uvicorn.Server:
     """The server of a model that requests call ``name``; ``run(sockets=[bound_socket(…)])`` serves
     until a signal or ``should_exit``.
-
-    Args:
-        make: makes the stitched model, now, and its tokenizer.
-        batching: requests are computed together by it, else one after the other.
-
-    Raises:
-        UsageError: fastapi, uvicorn or openai is missing.
     """
     require_packages(("fastapi", "uvicorn", "openai"), "serve")
     import uvicorn

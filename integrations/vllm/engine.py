@@ -95,13 +95,7 @@ class EngineBackend:
 
 
 class Served(SerializableCallable):
-    """A compiled graph as vLLM holds it, and keeps it for another process.
-
-    Args:
-        program: what was compiled, or its bytes until `finalize_loading`.
-        paths, places: of each input the path of the weight, or the argument of the model, that it is.
-        prefix, is_encoder, call: what vLLM calls the model, which kind it is, and what runs.
-    """
+    """A compiled graph as vLLM holds it, and keeps it for another process."""
 
     def __init__(
         self,
@@ -157,12 +151,7 @@ def _declare_functions() -> None:
 
 
 def _called(program: Program, paths: Sequence[str | None], vllm_config: Any) -> BoundCall:
-    """``program`` as vLLM calls it: each piece inside of the platform's static-graph wrapper.
-
-    Raises:
-        ConfigError: vLLM is to copy inputs in front of captured pieces.
-        RankError: another tensor-parallel rank would do something else, or is gone.
-    """
+    """``program`` as vLLM calls it: each piece inside of the platform's static-graph wrapper."""
     from vllm.compilation.backends import wrap_with_cudagraph_if_needed as wrapped
 
     config, last = vllm_config.compilation_config, len(program.submod_lists[0]) - 1

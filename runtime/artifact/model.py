@@ -71,11 +71,7 @@ def made_with(
     sizes: SizePolicy | None,
     kept: Mapping[str, object] | None,
 ) -> dict[str, object]:
-    """How a module was made, as JSON data: one that is made by the same data does the same.
-
-    Raises:
-        ArtifactError: the configuration holds code.
-    """
+    """How a module was made, as JSON data: one that is made by the same data does the same."""
     try:
         data: dict[str, object] = json.loads(config.model_dump_json())
         problem = "" if CompilationConfig(**data) == config else "it reads back as another one"
@@ -156,15 +152,6 @@ def write_models(
 ) -> None:
     """Write a stitched module, or several that serve one model, to a file, in place of an artifact
     that is there; equal pieces are written once.
-
-    Args:
-        settings: what the manifest says of several; None for one alone.
-        values: further values by the names of their files, as `to_bytes` takes them.
-        key_file: the secret that signs the manifest; `piecework.runtime.store.files.signing_key`.
-
-    Raises:
-        ArtifactError: something can't be told again in another process, or the file can't be
-            written.
     """
     files = {name: to_bytes(value, name) for name, value in (values or {}).items()}
     graphs: list[torch.fx.GraphModule] = []
@@ -310,12 +297,7 @@ class Artifact:
 
     @classmethod
     def open(cls, place: Place, key_file: str | os.PathLike[str] | None) -> Artifact:
-        """Verify an artifact and that it was made by, and for, what is here.
-
-        Raises:
-            ArtifactError: it is damaged, not to be trusted, or was made for something else; nothing
-                of it was unpickled, loaded or executed.
-        """
+        """Verify an artifact and that it was made by, and for, what is here."""
         start = time.perf_counter()
         package = Package.read(place, signing_key(key_file))
         made_by = package.facts.get("processes")

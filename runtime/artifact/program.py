@@ -245,9 +245,6 @@ def _graphs_reader(
 def program_to_bytes(program: Program) -> bytes:
     """``program`` with its pieces' kernels, for a process like this one; signed where
     ``PIECEWORK_CACHE_KEY_FILE`` names a key.
-
-    Raises:
-        ArtifactError: something in it can't be told again in another process.
     """
     files: dict[str, bytes] = {}
     files[STATE] = to_bytes(saved_program(program, files), "what was compiled")
@@ -257,12 +254,7 @@ def program_to_bytes(program: Program) -> bytes:
 
 
 def program_from_bytes(data: bytes, config: CompilationConfig) -> Program:
-    """What `program_to_bytes` made, without its graphs.
-
-    Raises:
-        ArtifactError: it is damaged, not signed with the key, or was made by or for something else
-            than what is here. Nothing of it was unpickled, executed or loaded then.
-    """
+    """What `program_to_bytes` made, without its graphs."""
     start = time.perf_counter()
     found = Package.of(data, signing_key())
     require_same_machine(found.table("machine"))  # type: ignore[arg-type]

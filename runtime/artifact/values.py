@@ -59,14 +59,7 @@ class _Pickler(pickle.Pickler):
 
 
 def to_bytes(value: object, where: str) -> bytes:
-    """``value`` as bytes.
-
-    Args:
-        where: what it is, for errors.
-
-    Raises:
-        ArtifactError: something in it is not on the allow-list.
-    """
+    """``value`` as bytes."""
     file = io.BytesIO()
     try:
         _Pickler(file, protocol=5).dump(value)
@@ -87,11 +80,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def from_bytes(data: bytes, where: str) -> object:
-    """What `to_bytes` wrote.
-
-    Raises:
-        ArtifactError: it names a class, function or operator that is not here.
-    """
+    """What `to_bytes` wrote."""
     try:
         return _Unpickler(io.BytesIO(data)).load()
     except ArtifactError:

@@ -31,11 +31,7 @@ class EditedSource:
 
 
 def check_edited(source: StitchedSource, split_gm: torch.fx.GraphModule, code: str) -> EditedSource:
-    """Check an edited version of the source that was generated for a graph.
-
-    Raises:
-        EmitError: the text is not Python, or has no ``execution_fn`` with the generated signature.
-    """
+    """Check an edited version of the source that was generated for a graph."""
     try:
         tree = ast.parse(code)
         compile(tree, "<edited>", "exec", dont_inherit=True)

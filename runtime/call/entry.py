@@ -76,12 +76,6 @@ def by_path_of(weights: BoundWeights) -> dict[str, torch.Tensor]:
 class Entry:
     """The emitted entry, bound and ready.
 
-    Args:
-        captured: what the model's trace gave.
-        program: the compiled pieces and the emitted stitching source.
-        as_it_is: runs the model uncompiled, for calls that torch's switches or modes want so.
-        made: what was emitted in another process; None emits it now.
-
     Attributes:
         source: the emitted text of ``check_inputs`` and ``entry``.
         call: the entry: takes the model's arguments, returns the model's result.
@@ -146,9 +140,6 @@ class Entry:
         """An execution with the weights that the model has now; it serves once it is published.
 
         Static graphs go on where every weight is the very tensor that was bound, and lies where they read it.
-
-        Raises:
-            BindError: a weight is missing or differs in more than its values.
         """
         now = self._now
         weights = now.weights.rebound()
@@ -162,11 +153,7 @@ class Entry:
         self.publish(replace(self._now, weights=self._now.weights.accepted(), variants={}))
 
     def edit(self, edited: EditedSource) -> None:
-        """Run an edited text in place of the generated stitching source, and of static graphs.
-
-        Raises:
-            EmitError: the text can't be executed; what ran before still runs.
-        """
+        """Run an edited text in place of the generated stitching source, and of static graphs."""
         self.publish(self._made(self._now.weights, edited, self._counter()))
 
     def capture(self, graphs: Graphs | None) -> None:
@@ -332,9 +319,6 @@ class Entry:
         """A call while a mode, a transform or autocast is active, or after an operator was overridden.
 
         What a mode sees, and what another kernel computes, is what the model does: it runs as it is.
-
-        Raises:
-            InputError: a ``torch.func`` transform is active, or autocast is not as it was in the trace.
         """
         if torch_compat.transforms():
             raise self._refused(

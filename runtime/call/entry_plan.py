@@ -73,12 +73,7 @@ class GivenTensor:
     def refusal(
         self, weights: BoundWeights, spans: Sequence[tuple[int, int]], values: Sequence[object]
     ) -> InputError | None:
-        """What is wrong about this argument of a call; None if nothing is.
-
-        Args:
-            spans: the memory of the weights in ``apart``.
-            values: one per parameter.
-        """
+        """What is wrong about this argument of a call; None if nothing is."""
         tensor: Any = values
         for key in self.where[:-1] if self.flat else self.where:
             tensor = tensor[key]

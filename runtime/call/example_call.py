@@ -18,12 +18,7 @@ from piecework.runtime import torch_compat
 def example_call(
     parameters: Sequence[ep.Parameter], symbols: Mapping[str, int]
 ) -> tuple[tuple[object, ...], dict[str, object]]:
-    """Positional and keyword arguments in which each symbol has the given number.
-
-    Args:
-        parameters: the model's, as a trace has them.
-        symbols: symbol → number; expressions over symbols are computed.
-    """
+    """Positional and keyword arguments in which each symbol has the given number."""
     maker = _Maker(symbols)
     args: list[object] = []
     kwargs: dict[str, object] = {}

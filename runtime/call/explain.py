@@ -42,11 +42,7 @@ _CALLED = {"kind": "type", "class": "type", "grad": "requires_grad", "item": "va
 def input_error(
     plan: EntryPlan, values: Sequence[object], otherwise: Callable[[], InputError | None]
 ) -> InputError:
-    """The first assumption that ``values`` (one per parameter) break, as an error.
-
-    Args:
-        otherwise: asked if no assumption of the plan is broken.
-    """
+    """The first assumption that ``values`` (one per parameter) break, as an error."""
     table = entry_table(plan)
     namespace: dict[str, Any] = {
         **{"torch": torch, "math": math, "arguments_as_traced": lambda *_: True},

@@ -171,11 +171,7 @@ class _Reference:
         self._tolerance = max(map(tolerance_of, dtypes), default=0.0)
 
     def run(self, args: Sequence[object]) -> tuple[object, dict[int, torch.Tensor]]:
-        """What the graph gives of a piece's arguments, and copies of those that it writes to.
-
-        Raises:
-            RuntimeError: it drew random numbers, or writes to memory that arguments share.
-        """
+        """What the graph gives of a piece's arguments, and copies of those that it writes to."""
         tensors = {n: each for n, each in enumerate(args) if isinstance(each, torch.Tensor)}
         held = [torch_compat.storage_id(each) for each in tensors.values()]
         if self._written and len(set(held)) < len(held):

@@ -34,11 +34,7 @@ class SharedModule(torch.nn.Module):
         vars(self).update(members, model=model)
 
     def __setattr__(self, name: str, value: object) -> None:
-        """Set an attribute of this object.
-
-        Raises:
-            BindError: it is ``forward``, a parameter, buffer or submodule, which compiled code would not see.
-        """
+        """Set an attribute of this object."""
         held = isinstance(value, (torch.nn.Parameter, torch.nn.Module)) and name != "as_it_is"
         if held or name == "forward" or any(name in vars(self)[each] for each in _MEMBERS):
             raise BindError(
@@ -48,12 +44,7 @@ class SharedModule(torch.nn.Module):
         object.__setattr__(self, name, value)
 
     def __getattr__(self, name: str) -> Any:
-        """Members of the model.
-
-        Raises:
-            NotThereError: a property has nothing to give yet.
-            AttributeError: there is none; a method of the model is reached by ``model``, and runs uncompiled.
-        """
+        """Members of the model."""
         made = getattr(type(self), name, None)
         if isinstance(made, property):
             return made.__get__(self)  # raises again what Python has dropped

@@ -76,21 +76,7 @@ def open_entry(
     *,
     hmac_key: bytes | None = None,
 ) -> CacheEntry:
-    """The entry for these factors; it is created when something is first saved.
-
-    Args:
-        root: the cache directory; None for `default_root`.
-        rank, dp_rank: this process's.
-        tag: which model of the process.
-        hmac_key: sign what is kept with this secret, and accept nothing that it did not sign.
-
-    Raises:
-        CacheError: a directory that others can write, that is somebody else's, or a link.
-
-    Example:
-        >>> entry = open_entry(None, KeyFactors({"versions": {"torch": "2.13.0"}}))
-        >>> entry.get_or_compile(content_key(graph_text, "1-16"), compile_to_bytes).data
-    """
+    """The entry for these factors; it is created when something is first saved."""
     if hmac_key is not None:
         factors = factors.signed_with(hmac_key)
     real = files.resolve_root(files.default_root() if root is None else root)
@@ -421,9 +407,6 @@ def collect(
 
     Also removes what only takes space: locks that nobody uses, and what has been in quarantine for
     longer than ``max_age_s`` (or any time).
-
-    Raises:
-        CacheError: the directory is unsafe, or cannot be changed.
     """
     real, now = files.resolve_root(root), time.time()
     entries = list_entries(real)

@@ -30,16 +30,6 @@ _HINT = "give it a method uuid() that returns a string"
 def canonical(value: Any, where: str) -> Any:
     """``value`` as plain JSON data: equal for equal content in any process, different for any other
     type or content.
-
-    Args:
-        where: the field it comes from, for the error.
-
-    Raises:
-        Unidentifiable: the value, or something in it, has no stable form, as a tensor or a lock.
-
-    Example:
-        >>> canonical((1, True, 1.0, "1"), "x")
-        [1, True, 1.0, '1']
     """
     try:
         return _Reader(where).read(value)

@@ -38,12 +38,7 @@ class Difference(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class KeyFactors:
-    """All factors, by group and name.
-
-    Example:
-        >>> KeyFactors({"versions": {"torch": "2.13.0"}}).hash
-        '4f2248ff912352163bafb85775922f6b'
-    """
+    """All factors, by group and name."""
 
     groups: Mapping[str, Mapping[str, str]]
 

@@ -68,9 +68,6 @@ def cache_disabled() -> bool:
 def signing_key(file: str | os.PathLike[str] | None = None) -> bytes | None:
     """The secret in ``file``, else in the one that ``PIECEWORK_CACHE_KEY_FILE`` names; None where
     there is neither.
-
-    Raises:
-        CacheError: it can't be read, or is too short to be a secret.
     """
     path = file or os.environ.get("PIECEWORK_CACHE_KEY_FILE", "")
     if not path:
@@ -95,9 +92,6 @@ def resolve_root(root: str | os.PathLike[str]) -> Path:
 
     Who can put another directory in its place, by a link or above it, puts one of his own there:
     owners are checked of directories, and of every file that is read.
-
-    Raises:
-        CacheError: somebody else could write into it.
     """
     try:
         real = Path(os.path.realpath(os.path.expanduser(os.fspath(root))))
@@ -159,12 +153,7 @@ def _is_trusted_owner(uid: int) -> bool:
 
 
 def read_regular(directory: Path, name: str, limit: int) -> bytes:
-    """The bytes of a plain file of ours below ``directory``, at most ``limit``.
-
-    Raises:
-        FileNotFoundError: there is none.
-        Damaged: it is a link, not a plain file, somebody else's, writable by others, or too large.
-    """
+    """The bytes of a plain file of ours below ``directory``, at most ``limit``."""
     path = directory / name
     try:
         file = open(path, "rb", opener=lambda name, _: os.open(name, _READ_FLAGS))  # noqa: SIM115
@@ -189,11 +178,7 @@ def read_regular(directory: Path, name: str, limit: int) -> bytes:
 
 
 def write_atomic(path: Path, data: bytes, mode: int = 0o600) -> None:
-    """Write to a temporary file beside ``path``, flush it to the disk and rename it into place.
-
-    Raises:
-        OSError: then the old file, or none, is there, and no temporary file is left.
-    """
+    """Write to a temporary file beside ``path``, flush it to the disk and rename it into place."""
     descriptor, temporary = tempfile.mkstemp(prefix=TEMPORARY_PREFIX, dir=path.parent)
     try:
         with os.fdopen(descriptor, "wb") as file:
@@ -224,9 +209,6 @@ def locked(root: Path, what: str, timeout_s: float) -> Iterator[None]:
 
     The lock files lie in ``<root>/.locks``, so that what they guard can be moved away while
     somebody waits. A killed process frees its locks (the kernel does); the empty files stay.
-
-    Raises:
-        TimeoutError: another one held it for so long.
     """
     from filelock import FileLock  # who only reads needs none
 

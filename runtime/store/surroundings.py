@@ -40,11 +40,7 @@ def machine(*graphs: torch.fx.GraphModule) -> Factors:
 
 
 def surroundings(*graphs: torch.fx.GraphModule) -> Factors:
-    """Everything of this process that decides what is compiled for ``graphs``.
-
-    Raises:
-        Unidentifiable: torch is set to something that has no stable form.
-    """
+    """Everything of this process that decides what is compiled for ``graphs``."""
     found = machine(*graphs)
     threads = {"threads": str(torch.get_num_threads())}
     return {
@@ -153,9 +149,6 @@ _ENVIRONMENT = (
 def settings_factors() -> dict[str, str]:
     """Setting → value as text: ambient modes, torch's switches and configurations, and code that
     was put into them.
-
-    Raises:
-        Unidentifiable: an option, a pass or a lowering that somebody set has no stable form.
     """
     options, changed = torch_options()
     settings = {**torch_settings(), **changed}
@@ -180,12 +173,7 @@ SELF_CONTAINED = frozenset(
 
 
 def operator_facts(graph: torch.fx.GraphModule) -> tuple[str, str]:
-    """What the compiled form of a piece depends on besides its structure.
-
-    Returns:
-        The content of each operator that is not torch's, with what its fake says of the results;
-        and why the compiled form holds for this process only, "" if it does not.
-    """
+    """What the compiled form of a piece depends on besides its structure."""
     lines: list[str] = []
     for node in every_node(graph):
         higher = node.target if isinstance(node.target, HigherOrderOperator) else None
@@ -239,9 +227,6 @@ def traced_files(graph: torch.fx.GraphModule) -> set[str]:
 def source_factors(files: Iterable[str | os.PathLike[str]]) -> dict[str, str]:
     """The SHA-256 of each source file that `is_foreign`, by the name of its module; a moved source
     tree has the same.
-
-    Raises:
-        CacheError: a source cannot be read, so that a change of it would go unseen.
     """
     modules = {getattr(each, "__file__", None): name for name, each in [*sys.modules.items()]}
     named: dict[str, set[str]] = {}  # scripts of one name in two folders both count

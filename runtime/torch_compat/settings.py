@@ -54,12 +54,7 @@ _BACKENDS = (
 
 
 def torch_settings() -> dict[str, object]:
-    """Setting → value: autocast, modes, default dtype and device, determinism, precisions, preferred kernels, the number of threads.
-
-    Example:
-        >>> torch_settings()["default dtype"]
-        torch.float32
-    """
+    """Setting → value: autocast, modes, default dtype and device, determinism, precisions, preferred kernels, the number of threads."""
     return {
         "default dtype": torch.get_default_dtype(),
         "default device": torch.get_default_device(),

@@ -28,11 +28,7 @@ _KIND = {
 def leaves_of(
     value: object, is_leaf: Callable[[object], bool] | None = None
 ) -> list[tuple[str, object]]:
-    """The leaves of nested containers with their paths, such as ``['h'][0]``; "" for a value that is none.
-
-    Args:
-        is_leaf: containers to take as leaves.
-    """
+    """The leaves of nested containers with their paths, such as ``['h'][0]``; "" for a value that is none."""
     try:
         found, _ = pytree.tree_flatten_with_path(value, is_leaf)
     except ValueError:  # a class was registered without names for its children, which is allowed
@@ -106,12 +102,7 @@ def parameters_of(
     kwargs: Mapping[str, object],
     assume: Assume,
 ) -> tuple[Parameter, ...]:
-    """The model's parameters, each with what the trace assumed of its argument.
-
-    Args:
-        args, kwargs: the example call; leaves are counted over ``(args, kwargs)`` as pytree flattens them.
-        assume: leaf number and example value → assumption.
-    """
+    """The model's parameters, each with what the trace assumed of its argument."""
     signature = signature_of(model) or _ANY_ARGUMENTS
     try:
         given = signature.bind(*args, **kwargs).arguments

@@ -29,16 +29,7 @@ from piecework.runtime.watch.values import is_fixed
 
 
 class Assumptions:
-    """The assumptions of one trace.
-
-    Args:
-        fakes: number of the flattened argument → the fake value that stood for it.
-        wished: torch's symbol → how it should be called.
-        leaves: the flattened example arguments.
-        labels: how errors call them.
-        asks_grad: code that was traced may ask whether a tensor requires gradients.
-        asks_strides: it may ask for strides, also for those of a size of 1, which mean nothing to operators.
-    """
+    """The assumptions of one trace."""
 
     def __init__(
         self,
@@ -98,11 +89,7 @@ class Assumptions:
         return self._names.get(symbol, "")
 
     def guards(self) -> tuple[str, ...]:
-        """What the trace relied on beyond ranges, as Python text over the symbols' names.
-
-        Raises:
-            EmitError: a condition has no text.
-        """
+        """What the trace relied on beyond ranges, as Python text over the symbols' names."""
         ranged = {symbol for size in self._sizes if (symbol := torch_compat.symbol_of(size))}
         values = [*self._sizes, *self._items.values()]
         conditions = torch_compat.guards_on(values, self._names, ranged)

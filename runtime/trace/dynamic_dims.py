@@ -44,17 +44,7 @@ def dims_of(
     *,
     owner: type | None = None,
 ) -> DynamicDims:
-    """The dynamic dimensions of ``forward``: as declared, or the first one of each annotated parameter that the first call passes tensors for.
-
-    Args:
-        forward: a function or method.
-        dynamic: parameter → one dimension or several.
-        unbacked: the same for dimensions without a hint, in addition.
-        owner: the class that ``forward`` belongs to.
-
-    Raises:
-        ConfigError: a name is no parameter, a dimension is no int, or nothing is declared or annotated.
-    """
+    """The dynamic dimensions of ``forward``: as declared, or the first one of each annotated parameter that the first call passes tensors for."""
     where = f"{owner.__qualname__}.forward" if owner is not None else forward.__qualname__
     parameters = dict(inspect.signature(forward).parameters)
     first = next(iter(parameters), None)
@@ -135,15 +125,6 @@ def marks_for(
     """The marks that dynamic dimensions of a call's arguments get.
 
     Under ``AUTO``, which serves other sizes by other traces, backed dimensions of 0 and 1 are left to be fixed.
-
-    Args:
-        dims: what is dynamic.
-        arguments: parameter → argument, as ``inspect.Signature.bind`` gives them.
-        shapes: how dynamic dimensions are represented.
-
-    Raises:
-        ConfigError: a declared dimension is out of range, or its argument holds no tensor.
-        InputError: nothing dynamic is passed, or a backed dimension has size 0 or 1, which a trace would fix.
     """
     found: dict[tuple[int, int], tuple[str, torch.Tensor, torch_compat.Mark]] = {}
     for table in (dims.dynamic, dims.unbacked):

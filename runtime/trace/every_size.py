@@ -44,14 +44,7 @@ class NotAdmitted(CaptureError):
 
 @dataclass
 class EverySize:
-    """The try of one trace's pieces, each different one once.
-
-    Args:
-        symbols: torch's names of the batch size, such as ``{"u0"}``; other symbols have the example's numbers.
-        weights: the model's own tensors, by the graph's placeholder.
-        rows_in_one: values are ``[1, rows, …]``, so that the batch size is in the stride of the first dimension, which nothing reads; and
-            whatever a piece's results are handed to takes them in any order in memory.
-    """
+    """The try of one trace's pieces, each different one once."""
 
     symbols: Collection[str]
     weights: Mapping[str, torch.Tensor]
@@ -59,11 +52,7 @@ class EverySize:
     _runs: dict[str, list[_Run]] = field(default_factory=dict)
 
     def before(self, split_gm: torch.fx.GraphModule, names: Sequence[str]) -> dict[str, Structure]:
-        """What each piece is, once all are known to run with every size; before any is compiled.
-
-        Raises:
-            NotAdmitted: one does not.
-        """
+        """What each piece is, once all are known to run with every size; before any is compiled."""
         structures: dict[str, Structure] = {}
         first: dict[str, str] = {}  # structure → the piece that is run for all of it
         shared: dict[int | None, str] = (
@@ -115,11 +104,7 @@ class EverySize:
         return None
 
     def after(self, compiled: Mapping[str, Compiled]) -> None:
-        """Compare what the pieces were compiled to with their graphs.
-
-        Raises:
-            NotAdmitted: one does something else.
-        """
+        """Compare what the pieces were compiled to with their graphs."""
         runs = [(name, run) for name, found in self._runs.items() for run in found]
         self._runs.clear()
         for name, run in runs:

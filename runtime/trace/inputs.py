@@ -65,14 +65,7 @@ def trace_back(
     held: dict[int, tuple[str, torch.Tensor]],
     place_of: Callable[[torch.fx.Node, torch.Tensor], Place],
 ) -> tuple[GraphInput, ...]:
-    """Where each placeholder of ``gm`` comes from.
-
-    Args:
-        leaves, names: the flattened arguments, and what a user calls each.
-        sources: what Dynamo calls each → its number.
-        held: the model's tensors, by identity.
-        place_of: how the model's code reached a tensor that is an input.
-    """
+    """Where each placeholder of ``gm`` comes from."""
     by_identity: dict[int, int] = {}
     for index, leaf in enumerate(leaves):
         if isinstance(leaf, torch.Tensor):

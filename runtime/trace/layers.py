@@ -33,9 +33,6 @@ class RegionError(CaptureError):
 class RepeatedLayers:
     """The layers of a model that a trace may go through once.
 
-    Args:
-        names: dotted names of the modules whose children they are.
-
     Attributes:
         text: what became of it, for the report.
     """
@@ -90,11 +87,7 @@ class RepeatedLayers:
                     kind.forward = own
 
     def write_out(self, gm: torch.fx.GraphModule) -> torch.fx.GraphModule:
-        """``gm`` with the nodes of each region in the place of its calls; for the backend of the trace, which takes the marks off.
-
-        Raises:
-            RegionError: a call can't be written out.
-        """
+        """``gm`` with the nodes of each region in the place of its calls; for the backend of the trace, which takes the marks off."""
         torch_compat.guard_past_marks([mark for mark, _ in self._marks.values()])
         self._unmark()
         calls = torch_compat.region_calls(gm.graph)

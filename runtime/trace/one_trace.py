@@ -100,13 +100,7 @@ def trace_once(
     attempt: Attempt,
     layers: RepeatedLayers,
 ) -> OpenTrace:
-    """Run Dynamo on ``model`` in one way; layers that are alike once, where torch lets that be done.
-
-    Raises:
-        Unsettled: all that the forward writes are plain attributes of modules, set to constants.
-        CaptureError: a graph break, no tensor operation, state that the forward changes in Python, an error of the model's
-            own, or an input or output that cannot be traced back.
-    """
+    """Run Dynamo on ``model`` in one way; layers that are alike once, where torch lets that be done."""
     dynamic, marks = attempt
     given = model, args, kwargs, dynamic, layers
     with marks_on(marks):

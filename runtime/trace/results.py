@@ -30,9 +30,6 @@ def sizes_from_graph(result, opens=True):  # type: ignore[no-untyped-def]
 
     Dynamo reads an integer that it knows a place for (an argument, ``x.shape``) at that place while the model is traced,
     which would give the example's number for good. A sum with 0 is a value of the graph's own; an integer that the trace fixed stays one.
-
-    Args:
-        opens: whether an instance may become an `_Instance`; not where it would be written into an object of the user's.
     """
     kind = type(result)
     if kind is int:
@@ -114,24 +111,13 @@ def let_dynamo_ask() -> None:
 
 
 def opened(result: object) -> tuple[object, list[weakref.ref[object]]]:
-    """``result`` with instances of users' classes made visible to pytree; what pytree knows already is left as it is.
-
-    Returns:
-        it, and the instances that are in it no longer; see `refuse_kept`.
-
-    Raises:
-        CaptureError: one of them is there twice.
-    """
+    """``result`` with instances of users' classes made visible to pytree; what pytree knows already is left as it is."""
     found: dict[int, weakref.ref[object]] = {}
     return _all_opened(result, found), list(found.values())
 
 
 def refuse_kept(made: Iterable[weakref.ref[object]]) -> None:
-    """Refuse instances that live on once nobody has the result: the model has them for longer, so they are not each call's own.
-
-    Raises:
-        CaptureError: one does.
-    """
+    """Refuse instances that live on once nobody has the result: the model has them for longer, so they are not each call's own."""
     for kept in (each() for each in made):
         if kept is not None:
             raise CaptureError(
@@ -238,16 +224,7 @@ def result_leaf(
     leaves: Sequence[object],
     held: Mapping[int, tuple[str, torch.Tensor]],
 ) -> ResultLeaf:
-    """Where ``leaf`` comes from.
-
-    Args:
-        standing_in: what `stand_ins` made.
-        leaves: the flattened example arguments.
-        held: the model's tensors, by identity.
-
-    Raises:
-        CaptureError: nothing of these can give it.
-    """
+    """Where ``leaf`` comes from."""
     for index, stand_in in enumerate(standing_in):
         if leaf is stand_in:
             return FromOutput(index)

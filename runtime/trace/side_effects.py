@@ -48,16 +48,7 @@ def settled(run: Callable[[], T], undo: ExitStack) -> T:
 def refuse_writes(
     gm: torch.fx.GraphModule, example_inputs: Sequence[object], arguments: Mapping[str, str]
 ) -> None:
-    """Raise if the trace that is running wrote something that its graph does not write.
-
-    Args:
-        gm, example_inputs: as Dynamo gave them to its backend.
-        arguments: Dynamo's names of the arguments → their own.
-
-    Raises:
-        Unsettled: it set plain attributes of modules to constants, and wrote nothing else.
-        CaptureError: it did; the first such place is named.
-    """
+    """Raise if the trace that is running wrote something that its graph does not write."""
     nodes = gm.graph.find_nodes(op="placeholder")
     pairs = zip(nodes, example_inputs, strict=True)
     fakes = {id(each): node.meta["example_value"] for node, each in pairs}

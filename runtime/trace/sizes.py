@@ -80,12 +80,7 @@ def _tensors(args: Args, kwargs: Kwargs) -> list[torch.Tensor]:
 
 
 class DeclaredDimensions(SizePolicy):
-    """The dimensions that a decorator declares, or reads off annotations.
-
-    Args:
-        dims: what is dynamic, by parameter.
-        forward: whose parameters these are.
-    """
+    """The dimensions that a decorator declares, or reads off annotations."""
 
     def __init__(self, dims: DynamicDims, forward: Callable[..., object]) -> None:
         self._dims = dims
@@ -110,11 +105,7 @@ class DeclaredDimensions(SizePolicy):
 
 
 class KeptMarks(SizePolicy):
-    """The dimensions that somebody marked on the first example's tensors; later examples get the same marks.
-
-    Args:
-        leaves: the flattened arguments of the first example.
-    """
+    """The dimensions that somebody marked on the first example's tensors; later examples get the same marks."""
 
     def __init__(self, leaves: Sequence[object]) -> None:
         self._marks = {index: torch_compat.marks_of(leaf) for index, leaf in enumerate(leaves)}
@@ -149,12 +140,6 @@ def attempts(
 
     A trace for every size comes first; then one for sizes of 2 and more (or the example's 0 or 1); then one whose batch alone is dynamic,
     if the policy leaves that open.
-
-    Args:
-        args, kwargs: example arguments; any pytree of tensors, numbers and None.
-        sizes: which dimensions are dynamic. None: all of the tensor arguments, unless some are marked
-            (``torch._dynamo.mark_dynamic``, ``mark_unbacked``, ``mark_static``), then those.
-        failures: why attempts failed; whoever makes them adds to it.
     """
     if sizes is None:
         leaves = pytree.tree_leaves((tuple(args), dict(kwargs)))

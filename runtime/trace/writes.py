@@ -43,13 +43,7 @@ class Mutation:
 def mutations_in(
     split_gm: torch.fx.GraphModule, pieces: Sequence[str], held: Mapping[str, str]
 ) -> tuple[Mutation, ...]:
-    """The writes to held tensors, or views of them, inside ``pieces``.
-
-    Args:
-        split_gm: the stitching graph (or a whole graph that holds the pieces as submodules), with fake values.
-        pieces: submodules that are looked at.
-        held: placeholder of ``split_gm`` → path of the model's tensor behind it.
-    """
+    """The writes to held tensors, or views of them, inside ``pieces``."""
     paths: dict[int, str] = {}
     for node in split_gm.graph.find_nodes(op="placeholder"):
         key = memory_of(value_of(node))
@@ -68,9 +62,6 @@ def refuse_mutations(found: Sequence[Mutation]) -> None:
     """Raise for writes to the model's own tensors inside captured pieces.
 
     A static graph is warmed up and captured by running it, so a buffer that a piece advances would be advanced too often.
-
-    Raises:
-        StaticGraphError: there is one; the first is named and the others are counted.
     """
     if not found:
         return
@@ -94,11 +85,7 @@ def held_by_source(graph: torch.fx.GraphModule) -> dict[str, str]:
 
 
 def written_inputs(piece: torch.fx.GraphModule, *, shared: bool = False) -> frozenset[int]:
-    """Which placeholders of a graph, by number, it writes to, or to a view of; arguments that share memory with one too.
-
-    Args:
-        shared: of those alone that share their memory with another input.
-    """
+    """Which placeholders of a graph, by number, it writes to, or to a view of; arguments that share memory with one too."""
     inputs: dict[int, list[int]] = {}
     for number, node in enumerate(piece.graph.find_nodes(op="placeholder")):
         key = memory_of(value_of(node))

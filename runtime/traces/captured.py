@@ -184,11 +184,7 @@ class Captures:
         return self._captured()[0]
 
     def _captured(self) -> list[CapturedModel]:
-        """The static graphs of each trace that has some, one at least.
-
-        Raises:
-            BindError: nothing is captured.
-        """
+        """The static graphs of each trace that has some, one at least."""
         found = [each.static for each in self.traces if each.static is not None]
         if not found:
             raise self._nothing()

@@ -231,17 +231,7 @@ def trace_model(
     sizes: SizePolicy | None,
     as_it_is: Callable[..., object],
 ) -> TracedModel:
-    """Trace ``model`` and compile what it does.
-
-    Args:
-        args, kwargs: the example call.
-        new_backend: makes a backend for each graph that is tried.
-        sizes: which dimensions are dynamic; None: those that are marked, or all.
-        as_it_is: runs the model uncompiled.
-
-    Raises:
-        PieceworkError: as ``piecework.compile``.
-    """
+    """Trace ``model`` and compile what it does."""
     backend = new_backend()
     require_registered(backend.declared_ops)  # before a trace that may take long
     require_fitting(model, args, kwargs)

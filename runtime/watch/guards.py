@@ -49,12 +49,7 @@ _ASKS_TENSORS = ("requires_grad", "is_leaf", "grad_fn", "retains_grad", "Paramet
 
 
 class TraceGuards:
-    """Collects the guards of one trace, and sorts them.
-
-    Args:
-        model, args, kwargs: what is traced.
-        variables: the globals of the function that is traced.
-    """
+    """Collects the guards of one trace, and sorts them."""
 
     def __init__(
         self,

@@ -25,18 +25,7 @@ OBJECTS = {
 
 
 class DynamoJudge:
-    """Dynamo's own guards: says what of them does not hold.
-
-    Args:
-        root: all guards of the trace, as torch checks them.
-        guards: those that are asked; objects that they compare by identity are held weakly.
-        now: what is at their places.
-        places: Dynamo's names of all places.
-        names: Dynamo's names of arguments → their own.
-        starts: what places start in.
-        variables: the globals of the traced function; Dynamo takes its own back when it forgets its code.
-        apart: how names of places begin that are none of theirs.
-    """
+    """Dynamo's own guards: says what of them does not hold."""
 
     def __init__(
         self,

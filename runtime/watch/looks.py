@@ -25,9 +25,6 @@ _OF_LIBRARIES = {"torch", *sys.stdlib_module_names}
 class Looks:
     """The look-ups to watch for some guards and weights.
 
-    Args:
-        now: what is at their places.
-
     Attributes:
         found: the look-ups, each once.
         classes: classes that decide what look-ups in their instances find, each with a place that leads to it.

@@ -20,11 +20,7 @@ PLAIN_KEYS = (str, int, bool, type(None))
 
 
 class LookUps:
-    """What lies at places now; each is looked up once.
-
-    Args:
-        starts: ``"local"`` and ``"global"`` → the variables that places start in.
-    """
+    """What lies at places now; each is looked up once."""
 
     def __init__(self, starts: Mapping[str, Mapping[str, object]]) -> None:
         self._starts = starts
@@ -92,11 +88,7 @@ def is_argument(place: Place) -> bool:
 
 
 def place_text(place: Place, names: Mapping[str, str] | None = None) -> str:
-    """A place as a person would write it: ``layers.0.scale``, ``options['rate']``, ``Model.rate``.
-
-    Args:
-        names: Dynamo's names of arguments → their own.
-    """
+    """A place as a person would write it: ``layers.0.scale``, ``options['rate']``, ``Model.rate``."""
     (start, first), *steps = place
     text = "" if place[:1] == MODEL else str(first[0] if start == "root" else first)  # type: ignore[index]
     if start == "local" and steps:

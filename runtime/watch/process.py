@@ -16,12 +16,7 @@ _MOST = 8
 
 
 class ProcessState:
-    """torch's global state as it was.
-
-    Args:
-        state: what `torch_compat.global_state` says of it; None takes that of now.
-        asks_autocast: the model's code asks for autocast, also where it is off.
-    """
+    """torch's global state as it was."""
 
     def __init__(
         self, state: Mapping[str, object] | None = None, asks_autocast: bool = False

@@ -121,12 +121,7 @@ class TracedState:
     # --- the model's side -----------------------------------------------------------------------------
 
     def look(self, weights: Iterable[Place]) -> tuple[list[Look], Callable[[], bool] | None]:
-        """How to see that anything changed, or where ``weights`` lie.
-
-        Returns:
-            The look-ups that tell, while none is touched, that everything holds but what the second says in every call;
-            None if nothing must be asked.
-        """
+        """How to see that anything changed, or where ``weights`` lie."""
         # What was noted first serves once as it is: what changed since is seen as a change.
         looks, self._first = self._first or self._guarded(), None
         looks.add_weights(weights)

@@ -56,12 +56,7 @@ class PlainValue:
 def plain_values(
     guards: Iterable[Guarded], now: LookUps
 ) -> tuple[tuple[PlainValue, ...], tuple[str, ...]]:
-    """The plain values behind guards, and places with reasons of what only this process can compare.
-
-    Args:
-        guards: tensors are left out, and what is inside Python, torch and piecework but functions of modules: their versions are compared.
-        now: what lies at their places.
-    """
+    """The plain values behind guards, and places with reasons of what only this process can compare."""
     found: dict[PlainValue, None] = {}
     untold = []
     for guard in guards:
@@ -81,11 +76,7 @@ def plain_values(
 
 
 def import_starts(values: Iterable[PlainValue]) -> None:
-    """Import the modules that ``values`` start in.
-
-    Raises:
-        ImportError: one can't be.
-    """
+    """Import the modules that ``values`` start in."""
     for kind, key in {value.guard.place[0] for value in values}:
         if kind in ("import", "object"):
             importlib.import_module(str(key).partition(":")[0])
@@ -132,11 +123,7 @@ def _seen(guard: Guarded, now: LookUps) -> str:
 
 
 def _text(guard: Guarded, now: LookUps) -> str:
-    """What a guard compares, as a text.
-
-    Raises:
-        Untellable: it can be told apart in this process only.
-    """
+    """What a guard compares, as a text."""
     value, about = now.at(guard.place), guard.about
     if guard.other:
         return "one object" if value is not MISSING and value is now.at(guard.other) else "two"
@@ -161,11 +148,7 @@ def _holds_keys(value: object) -> bool:
 
 
 def plain_text(value: Any) -> str:
-    """A text that is equal where values are, type by type: ``1``, ``1.0`` and ``True`` have three; of a function it says what it runs.
-
-    Raises:
-        Untellable: it, or something in it, is told apart by identity alone.
-    """
+    """A text that is equal where values are, type by type: ``1``, ``1.0`` and ``True`` have three; of a function it says what it runs."""
     kind = type(value)
     if kind in _PLAIN:
         return repr(value)

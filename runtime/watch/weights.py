@@ -215,11 +215,7 @@ class BoundWeights:
     # --- the weights of now ------------------------------------------------------------------------
 
     def current(self) -> list[torch.Tensor]:
-        """The weights that the model holds now.
-
-        Raises:
-            BindError: one is missing, or differs from the trace in more than its values.
-        """
+        """The weights that the model holds now."""
         found = []
         now, again = (LookUps(self.state.starts) for _ in range(2))
         for weight, ways in zip(self.traced, self._ways, strict=True):
@@ -248,11 +244,7 @@ class BoundWeights:
         return found
 
     def rebound(self) -> BoundWeights:
-        """What the model holds now, as another binding.
-
-        Raises:
-            BindError: as `current`; or another thread keeps replacing weights.
-        """
+        """What the model holds now, as another binding."""
         found = self.current()
         for _ in range(_TRIES):
             other = self._with(tensors=found)

@@ -50,16 +50,7 @@ def attention(
     sliding_window: int | None = None,
     is_causal: bool | None = None,
 ) -> None:
-    """Attend over the running request and write into ``out``.
-
-    Args:
-        query: [1, heads, rows, dim]; ``key`` and ``value``: [1, kv heads, rows, dim]. The rows are
-            the tokens of every batch row, one batch row after the other, and maybe padding behind
-            them.
-        out: [1, rows, heads, value dim], written.
-        layer_name: which layer attends; its cache slot, mask and module come from the request.
-        The others are as the model passes them to its attention function.
-    """
+    """Attend over the running request and write into ``out``."""
     request = current_request()
     layer = request.layers[layer_name]
     if request.step is not None and softcap is None and s_aux is None:

@@ -190,15 +190,7 @@ def _eager_attention_of(module: torch.nn.Module) -> AttentionFunction:
 def dry_request(
     mode: CUDAGraphMode, descriptor: BatchDescriptor
 ) -> Iterator[ForwardContext | None]:
-    """The context of a run on dummy tokens; the ``context_for`` of a capture.
-
-    Example:
-        >>> stitched_module(model).capture([1, 2, 4], context_for=dry_request, pad=True)
-        >>> model.generate(ids)  # decoding steps replay
-
-    Raises:
-        StaticGraphError: the mode is FULL: the graph would hold the attention of the dummy request.
-    """
+    """The context of a run on dummy tokens; the ``context_for`` of a capture."""
     if mode is CUDAGraphMode.FULL:
         raise StaticGraphError(
             "a full graph would freeze the attention of a dummy request",

@@ -40,13 +40,7 @@ LayerShape = tuple[int, int, int]
 
 
 class StaticDecode:
-    """The memory of full graphs for decode steps, and the cache that lies in it.
-
-    Args:
-        shapes: what each attention layer stores, by its slot in the cache.
-        largest, length: the most sequences of a step, and the longest cache.
-        like: of the dtype, and on the device, of what is stored.
-    """
+    """The memory of full graphs for decode steps, and the cache that lies in it."""
 
     def __init__(
         self,
@@ -112,11 +106,7 @@ class StaticDecode:
                 self.step = None
 
     def take(self, cache: Cache, batch: int, masks: steps.LayerMasks) -> StaticStep | None:
-        """The step of a cache, moved here if need be, with its masks; None, and counted, if it can't.
-
-        Raises:
-            InputError: the cache is full.
-        """
+        """The step of a cache, moved here if need be, with its masks; None, and counted, if it can't."""
         step = self.step
         if type(cache) is not StaticCache or step is None:
             return None

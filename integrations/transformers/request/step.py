@@ -133,12 +133,7 @@ class GrowingRows:
     def append(
         self, key: torch.Tensor, value: torch.Tensor, indices: dict[int, torch.Tensor]
     ) -> Pair | None:
-        """The layer's keys and values with those of one more token; None where they don't fit.
-
-        Args:
-            key, value: [1, kv heads, batch, dim].
-            indices: number of a row → an index tensor of it, shared by all layers of a forward.
-        """
+        """The layer's keys and values with those of one more token; None where they don't fit."""
         layer, length = self._layer, self._length
         if (
             layer.keys is not self._keys

@@ -19,13 +19,6 @@ def direct_entry(
     have nothing to do before or after the call: no mutation to write back, no output to make an alias of an input, no tensor
     subclass, no random state, no effect token, no change of grad mode. Copies of misaligned inputs and CUDA graphs, where
     there are any, are part of what is returned.
-
-    Args:
-        inputs, outputs: how many the piece has.
-        vouched: the same program was found clean before it was saved; a loaded artifact has no record of its own.
-
-    Returns:
-        The function and ""; or None and why the artifact must be called as it is.
     """
     held = _held_in(getattr(artifact, "_compiled_fn", None))
     graphs = _of_kind(held, "CompiledFxGraph")

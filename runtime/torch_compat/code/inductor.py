@@ -20,12 +20,7 @@ def standalone_compile(
     dynamic_shapes: str,
     config_patches: dict[str, object],
 ) -> Callable[..., object]:
-    """Compile a flat graph with Inductor into an artifact of its own (``torch._inductor.standalone_compile``).
-
-    Args:
-        dynamic_shapes: ``"from_tracing_context"`` keeps the symbols of the capture, ``"from_example_inputs"`` takes
-            sizes as they are.
-    """
+    """Compile a flat graph with Inductor into an artifact of its own (``torch._inductor.standalone_compile``)."""
     from torch._inductor import standalone_compile as compile_one
 
     return compile_one(
@@ -43,11 +38,7 @@ def compile_fx(
     own_shapes: bool,
     config_patches: dict[str, object],
 ) -> Callable[..., object]:
-    """Compile a flat graph through ``torch._inductor.compile_fx``, on a copy of it.
-
-    Args:
-        own_shapes: take sizes as they are instead of keeping the symbols of the capture.
-    """
+    """Compile a flat graph through ``torch._inductor.compile_fx``, on a copy of it."""
     from torch._inductor.compile_fx import compile_fx as compile_one
 
     if not own_shapes:

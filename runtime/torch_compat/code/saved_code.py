@@ -56,11 +56,7 @@ def kernel_file(value: object) -> Path | None:
 
 
 def load_kernel(data: bytes, digest: str) -> Callable[..., object]:
-    """The function of a shared object of Inductor's, from exactly these bytes: they are loaded from a file that nobody else can reach.
-
-    Raises:
-        ImportError, OSError: the system can't load it, or this torch has no such kernels.
-    """
+    """The function of a shared object of Inductor's, from exactly these bytes: they are loaded from a file that nobody else can reach."""
     guards: Any = torch._C._dynamo.guards
     address = getattr(guards, "_torchinductor_pyobject_tensor_data_ptr", None)
     if address is None:

@@ -152,11 +152,7 @@ def dynamo_backend(name: str) -> Callable[..., object]:
 
 
 def keep_out_of_traces(function: types.FunctionType, reason: str) -> None:
-    """Let Dynamo call ``function`` and never trace it, nor what it calls: as ``torch.compiler.disable`` does, without a wrapper in the way.
-
-    Args:
-        reason: what Dynamo says where it must trace everything (``fullgraph=True``).
-    """
+    """Let Dynamo call ``function`` and never trace it, nor what it calls: as ``torch.compiler.disable`` does, without a wrapper in the way."""
     marks = {"_torchdynamo_disable": True, "_torchdynamo_disable_msg": reason}
     function.__dict__.update(marks)
     frames = torch._C._dynamo.eval_frame

@@ -48,9 +48,6 @@ class Guarded:
 class GuardReader:
     """Reads the guards of one trace; give `choose` to ``torch.compile`` as ``options["guard_filter_fn"]``.
 
-    Args:
-        wanted: called once with all guards; says for each whether Dynamo's own check must have it.
-
     Attributes:
         names: what Dynamo calls places that it guards, and those on the way there.
     """

@@ -73,14 +73,7 @@ def guard_past_marks(marked: Collection[object]) -> None:
 
 
 def guard_alike(pairs: Mapping[int, int]) -> bool:
-    """Guard of modules what the running trace has guarded of others that it went through in their place.
-
-    Args:
-        pairs: module → the one that was traced, by identity.
-
-    Returns:
-        Whether it was done.
-    """
+    """Guard of modules what the running trace has guarded of others that it went through in their place."""
     guards = _guards()
     known = getattr(getattr(running_output(), "side_effects", None), "id_to_variable", {})
     sources = {each: getattr(known.get(each), "source", None) for each in {*pairs, *pairs.values()}}

@@ -84,11 +84,7 @@ def learned_since(env: Any, before: KnownSizes) -> tuple[str, ...] | None:
 
 
 def learn_again(env: Any, texts: Iterable[str]) -> bool:
-    """Make ``env`` know conditions that `learned_since` gave for symbols of the same names, as guards.
-
-    Returns:
-        False, with nothing changed, if one does not hold for the example inputs, or is no condition.
-    """
+    """Make ``env`` know conditions that `learned_since` gave for symbols of the same names, as guards."""
     symbols = {str(symbol): symbol for symbol in getattr(env, "var_to_range", {})}
     import sympy
 

@@ -41,9 +41,6 @@ def writes_of_trace(same: SameTensor) -> list[Write]:
 
     What was stored again where it lay already is no write: the same object, an equal number or text, or a tensor that the
     graph wrote in place (``self.state += 1``).
-
-    Returns:
-        The writes; none where torch doesn't show its records.
     """
     effects = getattr(running_output(), "side_effects", None)
     wanted = ("keepalive", "id_to_variable", "store_attr_mutations", "is_modified", "tensor_hooks")

@@ -14,12 +14,7 @@ BodyOf = Callable[[torch._ops.OpOverload, tuple[object, ...]], "Callable[..., ob
 
 
 class OperatorWatch(TorchDispatchMode):
-    """Tells of every operator, and of those that a user's operator runs inside.
-
-    Args:
-        before, after: told before and after each operator.
-        body_of: the Python function of an operator, which is run in its place and watched; None runs the operator itself.
-    """
+    """Tells of every operator, and of those that a user's operator runs inside."""
 
     # Higher-order operators (flex attention) go through; what they run inside is not looked at.
     supports_higher_order_operators = True
