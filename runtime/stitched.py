@@ -187,7 +187,8 @@ class StitchedModule(Captures, Observed, SharedModule):
 
     def _prepare_and_call(self, *args: object, **kwargs: object) -> object:
         """The first call."""
-        if self._switched_off() or torch_compat.dispatch_modes():
+        modes = torch_compat.dispatch_modes() or not torch_compat.only_default_device_modes()
+        if modes or self._switched_off():  # a trace would build into its graph what a mode does
             return self.as_it_is(*args, **kwargs)
         with self._lock:
             if not self.traces:  # another thread may have been first

@@ -334,3 +334,17 @@ def test_a_compiler_that_asks_for_the_number_of_a_size_gets_a_trace_that_has_it(
     stitched = piecework.compile(model, (torch.randn(6, 8),))
     for rows in (6, 2):
         same(stitched, model, torch.randn(rows, 8))
+
+
+def test_a_first_call_under_a_function_mode_leaves_no_trace_of_it() -> None:
+    class Tenfold(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            return result * 10 if function is torch.sin else result
+
+    x = torch.ones(3)
+    stitched = piecework.compile(lambda x: torch.sin(x), config={"backend": "eager"})
+    with Tenfold():
+        result = stitched(x)
+    torch.testing.assert_close(result, torch.sin(x) * 10)
+    torch.testing.assert_close(stitched(x), torch.sin(x))
