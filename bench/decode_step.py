@@ -51,15 +51,11 @@ Report = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class Contender:
-    """A way to decode.
+    """A way to decode."""
 
-    Attributes:
-        step: one more token of each sequence, [batch, 1], to logits, [batch, 1, vocabulary].
-        rewind: forget the last ``STEPS`` tokens.
-    """
-
+    # one more token of each sequence, [batch, 1], to logits, [batch, 1, vocabulary]
     step: Callable[[torch.Tensor], torch.Tensor]
-    rewind: Callable[[], None]
+    rewind: Callable[[], None]  # forget the last ``STEPS`` tokens
 
     def steps(self, ids: torch.Tensor) -> None:
         for _ in range(STEPS):

@@ -36,20 +36,13 @@ _SEEDS = ("1", "2")
 
 @dataclass(frozen=True, slots=True)
 class CaseResult:
-    """What the checks said of one text of a case.
-
-    Attributes:
-        comparison: golden and emitted text; None if nothing could be emitted.
-        problems: what is wrong with the emitted text itself, golden or not.
-        written: the golden was replaced.
-        kind: which text; "stitched" is the stitching source.
-    """
+    """What the checks said of one text of a case."""
 
     case: Case
-    comparison: Comparison | None
-    problems: tuple[str, ...] = ()
-    written: bool = False
-    kind: str = STITCHED
+    comparison: Comparison | None  # golden and emitted text; None if nothing could be emitted
+    problems: tuple[str, ...] = ()  # what is wrong with the emitted text itself, golden or not
+    written: bool = False  # the golden was replaced
+    kind: str = STITCHED  # which text; "stitched" is the stitching source
 
     @property
     def name(self) -> str:

@@ -41,18 +41,14 @@ def safe_name(name: str) -> str:
 
 @dataclass(slots=True)
 class References:
-    """What one pytest session knows; the sessions of several workers are merged.
+    """What one pytest session knows; the sessions of several workers are merged."""
 
-    Attributes:
-        tests: test file → names of the tests found in it.
-        passed: test file → names of tests that ran to their end.
-        partial: files of which only some tests were asked for.
-        used: golden that was compared → the test that used it first.
-    """
-
+    # test file → names of the tests found in it
     tests: dict[str, set[str]] = field(default_factory=dict)
+    # test file → names of tests that ran to their end
     passed: dict[str, set[str]] = field(default_factory=dict)
-    partial: set[str] = field(default_factory=set)
+    partial: set[str] = field(default_factory=set)  # files of which only some tests were asked for
+    # golden that was compared → the test that used it first
     used: dict[str, str] = field(default_factory=dict)
 
     def as_data(self) -> tuple[object, ...]:

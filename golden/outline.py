@@ -59,24 +59,19 @@ def read_tables(lines: Sequence[str]) -> Tables:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One statement.
+    """One statement."""
 
-    Attributes:
-        kind: ``piece`` (a call through ``__vllm_submods__``), ``inlined`` (a function of this module
-            or an alias), ``call`` (everything else that computes), ``return`` or ``other``.
-        callee: the submodule's name, the function's path, or an operator sign.
-        results: the names that it binds; ``unpack`` if it takes its value apart for them.
-        arguments: the operands, each with its keyword ("" by position).
-        comment: the comment lines right above it.
-    """
-
+    # ``piece`` (a call through ``__vllm_submods__``), ``inlined`` (a function of this module or an
+    # alias), ``call`` (everything else that computes), ``return`` or ``other``
     kind: str
-    callee: str
+    callee: str  # the submodule's name, the function's path, or an operator sign
+    # the names that it binds; ``unpack`` if it takes its value apart for them
     results: tuple[str, ...]
+    # the operands, each with its keyword ("" by position)
     arguments: tuple[tuple[str, ast.expr], ...]
     line: int
     text: str
-    comment: str = ""
+    comment: str = ""  # the comment lines right above it
     unpack: bool = False
 
     @property

@@ -18,15 +18,10 @@ TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 
 @dataclass(frozen=True, slots=True)
 class ModelTag:
-    """A name that keeps the models of one program apart: in reports, in folders and in the cache.
+    """A name that keeps the models of one program apart: in reports, in folders and in the cache."""
 
-    Attributes:
-        tag: ``backbone`` unless said otherwise.
-        is_encoder: the model is an encoder: its last batch range is open-ended.
-    """
-
-    tag: str = DEFAULT_TAG
-    is_encoder: bool = False
+    tag: str = DEFAULT_TAG  # ``backbone`` unless said otherwise
+    is_encoder: bool = False  # the model is an encoder: its last batch range is open-ended
 
     def prefix(self, model_name: str) -> str:
         """``model_name`` with the tag before it, where there is one: ``drafter.Llama``."""

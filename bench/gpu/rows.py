@@ -29,17 +29,12 @@ Clock = Callable[[Step, str], float]
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """How large everything is, and until when there is time.
-
-    Attributes:
-        backend: compiles the pieces of the parts that compare ways to replay; the kernels are the same for all.
-        compiler: compiles where compiling is what is looked at.
-        deadline: by `time.monotonic`.
-    """
+    """How large everything is, and until when there is time."""
 
     device: str
+    # compiles the pieces of the parts that compare ways to replay; the kernels are the same for all
     backend: str
-    compiler: str
+    compiler: str  # compiles where compiling is what is looked at
     shape: DecoderShape
     layers: tuple[int, ...]
     deep_layers: tuple[int, ...]
@@ -50,7 +45,7 @@ class Scale:
     llama: Mapping[str, int]
     tokens: int
     out: Path | None = None
-    deadline: float = math.inf
+    deadline: float = math.inf  # by `time.monotonic`
 
     @property
     def in_time(self) -> bool:

@@ -15,20 +15,15 @@ from piecework.errors import UsageError
 
 @dataclass(frozen=True, slots=True)
 class ModelList:
-    """One list.
+    """One list."""
 
-    Attributes:
-        rows: makes its rows; `ImportError` where a package isn't installed.
-        text: what it is, and what it needs.
-        backend: what compiles, where nobody says.
-        everywhere: stock runs it always, every third row is also cut and captured; else stock is asked only where piecework is not equal.
-        admits: whether a row belongs to it, where that takes a config to tell.
-    """
-
-    rows: Callable[[], list[Row]]
-    text: str
-    backend: str = "inductor"
+    rows: Callable[[], list[Row]]  # makes its rows; `ImportError` where a package isn't installed
+    text: str  # what it is, and what it needs
+    backend: str = "inductor"  # what compiles, where nobody says
+    # stock runs it always, every third row is also cut and captured; else stock is asked only where
+    # piecework is not equal
     everywhere: bool = True
+    # whether a row belongs to it, where that takes a config to tell
     admits: Callable[[str], bool] = lambda name: True
 
 

@@ -30,20 +30,14 @@ FILE = "models.json"
 
 @dataclass(slots=True)
 class RowResult:
-    """What became of one row.
-
-    Attributes:
-        outcomes: one per sample that was tried.
-        problem: why the row was not tried, or not to its end; "" if it was.
-        seconds: how long it took.
-    """
+    """What became of one row."""
 
     source: str
     name: str
     kind: str
-    outcomes: list[Outcome] = field(default_factory=list)
-    problem: str = ""
-    seconds: float = 0.0
+    outcomes: list[Outcome] = field(default_factory=list)  # one per sample that was tried
+    problem: str = ""  # why the row was not tried, or not to its end; "" if it was
+    seconds: float = 0.0  # how long it took
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,38 +21,29 @@ BATCHES = (4, 1, 2, 5, 0)
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One model with arguments.
+    """One model with arguments."""
 
-    Attributes:
-        label: which sample of its row this is.
-        build: makes the model; each call gives an equal, independent one.
-        arguments: batch size → positional and keyword arguments, equal at each call.
-        example: the batch size to trace with; -1 where the arguments have no batch dimension.
-        others: further batch sizes; those that eager can't run are left out.
-    """
-
-    label: str
+    label: str  # which sample of its row this is
+    # makes the model; each call gives an equal, independent one
     build: Callable[[], Callable[..., object]]
+    # batch size → positional and keyword arguments, equal at each call
     arguments: Callable[[int], Call]
+    # the batch size to trace with; -1 where the arguments have no batch dimension
     example: int = BATCHES[0]
+    # further batch sizes; those that eager can't run are left out
     others: Sequence[int] = BATCHES[1:]
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line of the table: a model of a list, with its samples.
+    """One line of the table: a model of a list, with its samples."""
 
-    Attributes:
-        source: the list.
-        name: what the list calls it.
-        samples: makes its samples, evenly spread where there are more than the given number (0: all): `Sample`, or a family to generate with.
-        kind: what it is for, as far as the list tells.
-    """
-
-    source: str
-    name: str
+    source: str  # the list
+    name: str  # what the list calls it
+    # makes its samples, evenly spread where there are more than the given number (0: all):
+    # `Sample`, or a family to generate with
     samples: Callable[[int], Sequence[Any]]
-    kind: str = ""
+    kind: str = ""  # what it is for, as far as the list tells
 
 
 def spread(items: Sequence[Sample], limit: int) -> list[Sample]:

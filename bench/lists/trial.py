@@ -36,16 +36,12 @@ Heard = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How a sample is tried.
+    """How a sample is tried."""
 
-    Attributes:
-        backend: what compiles, for stock and for piecework's pieces.
-        cut: try it with a splitting op and captured as well.
-        stock: whether stock is tried always, or only where piecework is not equal to eager; half the time where it mostly is.
-    """
-
-    backend: str = "inductor"
-    cut: bool = False
+    backend: str = "inductor"  # what compiles, for stock and for piecework's pieces
+    cut: bool = False  # try it with a splitting op and captured as well
+    # whether stock is tried always, or only where piecework is not equal to eager; half the time
+    # where it mostly is
     stock: Literal["always", "if unequal"] = "always"
 
     def config(self) -> CompilationConfig:
@@ -54,19 +50,13 @@ class Options:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What one contender did with one sample.
+    """What one contender did with one sample."""
 
-    Attributes:
-        status: equal to eager; refused by name; failed with an error that nobody meant; or wrong.
-        why: the first error or difference, one line.
-        zero: what became of batch 0: "" (not tried), "equal", or how it went wrong.
-        trace: the traceback of an error.
-    """
-
+    # equal to eager; refused by name; failed with an error that nobody meant; or wrong
     status: Status
-    why: str = ""
-    zero: str = ""
-    trace: str = ""
+    why: str = ""  # the first error or difference, one line
+    zero: str = ""  # what became of batch 0: "" (not tried), "equal", or how it went wrong
+    trace: str = ""  # the traceback of an error
 
 
 @dataclass(slots=True)

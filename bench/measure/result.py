@@ -19,39 +19,24 @@ from rich.table import Table
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One contender in one setting.
+    """One contender in one setting."""
 
-    Attributes:
-        setting: what varies, such as ``{"layers": 32, "batch": 4}``.
-        contender: its name.
-        seconds: time of one call in the fastest round.
-        ratios: reference → how many times its time.
-        note: what to know about the figure.
-    """
-
-    setting: dict[str, object]
-    contender: str
-    seconds: float
-    ratios: dict[str, float] = field(default_factory=dict)
-    note: str = ""
+    setting: dict[str, object]  # what varies, such as ``{"layers": 32, "batch": 4}``
+    contender: str  # its name
+    seconds: float  # time of one call in the fastest round
+    ratios: dict[str, float] = field(default_factory=dict)  # reference → how many times its time
+    note: str = ""  # what to know about the figure
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A bound of PERFORMANCE.md's kind, and what was measured.
+    """A bound of PERFORMANCE.md's kind, and what was measured."""
 
-    Attributes:
-        name: its identifier, such as ``B1``.
-        text: what is compared.
-        bound: the target.
-        measured: the figure.
-        at_most: True if ``measured`` must not exceed ``bound``, False if it must reach it.
-    """
-
-    name: str
-    text: str
-    bound: float
-    measured: float
+    name: str  # its identifier, such as ``B1``
+    text: str  # what is compared
+    bound: float  # the target
+    measured: float  # the figure
+    # True if ``measured`` must not exceed ``bound``, False if it must reach it
     at_most: bool = True
 
     @property

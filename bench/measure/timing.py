@@ -22,12 +22,9 @@ FEWEST = 20  # rounds, however long they take
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Seconds per call of one contender.
+    """Seconds per call of one contender."""
 
-    Attributes:
-        rounds: round number → seconds per call; within a round all contenders ran side by side.
-    """
-
+    # round number → seconds per call; within a round all contenders ran side by side
     rounds: Mapping[int, float]
 
     @property

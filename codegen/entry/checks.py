@@ -25,25 +25,16 @@ from piecework.codegen.plan.names import NameTable
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One assumption.
+    """One assumption."""
 
-    Attributes:
-        kind: which; errors are told by it.
-        text: the condition.
-        leaf: the flattened argument that it is about; None for several, or a container.
-        name: what the text calls what is looked at.
-        label: what errors call it.
-        expected: what the trace had there.
-        dim: the dimension, for a size or a stride.
-    """
-
-    kind: str
-    text: str
+    kind: str  # which; errors are told by it
+    text: str  # the condition
+    # the flattened argument that it is about; None for several, or a container
     leaf: int | None = None
-    name: str = ""
-    label: str = ""
-    expected: object = None
-    dim: int | None = None
+    name: str = ""  # what the text calls what is looked at
+    label: str = ""  # what errors call it
+    expected: object = None  # what the trace had there
+    dim: int | None = None  # the dimension, for a size or a stride
 
 
 @dataclass(frozen=True, slots=True)

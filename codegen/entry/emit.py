@@ -38,14 +38,10 @@ PROVIDED = (
 
 @dataclass(frozen=True, slots=True)
 class EntrySource:
-    """The emitted entry.
+    """The emitted entry."""
 
-    Attributes:
-        code: the Python text, exactly what is executed.
-        consts: name → value of the objects that the text mentions.
-    """
-
-    code: str
+    code: str  # the Python text, exactly what is executed
+    # name → value of the objects that the text mentions
     consts: Mapping[str, object] = field(default_factory=dict)
 
     def __str__(self) -> str:

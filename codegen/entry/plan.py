@@ -14,22 +14,18 @@ Size = int | str  # a number, or an expression over symbols
 
 @dataclass(frozen=True, slots=True)
 class TensorInput:
-    """A tensor argument, with what compiled code assumes of it.
-
-    Attributes:
-        sizes: one per dimension.
-        strides: None for a contiguous tensor.
-        kind: ``torch.Tensor`` or ``torch.nn.Parameter``, which the model's code may tell apart.
-        requires_grad: whether it recorded gradients, likewise; None if no code asked.
-        item: its value, for a single number that the trace looked at: a constant, or the symbol that stands for it.
-    """
+    """A tensor argument, with what compiled code assumes of it."""
 
     dtype: torch.dtype
     device: torch.device
-    sizes: tuple[Size, ...]
-    strides: tuple[Size, ...] | None = None
+    sizes: tuple[Size, ...]  # one per dimension
+    strides: tuple[Size, ...] | None = None  # None for a contiguous tensor
+    # ``torch.Tensor`` or ``torch.nn.Parameter``, which the model's code may tell apart
     kind: type = torch.Tensor
+    # whether it recorded gradients, likewise; None if no code asked
     requires_grad: bool | None = None
+    # its value, for a single number that the trace looked at: a constant, or the symbol that stands
+    # for it
     item: float | str | None = None
 
 
@@ -176,36 +172,26 @@ Packed = FromLeaf | FromOutput | FromWeights | FromConst | FromItems | FromCall
 
 @dataclass(frozen=True, slots=True)
 class EntryPlan:
-    """Everything that the entry's source says.
+    """Everything that the entry's source says."""
 
-    Attributes:
-        banner: lines of the header comment.
-        parameters: the model's own.
-        symbols: in the order in which their values are found.
-        guards: conditions over symbols.
-        apart: flattened arguments that a piece writes, each with the other ones; compiled code assumes that they share no memory.
-        passed: arguments of ``execution_fn``, in order.
-        outputs: wished-for names of the graph's outputs.
-        result: how the result is packed.
-        batch: the size that chooses ``__vllm_submods__``; None if there is one list.
-        binds: the stitching source holds weights, so they must be watched.
-        watches_arguments: the trace relied on more of the arguments than can be written down here.
-        checks: write the checks; without them only values are unpacked.
-        asks_grad_mode: the model's code asks whether gradients are recorded, so only calls that record none are served.
-    """
-
-    banner: tuple[str, ...]
-    parameters: tuple[Parameter, ...]
-    symbols: tuple[Symbol, ...]
-    guards: tuple[str, ...]
-    passed: tuple[Passed, ...]
-    outputs: tuple[str, ...]
-    result: Packed
+    banner: tuple[str, ...]  # lines of the header comment
+    parameters: tuple[Parameter, ...]  # the model's own
+    symbols: tuple[Symbol, ...]  # in the order in which their values are found
+    guards: tuple[str, ...]  # conditions over symbols
+    passed: tuple[Passed, ...]  # arguments of ``execution_fn``, in order
+    outputs: tuple[str, ...]  # wished-for names of the graph's outputs
+    result: Packed  # how the result is packed
+    # the size that chooses ``__vllm_submods__``; None if there is one list
     batch: Passed | None = None
+    # flattened arguments that a piece writes, each with the other ones; compiled code assumes that
+    # they share no memory
     apart: tuple[tuple[int, tuple[int, ...]], ...] = ()
-    binds: bool = False
+    binds: bool = False  # the stitching source holds weights, so they must be watched
+    # the trace relied on more of the arguments than can be written down here
     watches_arguments: bool = False
-    checks: bool = True
+    checks: bool = True  # write the checks; without them only values are unpacked
+    # the model's code asks whether gradients are recorded, so only calls that record none are
+    # served
     asks_grad_mode: bool = False
 
 

@@ -36,23 +36,18 @@ class PieceCall:
 
 @dataclass(frozen=True, slots=True)
 class Statement:
-    """One statement.
+    """One statement."""
 
-    Attributes:
-        text: on one line; the statements of a block are below it.
-        kind: ``try`` begins a region that ``finally`` ends; ``nested`` calls a function that calls pieces itself.
-        targets: the names that it binds or deletes; ``unpack`` tells one element from the whole result.
-        uses: the local names that it reads.
-        piece: the call that it consists of, if it is one of a submodule.
-    """
-
-    text: str
+    text: str  # on one line; the statements of a block are below it
+    # ``try`` begins a region that ``finally`` ends; ``nested`` calls a function that calls pieces
+    # itself
     kind: Literal["", "nested", "del", "return", "try", "finally"] = ""
+    # the names that it binds or deletes; ``unpack`` tells one element from the whole result
     targets: tuple[str, ...] = ()
     unpack: bool = False
-    uses: tuple[str, ...] = ()
+    uses: tuple[str, ...] = ()  # the local names that it reads
     origin: Origin = Origin()
-    piece: PieceCall | None = None
+    piece: PieceCall | None = None  # the call that it consists of, if it is one of a submodule
 
 
 @dataclass(frozen=True, slots=True)

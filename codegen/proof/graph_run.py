@@ -21,18 +21,15 @@ from piecework.errors import EmitError
 
 @dataclass(frozen=True, slots=True)
 class Linkage:
-    """What the names of a text stand for.
+    """What the names of a text stand for."""
 
-    Attributes:
-        submod_names: what ``__vllm_submods__`` holds, by name; those submodules are opaque, all others are looked into.
-        consts: what ``__vllm_consts__`` holds.
-        bound: placeholder of a weight that the module holds → its name in the text.
-        direct: operator → the callable that the text may call in its place.
-    """
-
+    # what ``__vllm_submods__`` holds, by name; those submodules are opaque, all others are looked
+    # into
     submod_names: Sequence[str] = ()
-    consts: Sequence[object] = ()
+    consts: Sequence[object] = ()  # what ``__vllm_consts__`` holds
+    # placeholder of a weight that the module holds → its name in the text
     bound: Mapping[str, str] = field(default_factory=dict)
+    # operator → the callable that the text may call in its place
     direct: Mapping[object, object] = field(default_factory=dict)
 
 

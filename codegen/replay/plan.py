@@ -44,16 +44,12 @@ Read = InPlace | Staged | Frozen
 
 @dataclass(frozen=True, slots=True)
 class PieceFacts:
-    """One piece as it was captured.
+    """One piece as it was captured."""
 
-    Attributes:
-        reads: one per leaf of its arguments.
-        outputs: places of its results, `Frozen` for a number; a bare one if it returns no tuple.
-        eager_reason: why it runs uncaptured in this shape, if so; the rest is empty then.
-    """
-
-    reads: tuple[Read, ...] = ()
+    reads: tuple[Read, ...] = ()  # one per leaf of its arguments
+    # places of its results, `Frozen` for a number; a bare one if it returns no tuple
     outputs: Hashable = ()
+    # why it runs uncaptured in this shape, if so; the rest is empty then
     eager_reason: str | None = None
 
     def output(self, element: int | None) -> Hashable:
@@ -66,29 +62,19 @@ class PieceFacts:
 
 @dataclass(frozen=True, slots=True)
 class ReplayFacts:
-    """Everything that was captured for one descriptor.
+    """Everything that was captured for one descriptor."""
 
-    Attributes:
-        title: mode and descriptor, such as ``PIECEWISE 8 tokens``.
-        tokens: the captured size.
-        policy: the address policy.
-        staged: parameters of the stitching function that are copied into persistent buffers.
-        sizes: parameters that are numbers, frozen at the captured size.
-        places: where the other parameters and the bound weights are, by name.
-        numbers: what follows from the captured sizes, by the name of its node.
-        pieces: one per entry of ``__vllm_submods__``.
-        banner: further lines for the header.
-    """
-
-    title: str
-    tokens: int
-    policy: Policy
+    title: str  # mode and descriptor, such as ``PIECEWISE 8 tokens``
+    tokens: int  # the captured size
+    policy: Policy  # the address policy
+    # parameters of the stitching function that are copied into persistent buffers
     staged: tuple[str, ...]
-    sizes: Mapping[str, int]
-    places: Mapping[str, Hashable]
-    pieces: tuple[PieceFacts, ...]
+    sizes: Mapping[str, int]  # parameters that are numbers, frozen at the captured size
+    places: Mapping[str, Hashable]  # where the other parameters and the bound weights are, by name
+    pieces: tuple[PieceFacts, ...]  # one per entry of ``__vllm_submods__``
+    # what follows from the captured sizes, by the name of its node
     numbers: Mapping[str, bool | int | float] = field(default_factory=dict)
-    banner: tuple[str, ...] = ()
+    banner: tuple[str, ...] = ()  # further lines for the header
 
 
 # --- what the emitted module needs in its namespace ---------------------------------------------------
@@ -134,20 +120,14 @@ Held = HeldOutput | HeldBuffer | HeldReplay | HeldStage | HeldInput
 
 @dataclass(frozen=True, slots=True)
 class ReplaySource:
-    """Emitted replay source.
+    """Emitted replay source."""
 
-    Attributes:
-        code: the Python text, exactly what is executed.
-        held: name in the text → what it must be bound to.
-        numbers: name of a number in the text → the result of a piece that it is.
-        consts: the values of ``__vllm_consts__``.
-        module: the plan that the text was rendered from; its entry is the replay function.
-    """
-
-    code: str
-    held: Mapping[str, Held]
+    code: str  # the Python text, exactly what is executed
+    held: Mapping[str, Held]  # name in the text → what it must be bound to
+    # name of a number in the text → the result of a piece that it is
     numbers: Mapping[str, HeldOutput]
-    consts: tuple[object, ...] = field(repr=False)
+    consts: tuple[object, ...] = field(repr=False)  # the values of ``__vllm_consts__``
+    # the plan that the text was rendered from; its entry is the replay function
     module: ir.Module = field(repr=False)
 
     def __str__(self) -> str:

@@ -110,21 +110,13 @@ def recurrent_layers(graph: torch.fx.Graph) -> list[Callable[..., object]]:
 
 @dataclass(frozen=True, slots=True)
 class OpReport:
-    """What is known of an operator.
+    """What is known of an operator."""
 
-    Attributes:
-        name: ``ns::op.overload``.
-        schema: its schema, as text.
-        mutates: names of the arguments that it changes.
-        returns: types of what it returns.
-        problems: why it is not fit to be a splitting op; empty if it is.
-    """
-
-    name: str
-    schema: str
-    mutates: tuple[str, ...]
-    returns: tuple[str, ...]
-    problems: tuple[str, ...]
+    name: str  # ``ns::op.overload``
+    schema: str  # its schema, as text
+    mutates: tuple[str, ...]  # names of the arguments that it changes
+    returns: tuple[str, ...]  # types of what it returns
+    problems: tuple[str, ...]  # why it is not fit to be a splitting op; empty if it is
 
     @property
     def fit(self) -> bool:

@@ -27,23 +27,18 @@ from piecework.errors import UnsupportedNode, short_methods
 @short_methods
 @dataclass(frozen=True, slots=True)
 class LowerOptions:
-    """What may differ between two emissions of one graph.
+    """What may differ between two emissions of one graph."""
 
-    Attributes:
-        submods: names of submodules to call through ``__vllm_submods__``; None means every submodule that is not a
-            plain GraphModule (those are inlined).
-        bound: placeholder name → path of the weight, for placeholders held as module-level names.
-        direct: operator → callable to use in its place (a splitting op's own implementation).
-        emit_del: write ``del`` after each last use.
-        banner: lines of the header comment.
-        digests: name of a submodule → a short digest of what it computes, for the header.
-    """
-
+    # names of submodules to call through ``__vllm_submods__``; None means every submodule that is
+    # not a plain GraphModule (those are inlined)
     submods: Collection[str] | None = None
+    # placeholder name → path of the weight, for placeholders held as module-level names
     bound: Mapping[str, str] = field(default_factory=dict)
+    # operator → callable to use in its place (a splitting op's own implementation)
     direct: Mapping[object, Callable[..., object]] = field(default_factory=dict)
-    emit_del: bool = True
-    banner: tuple[str, ...] = ()
+    emit_del: bool = True  # write ``del`` after each last use
+    banner: tuple[str, ...] = ()  # lines of the header comment
+    # name of a submodule → a short digest of what it computes, for the header
     digests: Mapping[str, str] = field(default_factory=dict)
 
 

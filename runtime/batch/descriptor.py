@@ -49,21 +49,14 @@ class BatchDescriptor:
 
 @dataclass(frozen=True, slots=True)
 class BatchKind:
-    """What kind of batch a call is, as far as only the caller knows it.
+    """What kind of batch a call is, as far as only the caller knows it."""
 
-    Attributes:
-        uniform_decode: every request has the same number of query tokens.
-        axes: values of the extra axes, as (name, value) pairs.
-        invalid_modes: modes that this batch can't run in.
-        query_len: tokens of each request of a uniform batch; the widest by default.
-    """
-
-    uniform_decode: bool = False
+    uniform_decode: bool = False  # every request has the same number of query tokens
     has_lora: bool = False
     num_active_loras: int = 0
-    axes: Axes = ()
-    invalid_modes: frozenset[CUDAGraphMode] = frozenset()
-    query_len: int | None = None
+    axes: Axes = ()  # values of the extra axes, as (name, value) pairs
+    invalid_modes: frozenset[CUDAGraphMode] = frozenset()  # modes that this batch can't run in
+    query_len: int | None = None  # tokens of each request of a uniform batch; the widest by default
 
     @classmethod
     def of(

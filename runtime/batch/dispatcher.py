@@ -59,16 +59,11 @@ class Dispatch:
 
 @dataclass(frozen=True, slots=True)
 class LoraCases:
-    """What is captured for adapters.
+    """What is captured for adapters."""
 
-    Attributes:
-        enabled: adapters may be active.
-        specialize: batches without adapters have graphs of their own.
-        counts: numbers of active adapters to capture for, ascending; none: one graph for any.
-    """
-
-    enabled: bool = False
-    specialize: bool = True
+    enabled: bool = False  # adapters may be active
+    specialize: bool = True  # batches without adapters have graphs of their own
+    # numbers of active adapters to capture for, ascending; none: one graph for any
     counts: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:

@@ -16,25 +16,22 @@ _NO_STATE: Mapping[str, object] = MappingProxyType({})
 
 @dataclass(frozen=True, slots=True)
 class ForwardContext:
-    """What the wrappers and the splitting ops of one forward need to know.
+    """What the wrappers and the splitting ops of one forward need to know."""
 
-    Attributes:
-        cudagraph_runtime_mode: NONE, PIECEWISE or FULL; never a composite mode.
-        batch_descriptor: the (padded) batch shape, or None when nothing is captured for it.
-        skip_cuda_graphs: run everything uncaptured, whatever the mode (profiling, warm-up).
-        attn_metadata: whatever the attention implementation reads; piecework never looks inside.
-        state: named objects of an integration, such as the request's KV cache.
-        batch: what kind of batch it is, for a model that dispatches by itself; None is a plain one.
-        dry: it runs on dummy inputs: an op leaves state alone that torch does not see. False inside
-            a full graph's capture, whose replays do what is captured.
-    """
-
+    # NONE, PIECEWISE or FULL; never a composite mode
     cudagraph_runtime_mode: CUDAGraphMode = CUDAGraphMode.NONE
+    # the (padded) batch shape, or None when nothing is captured for it
     batch_descriptor: BatchDescriptor | None = None
+    # run everything uncaptured, whatever the mode (profiling, warm-up)
     skip_cuda_graphs: bool = False
+    # whatever the attention implementation reads; piecework never looks inside
     attn_metadata: object = None
+    # named objects of an integration, such as the request's KV cache
     state: Mapping[str, object] = field(default_factory=lambda: _NO_STATE)
+    # what kind of batch it is, for a model that dispatches by itself; None is a plain one
     batch: BatchKind | None = None
+    # it runs on dummy inputs: an op leaves state alone that torch does not see. False inside a full
+    # graph's capture, whose replays do what is captured.
     dry: bool = False
 
     def __post_init__(self) -> None:

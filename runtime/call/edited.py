@@ -17,17 +17,11 @@ from piecework.errors import EmitError
 
 @dataclass(frozen=True, slots=True)
 class EditedSource:
-    """An edited text that keeps the contract.
+    """An edited text that keeps the contract."""
 
-    Attributes:
-        code: the text.
-        proof: what was proved against the graph; None if it means something else now.
-        difference: the first difference from the graph, when there is no proof.
-    """
-
-    code: str = field(repr=False)
-    proof: Proof | None
-    difference: str | None
+    code: str = field(repr=False)  # the text
+    proof: Proof | None  # what was proved against the graph; None if it means something else now
+    difference: str | None  # the first difference from the graph, when there is no proof
 
 
 def check_edited(source: StitchedSource, split_gm: torch.fx.GraphModule, code: str) -> EditedSource:

@@ -49,22 +49,17 @@ class Graphs(Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Execution:
-    """What a call runs, from its first look to its return: a change publishes another one, which never reaches a call half-way through.
+    """What a call runs, from its first look to its return: a change publishes another one, which never reaches a call half-way through."""
 
-    Attributes:
-        weights: what is bound; never changed, a rebind makes another.
-        function: the emitted stitching function, over those weights in a module of its own.
-        edited: the text that ``function`` was made from; None for the generated one.
-        graphs: what was captured of ``function``, and serves in its place.
-        variants: the entry for calls that can't take every shortcut, made when first needed.
-        counter: counts the calls of the entry, from any thread.
-    """
-
-    weights: BoundWeights
+    weights: BoundWeights  # what is bound; never changed, a rebind makes another
+    # the emitted stitching function, over those weights in a module of its own
     function: FunctionType
+    # the text that ``function`` was made from; None for the generated one
     edited: EditedSource | None = None
-    graphs: Graphs | None = None
+    graphs: Graphs | None = None  # what was captured of ``function``, and serves in its place
+    # the entry for calls that can't take every shortcut, made when first needed
     variants: dict[str, Callable[..., object]] = field(default_factory=dict)
+    # counts the calls of the entry, from any thread
     counter: itertools.count[int] = field(default_factory=itertools.count)
 
 

@@ -24,21 +24,13 @@ from piecework.runtime.watch.weights import BoundWeights, Weight
 
 @dataclass(frozen=True, slots=True)
 class MadeEntry:
-    """An emitted entry before it is bound.
+    """An emitted entry before it is bound."""
 
-    Attributes:
-        plan: what it says.
-        source: the emitted text.
-        strict: weights that every reader compares by itself, by path.
-        autocast: where autocast was on in the trace.
-        given: arguments that have to be apart from tensors of the model.
-    """
-
-    plan: ep.EntryPlan
-    source: EntrySource
-    strict: frozenset[str]
-    autocast: tuple[tuple[str, torch.dtype], ...]
-    given: tuple[GivenTensor, ...]
+    plan: ep.EntryPlan  # what it says
+    source: EntrySource  # the emitted text
+    strict: frozenset[str]  # weights that every reader compares by itself, by path
+    autocast: tuple[tuple[str, torch.dtype], ...]  # where autocast was on in the trace
+    given: tuple[GivenTensor, ...]  # arguments that have to be apart from tensors of the model
 
 
 def made_entry(captured: ModelTrace, program: Program) -> MadeEntry:
@@ -56,19 +48,15 @@ def made_entry(captured: ModelTrace, program: Program) -> MadeEntry:
 
 @dataclass(frozen=True, slots=True)
 class GivenTensor:
-    """A tensor argument that must not be what the model holds: its code may ask ``mask is self.mask``, and compiled pieces put off writes.
-
-    Attributes:
-        where: its parameter's number and the keys inside of that; the last one counts flattened leaves if ``flat``.
-        others: weights, by number, that it must not be.
-        apart: weights, by number, that it must not share memory with.
-    """
+    """A tensor argument that must not be what the model holds: its code may ask ``mask is self.mask``, and compiled pieces put off writes."""
 
     label: str
+    # its parameter's number and the keys inside of that; the last one counts flattened leaves if
+    # ``flat``
     where: tuple[Any, ...]
     flat: bool
-    others: tuple[int, ...]
-    apart: tuple[int, ...]
+    others: tuple[int, ...]  # weights, by number, that it must not be
+    apart: tuple[int, ...]  # weights, by number, that it must not share memory with
 
     def refusal(
         self, weights: BoundWeights, spans: Sequence[tuple[int, int]], values: Sequence[object]

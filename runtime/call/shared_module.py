@@ -18,12 +18,9 @@ class SharedModule(torch.nn.Module):
     """A ``torch.nn.Module`` with the parameters, buffers, submodules and state of ``model``, which stays the owner of all of them.
 
     ``train()`` and ``load_state_dict()`` reach the model's. Of a model that is no module, it has none of these.
-
-    Attributes:
-        model: what it stands for.
     """
 
-    model: Callable[..., object]
+    model: Callable[..., object]  # what it stands for
 
     def __init__(self, model: Callable[..., object]) -> None:
         # Not Module.__init__: it sets `training`, which is the model's.

@@ -21,22 +21,16 @@ from piecework.runtime.store.digest import digest_of
 
 @dataclass(frozen=True, slots=True)
 class CompiledPiece:
-    """What a compiler returns.
+    """What a compiler returns."""
 
-    Attributes:
-        runnable: takes the piece's inputs positionally and returns a tuple or list of its outputs.
-        artifact: the compiler's own object, for serialisation; None if there is nothing to keep.
-        direct: does the same with less around it, for plain tensors without modes; None if nothing
-            does.
-        indirect_because: why there is no ``direct``.
-        strict_inputs: inputs whose readers refuse a tensor of another dtype or device by
-            themselves.
-    """
-
+    # takes the piece's inputs positionally and returns a tuple or list of its outputs
     runnable: Callable[..., object]
+    # the compiler's own object, for serialisation; None if there is nothing to keep
     artifact: object = None
+    # does the same with less around it, for plain tensors without modes; None if nothing does
     direct: Callable[..., object] | None = None
-    indirect_because: str = ""
+    indirect_because: str = ""  # why there is no ``direct``
+    # inputs whose readers refuse a tensor of another dtype or device by themselves
     strict_inputs: frozenset[int] = frozenset()
 
 
@@ -50,12 +44,9 @@ class CompilerInterface(Protocol):
     One with ``calls_custom_ops_as_they_are = True`` may be given operators that stand for others,
     so that pieces which differ only in a layer's name are one program
     (`piecework.runtime.pieces.layer_names`).
-
-    Attributes:
-        name: what ``CompilationConfig.backend`` calls it.
     """
 
-    name: str
+    name: str  # what ``CompilationConfig.backend`` calls it
 
     def compute_hash(self, config: CompilationConfig) -> str:
         """Everything about the compiler that changes its output, as a hex digest."""

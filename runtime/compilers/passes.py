@@ -123,15 +123,11 @@ def as_inductor_pass(value: object, *, where: str) -> InductorPass:
 
 @dataclass(frozen=True, slots=True)
 class PassContext:
-    """What a pass may read while it runs.
+    """What a pass may read while it runs."""
 
-    Attributes:
-        compile_range: the batch sizes of the code that is made; None means all of them.
-        facts: what the trace knows of its symbols, as text.
-    """
-
+    # the batch sizes of the code that is made; None means all of them
     compile_range: Range | None = None
-    facts: str = ""
+    facts: str = ""  # what the trace knows of its symbols, as text
 
 
 _CURRENT: ContextVar[PassContext | None] = ContextVar("piecework_pass_context", default=None)

@@ -56,22 +56,14 @@ class RangeCell:
 
 @dataclass(slots=True)
 class Step:
-    """One submodule of the stitching graph, in order.
-
-    Attributes:
-        modules: the model's modules that it holds.
-        operators: what runs here outside the pieces; "" for a piece.
-        graph: the file of a piece's graph.
-        key: equal for equal programs; "" until the piece is compiled.
-        same_as: the equal piece before this one.
-    """
+    """One submodule of the stitching graph, in order."""
 
     name: str
-    modules: str
-    operators: str = ""
-    graph: str = ""
-    key: str = ""
-    same_as: str = ""
+    modules: str  # the model's modules that it holds
+    operators: str = ""  # what runs here outside the pieces; "" for a piece
+    graph: str = ""  # the file of a piece's graph
+    key: str = ""  # equal for equal programs; "" until the piece is compiled
+    same_as: str = ""  # the equal piece before this one
     ranges: list[RangeCell] = field(default_factory=list)
 
 

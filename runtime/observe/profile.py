@@ -28,40 +28,25 @@ _EXTERNAL = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class StageRow:
-    """One stage of a forward.
+    """One stage of a forward."""
 
-    Attributes:
-        name: the piece, with the modules in it, or the operator.
-        calls: how often it ran in a forward.
-        microseconds: time of one forward in it, on the host.
-        device_microseconds: the same on the device; 0 without one.
-        bytes: memory that one forward allocates in it and leaves allocated at its end.
-        kernels: launches of generated kernels in its code; None where the code is not known.
-        external: calls of library kernels in its code, likewise.
-    """
-
-    name: str
-    calls: float
-    microseconds: float
-    device_microseconds: float
-    bytes: float
+    name: str  # the piece, with the modules in it, or the operator
+    calls: float  # how often it ran in a forward
+    microseconds: float  # time of one forward in it, on the host
+    device_microseconds: float  # the same on the device; 0 without one
+    bytes: float  # memory that one forward allocates in it and leaves allocated at its end
+    # launches of generated kernels in its code; None where the code is not known
     kernels: int | None = None
-    external: int | None = None
+    external: int | None = None  # calls of library kernels in its code, likewise
 
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """A forward by stages, slowest first; ``str()`` gives the table.
+    """A forward by stages, slowest first; ``str()`` gives the table."""
 
-    Attributes:
-        rows: pieces and operators.
-        forward_microseconds: one forward, profiler off.
-        calls: how many forwards were profiled.
-    """
-
-    rows: tuple[StageRow, ...]
-    forward_microseconds: float
-    calls: int
+    rows: tuple[StageRow, ...]  # pieces and operators
+    forward_microseconds: float  # one forward, profiler off
+    calls: int  # how many forwards were profiled
 
     def __str__(self) -> str:
         total = sum(row.microseconds for row in self.rows) or 1.0

@@ -31,14 +31,11 @@ Callables = Sequence[Callable[..., object]]
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Where a graph has its batch size.
+    """Where a graph has its batch size."""
 
-    Attributes:
-        symbol: torch's symbol of it: the first dynamic dimension of a tensor input; None if none is.
-        input: which graph input, and which of its dimensions (None for a size itself), tells it.
-    """
-
+    # torch's symbol of it: the first dynamic dimension of a tensor input; None if none is
     symbol: str | None = None
+    # which graph input, and which of its dimensions (None for a size itself), tells it
     input: tuple[int, int | None] = (0, None)
 
     def size(self, inputs: Sequence[object]) -> int:
@@ -68,36 +65,26 @@ class Kept:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Program:
-    """What a compilation made of one graph.
-
-    Attributes:
-        graphs: gives the graphs; calls need none, captures, dumps and edits do.
-        backends: submodule name → its compiled forms, for those that are compiled.
-        range_table: batch ranges and single sizes; None when one compiled form serves every batch.
-        direct_ops: the splitting ops that the source calls past the dispatcher.
-        compiler: the name of what compiled the pieces.
-        phases: seconds per phase; a stage that comes later adds its own.
-        passes: what the graph passes did, where somebody asked.
-        submod_lists: ``__vllm_submods__`` for each of ``compile_ranges``.
-        layers: what the trace did about repeated layers.
-        kept: what was kept of the compilation, if another process made it.
-    """
+    """What a compilation made of one graph."""
 
     name: str
     config: CompilationConfig
-    graphs: Callable[[], Graphs]
+    graphs: Callable[[], Graphs]  # gives the graphs; calls need none, captures, dumps and edits do
+    # submodule name → its compiled forms, for those that are compiled
     backends: Mapping[str, PiecewiseBackend]
     source: StitchedSource
+    # batch ranges and single sizes; None when one compiled form serves every batch
     range_table: RangeTable | None
     batch: Batch
-    direct_ops: DirectOps
-    compiler: str
-    phases: dict[str, float]
-    passes: PassReport | None
+    direct_ops: DirectOps  # the splitting ops that the source calls past the dispatcher
+    compiler: str  # the name of what compiled the pieces
+    phases: dict[str, float]  # seconds per phase; a stage that comes later adds its own
+    passes: PassReport | None  # what the graph passes did, where somebody asked
     dump: Dump
+    # ``__vllm_submods__`` for each of ``compile_ranges``
     submod_lists: tuple[list[Callable[..., object]], ...]
-    layers: str = ""
-    kept: Kept | None = None
+    layers: str = ""  # what the trace did about repeated layers
+    kept: Kept | None = None  # what was kept of the compilation, if another process made it
 
     @property
     def graph(self) -> GraphModule:

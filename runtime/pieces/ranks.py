@@ -28,15 +28,10 @@ _POLL_SECONDS = 0.5
 
 @dataclass(frozen=True, slots=True)
 class Together:
-    """What one process does that others must do too.
+    """What one process does that others must do too."""
 
-    Attributes:
-        order: pieces, splitting ops and collectives, in the order in which they run.
-        collectives: group name → its collectives, in order.
-    """
-
-    order: tuple[str, ...]
-    collectives: tuple[tuple[str, tuple[str, ...]], ...]
+    order: tuple[str, ...]  # pieces, splitting ops and collectives, in the order in which they run
+    collectives: tuple[tuple[str, tuple[str, ...]], ...]  # group name → its collectives, in order
 
 
 class Runs(Protocol):

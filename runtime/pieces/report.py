@@ -12,21 +12,13 @@ from piecework.runtime.compilers.passes import PassReport
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """One compiled piece.
+    """One compiled piece."""
 
-    Attributes:
-        name: its submodule in ``split_gm``.
-        key: equal for pieces that are the same program.
-        modules: the module paths that it holds, ``first … last``.
-        seconds: time in the compiler; 0 when an equal piece was compiled before (``reused``).
-        callable: what ``__vllm_submods__`` holds for it.
-    """
-
-    name: str
-    key: str
-    modules: str
-    seconds: float
-    callable: Callable[..., object]
+    name: str  # its submodule in ``split_gm``
+    key: str  # equal for pieces that are the same program
+    modules: str  # the module paths that it holds, ``first … last``
+    seconds: float  # time in the compiler; 0 when an equal piece was compiled before (``reused``)
+    callable: Callable[..., object]  # what ``__vllm_submods__`` holds for it
     reused: bool
 
 
@@ -49,29 +41,21 @@ class Difference(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """A compilation in numbers; ``str()`` gives the text that the command line prints.
-
-    Attributes:
-        pieces: number of compiled pieces.
-        unique: number of different ones, which is how often the compiler ran per range.
-        splitting: number of splitting submodules.
-        phases: seconds per phase, in order.
-        ranges: one row per range of batch sizes; a single one where there are no ranges.
-        differences: why pieces of nearly the same form were not shared.
-        passes: what the graph passes matched; None unless ``pass_config.report_matches``.
-        layers: how many repeated layers one trace served, or why each was traced; "" where nothing
-            is repeated or asked for.
-    """
+    """A compilation in numbers; ``str()`` gives the text that the command line prints."""
 
     model: str
     compiler: str
-    pieces: int
-    unique: int
-    splitting: int
-    phases: Mapping[str, float]
+    pieces: int  # number of compiled pieces
+    unique: int  # number of different ones, which is how often the compiler ran per range
+    splitting: int  # number of splitting submodules
+    phases: Mapping[str, float]  # seconds per phase, in order
+    # one row per range of batch sizes; a single one where there are no ranges
     ranges: tuple[RangeRow, ...]
-    differences: tuple[Difference, ...]
+    differences: tuple[Difference, ...]  # why pieces of nearly the same form were not shared
+    # what the graph passes matched; None unless ``pass_config.report_matches``
     passes: PassReport | None = None
+    # how many repeated layers one trace served, or why each was traced; "" where nothing is
+    # repeated or asked for
     layers: str = ""
 
     @property

@@ -115,17 +115,11 @@ def unpacked(
 
 @dataclass(frozen=True, slots=True)
 class Package:
-    """An artifact that was verified.
+    """An artifact that was verified."""
 
-    Attributes:
-        name: where it is, for errors.
-        facts: what the manifest says besides the files.
-        files: name → bytes, exactly those that were saved.
-    """
-
-    name: str
-    facts: Mapping[str, object]
-    files: Mapping[str, bytes]
+    name: str  # where it is, for errors
+    facts: Mapping[str, object]  # what the manifest says besides the files
+    files: Mapping[str, bytes]  # name → bytes, exactly those that were saved
 
     @classmethod
     def of(cls, data: bytes, key: bytes | None, name: str = "<bytes>") -> Package:

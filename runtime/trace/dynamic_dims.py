@@ -22,18 +22,14 @@ _NO_TENSORS = (int, float, bool, str, None, "int", "float", "bool", "str", "None
 
 @dataclass(frozen=True, slots=True)
 class DynamicDims:
-    """The dynamic dimensions of one ``forward``.
+    """The dynamic dimensions of one ``forward``."""
 
-    Attributes:
-        where: the forward, for errors.
-        dynamic: parameter → dimensions; negative ones count from the end.
-        unbacked: parameter → dimensions without a hint; they win over ``dynamic``.
-        declared: the dimensions were given by name, so they must exist; inferred ones may be absent.
-    """
-
-    where: str
+    where: str  # the forward, for errors
+    # parameter → dimensions; negative ones count from the end
     dynamic: Mapping[str, tuple[int, ...]]
+    # parameter → dimensions without a hint; they win over ``dynamic``
     unbacked: Mapping[str, tuple[int, ...]]
+    # the dimensions were given by name, so they must exist; inferred ones may be absent
     declared: bool
 
 

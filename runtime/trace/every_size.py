@@ -143,22 +143,14 @@ class EverySize:
 
 @dataclass
 class _Run:
-    """One run of a piece's graph.
+    """One run of a piece's graph."""
 
-    Attributes:
-        given: what it was given, as it was before.
-        own: numbers of inputs that are the model's own tensors and not written to.
-        expected: what it gave.
-        after: what it left in what it was given.
-        unwritten: numbers of results whose memory nothing wrote to.
-        conflicts: pairs of nodes, by number, that share memory and were traced apart.
-    """
-
-    given: list[object]
-    own: Collection[int]
-    expected: list[object]
-    after: list[object]
-    unwritten: Collection[int]
+    given: list[object]  # what it was given, as it was before
+    own: Collection[int]  # numbers of inputs that are the model's own tensors and not written to
+    expected: list[object]  # what it gave
+    after: list[object]  # what it left in what it was given
+    unwritten: Collection[int]  # numbers of results whose memory nothing wrote to
+    # pairs of nodes, by number, that share memory and were traced apart
     conflicts: set[tuple[int, int]]
 
     @classmethod

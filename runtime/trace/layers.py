@@ -31,14 +31,10 @@ class RegionError(CaptureError):
 
 @dataclass(slots=True)
 class RepeatedLayers:
-    """The layers of a model that a trace may go through once.
-
-    Attributes:
-        text: what became of it, for the report.
-    """
+    """The layers of a model that a trace may go through once."""
 
     names: Sequence[str] = ()
-    text: str = ""
+    text: str = ""  # what became of it, for the report
     _failed: bool = False
     _marks: dict[Any, tuple[Callable[..., object], object]] = field(default_factory=dict)
 

@@ -56,26 +56,19 @@ _IN_AUTOGRAD = ("is_leaf", "grad_fn", "retains_grad", "_grad_fn", "_backward_hoo
 
 @dataclass(slots=True)
 class ModelTrace:
-    """What one trace of a model gave.
+    """What one trace of a model gave."""
 
-    Attributes:
-        traced: gives the graph.
-        inputs: where each placeholder comes from, in order.
-        parameters: the model's parameters, each with what the trace assumed of its argument.
-        assumptions: the symbols and guards behind them.
-        weights: where the model keeps the tensors that the graph reads, and those that the model returns.
-        out_spec: structure of the result.
-        result: where each leaf of the result comes from; nothing once other weights are bound.
-        weights_given: flattened arguments that were tensors of the model.
-    """
-
-    traced: Callable[[], torch.fx.GraphModule]
-    inputs: tuple[GraphInput, ...]
+    traced: Callable[[], torch.fx.GraphModule]  # gives the graph
+    inputs: tuple[GraphInput, ...]  # where each placeholder comes from, in order
+    # the model's parameters, each with what the trace assumed of its argument
     parameters: tuple[Parameter, ...]
-    assumptions: Assumptions
+    assumptions: Assumptions  # the symbols and guards behind them
+    # where the model keeps the tensors that the graph reads, and those that the model returns
     weights: BoundWeights
-    out_spec: pytree.TreeSpec
+    out_spec: pytree.TreeSpec  # structure of the result
+    # where each leaf of the result comes from; nothing once other weights are bound
     result: tuple[ResultLeaf, ...]
+    # flattened arguments that were tensors of the model
     weights_given: frozenset[int] = frozenset()
 
     @property
@@ -116,15 +109,11 @@ def trace_once(
 
 
 class OpenTrace:
-    """One run of Dynamo, until its graph is compiled: compilers may still decide on sizes.
+    """One run of Dynamo, until its graph is compiled: compilers may still decide on sizes."""
 
-    Attributes:
-        graph: flat placeholders (named after weights, parameters and sizes) and a flat tuple of outputs.
-        inputs: where each placeholder comes from.
-    """
-
+    # flat placeholders (named after weights, parameters and sizes) and a flat tuple of outputs
     graph: torch.fx.GraphModule
-    inputs: tuple[GraphInput, ...]
+    inputs: tuple[GraphInput, ...]  # where each placeholder comes from
 
     def __init__(
         self,

@@ -26,14 +26,11 @@ _log = logging.getLogger(__name__)
 
 
 class SizePolicy:
-    """Which dimensions are dynamic, for the first trace of a model and for those that follow: all; the first of each tensor is a batch's.
+    """Which dimensions are dynamic, for the first trace of a model and for those that follow: all; the first of each tensor is a batch's."""
 
-    Attributes:
-        dynamic: what ``torch.compile`` is told of dimensions that are not marked.
-        rows_in_one: the batch is the second dimension of ``[1, rows, …]``; see `piecework.runtime.trace.every_size`.
-    """
-
-    dynamic: bool | None = None
+    dynamic: bool | None = None  # what ``torch.compile`` is told of dimensions that are not marked
+    # the batch is the second dimension of ``[1, rows, …]``; see
+    # `piecework.runtime.trace.every_size`
     rows_in_one: bool = False
 
     def every_size(self, args: Args, kwargs: Kwargs) -> Marks:

@@ -23,21 +23,13 @@ from piecework.runtime import torch_compat
 
 @dataclass(frozen=True, slots=True)
 class Mutation:
-    """One write to a tensor that outlives the call.
+    """One write to a tensor that outlives the call."""
 
-    Attributes:
-        path: the tensor's path in the model, such as ``layers.0.cache``.
-        piece: the submodule that holds the write.
-        node: the graph's node.
-        op: the operator whose schema says so, such as ``aten.add_.Tensor``.
-        where: the model's file and line, as far as the trace knows it.
-    """
-
-    path: str
-    piece: str
-    node: str
-    op: str
-    where: str
+    path: str  # the tensor's path in the model, such as ``layers.0.cache``
+    piece: str  # the submodule that holds the write
+    node: str  # the graph's node
+    op: str  # the operator whose schema says so, such as ``aten.add_.Tensor``
+    where: str  # the model's file and line, as far as the trace knows it
 
 
 def mutations_in(

@@ -54,21 +54,13 @@ _PIECE = re.compile(r"__vllm_submods__\[(\d+)\]\(")
 
 @dataclass(eq=False, repr=False)
 class TracedModel:
-    """A model as one trace has it.
+    """A model as one trace has it."""
 
-    Attributes:
-        model: what was traced.
-        as_it_is: runs it uncompiled; see `piecework.runtime.call.entry.Entry`.
-        backend: made the program.
-        program: what was compiled and emitted.
-        entry: the emitted function behind a call.
-    """
-
-    model: Callable[..., object]
-    as_it_is: Callable[..., object]
-    backend: PieceworkBackend
-    program: Program
-    entry: Entry
+    model: Callable[..., object]  # what was traced
+    as_it_is: Callable[..., object]  # runs it uncompiled; see `piecework.runtime.call.entry.Entry`
+    backend: PieceworkBackend  # made the program
+    program: Program  # what was compiled and emitted
+    entry: Entry  # the emitted function behind a call
 
     @property
     def call(self) -> Callable[..., object]:

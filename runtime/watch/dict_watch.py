@@ -27,17 +27,16 @@ LookKind = Literal["entry", "attribute", "static", "item", "keys", "contents", "
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """One look-up: ``owner`` held ``value`` under ``key``.
-
-    Attributes:
-        kind: ``"entry"`` of a dictionary (an instance's attributes are one), an ``"attribute"`` that is no entry, what a class and its bases hold (``"static"``),
-            a computed ``"item"``; all ``"keys"`` of a dictionary with what they hold, the ``"contents"`` of a list or set, the ``"type"`` of an object; or a table of
-            ``"hooks"`` that is empty: torch counts each hook that is registered, so that the tables need no test of their own.
-    """
+    """One look-up: ``owner`` held ``value`` under ``key``."""
 
     owner: Any
     key: Any
     value: Any
+    # ``"entry"`` of a dictionary (an instance's attributes are one), an ``"attribute"`` that is no
+    # entry, what a class and its bases hold (``"static"``), a computed ``"item"``; all ``"keys"``
+    # of a dictionary with what they hold, the ``"contents"`` of a list or set, the ``"type"`` of an
+    # object; or a table of ``"hooks"`` that is empty: torch counts each hook that is registered, so
+    # that the tables need no test of their own
     kind: LookKind
 
     @classmethod

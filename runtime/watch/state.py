@@ -41,32 +41,24 @@ class SavedState:
 
 @dataclass(eq=False, slots=True, kw_only=True)
 class TracedState:
-    """The Python that a captured graph has built in.
-
-    Attributes:
-        judge: says what of the model is not as the trace relied on it.
-        arguments: says so of arguments, of what ``check_inputs`` leaves to it.
-        given: what another process can compare of these, and reasons why it can't the others.
-        starts: where places begin: kind and name → object.
-        code: what was traced.
-        names: Dynamo's names of arguments → their own.
-        places: how many arguments were positional, and the order of the others.
-        tensors: the model's tensors that the trace looked at, whether the graph reads them or not; none once it is over.
-        asks_grad_mode: the model's code asks whether gradients are recorded.
-        classes: those whose instances the trace looked into, each with a place that leads to it.
-    """
+    """The Python that a captured graph has built in."""
 
     model: object
-    judge: Judge
-    arguments: Judge
+    judge: Judge  # says what of the model is not as the trace relied on it
+    arguments: Judge  # says so of arguments, of what ``check_inputs`` leaves to it
+    # what another process can compare of these, and reasons why it can't the others
     given: tuple[tuple[PlainValue, ...], tuple[str, ...]]
-    starts: Mapping[str, Mapping[str, object]]
-    code: frozenset[types.CodeType]
-    names: Mapping[str, str]
+    starts: Mapping[str, Mapping[str, object]]  # where places begin: kind and name → object
+    code: frozenset[types.CodeType]  # what was traced
+    names: Mapping[str, str]  # Dynamo's names of arguments → their own
+    # how many arguments were positional, and the order of the others
     places: tuple[int, tuple[str, ...]]
+    # the model's tensors that the trace looked at, whether the graph reads them or not; none once
+    # it is over
     tensors: list[tuple[Place, torch.Tensor]] = field(default_factory=list)
-    asks_grad_mode: bool
+    asks_grad_mode: bool  # the model's code asks whether gradients are recorded
     process: ProcessState
+    # those whose instances the trace looked into, each with a place that leads to it
     classes: dict[type, Place] = field(init=False)
     _forward: object = field(init=False)
     _methods: list[Look] = field(init=False)

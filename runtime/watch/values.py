@@ -31,15 +31,10 @@ class Untellable(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class PlainValue:
-    """What was at one place.
+    """What was at one place."""
 
-    Attributes:
-        guard: what Dynamo guards there, at places that another process can look up.
-        text: what was seen.
-    """
-
-    guard: Guarded
-    text: str
+    guard: Guarded  # what Dynamo guards there, at places that another process can look up
+    text: str  # what was seen
 
     def difference(self, now: LookUps, names: Mapping[str, str] | None = None) -> str:
         """How what lies there differs; "" if it doesn't."""

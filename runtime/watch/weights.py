@@ -77,36 +77,26 @@ def _facts(tensor: torch.Tensor) -> tuple[dict[str, Any], dict[str, torch.Tensor
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """A tensor that is held by the model: a parameter, a buffer or another one found on it; an input of the graph, or only returned.
+    """A tensor that is held by the model: a parameter, a buffer or another one found on it; an input of the graph, or only returned."""
 
-    Attributes:
-        path: what piecework calls it.
-        tensor: the weight.
-        way: how the model's code reached it; () if that is not known, and it has a name of its own.
-    """
-
-    path: str
-    tensor: torch.Tensor
+    path: str  # what piecework calls it
+    tensor: torch.Tensor  # the weight
+    # how the model's code reached it; () if that is not known, and it has a name of its own
     way: Place = ()
 
 
 @dataclass(eq=False)
 class BoundWeights:
-    """The weights that emitted code holds, and how to find them again in the model.
+    """The weights that emitted code holds, and how to find them again in the model."""
 
-    Attributes:
-        traced: the weights as traced, in order of the graph's inputs, and then those that are only returned.
-        tensors: the bound tensors, in the same order.
-        taken: how the model's code reached each; see `Weight.way`.
-        unchanged: whether the model still holds them, as they were traced; for every call.
-    """
-
+    # the weights as traced, in order of the graph's inputs, and then those that are only returned
     traced: tuple[Traced, ...]
-    tensors: list[torch.Tensor]
-    taken: tuple[Place, ...]
+    tensors: list[torch.Tensor]  # the bound tensors, in the same order
+    taken: tuple[Place, ...]  # how the model's code reached each; see `Weight.way`
     _ways: tuple[tuple[Place, ...], ...]
     state: TracedState
     _strict: frozenset[str] = frozenset()
+    # whether the model still holds them, as they were traced; for every call
     unchanged: Callable[[], bool] = field(default=lambda: True, repr=False)
     _metadata: Callable[[], bool] = field(default=lambda: True, repr=False)
 

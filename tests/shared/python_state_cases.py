@@ -138,22 +138,16 @@ _VALUES = (
 
 @dataclass
 class Feature:
-    """A piece of state or an argument.
+    """A piece of state or an argument."""
 
-    Attributes:
-        globals: lines of the module.
-        init: lines of ``__init__``.
-        forward: lines of the forward, on ``x``.
-        parameters: of the forward: name → expressions that make an argument.
-        changes: statements over ``m`` (the model), ``args`` (by name) and the module's names.
-        extra: names that are passed without being parameters, by ``**kwargs``.
-    """
-
-    init: list[str] = field(default_factory=list)
-    forward: list[str] = field(default_factory=list)
+    init: list[str] = field(default_factory=list)  # lines of ``__init__``
+    forward: list[str] = field(default_factory=list)  # lines of the forward, on ``x``
+    # statements over ``m`` (the model), ``args`` (by name) and the module's names
     changes: list[str] = field(default_factory=list)
-    globals: list[str] = field(default_factory=list)
+    globals: list[str] = field(default_factory=list)  # lines of the module
+    # of the forward: name → expressions that make an argument
     parameters: dict[str, str] = field(default_factory=dict)
+    # names that are passed without being parameters, by ``**kwargs``
     extra: dict[str, str] = field(default_factory=dict)
 
 

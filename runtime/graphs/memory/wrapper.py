@@ -38,19 +38,15 @@ Args, Kwargs = tuple[object, ...], Mapping[str, object]
 
 @dataclass(frozen=True, slots=True)
 class CUDAGraphOptions:
-    """How one wrapper captures.
+    """How one wrapper captures."""
 
-    Attributes:
-        debug_log_enable: log each capture of this wrapper.
-        gc_disable: don't collect garbage first; only the first piece of a forward needs to.
-        weak_ref_output: let go of the output inside the capture; right for the last piece, whose
-            output no other piece reads.
-        mutated_args: leaves of the arguments that the callable changes in place.
-    """
-
-    debug_log_enable: bool = True
+    debug_log_enable: bool = True  # log each capture of this wrapper
+    # don't collect garbage first; only the first piece of a forward needs to
     gc_disable: bool = False
+    # let go of the output inside the capture; right for the last piece, whose output no other piece
+    # reads
     weak_ref_output: bool = False
+    # leaves of the arguments that the callable changes in place
     mutated_args: frozenset[int] = frozenset()
 
 

@@ -39,63 +39,55 @@ _OnFailure = Annotated[FailurePolicy, parsed_by(FailurePolicy.parse)]
 
 
 class CaptureOptions(FrozenModel):
-    """How a stitched model is captured.
-
-    Attributes:
-        mode: the pieces, the whole forward, or both; by default the configuration's
-            ``cudagraph_mode``, and PIECEWISE where that is NONE.
-        runtime: the program's limits, against which sizes are resolved.
-        lora_counts: numbers of active adapters to capture for; none: one graph for any number.
-        axes: further axes of the descriptor, each with the values to capture.
-        other_sizes: the value to capture of a dynamic size beside the batch size (``x.1``:
-            dimension 1 of argument ``x``; ``n``: an integer argument), by default the example's; or
-            ``"batch"``, where it always equals the batch size and the trace did not see it.
-        address_policy: what becomes of fresh tensors that enter a captured piece.
-        warmups: uncaptured runs before each capture; the configuration's, one on CUDA at least.
-        on_failure: what a failed capture does.
-        max_padding_factor: run a batch uncaptured that would be padded to more than so many times
-            its size; None: pad it to the next captured size, however large.
-        clone_outputs: return copies; otherwise the next call overwrites what this one returned.
-        strict: a batch that falls back to running uncaptured, and a mode that has to be lowered,
-            are errors.
-        join: called before each capture and each served call: lets the current stream wait for work
-            that the model queued on others.
-        around: opened around all captures: the capture context of a communicator.
-        memory_of: the ``static_graphs.graphs`` of another captured model: both use one pool, and
-            one of them runs at a time.
-        pads: what fills the tail of each padded input, by its parameter's name; 0 by default.
-        poison: pad floating inputs with NaN, to find out what reads beyond the batch (debugging).
-        pad: True says that rows are independent, so that a batch may be padded; where a try finds
-            another result, that is an error. False pads nothing. None pads what shows no
-            sign of mixing rows, where the try holds. The try makes eight small uncaptured forwards.
-        context_for: makes the forward context of runs on dummy inputs.
-        put_back: copy what splitting ops write in runs on dummy inputs, and put it back.
-        check_addresses: serve through pieces that check every address (debugging).
-        mark_kernels: let kernels inside CUDA graphs carry layer and emitted line in traces.
-    """
+    """How a stitched model is captured."""
 
     explained_by: ClassVar[str] = "help(piecework.runtime.CaptureOptions) says what each option is"
 
+    # the pieces, the whole forward, or both; by default the configuration's ``cudagraph_mode``, and
+    # PIECEWISE where that is NONE
     mode: CUDAGraphModeField | None = None
-    runtime: RuntimeConfig | None = None
+    runtime: RuntimeConfig | None = None  # the program's limits, against which sizes are resolved
+    # numbers of active adapters to capture for; none: one graph for any number
     lora_counts: tuple[int, ...] = ()
+    # further axes of the descriptor, each with the values to capture
     axes: Mapping[str, tuple[Hashable, ...]] = {}
+    # the value to capture of a dynamic size beside the batch size (``x.1``: dimension 1 of argument
+    # ``x``; ``n``: an integer argument), by default the example's; or ``"batch"``, where it always
+    # equals the batch size and the trace did not see it
     other_sizes: Mapping[str, Annotated[int, Field(strict=True)] | Literal["batch"]] = {}
+    # what becomes of fresh tensors that enter a captured piece
     address_policy: _Policy = AddressPolicy.COPY
+    # uncaptured runs before each capture; the configuration's, one on CUDA at least
     warmups: _Count | None = None
-    on_failure: _OnFailure = FailurePolicy.RAISE
+    on_failure: _OnFailure = FailurePolicy.RAISE  # what a failed capture does
+    # run a batch uncaptured that would be padded to more than so many times its size; None: pad it
+    # to the next captured size, however large
     max_padding_factor: Annotated[float, Field(strict=True, ge=1, lt=math.inf)] | None = None
+    # return copies; otherwise the next call overwrites what this one returned
     clone_outputs: _Switch = True
+    # a batch that falls back to running uncaptured, and a mode that has to be lowered, are errors
     strict: _Switch = False
+    # called before each capture and each served call: lets the current stream wait for work that
+    # the model queued on others
     join: Callable[[], object] | None = None
+    # opened around all captures: the capture context of a communicator
     around: Callable[[], AbstractContextManager[object]] | None = None
+    # the ``static_graphs.graphs`` of another captured model: both use one pool, and one of them
+    # runs at a time
     memory_of: StaticGraphs | None = None
+    # what fills the tail of each padded input, by its parameter's name; 0 by default
     pads: Mapping[str, InstanceOf[numbers.Number]] = {}
+    # pad floating inputs with NaN, to find out what reads beyond the batch (debugging)
     poison: _Switch = False
+    # True says that rows are independent, so that a batch may be padded; where a try finds another
+    # result, that is an error. False pads nothing. None pads what shows no sign of mixing rows,
+    # where the try holds. The try makes eight small uncaptured forwards.
     pad: _Switch | None = None
-    context_for: ContextFor | None = None
+    context_for: ContextFor | None = None  # makes the forward context of runs on dummy inputs
+    # copy what splitting ops write in runs on dummy inputs, and put it back
     put_back: _Switch = True
-    check_addresses: _Switch = False
+    check_addresses: _Switch = False  # serve through pieces that check every address (debugging)
+    # let kernels inside CUDA graphs carry layer and emitted line in traces
     mark_kernels: _Switch = True
 
 

@@ -13,17 +13,12 @@ from piecework.runtime.graphs.plan.phase import Key, MemoryEstimate, format_byte
 
 @dataclass(frozen=True, slots=True, repr=False)
 class MemoryReport:
-    """What captures take; printed, it is a table.
+    """What captures take; printed, it is a table."""
 
-    Attributes:
-        estimate: what was expected before the capture; None if it was not asked for.
-        held: bytes that each captured shape added.
-        dropped: shapes that were given up for the budget.
-    """
-
+    # what was expected before the capture; None if it was not asked for
     estimate: MemoryEstimate | None
-    held: Mapping[Key, int]
-    dropped: tuple[Key, ...]
+    held: Mapping[Key, int]  # bytes that each captured shape added
+    dropped: tuple[Key, ...]  # shapes that were given up for the budget
 
     @property
     def total(self) -> int:
@@ -57,21 +52,13 @@ class MemoryReport:
 
 @dataclass(frozen=True, slots=True)
 class CallRow:
-    """Calls that ran alike.
+    """Calls that ran alike."""
 
-    Attributes:
-        mode: ``PIECEWISE``, ``FULL`` or ``NONE``.
-        graph: the graph that served them, in words; "" where they ran uncaptured.
-        reason: why.
-        calls: how many.
-        padding: rows that they were padded by, all together.
-    """
-
-    mode: str
-    graph: str
-    reason: str
-    calls: int
-    padding: int = 0
+    mode: str  # ``PIECEWISE``, ``FULL`` or ``NONE``
+    graph: str  # the graph that served them, in words; "" where they ran uncaptured
+    reason: str  # why
+    calls: int  # how many
+    padding: int = 0  # rows that they were padded by, all together
 
 
 def uncaptured_rows(calls: int, careful: Mapping[str, int]) -> list[CallRow]:

@@ -24,21 +24,14 @@ _TRAITS = ("shape", "dtype", "device")
 
 @dataclass(frozen=True, slots=True)
 class InputSpec:
-    """What is declared about one staged input.
+    """What is declared about one staged input."""
 
-    Attributes:
-        name: for errors, and in the address book.
-        dim: its dynamic dimension; may be negative; None where it has none.
-        pad: what fills the tail.
-        written: what reads the buffer writes to it too, so that its tail is filled each time.
-        in_place: it lies in the buffer already, and nothing is copied.
-    """
-
-    name: str
-    dim: int | None = 0
-    pad: Number = 0
+    name: str  # for errors, and in the address book
+    dim: int | None = 0  # its dynamic dimension; may be negative; None where it has none
+    pad: Number = 0  # what fills the tail
+    # what reads the buffer writes to it too, so that its tail is filled each time
     written: bool = False
-    in_place: bool = False
+    in_place: bool = False  # it lies in the buffer already, and nothing is copied
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,21 +23,14 @@ or ``"root"`` (a name and the object itself), and goes on with ``"attribute"``, 
 
 @dataclass(frozen=True, slots=True)
 class Guarded:
-    """One guard.
+    """One guard."""
 
-    Attributes:
-        place: what is guarded.
-        kind: Dynamo's name of the kind of guard, such as ``"TYPE_MATCH"``.
-        about: the attribute or key that the guard asks for; None where it asks for none.
-        other: the second place of a guard that two lead to one object.
-        name: what Dynamo calls the place.
-    """
-
-    place: Place
-    kind: str
+    place: Place  # what is guarded
+    kind: str  # Dynamo's name of the kind of guard, such as ``"TYPE_MATCH"``
+    # the attribute or key that the guard asks for; None where it asks for none
     about: object = None
-    other: Place = ()
-    name: str = ""
+    other: Place = ()  # the second place of a guard that two lead to one object
+    name: str = ""  # what Dynamo calls the place
 
     @property
     def places(self) -> tuple[Place, ...]:

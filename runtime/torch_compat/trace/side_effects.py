@@ -23,16 +23,13 @@ SameTensor = Callable[[object, object], bool]
 
 @dataclass(frozen=True, slots=True)
 class Write:
-    """Something that existed before the trace and is another thing after it.
+    """Something that existed before the trace and is another thing after it."""
 
-    Attributes:
-        place: Dynamo's name of it, such as ``L['model'].calls``.
-        line: the user's line that wrote, ``model.py:41 in forward``; "" where it isn't known.
-        store: a module, the name of its attribute and the number, text or None that it is set to; None for any other write.
-    """
-
-    place: str
+    place: str  # Dynamo's name of it, such as ``L['model'].calls``
+    # the user's line that wrote, ``model.py:41 in forward``; "" where it isn't known
     line: str = ""
+    # a module, the name of its attribute and the number, text or None that it is set to; None for
+    # any other write
     store: tuple[torch.nn.Module, str, object] | None = None
 
 
