@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 from models import EAGER
-from random_rows import random_case
+from random_rows import random_function
 
 import piecework
 from piecework.closeness import same_values
@@ -20,12 +20,12 @@ def wrong(seeds: range) -> tuple[list[str], int]:
     """What padding changes; and how many functions were padded."""
     found, padded = [], 0
     for seed in seeds:
-        case, names = random_case(seed)
-        fresh = [each.clone() for each in case.arguments]
-        for number in case.batched:
-            torch._dynamo.mark_dynamic(fresh[number], 0)
+        function, arguments, names = random_function(seed)
+        fresh = [each.clone() for each in arguments]
+        for each in fresh[:2]:
+            torch._dynamo.mark_dynamic(each, 0)
         try:
-            made = piecework.compile(case.function, fresh, config=EAGER)
+            made = piecework.compile(function, fresh, config=EAGER)
             made.capture([4, 8], progress=False, estimate=False)
         except (PieceworkError, RuntimeError, IndexError, ValueError):
             continue  # not traced, or nothing to capture
@@ -34,12 +34,12 @@ def wrong(seeds: range) -> tuple[list[str], int]:
         padded += 1
         for rows in (3, 6, 7):
             call = [
-                torch.cat([each, each.flip(0) * 3])[:rows] if n in case.batched else each
-                for n, each in enumerate(case.arguments)
+                *(torch.cat([each, each.flip(0) * 3])[:rows] for each in arguments[:2]),
+                *arguments[2:],
             ]
             call[1] = call[1] % 8
             try:
-                expected = case.function(*[each.clone() for each in call])
+                expected = function(*[each.clone() for each in call])
             except (RuntimeError, IndexError, ValueError):
                 continue  # eager refuses another batch size
             if not same_values(expected, made(*[each.clone() for each in call])):
