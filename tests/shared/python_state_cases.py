@@ -8,8 +8,14 @@ from __future__ import annotations
 
 import random
 import re
+import sys
+import types
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
+
+import torch
 
 PRELUDE = """
 import collections, dataclasses, enum, functools, types
@@ -352,3 +358,70 @@ def make_case(seed: int) -> Case:
     ]
     steps = [source.choice(changes) for _ in range(source.randint(1, 4))]
     return Case(PRELUDE + "\n".join(lines), passed | more, steps)
+
+
+class Run:
+    """One case: the model, the stitched model, and the arguments of the next call."""
+
+    def __init__(self, case: Case, number: int, file: str | None = None) -> None:
+        self.module = types.ModuleType(f"python_state_case_{number}")
+        self.module.__file__ = file or f"<{self.module.__name__}>"
+        # Dynamo finds a module's globals by its name.
+        sys.modules[self.module.__name__] = self.module
+        self.space = self.module.__dict__
+        exec(compile(case.source, self.module.__file__, "exec"), self.space)
+        torch.manual_seed(0)
+        self.model = self.space["Model"]().eval()
+        self.space["m"] = self.model
+        self.space["args"] = {k: eval(v, self.space) for k, v in case.arguments.items()}
+        self.x = torch.randn(5, 4)
+
+    def close(self) -> None:
+        sys.modules.pop(self.module.__name__, None)
+        torch.set_default_dtype(torch.float32)
+
+    def call(self, model: Callable[..., Any], x: torch.Tensor) -> Any:
+        with torch.no_grad():
+            return model(x, **self.space["args"])
+
+    def change(self, statement: str) -> bool:
+        """Run a statement; False if it can't be done to what the case holds."""
+        try:
+            exec(statement, self.space)
+        except Exception:  # noqa: BLE001
+            return False
+        return True
+
+
+def stock_is_stale(case: Case, number: int, count: int) -> bool:
+    """Whether stock ``torch.compile`` gives another result than eager after so many steps, too."""
+    run = Run(case, number)
+    try:
+        torch.compiler.reset()
+        stock = torch.compile(run.model, backend="eager", dynamic=True)
+        run.call(stock, torch.randn(3, 4))
+        for statement in case.steps[:count]:
+            if run.change(statement):
+                for _ in range(2):
+                    state = torch.random.get_rng_state()
+                    try:
+                        actual = run.call(stock, run.x)
+                    except Exception:  # noqa: BLE001
+                        actual = None
+                    torch.random.set_rng_state(state)
+                    try:
+                        expected = run.call(run.model, run.x)
+                    except Exception:  # noqa: BLE001
+                        if actual is not None:
+                            return True
+                        continue
+                    if actual is None or not alike(actual, expected):
+                        return True
+        return False
+    finally:
+        run.close()
+
+
+def alike(actual: torch.Tensor, expected: torch.Tensor) -> bool:
+    same = torch.allclose(actual, expected, rtol=1e-4, atol=1e-5, equal_nan=True)
+    return actual.dtype == expected.dtype and same
