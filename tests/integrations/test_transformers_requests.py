@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_llms import GEMMA
+from models import EAGER
+from small_llms import GEMMA, Pair
 from small_llms import build as built
 
 from piecework.errors import InputError, PieceworkError, UsageError
@@ -28,12 +29,9 @@ from piecework.runtime.batch.forward_context import (
     override_forward_context,
     set_forward_context,
 )
-from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.counters import counters
 
 transformers = pytest.importorskip("transformers")
-
-EAGER_PIECES = CompilationConfig(backend="eager")
 
 
 def build(family: str = "gemma3_text", **fields: object) -> torch.nn.Module:
@@ -43,34 +41,14 @@ def build(family: str = "gemma3_text", **fields: object) -> torch.nn.Module:
     return built(family, **{"num_hidden_layers": 3, **extra, **fields})
 
 
-class Pair:
-    """One model twice: as it is, and stitched."""
-
-    def __init__(self) -> None:
-        self.eager = build()
-        self.stitched = stitch(copy.deepcopy(self.eager), config=EAGER_PIECES)
-        self.ids = torch.randint(1, 97, (2, 9), generator=torch.Generator().manual_seed(5))
-        self.mask = torch.ones_like(self.ids)
-        self.mask[0, :3] = 0
-
-    def check_logits(self, **given: object) -> None:
-        with torch.no_grad():
-            ours, theirs = self.stitched(**given).logits, self.eager(**given).logits
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-
-    def check_generation(self, **how: object) -> None:
-        settings = {"max_new_tokens": 8, "do_sample": False, "attention_mask": self.mask, **how}
-        ours = self.stitched.generate(self.ids, **settings)
-        theirs = self.eager.generate(self.ids, **settings)
-        assert torch.equal(ours, theirs)
-        assert (
-            len(set(theirs[:, 9:].flatten().tolist())) > 2
-        ), "the model says the same token always"
+IDS = torch.randint(1, 97, (2, 9), generator=torch.Generator().manual_seed(5))
+MASK = torch.ones_like(IDS)
+MASK[0, :3] = 0
 
 
 @pytest.fixture(scope="module")
 def pair() -> Iterator[Pair]:
-    pair = Pair()
+    pair = Pair(build())
     before = stitched_module(pair.stitched)
     yield pair
     assert stitched_module(pair.stitched) is before
@@ -89,34 +67,33 @@ def pair() -> Iterator[Pair]:
     ids=lambda how: "-".join(how),
 )
 def test_generation_equals_eager(pair: Pair, how: dict[str, object]) -> None:
-    pair.check_generation(**how)
+    pair.generate(IDS, **{"attention_mask": MASK, "max_new_tokens": 8, **how})
 
 
 @pytest.mark.parametrize("cache", [None, "static"])
 def test_a_prompt_of_one_token(pair: Pair, cache: str | None) -> None:
     """Its first forward looks like a decode step, of a cache that has no tensors yet."""
-    how = {"max_new_tokens": 8, "do_sample": False, "cache_implementation": cache}
-    for ids in (pair.ids[:, 8:], pair.ids[:1, 8:]):
-        assert torch.equal(pair.stitched.generate(ids, **how), pair.eager.generate(ids, **how))
+    for ids in (IDS[:, 8:], IDS[:1, 8:]):
+        pair.generate(ids, cache_implementation=cache)
 
 
 def test_mask_forms(pair: Pair) -> None:
     later = torch.ones(9, 9, dtype=torch.bool).tril()
     four = later.expand(2, 1, 9, 9)
     additive = torch.zeros(2, 1, 9, 9).masked_fill(~later, torch.finfo(torch.float32).min)
-    pair.check_logits(input_ids=pair.ids, attention_mask=pair.mask)
-    pair.check_logits(input_ids=pair.ids, attention_mask=pair.mask.bool())
-    pair.check_logits(input_ids=pair.ids, attention_mask=four)
-    pair.check_logits(input_ids=pair.ids, attention_mask=additive)
+    pair.call(IDS, attention_mask=MASK)
+    pair.call(IDS, attention_mask=MASK.bool())
+    pair.call(IDS, attention_mask=four)
+    pair.call(IDS, attention_mask=additive)
     by_type = {"full_attention": four, "sliding_attention": additive}
-    pair.check_logits(input_ids=pair.ids, attention_mask=by_type)
+    pair.call(IDS, attention_mask=by_type)
 
 
 def test_given_positions_and_packed_sequences(pair: Pair) -> None:
-    pair.check_logits(input_ids=pair.ids, position_ids=torch.arange(5, 14).unsqueeze(0))
-    pair.check_logits(input_ids=pair.ids, position_ids=torch.arange(5.0, 14.0).unsqueeze(0))
+    pair.call(IDS, position_ids=torch.arange(5, 14).unsqueeze(0))
+    pair.call(IDS, position_ids=torch.arange(5.0, 14.0).unsqueeze(0))
     packed = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 0, 1], [0, 1, 2, 3, 4, 5, 6, 7, 8]])
-    pair.check_logits(input_ids=pair.ids, position_ids=packed, use_cache=False)
+    pair.call(IDS, position_ids=packed, use_cache=False)
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
@@ -126,60 +103,47 @@ def test_prefill_in_chunks_continues_the_cache(pair: Pair, kind: str) -> None:
             return transformers.DynamicCache(config=pair.eager.config)
         return transformers.StaticCache(config=pair.eager.config, max_cache_len=16)
 
-    ours, theirs = cache(), cache()
-    with torch.no_grad():
-        for start, stop in ((0, 4), (4, 8), (8, 9)):
-            ids, mask = pair.ids[:, start:stop], pair.mask[:, :stop]
-            got = pair.stitched(ids, attention_mask=mask, past_key_values=ours)
-            expected = pair.eager(ids, attention_mask=mask, past_key_values=theirs)
-            torch.testing.assert_close(got.logits, expected.logits, rtol=1e-4, atol=1e-4)
-            assert got.past_key_values is ours
-    for mine, other in zip(ours.layers, theirs.layers, strict=True):
-        torch.testing.assert_close(mine.keys, other.keys)
-        torch.testing.assert_close(mine.values, other.values)
+    caches = cache(), cache()
+    for start, stop in ((0, 4), (4, 8), (8, 9)):
+        given = {"attention_mask": MASK[:, :stop], "past_key_values": caches}
+        got, _ = pair.call(IDS[:, start:stop], **given)
+        assert got.past_key_values is caches[0]
 
 
 def test_embeddings_are_a_second_entry(pair: Pair) -> None:
     ids_entry = stitched_module(pair.stitched)
     with torch.no_grad():
-        embeds = pair.eager.get_input_embeddings()(pair.ids)
-    pair.check_logits(inputs_embeds=embeds, attention_mask=pair.mask)
+        embeds = pair.eager.get_input_embeddings()(IDS)
+    pair.call(inputs_embeds=embeds, attention_mask=MASK)
     entry = stitched_module(pair.stitched, "inputs_embeds")
     assert entry is not ids_entry
-    pair.check_logits(inputs_embeds=embeds[:1, :4])
+    pair.call(inputs_embeds=embeds[:1, :4])
     assert stitched_module(pair.stitched, "inputs_embeds") is entry
 
 
 def test_output_forms(pair: Pair) -> None:
     with torch.no_grad():
-        ours, theirs = pair.stitched(pair.ids, return_dict=False), pair.eager(
-            pair.ids, return_dict=False
-        )
+        ours, theirs = pair.stitched(IDS, return_dict=False), pair.eager(IDS, return_dict=False)
         assert len(ours) == len(theirs) == 2
         torch.testing.assert_close(ours[0], theirs[0])
-        assert pair.stitched(pair.ids, logits_to_keep=1).logits.shape == (2, 1, 97)
-        inner, other = pair.stitched.model(pair.ids), pair.eager.model(pair.ids)
+        assert pair.stitched(IDS, logits_to_keep=1).logits.shape == (2, 1, 97)
+        inner, other = pair.stitched.model(IDS), pair.eager.model(IDS)
         assert type(inner) is type(other)
         torch.testing.assert_close(inner.last_hidden_state, other.last_hidden_state)
         assert inner.past_key_values.get_seq_length() == 9
-        loss = pair.stitched(pair.ids, labels=pair.ids).loss
-        torch.testing.assert_close(loss, pair.eager(pair.ids, labels=pair.ids).loss)
-        assert pair.stitched(pair.ids, use_cache=False).past_key_values is None
+        loss = pair.stitched(IDS, labels=IDS).loss
+        torch.testing.assert_close(loss, pair.eager(IDS, labels=IDS).loss)
+        assert pair.stitched(IDS, use_cache=False).past_key_values is None
 
 
 def test_attention_implementation_can_change_after_stitching() -> None:
-    eager = build("llama")
-    stitched = stitch(copy.deepcopy(eager), config=EAGER_PIECES)
-    entry = stitched_module(stitched)
-    ids = torch.randint(1, 97, (2, 7), generator=torch.Generator().manual_seed(1))
+    pair = Pair(build("llama"))
+    entry = stitched_module(pair.stitched)
     for implementation in ("eager", "sdpa"):
-        for model in (eager, stitched):
+        for model in (pair.eager, pair.stitched):
             model.set_attn_implementation(implementation)
-        with torch.no_grad():
-            torch.testing.assert_close(
-                stitched(ids).logits, eager(ids).logits, rtol=1e-4, atol=1e-4
-            )
-    assert stitched_module(stitched) is entry
+        pair.call(IDS)
+    assert stitched_module(pair.stitched) is entry
 
 
 ROPES = {
@@ -198,19 +162,11 @@ ROPES = {
 @pytest.mark.parametrize("rope_type", ROPES)
 def test_rotary_frequencies_that_change_with_the_length(rope_type: str) -> None:
     family, longest = ("phi3", 64) if rope_type == "longrope" else ("llama", 8)
-    eager = build(family, rope_parameters=ROPES[rope_type], max_position_embeddings=longest)
-    stitched = stitch(copy.deepcopy(eager), config=EAGER_PIECES)
+    pair = Pair(build(family, rope_parameters=ROPES[rope_type], max_position_embeddings=longest))
     generator = torch.Generator().manual_seed(4)
     for length in (6, 20, 30, 6, 12):
-        ids = torch.randint(1, 97, (2, length), generator=generator)
-        with torch.no_grad():
-            ours, theirs = stitched(ids).logits, eager(ids).logits
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-    grown = [
-        model.generate(ids[:, :5], max_new_tokens=12, do_sample=False)
-        for model in (stitched, eager)
-    ]
-    assert torch.equal(*grown)
+        pair.call(torch.randint(1, 97, (2, length), generator=generator))
+    pair.generate(IDS[:, :5], max_new_tokens=12)
 
 
 def test_unstitch_restores_the_model() -> None:
@@ -220,7 +176,7 @@ def test_unstitch_restores_the_model() -> None:
     ids = torch.randint(1, 97, (2, 5), generator=torch.Generator().manual_seed(6))
     with torch.no_grad():
         expected = model(ids).logits
-    stitch(model, config=EAGER_PIECES)
+    stitch(model, config=EAGER)
     assert unstitch(model) is model
     assert {id(m): set(m.__dict__) for m in model.modules()} == {
         key: set(attributes) for key, attributes in before.items()
@@ -250,35 +206,37 @@ def test_unstitch_restores_the_model() -> None:
 )
 def test_requests_that_cannot_be_served(pair: Pair, given: dict[str, object], named: str) -> None:
     with torch.no_grad(), pytest.raises(InputError, match=named) as caught:
-        pair.stitched.model(**{"input_ids": pair.ids, **given})
+        pair.stitched.model(**{"input_ids": IDS, **given})
     assert caught.value.where
 
 
 def test_gradients_training_and_autocast_are_refused(pair: Pair) -> None:
     with pytest.raises(InputError, match="gradients are enabled"):
-        pair.stitched(pair.ids)
+        pair.stitched(IDS)
     with torch.no_grad():
         with pytest.raises(InputError, match="empty"):
-            pair.stitched(pair.ids[:, :0])
+            pair.stitched(IDS[:, :0])
         with torch.autocast("cpu", torch.bfloat16), pytest.raises(InputError, match="autocast"):
-            pair.stitched(pair.ids)
+            pair.stitched(IDS)
         pair.stitched.train()
         try:
             with pytest.raises(InputError, match="training mode"):
-                pair.stitched(pair.ids)
+                pair.stitched(IDS)
         finally:
             pair.stitched.eval()
     frozen = copy.deepcopy(pair.eager).requires_grad_(False)
-    stitch(frozen, config=EAGER_PIECES)
-    assert frozen(pair.ids).logits.shape == (2, 9, 97)
+    stitch(frozen, config=EAGER)
+    assert frozen(IDS).logits.shape == (2, 9, 97)
 
 
-def test_two_threads_share_one_stitched_model(pair: Pair) -> None:
+@pytest.mark.parametrize("cache", [None, "static"])
+def test_two_threads_share_one_stitched_model(pair: Pair, cache: str | None) -> None:
     generator = torch.Generator().manual_seed(9)
     prompts = [torch.randint(1, 97, (1 + n % 3, 4 + n), generator=generator) for n in range(6)]
 
     def answer(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
-        return model.generate(ids, max_new_tokens=8, do_sample=False)
+        how = {"max_new_tokens": 8, "do_sample": False, "cache_implementation": cache}
+        return model.generate(ids, **how)
 
     with ThreadPoolExecutor(2) as pool:
         ours = list(pool.map(lambda ids: answer(pair.stitched, ids), prompts))
@@ -287,11 +245,11 @@ def test_two_threads_share_one_stitched_model(pair: Pair) -> None:
 
 
 def test_a_moved_model_is_noticed() -> None:
-    model = stitch(build("llama"), config=EAGER_PIECES).to(torch.bfloat16)
+    model = stitch(build("llama"), config=EAGER).to(torch.bfloat16)
     ids = torch.ones(1, 3, dtype=torch.long)
     with torch.no_grad(), pytest.raises(InputError, match="stitched as"):
         model(ids)
-    stitch(unstitch(model), config=EAGER_PIECES)
+    stitch(unstitch(model), config=EAGER)
     with torch.no_grad():
         assert model(ids).logits.dtype == torch.bfloat16
 
@@ -300,7 +258,7 @@ def test_saving_and_copying(pair: Pair, tmp_path: Path) -> None:
     pair.stitched.save_pretrained(tmp_path)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     with torch.no_grad():
-        torch.testing.assert_close(loaded(pair.ids).logits, pair.eager(pair.ids).logits)
+        torch.testing.assert_close(loaded(IDS).logits, pair.eager(IDS).logits)
     assert set(pair.stitched.state_dict()) == set(pair.eager.state_dict())
     for copied in (copy.deepcopy, pickle.dumps):
         with pytest.raises(UsageError, match="copied or pickled"):
@@ -312,7 +270,7 @@ def test_torch_s_switches_run_the_decoder_as_it_is():
     eager = build()
     ids = torch.randint(1, 97, (2, 9), generator=torch.Generator().manual_seed(5))
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        model = stitch(copy.deepcopy(eager), config=EAGER_PIECES)
+        model = stitch(copy.deepcopy(eager), config=EAGER)
         before = counters.num_graphs_seen
         assert torch.equal(model(ids).logits, eager(ids).logits)
         with pytest.raises(PieceworkError, match="force_eager"):
@@ -344,7 +302,7 @@ def test_torch_s_switches_run_the_decoder_as_it_is():
 
 def test_what_an_engine_says_of_the_batch_reaches_the_dispatcher() -> None:
     """A batch with adapters is not served from the graph without them, and what is dry stays dry."""
-    model = stitch(build("llama"), config=EAGER_PIECES)
+    model = stitch(build("llama"), config=EAGER)
     entry = stitched_module(model)
     ids = torch.tensor([[5, 6, 7, 8]])
     entry.capture(
