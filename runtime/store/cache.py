@@ -1,23 +1,19 @@
-"""Compiled pieces on disk: each compiled once by all processes, given out if every byte is right; and
-looking after a whole cache of them.
+"""Compiled pieces on disk, each compiled once by all processes; and looking after a whole cache.
 
 An entry is ``<root>/<hash>/rank_<rank>_<dp_rank>/<tag>/`` with ``artifacts/<name>.bin``, each sealed
-by itself, and texts for people, among them an index. A killed writer leaves a sound entry, and a disk that is full, read-only or
-damaged costs a warning and a compilation. Only `collect` removes anything, never an entry that
-somebody is changing, and no link is followed. Nothing here imports torch.
+by itself, and texts for people. Trouble with the disk costs a warning and a compilation. Only
+`collect` removes anything, and no link is followed. Nothing here imports torch.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import logging
 import os
 import re
 import shutil
 import stat
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
@@ -42,8 +38,7 @@ LOCK_AGE_SECONDS = 7 * 24 * 3600.0
 _ENTRY = re.compile(r"([0-9a-f]{32})/rank_([0-9]{1,7})_([0-9]{1,7})/([^/]+)")
 _END = ".bin"
 _TOUCH_SECONDS = 3600.0
-_READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
-_TROUBLE = (OSError, CacheError, files.Damaged)
+_TROUBLE = (OSError, CacheError)
 
 
 class CacheResult(NamedTuple):
@@ -105,7 +100,6 @@ class CacheEntry:
         self.directory = root / str(identity)
         self._factors_json = factors_json
         self._hmac_key = hmac_key
-        self._read_only = False
         self._warned: set[str] = set()
 
     # --- reading -------------------------------------------------------------------------------------
@@ -120,11 +114,10 @@ class CacheEntry:
 
     def read(self, name: str) -> bytes:
         """The bytes saved under ``name``. Raises `FileNotFoundError`, or `Damaged`."""
-        place = _place(name)
-        raw = files.read_regular(self.directory, place, files.MAX_BYTES)
-        held, facts = unpacked(raw, self._hmac_key, KIND, place)
+        raw = files.read_regular(self.directory / _place(name))
+        held, facts = unpacked(raw, self._hmac_key, KIND)
         if facts != self._facts(name):
-            raise files.Damaged(f"it is that of {facts}", place)
+            raise files.Damaged(f"it is that of {facts}")
         return held[""]
 
     def get(self, name: str) -> bytes | None:
@@ -136,24 +129,18 @@ class CacheEntry:
         except OSError as error:
             self._warn("unreadable", f"it cannot be read ({error}); compiling instead")
         except files.Damaged as damage:
-            self.reject(name, damage.reason)
+            self.reject(name, damage.message)
         return None
 
     def reject(self, name: str, reason: str) -> None:
         """Put the artifact ``name``, which is damaged or unfit, into quarantine."""
-        place = self.directory / _place(name)
-        shelf = self.root / QUARANTINE_DIRECTORY
+        shelf, place = self.root / QUARANTINE_DIRECTORY, self.directory / _place(name)
         where = f"moved to {shelf}"
         try:
             files.make_directory(shelf, inside=self.root)
-            box = tempfile.mkdtemp(prefix=f"{self.identity.key[:12]}-", dir=shelf)
-            os.rename(place, Path(box) / place.name)
-        except FileNotFoundError:
-            where = "it is gone"
-        except OSError:  # a full disk may refuse the new directory
-            where = "it is ignored"
-            with contextlib.suppress(OSError):
-                os.unlink(place)
+            os.replace(place, shelf / f"{self.identity.key[:12]}-{time.time_ns()}-{place.name}")
+        except _TROUBLE as error:
+            where = f"it stays ({error})"
         self._warn("damage", f"{_place(name)}: {reason}; {where}, compiling again")
 
     # --- writing -------------------------------------------------------------------------------------
@@ -177,7 +164,7 @@ class CacheEntry:
         """
         data = self.get(name)
         with contextlib.ExitStack() as stack:
-            if data is None and not self._read_only:
+            if data is None:
                 what = f"{self.identity}\nartifact\n{name}"
                 try:
                     stack.enter_context(files.locked(self.root, what, COMPILE_LOCK_SECONDS))
@@ -191,8 +178,6 @@ class CacheEntry:
 
     def _write(self, written: Mapping[str, bytes]) -> bool:
         """Save under the entry's lock; whatever prevents it is warned of once."""
-        if self._read_only:
-            return False
         try:
             with self.changing():
                 folder = self.directory / ARTIFACTS_DIRECTORY
@@ -233,11 +218,7 @@ class CacheEntry:
         return {"entry": str(self.identity), "name": name}
 
     def _cannot_save(self, error: Exception) -> None:
-        code = error.errno if isinstance(error, OSError) else None
-        self._read_only = self._read_only or code in _READ_ONLY
-        why = "it is read-only" if code in _READ_ONLY else "it cannot be written"
-        why = "there is no space left" if code in files.FULL_DISK else why
-        self._warn("save", f"{why} ({error}); going on without saving")
+        self._warn("save", f"it cannot be written ({error}); going on without saving")
 
     def _warn(self, kind: str, text: str) -> None:
         """Warn of each kind of trouble once; the rest is there for whoever listens at INFO."""
@@ -316,12 +297,11 @@ def _directories(real: Path) -> Iterator[tuple[Identity, Path]]:
 def _file_sizes(directory: Path) -> dict[Path, int]:
     """Every plain file below ``directory`` with its size."""
     sizes: dict[Path, int] = {}
-    for folder, _, names in os.walk(directory):
-        for path in (Path(folder, name) for name in names):
-            with contextlib.suppress(OSError):
-                info = os.lstat(path)
-                if stat.S_ISREG(info.st_mode):
-                    sizes[path] = info.st_size
+    for path in directory.rglob("*"):
+        with contextlib.suppress(OSError):
+            info = path.lstat()
+            if stat.S_ISREG(info.st_mode):
+                sizes[path] = info.st_size
     return sizes
 
 
@@ -333,15 +313,14 @@ def saved_keys(root: str | os.PathLike[str]) -> dict[str, KeyFactors]:
     real = files.resolve_root(root)
     found: dict[str, KeyFactors] = {}
     for entry in list_entries(real):
-        with contextlib.suppress(OSError, files.Damaged, CacheError):
+        with contextlib.suppress(*_TROUBLE):
             found.setdefault(entry.identity.key, _factors(real, entry.identity))
     return found
 
 
 def _factors(real: Path, identity: Identity) -> KeyFactors:
     """What an entry's key was made of."""
-    raw = files.read_regular(real / str(identity), FACTORS_NAME, files.MAX_BYTES)
-    factors = KeyFactors.from_json(raw)
+    factors = KeyFactors.from_json(files.read_regular(real / str(identity) / FACTORS_NAME))
     if factors.hash != identity.key:
         raise CacheError("its hash is not the name of the entry's directory")
     return factors
@@ -359,12 +338,7 @@ def nearest(
 
 
 def verify(root: str | os.PathLike[str], hmac_key: bytes | None = None) -> Verification:
-    """Check every byte of every artifact.
-
-    Args:
-        hmac_key: what signed entries must be signed with; None looks at no
-            signature.
-    """
+    """Check every byte of every artifact, and with a key the signatures of signed entries."""
     real = files.resolve_root(root)
     findings: list[Finding] = []
     sizes: list[int] = []
@@ -372,9 +346,8 @@ def verify(root: str | os.PathLike[str], hmac_key: bytes | None = None) -> Verif
     def checked(identity: Identity, file: str, check: Callable[[], T]) -> T | None:
         try:
             return check()
-        except (OSError, CacheError, files.Damaged) as error:
-            reason = error.reason if isinstance(error, files.Damaged) else str(error)
-            findings.append(Finding(str(identity), file, reason))
+        except _TROUBLE as error:
+            findings.append(Finding(str(identity), file, str(error)))
             return None
 
     entries = list(_directories(real))
@@ -402,11 +375,8 @@ def collect(
     max_age_s: float | None = None,
     dry_run: bool = False,
 ) -> CollectionReport:
-    """Remove entries unused for longer than ``max_age_s``, then the longest unused until
-    ``max_bytes`` are left.
-
-    Also removes what only takes space: locks that nobody uses, and what has been in quarantine for
-    longer than ``max_age_s`` (or any time).
+    """Remove entries by age, then the longest unused down to ``max_bytes``; unused locks; and what
+    was quarantined before ``max_age_s``, or ever.
     """
     real, now = files.resolve_root(root), time.time()
     entries = list_entries(real)
@@ -430,13 +400,13 @@ def collect(
             where=os.fspath(root),
             hint="is it read-only, or full of what another user wrote?",
         ) from error
-    kept = [each for each in entries if each not in removed]
+    kept = [each.bytes for each in entries if each not in removed]
     return CollectionReport(
         removed=tuple(str(each.identity) for each in removed),
         busy=tuple(str(each.identity) for each in chosen if each not in removed),
         removed_bytes=sum(each.bytes for each in removed),
         kept_entries=len(kept),
-        kept_bytes=sum(each.bytes for each in kept),
+        kept_bytes=sum(kept),
     )
 
 
@@ -458,10 +428,8 @@ def _remove_entry(real: Path, identity: Identity) -> bool:
 def _sweep_aside(real: Path, now: float, max_age_s: float | None) -> None:
     """Remove old quarantined files, and locks that nobody uses."""
     quarantined = -1.0 if max_age_s is None else max_age_s
-    for name, age in (
-        (QUARANTINE_DIRECTORY, quarantined),
-        (files.LOCKS_DIRECTORY, LOCK_AGE_SECONDS),
-    ):
-        for box in (real / name).iterdir() if files.check_directory(real / name) else ():
-            if now - os.lstat(box).st_mtime > age:
-                shutil.rmtree(box) if box.is_dir() else box.unlink(missing_ok=True)
+    ages = {QUARANTINE_DIRECTORY: quarantined, files.LOCKS_DIRECTORY: LOCK_AGE_SECONDS}
+    for name, age in ages.items():
+        for path in (real / name).iterdir() if files.check_directory(real / name) else ():
+            if now - path.lstat().st_mtime > age:
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)

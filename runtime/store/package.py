@@ -1,8 +1,8 @@
-"""Files in one file: a saved program, or a piece in the compile cache.
+"""Files in one sealed file: a saved program, or a piece in the compile cache.
 
-The file begins with a manifest that lists what follows with digests, and that has a checksum and,
-given a key, a signature. Every byte is verified before it is given out, and the file is replaced in
-one step: a reader needs no lock.
+The first line has the SHA-256 of all that follows and, given a key, its signature; a manifest with
+facts and the files' sizes comes next. Every byte is verified before any is given out, and the file
+is replaced in one step: a reader needs no lock.
 """
 
 from __future__ import annotations
@@ -17,97 +17,63 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from piecework.errors import ArtifactError, ConfigError
-from piecework.runtime.store.files import (
-    FULL_DISK,
-    MAX_BYTES,
-    Damaged,
-    read_regular,
-    sha256,
-    sync_directory,
-    write_atomic,
-)
+from piecework.runtime.store.files import Damaged, read_regular, sha256, write_atomic
 
 Place = str | os.PathLike[str]
 KIND = "piecework artifact"
 #: What the manifest says of each of several modules that were saved together.
 PARTS = "parts"
-FORMAT = 4
-_HEAD = re.compile(rb"piecework ([0-9]{1,9})\n")
-_MANIFEST = re.compile(
-    rb'\{\n "checksum": "(?P<checksum>[0-9a-f]{64})",\n'
-    rb'(?P<signed> "signature": "(?P<signature>[0-9a-f]*)",\n(?P<body>.*))',
-    re.DOTALL,
-)
-
-
-# --- bytes -------------------------------------------------------------------------------------------
-
-
-def encode(facts: Mapping[str, object], key: bytes | None) -> bytes:
-    """``facts`` as JSON with a checksum and, given a key, a signature; the same facts give the same
-    bytes.
-    """
-    body = json.dumps(facts, sort_keys=True, indent=1, allow_nan=False).encode()[2:] + b"\n"
-    signature = "" if key is None else hmac.digest(key, body, "sha256").hex()
-    signed = f' "signature": "{signature}",\n'.encode() + body
-    return f'{{\n "checksum": "{sha256(signed)}",\n'.encode() + signed
-
-
-def decode(raw: bytes, key: bytes | None, file: str) -> dict[str, object]:
-    """What `encode` wrote; raises `Damaged` unless every byte is as it was written and, given a key,
-    signed with it.
-    """
-    found = _MANIFEST.fullmatch(raw)
-    if found is None or sha256(found["signed"]).encode() != found["checksum"]:
-        raise Damaged("its manifest is not as it was written: the checksum does not match", file)
-    if key is not None:
-        expected = hmac.digest(key, found["body"], "sha256").hex().encode()
-        if not hmac.compare_digest(found["signature"], expected):
-            raise Damaged("its signature does not match", file)
-    try:
-        facts: dict[str, object] = json.loads(raw)
-    except (ValueError, RecursionError) as error:  # of who can seal it
-        raise Damaged(f"its manifest is no JSON ({type(error).__name__})", file) from error
-    del facts["checksum"], facts["signature"]
-    return facts
+FORMAT = 5
+_HEAD = re.compile(rb"piecework ([0-9a-f]{64}) ([0-9a-f]{64}|-)")
 
 
 def packed(
     files: Mapping[str, bytes], facts: Mapping[str, object], key: bytes | None, kind: str
 ) -> bytes:
     """Files as one ``bytes``, with facts of that kind."""
-    rows = {name: [sha256(data), len(data)] for name, data in files.items()}
-    manifest = encode({**facts, "kind": kind, "format": FORMAT, "files": rows}, key)
-    held = (data for _, data in sorted(files.items()))
-    return b"".join([f"piecework {len(manifest)}\n".encode(), manifest, *held])
+    files = dict(sorted(files.items()))
+    whole = {
+        **facts,
+        "kind": kind,
+        "format": FORMAT,
+        "files": {n: len(d) for n, d in files.items()},
+    }
+    manifest = json.dumps(whole, sort_keys=True, allow_nan=False).encode()
+    body = b"\n".join([manifest, b"".join(files.values())])
+    seal = sha256(body)
+    return f"piecework {seal} {_signature(key, seal)}\n".encode() + body
 
 
 def unpacked(
-    data: bytes, key: bytes | None, kind: str, file: str = "<bytes>"
+    data: bytes, key: bytes | None, kind: str
 ) -> tuple[dict[str, bytes], dict[str, object]]:
     """The files and facts that `packed` was given; raises `Damaged`."""
-    head = _HEAD.match(data)
-    if head is None:
-        raise Damaged("it is no file of piecework's", file)
-    position = head.end() + int(head[1])
-    facts = decode(data[head.end() : position], key, file)
-    found, rows = (facts.pop("kind", None), facts.pop("format", None)), facts.pop("files", None)
-    if found != (kind, FORMAT):
-        why = f"it is of {found[0]!r} in format {found[1]!r}, not of {kind!r} in {FORMAT}"
-        raise Damaged(why, file)
-    files: dict[str, bytes] = {}
+    head, _, body = data.partition(b"\n")
+    found = _HEAD.fullmatch(head)
+    if found is None:
+        raise Damaged("it is no file of piecework's, or of an older one's")
+    seal, signature = (each.decode() for each in found.groups())
+    if sha256(body) != seal:
+        raise Damaged("it is not as it was saved: the SHA-256 is another one")
+    if key is not None and not hmac.compare_digest(signature, _signature(key, seal)):
+        raise Damaged("its signature does not match")
+    manifest, _, held = body.partition(b"\n")
+    files, at = dict[str, bytes](), 0
     try:
-        for name, (digest, size) in sorted(rows.items()):  # type: ignore[union-attr]
-            files[name] = data[position : position + size]
-            position += size
-            if (sha256(files[name]), len(files[name])) != (digest, size):
-                why = f"the SHA-256 of {name or 'its content'} is not the one that was saved"
-                raise Damaged(why, file)
-    except (TypeError, ValueError, AttributeError) as error:
-        raise Damaged("it lists no files with their digests and sizes", file) from error
-    if position != len(data):
-        raise Damaged("it is longer than was saved", file)
+        facts: dict[str, object] = json.loads(manifest)
+        form, sizes = (facts.pop("kind"), facts.pop("format")), facts.pop("files")
+        if form != (kind, FORMAT):
+            raise Damaged(f"it is of {form}, not of {(kind, FORMAT)}")
+        for name, size in sizes.items():  # type: ignore[attr-defined]
+            files[name] = held[at : at + size]
+            at += size
+    except (TypeError, ValueError, LookupError, AttributeError, RecursionError) as error:
+        raise Damaged("its manifest is none") from error
     return files, facts
+
+
+def _signature(key: bytes | None, seal: str) -> str:
+    return "-" if key is None else hmac.digest(key, seal.encode(), "sha256").hex()
 
 
 # --- a saved program ---------------------------------------------------------------------------------
@@ -125,9 +91,9 @@ class Package:
     def of(cls, data: bytes, key: bytes | None, name: str = "<bytes>") -> Package:
         """What `packed` made of an artifact; raises `ArtifactError` unless every byte is right."""
         try:
-            files, facts = unpacked(data, key, KIND, name)
+            files, facts = unpacked(data, key, KIND)
         except Damaged as error:
-            raise _damaged(name, error.reason) from error
+            raise _damaged(name, error.message) from error
         return cls(name, facts, files)
 
     @classmethod
@@ -135,12 +101,12 @@ class Package:
         """The artifact in a file; raises as `of`, or where there is none or others could write it."""
         path = Path(os.path.realpath(file_of(place)))
         try:
-            data = read_regular(path.parent, path.name, MAX_BYTES)
+            data = read_regular(path)
         except FileNotFoundError as error:
             hint = "stitched.save(path) makes one"
             raise ArtifactError("there is no artifact here", where=str(path), hint=hint) from error
         except (OSError, Damaged) as error:
-            raise _damaged(path, str(error)) from error
+            raise _damaged(str(path), str(error)) from error
         return cls.of(data, key, str(path))
 
     def file(self, name: str) -> bytes:
@@ -171,48 +137,39 @@ def part_folder(number: int) -> str:
 
 
 def file_of(place: Place) -> Path:
-    """The file that ``place`` names; `ConfigError` if none, `ArtifactError` for a URL."""
-    if not isinstance(place, (str, os.PathLike)) or not os.fspath(place):
-        raise ConfigError(f"an artifact is a file; got {place!r}")
-    if "://" in os.fspath(place):
-        why = "an artifact is a file, and this is a URL"
-        raise ArtifactError(why, where=str(place), hint="copy the file with tools of its own")
-    return Path(os.path.abspath(place))
+    """The file that ``place`` names; `ConfigError` where it names none."""
+    named = os.fspath(place) if isinstance(place, (str, os.PathLike)) else ""
+    if not named or "://" in named:
+        hint = "for a URL, copy the file with tools of its own"
+        raise ConfigError(f"an artifact is a file; got {place!r}", hint=hint)
+    return Path(os.path.abspath(named))
 
 
 def write_package(
     place: Place, files: Mapping[str, bytes], facts: Mapping[str, object], key: bytes | None
 ) -> None:
-    """Write an artifact, in place of one that is there; `ArtifactError` where something else is, or
-    it can't be written.
-    """
+    """Write an artifact, in place of one that is there; `ArtifactError` where that can't be."""
     path = Path(os.path.realpath(file_of(place)))
-    if os.path.lexists(path):
-        head = b""
-        with contextlib.suppress(OSError), path.open("rb") as file:
-            head = file.read(32)
-        if not _HEAD.match(head):
-            raise ArtifactError(
-                "there is something else than an artifact",
-                where=str(path),
-                hint="name a new file, or remove what is there",
-            )
+    head, start = b"", b"piecework "
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        head = file.read(len(start))
+    if os.path.lexists(path) and head != start:
+        hint = "name a new file, or remove what is there"
+        raise ArtifactError("there is something else than an artifact", where=str(path), hint=hint)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, packed(files, facts, key, KIND), 0o644)
-        sync_directory(path.parent)
     except OSError as error:
-        why = "the disk is full" if error.errno in FULL_DISK else error.strerror
         raise ArtifactError(
-            f"the artifact can't be written: {why}",
+            f"the artifact can't be written: {error.strerror}",
             where=str(path),
             hint="free some space, or name a file that this user can make, or replace",
         ) from error
 
 
-def _damaged(where: object, reason: str) -> ArtifactError:
+def _damaged(where: str, reason: str) -> ArtifactError:
     return ArtifactError(
         f"the artifact is damaged or not to be trusted: {reason}",
-        where=str(where),
+        where=where,
         hint="copy the file again, or save the model again, with the same key; it belongs to this user or root alone",
     )

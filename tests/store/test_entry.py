@@ -198,7 +198,7 @@ def test_damage_costs_a_compile(saved: Path, tmp_path: Path, warned: list[str], 
         assert sum(fill(open_entry(root, FACTORS))) == 1
         assert len(warned) == 1, warned
         shelved = [path.name for path in (root / ".quarantine").rglob("*") if path.is_file()]
-        assert shelved == [target.name]
+        assert [name.endswith(target.name) for name in shelved] == [True]
         # The next process finds everything whole again.
         assert not any(fill(open_entry(root, FACTORS)))
         assert verify(root).findings == ()
