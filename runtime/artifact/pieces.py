@@ -7,8 +7,8 @@ compiles nothing.
 
 from __future__ import annotations
 
-import ast
 import builtins
+import inspect
 import math
 import re
 import textwrap
@@ -31,6 +31,7 @@ from piecework.runtime.compilers.inductor import positional
 from piecework.runtime.compilers.interface import CompiledPiece
 from piecework.runtime.store.files import sha256
 
+_AGAIN = "compile the model again, and save it then"
 _KERNEL = re.compile(r'= kernel\("(\w+)"\)')
 #: Names of generated modules that mean the same everywhere, and what they are.
 _KNOWN = {
@@ -77,7 +78,7 @@ def piece_files(graph: torch.fx.GraphModule, compiled: CompiledPiece, name: str)
         return compiled.artifact
     inductor = compiled.artifact is not None
     code, files = _generated(graph, compiled, name) if inductor else _uncompiled(graph, name)
-    digest = sha256(code.encode() + repr(sorted(files)).encode())[:16]
+    digest = sha256(code.encode() + repr(sorted(files.items())).encode())[:16]
     text = f"pieces/{digest}.py"
     named = {key.replace("{piece}", digest): data for key, data in files.items()}
     inputs = len(graph.graph.find_nodes(op="placeholder"))
@@ -109,13 +110,16 @@ def _generated(
     found = torch_compat.generated_code(compiled.artifact, inputs, len(outputs))  # type: ignore[arg-type]
     if isinstance(found, str):
         raise _refused(name, found)
-    function, values, text = found.function, found.function.__globals__, _function_text(found)
+    function, values, text = found.function, found.function.__globals__, _function_text(found, name)
     lines, files = ["import math", "import types", "", "import torch", ""], {}
     for each in sorted(set().union(*map(global_names, with_inner_code([function.__code__])))):
         value = values.get(each, getattr(builtins, each, None))
         kernel = torch_compat.kernel_file(value)
         if kernel is not None:
-            data = kernel.read_bytes()
+            try:
+                data = kernel.read_bytes()
+            except OSError as error:
+                raise _refused(name, f"a kernel of it is gone: {error}", _AGAIN) from error
             digest = sha256(data)[:32]
             files[_kernel_file(digest)] = data
             lines.append(f'{each} = kernel("{digest}")')
@@ -129,16 +133,17 @@ def _generated(
     return f"{head}{chr(10).join(lines)}\n\n\n{text}", files
 
 
-def _function_text(found: torch_compat.Generated) -> str:
-    """The text of the function that runs."""
-    first = found.function.__code__.co_firstlineno
-    (node,) = (
-        each
-        for each in ast.walk(ast.parse(found.text))
-        if isinstance(each, ast.FunctionDef) and each.lineno == first
-    )
-    lines = found.text.splitlines()[first - 1 : node.end_lineno]
-    return textwrap.dedent("\n".join(lines)) + "\n"
+def _function_text(found: torch_compat.Generated, name: str) -> str:
+    """The text of the function that runs; `ArtifactError` where the text is of another one."""
+    code = found.function.__code__
+    try:
+        written = with_inner_code([compile(found.text, name, "exec", dont_inherit=True)])
+        lines = found.text.splitlines(keepends=True)[code.co_firstlineno - 1 :]
+        if code in written:  # equal but for the file's name
+            return textwrap.dedent("".join(inspect.getblock(lines)))
+    except SyntaxError:
+        pass
+    raise _refused(name, "what runs is not what Inductor's text says", _AGAIN)
 
 
 def _externals(text: str, owner: object, name: str) -> str:

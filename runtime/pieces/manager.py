@@ -299,7 +299,11 @@ class CompilerManager:
 
         def compile_to_bytes() -> bytes:
             fresh.append(compile_now())
-            data = self.compiler.to_bytes(fresh[0])
+            try:
+                data = self.compiler.to_bytes(fresh[0])
+            except Exception as error:  # a full disk, and whatever torch raises
+                self._not_kept(f"its bytes can't be made: {type(error).__name__}: {error}")
+                raise _NotKept from error
             learned = torch_compat.learned_since(self._sizes, self._known)
             if learned is None:
                 self._not_kept("compiling it added a condition on a size that the data decides")

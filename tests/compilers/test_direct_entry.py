@@ -81,3 +81,53 @@ def test_operators_of_python_that_inductor_lowers_by_itself_are_nobodys_own(monk
     monkeypatch.setitem(lowering.lowerings, operator.add, add)
     monkeypatch.setitem(lowering.lowerings, operator.sub, mine)
     assert set(global_passes()) - before == {f"lowerings.{operator.sub}"}
+
+
+def _wrapped(name: str, held: str, **cells: object):
+    """An artifact whose graph lies in one wrapper of that name, which holds ``cells`` beside it."""
+    names = ", ".join(cells)
+    scope: dict = {}
+    exec(
+        f"def make({held}, {names}):\n    def w():\n        return {held}, {names}\n    return w",
+        scope,
+    )
+    wrapper = scope["make"](CompiledFxGraph(), *cells.values())
+    wrapper.__code__ = wrapper.__code__.replace(co_qualname=name)
+    return type("Artifact", (), {"_compiled_fn": staticmethod(wrapper)})()
+
+
+@pytest.mark.parametrize(
+    ("name", "held", "cells", "why"),
+    [
+        ("aot_module_simplified.<locals>.forward", "compiled_fn", {"params_buffers_flat": []}, ""),
+        (
+            "aot_module_simplified.<locals>.forward",
+            "compiled_fn",
+            {"params_buffers_flat": [1]},
+            "more than call",
+        ),
+        (
+            "_create_runtime_wrapper.<locals>.runtime_wrapper",
+            "compiled_fn",
+            {"epilogue_args_idx": [0]},
+            "more than call",
+        ),
+        (
+            "EffectTokensWrapper.post_compile.<locals>.inner_fn",
+            "compiled_fn",
+            {"num_tokens": 1},
+            "more than call",
+        ),
+        ("some_other.<locals>.wrapper", "compiled_fn", {"x": 1}, "unknown"),
+        (
+            "_create_runtime_wrapper.<locals>.runtime_wrapper",
+            "elsewhere",
+            {"trace_joint": False},
+            "unknown",
+        ),
+    ],
+)
+def test_only_wrappers_that_are_known_to_do_nothing_are_passed(name, held, cells, why):
+    call, reason = torch_compat.direct_entry(_wrapped(name, held, **cells), 1, 1, vouched=True)
+    assert (call is None) is bool(why) and why in reason
+    assert torch_compat.direct_entry(object(), 1, 1, vouched=True)[0] is None

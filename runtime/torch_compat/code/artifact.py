@@ -9,35 +9,55 @@ from typing import Any
 
 from piecework.code_objects import cells_of
 
+#: Wrappers that AOTAutograd may put around a graph: which cell has what they wrap, and which must be
+#: empty, so that they do nothing but what its record says.
+_WRAPPERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "DisableContext.__call__.<locals>._fn": (("fn",), ()),
+    "aot_module_simplified.<locals>.forward": (("compiled_fn",), ("params_buffers_flat",)),
+    "CacheCompiledArtifact._load_impl.<locals>.<lambda>": (("compiled_fn",), ()),
+    "SerializableCompiledFunction": (("compiled_fn",), ()),
+    "_create_runtime_wrapper.<locals>.runtime_wrapper": (
+        ("_inner_compiled_fn", "compiled_fn"),
+        ("epilogue_args_idx", "trace_joint", "disable_amp"),
+    ),
+    "FunctionalizedRngRuntimeWrapper.post_compile.<locals>.wrapper": (("compiled_fn",), ()),
+    "EffectTokensWrapper.post_compile.<locals>.inner_fn": (("compiled_fn",), ("num_tokens",)),
+}
+
 
 def direct_entry(
     artifact: object, inputs: int, outputs: int, *, vouched: bool = False
 ) -> tuple[Callable[..., object] | None, str]:
-    """The innermost function of an Inductor artifact, past wrappers that do nothing for it.
+    """The innermost function of an Inductor artifact, past wrappers that do nothing; else why not.
 
-    The function takes one list, which it empties, and returns the outputs. AOTAutograd's record must say that the wrappers
-    have nothing to do before or after the call: no mutation to write back, no output to make an alias of an input, no tensor
-    subclass, no random state, no effect token, no change of grad mode. Copies of misaligned inputs and CUDA graphs, where
-    there are any, are part of what is returned.
+    It takes one list, which it empties, and returns the outputs. Each wrapper must be a known one,
+    and AOTAutograd's record say that there is nothing to do around the call: no mutation to write
+    back, no alias, subclass, random state, effect token or change of grad mode. ``vouched``: a
+    loaded artifact has no record, and was found clean before it was saved.
     """
-    held = _held_in(getattr(artifact, "_compiled_fn", None))
-    graphs = _of_kind(held, "CompiledFxGraph")
-    # The record is held by wrappers that need it, and in what AOTAutograd would serialise.
-    records = _of_kind(held, "ViewAndMutationMeta")
-    kept = [each.serialize_fn() for each in _of_kind(held, "SerializableCompiledFunction")]
-    records += [getattr(each, "runtime_metadata", None) for each in kept]
-    record = next((each for each in records if each is not None), None)
-    call = getattr(graphs[0], "current_callable", None) if len(graphs) == 1 else None
-    if not callable(call):
-        return None, f"{type(artifact).__name__} shows no inner function"
-    if getattr(graphs[0], "_compile_context", None) is not None:
+    current, record = getattr(artifact, "_compiled_fn", None), None
+    while type(current).__name__ != "CompiledFxGraph":
+        code = getattr(current, "__code__", None)
+        name = type(current).__name__ if code is None else code.co_qualname
+        held = getattr(current, "__dict__", {}) if code is None else cells_of(current)  # type: ignore[arg-type]
+        serialize = held.get("serialize_fn")
+        kept = serialize() if callable(serialize) else None
+        record = held.get("runtime_metadata") or getattr(kept, "runtime_metadata", None) or record
+        inner, empty = _WRAPPERS.get(name, ((), ()))
+        if any(held.get(each) for each in empty):
+            return None, f"the wrapper {name} does more than call"
+        current = next((held[each] for each in inner if each in held), None)
+        if current is None:
+            return None, f"the wrapper {name} is unknown"
+    call = getattr(current, "current_callable", None)
+    if not callable(call) or getattr(current, "_compile_context", None) is not None:
         return None, "autotuning results are still to be written at its first call"
     reason = "" if record is None and vouched else _work_of_wrappers(record, inputs, outputs)
     return (None, reason) if reason else (call, "")
 
 
 def _work_of_wrappers(meta: object, inputs: int, outputs: int) -> str:
-    """What AOTAutograd's record says that is to be done around the call; "" if nothing."""
+    """What AOTAutograd's record says is to be done around the call; "" if nothing."""
     if meta is None:
         return "AOTAutograd's record of the piece can't be found"
     must_be_empty = (
@@ -64,17 +84,13 @@ def _work_of_wrappers(meta: object, inputs: int, outputs: int) -> str:
     return ""
 
 
-#: Matrix products that refuse operands of different dtypes or devices, by the names that generated code calls them.
+#: Matrix products that refuse operands of different dtypes or devices, as generated code calls them.
 _STRICT_KERNEL = re.compile(r"extern_kernels\.(?:mm|addmm|bmm|baddbmm)\(")
 _HARMLESS = ("assert_size_stride(", "assert_size_stride_grouped(", "del ", "#")
 
 
 def strict_inputs(artifact: object, inputs: int) -> frozenset[int]:
-    """Which inputs of an Inductor artifact are read by nothing but ATen's matrix products.
-
-    Generated kernels read memory without looking at a dtype; ATen's products raise for an operand of another dtype or
-    device. Told from the generated text; an input that is used in any way that is not known here is left out.
-    """
+    """Which inputs only ATen's matrix products read, which look at dtypes and devices themselves."""
     source = next(iter(inductor_sources(artifact)), "")
     found = re.search(
         r"\n    def call\(self, args\):\n(.*?)\n        return (.*)", source, re.DOTALL
@@ -92,40 +108,32 @@ def strict_inputs(artifact: object, inputs: int) -> frozenset[int]:
 
 
 def inductor_sources(compiled: object) -> tuple[str, ...]:
-    """The Python that Inductor generated for a compiled piece, found inside it; empty where this torch keeps none."""
-    texts = (
-        getattr(graph, "source_code", "")
-        for graph in _of_kind(_held_in(compiled), "CompiledFxGraph")
-    )
+    """The Python that Inductor generated for a compiled piece; empty where this torch keeps none."""
+    texts = (getattr(graph, "source_code", "") for graph in _graphs_in(compiled))
     return tuple(dict.fromkeys(text for text in texts if text))
 
 
 def realign_inputs(compiled: object) -> None:
-    """Let code in a compiled piece copy the inputs that it took to be aligned and are not, as ``ids[1:]`` would be.
+    """Let a compiled piece copy inputs that it took to be aligned and are not, such as ``ids[1:]``.
 
-    Inductor does that by itself, except where a hook is set for its partitions: it leaves out all that comes after. Kernels read
-    16 bytes at once from an address that they take to be aligned; elsewhere that is an error which ends the process's use of the GPU.
+    Inductor leaves that out where a hook is set for its partitions; on a GPU it ends the process.
     """
     from torch._inductor.output_code import maybe_realign_inputs
 
-    for graph in _of_kind(_held_in(compiled), "CompiledFxGraph"):
+    for graph in _graphs_in(compiled):
         maybe_realign_inputs(False, graph, graph.inputs_to_check, graph.mutated_input_idxs)  # type: ignore[attr-defined,arg-type]
 
 
-def _of_kind(values: list[object], name: str) -> list[Any]:
-    return [each for each in values if type(each).__name__ == name]
-
-
-def _held_in(compiled: object) -> list[object]:
-    """What wrappers of a compiled function hold, and those in them, down to Inductor's graphs."""
+def _graphs_in(compiled: object) -> list[Any]:
+    """Inductor's graphs in what wrappers of a compiled function hold."""
     waiting, seen = [(compiled, 0)], {}
     for current, depth in waiting:
         if id(current) in seen or len(seen) > 2000:
             continue
         seen[id(current)] = current
-        if depth < 10 and type(current).__name__ not in ("CompiledFxGraph", "ViewAndMutationMeta"):
+        if depth < 10 and type(current).__name__ != "CompiledFxGraph":
             waiting += [(each, depth + 1) for each in _parts_of(current)]
-    return list(seen.values())
+    return [each for each in seen.values() if type(each).__name__ == "CompiledFxGraph"]
 
 
 def _parts_of(value: object) -> list[object]:
