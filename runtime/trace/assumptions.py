@@ -1,4 +1,4 @@
-"""What a trace assumed of its inputs: an assumption for each argument, symbols with ranges, and guards; no example tensor is kept."""
+"""What a trace assumed of its inputs: of each argument, symbols with ranges, and guards."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from piecework.codegen.entry.plan import (
 )
 from piecework.codegen.plan.size_text import RESERVED, size_text, symbols_in
 from piecework.runtime import torch_compat
+from piecework.runtime.trace.inputs import Example
 from piecework.runtime.watch.values import is_fixed
 
 
@@ -35,12 +36,11 @@ class Assumptions:
         self,
         fakes: Mapping[int, Any],
         wished: Mapping[str, str],
-        leaves: Sequence[object],
-        labels: Sequence[str],
+        example: Example,
         asks_grad: bool,
         asks_strides: bool,
     ) -> None:
-        self._fakes, self._labels = dict(fakes), tuple(labels)
+        self._fakes, self._labels, self._first = dict(fakes), example.names, example.first
         self._asks_grad, self._asks_strides = asks_grad, asks_strides
         self._sizes = [
             size
@@ -50,10 +50,6 @@ class Assumptions:
         found = {leaf: torch_compat.traced_item(fake) for leaf, fake in self._fakes.items()}
         self._items = {leaf: item for leaf, item in found.items() if item is not None}
         self._names = _names([*self._sizes, *self._items.values()], wished)
-        self._first: dict[int, int] = {}
-        for index, leaf in enumerate(leaves):
-            if isinstance(leaf, torch.Tensor):
-                self._first.setdefault(id(leaf), index)
 
     def assume(self, index: int, example: object) -> Assumption:
         """What the trace assumed of argument ``index``."""
@@ -100,7 +96,7 @@ class Assumptions:
         return found if isinstance(found, int) else size_text(found, self._names)
 
     def _item(self, index: int) -> float | str | None:
-        """The value of a number on the CPU that the trace looked at: a constant, or a symbol that a condition or a size reads."""
+        """The value of a number on the CPU that the trace looked at, if something reads it."""
         if index not in self._items:
             return None
         value = torch_compat.traced_size(self._items[index])
@@ -122,7 +118,7 @@ class Assumptions:
         return FromLeaf(leaf, f".size({dim})")
 
     def layout(self, leaf: int, dim: int | None) -> Passed:
-        """How the entry finds the stride of a dimension, which is the example's, or the storage offset (None)."""
+        """How the entry finds the stride of a dimension, the example's, or the offset (None)."""
         if dim is None:
             return FromLeaf(leaf, ".storage_offset()")
         stride = self._stride(self._fakes[leaf].stride(dim))
@@ -130,9 +126,7 @@ class Assumptions:
         return FromConst(stride)
 
     def _stride(self, stride: object) -> Size:
-        """A stride over the known sizes. A symbol that only strides have is the example's number: another call's stride may
-        mean another order in memory, which the trace may have relied on.
-        """
+        """A stride over the known sizes; a symbol that only strides have is the example's number."""
         fixed = {
             symbol: str(hint)
             for symbol, hint in torch_compat.symbol_hints(stride).items()
@@ -155,7 +149,7 @@ class Assumptions:
 
 
 def _names(values: Sequence[object], wished: Mapping[str, str]) -> dict[str, str]:
-    """A name for each symbol: the wished one, or the next free of ``s0, s1, …``; none that texts use themselves."""
+    """A name for each symbol: the wished one, or the next free of ``s0, s1, …``."""
     names: dict[str, str] = {}
     taken = set(wished.values()) | RESERVED
     for symbol in (each for value in values for each in torch_compat.symbols_in(value)):

@@ -1,21 +1,20 @@
-"""Why a model can't be captured: a typed error with the user's own words and line, of what was raised while Dynamo traced.
-
-It tells apart errors of piecework's own, of the model's code, and of Dynamo. Beside them, what is said of a model that asks for training.
-"""
+"""Why a model can't be captured, in the user's own words and line, and what is said of training."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 
 import torch
+import torch.fx
 from torch.utils import _pytree as pytree
 
 from piecework.code_objects import with_inner_code
 from piecework.errors import CaptureError, PieceworkError, tell
 from piecework.runtime import torch_compat
+from piecework.runtime.watch.places import readable
 
 #: Why no trace goes through a stitched module.
 OPAQUE = "it calls a stitched module, which is compiled already; leave that call out, put its .model there, or allow graph breaks"
@@ -26,14 +25,20 @@ _REMEDY = (
 _OWN_FAULT = (
     "call the model itself with the example arguments: it has to run with them, on one device"
 )
-# How Dynamo tells of an exception of the code that it traces.
+_IN_PLACE = (
+    "write tensors in place (copy_, add_, +=, an index), return what is new, or keep state behind a splitting op: a captured graph "
+    "runs none of the forward's Python; where only a first call writes, call the model once before it is compiled"
+)
+# How Dynamo tells of an exception of the code that it traces (in 2.11 wrapped once more).
 _RAISED = re.compile(
-    r"(?:debug context: raised exception|\): got) (\w+)\((.*)\)$|debug context: (TypeError) <.+?>: (.+)$",
+    r"""(?:raised exception|\): got) (\w+)\((?:\[ConstantVariable\(\w+: )?(['"]?)(.*?)\2(?:\)\])?,?\)$"""
+    r"|debug context: (TypeError) <.+?>: (.+)$",
     re.MULTILINE,
 )
-_OURS = os.path.dirname(os.path.abspath(__file__)) + os.sep
-_LIBRARIES = tuple(
-    os.path.dirname(os.path.abspath(each)) + os.sep for each in (torch.__file__, os.__file__)
+_FRAME = re.compile(r'^\s*File "(.+)", line (\d+)(?:, in (.+))?\n\s*(.*)$', re.MULTILINE)
+_OURS, _TORCH, _PYTHON = (
+    os.path.dirname(os.path.abspath(each)) + os.sep
+    for each in (__file__, torch.__file__, os.__file__)
 )
 
 
@@ -46,19 +51,19 @@ def capture_error(error: BaseException) -> CaptureError:
     """What Dynamo's ``error`` means for somebody who wants a model captured."""
     text = str(error).strip()
     line, code = _user_line(text)
-    fakeless = re.search(
-        r"no fake impl registered for <CustomOpDef\((.+?)\)>|no fake impl.*? for (\S+::\S+)", text
-    )
+    fakeless = re.search(r"no fake impl.*? for (?:<CustomOpDef\()?(\w\S+::[\w.]+)", text)
     if fakeless is not None:
-        name = fakeless[1] or fakeless[2]
         return CaptureError(
-            f"the operator {name} has no fake implementation, which a trace needs to know its result's shape",
+            f"the operator {fakeless[1]} has no fake implementation, which a trace needs to know its result's shape",
             where=line,
-            hint=f'register one with @torch.library.register_fake("{name}")',
+            hint=f'register one with @torch.library.register_fake("{fakeless[1]}")',
         )
-    raised = _raised_by_model(text, code)
-    if raised is not None:
-        return CaptureError(f"the model's own forward raises {raised}", where=line, hint=_OWN_FAULT)
+    raised = _RAISED.search(text)
+    if raised is not None or text.startswith("Data-dependent assertion failed"):
+        said = f"AssertionError at {code}"
+        if raised is not None:
+            said = f"{raised[1] or raised[4]}: {raised[3] or raised[5] or ''}".removesuffix(": ")
+        return CaptureError(f"the model's own forward raises {said}", where=line, hint=_OWN_FAULT)
     reason = text.splitlines()[0] if text else type(error).__name__
     if not torch_compat.dynamo_failure(error):
         reason = f"{type(error).__name__}: {reason}"
@@ -67,64 +72,57 @@ def capture_error(error: BaseException) -> CaptureError:
     )
     if explained is not None:
         reason += f". {next(filter(None, explained.groups())).rstrip('.')}"
-    hints = re.findall(r"^  Hint: (.+)$", text, re.M)
-    useful = [
-        each for each in hints if not each.startswith(("This graph break", "It may be possible"))
-    ]
+    hints = re.findall(r"^  Hint: (?!This graph break|It may be possible)(.+?)\.?$", text, re.M)
     return CaptureError(
         f"the model can't be captured as one graph: {reason}",
         where=line,
-        hint="; ".join([*(each.rstrip(".") for each in useful[:1]), _REMEDY]),
+        hint="; ".join([*hints[:1], _REMEDY]),
     )
 
 
-def _raised_by_model(text: str, code: str) -> str | None:
-    """The exception that the model's code raised, as ``ValueError: text``; None if it raised none."""
-    if text.startswith("Data-dependent assertion failed"):
-        return f"AssertionError at {code}"
-    found = _RAISED.search(text)
-    if found is None:
-        return None
-    kind, words = found[1] or found[3], (found[2] or found[4] or "").rstrip(",")
-    words = re.sub(r"^\[ConstantVariable\(\w+: (.*)\)\]$", r"\1", words)  # as torch 2.11 has it
-    quote = words[:1]
-    if len(words) > 1 and quote == words[-1] and quote in "'\"":
-        words = words[1:-1].replace(f"\\{quote}", quote).replace("\\n", " ")
-    return f"{kind}: {words}".removesuffix(": ")
-
-
 def _user_line(text: str) -> tuple[str | None, str]:
-    """``model.py:41 in forward`` of the innermost of the user's lines in a traceback, and that line's code.
-
-    Lines of torch's own modules, and of Python's, count only if there are no others.
-    """
-    lines = text.splitlines()
-    frames = [
-        (number, found)
-        for number, line in enumerate(lines)
-        if (found := re.match(r'\s*File "(.+)", line (\d+)(?:, in (.+))?$', line))
-        and not found[1].startswith(_OURS)
-    ]
-    own = [each for each in frames if _is_users(each[1][1])]
+    """``model.py:41 in forward`` of the innermost frame in a text, and its code; the user's first."""
+    frames = [each for each in _FRAME.findall(text) if not each[0].startswith(_OURS)]
     if not frames:
         return None, ""
-    number, found = (own or frames)[-1]
-    code = lines[number + 1].strip() if number + 1 < len(lines) else ""
-    inside = f" in {found[3]}" if found[3] else ""
-    return f"{os.path.basename(found[1])}:{found[2]}{inside}", code
+    file, number, name, code = ([each for each in frames if _is_users(each[0])] or frames)[-1]
+    return f"{os.path.basename(file)}:{number}{f' in {name}' if name else ''}", code
 
 
 def _is_users(path: str) -> bool:
-    """Whether a file is neither torch's nor Python's own; models of installed packages are the user's."""
-    torchs, pythons = map(path.startswith, _LIBRARIES)
-    return not torchs and ("-packages" in path or not pythons)
+    """Whether a file is neither torch's nor Python's; models of installed packages are the user's."""
+    return not path.startswith(_TORCH) and ("-packages" in path or not path.startswith(_PYTHON))
+
+
+def refuse_writes(
+    gm: torch.fx.GraphModule, example_inputs: Sequence[object], arguments: Mapping[str, str]
+) -> None:
+    """Raise if the running trace wrote something that its graph does not write."""
+    nodes = gm.graph.find_nodes(op="placeholder")
+    pairs = zip(nodes, example_inputs, strict=True)
+    fakes = {id(each): node.meta["example_value"] for node, each in pairs}
+    writes = torch_compat.writes_of_trace(
+        lambda fake, now: torch_compat.is_same_view(fakes.get(id(now)), fake)
+    )
+    for place, line in writes:
+        own = readable(re.sub(r"\.__dict__\['(\w+)'\]", r".\1", place), arguments)
+        if place.startswith("L['model']"):
+            own = f"the model's own state: {own}"
+        elif place.startswith(("L['args']", "L['kwargs']")):
+            own = f"its argument {own}"
+        elif place.startswith("G["):
+            own = f"the global {own}"
+        what = f"forward changes {own or 'an object outside the graph'}"
+        raise CaptureError(
+            f"{what}, which a captured graph would not do", where=line or None, hint=_IN_PLACE
+        )
 
 
 # --- what a caller may have meant otherwise ------------------------------------------------------------
 
 
 def tell_of_training(model: object, strict: bool) -> None:
-    """Say that a model is in training mode, if a module of it goes by that: a warning, or an error where ``strict``."""
+    """Say that a model is in training mode, if a module goes by that; an error where ``strict``."""
     if not isinstance(model, torch.nn.Module):
         return
     names = [
@@ -148,12 +146,9 @@ def _asks_for_training(kind: type[torch.nn.Module]) -> bool:
 
 
 def tell_of_gradients(values: Sequence[object], strict: bool) -> None:
-    """Say that results carry no gradients, if an argument asks for them. Weights always do, and mean nothing."""
-    leaves = (
-        values
-        if all(isinstance(x, torch.Tensor) for x in values)
-        else pytree.tree_leaves(list(values))
-    )
+    """Say that results carry no gradients, if an argument asks for them; weights mean nothing."""
+    plain = all(isinstance(x, torch.Tensor) for x in values)
+    leaves = values if plain else pytree.tree_leaves(list(values))
     asks = any(isinstance(x, torch.Tensor) and x.requires_grad for x in leaves)
     if asks and torch.is_grad_enabled():
         problem = CaptureError(

@@ -1,4 +1,4 @@
-"""Where each placeholder of a traced graph comes from: an argument, a size of one, or a weight, which it is named after."""
+"""The example call, and where each placeholder of a traced graph comes from, which it is named after."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ from dataclasses import dataclass
 
 import torch
 import torch.fx
+from torch.utils import _pytree as pytree
 
 from piecework.errors import CaptureError
 from piecework.runtime import torch_compat
 from piecework.runtime.torch_compat import Place
+from piecework.runtime.trace.arguments import leaf_names, leaf_sources
 from piecework.runtime.watch.guards import models_code
 from piecework.runtime.watch.places import place_text, readable
+from piecework.runtime.watch.reachable import tensors_of
 from piecework.runtime.watch.weights import Weight, out_of_reach
 
 _SIZE_SOURCE = re.compile(r"(?P<tensor>.+)\.size\(\)\[(?P<dim>\d+)\]")
@@ -42,7 +45,7 @@ class Size:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """A graph input that tells how tensor argument ``leaf`` lies in memory: the stride of ``dim``, or where it begins (None)."""
+    """A graph input that is the stride of ``dim`` of argument ``leaf``, or its offset (None)."""
 
     leaf: int
     dim: int | None
@@ -56,74 +59,80 @@ class UnreachableInput(CaptureError):
     """The graph takes a number that no emitted code could find again, such as an attribute of an argument."""
 
 
+class Example:
+    """The call that a model is traced with, and the tensors that the model holds."""
+
+    def __init__(
+        self, model: Callable[..., object], args: Sequence[object], kwargs: Mapping[str, object]
+    ) -> None:
+        self.call = model, args, kwargs
+        self.leaves = pytree.tree_leaves((tuple(args), dict(kwargs)))  # the flattened arguments
+        self.names = leaf_names(model, args, kwargs)  # what a user calls each
+        # Dynamo's names of flattened arguments, and of whole ones
+        self.sources = {source: i for i, source in enumerate(leaf_sources(args, kwargs))}
+        nothing = ([None] * len(args), dict.fromkeys(kwargs))
+        self.whole = dict(zip(leaf_sources(*nothing), leaf_names(model, *nothing), strict=True))
+        self.held = tensors_of(model)  # by identity, with their paths
+        self.first: dict[int, int] = {}  # identity → the first argument that a tensor is
+        for index, leaf in enumerate(self.leaves):
+            if isinstance(leaf, torch.Tensor):
+                self.first.setdefault(id(leaf), index)
+
+
 def trace_back(
     gm: torch.fx.GraphModule,
     example_inputs: Sequence[object],
-    leaves: Sequence[object],
-    names: Sequence[str],
-    sources: Mapping[str, int],
-    held: dict[int, tuple[str, torch.Tensor]],
+    example: Example,
     place_of: Callable[[torch.fx.Node, torch.Tensor], Place],
 ) -> tuple[GraphInput, ...]:
     """Where each placeholder of ``gm`` comes from."""
-    by_identity: dict[int, int] = {}
-    for index, leaf in enumerate(leaves):
-        if isinstance(leaf, torch.Tensor):
-            by_identity.setdefault(id(leaf), index)
     placeholders = gm.graph.find_nodes(op="placeholder")
     found: list[GraphInput | None] = []
     sizes: dict[str, tuple[int, int]] = {}  # symbol → the first argument and dimension of that size
-    for node, example in zip(placeholders, example_inputs, strict=True):
-        known = by_identity.get(id(example))
-        if not isinstance(example, torch.Tensor):
+    for node, value in zip(placeholders, example_inputs, strict=True):
+        known = example.first.get(id(value))
+        if not isinstance(value, torch.Tensor):
             found.append(None)
         elif known is None:
             source = torch_compat.placeholder_source(node)
-            if id(example) not in held:
-                _refuse_unknown_holder(source, leaves, names, sources)
-            way = place_of(node, example)
+            if id(value) not in example.held:
+                _refuse_unknown_holder(source, example)
+            way = place_of(node, value)
             path = place_text(way) if way else readable(source)
-            found.append(Weight(*held.get(id(example), (path, example)), way))
+            found.append(Weight(*example.held.get(id(value), (path, value)), way))
         else:
-            found.append(Argument(known, names[known]))
+            found.append(Argument(known, example.names[known]))
             for dim, size in enumerate(node.meta["example_value"].shape):
                 symbol = torch_compat.symbol_of(size)
                 if symbol is not None:
                     sizes.setdefault(symbol, (known, dim))
     # An argument or a weight that is called so keeps its name.
-    taken = {*names, *(each.path for each in found if isinstance(each, Weight))}
+    taken = {*example.names, *(each.path for each in found if isinstance(each, Weight))}
     free = (name for n in itertools.count() if (name := f"s{n}") not in taken)
     return tuple(
-        each or _size_or_int(node, sizes, leaves, names, sources, next(free))
+        each or _size_or_int(node, sizes, example, next(free))
         for node, each in zip(placeholders, found, strict=True)
     )
 
 
-def _refuse_unknown_holder(
-    source: str, leaves: Sequence[object], names: Sequence[str], sources: Mapping[str, int]
-) -> None:
-    """Refuse a tensor that lies in an argument of a class whose content nobody can list: in a call it could not be found again."""
-    for place, leaf in sources.items():
+def _refuse_unknown_holder(source: str, example: Example) -> None:
+    """Refuse a tensor in an argument whose content nobody can list: a call could not find it."""
+    for place, leaf in example.sources.items():
         if source.startswith((f"{place}.", f"{place}[")):
-            kind = type(leaves[leaf]).__qualname__.rpartition("<locals>.")[2]
+            kind = type(example.leaves[leaf]).__qualname__.rpartition("<locals>.")[2]
             raise CaptureError(
-                f"argument {names[leaf]} is a {kind}, a class that torch's pytree does not know, and the model reads a tensor of it",
+                f"argument {example.names[leaf]} is a {kind}, a class that torch's pytree does not know, and the model reads a tensor of it",
                 hint=f"register it: torch.utils._pytree.register_dataclass({kind}) for a dataclass, else register_pytree_node; or pass its tensors",
             )
 
 
 def _size_or_int(
-    node: torch.fx.Node,
-    sizes: dict[str, tuple[int, int]],
-    leaves: Sequence[object],
-    names: Sequence[str],
-    sources: Mapping[str, int],
-    name: str,
+    node: torch.fx.Node, sizes: dict[str, tuple[int, int]], example: Example, name: str
 ) -> GraphInput:
     symbol = torch_compat.symbol_of(node.meta["example_value"])
     if symbol in sizes:
         return Size(*sizes[symbol], name)
-    source = torch_compat.placeholder_source(node)
+    source, sources = torch_compat.placeholder_source(node), example.sources
     size, layout = _SIZE_SOURCE.fullmatch(source), _LAYOUT_SOURCE.fullmatch(source)
     if size is not None and size["tensor"] in sources:  # a size that the trace fixed to a number
         return Size(sources[size["tensor"]], int(size["dim"]), name)
@@ -133,8 +142,8 @@ def _size_or_int(
         dim = None if layout["dim"] is None else int(layout["dim"])
         return Layout(sources[layout["tensor"]], dim, name)
     leaf = sources.get(source)
-    if leaf is not None and type(leaves[leaf]) is int:
-        return Argument(leaf, names[leaf])
+    if leaf is not None and type(example.leaves[leaf]) is int:
+        return Argument(leaf, example.names[leaf])
     raise UnreachableInput(
         f"input {source or node.name} of the graph is neither an argument, a size of one, nor a weight",
         hint="pass it as a tensor, or make it a constant of the model",
@@ -164,24 +173,7 @@ def rename(gm: torch.fx.GraphModule, inputs: Sequence[GraphInput]) -> None:
 
 
 def refuse_texts_of_numbers(code: Iterable[types.CodeType]) -> None:
-    """Raise where code makes a text of one value alone, as ``f"{n}"``: of an integer argument,
-    Dynamo returns the integer.
-    """
+    """Raise where code makes texts, as ``f"{n}"``: of an integer argument, Dynamo gives the integer."""
     for each in models_code(code):
-        steps = list(dis.get_instructions(each))
-        for at, step in enumerate(steps):
-            if step.opname.startswith("FORMAT_") and _is_alone(steps[at + 1 :]):
-                raise UnreachableInput(f"{each.co_qualname} makes a text of a number")
-
-
-def _is_alone(steps: Iterable[dis.Instruction]) -> bool:
-    """Whether what lies on top of the stack before ``steps`` is no part of a longer text."""
-    above = 0
-    for step in steps:
-        if step.opname.startswith("BUILD_") and step.arg is not None and step.arg > above:
-            return step.opname != "BUILD_STRING"
-        given = step.arg if step.opcode >= dis.HAVE_ARGUMENT else None
-        above += dis.stack_effect(step.opcode, given)
-        if above < 0:
-            break
-    return True
+        if any(step.opname.startswith("FORMAT_") for step in dis.get_instructions(each)):
+            raise UnreachableInput(f"{each.co_qualname} makes a text of a number")

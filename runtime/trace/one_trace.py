@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -19,12 +19,13 @@ from piecework.codegen.entry.plan import Parameter
 from piecework.errors import CaptureError
 from piecework.runtime import torch_compat
 from piecework.runtime.counters import counters
-from piecework.runtime.trace.arguments import leaf_names, leaf_sources, parameters_of
+from piecework.runtime.trace.arguments import parameters_of
 from piecework.runtime.trace.assumptions import Assumptions
 from piecework.runtime.trace.dynamic_dims import marks_on, unmarked_afterwards
-from piecework.runtime.trace.errors import capture_error, own_error
+from piecework.runtime.trace.errors import capture_error, own_error, refuse_writes
 from piecework.runtime.trace.inputs import (
     Argument,
+    Example,
     GraphInput,
     Size,
     UnreachableInput,
@@ -42,11 +43,10 @@ from piecework.runtime.trace.results import (
     sizes_from_graph,
     stand_ins,
 )
-from piecework.runtime.trace.side_effects import refuse_writes
 from piecework.runtime.trace.sizes import Attempt
 from piecework.runtime.watch.guards import TraceGuards, asks_strides
 from piecework.runtime.watch.places import place_text
-from piecework.runtime.watch.reachable import modules_of, tensors_of
+from piecework.runtime.watch.reachable import modules_of
 from piecework.runtime.watch.state import TracedState
 from piecework.runtime.watch.weights import BoundWeights, Weight
 
@@ -95,14 +95,14 @@ def trace_once(
 ) -> OpenTrace:
     """Run Dynamo on ``model`` in one way; layers that are alike once, where torch lets that be done."""
     dynamic, marks = attempt
-    given = model, args, kwargs, dynamic, layers
+    given = Example(model, args, kwargs), dynamic, layers
     with marks_on(marks):
         while True:
             try:
                 try:
-                    return OpenTrace(*given, {}).run()
+                    return OpenTrace(*given)
                 except UnreachableInput:  # then it is a constant like any other that the trace read
-                    return OpenTrace(*given, {"specialize_int": True}).run()
+                    return OpenTrace(*given, specialize_int=True)
             except Exception as error:
                 if not layers.gave_up(error):
                     raise
@@ -116,29 +116,13 @@ class OpenTrace:
     inputs: tuple[GraphInput, ...]  # where each placeholder comes from
 
     def __init__(
-        self,
-        model: Callable[..., object],
-        args: Sequence[object],
-        kwargs: Mapping[str, object],
-        dynamic: bool | None,
-        layers: RepeatedLayers,
-        settings: Mapping[str, object],
+        self, example: Example, dynamic: bool | None, layers: RepeatedLayers, **settings: object
     ) -> None:
-        self._model, self._args, self._kwargs = model, args, kwargs
-        self._dynamic, self._layers, self._settings = dynamic, layers, settings
-        self._leaves = pytree.tree_leaves((tuple(args), dict(kwargs)))
-        self._names = leaf_names(model, args, kwargs)  # what a user calls each
-        # What Dynamo calls flattened arguments, and whole ones.
-        self._sources = {source: i for i, source in enumerate(leaf_sources(args, kwargs))}
-        nothing = ([None] * len(args), dict.fromkeys(kwargs))
-        self._whole = dict(zip(leaf_sources(*nothing), leaf_names(model, *nothing), strict=True))
-        self._held = tensors_of(model)
+        self._example, self._dynamic, self._layers = example, dynamic, layers
+        self._settings = settings
         self._fakes: dict[int, object] = {}  # what stands for each flattened argument
         self._standing_in: list[object] = []
-
-    def run(self) -> OpenTrace:
-        """Run Dynamo. Raises as `trace_once`."""
-        held = (tensor for _, tensor in self._held.values())
+        held = (tensor for _, tensor in example.held.values())
         weights = [each for each in held if not torch.nn.parameter.is_lazy(each)]
         with unmarked_afterwards(weights):
             for weight in weights:
@@ -152,11 +136,9 @@ class OpenTrace:
         tree, made = opened(result)
         del result
         refuse_kept(made)
-        result_leaves, self._out_spec = pytree.tree_flatten(tree)
-        self._results = tuple(
-            result_leaf(leaf, self._standing_in, self._leaves, self._held) for leaf in result_leaves
-        )
-        return self
+        leaves, self._out_spec = pytree.tree_flatten(tree)
+        known = self._standing_in, example.leaves, example.held
+        self._results = tuple(result_leaf(leaf, *known) for leaf in leaves)
 
     def compiling(self) -> AbstractContextManager[None]:
         """The context in which its graph is compiled: Dynamo's, opened again."""
@@ -170,11 +152,12 @@ class OpenTrace:
 
     def _run(self, traced: types.FunctionType) -> tuple[object, TracedState]:
         """The result of the traced call, and what it rests on."""
-        # Dynamo caches by code object, and puts what it compiles into the function's globals: with copies of its own, captures
-        # are independent of each other, and nothing outlives them.
+        # Dynamo caches by code object, and puts what it compiles into the function's globals: with
+        # copies of its own, traces are independent of each other, and nothing outlives them.
         code = traced.__code__.replace()
         function = types.FunctionType(code, dict(traced.__globals__), "piecework_capture")
-        guards = TraceGuards(self._model, self._args, self._kwargs, function.__globals__)
+        model, args, kwargs = self._example.call
+        guards = TraceGuards(model, args, kwargs, function.__globals__)
         # torch keeps every backend that it was ever given, and must not keep a model with it
         lent = [partial(self._backend, guards)]
         compiled = torch.compile(
@@ -185,7 +168,7 @@ class OpenTrace:
             options={"guard_filter_fn": guards.reader.choose},
         )
         settings = {
-            # What Dynamo remembers of sizes that other captures had must not decide which dimensions of this one are dynamic.
+            # What Dynamo remembers of other traces must not decide which sizes are dynamic.
             "automatic_dynamic_shapes": False,
             "specialize_float": True,
             # An argument may be a parameter; weights are marked one by one.
@@ -196,15 +179,19 @@ class OpenTrace:
             **torch_compat.region_settings(),
             **self._settings,
         }
-        patched = torch._dynamo.config.patch(settings)
-        call = partial(compiled, self._model, *self._args, **self._kwargs)
-        own_symbols = torch_compat.own_symbol_per_dimension()
         torch_compat.forget_imports()
         let_dynamo_ask()
         try:
-            with self._layers.marked(self._model), torch.no_grad(), own_symbols, patched:
-                result = torch_compat.in_default_stance(call)
-            return result, guards.state(code, self._whole)
+            with ExitStack() as stack:
+                for each in (
+                    self._layers.marked(model),
+                    torch.no_grad(),
+                    torch_compat.own_symbol_per_dimension(),
+                    torch._dynamo.config.patch(settings),
+                ):
+                    stack.enter_context(each)
+                result = torch_compat.in_default_stance(partial(compiled, model, *args, **kwargs))
+            return result, guards.state(code, self._example.whole)
         except Exception as error:
             own = own_error(error)
             if own is not None:
@@ -220,19 +207,17 @@ class OpenTrace:
     def _backend(
         self, guards: TraceGuards, gm: torch.fx.GraphModule, example_inputs: list[object]
     ) -> Callable[..., object]:
-        """Note where the graph's inputs come from, and refuse what it would do otherwise than the model."""
+        """Note where the graph's inputs come from, and refuse what it would do otherwise."""
         guards.look_inside()
         gm = self.graph = self._layers.write_out(gm)
-        leaves, code = self._leaves, torch_compat.traced_code()
-        refuse_writes(gm, example_inputs, self._whole)
-        places = leaves, self._names, self._sources, self._held
-        self.inputs = trace_back(gm, example_inputs, *places, guards.place_of)
-        self._fakes = _fakes(leaves, self._sources)
-        if "specialize_int" not in self._settings and int in map(type, leaves):
+        example, code = self._example, torch_compat.traced_code()
+        refuse_writes(gm, example_inputs, example.whole)
+        self.inputs = trace_back(gm, example_inputs, example, guards.place_of)
+        self._fakes = _fakes(example)
+        if "specialize_int" not in self._settings and int in map(type, example.leaves):
             refuse_texts_of_numbers(code)
         self._asks_grad = bool(torch_compat.trace_names("requires_grad", *_IN_AUTOGRAD))
         self._asks_strides = asks_strides(code)
-        _require_own_example(leaves, self._fakes)
         rename(gm, self.inputs)
         self._context = torch_compat.TraceContext.running()
         self._standing_in = stand_ins(gm)
@@ -240,7 +225,7 @@ class OpenTrace:
 
     def closed(self) -> ModelTrace:
         """What it gave, once its graph is compiled."""
-        graph, state = self.graph, self._state
+        graph, state, example = self.graph, self._state, self._example
         placeholders = graph.graph.find_nodes(op="placeholder")
         wished: dict[str, str] = {}
         for node, source in zip(placeholders, self.inputs, strict=True):
@@ -250,30 +235,31 @@ class OpenTrace:
             symbol = torch_compat.symbol_of(value)
             if isinstance(source, Size) and symbol is not None:
                 wished[symbol] = source.name
-        named = self._leaves, self._names
-        assumptions = Assumptions(self._fakes, wished, *named, self._asks_grad, self._asks_strides)
+        asked = self._asks_grad, self._asks_strides
+        assumptions = Assumptions(self._fakes, wished, example, *asked)
         found = self._every_weight(state)
-        own = self._held.keys() | {id(tensor) for _, tensor in state.tensors}
+        own = example.held.keys() | {id(tensor) for _, tensor in state.tensors}
         state.tensors.clear()  # who rebinds replaces them
         return ModelTrace(
             traced=lambda: graph,
             inputs=self.inputs,
-            parameters=parameters_of(self._model, self._args, self._kwargs, assumptions.assume),
+            parameters=parameters_of(*example.call, assumptions.assume),
             assumptions=assumptions,
-            weights=BoundWeights.of(modules_of(self._model), found, state),
+            weights=BoundWeights.of(modules_of(example.call[0]), found, state),
             out_spec=self._out_spec,
             result=self._results,
-            weights_given=frozenset(i for i, leaf in enumerate(self._leaves) if id(leaf) in own),
+            weights_given=frozenset(i for i, leaf in enumerate(example.leaves) if id(leaf) in own),
         )
 
     def _every_weight(self, state: TracedState) -> list[Weight]:
-        """The weights that the graph reads, those that are only returned, and those that were only looked at: their shape may be in the graph."""
+        """The weights that the graph reads, that are returned, or whose shape was looked at."""
+        held = self._example.held
         found = {id(each.tensor): each for each in self.inputs if isinstance(each, Weight)}
         for leaf in self._results:
             if isinstance(leaf, torch.Tensor):
-                found.setdefault(id(leaf), Weight(*self._held[id(leaf)]))
+                found.setdefault(id(leaf), Weight(*held[id(leaf)]))
         for way, tensor in state.tensors:
-            path, _ = self._held.get(id(tensor), (place_text(way), tensor))
+            path, _ = held.get(id(tensor), (place_text(way), tensor))
             found.setdefault(id(tensor), Weight(path, tensor, way))
         return list(found.values())
 
@@ -288,32 +274,26 @@ def _call_model(model, *args, **kwargs):  # type: ignore[no-untyped-def]
 
 
 def _call_idle(model, *args, **kwargs):  # type: ignore[no-untyped-def]
-    """The same with an operator that nobody needs: Dynamo asks no backend about a model that computes nothing."""
+    """With an operator that nobody needs: of a model that computes nothing no backend is asked."""
     return sizes_from_graph(model(*args, **kwargs)), torch.zeros(())
 
 
-def _fakes(leaves: Sequence[object], sources: Mapping[str, int]) -> dict[int, object]:
-    """What stands for each flattened argument in the trace that is running, whether the graph reads it or not."""
-    traced = torch_compat.traced_inputs().items()
-    found = {sources[name]: value for name, value in traced if name in sources}
-    by_id = {id(leaves[i]): value for i, value in found.items()}
-    for index, leaf in enumerate(leaves):  # an argument that is passed twice is traced once
-        if isinstance(leaf, torch.Tensor) and id(leaf) in by_id:
-            found.setdefault(index, by_id[id(leaf)])
-    return found
-
-
-def _require_own_example(leaves: Sequence[object], fakes: Mapping[int, object]) -> None:
-    """Raise `CaptureError` if a trace took sizes as equal that differ: it could not serve its own example."""
+def _fakes(example: Example) -> dict[int, object]:
+    """What stands for each flattened argument in the running trace, read by the graph or not."""
     numbers: dict[str, int] = {}
-    for index, fake in fakes.items():
-        leaf = leaves[index]
-        if isinstance(fake, torch.Tensor) and isinstance(leaf, torch.Tensor):
-            for size, number in zip(
-                map(torch_compat.symbol_of, fake.shape), leaf.shape, strict=True
-            ):
-                if size is not None and numbers.setdefault(size, number) != number:
-                    raise CaptureError(
-                        f"the model takes sizes {numbers[size]} and {number} of its arguments as equal",
-                        hint="call the model itself with these arguments: it has to run with them",
-                    )
+    traced = torch_compat.traced_inputs().items()
+    found = {example.sources[name]: value for name, value in traced if name in example.sources}
+    for index, leaf in enumerate(example.leaves):
+        if not isinstance(leaf, torch.Tensor):
+            continue
+        if (first := example.first[id(leaf)]) in found:  # what is passed twice is traced once
+            found.setdefault(index, found[first])
+        fake = found.get(index)
+        for size, number in zip(getattr(fake, "shape", ()), leaf.shape, strict=fake is not None):
+            symbol = torch_compat.symbol_of(size)
+            if symbol is not None and numbers.setdefault(symbol, number) != number:
+                raise CaptureError(
+                    f"the model takes sizes {numbers[symbol]} and {number} of its arguments as equal",
+                    hint="call the model itself with these arguments: it has to run with them",
+                )
+    return found

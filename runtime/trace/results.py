@@ -7,7 +7,7 @@ import dataclasses
 import enum
 import math
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NoReturn
 
 import torch
@@ -25,11 +25,11 @@ ResultLeaf = FromOutput | FromCall | FromLeaf | FromConst | torch.Tensor
 _PLAIN = (torch.Tensor, float, str, bool, type(None))
 
 
-def sizes_from_graph(result, opens=True):  # type: ignore[no-untyped-def]
-    """``result`` with every integer and every text computed, so that the graph returns it; traced by Dynamo, behind the model's forward.
+def sizes_from_graph(result):  # type: ignore[no-untyped-def]
+    """``result`` with integers and texts computed, so that the graph gives them; Dynamo traces it.
 
-    Dynamo reads an integer that it knows a place for (an argument, ``x.shape``) at that place while the model is traced,
-    which would give the example's number for good. A sum with 0 is a value of the graph's own; an integer that the trace fixed stays one.
+    It would read an integer that has a place (an argument, ``x.shape``) there while it traces, once
+    and for all. A sum with 0 is a value of the graph's own; one that the trace fixed stays fixed.
     """
     kind = type(result)
     if kind is int:
@@ -41,25 +41,26 @@ def sizes_from_graph(result, opens=True):  # type: ignore[no-untyped-def]
     if kind is torch.Size:
         return torch.Size([sizes_from_graph(each) for each in result])
     if kind is tuple:
-        return tuple([sizes_from_graph(each, opens) for each in result])
+        return tuple([sizes_from_graph(each) for each in result])
     if kind is list:
-        return [sizes_from_graph(each, opens) for each in result]
+        return [sizes_from_graph(each) for each in result]
     if kind is dict:
-        return {key: sizes_from_graph(each, opens) for key, each in result.items()}
+        return {key: sizes_from_graph(each) for key, each in result.items()}
     # Asked with getattr: Dynamo in torch 2.11 knows no hasattr of classes.
     if issubclass(kind, tuple) and getattr(kind, "_fields", None) is not None:
-        return kind(*[sizes_from_graph(each, opens) for each in result])
+        return kind(*[sizes_from_graph(each) for each in result])
     if kind in pytree.SUPPORTED_NODES:
-        return pytree.tree_map(lambda each: sizes_from_graph(each, opens), result, is_leaf=_is_size)
-    if getattr(kind, "__dataclass_fields__", None) is not None:  # an instance that the model made
-        for name in kind.__dataclass_fields__:
-            value = getattr(result, name)
-            if type(value) not in _PLAIN:
-                object.__setattr__(result, name, sizes_from_graph(value, opens=False))
-    elif opens and _is_plain(kind):
+        return pytree.tree_map(sizes_from_graph, result, is_leaf=_is_size)
+    if getattr(kind, "__dataclass_fields__", None) is not None:
+        names = list(kind.__dataclass_fields__)
+    elif _is_plain(kind):
         names = list(vars(result))
-        values = [sizes_from_graph(getattr(result, name)) for name in names]
-        return _Instance(kind, tuple(names), values, result)
+    else:
+        return result
+    for name in names:  # an instance that the model made
+        value = getattr(result, name)
+        if type(value) not in _PLAIN:
+            object.__setattr__(result, name, sizes_from_graph(value))
     return result
 
 
@@ -71,27 +72,19 @@ def _is_size(value):  # type: ignore[no-untyped-def]
 
 
 class _Instance:
-    """In place of an instance of a dataclass that pytree doesn't know, or of a class without a state beside its attributes: these, which pytree sees into.
+    """In place of an instance that pytree doesn't know: its attributes, which pytree sees into."""
 
-    Attributes:
-        made: the instance itself, which the trace may hold beside them.
-    """
-
-    def __init__(
-        self, kind: type, names: tuple[str, ...], values: list[object], made: object = None
-    ) -> None:
-        self.kind = kind
-        self.names = names
-        self.values = values
-        self.made = made
+    def __init__(self, kind: type, names: tuple[str, ...], values: list[object]) -> None:
+        self.kind, self.names, self.values = kind, names, values
 
 
-#: What a class has whose instances notice how they are made, say themselves what they hold, or hold it elsewhere.
+Alive = Callable[[], object]  # a weak reference
+#: What a class has whose instances notice how they are made, or say themselves what they hold.
 _OWN_WAYS = {"__getattribute__", "__setattr__", "__delattr__", "__del__", "__slots__"}
 
 
 def _is_plain(kind: type) -> bool:
-    """Whether an instance of ``kind`` is what its dictionary holds, and Dynamo can list that. Asked while Dynamo traces."""
+    """Whether an instance is what its dictionary holds, and Dynamo can list that."""
     *own, base = kind.__mro__
     return (
         torch_compat.lists_attributes()
@@ -106,18 +99,37 @@ def _is_plain(kind: type) -> bool:
 
 
 def let_dynamo_ask() -> None:
-    """Let Dynamo ask `_is_plain` as it traces, and not look into it; whoever traces has Dynamo imported."""
+    """Let Dynamo ask `_is_plain` as it traces, and not look into it."""
     torch.compiler.assume_constant_result(_is_plain)
 
 
-def opened(result: object) -> tuple[object, list[weakref.ref[object]]]:
-    """``result`` with instances of users' classes made visible to pytree; what pytree knows already is left as it is."""
-    found: dict[int, weakref.ref[object]] = {}
-    return _all_opened(result, found), list(found.values())
+def opened(result: object) -> tuple[object, list[Alive]]:
+    """``result`` with instances that pytree doesn't know made visible to it, and these."""
+    found: dict[int, Alive] = {}
+
+    def open_one(leaf: object) -> object:
+        is_data = dataclasses.is_dataclass(leaf) and not isinstance(leaf, type)
+        if not is_data and not (hasattr(leaf, "__dict__") and _is_plain(type(leaf))):
+            return leaf
+        if id(leaf) in found:
+            raise CaptureError(
+                f"the model returns one {type(leaf).__qualname__} twice",
+                hint="return it once, or tensors and numbers alone",
+            )
+        found[id(leaf)] = weakref.ref(leaf) if type(leaf).__weakrefoffset__ else lambda: None
+        fields = [each.name for each in dataclasses.fields(leaf)] if is_data else []
+        held = [name for name in fields if hasattr(leaf, name)]
+        names = tuple(dict.fromkeys([*held, *getattr(leaf, "__dict__", ())]))
+        return _Instance(type(leaf), names, [open_all(getattr(leaf, name)) for name in names])
+
+    def open_all(tree: object) -> object:
+        return pytree.tree_map(open_one, tree, is_leaf=_is_size)
+
+    return open_all(result), list(found.values())
 
 
-def refuse_kept(made: Iterable[weakref.ref[object]]) -> None:
-    """Refuse instances that live on once nobody has the result: the model has them for longer, so they are not each call's own."""
+def refuse_kept(made: Iterable[Alive]) -> None:
+    """Refuse instances that live on once nobody has the result: they are not each call's own."""
     for kept in (each() for each in made):
         if kept is not None:
             raise CaptureError(
@@ -126,33 +138,8 @@ def refuse_kept(made: Iterable[weakref.ref[object]]) -> None:
             )
 
 
-def _all_opened(tree: object, found: dict[int, weakref.ref[object]]) -> object:
-    def open_one(leaf: object) -> object:
-        if type(leaf) is _Instance:
-            if id(leaf.made) in found:
-                raise CaptureError(
-                    f"the model returns one {leaf.kind.__qualname__} twice",
-                    hint="return it once, or tensors and numbers alone",
-                )
-            found[id(leaf.made)] = weakref.ref(leaf.made)
-            kind, names, values = leaf.kind, leaf.names, leaf.values
-        elif dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
-            fields = [each.name for each in dataclasses.fields(leaf) if hasattr(leaf, each.name)]
-            kind, names = type(leaf), tuple(
-                dict.fromkeys([*fields, *getattr(leaf, "__dict__", ())])
-            )
-            values = [getattr(leaf, name) for name in names]
-        else:
-            return leaf
-        return _Instance(kind, names, [_all_opened(each, found) for each in values])
-
-    # pytree would make a tuple of a torch.Size
-    is_leaf = (torch.Size, _Instance)
-    return pytree.tree_map(open_one, tree, is_leaf=lambda value: type(value) in is_leaf)
-
-
 def _instance(values: Iterable[object], context: tuple[type, tuple[str, ...]]) -> object:
-    """An instance with these attributes; nothing of the class's own runs, as it ran while the model was traced."""
+    """An instance with these attributes; nothing of the class's own runs, as it ran in the trace."""
     kind, names = context
     made: object = object.__new__(kind)
     for name, value in zip(names, values, strict=True):
@@ -193,6 +180,8 @@ class _StandInTensor(torch.Tensor):
 
 class _StandInScalar:
     """In place of an output of one float: Dynamo hands a float on as ``tensor.item()``."""
+
+    __slots__ = ("_float",)
 
     def __init__(self, index: int) -> None:
         self._float = _StandInFloat(math.nan)

@@ -29,12 +29,11 @@ from piecework.runtime.call.example_call import example_call
 from piecework.runtime.call.profile_names import layer_by_line, named_pieces
 from piecework.runtime.observe.dump import generated_sources
 from piecework.runtime.pieces.backend import PieceworkBackend
-from piecework.runtime.pieces.compilation import Trace, require_registered
+from piecework.runtime.pieces.compilation import require_registered
 from piecework.runtime.pieces.program import Program
 from piecework.runtime.trace.every_size import EverySize, NotAdmitted
 from piecework.runtime.trace.layers import RepeatedLayers
 from piecework.runtime.trace.one_trace import trace_once
-from piecework.runtime.trace.side_effects import settled
 from piecework.runtime.trace.sizes import KeptMarks, SizePolicy, attempts, require_fitting
 from piecework.runtime.watch.weights import Weight
 
@@ -233,29 +232,26 @@ def trace_model(
         backend.compiler_manager.progress.begin()
     layers = RepeatedLayers(backend.config.repeated_layers)
     failures: list[CaptureError | PieceCompileError] = []
-    with ExitStack() as undo:
-        for attempt in attempts(args, kwargs, sizes, failures):
-            run = partial(trace_once, model, args, kwargs, attempt, layers)
-            try:
-                traced = run() if backend.trace is Trace.ANOTHER else settled(run, undo)
-                if backend.used:  # what was made of an earlier trace is not
-                    backend = new_backend()
-                with traced.compiling():
-                    weights = traced.weights()
-                    tried = _tried(traced.graph, weights, sizes)
-                    paths = {name: each.path for name, each in weights.items()}
-                    made = backend.prepare(traced.graph, paths, tried)
-            except (CaptureError, PieceCompileError) as error:
-                if isinstance(error, PieceCompileError) and error.whatever_is_traced:
-                    raise
-                failures.append(error.with_traceback(None))
-                continue
-            undo.pop_all()
-            tracing = time.perf_counter() - start - sum(made.phases.values())
-            program = replace(made, phases={"capture": tracing, **made.phases}, layers=layers.text)
-            entry = Entry(traced.closed(), program, as_it_is)
-            backend.compiler_manager.write_entry(entry.source.code)
-            return TracedModel(model, as_it_is, backend, program, entry)
+    for attempt in attempts(args, kwargs, sizes, failures):
+        try:
+            traced = trace_once(model, args, kwargs, attempt, layers)
+            if backend.used:  # what was made of an earlier trace is not
+                backend = new_backend()
+            with traced.compiling():
+                weights = traced.weights()
+                tried = _tried(traced.graph, weights, sizes)
+                paths = {name: each.path for name, each in weights.items()}
+                made = backend.prepare(traced.graph, paths, tried)
+        except (CaptureError, PieceCompileError) as error:
+            if isinstance(error, PieceCompileError) and error.whatever_is_traced:
+                raise
+            failures.append(error.with_traceback(None))
+            continue
+        tracing = time.perf_counter() - start - sum(made.phases.values())
+        program = replace(made, phases={"capture": tracing, **made.phases}, layers=layers.text)
+        entry = Entry(traced.closed(), program, as_it_is)
+        backend.compiler_manager.write_entry(entry.source.code)
+        return TracedModel(model, as_it_is, backend, program, entry)
     raise _clearest(failures)
 
 

@@ -208,3 +208,25 @@ def test_weights_that_a_first_call_makes() -> None:
     torch.testing.assert_close(piecework.compile(model, (x,), config=EAGER)(x), expected)
     model[0].unused = nn.UninitializedParameter()  # never made nor used
     torch.testing.assert_close(piecework.compile(model, (x,), config=EAGER)(x), expected)
+
+
+class Window(nn.Module):
+    """As windowed attention does: a window that is too large is made smaller, once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.window = 9
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.window > 3:
+            self.window = 3
+        return x.unfold(1, self.window, 1).sum(2)
+
+
+def test_attributes_that_a_first_call_sets() -> None:
+    model = Window()
+    with pytest.raises(CaptureError, match=r"own state: window.*call the model once"):
+        piecework.compile(model, (X,), config=EAGER)
+    assert model.window == 9
+    expected = model(X)
+    assert torch.equal(piecework.compile(model, (X,), config=EAGER)(X), expected)

@@ -5,39 +5,26 @@ from __future__ import annotations
 import operator
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 
 from piecework.runtime.torch_compat.trace.guards import running_output, source_name
 
-_TORCH = os.path.dirname(torch.__file__) + os.sep
+_NOT_USERS = (os.path.dirname(torch.__file__) + os.sep, str(Path(__file__).parents[2]) + os.sep)
 _MISSING = object()
 _EXISTING = ("AttributeMutationExisting", "ValueMutationExisting")
-_PLAIN = (bool, int, float, str, type(None))
 
 #: Told a fake tensor that was stored, and what lies at its place: whether they are the same tensor.
 SameTensor = Callable[[object, object], bool]
 
 
-@dataclass(frozen=True, slots=True)
-class Write:
-    """Something that existed before the trace and is another thing after it."""
+def writes_of_trace(same: SameTensor) -> list[tuple[str, str]]:
+    """What the running trace wrote outside its graph: Dynamo's names of places, and users' lines.
 
-    place: str  # Dynamo's name of it, such as ``L['model'].calls``
-    # the user's line that wrote, ``model.py:41 in forward``; "" where it isn't known
-    line: str = ""
-    # a module, the name of its attribute and the number, text or None that it is set to; None for
-    # any other write
-    store: tuple[torch.nn.Module, str, object] | None = None
-
-
-def writes_of_trace(same: SameTensor) -> list[Write]:
-    """What the trace that is running wrote outside its graph; for a backend to ask.
-
-    What was stored again where it lay already is no write: the same object, an equal number or text, or a tensor that the
-    graph wrote in place (``self.state += 1``).
+    No write is what was stored again where it lay: the same object, an equal number or text, or a
+    tensor that the graph wrote in place (``self.state += 1``).
     """
     effects = getattr(running_output(), "side_effects", None)
     wanted = ("keepalive", "id_to_variable", "store_attr_mutations", "is_modified", "tensor_hooks")
@@ -45,7 +32,7 @@ def writes_of_trace(same: SameTensor) -> list[Write]:
         return []
     is_held = partial(_is_held, effects, same)
     objects = {id(each): each for each in effects.keepalive}
-    found = [Write("a tensor's hooks") for _ in effects.tensor_hooks]
+    found = [("a tensor's hooks", "") for _ in effects.tensor_hooks]
     for number, var in list(effects.id_to_variable.items()):
         if type(var.mutation_type).__name__ not in _EXISTING or not effects.is_modified(var):
             continue
@@ -54,7 +41,7 @@ def writes_of_trace(same: SameTensor) -> list[Write]:
             before = running_output().torch_function_mode_stack
             now = [getattr(each, "value", _MISSING) for each in var.symbolic_stack]
             if len(now) != len(before) or not all(map(operator.is_, now, before)):
-                found.append(Write("the torch function modes that are entered", line))
+                found.append(("the torch function modes that are entered", line))
             continue
         place, target = source_name(var.source), objects.get(number, _MISSING)
         stored, inner = effects.store_attr_mutations.get(var), getattr(var, "_base_vt", None)
@@ -63,12 +50,12 @@ def writes_of_trace(same: SameTensor) -> list[Write]:
             if is_global:
                 scope = getattr(effects.output_graph_weakref(), "global_scope", {})
                 if not is_held(value, scope.get(name, _MISSING)):
-                    found.append(Write(place, line))
+                    found.append((place, line))
             elif not is_held(value, _attribute(target, name)):
-                found.append(Write(f"{place}.{name}", line, _plain_store(target, name, value)))
+                found.append((f"{place}.{name}", line))
         if stored is None or inner is not None:
             change = _changed_item(is_held, inner or var, target)
-            found += [] if change is None else [Write(f"{place}{change}", line)]
+            found += [] if change is None else [(f"{place}{change}", line)]
     return found
 
 
@@ -83,23 +70,8 @@ def _attribute(target: object, name: str) -> object:
     return now
 
 
-def _plain_store(target: object, name: str, var) -> tuple[torch.nn.Module, str, object] | None:  # type: ignore[no-untyped-def]
-    """A number, text or None that replaces another one in a module's own dictionary."""
-    if (
-        not isinstance(target, torch.nn.Module)
-        or type(target.__dict__.get(name, _MISSING)) not in _PLAIN
-        or type(target).__setattr__ is not torch.nn.Module.__setattr__
-        or hasattr(type(target), name)
-        or getattr(var, "proxy", None) is not None
-        or not var.is_python_constant()
-    ):
-        return None
-    value = var.as_python_constant()
-    return (target, name, value) if type(value) in _PLAIN else None
-
-
 def _changed_item(is_held, var, target: object) -> str | None:  # type: ignore[no-untyped-def]
-    """The first key of a dictionary whose item is another now, as text; "" for a change of another container, None for none."""
+    """The first key of a dictionary with another item now; "" for other changes, None for none."""
     items = getattr(var, "items", None)
     same = False
     if isinstance(target, dict) and isinstance(items, dict):
@@ -132,7 +104,7 @@ def _is_held(effects, same: SameTensor, var, now: object) -> bool:  # type: igno
     if var.is_python_constant():
         value = var.as_python_constant()
         return value is now or (type(value) is type(now) and repr(value) == repr(now))
-    return getattr(var, "value", _MISSING) is now
+    return vars(var).get("value", _MISSING) is now
 
 
 def _key(key: object) -> object:
@@ -146,6 +118,6 @@ def _key(key: object) -> object:
 def _line(effects, var) -> str:  # type: ignore[no-untyped-def]
     stacks = getattr(effects, "mutation_user_stacks", {}).get(var) or ()
     for frame in (frame for stack in reversed(stacks) for frame in reversed(stack)):
-        if not frame.filename.startswith(_TORCH):
+        if not frame.filename.startswith(_NOT_USERS):
             return f"{os.path.basename(frame.filename)}:{frame.lineno} in {frame.name}"
     return ""
