@@ -1,8 +1,7 @@
-"""Whether one compiled form serves every size of a batch: pieces that were traced with a size that no number stands behind are tried.
+"""Whether one compiled form serves every size of a batch, sizes 0 and 1 too: pieces are tried.
 
-A piece's graph runs on made data with 3, 1 and 0 rows. Each value must have the shape that was traced, no copy that is written to may be
-none for one row, and the compiled form must give equal values, shapes, strides and sharing of memory. Splitting ops and the model's
-Python are not run.
+A piece's graph runs on made data with 3, 1 and 0 rows. Each value must have the shape that was
+traced, no copy that is written to may be none for one row, and the compiled form must give the same.
 """
 
 from __future__ import annotations
@@ -55,9 +54,8 @@ class EverySize:
         """What each piece is, once all are known to run with every size; before any is compiled."""
         structures: dict[str, Structure] = {}
         first: dict[str, str] = {}  # structure → the piece that is run for all of it
-        shared: dict[int | None, str] = (
-            {}
-        )  # memory that is apart for several rows alone → what is no copy for one
+        # memory that is apart for several rows alone → what is no copy for one
+        shared: dict[int | None, str] = {}
         calls = {str(n.target): n for n in split_gm.graph.find_nodes(op="call_module")}
         for name in names:
             piece = graph_of(split_gm, name)
@@ -65,9 +63,10 @@ class EverySize:
             one = first.setdefault(structures[name].key, name)
             if one == name:
                 given = map(str, calls[name].args)  # by name
-                reason = self.refusal(name, piece, [self.weights.get(each) for each in given])
-                if reason is not None:
-                    raise NotAdmitted(f"{name}: {reason}")
+                try:
+                    self._run(name, piece, [self.weights.get(each) for each in given])
+                except _Unlike as unlike:
+                    raise NotAdmitted(f"{name}: {unlike}") from None
             nodes = list(piece.graph.nodes)
             for pair in (pair for run in self._runs.get(one, ()) for pair in run.conflicts):
                 for number in pair:
@@ -79,13 +78,11 @@ class EverySize:
                 )
         return structures
 
-    def refusal(
+    def _run(
         self, name: str, piece: torch.fx.GraphModule, weights: Sequence[torch.Tensor | None]
-    ) -> str | None:
-        """Why ``piece`` need not be compiled for every size; ``weights``: the model's own tensors among its inputs."""
-        said = self._never_tried(piece)
-        if said is not None:
-            return said
+    ) -> None:
+        """Run ``piece`` with each number of rows; ``weights``: the model's own among its inputs."""
+        self._require_tried(piece)
         hints: dict[str, int] = {}
         for value in (value_of(node) for node in piece.graph.nodes):
             for size in value.shape if isinstance(value, torch.Tensor) else (value,):
@@ -95,13 +92,13 @@ class EverySize:
             try:
                 with torch.no_grad(), warnings.catch_warnings(action="ignore"):
                     runs.append(_Run.of(piece, hints | dict.fromkeys(self.symbols, rows), weights))
-            except _Unlike as unlike:
-                return str(unlike)
-            except Exception as error:  # noqa: BLE001 - an operator has no answer for so many rows
+            except _Unlike:
+                raise
+            except Exception as error:  # an operator has no answer for so many rows
                 if not rows and isinstance(error, RuntimeError):
-                    continue  # the model's own operators refuse a batch of no rows, eagerly and in each call too
-                return f"it does not run with {rows} rows: {_first_line(error)}"
-        return None
+                    continue  # operators refuse a batch of no rows, eagerly and in each call too
+                why = f"it does not run with {rows} rows: {_first_line(error)}"
+                raise _Unlike(why) from error
 
     def after(self, compiled: Mapping[str, Compiled]) -> None:
         """Compare what the pieces were compiled to with their graphs."""
@@ -118,18 +115,17 @@ class EverySize:
                 why = f"what it was compiled to does not run: {_first_line(error)}"
                 raise NotAdmitted(f"{name}: {why}") from error
 
-    def _never_tried(self, piece: torch.fx.GraphModule) -> str | None:
+    def _require_tried(self, piece: torch.fx.GraphModule) -> None:
         for node in piece.graph.nodes:
             if isinstance(node.target, HigherOrderOperator):
-                return f"{node.target.name()} runs a graph of its own"
+                raise _Unlike(f"{node.target.name()} runs a graph of its own")
             if "conv" in getattr(node.target, "__name__", str(node.target)):
-                return "the compiler chooses the layout of a convolution"
+                raise _Unlike("the compiler chooses the layout of a convolution")
             tensors = [node] if node.op == "placeholder" else []
             tensors += node.all_input_nodes if node.op == "output" and not self.rows_in_one else []
             for each in tensors:
                 if self._in_stride(value_of(each)):
-                    return f"{each.name} has a stride that is made of the batch size"
-        return None
+                    raise _Unlike(f"{each.name} has a stride that is made of the batch size")
 
     def _in_stride(self, value: Any) -> bool:
         if memory_of(value) is None:
@@ -150,8 +146,7 @@ class _Run:
     expected: list[object]  # what it gave
     after: list[object]  # what it left in what it was given
     unwritten: Collection[int]  # numbers of results whose memory nothing wrote to
-    # pairs of nodes, by number, that share memory and were traced apart
-    conflicts: set[tuple[int, int]]
+    conflicts: set[tuple[int, int]]  # nodes that share memory and were traced apart
 
     @classmethod
     def of(
@@ -160,12 +155,10 @@ class _Run:
         sizes: Mapping[str, int],
         weights: Sequence[torch.Tensor | None],
     ) -> _Run:
-        inputs, written = piece.graph.find_nodes(op="placeholder"), written_inputs(piece)
+        written = written_inputs(piece)
         own = {n for n, each in enumerate(weights) if each is not None and n not in written}
-        given = [
-            weights[n] if n in own else _made(value_of(node), sizes)
-            for n, node in enumerate(inputs)
-        ]
+        inputs = enumerate(piece.graph.find_nodes(op="placeholder"))
+        given = [weights[n] if n in own else _made(value_of(node), sizes) for n, node in inputs]
         after, run = _copies(given, own), _AsTraced(piece, sizes)
         with _NothingDrawn():
             expected = pytree.tree_leaves(run.run(*after))
@@ -178,16 +171,15 @@ class _Run:
             found = pytree.tree_leaves(compiled(*ours))
         if len(found) != len(self.expected):
             raise _Unlike("it gives another number of results")
-        for number, (one, other) in enumerate(
-            zip((*ours, *found), (*self.after, *self.expected), strict=True), -len(ours)
-        ):
+        pairs = zip((*ours, *found), (*self.after, *self.expected), strict=True)
+        for number, (one, other) in enumerate(pairs, -len(ours)):
             _require_equal(one, other, any_order, number not in self.unwritten)
         if _sharing(found, ours) != _sharing(self.expected, self.after):
             raise _Unlike("its results share memory in another way")
 
 
 class _AsTraced(torch.fx.Interpreter):
-    """Runs a piece's graph, and compares the shape of each value with what was traced, and which values share memory."""
+    """Runs a piece's graph, and compares shapes, and which values share memory, with the trace."""
 
     def __init__(self, piece: torch.fx.GraphModule, sizes: Mapping[str, int]) -> None:
         super().__init__(piece, garbage_collect_values=False)  # so that no memory is used again
@@ -221,7 +213,7 @@ class _NothingDrawn(TorchDispatchMode):
 
 
 def _made(fake: Any, sizes: Mapping[str, int]) -> object:
-    """Data for an input: zeros where numbers may be indices, else fractions that roots and logarithms take."""
+    """Data for an input: zeros where numbers may be indices, else fractions that roots take."""
     if not isinstance(fake, torch.Tensor):
         return torch_compat.number_at(fake, sizes) if isinstance(fake, torch.SymInt) else fake
     shape, strides, offset = (

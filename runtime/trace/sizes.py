@@ -1,4 +1,4 @@
-"""Which sizes of example arguments may differ in later calls, told to a trace by marks, and which trace is tried after which."""
+"""Which sizes may differ in later calls, told to a trace by marks, and what is tried in turn."""
 
 from __future__ import annotations
 
@@ -26,27 +26,25 @@ _log = logging.getLogger(__name__)
 
 
 class SizePolicy:
-    """Which dimensions are dynamic, for the first trace of a model and for those that follow: all; the first of each tensor is a batch's."""
+    """Which dimensions are dynamic, for the first trace of a model and for those that follow."""
 
     dynamic: bool | None = None  # what ``torch.compile`` is told of dimensions that are not marked
-    # the batch is the second dimension of ``[1, rows, …]``; see
-    # `piecework.runtime.trace.every_size`
-    rows_in_one: bool = False
+    rows_in_one: bool = False  # the batch is the second dimension of ``[1, rows, …]``
 
     def every_size(self, args: Args, kwargs: Kwargs) -> Marks:
-        """Marks for a trace that serves 0, 1 and every other size at once; none where there is to be no such trace."""
+        """Marks for a trace that serves 0, 1 and every other size; none for no such trace."""
         return []
 
     def larger_sizes(self, args: Args, kwargs: Kwargs) -> Marks:
-        """Marks for a trace that serves sizes of 2 and more, and 0 and 1 where these arguments have them."""
+        """Marks for a trace of sizes of 2 and more, and of 0 and 1 where these arguments have them."""
         return []
 
     def may_differ(self, leaf: int, dim: int) -> bool:
-        """Whether the size of a dimension of the flattened argument ``leaf`` may differ between calls."""
+        """Whether a dimension of the flattened argument ``leaf`` may differ between calls."""
         raise NotImplementedError
 
     def batch_alone(self, args: Args, kwargs: Kwargs) -> Marks | None:
-        """What to try where a model can't be compiled with all that may differ; None if nothing is left out by it."""
+        """What to try where a model can't be compiled with all that may differ; None for nothing."""
         return None
 
 
@@ -56,7 +54,7 @@ class AllDimensions(SizePolicy):
     dynamic = True
 
     def every_size(self, args: Args, kwargs: Kwargs) -> Marks:
-        """Equal sizes become one symbol. A first dimension of 1 beside larger ones is left alone: it is there to be broadcast."""
+        """Equal sizes become one symbol; a first 1 beside larger ones is there to be broadcast."""
         tensors = _tensors(args, kwargs)
         largest = max((tensor.size(0) for tensor in tensors), default=0)
         return [(t, unbacked_mark(t, 0)) for t in tensors if t.size(0) != 1 or largest == 1]
@@ -70,9 +68,13 @@ class AllDimensions(SizePolicy):
         return [(t, Mark("maybe", 0)) for t in tensors if t.size(0) > 1] if others else None
 
 
+def _leaves(args: Args, kwargs: Kwargs) -> list[object]:
+    return pytree.tree_leaves((tuple(args), dict(kwargs)))
+
+
 def _tensors(args: Args, kwargs: Kwargs) -> list[torch.Tensor]:
     """The plain tensors with a dimension among the flattened arguments."""
-    leaves = pytree.tree_leaves((tuple(args), dict(kwargs)))
+    leaves = _leaves(args, kwargs)
     return [leaf for leaf in leaves if type(leaf) is torch.Tensor and leaf.dim()]
 
 
@@ -93,7 +95,7 @@ class DeclaredDimensions(SizePolicy):
     def _marks(self, args: Args, kwargs: Kwargs, shapes: DynamicShapesType) -> Marks:
         arguments = self._signature.bind(*args, **kwargs).arguments
         marks = marks_for(self._dims, arguments, shapes)
-        leaves = enumerate(pytree.tree_leaves((tuple(args), dict(kwargs))))
+        leaves = enumerate(_leaves(args, kwargs))
         self._found = {(i, m.dim) for i, leaf in leaves for t, m in marks if leaf is t}
         return marks
 
@@ -102,7 +104,7 @@ class DeclaredDimensions(SizePolicy):
 
 
 class KeptMarks(SizePolicy):
-    """The dimensions that somebody marked on the first example's tensors; later examples get the same marks."""
+    """The dimensions that somebody marked on the first example; later examples get the same marks."""
 
     def __init__(self, leaves: Sequence[object]) -> None:
         self._marks = {index: torch_compat.marks_of(leaf) for index, leaf in enumerate(leaves)}
@@ -112,9 +114,9 @@ class KeptMarks(SizePolicy):
         return any(self._marks.values())
 
     def larger_sizes(self, args: Args, kwargs: Kwargs) -> Marks:
-        """As they are on marked tensors; a dimension of 0 or 1 is fixed, for torch refuses it as dynamic."""
+        """As on marked tensors; a dimension of 0 or 1 is fixed, for torch refuses it as dynamic."""
         found: Marks = []
-        for index, leaf in enumerate(pytree.tree_leaves((tuple(args), dict(kwargs)))):
+        for index, leaf in enumerate(_leaves(args, kwargs)):
             if not isinstance(leaf, torch.Tensor) or torch_compat.marks_of(leaf):
                 continue
             for mark in self._marks.get(index, ()):
@@ -133,14 +135,13 @@ class KeptMarks(SizePolicy):
 def attempts(
     args: Args, kwargs: Kwargs, sizes: SizePolicy | None, failures: Sequence[Exception]
 ) -> Iterator[Attempt]:
-    """The ways in which a model is traced, one after another until what one of them gives is compiled.
+    """The ways in which a model is traced, one after another until what one gives is compiled.
 
-    A trace for every size comes first; then one for sizes of 2 and more (or the example's 0 or 1); then one whose batch alone is dynamic,
-    if the policy leaves that open.
+    First for every size; then for 2 and more (or the example's 0 or 1); then with the batch alone
+    dynamic, if the policy leaves that open.
     """
     if sizes is None:
-        leaves = pytree.tree_leaves((tuple(args), dict(kwargs)))
-        yield None if any(map(torch_compat.marks_of, leaves)) else True, []
+        yield None if any(map(torch_compat.marks_of, _leaves(args, kwargs))) else True, []
         return
     every = sizes.every_size(args, kwargs)
     if every:
@@ -154,7 +155,7 @@ def attempts(
 
 
 def require_fitting(model: Callable[..., object], args: Args, kwargs: Kwargs) -> None:
-    """Raise `CaptureError` if the example arguments don't fit the model's signature, or hold something that can't be traced."""
+    """Raise `CaptureError` if the example doesn't fit the signature, or can't be traced."""
     signature = signature_of(model)
     if signature is not None:
         try:

@@ -1,12 +1,12 @@
-"""Which memory a graph writes to: told by the operators that its nodes reach when they run on fake tensors.
+"""Which memory a graph writes to: told by the operators that its nodes reach on fake tensors.
 
-An operator's schema says what it writes, and the memory that fake tensors share says whose it is; no name is trusted, and no data is
-touched. A user's Triton kernel has no schema: its writes are not seen.
+An operator's schema says what it writes, and the memory that fake tensors share says whose it is. A
+user's Triton kernel has no schema: its writes are not seen.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,30 +46,24 @@ def mutations_in(
         piece = graph_of(split_gm, name)
         for node in piece.graph.nodes:
             for op, key in writes.of(piece, node):
-                found.append(Mutation(paths[key], name, node.name, op, _where(node)))
+                origin = origin_of(node, SymbolNames())
+                where = ", ".join(part for part in (origin.module, origin.source) if part)
+                found.append(Mutation(paths[key], name, node.name, op, where))
     return tuple(dict.fromkeys(found))
 
 
 def refuse_mutations(found: Sequence[Mutation]) -> None:
-    """Raise for writes to the model's own tensors inside captured pieces.
-
-    A static graph is warmed up and captured by running it, so a buffer that a piece advances would be advanced too often.
-    """
-    if not found:
-        return
-    first, more = found[0], len(found) - 1
-    others = f" (and {more} more)" if more else ""
-    raise StaticGraphError(
-        f"{first.op} writes to {first.path} inside captured piece {first.piece}{others}; warm-up and capture would "
-        "write too",
-        where=first.where or f"node {first.node}",
-        hint="move the write into a piecework.splitting_op, keep the state in the forward context, or set "
-        "cudagraph_mode to NONE",
-    )
+    """Raise for writes to the model's own tensors in captured pieces: warm-up would write too."""
+    for first in found:
+        raise StaticGraphError(
+            f"{first.op} writes to {first.path} inside captured piece {first.piece}; warm-up and capture would write too",
+            where=first.where or f"node {first.node}",
+            hint="move the write into a piecework.splitting_op, keep the state in the forward context, or set cudagraph_mode to NONE",
+        )
 
 
 def held_by_source(graph: torch.fx.GraphModule) -> dict[str, str]:
-    """Placeholders that are parameters or buffers of a module, by what Dynamo calls them; for graphs from ``torch.compile``."""
+    """Placeholders that are parameters or buffers of a module, by what Dynamo calls them."""
     nodes = graph.graph.find_nodes(op="placeholder")
     sources = {node.name: torch_compat.placeholder_source(node) for node in nodes}
     held = ("._buffers[", "._parameters[")
@@ -77,7 +71,7 @@ def held_by_source(graph: torch.fx.GraphModule) -> dict[str, str]:
 
 
 def written_inputs(piece: torch.fx.GraphModule, *, shared: bool = False) -> frozenset[int]:
-    """Which placeholders of a graph, by number, it writes to, or to a view of; arguments that share memory with one too."""
+    """Which placeholders of a graph, by number, lie in memory that it writes to."""
     inputs: dict[int, list[int]] = {}
     for number, node in enumerate(piece.graph.find_nodes(op="placeholder")):
         key = memory_of(value_of(node))
@@ -88,7 +82,7 @@ def written_inputs(piece: torch.fx.GraphModule, *, shared: bool = False) -> froz
 
 
 def unwritten_outputs(piece: torch.fx.GraphModule) -> frozenset[int]:
-    """Which outputs of a graph, by number, lie in memory that it allocates and does not write: they hold anything."""
+    """Which outputs of a graph, by number, lie in memory that it allocates and does not write."""
     first: dict[int, torch.fx.Node] = {}  # memory → the node that brings it
     for node in piece.graph.nodes:
         key = memory_of(value_of(node))
@@ -96,14 +90,12 @@ def unwritten_outputs(piece: torch.fx.GraphModule) -> frozenset[int]:
             first.setdefault(key, node)
     fresh = {key for key, node in first.items() if allocates(node)}
     fresh -= written_memory(piece, fresh).keys()
-    outputs = [
-        memory_of(value_of(e)) for e in results_of(piece.graph) if isinstance(e, torch.fx.Node)
-    ]
-    return frozenset(number for number, key in enumerate(outputs) if key in fresh)
+    nodes = [each for each in results_of(piece.graph) if isinstance(each, torch.fx.Node)]
+    return frozenset(n for n, node in enumerate(nodes) if memory_of(value_of(node)) in fresh)
 
 
 def written_later(graph: torch.fx.GraphModule, targets: Collection[object]) -> frozenset[object]:
-    """Those of some operators that are called on memory, or give some, that a later node of the graph writes to."""
+    """Those of some operators that take or give memory which a later node of the graph writes to."""
     calls: list[tuple[int, object, set[int]]] = []
     for number, node in enumerate(graph.graph.nodes):
         if node.op == "call_function" and node.target in targets:
@@ -131,20 +123,15 @@ def memory_of(value: object) -> int | None:
     return torch_compat.storage_id(value) if strided else None  # type: ignore[arg-type]
 
 
-def _where(node: torch.fx.Node) -> str:
-    origin = origin_of(node, SymbolNames())
-    return ", ".join(part for part in (origin.module, origin.source) if part)
-
-
 class _Writes:
-    """Which of some memory nodes write to; of calls with the same literals, as those of layers that are alike, one is run."""
+    """Which of some memory nodes write to; of calls with the same literals one is run."""
 
     def __init__(self, memory: Collection[int]) -> None:
         self._memory = memory
         self._known: dict[tuple[object, ...], list[tuple[str, int]]] = {}
 
     def of(self, module: torch.fx.GraphModule, node: torch.fx.Node) -> list[tuple[str, int]]:
-        """``(operator, memory)`` for each write; a node that can't be run may write to all that it takes."""
+        """``(operator, memory)`` of each write; a node that can't be run may write to all it takes."""
         if node.op not in ("call_function", "call_method", "call_module"):
             return []
         places = [memory_of(value_of(each)) for each in node.all_input_nodes]
@@ -153,54 +140,37 @@ class _Writes:
             return []
         every = [(str(node.target), key) for key in watched]
         if isinstance(node.target, torch._ops.HigherOrderOperator):
-            bodies = [
-                attribute_of(module, str(each.target))
-                for each in node.all_input_nodes
-                if each.op == "get_attr"
-            ]
+            held = (each for each in node.all_input_nodes if each.op == "get_attr")
+            bodies = (attribute_of(module, str(each.target)) for each in held)
             graphs = (each for each in bodies if isinstance(each, torch.fx.GraphModule))
             return every if any(map(written_inputs, graphs)) else []
-        numbers = {key: n for n, key in enumerate(dict.fromkeys(places)) if key is not None}
-        like = (
-            "" if node.op == "call_module" else call_text(module, node),
-            *(numbers.get(key) for key in places),  # type: ignore[arg-type]
-            *(numbers[key] for key in watched),
-        )
-        if like not in self._known or node.op == "call_module":
+        numbers = {key: n for n, key in enumerate(dict.fromkeys(places))}
+        text = node if node.op == "call_module" else call_text(module, node)
+        like = (text, *map(numbers.get, places), *map(numbers.get, watched))
+        if like not in self._known:
             try:
-                seen = [
-                    (op, watched.index(key))
-                    for op, key in _written_by(module, node)
-                    if key in watched
-                ]
+                seen = _written_by(module, node)
             except Exception:  # noqa: BLE001 - user code and torch raise anything
                 return every
-            self._known[like] = seen
+            self._known[like] = [(op, watched.index(key)) for op, key in seen if key in watched]
         return [(op, watched[number]) for op, number in self._known[like]]
 
 
 def _written_by(module: torch.fx.GraphModule, node: torch.fx.Node) -> list[tuple[str, int | None]]:
-    """``(operator, memory)`` for each write that a run of ``node`` shows."""
+    """``(operator, memory)`` for each write that a run of ``node`` on its inputs' fake values shows."""
     seen: list[tuple[str, int | None]] = []
 
     def note(op: torch._ops.OpOverload, args: tuple[object, ...], given: dict[str, object]) -> None:
         written = torch_compat.written_operands(op, args, given)
         seen.extend((str(op), memory_of(each)) for each in written)
 
-    _run(module, node, note)
-    return seen
-
-
-def _run(module: torch.fx.GraphModule, node: torch.fx.Node, note: Callable[..., None]) -> None:
-    """Run one node on the fake values of its inputs, held apart from the recorded ones."""
-
     def given(argument: Any) -> Any:
         if not isinstance(argument, torch.fx.Node):
             return argument
         value = value_of(argument)
         if isinstance(value, torch.Tensor):
-            # The same memory, so that writes are recognised; another tensor, so that a write that changes
-            # sizes or strides leaves the recorded value alone.
+            # The same memory, so that writes are recognised; another tensor, so that a write that
+            # changes sizes or strides leaves the recorded value alone.
             return value.data
         return attribute_of(module, str(argument.target)) if argument.op == "get_attr" else value
 
@@ -208,9 +178,5 @@ def _run(module: torch.fx.GraphModule, node: torch.fx.Node, note: Callable[..., 
     fakes = [v for each in node.all_input_nodes if (v := value_of(each)) is not None]
     watch = torch_compat.OperatorWatch(note, lambda *_: None, lambda *_: None)
     with torch_compat.on_fakes(fakes), watch:
-        if node.op == "call_method":
-            getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        elif node.op == "call_module":
-            module.get_submodule(str(node.target))(*args, **kwargs)
-        else:
-            node.target(*args, **kwargs)  # type: ignore[operator]
+        getattr(torch.fx.Interpreter(module), node.op)(node.target, args, kwargs)
+    return seen

@@ -56,14 +56,14 @@ def test_a_declaration_replaces_what_annotations_say() -> None:
 @pytest.mark.parametrize(
     ("declaration", "message"),
     [
-        ({"x": 0, "w": 1, "v": 2}, "names 'w', 'v'.*no such parameter.*parameters: x, y, n"),
+        ({"x": 0, "w": 1, "v": 2}, "names 'w'.*no such parameter.*parameters: x, y, n"),
         ({"self": 0}, "names 'self'"),
         ({"x": "0"}, "must be a dimension or a list"),
         ({"x": True}, "must be a dimension or a list"),
         ({"x": []}, "must be a dimension or a list"),
         ({"x": [0, None]}, "must be a dimension or a list"),
         ({"x": [0, 0]}, "each once"),
-        ({}, "names no parameter"),
+        ({}, "nothing is dynamic"),
         (["x"], "must map parameter names"),
     ],
 )
@@ -75,9 +75,7 @@ def test_a_wrong_declaration_is_an_error(declaration: Any, message: str) -> None
 def test_nothing_to_infer_is_an_error_that_says_why() -> None:
     def forward(self: object, x, n: int) -> None: ...  # type: ignore[no-untyped-def]
 
-    with pytest.raises(
-        ConfigError, match="nothing is dynamic; parameters: x, n; without annotation: x"
-    ):
+    with pytest.raises(ConfigError, match="nothing is dynamic.*without annotation: x"):
         dims_of(forward)
 
 
