@@ -1,4 +1,4 @@
-"""The arguments of a model's call: what they are called, what of them can't be traced, and what a trace made of each parameter."""
+"""A call's arguments: their names, what of them can't be traced, and each parameter's assumption."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _KIND = {
 def leaves_of(
     value: object, is_leaf: Callable[[object], bool] | None = None
 ) -> list[tuple[str, object]]:
-    """The leaves of nested containers with their paths, such as ``['h'][0]``; "" for a value that is none."""
+    """The leaves of nested containers with their paths, such as ``['h'][0]``; "" for a plain value."""
     try:
         found, _ = pytree.tree_flatten_with_path(value, is_leaf)
     except ValueError:  # a class was registered without names for its children, which is allowed
@@ -69,7 +69,7 @@ def leaf_sources(args: Sequence[object], kwargs: Mapping[str, object]) -> list[s
 def require_traceable(
     model: Callable[..., object], args: Sequence[object], kwargs: Mapping[str, object]
 ) -> None:
-    """Raise `CaptureError` if an argument is, or holds, something that torch traces wrongly or as a constant."""
+    """Raise `CaptureError` if an argument holds something that torch traces wrongly, or as a constant."""
     names = leaf_names(model, [None] * len(args), dict.fromkeys(kwargs))
     for name, value in zip(names, [*args, *kwargs.values()], strict=True):
         for suffix, each in leaves_of(value, is_leaf=lambda x: bool(_untraceable(x))):
@@ -82,7 +82,7 @@ def require_traceable(
 
 
 def _untraceable(value: object) -> str:
-    """What kind of thing ``value`` is, if torch traces it wrongly or as a constant; "" if it does not."""
+    """What ``value`` is, if torch traces it wrongly or as a constant; "" if it does not."""
     kind = type(value)
     if kind is torch.Tensor and (value.is_nested or value.is_quantized):  # type: ignore[attr-defined]
         return "nested tensor" if value.is_nested else "quantized tensor"  # type: ignore[attr-defined]
@@ -104,11 +104,7 @@ def parameters_of(
 ) -> tuple[Parameter, ...]:
     """The model's parameters, each with what the trace assumed of its argument."""
     signature = signature_of(model) or _ANY_ARGUMENTS
-    try:
-        given = signature.bind(*args, **kwargs).arguments
-    except TypeError:
-        signature = _ANY_ARGUMENTS
-        given = signature.bind(*args, **kwargs).arguments
+    given = signature.bind(*args, **kwargs).arguments
     values: dict[int | str, object] = {**dict(enumerate(args)), **kwargs}
     counts = [len(pytree.tree_leaves(value)) for value in values.values()]
     first = dict(zip(values, itertools.accumulate(counts, initial=0), strict=False))
@@ -140,11 +136,8 @@ def parameters_of(
     return tuple(found)
 
 
-def _any_arguments(*args: object, **kwargs: object) -> None:
-    """What a callable without a readable signature is taken for."""
-
-
-_ANY_ARGUMENTS = inspect.signature(_any_arguments)
+#: What a callable without a readable signature takes.
+_ANY_ARGUMENTS = inspect.signature(lambda *args, **kwargs: None)
 
 
 def _node(value: object, label: str, numbers: Iterator[int], assume: Assume) -> Node:
@@ -156,12 +149,10 @@ def _node(value: object, label: str, numbers: Iterator[int], assume: Assume) -> 
         keys = tuple(value)  # type: ignore[arg-type]
     else:
         structure = pytree.tree_structure(value)
-        leaves = tuple(
-            Leaf(
-                n := next(numbers), label + ("" if structure.is_leaf() else suffix), assume(n, leaf)
-            )
-            for suffix, leaf in leaves_of(value)
-        )
-        return leaves[0] if structure.is_leaf() else Tree(label, structure, leaves)
+        if structure.is_leaf():
+            return Leaf(n := next(numbers), label, assume(n, value))
+        found = zip(leaves_of(value), numbers, strict=False)
+        leaves = tuple(Leaf(n, label + at, assume(n, leaf)) for (at, leaf), n in found)
+        return Tree(label, structure, leaves)
     children = tuple(_node(value[k], f"{label}[{k!r}]", numbers, assume) for k in keys)  # type: ignore[index]
     return Items(kind, label, keys, children)

@@ -40,7 +40,7 @@ class RepeatedLayers:
 
     @contextlib.contextmanager
     def marked(self, model: Callable[..., object]) -> Iterator[None]:
-        """Mark the classes of the layers for the block, which traces ``model``; no other thread traces meanwhile."""
+        """Mark the layers' classes for the block, which traces ``model``, alone among threads."""
         kinds = [] if self._failed else self._classes(model)
         with torch_compat.one_trace_at_a_time() if kinds else contextlib.nullcontext():
             try:
@@ -64,9 +64,8 @@ class RepeatedLayers:
         found = [
             kind
             for kind, count in Counter(map(type, held)).items()
-            if count > 1
-            and isinstance(getattr(kind, "forward", None), types.FunctionType)
-            and kind.__module__.partition(".")[0] != "torch"
+            if count > 1 and isinstance(kind.forward, types.FunctionType)
+            if kind.__module__.partition(".")[0] != "torch"
         ]
         if not found:
             self.text = f"every layer was traced: no module {' or '.join(self.names)} holds two of one class"
@@ -77,25 +76,24 @@ class RepeatedLayers:
         while self._marks:
             kind, (mark, own) = self._marks.popitem()
             if vars(kind).get("forward") is mark:
-                if own is None:
-                    del kind.forward
-                else:
+                del kind.forward
+                if own is not None:
                     kind.forward = own
 
     def write_out(self, gm: torch.fx.GraphModule) -> torch.fx.GraphModule:
-        """``gm`` with the nodes of each region in the place of its calls; for the backend of the trace, which takes the marks off."""
+        """``gm`` with the nodes of regions in the place of calls, for the backend; marks are off then."""
         torch_compat.guard_past_marks([mark for mark, _ in self._marks.values()])
         self._unmark()
         calls = torch_compat.region_calls(gm.graph)
         if not calls:
             return gm
-        bodies = {str(call.args[1]) for call in calls}
         flat = torch_compat.graph_module(gm, copy.deepcopy(gm.graph))
         flat.meta = gm.meta
         if not torch_compat.guard_alike(_inlined(flat)):
             raise RegionError("this torch does not let what was traced once be guarded of all")
         _Refaked(flat).run()
-        self.text = f"one trace served {len(calls) - len(bodies)} of {len(calls)} repeated layers"
+        shared = len(calls) - len({str(call.args[1]) for call in calls})
+        self.text = f"one trace served {shared} of {len(calls)} repeated layers"
         return flat
 
     def gave_up(self, error: Exception) -> bool:
@@ -109,7 +107,7 @@ class RepeatedLayers:
 
 
 def _inlined(gm: torch.fx.GraphModule) -> dict[int, int]:
-    """Put the nodes of each region in the place of its calls; returns the modules that were not traced, each with the one that was."""
+    """Put the nodes of regions in the place of calls; modules that weren't traced → one that was."""
     alike: dict[int, int] = {}
     first: dict[str, torch.fx.Node] = {}
     while calls := torch_compat.region_calls(gm.graph):
@@ -130,11 +128,10 @@ def _inlined(gm: torch.fx.GraphModule) -> dict[int, int]:
 
 
 def _inline(gm: torch.fx.GraphModule, call: torch.fx.Node, traced: torch.fx.Node) -> None:
-    """Copy the nodes of a region's body before a call of it; ``traced`` is the call that the body was traced for."""
-    body: torch.fx.GraphModule = gm.get_submodule(str(call.args[0].target))  # type: ignore[union-attr, assignment]
-    nodes: dict[torch.fx.Node, Any] = dict(
-        zip(body.graph.find_nodes(op="placeholder"), call.args[2:], strict=True)
-    )
+    """Copy the nodes of a region's body before a call of it; it was traced for the call ``traced``."""
+    body: Any = gm.get_submodule(str(call.args[0].target))  # type: ignore[union-attr]
+    given = zip(body.graph.find_nodes(op="placeholder"), call.args[2:], strict=True)
+    nodes: dict[torch.fx.Node, Any] = dict(given)
     with gm.graph.inserting_before(call):
         for node in body.graph.nodes:
             if node.op in ("placeholder", "output"):
@@ -175,7 +172,7 @@ def _place(made: torch.fx.Node, call: torch.fx.Node, traced: torch.fx.Node) -> N
 
 
 class _Refaked(torch.fx.Interpreter):
-    """Gives each node of a flat graph the fake value that it has there: memory is shared as the nodes share it."""
+    """Gives each node of a flat graph its fake value: memory is shared as the nodes share it."""
 
     def run(self) -> None:  # type: ignore[override]
         inputs = [each.meta["example_value"] for each in self.graph.find_nodes(op="placeholder")]

@@ -1,7 +1,7 @@
-"""Whether look-ups still lead to the same objects: a test that costs a few microseconds while nothing is written.
+"""Whether look-ups lead to the same objects: told in microseconds while nothing is written.
 
-CPython numbers the writes to each dictionary, and torch compares these numbers in one call (Dynamo's guards do); only after a write are
-the entries themselves looked at. Where torch can't, every test looks at every entry.
+CPython numbers the writes to each dictionary, and torch compares these numbers in one call; only
+after a write are the entries looked at. Where torch can't, every test looks at every entry.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from piecework.code_objects import HEAP_TYPE
 from piecework.runtime import torch_compat
 from piecework.runtime.watch.places import static
 
-QUIET = 8  # tests without a write, after which the numbers are trusted again: trusting costs milliseconds once
-BUSY = 8  # writes to a dictionary, after which its entries are looked at in every test
+QUIET = (
+    8  # tests without a write, after which the numbers are trusted: that costs milliseconds once
+)
 _EQUAL = (bool, int, str, bytes)
 _NOTHING = object()
 LookKind = Literal["entry", "attribute", "static", "item", "keys", "contents", "type", "hooks"]
@@ -32,11 +33,9 @@ class Look:
     owner: Any
     key: Any
     value: Any
-    # ``"entry"`` of a dictionary (an instance's attributes are one), an ``"attribute"`` that is no
-    # entry, what a class and its bases hold (``"static"``), a computed ``"item"``; all ``"keys"``
-    # of a dictionary with what they hold, the ``"contents"`` of a list or set, the ``"type"`` of an
-    # object; or a table of ``"hooks"`` that is empty: torch counts each hook that is registered, so
-    # that the tables need no test of their own
+    # An entry of a dictionary, an attribute that is none, what a class and its bases hold, a computed
+    # item; all keys of a dictionary, a list's or set's contents, an object's type; or an empty table
+    # of hooks: torch counts each hook that is registered, so that tables need no test of their own.
     kind: LookKind
 
     @classmethod
@@ -87,25 +86,17 @@ def _found(owner: Any, key: Any, kind: LookKind) -> Any:
 
 
 class DictWatch:
-    """A test of many look-ups.
-
-    Attributes:
-        untouched: True if nothing was written; False says only that something may have been: then call `compare`.
-    """
+    """A test of many look-ups: where `untouched` is False, something may be written; ask `compare`."""
 
     def __init__(self, looks: Iterable[Look]) -> None:
         self._looks = list(looks)
         watched = [look.watched() for look in self._looks]
-        self._dicts = {id(each): each for dicts in watched for each in dicts}
-        self._told_by = [frozenset(map(id, dicts)) for dicts in watched]
-        self._written = dict.fromkeys(self._dicts, 0)
-        self._numbers = self._versions()
-        self._quiet = 0
+        self._dicts = list({id(each): each for dicts in watched for each in dicts}.values())
+        pairs = zip(self._looks, watched, strict=True)
+        self._others = [look for look, dicts in pairs if not dicts]
+        self._numbers, self._quiet = torch_compat.dict_versions(self._dicts), 0
         self._quick = _quick_test(self._looks)
         self.untouched: Callable[[], bool] = self._trust()
-
-    def _versions(self) -> list[int] | None:
-        return torch_compat.dict_versions(list(self._dicts.values()))
 
     def compare(self) -> bool:
         """Look at every entry."""
@@ -114,32 +105,19 @@ class DictWatch:
             if not all(look.holds() for look in self._looks):
                 return False
             self._quick = _quick_test(self._looks)  # some are equal, and other objects
-        before, self._numbers = self._numbers, self._versions()
-        if before is None or self._numbers is None:
-            return True
-        self._quiet += 1
-        for key, old, new in zip(self._dicts, before, self._numbers, strict=False):
-            if old != new:
-                self._written[key] += 1
-                if self._written[key] <= BUSY:
-                    self._quiet = 0
+        before, self._numbers = self._numbers, torch_compat.dict_versions(self._dicts)
+        self._quiet = self._quiet + 1 if self._numbers == before else 0
         if self._quiet >= QUIET:
             self.untouched = self._trust()
         return True
 
     def _trust(self) -> Callable[[], bool]:
         """The cheap test, from the state of now."""
-        if self._numbers is None:
-            return _unknown
-        quiet = [held for key, held in self._dicts.items() if self._written[key] < BUSY]
         ready = torch_compat.guards_ready()
-        told = set(map(id, quiet)) if ready else set(self._dicts)
-        unwritten = torch_compat.dict_guard(quiet) if ready else self._unchanged
-        if unwritten is None:
+        unwritten = torch_compat.dict_guard(self._dicts) if ready else self._unchanged
+        if self._numbers is None or unwritten is None:
             return _unknown
-        pairs = zip(self._looks, self._told_by, strict=True)
-        others = [look for look, dicts in pairs if not dicts or not dicts <= told]
-        test = _quick_test(others, unwritten)
+        test = _quick_test(self._others, unwritten)
         # Another thread may write while the test is made.
         return test if self._quick() else _unknown
 
@@ -150,7 +128,7 @@ class DictWatch:
             torch_compat.import_guards()
         if torch_compat.guards_ready():
             self.untouched = self._trust()
-        return self._versions() == self._numbers
+        return torch_compat.dict_versions(self._dicts) == self._numbers
 
 
 def _true() -> bool:

@@ -1,7 +1,6 @@
-"""Which look-ups to watch: a write into what guards are about, or on the way to it or to a weight, changes what one of them finds.
+"""Which look-ups to watch: those on the way to what guards are about, or to a weight.
 
-Dictionaries, lists, sets, slots, cells, functions and the classes of objects are watched where places go through them. What can't change
-needs nothing; where a look-up runs code of the user's, it is made in every call.
+What can't change needs nothing; where a look-up runs code of the user's, it is made in every call.
 """
 
 from __future__ import annotations
@@ -23,18 +22,13 @@ _OF_LIBRARIES = {"torch", *sys.stdlib_module_names}
 
 
 class Looks:
-    """The look-ups to watch for some guards and weights.
-
-    Attributes:
-        found: the look-ups, each once.
-        classes: classes that decide what look-ups in their instances find, each with a place that leads to it.
-        blind: there is something that only its guard can tell of.
-    """
+    """The look-ups to watch for some guards and weights."""
 
     def __init__(self, now: LookUps) -> None:
-        self.found: dict[tuple[int, str, object], Look] = {}
+        self.found: dict[tuple[int, str, object], Look] = {}  # each once
+        # those that decide what is found in their instances, each with a place that leads to it
         self.classes: dict[type, Place] = {}
-        self.blind = False
+        self.blind = False  # there is something that only its guard can tell of
         self._now = now
         self._known: dict[Place, bool] = {}
 
@@ -60,10 +54,9 @@ class Looks:
 
     def _way(self, place: Place) -> bool:
         """Watch every look-up on the way to ``place``; False if one can't be watched."""
-        known = self._known.get(place)
-        if known is None:
-            known = self._known[place] = self._looked(place)
-        return known
+        if place not in self._known:
+            self._known[place] = self._looked(place)
+        return self._known[place]
 
     def _looked(self, place: Place) -> bool:
         (kind, key), base = place[-1], self._now.at(place[:-1]) if len(place) > 1 else MISSING
@@ -160,8 +153,7 @@ class Looks:
         return not isinstance(value, (list, deque, set)) or self.look(value, None, "contents")
 
     def _class_of(self, value: object, place: Place) -> bool:
-        kind = type(value)
-        # Objects of other types keep theirs.
+        kind = type(value)  # objects of other types keep theirs
         if kind.__flags__ & HEAP_TYPE and not isinstance(value, (torch.Tensor, type)):
             self.look(value, None, "type")
             self.classes.setdefault(kind, (*place, ("type", None)))
@@ -195,6 +187,6 @@ def method_guards(looks: Iterable[Look], classes: Mapping[type, Place]) -> list[
 
 
 def function_of(value: object) -> types.FunctionType | None:
-    """The function behind what a class body holds: a function, property, static or class method; None for anything else."""
+    """The function of a class body's function, property, static or class method; None of others."""
     value = getattr(value, "fget", getattr(value, "__func__", value))
     return value if isinstance(value, types.FunctionType) else None
