@@ -64,7 +64,7 @@ class EverySize:
             if one == name:
                 given = map(str, calls[name].args)  # by name
                 try:
-                    self._run(name, piece, [self.weights.get(each) for each in given])
+                    self.require_runs(name, piece, [self.weights.get(each) for each in given])
                 except _Unlike as unlike:
                     raise NotAdmitted(f"{name}: {unlike}") from None
             nodes = list(piece.graph.nodes)
@@ -78,7 +78,7 @@ class EverySize:
                 )
         return structures
 
-    def _run(
+    def require_runs(
         self, name: str, piece: torch.fx.GraphModule, weights: Sequence[torch.Tensor | None]
     ) -> None:
         """Run ``piece`` with each number of rows; ``weights``: the model's own among its inputs."""

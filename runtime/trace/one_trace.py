@@ -283,12 +283,12 @@ def _fakes(example: Example) -> dict[int, object]:
     numbers: dict[str, int] = {}
     traced = torch_compat.traced_inputs().items()
     found = {example.sources[name]: value for name, value in traced if name in example.sources}
+    by_id = {id(example.leaves[i]): value for i, value in found.items()}
     for index, leaf in enumerate(example.leaves):
         if not isinstance(leaf, torch.Tensor):
             continue
-        if (first := example.first[id(leaf)]) in found:  # what is passed twice is traced once
-            found.setdefault(index, found[first])
-        fake = found.get(index)
+        if (fake := by_id.get(id(leaf))) is not None:  # what is passed twice is traced once
+            fake = found.setdefault(index, fake)
         for size, number in zip(getattr(fake, "shape", ()), leaf.shape, strict=fake is not None):
             symbol = torch_compat.symbol_of(size)
             if symbol is not None and numbers.setdefault(symbol, number) != number:

@@ -24,11 +24,10 @@ from piecework.runtime import torch_compat
 from piecework.runtime.torch_compat import Guarded, GuardReader, Place
 from piecework.runtime.watch.judge import OBJECTS, DynamoJudge
 from piecework.runtime.watch.places import MISSING, MODEL, LookUps, is_argument
-from piecework.runtime.watch.process import ProcessState
-from piecework.runtime.watch.state import TracedState
+from piecework.runtime.watch.state import ProcessState, TracedState
 from piecework.runtime.watch.values import plain_values
 
-#: Guards on the process and on sizes; the entry looks at these, or `piecework.runtime.watch.process`.
+#: Guards on the process and on sizes; the entry looks at these, or `ProcessState`.
 ELSEWHERE = {
     "SHAPE_ENV",
     "GRAD_MODE",
@@ -147,17 +146,15 @@ class TraceGuards:
             "local": {"model": local["model"]},
             "global": {name: held[name] for name in first if name in held},
         }
-        on_model, on_arguments = (
-            DynamoJudge(root, guards, now, self.reader.names, names, starts, held, apart)
-            for guards, apart in (
-                (self._on_model, ("L['args']", "L['kwargs']")),
-                (self._on_arguments, ("L['model']", "G[")),
-            )
-        )
+
+        def judge(guards: Sequence[Guarded], *apart: str) -> DynamoJudge:
+            part = guards and torch_compat.guards_where(root, lambda at: not at.startswith(apart))
+            return DynamoJudge(guards, part or None, starts, self.reader.names, names, held, now)
+
         return TracedState(
             model=local["model"],
-            judge=on_model,
-            arguments=on_arguments,
+            judge=judge(self._on_model, "L['args']", "L['kwargs']"),
+            arguments=judge(self._on_arguments, "L['model']", "G["),
             given=self._given,
             starts=starts,
             code=self._code,

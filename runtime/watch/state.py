@@ -1,11 +1,13 @@
-"""What a trace took from Python: who judges whether it holds, what to watch for writes, and the check of arguments that ``check_inputs`` leaves to it.
+"""What a trace took from Python: who judges whether it holds, what to watch for writes, and the
+check of arguments that ``check_inputs`` leaves to it.
 
-It holds no argument of the example call, and of the model's objects none but the model itself and classes.
+It holds no argument of the example call, and of the model's objects none but the model and classes.
 """
 
 from __future__ import annotations
 
 import copy
+import json
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,23 +18,76 @@ import torch
 from piecework.code_objects import cells_of
 from piecework.codegen.entry.plan import Parameter
 from piecework.errors import InputError
+from piecework.runtime import torch_compat
 from piecework.runtime.torch_compat import Place
 from piecework.runtime.watch.dict_watch import Look, LookKind
 from piecework.runtime.watch.judge import Judge, ValueJudge
 from piecework.runtime.watch.looks import METHOD, Looks, function_of, method_guards, method_looks
 from piecework.runtime.watch.places import LookUps, is_argument
-from piecework.runtime.watch.process import ProcessState, hook_tables
 from piecework.runtime.watch.values import ONE_OBJECT, PlainValue, plain_values
 
 _PACKAGE = __name__.partition(".")[0]
 ArgumentCheck = Callable[[Sequence[Any]], InputError | None]
 
 
+# Of torch's global state, what no graph depends on: the entry turns gradients off and looks at modes.
+_ENTRY = {"grad_mode", "num_threads", "torch_function", "torch_function_all_disabled"}
+_MOST = 8
+
+
+class ProcessState:
+    """torch's global state as a trace took it for given."""
+
+    def __init__(
+        self, state: Mapping[str, object] | None = None, asks_autocast: bool = False
+    ) -> None:
+        self.asks_autocast = asks_autocast
+        self.state = torch_compat.global_state() if state is None else state
+        self._good: list[torch_compat.GlobalStateGuard] = []
+        self.check: Callable[[], bool] = self.holds
+
+    def holds(self) -> bool:
+        """Whether the state is as it was in what counts; `check` of every call asks torch first."""
+        for each in self._good:
+            if each.check():
+                self.check = each.check
+                return True
+        if self.difference():
+            return False
+        if len(self._good) < _MOST:  # it differs at most in what the graph is right about
+            self._good.append(torch_compat.GlobalStateGuard())
+        return True
+
+    def difference(self) -> str:
+        """What is otherwise than it was; "" if nothing is."""
+        now = torch_compat.global_state()
+        # The entry serves under the autocast of the trace alone.
+        left_out = _ENTRY if self.asks_autocast else _ENTRY | {"autocast_state"}
+        for name, was in self.state.items():
+            if name not in left_out and now.get(name) != was:
+                texts = [str(each).removeprefix("torch.") for each in (was, now.get(name))]
+                return (
+                    f"torch's {name} was {texts[0]} when the model was traced and is {texts[1]} now"
+                )
+        return ""
+
+    def as_json(self) -> dict[str, object]:
+        """The state as JSON data."""
+        found: dict[str, object] = json.loads(json.dumps(self.state))
+        return {"state": found, "asks_autocast": self.asks_autocast}
+
+
+def _hook_tables() -> list[dict[object, object]]:
+    """torch's hooks for every module; Dynamo guards none of them."""
+    held = vars(torch.nn.modules.module).items()
+    return [each for k, each in held if k.startswith("_global_") and isinstance(each, dict)]
+
+
 @dataclass(frozen=True, slots=True)
 class SavedState:
-    """A `TracedState` without objects of its process: what the trace read, the methods that it went through among it, and torch's global state."""
+    """A `TracedState` without objects of its process."""
 
-    values: tuple[PlainValue, ...]
+    values: tuple[PlainValue, ...]  # what the trace read, the methods that it went through among it
     names: Mapping[str, str]
     places: tuple[int, tuple[str, ...]]
     asks_grad_mode: bool
@@ -51,15 +106,12 @@ class TracedState:
     starts: Mapping[str, Mapping[str, object]]  # where places begin: kind and name → object
     code: frozenset[types.CodeType]  # what was traced
     names: Mapping[str, str]  # Dynamo's names of arguments → their own
-    # how many arguments were positional, and the order of the others
-    places: tuple[int, tuple[str, ...]]
-    # the model's tensors that the trace looked at, whether the graph reads them or not; none once
-    # it is over
+    places: tuple[int, tuple[str, ...]]  # how many arguments were positional; the others in order
+    # the model's tensors that the trace looked at, read by the graph or not; none once it is over
     tensors: list[tuple[Place, torch.Tensor]] = field(default_factory=list)
     asks_grad_mode: bool  # the model's code asks whether gradients are recorded
     process: ProcessState
-    # those whose instances the trace looked into, each with a place that leads to it
-    classes: dict[type, Place] = field(init=False)
+    classes: dict[type, Place] = field(init=False)  # those whose instances the trace looked into
     _forward: object = field(init=False)
     _methods: list[Look] = field(init=False)
     _hooks: list[Look] = field(init=False)
@@ -69,7 +121,7 @@ class TracedState:
         self._forward, self._first = self._own_forward(), self._guarded()
         self.classes = self._first.classes
         self._methods = method_looks(self.classes, self.code)
-        self._hooks = [Look.of(each, None, _kind(each)) for each in hook_tables()]
+        self._hooks = [Look.of(each, None, _kind(each)) for each in _hook_tables()]
 
     # --- another process ------------------------------------------------------------------------------
 
@@ -107,7 +159,7 @@ class TracedState:
             asks_grad_mode=saved.asks_grad_mode,
             process=ProcessState(**saved.process),
         )
-        found._hooks = [Look(each, None, (), _kind(each)) for each in hook_tables()]
+        found._hooks = [Look(each, None, (), _kind(each)) for each in _hook_tables()]
         return found
 
     # --- the model's side -----------------------------------------------------------------------------
@@ -151,14 +203,14 @@ class TracedState:
         return getattr(self.model, "__dict__", {}).get("forward")
 
     def _is_ours(self, forward: object) -> bool:
-        """Whether a forward that was put on the model has it run by piecework, behind the model's own hooks."""
+        """Whether a forward that was put on the model has it run by piecework, behind its hooks."""
         held = [forward, getattr(forward, "__self__", None), *cells_of(forward).values()]  # type: ignore[arg-type]
         return any(type(each).__module__.partition(".")[0] == _PACKAGE for each in held)
 
     # --- arguments --------------------------------------------------------------------------------------
 
     def argument_check(self, parameters: Sequence[Parameter]) -> ArgumentCheck | None:
-        """Says what of a call's arguments, one value per parameter, is not as traced and left to it by ``check_inputs``; None if that leaves nothing."""
+        """Says what of arguments, a value per parameter, ``check_inputs`` leaves to it; None for nothing."""
         orders = {p.name: tuple(p.node.keys) for p in parameters if p.kind == "**"}  # type: ignore[union-attr]
         if not self.arguments.guards and not any(orders.values()):
             return None

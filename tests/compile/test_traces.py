@@ -21,7 +21,7 @@ from piecework.runtime.trace import every_size
 @pytest.fixture
 def nothing_admitted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Trace for sizes of 2 and more, whatever the graph is."""
-    monkeypatch.setattr(every_size.EverySize, "refusal", lambda *_: "not in this test")
+    monkeypatch.setattr(every_size, "ROWS", ("not in this test",))
 
 
 def compiled(model: Callable[..., object], *args: object, **kwargs: object):  # type: ignore[no-untyped-def]
@@ -326,7 +326,7 @@ def test_a_batch_of_one_is_captured_by_a_trace_of_its_own(nothing_admitted: None
 def test_a_compiler_that_asks_for_the_number_of_a_size_gets_a_trace_that_has_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(every_size.EverySize, "_never_tried", lambda *_: None)
+    monkeypatch.setattr(every_size.EverySize, "_require_tried", lambda *_: None)
 
     def model(x: torch.Tensor) -> torch.Tensor:
         return torch.vmap(torch.func.grad(lambda row: row.sin().sum()))(x) + 1
