@@ -112,9 +112,10 @@ def refuse_writes(
             own = f"its argument {own}"
         elif place.startswith("G["):
             own = f"the global {own}"
-        what = f"forward changes {own or 'an object outside the graph'}"
         raise CaptureError(
-            f"{what}, which a captured graph would not do", where=line or None, hint=_IN_PLACE
+            f"forward changes {own or 'an object outside the graph'}, which a captured graph would not do",
+            where=line or None,
+            hint=_IN_PLACE,
         )
 
 

@@ -75,7 +75,7 @@ def test_a_wrong_declaration_is_an_error(declaration: Any, message: str) -> None
 def test_nothing_to_infer_is_an_error_that_says_why() -> None:
     def forward(self: object, x, n: int) -> None: ...  # type: ignore[no-untyped-def]
 
-    with pytest.raises(ConfigError, match="nothing is dynamic.*without annotation: x"):
+    with pytest.raises(ConfigError, match=r"nothing is dynamic.*without annotation: x"):
         dims_of(forward)
 
 
