@@ -61,13 +61,13 @@ if TYPE_CHECKING:
     from piecework.runtime.pieces.backend import backend_of as backend_of
     from piecework.runtime.pieces.manager import CompilerManager as CompilerManager
     from piecework.runtime.pieces.manager import RangeEntry as RangeEntry
+    from piecework.runtime.pieces.manager import create_concrete_args as create_concrete_args
+    from piecework.runtime.pieces.manager import (
+        get_fake_args_from_graph as get_fake_args_from_graph,
+    )
     from piecework.runtime.pieces.piecewise import PiecewiseBackend as PiecewiseBackend
     from piecework.runtime.pieces.piecewise import (
         PiecewiseCompileInterpreter as PiecewiseCompileInterpreter,
-    )
-    from piecework.runtime.pieces.piecewise import create_concrete_args as create_concrete_args
-    from piecework.runtime.pieces.piecewise import (
-        get_fake_args_from_graph as get_fake_args_from_graph,
     )
     from piecework.runtime.splitting_op import declare_full_graphs as declare_full_graphs
     from piecework.runtime.splitting_op import declare_rows as declare_rows

@@ -30,12 +30,11 @@ from piecework.runtime.store.surroundings import operator_facts, settings_factor
 from piecework.runtime.trace.writes import written_inputs
 from piecework.scope import set_for
 
-#: Stands beside the real names where partitions are wrapped. Inductor's partitioning depends on whether a wrapper is set,
-#: which its cache key does not show; this name is in the key and matches no operator.
+# Stands beside the real names where partitions are wrapped, which Inductor's partitioning depends on
+# and its cache key does not show; this name is in the key and matches no operator.
 _WRAPPED = "piecework::partitions_are_wrapped"
-# A loaded artifact no longer has the record that says whether its wrappers have work to do; the mark keeps the finding.
+# Whether an artifact's wrappers have work to do, which it no longer tells once it is loaded.
 _DIRECT, _PUBLIC = b"direct\n", b"public\n"
-_SHARED_MEMORY = "it writes to memory that several of its inputs share"
 Options = dict[str, object]
 _log = logging.getLogger(__name__)
 
@@ -44,13 +43,6 @@ class InductorAdaptor:
     """Compiles through ``torch._inductor.compile_fx``; nothing can be kept.
 
     It needs the tracing context of the capture, as a Dynamo backend has it.
-
-    Args:
-        config: the resolved configuration; its options and passes are settled here.
-
-    Attributes:
-        passes: the passes that run on every piece; their report says what matched.
-        wraps: whether each partition becomes a `Partition`, which a captured model replays.
 
     Raises:
         ConfigError: Inductor has no option or pass slot of a name, a pass can't be imported, or
@@ -62,14 +54,14 @@ class InductorAdaptor:
 
     def __init__(self, config: CompilationConfig | None = None) -> None:
         self._config = config = config or CompilationConfig()
-        self.passes = PostGradPassManager.from_config(config)
+        self.passes = PostGradPassManager.from_config(config)  # what runs on every piece
+        # whether each partition becomes a `Partition`, which a captured model replays
         self.wraps = config.use_inductor_graph_partition
         self._always = thaw(config.inductor_compile_config) | self.passes.inductor_options(config)
         self._single_size = thaw(config.single_size_inductor_config)
         _require_options(config)
 
     def begin(self) -> None:
-        """A trace begins, whose pieces will be compiled."""
         begin_test()
 
     def compute_hash(self, config: CompilationConfig) -> str:
@@ -80,9 +72,8 @@ class InductorAdaptor:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def options_for(self, compile_range: Range | None, graph: GraphModule | None = None) -> Options:
-        """Inductor's options for one batch range, or for one piece; a single size gets those of
-        ``single_size_inductor_config`` on top."""
-        # A piece holds no CUDA graphs of its own, whatever the environment tells Inductor: it is captured as it is.
+        """Inductor's options for one batch range, or for one piece."""
+        # A piece holds no CUDA graphs of its own, whatever the environment says: it is captured.
         options = {"triton.cudagraphs": False, **self._always}
         if compile_range is not None and compile_range.is_single_size():
             options |= self._single_size
@@ -90,16 +81,14 @@ class InductorAdaptor:
             options["graph_partition"] = True
             options["custom_should_partition_ops"] = [*_partition_ops(self._config), _WRAPPED]
         if graph is not None and self._facts_for(graph) is None:
-            # Inductor's own caches know operators by name alone, and would give out another body's code.
+            # Inductor's own caches know operators by name alone: they would give another's code.
             options["force_disable_caches"] = True
         return options
 
     def _facts_for(self, graph: GraphModule) -> str | None:
-        """What code for ``graph`` depends on besides the graph: what is known of its sizes, its
-        operators, torch's settings.
+        """What code for ``graph`` depends on besides it, which Inductor's own caches then tell apart.
 
-        Inductor keeps code under it, so that its own caches tell apart what this one does. The
-        example sizes count there: which guards a compilation adds depends on them. None where
+        The example sizes count: which guards a compilation adds depends on them. None where
         something has no stable form.
         """
         operators, reason = operator_facts(graph)
@@ -133,10 +122,9 @@ class InductorAdaptor:
         if written_inputs(graph, shared=True):
             # AOTAutograd rebuilds such inputs from one base, whose size and start it takes from the
             # trace: where an input is a part of the memory, results are others.
-            why = _SHARED_MEMORY
-            _log.warning(
-                "%s is not compiled: %s, which compilers get wrong", graph._get_name(), why
-            )
+            why = "it writes to memory that several of its inputs share"
+            name = graph._get_name()
+            _log.warning("%s is not compiled: %s, which compilers get wrong", name, why)
             counters.num_eager_compiles += 1
             return CompiledPiece(uncompiled(graph), indirect_because=why)
         _require_sizes(graph, example_inputs)
@@ -155,7 +143,6 @@ class InductorAdaptor:
         return torch_compat.compile_fx(graph, inputs, own_shapes=single, config_patches=options)
 
     def _piece(self, made: Callable[..., object], graph: GraphModule) -> CompiledPiece:
-        """What is called in place of ``graph``."""
         return CompiledPiece(made, indirect_because="compile_fx gives no artifact")
 
 
@@ -211,15 +198,18 @@ def _partition_ops(config: CompilationConfig) -> list[str]:
 
 
 def _require_options(config: CompilationConfig) -> None:
+    inside = config.use_inductor_graph_partition
     for field in ("inductor_compile_config", "single_size_inductor_config", "inductor_passes"):
         for name, value in getattr(config, field).items():
-            cut = name in ("graph_partition", "custom_should_partition_ops")
-            cut = (cut or (name == "cpp_wrapper" and value)) and config.use_inductor_graph_partition
+            cut = inside and (
+                name in ("graph_partition", "custom_should_partition_ops")
+                or (name == "cpp_wrapper" and value)
+            )
             why = ""
             if not torch_compat.has_inductor_option(name):
-                why = "this torch's Inductor has no such option; torch._inductor.list_options() lists them"
+                why = "Inductor has no such option; torch._inductor.list_options() lists them"
             elif cut or (name == "triton.cudagraphs" and value):
-                why = "how code is cut and captured is up to capture(...) and use_inductor_graph_partition"
+                why = "capture(...) and use_inductor_graph_partition decide about cuts and captures"
             if why:
                 raise ConfigError(why, where=f"{field}.{name}", hint="leave the option out")
 
@@ -235,17 +225,15 @@ def _require_sizes(graph: GraphModule, inputs: Sequence[object]) -> None:
     missing = sorted(map(str, torch_compat.asserted_symbols(values) - given))
     if missing:
         raise CaptureError(
-            f"the trace asserts something of {missing[0]} and a size that the data decides, and the piece is given only the latter",
+            f"the trace asserts something of {missing[0]}, which the piece is not given, and a size "
+            "that the data decides",
             where=graph._get_name(),
             hint="set dynamic_shapes_config.type to auto or backed, or pass the number as an int",
         )
 
 
 def positional(call: Callable[..., object], inputs: int) -> Callable[..., object]:
-    """``call``, which takes one list, as a function of ``inputs`` parameters.
-
-    Written out for the number of parameters, which is half the cost of ``*args``.
-    """
+    """``call``, which takes one list, as a function of parameters: half the cost of ``*args``."""
     names = ", ".join(f"a{i}" for i in range(inputs))
     scope: dict[str, Callable[..., object]] = {"call": call}
     exec(f"def piece({names}):\n    return call([{names}])", scope)
@@ -260,8 +248,7 @@ _TAKER: ContextVar[Any] = ContextVar("piecework_partition_taker", default=None)
 class Partition:
     """One of ``count`` partitions; Inductor's code calls it with one list, which it empties.
 
-    Two models whose code is the same may share it: Inductor keeps one module per text. So it holds
-    no static graph itself, and asks the model that is running for one.
+    Models may share it (Inductor keeps one module per text), so the one that runs holds its graphs.
     """
 
     __slots__ = ("count", "function", "index")
@@ -298,25 +285,23 @@ def partitions_taken_by(taker: Any) -> AbstractContextManager[object]:
 @cache
 def _isa_test(process: int) -> Future[bool]:
     """The test of a process: in one that was forked meanwhile, another's thread does not go on."""
-    pool = ThreadPoolExecutor(1, "piecework-vector-isa")
-    found = pool.submit(torch_compat.vector_isa_test())
-    pool.shutdown(wait=False)
-    return found
+    with_one = ThreadPoolExecutor(1, "piecework-vector-isa")
+    return with_one.submit(torch_compat.vector_isa_test())
 
 
 def _isa_wanted() -> bool:
+    """Not where Inductor knows, or pieces may be for a GPU."""
     return not (torch.cuda.is_available() or torch_compat.vector_isa_is_known())
 
 
 def begin_test() -> None:
-    """Test the CPU's strongest instructions beside a trace: Inductor itself would try set after set
-    for seven seconds. Not where it knows, or pieces may be for a GPU."""
+    """Test the CPU's strongest instructions beside a trace: all of them take Inductor seconds."""
     if _isa_wanted():
         _isa_test(os.getpid())
 
 
 def await_test() -> None:
-    """Have Inductor know them; where the test failed, it asks for the others itself."""
+    """Have Inductor know them; where the test failed, it tests the others itself."""
     if _isa_wanted():
         found = _isa_test(os.getpid())
         if found.exception() is None and found.result():

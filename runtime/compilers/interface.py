@@ -1,4 +1,4 @@
-"""What a compiler of pieces must offer, and those that leave a piece as it is or hand it on whole."""
+"""What a compiler of pieces must offer, and those that leave a piece as it is or hand it on."""
 
 from __future__ import annotations
 
@@ -39,11 +39,9 @@ class CompilerInterface(Protocol):
 
     A compiler may also have ``to_bytes(piece) -> bytes | None`` and ``from_bytes(data, graph) ->
     CompiledPiece``; then what it makes is kept in the compile cache. One that runs graph passes has
-    ``passes``, a `PostGradPassManager`; one with ``begin()`` is told when a trace begins.
-
-    One with ``calls_custom_ops_as_they_are = True`` may be given operators that stand for others,
-    so that pieces which differ only in a layer's name are one program
-    (`piecework.runtime.pieces.layer_names`).
+    ``passes``, a `PostGradPassManager`; one with ``begin()`` is told when a trace begins; one with
+    ``calls_custom_ops_as_they_are = True`` may be given operators that stand for others, so that
+    pieces which differ only in a layer's name are one program.
     """
 
     name: str  # what ``CompilationConfig.backend`` calls it
@@ -83,13 +81,7 @@ class EagerAdaptor:
     def compute_hash(self, config: CompilationConfig) -> str:
         return "eager"
 
-    def compile(
-        self,
-        graph: GraphModule,
-        example_inputs: Sequence[object],
-        config: CompilationConfig,
-        compile_range: Range | None,
-    ) -> CompiledPiece:
+    def compile(self, graph: GraphModule, *rest: object) -> CompiledPiece:
         counters.num_eager_compiles += 1
         return CompiledPiece(uncompiled(graph))
 
@@ -97,8 +89,8 @@ class EagerAdaptor:
 def uncompiled(graph: GraphModule) -> Callable[..., object]:
     """``graph`` as a function that runs its operators one by one.
 
-    FX writes no ``finally``: a graph with regions (autocast, gradient mode) is emitted and proved
-    as stitching source is, so that an exception leaves none of them open.
+    FX writes no ``finally``: a graph with regions (autocast, gradient mode) is emitted as stitching
+    source is, so that an exception leaves none of them open.
     """
     for each in graph.modules():
         if isinstance(each, GraphModule) and "forward" not in vars(type(each)):
@@ -122,11 +114,7 @@ class DynamoBackendAdaptor:
         return digest_of(self._backend, "backend")
 
     def compile(
-        self,
-        graph: GraphModule,
-        example_inputs: Sequence[object],
-        config: CompilationConfig,
-        compile_range: Range | None,
+        self, graph: GraphModule, example_inputs: Sequence[object], *rest: object
     ) -> CompiledPiece:
         # A backend may rewrite the graph that it is given, and equal pieces are compared by theirs.
         return CompiledPiece(self._backend(copy.deepcopy(graph), list(example_inputs)))

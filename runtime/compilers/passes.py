@@ -1,7 +1,4 @@
-"""Graph passes of a user's own, run inside Inductor: what one is, who runs it, and what it may know.
-
-Compiled code is reused only if the same passes made it, so a pass is identified by its code and state.
-"""
+"""Graph passes of a user's own, run inside Inductor; each is identified by its code and state."""
 
 from __future__ import annotations
 
@@ -31,8 +28,8 @@ PassFunction = Callable[[torch.fx.Graph], int | None]
 class InductorPass:
     """Base of passes with settings; a plain function will do for the others (`as_inductor_pass`).
 
-    A pass changes the graph in place and returns how often it matched, or None if it does not count.
-    Its attributes are settings and part of its identity, so it keeps no results on itself.
+    A pass changes the graph in place and returns how often it matched, or None if it does not
+    count. Its attributes are settings and part of its identity, so it keeps no results on itself.
 
     Example:
         >>> class Swap(InductorPass):
@@ -113,11 +110,8 @@ def as_inductor_pass(value: object, *, where: str) -> InductorPass:
     if isinstance(value, InductorPass):
         return value
     if why or not callable(value):
-        raise ConfigError(
-            f"{value!r} is no pass{why}",
-            where=where,
-            hint="give a function of a graph, an instance of an InductorPass, or the qualified name of one",
-        )
+        hint = "give a function of a graph, or an instance or the qualified name of an InductorPass"
+        raise ConfigError(f"{value!r} is no pass{why}", where=where, hint=hint)
     return CallableInductorPass(value)
 
 
@@ -125,8 +119,7 @@ def as_inductor_pass(value: object, *, where: str) -> InductorPass:
 class PassContext:
     """What a pass may read while it runs."""
 
-    # the batch sizes of the code that is made; None means all of them
-    compile_range: Range | None = None
+    compile_range: Range | None = None  # the batch sizes of the code; None means all of them
     facts: str = ""  # what the trace knows of its symbols, as text
 
 
@@ -164,10 +157,7 @@ class PassRun(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class PassReport:
-    """What the passes did; ``str()`` gives one line per pass.
-
-    Code that comes from a cache was changed by the passes when it was made, and is not counted again.
-    """
+    """What the passes did, where code was made; ``str()`` gives one line per pass."""
 
     runs: tuple[PassRun, ...]
 
@@ -202,11 +192,7 @@ class PostGradPassManager:
 
     @classmethod
     def from_config(cls, config: CompilationConfig) -> PostGradPassManager:
-        """The user's pass for Inductor's last slot, if there is one.
-
-        Raises:
-            ConfigError: the pass can't be imported or called.
-        """
+        """The user's pass for Inductor's last slot, if there is one."""
         given = config.inductor_passes.get(POST_GRAD_SLOT)
         where = f"inductor_passes.{POST_GRAD_SLOT}"
         return cls([] if given is None else [as_inductor_pass(given, where=where)])
@@ -221,12 +207,9 @@ class PostGradPassManager:
             try:
                 matches = each(graph)
             except Exception as error:
-                raise PieceCompileError(
-                    f"pass {each.name} failed: {type(error).__name__}: {error}",
-                    hint="leave it out of inductor_passes",
-                ) from error
-            left = len(results_of(graph))
-            if left != results:
+                why = f"pass {each.name} failed: {type(error).__name__}: {error}"
+                raise PieceCompileError(why, hint="leave it out of inductor_passes") from error
+            if (left := len(results_of(graph))) != results:
                 raise PieceCompileError(
                     f"pass {each.name} left a graph with {left} results in place of {results}",
                     hint="a pass may change how results are computed, and not how many there are",
@@ -235,8 +218,7 @@ class PostGradPassManager:
             self._runs.append(PassRun(each.name, compile_range, matches, seconds))
 
     def uuid(self) -> str | None:
-        """SHA-256 over the passes that run now and what they may read: batch range and facts of the
-        trace; None, which keeps Inductor from caching, where a pass has no stable form.
+        """SHA-256 over the passes that run now and what they may read; None: nothing is cached.
 
         Inductor keeps code under it. Code made under other facts would bring a guard along that
         this trace does not have.
@@ -250,8 +232,7 @@ class PostGradPassManager:
         return digest_of([str(now.compile_range), now.facts, *ids], "passes")
 
     def inductor_options(self, config: CompilationConfig) -> dict[str, object]:
-        """Inductor's pass options: this manager, and the user's passes for other slots, range-gated,
-        timed and counted as those here are."""
+        """Inductor's pass options: this manager, and the user's passes for other slots likewise."""
         options: dict[str, object] = {}
         for slot, value in {POST_GRAD_SLOT: None, **config.inductor_passes}.items():
             runs = self

@@ -37,9 +37,6 @@ __all__ = [
 
 _WHOLE = (CompilationMode.STOCK_TORCH_COMPILE, CompilationMode.DYNAMO_TRACE_ONCE)
 _log = logging.getLogger(__name__)
-_A_PATH = "a path does not change what is compiled"
-_A_BATCH_RANGE = "each compiled form is kept under its own batch range"
-_CAPTURED = "captured graphs are not cached, and the code is the same for all of them"
 
 
 @short_methods
@@ -73,13 +70,13 @@ class CompilationConfig(model.FrozenModel):
         "and 2 torch.compile's backend.",
     )
     debug_dump_path: Path | None = no_key(
-        None, _A_PATH, "A folder that receives the stages of each compilation."
+        None, "A folder that receives the stages of each compilation."
     )
     cache_dir: Path | None = no_key(
-        None, _A_PATH, "The compile cache's folder; None is one in the user's cache folder."
+        None, "The compile cache's folder; None is one in the user's cache folder."
     )
     compile_cache_save_format: Literal["binary"] = no_key(
-        "binary", "there is one format", "One checked file an artifact; `unpacked` is refused."
+        "binary", "One checked file an artifact; `unpacked` is refused."
     )
     custom_ops: groups.CustomOps = key(
         (),
@@ -92,9 +89,7 @@ class CompilationConfig(model.FrozenModel):
         "`piecework.splitting_op`; an empty list cuts nowhere.",
     )
     repeated_layers: tuple[str, ...] = no_key(
-        (),
-        "layers that share a trace have the graph that a trace of each has",
-        "Modules whose children share one trace where torch finds them alike, by dotted names.",
+        (), "Modules whose children share one trace where torch finds them alike, by dotted names."
     )
     repeated_blocks: Literal["found", "off"] | tuple[str, ...] = key(
         "found",
@@ -103,24 +98,18 @@ class CompilationConfig(model.FrozenModel):
         "`off`: nowhere.",
     )
     compile_mm_encoder: Literal[False] = no_key(
-        False,
-        "it decides whether an encoder is compiled, not how",
-        "Refused if true: compile an encoder under `set_model_tag(…, is_encoder=True)`.",
+        False, "Refused if true: compile an encoder under `set_model_tag(…, is_encoder=True)`."
     )
     strict: bool = no_key(
         False,
-        "it decides what is refused, not what is compiled",
         "Refuse what is warned of: a splitting op that is not in the graph, training mode that the "
         "model goes by, a `cudagraph_mode` that captured nothing by the first call.",
     )
     compile_sizes: groups.CompileSizes = no_key(
-        (),
-        _A_BATCH_RANGE,
-        'Batch sizes with code of their own; `"cudagraph_capture_sizes"` stands for those.',
+        (), 'Batch sizes with code of their own; `"cudagraph_capture_sizes"` stands for those.'
     )
     compile_ranges_endpoints: groups.Endpoints = no_key(
         (),
-        _A_BATCH_RANGE,
         "Last sizes of ranges: `[1, e0] [e0+1, e1] …`; also `compile_ranges_split_points`.",
         validation_alias=AliasChoices("compile_ranges_endpoints", "compile_ranges_split_points"),
     )
@@ -130,12 +119,8 @@ class CompilationConfig(model.FrozenModel):
     single_size_inductor_config: groups.Options = key(
         {}, "Further ones where code is for one batch size, such as `coordinate_descent_tuning`."
     )
-    compile_workers: int = no_key(
-        1,
-        "it decides who compiles, not what",
-        "Forked processes that compile at the same time; one where CUDA is in use.",
-        ge=1,
-        strict=True,
+    compile_workers: groups.PositiveInt = no_key(
+        1, "Forked processes that compile at the same time; one where CUDA is in use."
     )
     inductor_passes: groups.Passes = key(
         {}, "Inductor pass slots and what runs there: a qualified name, or a callable (in Python)."
@@ -145,31 +130,26 @@ class CompilationConfig(model.FrozenModel):
         "What is captured: `NONE`, `PIECEWISE` (the pieces), `FULL` (the whole forward), or both by "
         "the batch: `FULL_DECODE_ONLY`, `FULL_AND_PIECEWISE` (FULL for decode batches).",
     )
-    cudagraph_num_of_warmups: int = no_key(
-        0, _CAPTURED, "Runs of a batch shape before it is captured.", ge=0, strict=True
+    cudagraph_num_of_warmups: groups.Natural = no_key(
+        0, "Runs of a batch shape before it is captured."
     )
     cudagraph_capture_sizes: groups.Sizes | None = no_key(
         None,
-        _CAPTURED,
         "Batch sizes to capture. None is 1, 2, 4, by 8 to 256, by 16 to the maximum, in tokens and "
         "in requests.",
     )
-    max_cudagraph_capture_size: int | None = no_key(
+    max_cudagraph_capture_size: groups.Natural | None = no_key(
         None,
-        _CAPTURED,
         "The largest one. None is the largest listed, or min(2 · max_num_seqs · query length, 512, "
         "max_num_batched_tokens).",
-        ge=0,
-        strict=True,
     )
     cudagraph_copy_inputs: bool = no_key(
         True,
-        _CAPTURED,
         "Copy inputs into buffers before a replay. Off, the caller writes into these "
         "(`static_graphs.static_inputs(size)`) and passes views of them.",
     )
     cudagraph_specialize_lora: bool = no_key(
-        True, _CAPTURED, "Capture once with and once without active adapters."
+        True, "Capture once with and once without active adapters."
     )
     use_inductor_graph_partition: bool = key(
         False, "Let Inductor cut the compiled code at the splitting ops; the graph stays whole."
@@ -186,15 +166,14 @@ class CompilationConfig(model.FrozenModel):
         pieces = captures.requires_piecewise_compilation()
         partition = "use_inductor_graph_partition"
         if self.use_inductor_graph_partition and self.backend != "inductor":
-            why = f"only Inductor partitions a graph, and the backend is {self.backend!r}"
-            yield ConfigProblem(f"{partition}, backend", why)
+            yield ConfigProblem(f"{partition}, backend", "only Inductor partitions a graph")
         if self.use_inductor_graph_partition and not mode:
             yield ConfigProblem(f"{partition}, mode", "mode NONE compiles nothing to partition")
         if (pieces and mode in _WHOLE) or (captures is not nothing and not mode):
             why = f"mode {mode} makes nothing that {captures} could capture; use PIECEWORK_COMPILE"
             yield ConfigProblem("cudagraph_mode, mode", why)
         if pieces and self.splitting_ops == ():
-            why = f"{captures} captures the pieces between splitting ops, and there are none; use FULL"
+            why = f"there are no splitting ops, so no pieces for {captures}; use FULL"
             yield ConfigProblem("cudagraph_mode, splitting_ops", why)
         if sizes is not None and largest not in (None, max(sizes, default=0)):
             why = f"the largest of {sizes} is not {largest}; give only one of the two"
@@ -229,22 +208,21 @@ class CompilationConfig(model.FrozenModel):
         Raises:
             ConfigError: something does not fit ``runtime``; the problems of every step are listed.
         """
-        problems: list[ConfigProblem] = []
-        done = self
-
-        def settle(name: str, *args: Any) -> CompilationConfig:
+        done, problems, largest = self, list[ConfigProblem](), runtime.max_num_batched_tokens
+        steps: dict[str, tuple[Any, ...]] = {
+            "set_splitting_ops_for_v1": (registered_splitting_ops, attention_ops),
+            "_with_capture_sizes": (runtime,),
+            "_fit_compile_sizes": (largest,),
+            "_fit_ranges": (largest,),
+        }
+        if registered_splitting_ops is None:
+            del steps["set_splitting_ops_for_v1"]
+        for step, given in steps.items():
             try:
-                return getattr(done, name)(*args)  # type: ignore[no-any-return]
+                done = getattr(done, step)(*given)
             except ConfigError as error:
                 text = error.message if error.hint is None else f"{error.message} ({error.hint})"
-                problems.extend(error.problems or (ConfigProblem(error.where or "", text),))
-                return done
-
-        if registered_splitting_ops is not None:
-            done = settle("set_splitting_ops_for_v1", registered_splitting_ops, attention_ops)
-        done = settle("_with_capture_sizes", runtime)
-        done = settle("_fit_compile_sizes", runtime.max_num_batched_tokens)
-        done = settle("_fit_ranges", runtime.max_num_batched_tokens)
+                problems += error.problems or [ConfigProblem(error.where or "", text)]
         if problems:
             raise model.report(type(self).__name__, problems)
         if {"all", "none"}.isdisjoint(done.custom_ops):
@@ -274,19 +252,16 @@ class CompilationConfig(model.FrozenModel):
             ConfigError: ``splitting_ops`` names attention, or ``fuse_attn_quant`` is off.
         """
         attention = sorted(set(attention_ops))
-        cut = [op for op in attention if _has_op(self.splitting_ops or (), op)]
         if not self.pass_config.fuse_attn_quant or (self.splitting_ops is None and not attention):
             raise ConfigError(
                 "attention stays in the graph only with fuse_attn_quant, and where attention_ops "
                 "or splitting_ops tell which ops it is",
                 where="pass_config.fuse_attn_quant",
             )
-        if cut:
+        if cut := [op for op in attention if _has_op(self.splitting_ops or (), op)]:
             raise ConfigError(
-                "fuse_attn_quant needs attention inside the pieces, and the graph is cut at "
-                + ", ".join(cut),
+                f"fuse_attn_quant needs attention inside the pieces: don't cut at {', '.join(cut)}",
                 where="splitting_ops",
-                hint="remove it from splitting_ops, or use use_inductor_graph_partition",
             )
         return self._split_at(op for op in registered if not _has_op(attention, op))
 
@@ -296,10 +271,9 @@ class CompilationConfig(model.FrozenModel):
             return self
         chosen, captures = tuple(sorted(set(ops))), self.cudagraph_mode
         if not chosen and captures.requires_piecewise_compilation():
+            captures = captures.without_piecewise()
             why = "there is no op to cut at, so there are no pieces to capture"
-            less = captures.without_piecewise()
-            _log.warning("%s: cudagraph_mode %s becomes %s", why, captures, less)
-            captures = less
+            _log.warning("%s: cudagraph_mode %s becomes %s", why, self.cudagraph_mode, captures)
         return self.replace(splitting_ops=chosen, cudagraph_mode=captures)
 
     def post_init_cudagraph_sizes(self, runtime: RuntimeConfig) -> CompilationConfig:
@@ -319,33 +293,29 @@ class CompilationConfig(model.FrozenModel):
             )
             cut = self.pass_config.enable_sp
             captured = tuple(size for size in found if not cut or size % ranks == 0)
-            if found and not captured:
-                raise ConfigError(
-                    f"no capture size is a multiple of {ranks}, over which the sequence is cut",
-                    where="cudagraph_capture_sizes",
-                    hint="list multiples, or switch pass_config.enable_sp off",
-                )
             if dropped := ", ".join(str(size) for size in found if size not in captured):
                 why = f"the sequence is cut over {ranks}"
                 _log.warning("capture sizes %s are dropped: %s", dropped, why)
         elif given:
             _log.warning("cudagraph_mode NONE captures nothing: capture sizes are dropped")
-        done = self.replace(
-            cudagraph_capture_sizes=captured, max_cudagraph_capture_size=max(captured, default=0)
-        )
+        done = self._capturing(captured)
         if captured and self.cudagraph_mode.separate_routine():
             for length in runtime.query_lens:  # decode batches of each need a size
                 done.adjust_cudagraph_sizes_for_spec_decode(length, ranks)
         return done
 
+    def _capturing(self, sizes: tuple[int, ...]) -> CompilationConfig:
+        return self.replace(
+            cudagraph_capture_sizes=sizes, max_cudagraph_capture_size=max(sizes, default=0)
+        )
+
     def _with_compile_sizes(self) -> CompilationConfig:
         """A copy with the capture sizes in place of a reference to them in ``compile_sizes``."""
         if "cudagraph_capture_sizes" not in self.compile_sizes:
             return self
-        if self.cudagraph_capture_sizes is None:
-            raise self._open("cudagraph_capture_sizes")
+        captured = self._settled("cudagraph_capture_sizes")
         named = [size for size in self.compile_sizes if isinstance(size, int)]
-        return self.replace(compile_sizes=(*named, *self.cudagraph_capture_sizes))
+        return self.replace(compile_sizes=(*named, *captured))
 
     def adjust_cudagraph_sizes_for_spec_decode(
         self, uniform_decode_query_len: int, tensor_parallel_size: int = 1
@@ -358,18 +328,13 @@ class CompilationConfig(model.FrozenModel):
         Raises:
             ConfigError: the sizes are not chosen yet, or no multiple fits under the maximum.
         """
-        sizes, largest = self.cudagraph_capture_sizes, self.max_cudagraph_capture_size
-        if sizes is None or largest is None:
-            raise self._open("cudagraph_capture_sizes")
         adjusted = batch_sizes.adjust_sizes_for_spec_decode(
-            sizes,
+            self._settled("cudagraph_capture_sizes"),
             uniform_decode_query_len,
-            max_size=largest,
+            max_size=self._settled("max_cudagraph_capture_size"),
             tensor_parallel_size=tensor_parallel_size if self.pass_config.enable_sp else 1,
         )
-        return self.replace(
-            cudagraph_capture_sizes=adjusted, max_cudagraph_capture_size=max(adjusted, default=0)
-        )
+        return self._capturing(adjusted)
 
     def _fit_compile_sizes(self, largest: int) -> CompilationConfig:
         """A copy with its compile sizes settled, each of which a batch can have."""
@@ -394,9 +359,7 @@ class CompilationConfig(model.FrozenModel):
     @property
     def bs_to_padded_graph_size(self) -> tuple[int | None, ...]:
         """Entry ``n`` is the captured size that serves ``n`` tokens; empty if nothing is captured."""
-        sizes = self.cudagraph_capture_sizes
-        if sizes is None:
-            raise self._open("cudagraph_capture_sizes")
+        sizes = self._settled("cudagraph_capture_sizes")
         return batch_sizes.padded_sizes(sizes) if sizes else ()
 
     def get_compile_ranges(
@@ -433,33 +396,19 @@ class CompilationConfig(model.FrozenModel):
             return f"-{op}" not in self.custom_ops
         return f"+{op}" in self.custom_ops
 
-    def custom_op_log_check(
-        self, in_model: Iterable[str], known: Iterable[str] = ()
-    ) -> tuple[str, ...]:
-        """Log which of the model's custom ops are enabled; warn of, and return, idle rules.
-
-        Args:
-            in_model: custom ops that the model has.
-            known: every registered custom op, to tell a typing error from an absent op.
-        """
-        present, registered = set(in_model), set(known)
-        _log.debug("custom ops: %s", {op: self.is_custom_op_enabled(op) for op in sorted(present)})
-        notes = tuple(
-            f"custom op rule {rule!r} has no effect: "
-            + ("the model has no such op" if rule[1:] in registered else "no such op is registered")
-            for rule in self.custom_ops
-            if rule[0] in "+-" and rule[1:] not in present
-        )
-        for note in notes:
-            _log.warning("%s", note)
-        return notes
+    def custom_op_log_check(self, in_model: Iterable[str]) -> tuple[str, ...]:
+        """Log which of the model's custom ops are enabled; warn of, and return, rules without one."""
+        present = sorted(set(in_model))
+        _log.debug("custom ops: %s", {op: self.is_custom_op_enabled(op) for op in present})
+        idle = tuple(r for r in self.custom_ops if r[0] in "+-" and r[1:] not in present)
+        if idle:
+            _log.warning("custom op rules for ops that the model has not: %s", ", ".join(idle))
+        return idle
 
     def splitting_ops_contain_attention(self, attention_ops: Iterable[str]) -> bool:
         """Whether the graph is cut at every one of ``attention_ops`` (and there is one)."""
-        if self.splitting_ops is None:
-            raise self._open("splitting_ops")
-        attention = list(attention_ops)
-        return bool(attention) and all(_has_op(self.splitting_ops, op) for op in attention)
+        cut, attention = self._settled("splitting_ops"), list(attention_ops)
+        return bool(attention) and all(_has_op(cut, op) for op in attention)
 
     def is_attention_compiled_piecewise(self, attention_ops: Iterable[str]) -> bool:
         """Whether attention stays outside the compiled pieces, by either way of cutting."""
@@ -493,8 +442,13 @@ class CompilationConfig(model.FrozenModel):
         """SHA-256 of what decides compiled and emitted code; equal in all processes and machines."""
         return model.digest(self.hash_factors())
 
-    def _open(self, field: str) -> ConfigError:
-        return ConfigError(f"{field} is not settled yet", where=field, hint="call resolve() first")
+    def _settled(self, field: str) -> Any:
+        value = getattr(self, field)
+        if value is None:
+            raise ConfigError(
+                f"{field} is not settled yet", where=field, hint="call resolve() first"
+            )
+        return value
 
 
 def _has_op(names: Iterable[str], op: str) -> bool:

@@ -36,18 +36,15 @@ def _sorted_unique(values: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _each_once(values: tuple[int, ...]) -> tuple[int, ...]:
-    twice = sorted({value for value in values if values.count(value) > 1})
-    if twice:
+    if twice := sorted({value for value in values if values.count(value) > 1}):
         raise ValueError(f"given more than once: {', '.join(map(str, twice))}")
     return tuple(sorted(values))
 
 
 def _op_name(value: Any) -> str:
-    """The name of an op given by name, overload, packet or handle of `piecework.splitting_op`.
-
-    torch prints an overload as ``ns.op.overload`` and a packet as ``ns.op``.
-    """
+    """The name of an op given by name, overload, packet or handle of `piecework.splitting_op`."""
     value = getattr(value, "splitting_op_name", value)
+    # torch prints an overload as ns.op.overload and a packet as ns.op
     text = value if isinstance(value, str) else str(value).replace(".", "::", 1)
     if not _OP_NAME.fullmatch(text):
         raise ValueError(f"an op is written ns::op or ns::op.overload, not {value!r}")
@@ -58,9 +55,9 @@ def _custom_ops(rules: tuple[str, ...]) -> tuple[str, ...]:
     ops = [rule[1:] for rule in dict.fromkeys(rules) if rule not in ("all", "none")]
     known = all(re.fullmatch(r"all|none|[+-][\w.:]+", rule) for rule in rules)
     if not known or len(set(ops)) < len(ops) or rules.count("all") + rules.count("none") > 1:
+        given = ", ".join(map(repr, rules))
         raise ValueError(
-            "takes one of 'all' and 'none', and '+op' or '-op' for an op, not "
-            + ", ".join(map(repr, rules))
+            f"takes one of 'all' and 'none', and '+op' or '-op' for an op, not {given}"
         )
     return tuple(dict.fromkeys(rules))
 
@@ -89,6 +86,7 @@ def parsed_by(parse: Callable[[Any], enum.Enum]) -> BeforeValidator:
 
 
 _LISTED = BeforeValidator(_as_list)
+Natural = Annotated[int, Field(strict=True, ge=0)]
 PositiveInt = Annotated[int, Field(strict=True, gt=0)]
 Size = Annotated[int, Field(strict=True, gt=0, le=LARGEST)]
 Sizes = Annotated[tuple[Size, ...], _LISTED, AfterValidator(_sorted_unique)]
@@ -122,11 +120,7 @@ class CompilationMode(enum.IntEnum):
 
     @classmethod
     def parse(cls, value: CompilationMode | int | str) -> CompilationMode:
-        """The mode with this number or name (any case; VLLM_COMPILE is PIECEWORK_COMPILE).
-
-        Raises:
-            ConfigError: nothing has that name or number; the message lists both.
-        """
+        """The mode with this number or name (any case; VLLM_COMPILE is PIECEWORK_COMPILE)."""
         if isinstance(value, (int, str)) and not isinstance(value, bool):
             name = str(int(value) if isinstance(value, int) else value.strip().upper())
             for mode in cls:
@@ -157,9 +151,6 @@ ModeField = Annotated[
 CUDAGraphModeField = Annotated[
     CUDAGraphMode, parsed_by(CUDAGraphMode.parse), _BY_NAME, WithJsonSchema(_GRAPH_MODES)
 ]
-
-_CAPTURED = "it only decides which shapes are captured"
-_FOLDER = "each rank has a folder of its own"
 
 # --- groups --------------------------------------------------------------------------------------
 
@@ -194,10 +185,7 @@ class DynamicShapesConfig(FrozenModel):
         "Check each call's sizes against Dynamo's shape guards, also where `check_inputs` is off.",
     )
     max_traces: int = no_key(
-        8,
-        "each trace is what it is, however many there are",
-        "Traces that calls may get by themselves under `auto`; `sizes=...` asks for others.",
-        ge=1,
+        8, "Traces that calls get by themselves under `auto`; `sizes=...` asks for others.", ge=1
     )
 
 
@@ -212,9 +200,7 @@ class PassConfig(FrozenModel):
         "A user pass cuts the sequence over the tensor-parallel ranks, so captured sizes are "
         "multiples of their number.",
     )
-    report_matches: bool = no_key(
-        False, "it only adds a report", "Report how often each pass matched."
-    )
+    report_matches: bool = no_key(False, "Report how often each pass matched.")
 
 
 @short_methods
@@ -228,30 +214,28 @@ class RuntimeConfig(FrozenModel):
     max_num_batched_tokens: int = key(
         8192, "The most tokens in one forward; the end of the last range.", ge=1
     )
-    max_num_seqs: int = no_key(256, _CAPTURED, "The most requests in one forward.", ge=1)
+    max_num_seqs: int = no_key(256, "The most requests in one forward.", ge=1)
     uniform_decode_query_len: int = no_key(
-        1, _CAPTURED, "Query tokens of a request in a decode batch (1 plus the speculated).", ge=1
+        1, "Query tokens of a request in a decode batch (1 plus the speculated).", ge=1
     )
     further_decode_query_lens: Sizes = no_key(
-        (), _CAPTURED, "Narrower query lengths of decode batches, where the draft's width varies."
+        (), "Narrower query lengths of decode batches, where the draft's width varies."
     )
     enable_lora: bool = no_key(
-        False, _CAPTURED, "Adapters may be active, so captured graphs are kept apart by it."
+        False, "Adapters may be active, so captured graphs are kept apart by it."
     )
-    rank: int = no_key(0, _FOLDER, "This process among the `world_size` of one replica.", ge=0)
-    dp_rank: int = no_key(0, _FOLDER, "This replica's number among the data-parallel ones.", ge=0)
+    rank: int = no_key(0, "This process among the `world_size` of one replica.", ge=0)
+    dp_rank: int = no_key(0, "This replica's number among the data-parallel ones.", ge=0)
     world_size: int = key(1, "Processes of one replica: collectives span them.", ge=1)
     tensor_parallel_size: int = key(1, "Ranks that one layer is cut over.", ge=1)
-    data_parallel_size: int = no_key(
-        1, "replicas run the same code", "How many replicas run side by side.", ge=1
-    )
+    data_parallel_size: int = no_key(1, "How many replicas run side by side.", ge=1)
     dtype: str = key(
         "",
         "The model's dtype, by torch's name: an error where none of its weights has it. Empty asks "
         "nothing of them.",
         pattern=r"^([a-z][a-z0-9_]*)?$",
     )
-    model_name: str = no_key("", "only a label", "The model's name in reports and folders.")
+    model_name: str = no_key("", "The model's name in reports and folders.")
 
     @property
     def query_lens(self) -> tuple[int, ...]:
@@ -259,21 +243,19 @@ class RuntimeConfig(FrozenModel):
         return tuple(sorted({self.uniform_decode_query_len, *self.further_decode_query_lens}))
 
     def conflicts(self) -> Iterator[ConfigProblem]:
-        widest, tokens = self.uniform_decode_query_len, self.max_num_batched_tokens
-        if max(self.query_lens) > widest:
-            names = "further_decode_query_lens, uniform_decode_query_len"
-            yield ConfigProblem(names, f"{widest} must be the widest of {self.query_lens}")
-        if widest > tokens:
-            names = "uniform_decode_query_len, max_num_batched_tokens"
-            yield ConfigProblem(names, f"a request of {widest} tokens does not fit in {tokens}")
-        if self.rank >= self.world_size:
-            yield ConfigProblem("rank, world_size", f"rank {self.rank} of {self.world_size}")
-        if self.dp_rank >= self.data_parallel_size:
-            why = f"replica {self.dp_rank} of {self.data_parallel_size}"
-            yield ConfigProblem("dp_rank, data_parallel_size", why)
+        tokens, widest = "max_num_batched_tokens", "uniform_decode_query_len"
+        for lower, upper in (
+            ("rank", "world_size"),
+            ("dp_rank", "data_parallel_size"),
+            (widest, tokens),
+            ("max_num_seqs", tokens),
+        ):
+            number, limit = getattr(self, lower), getattr(self, upper)
+            if number > limit or (number == limit and "rank" in lower):
+                yield ConfigProblem(f"{lower}, {upper}", f"{number} is too many for {limit}")
+        if max(self.query_lens) > self.uniform_decode_query_len:
+            why = f"{self.uniform_decode_query_len} must be the widest of {self.query_lens}"
+            yield ConfigProblem(f"further_decode_query_lens, {widest}", why)
         if self.world_size % self.tensor_parallel_size:
             why = f"{self.world_size} ranks are no multiple of {self.tensor_parallel_size}"
             yield ConfigProblem("world_size, tensor_parallel_size", why)
-        if self.max_num_seqs > tokens:
-            why = f"{self.max_num_seqs} requests do not fit in {tokens} tokens"
-            yield ConfigProblem("max_num_seqs, max_num_batched_tokens", why)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
 
 from piecework.errors import ConfigError, ConfigProblem, did_you_mean
 from piecework.runtime.store.digest import canonical, text_of
@@ -23,9 +24,14 @@ def key(default: Any, description: str, **limits: Any) -> Any:
     return Field(default, description=description, json_schema_extra={CACHE_KEY: True}, **limits)
 
 
-def no_key(default: Any, reason: str, description: str, **limits: Any) -> Any:
-    """A field that cannot change what is compiled or emitted, for this reason."""
-    return Field(default, description=description, json_schema_extra={CACHE_KEY: reason}, **limits)
+def no_key(default: Any, description: str, **limits: Any) -> Any:
+    """A field that cannot change what is compiled or emitted."""
+    return Field(default, description=description, json_schema_extra={CACHE_KEY: False}, **limits)
+
+
+def is_keyed(field: FieldInfo) -> bool:
+    """Whether the compile cache's key has ``field``."""
+    return bool(field.json_schema_extra[CACHE_KEY])  # type: ignore[index]
 
 
 class FrozenModel(BaseModel):
@@ -71,11 +77,8 @@ class FrozenModel(BaseModel):
         """What a caller gave for ``argument``: such a model, or a mapping of its fields."""
         if isinstance(given, (cls, Mapping)):
             return cls.model_validate(given)
-        raise ConfigError(
-            f"{argument} must be a {cls.__name__} or a dict of its fields; got {given!r:.80}",
-            where=where,
-            hint=f"pass {cls.__name__}(...), or a dict of what differs from the defaults",
-        )
+        message = f"{argument} must be a {cls.__name__} or a dict of its fields; got {given!r:.80}"
+        raise ConfigError(message, where=where)
 
     def replace(self, **changes: Any) -> Self:
         """A copy with ``changes``, validated as a whole (pydantic's own copy checks nothing)."""
@@ -123,14 +126,11 @@ def group_of(model: type[FrozenModel], name: str) -> type[FrozenModel] | None:
 
 
 def factors_of(model: FrozenModel) -> dict[str, str]:
-    """Each field of the cache's key as canonical JSON, by dotted name.
-
-    A value counts with its exact type and a pass by what it does.
-    """
+    """Each field of the cache's key as canonical JSON by dotted name; a pass by what it does."""
     factors: dict[str, str] = {}
     for name, field in type(model).model_fields.items():
         value = getattr(model, name)
-        if field.json_schema_extra[CACHE_KEY] is not True:  # type: ignore[index]
+        if not is_keyed(field):
             continue
         if isinstance(value, FrozenModel):
             factors |= {f"{name}.{inner}": text for inner, text in factors_of(value).items()}
@@ -189,7 +189,7 @@ def qualified_name(value: str | Callable[..., Any]) -> str:
 
 
 def import_qualified(name: str, *, where: str) -> Any:
-    """The object that ``name`` points to: ``module:name`` or ``module.name``, nested names included."""
+    """The object that ``name`` points to: ``module:name`` or ``module.name``, nested or not."""
     try:
         return pkgutil.resolve_name(name)
     except (ImportError, AttributeError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""Configurations as text: JSON, TOML and ``-O`` options, each read and written; their fields described."""
+"""Configurations as JSON, TOML and ``-O`` options, read and written; their fields described."""
 
 from __future__ import annotations
 
@@ -11,15 +11,13 @@ from typing import Any, NamedTuple
 from pydantic_core import PydanticSerializationError
 
 from piecework.errors import ConfigError
-from piecework.runtime.config.model import CACHE_KEY, FrozenModel, group_of
+from piecework.runtime.config.model import FrozenModel, group_of, is_keyed
 
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 
 
 def to_data(config: FrozenModel, *, only_changed: bool = False) -> dict[str, Any]:
-    """``config`` as plain JSON data, in the order of its fields; ``only_changed`` leaves out what is
-    at its default.
-    """
+    """``config`` as plain JSON data in the order of its fields, or what is not at its default."""
     data: dict[str, Any] = {}
     for name in type(config).model_fields:
         try:
@@ -30,15 +28,12 @@ def to_data(config: FrozenModel, *, only_changed: bool = False) -> dict[str, Any
 
 
 def to_json(config: FrozenModel, *, only_changed: bool = False) -> str:
-    """``config`` as indented JSON; errors as :func:`to_data`."""
+    """``config`` as indented JSON."""
     return json.dumps(to_data(config, only_changed=only_changed), indent=2, ensure_ascii=False)
 
 
 def to_toml(config: FrozenModel, *, only_changed: bool = False) -> str:
-    """``config`` as TOML, groups and options as tables.
-
-    TOML has no null: a field that is None is left out, and None is what it is by default.
-    """
+    """``config`` as TOML, groups as tables; it has no null, which is what is left out means."""
     data = to_data(config, only_changed=only_changed)
     plain = {n: each for n, each in data.items() if not isinstance(each, (dict, type(None)))}
     tables = {n: each for n, each in data.items() if isinstance(each, dict)}
@@ -94,8 +89,7 @@ def parse_overrides(
     """The data that the values of one option mean, the last one winning; the model validates it.
 
     Each text is ``.field=value`` (one dot more reaches into a group or a table of options, whose
-    names may have dots), a mode's number as in ``-O3``, or a JSON object of fields. A value is JSON
-    where it reads as JSON, else a string as it stands; lists may be written with commas.
+    names may have dots), a mode's number as in ``-O3``, or a JSON object of fields.
     """
     data: dict[str, Any] = {}
     for text in (each.removeprefix(flag).strip() for each in texts):
@@ -152,7 +146,7 @@ class FieldRow(NamedTuple):
 
     name: str
     default: str
-    role: str
+    role: str  # whether it is in the cache key
     description: str
 
 
@@ -166,8 +160,7 @@ def field_rows(model: type[FrozenModel], prefix: str = "") -> Iterator[FieldRow]
             continue
         default = defaults[name]
         shown = str(default).lower() if default is None or default in (True, False) else default
-        reason = field.json_schema_extra[CACHE_KEY]  # type: ignore[index]
-        role = "yes" if reason is True else f"no: {reason}"
+        role = "yes" if is_keyed(field) else "no"
         yield FieldRow(prefix + name, str(shown) or '""', role, field.description or "")
 
 
@@ -183,7 +176,6 @@ def markdown_table(model: type[FrozenModel]) -> str:
     """The fields of ``model`` as a Markdown table."""
     lines = ["| field | default | meaning | in the cache key |", "|---|---|---|---|"]
     for row in field_rows(model):
-        # Why a field is not in the key is in the schema, and in `piecework config schema`.
-        cells = (f"`{row.name}`", f"`{row.default}`", row.description, row.role.partition(":")[0])
+        cells = (f"`{row.name}`", f"`{row.default}`", row.description, row.role)
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "".join(f"{line}\n" for line in lines)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -26,8 +27,7 @@ _EXTERNAL = re.compile(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class StageRow:
+class StageRow(NamedTuple):
     """One stage of a forward."""
 
     name: str  # the piece, with the modules in it, or the operator
@@ -51,19 +51,10 @@ class Profile:
     def __str__(self) -> str:
         total = sum(row.microseconds for row in self.rows) or 1.0
         cells = [("stage", "calls", "µs", "share", "device µs", "bytes", "kernels", "external")]
-        for row in self.rows:
-            cells.append(
-                (
-                    row.name,
-                    f"{row.calls:g}",
-                    f"{row.microseconds:.1f}",
-                    f"{row.microseconds / total:.0%}",
-                    f"{row.device_microseconds:.1f}" if row.device_microseconds else "",
-                    f"{row.bytes:.0f}",
-                    "" if row.kernels is None else str(row.kernels),
-                    "" if row.external is None else str(row.external),
-                )
-            )
+        for name, calls, host, device, held, *launches in self.rows:
+            times = f"{host:.1f}", f"{host / total:.0%}", f"{device:.1f}" if device else ""
+            counts = ["" if number is None else str(number) for number in launches]
+            cells.append((name, f"{calls:g}", *times, f"{held:.0f}", *counts))
         head = f"{self.forward_microseconds:.0f} µs a forward without the profiler; "
         return f"{head}{self.calls} profiled\n{aligned(cells)}"
 
@@ -93,23 +84,22 @@ def profile_calls(
         if event is None:
             continue
         texts = "\n".join(sources)
-        rows.append(
-            StageRow(
-                name=name,
-                calls=event.count / calls,
-                microseconds=event.cpu_time_total / calls,
-                device_microseconds=event.device_time_total / calls,
-                bytes=event.cpu_memory_usage / calls + event.device_memory_usage / calls,
-                kernels=len(_KERNEL.findall(texts)) if texts else None,
-                external=len(_EXTERNAL.findall(texts)) if texts else None,
-            )
+        row = StageRow(
+            name=name,
+            calls=event.count / calls,
+            microseconds=event.cpu_time_total / calls,
+            device_microseconds=event.device_time_total / calls,
+            bytes=(event.cpu_memory_usage + event.device_memory_usage) / calls,
+            kernels=len(_KERNEL.findall(texts)) if texts else None,
+            external=len(_EXTERNAL.findall(texts)) if texts else None,
         )
+        rows.append(row)
     rows.sort(key=lambda row: -row.microseconds)
     return Profile(tuple(rows), each * 1e6, calls)
 
 
 def require_writable(path: Path) -> None:
-    """Raise `UsageError` unless a trace can be written to ``path``: a file in a folder that is there."""
+    """Raise `UsageError` unless ``path`` can be a file of a folder that is there."""
     if path.is_dir():
         raise UsageError(f"{str(path)!r} is a folder", hint="name a file, such as trace.json")
     if not path.absolute().parent.is_dir():
@@ -119,7 +109,7 @@ def require_writable(path: Path) -> None:
 def write_trace(
     path: Path, call: Callable[[], object], named: Iterable[AbstractContextManager[object]]
 ) -> Counter[str]:
-    """Run ``call`` under torch's profiler and write what it saw as a trace in Chrome's format, which Perfetto opens."""
+    """Run ``call`` under torch's profiler and write what it saw as a trace for Perfetto."""
     require_writable(path)
     with ExitStack() as stack:
         for each in named:

@@ -1,7 +1,4 @@
-"""Long work, shown while it runs: a bar on a terminal, a line per step elsewhere, nothing while it is short.
-
-Nothing fails or changes because it is shown.
-"""
+"""Long work, shown while it runs: a bar on a terminal, a line per step elsewhere."""
 
 from __future__ import annotations
 
@@ -29,7 +26,7 @@ class StepBar:
         verb: str,
         *columns: ProgressColumn,
         auto_refresh: bool = True,
-        patience: float = 0.0,
+        patience: float = 0.0,  # seconds in which nothing is shown
     ) -> None:
         self._console, self._verb, self._columns = console, verb, columns
         self._auto_refresh, self._patience = auto_refresh, patience

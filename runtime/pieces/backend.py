@@ -33,8 +33,7 @@ from piecework.runtime.trace.every_size import EverySize, NotAdmitted
 
 
 class PieceworkBackend:
-    """A Dynamo backend: splits a graph, compiles its pieces, and emits and binds the stitching
-    source.
+    """A Dynamo backend: splits a graph, compiles its pieces, emits and binds the stitching source.
 
     Args:
         prefix: a label for the model, used in reports and the banner.
@@ -43,13 +42,6 @@ class PieceworkBackend:
         runtime_config: tells the largest batch; without it the last batch range is open-ended.
         trace: which of the model's traces this is for.
         deferred: refuse a compiler that there is not when something is compiled.
-
-    Attributes:
-        compiler_manager: compiles pieces, equal ones once.
-        range_table: batch ranges and single sizes that were asked for; None for all sizes alike.
-        batch_of_first: where the first trace of the model has its batch size; see
-            `Program.batch_place`.
-        used: a graph was given to it, whatever became of it.
     """
 
     def __init__(
@@ -65,11 +57,12 @@ class PieceworkBackend:
     ) -> None:
         self.config = config = config or CompilationConfig()
         self.prefix, self.is_encoder, self.trace = prefix, is_encoder, trace
+        # where the model's first trace has its batch size: `Program.batch_place`
         self.batch_of_first: tuple[str, int] | None = None
         self.tag = current_model_tag().tag
         self.declared_ops = config.splitting_ops if splitting_ops is None else splitting_ops
         self.runtime_config = runtime_config
-        self.range_table: RangeTable | None = None
+        self.range_table: RangeTable | None = None  # what was asked for; None: all sizes alike
         if config.compile_sizes or config.compile_ranges_endpoints:
             largest = None if runtime_config is None else runtime_config.max_num_batched_tokens
             self.range_table = config.range_table(largest, is_encoder=is_encoder)
@@ -77,7 +70,7 @@ class PieceworkBackend:
             # The compiler itself cuts there.
             config = config.replace(splitting_ops=SplittingOps(self.declared_ops).declared)
         self.compiler_manager = CompilerManager(config)
-        self.used = False
+        self.used = False  # a graph was given to it, whatever became of it
         self._program: Program | None = None
         if not deferred:
             self.require_compiler()
@@ -88,22 +81,10 @@ class PieceworkBackend:
 
     @property
     def program(self) -> Program:
-        """What was made of the last graph.
-
-        Raises:
-            BindError: none was compiled yet.
-        """
+        """What was made of the last graph; `BindError` where none was compiled yet."""
         if self._program is None:
             raise BindError("nothing is compiled yet", hint="call prepare(graph) first")
         return self._program
-
-    @property
-    def graph(self) -> GraphModule:
-        return self.program.graph
-
-    @property
-    def split_gm(self) -> GraphModule:
-        return self.program.split_gm
 
     @property
     def piecewise_graphs(self) -> tuple[SplitItem, ...]:
@@ -112,10 +93,6 @@ class PieceworkBackend:
     @property
     def compile_ranges(self) -> tuple[Range | None, ...]:
         return ranges_of(self.range_table)
-
-    @property
-    def inductor_config(self) -> dict[str, object]:
-        return dict(self.config.inductor_compile_config)
 
     def configure_post_pass(self) -> PostGradPassManager | None:
         """The passes that run on every piece; None where the compiler runs none."""

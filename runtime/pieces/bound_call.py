@@ -1,8 +1,7 @@
-"""A graph of Dynamo's by the names of the user's code, and its stitched function with the weights
-held ready.
+"""A graph of Dynamo's by the names of the user's code, with the weights held ready.
 
 Dynamo hands the weights to each call; they are compared by identity, and other ones are bound
-first. Nothing is watched.
+first.
 """
 
 from __future__ import annotations
@@ -67,11 +66,7 @@ def bound_names(graph: GraphModule, paths: Sequence[str | None]) -> dict[str, st
 
 
 class BoundCall:
-    """The stitched function of a program, as Dynamo calls it: with all inputs of the graph.
-
-    Attributes:
-        others: the inputs that are no weights, by number.
-    """
+    """The stitched function of a program, as Dynamo calls it: with all inputs of the graph."""
 
     def __init__(
         self,
@@ -86,7 +81,7 @@ class BoundCall:
         held = [self.paths.index(row.path) for row in rows]
         self._names = [row.name for row in rows]
         self._weights_of = _picked(held)
-        self.others = [i for i in range(len(paths)) if i not in set(held)]
+        self.others = [i for i in range(len(paths)) if i not in set(held)]  # no weights
         self._others_of = _picked(self.others)
         self._bound: tuple[tuple[object, ...], Callable[..., object]] | None = None
 

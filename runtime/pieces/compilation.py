@@ -6,6 +6,7 @@ import enum
 import functools
 import hashlib
 import logging
+import pprint
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from types import SimpleNamespace
@@ -26,10 +27,10 @@ from piecework.runtime import torch_compat
 from piecework.runtime.batch.mode import CUDAGraphMode
 from piecework.runtime.batch.ranges import Range, RangeTable
 from piecework.runtime.counters import counters
-from piecework.runtime.observe import trace
-from piecework.runtime.observe.dump import Dump, config_text
+from piecework.runtime.observe.dump import Dump, config_text, readable
 from piecework.runtime.pieces import program as programs
 from piecework.runtime.pieces.layer_names import share_layer_names
+from piecework.runtime.pieces.manager import get_fake_args_from_graph
 from piecework.runtime.pieces.parallel import compile_ahead, different_pieces
 from piecework.runtime.pieces.piecewise import PiecewiseBackend, PiecewiseCompileInterpreter
 from piecework.runtime.pieces.program import Batch, Graphs, Program, timed
@@ -55,20 +56,16 @@ class Trace(enum.Enum):
 
 
 class Compilation:
-    """One graph on its way through a backend, and what a piece asks of it.
-
-    ``range_table`` has the batch ranges among those asked for that the trace serves, ``phases`` the
-    seconds per phase, ``backends`` the compiled forms by submodule.
-    """
+    """One graph on its way through a backend, and what a piece asks of it."""
 
     def __init__(self, backend: PieceworkBackend, graph: GraphModule, dump: Dump) -> None:
         self.graph, self.dump, self._backend = graph, dump, backend
         self.name = backend.prefix or "model"
         self.config, self.compiler_manager = backend.config, backend.compiler_manager
-        self.phases: dict[str, float] = {}
-        self.backends: dict[str, PiecewiseBackend] = {}
+        self.phases: dict[str, float] = {}  # seconds
+        self.backends: dict[str, PiecewiseBackend] = {}  # compiled forms by submodule
         self.batch = Batch()
-        self.range_table = backend.range_table
+        self.range_table = backend.range_table  # of those asked for, what the trace serves
 
     @property
     def batch_symbol(self) -> str | None:
@@ -80,7 +77,7 @@ class Compilation:
 
     def run(self, bound: Mapping[str, str], tried: EverySize | None) -> Program:
         graph, levers = self.graph, self.config.stitching_config
-        self.dump.captured(graph)
+        self.dump.write("01_captured.py", lambda: readable(graph))
         self.batch = _batch_of(graph, self._backend.batch_of_first)
         self.range_table = self._fitting_ranges()
         ops = [*self._splitting_ops(), *recurrent_layers(graph.graph)]
@@ -91,8 +88,10 @@ class Compilation:
             found = partial(together, split_gm, items, self.range_table)
             require_agreement(SimpleNamespace(together=found), self._backend.runtime_config)
         structures = {} if tried is None else tried.before(split_gm, names)
-        trace.artifact("config", lambda: config_text(self.config))
-        trace.artifact("split_graph", lambda: split_gm.print_readable(print_output=False))
+        torch_compat.trace_artifact("config", lambda: config_text(self.config))
+        torch_compat.trace_artifact(
+            "split_graph", lambda: split_gm.print_readable(print_output=False)
+        )
         self.dump.split(split_gm, items)
         counters.num_piecewise_graphs_seen += len(items)
         if self.config.cudagraph_mode is not CUDAGraphMode.NONE:
@@ -113,8 +112,9 @@ class Compilation:
                 digests=dict(self._digests()),
             )
             source = generate_source(split_gm, options)
-        trace.artifact("stitched_source", lambda: str(source))
-        self.dump.stitched(source)
+        torch_compat.trace_artifact("stitched_source", lambda: str(source))
+        self.dump.write("03_plan.txt", lambda: pprint.pformat(source.module, width=120))
+        self.dump.write("04_stitched.py", lambda: source.code)
         pieces = {name: each.compiled_of()[1] for name, each in self.backends.items()}
         self.compiler_manager.write_texts(split_gm, pieces, source.code)
         return self._program(Graphs(graph, split_gm, tuple(items)), direct, source)
@@ -147,9 +147,7 @@ class Compilation:
     ) -> None:
         """Fill ``backends`` with the pieces' compiled forms."""
         manager, backend = self.compiler_manager, self._backend
-        progress, inputs = manager.progress, [
-            value_of(node) for node in split_gm.graph.find_nodes(op="placeholder")
-        ]
+        progress, inputs = manager.progress, get_fake_args_from_graph(split_gm)
         manager.initialize_cache(
             self.graph, inputs, tag=backend.tag, runtime_config=backend.runtime_config
         )
@@ -158,15 +156,13 @@ class Compilation:
         interpreter = PiecewiseCompileInterpreter(split_gm, names, self.config, self, structures)
         self.backends = interpreter.backends  # filled as it runs: a failure leaves what is made
         try:
-            if progress is not None:
-                count = counted(len(requests), "compilation")
-                progress.note(f"{self.name}: traced; {count} for {counted(len(names), 'piece')}")
-                progress.started(len(requests))
+            count = counted(len(requests), "compilation")
+            progress.note(f"{self.name}: traced; {count} for {counted(len(names), 'piece')}")
+            progress.started(len(requests))
             compile_ahead(manager, requests)
             interpreter.run(*inputs)
         finally:
-            if progress is not None:
-                progress.ended()
+            progress.ended()
 
     def _program(self, graphs: Graphs, direct: DirectOps, source: StitchedSource) -> Program:
         manager, config = self.compiler_manager, self.config
@@ -263,9 +259,9 @@ class Compilation:
 
 
 def _direct_ops(items: Sequence[SplitItem], graph: GraphModule) -> DirectOps:
-    """Implementations that the stitched code may call past the dispatcher, by operator; none under autocast, which an operator may have rules for."""
+    """Implementations that the stitched code may call past the dispatcher, by operator."""
     calls: list[tuple[object, str | None]] = []
-    if torch_compat.autocast_enabled():
+    if torch_compat.autocast_enabled():  # which an operator may have rules for
         return DirectOps.of(calls)
     for item in items:
         for node in item.graph.graph.nodes if item.is_splitting_graph else ():

@@ -1,9 +1,7 @@
 """Makes pieces that differ only in a layer's name one program, which takes the name as an input.
 
-Layers often hand their own name to an operator (``"layers.3"``), which makes equal layers unequal
-programs. Here such an operator is replaced by one that reads the name from a tensor and calls the
-original. What tracing derived from the name (shapes of results) is compared node by node first, and
-only operators qualify that a compiler calls as they are.
+An operator that is given a name is replaced by one that reads it from a tensor and calls the
+original, where a compiler calls it as it is and what tracing derived from the name is the same.
 """
 
 from __future__ import annotations
@@ -36,11 +34,7 @@ class _Name(NamedTuple):
 
 
 def share_layer_names(split_gm: GraphModule, items: Sequence[SplitItem]) -> None:
-    """Make pieces that are equal up to strings given to custom operators equal, in place.
-
-    Each such piece gets one more input per string that differs: a tensor with the string's bytes,
-    an attribute of ``split_gm`` that its call passes.
-    """
+    """Make pieces equal, in place, that are so up to strings given to custom operators."""
     groups: dict[tuple[str, ...], list[tuple[SplitItem, list[_Name]]]] = {}
     for item in items:
         names = [] if item.is_splitting_graph else _names_in(item.graph)
@@ -77,8 +71,7 @@ def _fake_mode(piece: GraphModule) -> Any:
 
 
 def _form_without(names: Sequence[_Name], piece: GraphModule) -> tuple[str, ...]:
-    """The piece's canonical lines with the names left out, and what tracing recorded for each node:
-    everything that a result's form could tell of a name."""
+    """The piece's lines without the names, and what tracing recorded for each node."""
     lines = list(structure_of(piece, describe_input=input_signature).lines)
     for name in names:
         lines[name.position] = lines[name.position].replace(f"str:{name.text!a}", "str:<name>")
@@ -95,10 +88,7 @@ def _described(value: object) -> str:
 
 
 def _take_as_input(split_gm: GraphModule, item: SplitItem, name: _Name, first: str) -> None:
-    """Give the piece an input for a name, whose place in the call takes that of the ``first`` piece.
-
-    Equal names of one piece may be different ones in another, so each has an input of its own.
-    """
+    """Give the piece an input for a name, in whose place the operator takes the ``first`` piece's."""
     graph = item.graph.graph
     inputs = graph.find_nodes(op="placeholder")
     # Inputs added before stand behind the others: positions are those without them.
@@ -139,9 +129,7 @@ def name_of(data: torch.Tensor) -> str:
     return data.numpy().tobytes().rstrip(b"\0").decode("utf-8")
 
 
-# Both mirror torch's own operator registry, which is one per process: compiled code refers to an operator as long as that lives.
-
-
+# Both mirror torch's own operator registry, which compiled code refers to as long as it lives.
 @cache
 def _library() -> torch.library.Library:
     return torch.library.Library(NAMESPACE, "FRAGMENT")
@@ -149,8 +137,7 @@ def _library() -> torch.library.Library:
 
 @cache
 def named_operator(original: OpOverload, argument: str) -> OpOverload:
-    """``original`` with a tensor at the end that holds ``argument``; what tells shapes goes by the
-    name in the call."""
+    """``original`` with a tensor at the end that holds ``argument``; shapes go by the call's name."""
     schema, extra = original._schema, f"{argument}_as_bytes"
     place = [each.name for each in schema.arguments].index(argument)
 

@@ -1,8 +1,7 @@
-"""Compiles pieces through one compiler, equal ones once, and keeps them on disk.
+"""Compiles pieces through one compiler, equal ones once, and keeps them on disk, by content.
 
-On disk a piece is found by its content and never by its place in a model. What a compilation finds
-out about sizes (Inductor takes 16-bit indices below 32768 rows, and adds a guard) is kept with the
-code and made known again when it is loaded, so that the checks of a call are the same either way.
+What a compilation finds out about sizes (Inductor takes 16-bit indices below 32768 rows, and adds
+a guard) is kept with the code, so that the checks of a call are the same when it is loaded.
 """
 
 from __future__ import annotations
@@ -10,10 +9,10 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.fx import GraphModule
@@ -34,7 +33,6 @@ from piecework.runtime.compilers.passes import PostGradPassManager
 from piecework.runtime.config.compilation import CompilationConfig, RuntimeConfig
 from piecework.runtime.config.model import factors_of
 from piecework.runtime.counters import counters
-from piecework.runtime.observe import trace
 from piecework.runtime.observe.progress import current_progress
 from piecework.runtime.store import surroundings as store_surroundings
 from piecework.runtime.store.cache import CacheEntry, open_entry
@@ -53,20 +51,42 @@ Key = tuple[object, ...]
 _log = logging.getLogger(__name__)
 
 
+class Request(NamedTuple):
+    """One compilation: a piece for one range of batch sizes; None means all sizes."""
+
+    submod_name: str
+    graph: GraphModule
+    structure: Structure
+    compile_range: Range | None
+    batch_symbol: str | None
+
+    @property
+    def name(self) -> str:
+        return self.submod_name + ("" if self.compile_range is None else f" {self.compile_range}")
+
+    @property
+    def key(self) -> Key:
+        """What the compiled form is right for in this process."""
+        env = torch_compat.shape_env_of(get_fake_args_from_graph(self.graph))
+        return self.structure.key, self.compile_range, id(env)
+
+    @property
+    def inputs(self) -> list[object]:
+        """What the compiler is given: the sizes of a single-size range, else the trace's."""
+        if self.compile_range is not None and self.compile_range.is_single_size():
+            return create_concrete_args(self.graph, self.compile_range.start, self.batch_symbol)
+        return get_fake_args_from_graph(self.graph)
+
+
 @dataclass(frozen=True, slots=True)
 class RangeEntry:
-    """The compiled form of a piece for one range of batch sizes; ``compile_range`` None means all
-    sizes.
-
-    ``reused``: an equal piece was compiled before in this compilation; ``cached``: it was loaded
-    from disk.
-    """
+    """The compiled form of a piece for one range of batch sizes; None means all sizes."""
 
     compile_range: Range | None
     compiled: CompiledPiece
     seconds: float
-    reused: bool
-    cached: bool = False
+    reused: bool  # an equal piece was compiled before in this compilation
+    cached: bool = False  # it was loaded from disk
 
     @property
     def runnable(self) -> Callable[..., object]:
@@ -78,20 +98,14 @@ class _NotKept(Exception):
 
 
 class CompilerManager:
-    """Compiles pieces through one compiler and keeps what it compiled, by content.
-
-    Attributes:
-        progress: told of each compilation; that of `show_progress` by default. None shows nothing.
-        entry: where the texts of a compilation are kept, if anything is.
-        ahead: keys of what was compiled before its piece was reached, which then is no reuse.
-        elsewhere: key → seconds of what a worker has put into the cache.
-    """
+    """Compiles pieces through one compiler and keeps what it compiled, by content."""
 
     def __init__(self, config: CompilationConfig) -> None:
         self.config, self.progress = config, current_progress()
-        self.entry: CacheEntry | None = None
+        self.entry: CacheEntry | None = None  # where the texts of a compilation are kept
+        # keys of what was compiled before its piece was reached, which then is no reuse
         self.ahead: set[Key] = set()
-        self.elsewhere: dict[Key, float] = {}
+        self.elsewhere: dict[Key, float] = {}  # seconds of what a worker has put into the cache
         self._pieces: Any = None
         self._sizes: object = None
         self._told: set[str] = set()
@@ -100,11 +114,7 @@ class CompilerManager:
 
     @cached_property
     def compiler(self) -> CompilerInterface:
-        """The compiler, made when it is first asked for: what is loaded needs none.
-
-        Raises:
-            ConfigError: the configuration names none, or options that it does not know.
-        """
+        """The compiler, made when it is first asked for: what is loaded needs none."""
         return make_compiler(self.config)
 
     @property
@@ -118,20 +128,14 @@ class CompilerManager:
         return getattr(self.compiler, "passes", None)
 
     def begin(self) -> None:
-        """Tell the compiler, if it wants to know, that a trace begins."""
+        """Tell the compiler, if it wants to know, and who waits, that a trace begins."""
         getattr(self.compiler, "begin", lambda: None)()
+        self.progress.begin()
 
     def may_share_names(self) -> bool:
-        """Whether pieces may be made equal by handing them names as inputs (`share_layer_names`).
-
-        The compiler must call custom operators as they are, and no user's pass may look for them.
-        """
+        """Whether a compiler calls custom operators as they are, and no user's pass looks for them."""
         opaque = getattr(self.compiler, "calls_custom_ops_as_they_are", False)
         return bool(opaque) and not self.config.inductor_passes
-
-    def compute_hash(self) -> str:
-        """Everything about the compiler that changes its output."""
-        return self.compiler.compute_hash(self.config)
 
     # --- on disk ---------------------------------------------------------------------------------
 
@@ -143,32 +147,21 @@ class CompilerManager:
         tag: str = "backbone",
         runtime_config: RuntimeConfig | None = None,
     ) -> None:
-        """Open the on-disk cache for a captured graph, whose source files are part of the key, if the
-        compiler's results can be kept. Where something that decides the code has no stable form,
-        there is one warning, and nothing is kept.
+        """Open the on-disk cache for a captured graph, whose source files are part of the key.
 
-        Pieces are found by their content, so all ranks share them, and one compiles what the others
-        wait for; each rank has its own texts.
-
-        Raises:
-            CacheError: the cache directory is not safe to use, or its key can't be read.
+        All ranks share the pieces, and one compiles what the others wait for; each rank has its
+        own texts. Where something that decides the code has no stable form, nothing is kept.
         """
         if not self.makes_bytes or cache_disabled():
             return
         try:
             limits = {} if runtime_config is None else factors_of(runtime_config)
-            files = store_surroundings.traced_files(graph)
-            factors = KeyFactors(
-                {
-                    **store_surroundings.surroundings(graph),
-                    "config": {
-                        **self.config.hash_factors(),
-                        "compiler": self.compute_hash(),
-                        **{f"runtime.{name}": text for name, text in limits.items()},
-                    },
-                    "sources": store_surroundings.source_factors(files),
-                }
-            )
+            config = self.config.hash_factors()
+            config["compiler"] = self.compiler.compute_hash(self.config)
+            config |= {f"runtime.{name}": text for name, text in limits.items()}
+            sources = store_surroundings.source_factors(store_surroundings.traced_files(graph))
+            ambient = store_surroundings.surroundings(graph)
+            factors = KeyFactors({**ambient, "config": config, "sources": sources})
         except (CacheError, Unidentifiable) as error:
             _log.warning("compile cache: %s; this model is compiled without it", error)
             return
@@ -179,8 +172,7 @@ class CompilerManager:
         )
         first = (runtime.rank, runtime.dp_rank) == (0, 0)
         self._pieces = self.entry if first else open_entry(factors=factors, **place)
-        values = (*inputs, *map(value_of, graph.graph.nodes))
-        self._sizes = torch_compat.shape_env_of(values)
+        self._sizes = torch_compat.shape_env_of([*inputs, *map(value_of, graph.graph.nodes)])
         self._known = torch_compat.known_sizes(self._sizes)
         self._facts = torch_compat.sizes_text(self._sizes)
 
@@ -202,24 +194,22 @@ class CompilerManager:
         if self.entry is not None:
             self.entry.write_texts({"transformed_code.py": code})
 
-    def is_kept(
-        self, graph: GraphModule, structure: Structure, compile_range: Range | None
-    ) -> bool:
+    def is_kept(self, request: Request) -> bool:
         """Whether a piece is listed in the cache; it may still prove damaged when it is read."""
-        name = self._name(graph, structure, compile_range)
+        name = self._name(request)
         return name is not None and name in self._pieces.names()
 
-    def _name(
-        self, graph: GraphModule, structure: Structure, compile_range: Range | None
-    ) -> str | None:
+    def _name(self, request: Request) -> str | None:
         """What a piece is kept under: its content. None if it can't be kept."""
         if self.entry is None:
             return None
-        operators, reason = store_surroundings.operator_facts(graph)
+        structure = request.structure
+        operators, reason = store_surroundings.operator_facts(request.graph)
         if structure.local or reason:
             self._not_kept(structure.local or reason)
             return None
-        return content_key("\n".join(structure.lines), str(compile_range), self._facts, operators)
+        served, lines = str(request.compile_range), "\n".join(structure.lines)
+        return content_key(lines, served, self._facts, operators)
 
     def _not_kept(self, reason: str) -> None:
         """Warn once of why a piece is compiled anew by each process."""
@@ -229,72 +219,60 @@ class CompilerManager:
 
     # --- compiling -------------------------------------------------------------------------------
 
-    def compile(
-        self,
-        graph: GraphModule,
-        example_inputs: Sequence[object],
-        compile_range: Range | None,
-        *,
-        structure: Structure,
-        submod_name: str,
-    ) -> RangeEntry:
-        """Compile ``graph`` for ``compile_range``, or reuse what an equal piece was compiled to.
+    def compile(self, request: Request) -> RangeEntry:
+        """Compile a piece for a range, or reuse what an equal piece was compiled to.
 
         Raises:
             PieceCompileError: the compiler failed; names the piece and the modules that it holds.
         """
-        key = key_of(graph, structure, compile_range)
+        key, name, graph = request.key, request.submod_name, request.graph
         if key in self._done:
             entry = self._done[key][0]
             if key in self.ahead:
                 self.ahead.remove(key)
                 return entry
-            _log.info("%s: the program of an earlier piece", submod_name)
+            _log.info("%s: the program of an earlier piece", name)
             return replace(entry, seconds=0.0, reused=True, cached=False)
+        served, batches = request.compile_range, request.compile_range or "all"
 
         def compile_now() -> CompiledPiece:
             counters.num_backend_compilations += 1
-            trace.artifact(
-                "piece_start", lambda: f"{submod_name} for batch {compile_range or 'all'}"
-            )
+            torch_compat.trace_artifact("piece_start", lambda: f"{name} for batch {batches}")
             text = partial(graph.print_readable, print_output=False)
-            trace.artifact(file_name(submod_name, compile_range), text)
-            return self.compiler.compile(graph, example_inputs, self.config, compile_range)
+            torch_compat.trace_artifact(file_name(name, served), text)
+            return self.compiler.compile(graph, request.inputs, self.config, served)
 
         start = time.perf_counter()
         try:
             # Code is the same in inference mode, which Dynamo leaves while it compiles.
             with torch.inference_mode(False), torch.no_grad():
-                name = self._name(graph, structure, compile_range)
-                loaded = None if name is None else self._loaded(graph, name, compile_now)
+                kept = self._name(request)
+                loaded = None if kept is None else self._loaded(graph, kept, compile_now)
                 compiled, cached = loaded or (compile_now(), False)
             if not isinstance(compiled, CompiledPiece):
-                raise ConfigError(
-                    f"compiler {self.compiler.name!r} made a {type(compiled).__qualname__}, not a CompiledPiece",
-                    where="backend",
-                    hint="see piecework.runtime.compilers.CompilerInterface",
-                )
+                made = f"compiler {self.compiler.name!r} made a {type(compiled).__qualname__}"
+                hint = "see piecework.runtime.compilers.CompilerInterface"
+                raise ConfigError(f"{made}, not a CompiledPiece", where="backend", hint=hint)
         except Exception as error:
             own = isinstance(error, PieceworkError) and not isinstance(error, PieceCompileError)
             if own or torch_compat.asks_for_restart(error):
                 raise
-            raise self._failure(graph, compile_range, submod_name, error) from error
+            raise self._failure(request, error) from error
         seconds = time.perf_counter() - start
         if key in self.elsewhere:  # its progress was told
             seconds += self.elsewhere.pop(key)
-        elif self.progress is not None:
-            name = submod_name + ("" if compile_range is None else f" {compile_range}")
-            self.progress.compiled(name, seconds, "from the cache" if cached else "")
+        else:
+            self.progress.compiled(request.name, seconds, "from the cache" if cached else "")
         how = "from the cache" if cached else f"compiled by {self.compiler.name}"
-        _log.info("%s for batch %s: %s, %.2f s", submod_name, compile_range or "all", how, seconds)
-        entry = RangeEntry(compile_range, compiled, seconds, reused=False, cached=cached)
+        _log.info("%s for batch %s: %s, %.2f s", name, batches, how, seconds)
+        entry = RangeEntry(served, compiled, seconds, reused=False, cached=cached)
         self._done[key] = entry, graph
         return entry
 
     def _loaded(
         self, graph: GraphModule, name: str, compile_now: Callable[[], CompiledPiece]
     ) -> tuple[CompiledPiece, bool] | None:
-        """A piece through the cache, and whether it was there; None where what is there is no good."""
+        """A piece through the cache, and whether it was there; None where that is no good."""
         fresh: list[CompiledPiece] = []
 
         def compile_to_bytes() -> bytes:
@@ -311,7 +289,7 @@ class CompilerManager:
                 raise _NotKept
             return json.dumps(learned).encode("ascii") + b"\n" + data
 
-        # What was learned from other example sizes may not hold for these; then there is a form for exactly these.
+        # What was learned from other example sizes may not hold for these; those have their own.
         for each in (name, content_key(name, torch_compat.hints_text(self._sizes))):
             try:
                 result = self._pieces.get_or_compile(each, compile_to_bytes)
@@ -332,33 +310,40 @@ class CompilerManager:
                 return piece, True
         return None
 
-    def _failure(
-        self, graph: GraphModule, compile_range: Range | None, submod_name: str, error: Exception
-    ) -> PieceCompileError:
+    def _failure(self, request: Request, error: Exception) -> PieceCompileError:
         """The error for a piece that did not compile."""
-        chain: list[BaseException | None] = [error]  # what a pass raised, Inductor wraps
-        while chain[-1] is not None and not isinstance(chain[-1], PieceCompileError):
-            behind = chain[-1].__cause__ or chain[-1].__context__
-            chain.append(None if behind in chain else behind)
-        of_pass = chain[-1]
+        seen: list[BaseException] = []
+        inner: BaseException | None = error  # what a pass raised, Inductor wraps
+        while inner is not None and inner not in seen and not isinstance(inner, PieceCompileError):
+            seen.append(inner)
+            inner = inner.__cause__ or inner.__context__
+        of_pass = inner if isinstance(inner, PieceCompileError) else None
         why = _first_line(error) if of_pass is None else of_pass.message
         no_compiler = "InvalidCxxCompiler" in why
-        sizes = "" if compile_range is None else f" for batches {compile_range}"
+        name, served = request.submod_name, request.compile_range
+        sizes = "" if served is None else f" for batches {served}"
         failure = PieceCompileError(
-            f"{self.compiler.name} failed on {submod_name}{sizes}: {why}",
-            where=origin_of_piece(graph, SymbolNames()).module or submod_name,
+            f"{self.compiler.name} failed on {name}{sizes}: {why}",
+            where=origin_of_piece(request.graph, SymbolNames()).module or name,
             hint=of_pass.hint if of_pass is not None else _NO_COMPILER if no_compiler else _HINT,
         )
         failure.whatever_is_traced = of_pass is not None or no_compiler
         return failure
 
 
-def key_of(graph: GraphModule, structure: Structure, compile_range: Range | None) -> Key:
-    """What a compiled piece is right for in this process."""
-    env = torch_compat.shape_env_of(map(value_of, graph.graph.find_nodes(op="placeholder")))
-    return structure.key, compile_range, id(env)
-
-
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def get_fake_args_from_graph(graph: GraphModule) -> list[object]:
+    """The fake value of each placeholder of ``graph``, in order."""
+    return [value_of(node) for node in graph.graph.find_nodes(op="placeholder")]
+
+
+def create_concrete_args(graph: GraphModule, size: int, batch_symbol: str | None) -> list[object]:
+    """Fake inputs of ``graph`` for one batch size: ``batch_symbol`` becomes ``size``, others stay."""
+    values = get_fake_args_from_graph(graph)
+    if batch_symbol is None:
+        return values
+    return [torch_compat.with_symbol(value, batch_symbol, size) for value in values]

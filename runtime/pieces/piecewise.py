@@ -12,12 +12,11 @@ from torch.fx import GraphModule, Node
 from piecework.codegen.graph.origin import value_of
 from piecework.codegen.graph.structure import Structure, input_signature, structure_of
 from piecework.errors import BindError
-from piecework.runtime import torch_compat
 from piecework.runtime.batch.ranges import Range, RangeTable
 from piecework.runtime.compilers import CompiledPiece
 from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.counters import counters
-from piecework.runtime.pieces.manager import CompilerManager, RangeEntry
+from piecework.runtime.pieces.manager import CompilerManager, RangeEntry, Request
 
 
 class PieceCompiler(Protocol):
@@ -83,21 +82,13 @@ class PiecewiseBackend:
     def compile_all_ranges(self, backend: PieceCompiler) -> None:
         """Compile the piece once per range; equal pieces share the result."""
         graph, structure = self.compiled_of()
-        for compile_range in backend.compile_ranges:
-            self.entries[compile_range] = backend.compiler_manager.compile(
-                graph,
-                inputs_for(graph, compile_range, backend.batch_symbol),
-                compile_range,
-                structure=structure,
-                submod_name=self.submod_name,
-            )
+        name, symbol = self.submod_name, backend.batch_symbol
+        for each in backend.compile_ranges:
+            request = Request(name, graph, structure, each, symbol)
+            self.entries[each] = backend.compiler_manager.compile(request)
 
     def compiled_of(self) -> tuple[GraphModule, Structure]:
-        """The graph that is compiled, and its structure.
-
-        Raises:
-            BindError: the piece was loaded.
-        """
+        """The graph that is compiled, and its structure; `BindError` where the piece was loaded."""
         if self.graph is None or self.structure is None:
             raise BindError("a piece that was loaded has no graph", where=self.submod_name or None)
         return self.graph, self.structure
@@ -109,8 +100,7 @@ class PiecewiseBackend:
             self.entries[compile_range] = entry
 
     def to_bytes(self) -> dict[Range | None, bytes]:
-        """The compiled form of each range as bytes, as the compile cache keeps it; ranges that
-        can't be kept are left out.
+        """The compiled form of each range that can be kept, as the compile cache keeps it.
 
         Raises:
             BindError: the piece was loaded, or its compiler makes nothing that can be kept.
@@ -149,45 +139,10 @@ class PiecewiseBackend:
         return self.entries[RangeTable.of(ranges).find(size)].runnable(*args)
 
 
-def get_fake_args_from_graph(graph: GraphModule) -> list[object]:
-    """The fake value of each placeholder of ``graph``, in order."""
-    return [value_of(node) for node in graph.graph.find_nodes(op="placeholder")]
-
-
-def inputs_for(
-    graph: GraphModule, compile_range: Range | None, batch_symbol: str | None
-) -> list[object]:
-    """What a compiler is given for a range: concrete sizes for a single one, else the trace's."""
-    if compile_range is not None and compile_range.is_single_size():
-        return create_concrete_args(graph, compile_range.start, batch_symbol)
-    return get_fake_args_from_graph(graph)
-
-
-def create_concrete_args(graph: GraphModule, size: int, batch_symbol: str | None) -> list[object]:
-    """Fake inputs of ``graph`` for one batch size: the batch symbol becomes ``size``, other symbols
-    stay.
-
-    Args:
-        batch_symbol: the symbol that it is, such as ``"s0"``; None leaves everything symbolic.
-
-    Returns:
-        Integers, symbols and fake tensors with the same dtype, device, strides and storage offset.
-    """
-    values = get_fake_args_from_graph(graph)
-    if batch_symbol is None:
-        return values
-    return [torch_compat.with_symbol(value, batch_symbol, size) for value in values]
-
-
 class PiecewiseCompileInterpreter(torch.fx.Interpreter):
     """Walks a stitching graph with fake values; `run` fills ``backends``: submodule name → piece.
 
-    Args:
-        module: the stitching graph.
-        compile_submod_names: submodules to compile; all others are only stepped over.
-        config: the resolved configuration.
-        backend: owns the compiler manager and the ranges.
-        structures: of submodules to compile, as far as they are known.
+    Submodules that are not in ``compile_submod_names`` are only stepped over.
     """
 
     def __init__(

@@ -19,7 +19,6 @@ from piecework.runtime import torch_compat
 from piecework.runtime.batch.ranges import Range, RangeTable
 from piecework.runtime.compilers.passes import PassReport
 from piecework.runtime.config.compilation import CompilationConfig
-from piecework.runtime.observe import trace
 from piecework.runtime.observe.dump import Dump
 from piecework.runtime.pieces.piecewise import PiecewiseBackend
 from piecework.runtime.pieces.ranks import Together, together
@@ -33,8 +32,7 @@ Callables = Sequence[Callable[..., object]]
 class Batch:
     """Where a graph has its batch size."""
 
-    # torch's symbol of it: the first dynamic dimension of a tensor input; None if none is
-    symbol: str | None = None
+    symbol: str | None = None  # torch's symbol of it; None if no input has a dynamic dimension
     # which graph input, and which of its dimensions (None for a size itself), tells it
     input: tuple[int, int | None] = (0, None)
 
@@ -119,12 +117,7 @@ class Program:
     def bind(
         self, weights: Mapping[str, object] | None = None, *, code: str | None = None
     ) -> FunctionType:
-        """Execute the emitted source with the compiled pieces.
-
-        Args:
-            weights: values of the bound names.
-            code: an edited text to execute in its place.
-        """
+        """Execute the emitted source, or an edited ``code``, with the compiled pieces."""
         with timed(self.phases, "bind"):
             names = self.source.submod_names
             text = self.source.code if code is None else code
@@ -182,7 +175,6 @@ class Program:
                 seconds=sum(entry.seconds for entry in entries),
             )
 
-        structures = [(n, p.compiled_of()[1]) for n, p in self.backends.items()]
         return Report(
             model=self.name,
             compiler=self.compiler,
@@ -191,7 +183,7 @@ class Program:
             splitting=sum(item.is_splitting_graph for item in self.items),
             phases=dict(self.phases),
             ranges=tuple(map(row, self.compile_ranges)),
-            differences=differences(structures),
+            differences=differences({n: p.compiled_of()[1] for n, p in self.backends.items()}),
             passes=self.passes,
             layers=self.layers,
         )
@@ -220,11 +212,7 @@ def called_forms(
 
 
 def publish_submods(function: Callable[..., object], submods: Callables) -> None:
-    """Make ``submods`` the list that ``function`` uses when it is given none.
-
-    A tuple: CPython indexes it faster than a list, and the difference is a part of what stitching
-    costs.
-    """
+    """Make ``submods`` what ``function`` uses when it is given none; a tuple is indexed faster."""
     function.__kwdefaults__["__vllm_submods__"] = tuple(submods)  # type: ignore[attr-defined,index]
 
 
@@ -233,7 +221,7 @@ def timed(phases: dict[str, float], name: str) -> Iterator[None]:
     """Add the block's seconds to a phase."""
     start = time.perf_counter()
     try:
-        with trace.timed(name):
+        with torch_compat.timed_scope(name):
             yield
     finally:
         phases[name] = phases.get(name, 0.0) + time.perf_counter() - start

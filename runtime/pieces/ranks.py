@@ -1,13 +1,12 @@
 """Compares what processes will do that run one model together, before anything runs.
 
-Processes that wait for each other in different orders hang. They compare through the store that
-they found each other by, in bounded time.
+They compare through the store that they found each other by, in bounded time: processes that wait
+for each other in different orders would hang.
 """
 
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -22,8 +21,6 @@ from piecework.errors import RankError
 from piecework.runtime import torch_compat
 from piecework.runtime.batch.ranges import RangeTable
 from piecework.runtime.config.compilation import RuntimeConfig
-
-_POLL_SECONDS = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,27 +86,26 @@ def require_agreement(
     rank = torch_compat.own_rank()
     for ranks, rows in _run_together(program, runtime):
         mine = [*before, *rows]
-        for other, text in _exchange(rank, ranks, "\n".join(mine)).items():
+        for other, text in _exchange(rank, ranks, mine).items():
             steps = enumerate(zip_longest(text.split("\n"), mine, fillvalue="nothing more"))
-            apart = ((n, theirs, ours) for n, (theirs, ours) in steps if theirs != ours)
-            for index, theirs, ours in apart:
-                raise _error(
-                    f"rank {other} would do something else than rank {rank}, and they would wait for each other: "
-                    f"step {index} is {theirs} on rank {other} and {ours} on rank {rank}",
-                    ranks,
-                    "compile the same model with the same configuration on each of them",
-                )
+            for index, (theirs, ours) in steps:
+                if theirs != ours:
+                    raise _error(
+                        f"rank {other} would do something else than rank {rank}, and they would "
+                        f"wait for each other: step {index} is {theirs} on rank {other} and {ours} "
+                        f"on rank {rank}",
+                        ranks,
+                        "compile the same model with the same configuration on each of them",
+                    )
 
 
 def in_common(
     program: Runs, runtime: RuntimeConfig | None, offers: Sequence[str]
 ) -> frozenset[str]:
-    """Those of ``offers`` that every process has which runs ``program`` together with this one;
-    errors as `require_agreement`, where a process does not come."""
+    """Those of ``offers`` that every process has which runs ``program`` together with this one."""
     common = frozenset(offers)
     for ranks, _ in _run_together(program, runtime):
-        rank = torch_compat.own_rank()
-        for text in _exchange(rank, ranks, "\n".join(sorted(common))).values():
+        for text in _exchange(torch_compat.own_rank(), ranks, sorted(common)).values():
             common &= frozenset(text.split("\n"))
     return common
 
@@ -144,38 +140,23 @@ def _run_together(
         yield tuple(range(first, first + size)), found.order
 
 
-def _exchange(rank: int | None, ranks: tuple[int, ...], text: str) -> dict[int, str]:
-    """The text that each rank gives, once all have given theirs."""
+def _exchange(rank: int | None, ranks: tuple[int, ...], mine: Sequence[str]) -> dict[int, str]:
+    """The lines that each rank gives, as one text, once all have given theirs."""
     label = hashlib.sha256(repr(ranks).encode()).hexdigest()[:16]
     store: Any = torch_compat.shared_store()
-    limit = store.timeout.total_seconds()
-    end = time.monotonic() + limit
     try:
         turn = store.add(f"{label}/turns of {rank}", 1)  # how often it was here
-        places = {each: f"{label}/{turn}/{each}" for each in ranks}
-        store.set(f"{label}/{turn}/{rank}", text)
-        while missing := [each for each, place in places.items() if not store.check([place])]:
-            if time.monotonic() > end:
-                break
-            time.sleep(min(_POLL_SECONDS, limit / 100))
-        else:
-            return {each: store.get(place).decode() for each, place in places.items()}
+        places = [f"{label}/{turn}/rank {each}" for each in ranks]
+        store.set(f"{label}/{turn}/rank {rank}", "\n".join(mine))
+        store.wait(places)  # as long as init_process_group(timeout=…) says
+        return {each: store.get(place).decode() for each, place in zip(ranks, places, strict=True)}
     except RuntimeError as error:  # torch's errors of its stores are
         raise _error(
-            f"the processes lost each other while they compared what they will run: {error}",
+            f"a rank did not come to compare what it will run, or they lost each other: {error}",
             ranks,
-            "another rank stopped: its own error says why",
+            "the other rank's own error says why; init_process_group(timeout=…) bounds the wait",
         ) from error
-    raise _error(
-        f"rank {_listed(missing)} did not come to compare what it will run within {limit:g} s",
-        ranks,
-        "see why it stopped; init_process_group(timeout=…) says how long the others wait",
-    )
 
 
 def _error(why: str, ranks: Iterable[int], hint: str) -> RankError:
-    return RankError(why, where=f"ranks {_listed(ranks)}", hint=hint)
-
-
-def _listed(ranks: Iterable[int]) -> str:
-    return ", ".join(map(str, ranks))
+    return RankError(why, where=f"ranks {', '.join(map(str, ranks))}", hint=hint)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -30,15 +30,6 @@ class RangeRow(NamedTuple):
     seconds: float
 
 
-class Difference(NamedTuple):
-    """The first place where two near-equal pieces differ."""
-
-    left: str
-    right: str
-    left_line: str
-    right_line: str
-
-
 @dataclass(frozen=True, slots=True)
 class Report:
     """A compilation in numbers; ``str()`` gives the text that the command line prints."""
@@ -51,12 +42,10 @@ class Report:
     phases: Mapping[str, float]  # seconds per phase, in order
     # one row per range of batch sizes; a single one where there are no ranges
     ranges: tuple[RangeRow, ...]
-    differences: tuple[Difference, ...]  # why pieces of nearly the same form were not shared
+    differences: tuple[str, ...]  # where pieces of nearly the same form differ first
     # what the graph passes matched; None unless ``pass_config.report_matches``
     passes: PassReport | None = None
-    # how many repeated layers one trace served, or why each was traced; "" where nothing is
-    # repeated or asked for
-    layers: str = ""
+    layers: str = ""  # how many repeated layers one trace served, or why each was traced
 
     @property
     def seconds(self) -> float:
@@ -76,27 +65,25 @@ class Report:
             lines.append(f"batch {row.batches}: {made}")
         lines += [self.layers] if self.layers else []
         lines += [] if self.passes is None else str(self.passes).splitlines()
-        for each in self.differences:
-            lines.append(f"not shared: {each.left} and {each.right} differ first at")
-            lines += [f"  {each.left_line}", f"  {each.right_line}"]
-        return "\n".join(lines)
+        return "\n".join([*lines, *self.differences])
 
 
-def differences(structures: Sequence[tuple[str, Structure]]) -> tuple[Difference, ...]:
+def differences(structures: Mapping[str, Structure]) -> tuple[str, ...]:
     """For each unique piece of nearly the form of one before it, where they differ first."""
     unique: dict[str, tuple[str, Structure]] = {}
-    found: list[Difference] = []
-    for name, structure in structures:
+    found: list[str] = []
+    for name, structure in structures.items():
         if structure.key in unique:
             continue
-        near: list[tuple[int, Difference]] = []
+        near = []
         for other, before in unique.values():
-            pairs = zip(before.lines, structure.lines, strict=False)
-            apart = [pair for pair in pairs if pair[0] != pair[1]]
-            alike = len(before.lines) == len(structure.lines)
-            if alike and 0 < len(apart) <= len(structure.lines) // 4:
-                near.append((len(apart), Difference(other, name, *apart[0])))
-        found += [min(near, key=lambda each: each[0])[1]] if near else []
+            if len(before.lines) == len(structure.lines):
+                pairs = zip(before.lines, structure.lines, strict=True)
+                near.append((other, [pair for pair in pairs if pair[0] != pair[1]]))
+        other, apart = min(near, key=lambda each: len(each[1]), default=("", []))
+        if 0 < len(apart) <= len(structure.lines) // 4:
+            lines = "\n  ".join(apart[0])
+            found.append(f"not shared: {other} and {name} differ first at\n  {lines}")
         unique[structure.key] = name, structure
     return tuple(found)
 

@@ -228,8 +228,6 @@ def trace_model(
     require_fitting(model, args, kwargs)
     backend.compiler_manager.begin()
     start = time.perf_counter()
-    if backend.compiler_manager.progress is not None:
-        backend.compiler_manager.progress.begin()
     layers = RepeatedLayers(backend.config.repeated_layers)
     failures: list[CaptureError | PieceCompileError] = []
     for attempt in attempts(args, kwargs, sizes, failures):

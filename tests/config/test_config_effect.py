@@ -117,9 +117,8 @@ def test_inputs_that_are_not_copied_lie_in_the_buffers() -> None:
     for rows in (4, 3):
         x = buffers["x"][:rows]
         torch.testing.assert_close(made(x, buffers["scale"]), made.model(x, buffers["scale"]))
-    assert (
-        buffers["x"][:3].equal(kept[:3]) and not buffers["x"][3:].any()
-    )  # only the tail is filled
+    assert buffers["x"][:3].equal(kept[:3])
+    assert not buffers["x"][3:].any()  # only the tail is filled
     assert {row.mode for row in made.call_report()} == {"PIECEWISE"}
     with pytest.raises(InputError, match="does not lie in its static buffer"):
         made(torch.randn(4, 4), buffers["scale"])
@@ -131,11 +130,8 @@ def test_inputs_that_are_not_copied_lie_in_the_buffers() -> None:
 
 
 def test_torch_compile_refuses_what_it_can_not_capture() -> None:
-    compiled = torch.compile(
-        nn.Linear(4, 4),
-        backend=piecework_dynamo_backend,
-        options={"backend": "eager", "cudagraph_mode": "PIECEWISE"},
-    )
+    options = {"backend": "eager", "cudagraph_mode": "PIECEWISE"}
+    compiled = torch.compile(nn.Linear(4, 4), backend=piecework_dynamo_backend, options=options)
     with pytest.raises(Exception, match="cudagraph_mode PIECEWISE, would have no effect"):
         compiled(torch.randn(2, 4))
 
@@ -149,11 +145,8 @@ def test_torch_compile_refuses_what_it_can_not_capture() -> None:
 )
 def test_a_dtype_that_no_weight_has_is_refused(dtype: str, message: str) -> None:
     def compile_as(dtype: str) -> object:
-        runtime = RuntimeConfig(dtype=dtype)
-        x = torch.randn(3, 4)
-        return piecework.compile(
-            nn.Linear(4, 4), (x,), config={"backend": "eager"}, runtime_config=runtime
-        )
+        given = {"config": {"backend": "eager"}, "runtime_config": RuntimeConfig(dtype=dtype)}
+        return piecework.compile(nn.Linear(4, 4), (torch.randn(3, 4),), **given)
 
     with piecework.counters.expect(num_graphs_seen=0), pytest.raises(ConfigError, match=message):
         compile_as(dtype)

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from piecework.runtime.config.compilation import CompilationConfig, RuntimeConfig
-from piecework.runtime.config.model import CACHE_KEY, digest, factors_of, group_of
+from piecework.runtime.config.model import digest, factors_of, group_of, is_keyed
 
 # A base without conflicts under any single change below, and one other value for each field.
 BASE = {"splitting_ops": ["a::b"], "cudagraph_mode": "FULL", "cudagraph_capture_sizes": [1, 4]}
@@ -58,15 +58,11 @@ NEVER |= {"compile_ranges_endpoints", "cudagraph_num_of_warmups", "cudagraph_cap
 NEVER |= {"max_cudagraph_capture_size"}
 
 
-def in_key(field):
-    return field.json_schema_extra[CACHE_KEY] is True
-
-
 def leaf_fields(model, prefix=()):
     for name, field in model.model_fields.items():
         group = group_of(model, name)
         if group is None:
-            yield (*prefix, name), in_key(field)
+            yield (*prefix, name), is_keyed(field)
         else:
             yield from leaf_fields(group, (*prefix, name))
 
@@ -99,7 +95,7 @@ def test_a_change_of_a_field_changes_the_hash_exactly_if_its_role_says_so(path, 
 def test_the_runtime_by_its_roles(name):
     base = RuntimeConfig(world_size=2, data_parallel_size=2)
     other = base.replace(**{name: RUNTIME_OTHER[name]})
-    keyed = in_key(RuntimeConfig.model_fields[name])
+    keyed = is_keyed(RuntimeConfig.model_fields[name])
     assert (digest(factors_of(other)) != digest(factors_of(base))) is keyed
 
 

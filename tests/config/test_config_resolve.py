@@ -98,7 +98,7 @@ def test_splitting_modes_take_the_registered_ops_unless_told(mode):
     found = CompilationConfig(mode=mode).set_splitting_ops_for_v1(["a::b"]).splitting_ops
     assert found == (("a::b",) if mode in (0, 3) else ())
     told = CompilationConfig(mode=mode, splitting_ops=["c::d"])
-    assert told.set_splitting_ops_for_v1(["a::b"]).splitting_ops == ("c::d",)
+    assert told.set_splitting_ops_for_v1(["a::b"]) == told
 
 
 def test_attention_fusion_keeps_attention_inside():
@@ -165,11 +165,8 @@ def test_speculative_decoding_rounds_the_sizes():
     assert adjusted.cudagraph_capture_sizes == (3, 6, 9, 24)
     assert adjusted.max_cudagraph_capture_size == 24
     with_sp = config.replace(pass_config={"enable_sp": True}).post_init_cudagraph_sizes(SMALL)
-    assert with_sp.adjust_cudagraph_sizes_for_spec_decode(3, 2).cudagraph_capture_sizes == (
-        6,
-        12,
-        24,
-    )
+    with_both = with_sp.adjust_cudagraph_sizes_for_spec_decode(3, 2)
+    assert with_both.cudagraph_capture_sizes == (6, 12, 24)
 
 
 def test_a_query_length_that_no_size_holds_is_an_error():
@@ -188,7 +185,7 @@ def test_a_cut_sequence_keeps_the_sizes_that_all_ranks_share(caplog):
     assert "1, 15 are dropped" in caplog.text
     assert resolved.resolve(runtime) == resolved
     assert all(n % 2 == 0 for n in config.resolve(runtime).cudagraph_capture_sizes)
-    with pytest.raises(ConfigError, match="no capture size is a multiple of 2"):
+    with pytest.raises(ConfigError, match="there is no size to capture"):
         config.replace(cudagraph_capture_sizes=[1, 3]).resolve(runtime)
 
 
@@ -213,10 +210,5 @@ def test_custom_op_base(fields, base):
 def test_custom_op_log_check_names_rules_without_effect(caplog):
     config = CompilationConfig(custom_ops=["none", "+silu", "+norm", "-rope"])
     with caplog.at_level(logging.DEBUG):
-        notes = config.custom_op_log_check(["silu"], known=["silu", "norm"])
-    assert notes == (
-        "custom op rule '+norm' has no effect: the model has no such op",
-        "custom op rule '-rope' has no effect: no such op is registered",
-    )
-    assert "'silu': True" in caplog.text
-    assert all(note in caplog.text for note in notes)
+        assert config.custom_op_log_check(["silu"]) == ("+norm", "-rope")
+    assert "'silu': True" in caplog.text and "+norm, -rope" in caplog.text

@@ -168,15 +168,9 @@ def test_options_win_over_a_file_and_groups_merge():
         "stitching_config": {"emit_del": False},
         "inductor_compile_config": {"a": 1, "b": {"c": 1}},
     }
-    above = parse_overrides(
-        CompilationConfig,
-        [
-            "3",
-            ".compile_ranges_endpoints=[8]",
-            ".pass_config.enable_sp=true",
-            '.inductor_compile_config.b={"d":2}',
-        ],
-    )
+    options = ["3", ".compile_ranges_endpoints=[8]", ".pass_config.enable_sp=true"]
+    options.append('.inductor_compile_config.b={"d":2}')
+    above = parse_overrides(CompilationConfig, options)
     config = read(merge(below, above))
     assert config.mode == 3 and config.compile_ranges_endpoints == (8,)
     assert not config.stitching_config.emit_del and config.pass_config.enable_sp

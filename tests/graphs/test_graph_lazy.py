@@ -24,11 +24,12 @@ class Compiler:
         self.log = log
         self.compiler_manager = self
 
-    def compile(self, graph, example_inputs, compile_range, *, structure, submod_name):
-        assert isinstance(graph, torch.fx.GraphModule) and submod_name.startswith("piece ")
-        assert compile_range.is_single_size() and structure.key
-        self.log.append(f"compile {compile_range.start}")
-        return SimpleNamespace(runnable=logged(self.log, f"size {compile_range.start}"))
+    def compile(self, request):
+        assert request.submod_name.startswith("piece ") and request.structure.key
+        assert request.inputs and request.compile_range.is_single_size()
+        size = request.compile_range.start
+        self.log.append(f"compile {size}")
+        return SimpleNamespace(runnable=logged(self.log, f"size {size}"))
 
 
 def logged(log, name):

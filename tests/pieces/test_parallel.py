@@ -100,8 +100,7 @@ def test_jobs_run_in_processes_of_their_own_at_most_n_at_a_time(tmp_path: Path) 
 
         return run
 
-    seen: dict[str, tuple[float, bool]] = {}
-    run_in_workers({str(n): job(n) for n in range(6)}, 2, lambda n, *how: seen.update({n: how}))
+    seen = {n: how for n, *how in run_in_workers({str(n): job(n) for n in range(6)}, 2)}
     assert sorted(seen) == [str(n) for n in range(6)]
     assert all(seconds >= 0.05 and succeeded for seconds, succeeded in seen.values())
     starts = [float((tmp_path / f"{n}.start").read_text()) for n in range(6)]
@@ -128,8 +127,7 @@ def test_a_failing_a_dying_and_a_hanging_worker_are_reported_and_the_rest_runs()
         "hangs": lambda: time.sleep(600),
         "works": lambda: None,
     }
-    seen: dict[str, bool] = {}
-    run_in_workers(jobs, 3, lambda name, _, ok: seen.update({name: ok}), hangs_after_s=5.0)
+    seen = {name: ok for name, _, ok in run_in_workers(jobs, 3, hangs_after_s=5.0)}
     assert seen == {name: name == "works" for name in jobs}
 
 

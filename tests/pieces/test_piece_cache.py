@@ -19,7 +19,7 @@ import torch
 import piecework
 from piecework.codegen.graph.structure import structure_of
 from piecework.runtime.config.compilation import CompilationConfig
-from piecework.runtime.pieces.manager import CompilerManager
+from piecework.runtime.pieces.manager import CompilerManager, Request
 from piecework.runtime.store.cache import list_entries
 
 MODEL = Path(__file__).with_name("piece_cache_model.py").read_text()
@@ -299,7 +299,7 @@ def test_a_piece_that_can_not_be_kept_is_said_once_with_its_reason(warned: list[
     with graph.graph.inserting_after(given):
         graph.graph.call_function(python_function, (given,))
     for _ in range(2):
-        assert cache._name(graph, structure_of(graph), None) is None
+        assert not cache.is_kept(Request("submod_0", graph, structure_of(graph), None, None))
     (warning,) = warned
     assert "not kept in the compile cache: it calls the Python function" in warning
     assert "python_function" in warning

@@ -16,7 +16,8 @@ from piecework.runtime.batch.ranges import Range
 from piecework.runtime.compilers import CompiledPiece
 from piecework.runtime.config.compilation import CompilationConfig, RuntimeConfig
 from piecework.runtime.pieces.backend import PieceworkBackend
-from piecework.runtime.pieces.piecewise import PiecewiseBackend, create_concrete_args
+from piecework.runtime.pieces.manager import create_concrete_args
+from piecework.runtime.pieces.piecewise import PiecewiseBackend
 
 sys.modules.setdefault("piece_ranges_compilers", sys.modules[__name__])
 

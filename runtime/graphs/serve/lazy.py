@@ -25,7 +25,8 @@ from piecework.runtime.graphs.memory.wrapper import (
     CUDAGraphOptions,
     CUDAGraphWrapper,
 )
-from piecework.runtime.pieces.piecewise import PieceCompiler, inputs_for
+from piecework.runtime.pieces.manager import Request
+from piecework.runtime.pieces.piecewise import PieceCompiler
 
 Code = Callable[..., object]
 
@@ -119,12 +120,10 @@ class CUDAPiecewiseBackend(CUDAGraphWrapper):
         return self.concrete_size_entries.get(size)
 
     def _compile(self, backend: PieceCompiler, size: int) -> Code:
-        only, graph = Range(size, size), self.graph
-        inputs = inputs_for(graph, only, backend.batch_symbol)
-        structure = structure_of(graph, describe_input=input_signature)
-        return backend.compiler_manager.compile(
-            graph, inputs, only, structure=structure, submod_name=self.name
-        ).runnable
+        structure = structure_of(self.graph, describe_input=input_signature)
+        only, symbol = Range(size, size), backend.batch_symbol
+        request = Request(self.name, self.graph, structure, only, symbol)
+        return backend.compiler_manager.compile(request).runnable
 
     def discard(self, mode: CUDAGraphMode, descriptor: BatchDescriptor) -> None:
         super().discard(mode, descriptor)

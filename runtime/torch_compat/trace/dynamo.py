@@ -227,15 +227,15 @@ def on_fakes(values: Iterable[object]) -> Iterator[None]:
 
 
 def trace_artifact(name: str, text: Callable[[], str]) -> None:
-    """Add a named text to torch's structured trace (``TORCH_TRACE``)."""
-    about = {"name": name, "encoding": "string"}
+    """Add a text to torch's structured trace (``TORCH_TRACE``), as ``piecework_<name>``."""
+    about = {"name": f"piecework_{name}", "encoding": "string"}
     torch._logging.trace_structured("artifact", metadata_fn=lambda: about, payload_fn=text)
 
 
 def timed_scope(name: str) -> contextlib.AbstractContextManager[object]:
-    """A scope in Dynamo's compile-time events; an empty one where there are none, or Dynamo is not imported."""
+    """A scope in Dynamo's compile-time events; an empty one where Dynamo is not imported."""
     timed = getattr(sys.modules.get("torch._dynamo.utils"), "dynamo_timed", None)
-    return contextlib.nullcontext() if timed is None else timed(name)
+    return contextlib.nullcontext() if timed is None else timed(f"piecework.{name}")
 
 
 def graph_module(
