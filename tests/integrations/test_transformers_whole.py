@@ -2,100 +2,43 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 
 import pytest
 import torch
-from small_llms import scatter
+from models import EAGER
+from small_llms import Pair, build
 from torch import nn
 
 from piecework.bench.lists.generation import Family, causal_lms, try_family
 from piecework.bench.lists.trial import Options
 from piecework.errors import CaptureError, ConfigError, InputError, StaticGraphError, UsageError
 from piecework.integrations.transformers import how_served, stitch, stitched_module, unstitch
-from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.counters import counters
 
 transformers = pytest.importorskip("transformers")
 
-EAGER_PIECES = CompilationConfig(backend="eager")
-GENERATOR = torch.Generator().manual_seed(5)
-IDS = torch.randint(3, 97, (3, 6), generator=GENERATOR)
+IDS = torch.randint(3, 97, (3, 6), generator=torch.Generator().manual_seed(5))
 
 
-def build(family: str = "bloom", **fields: object) -> nn.Module:
-    """A small model, without a token that ends a sequence."""
-    torch.manual_seed(0)
-    settings = {"bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4}}.get(family, {}) | fields
-    config = transformers.CONFIG_MAPPING[family](
-        **{"vocab_size": 97, "bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0} | settings
-    )
-    return scatter(
-        transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    )
-
-
-class Pair:
-    """One model twice: as it is, and stitched."""
-
-    def __init__(self, model: nn.Module, way: str | None = None) -> None:
-        self.eager = model
-        self.stitched = stitch(copy.deepcopy(model), config=EAGER_PIECES, way=way)
-        assert how_served(self.stitched).way == "whole"
-
-    def generate(self, ids: torch.Tensor, **how: object) -> object:
-        """Generate with both, the same way; scores and sequences must be equal."""
-        how = {
-            "max_new_tokens": 5,
-            "do_sample": False,
-            "return_dict_in_generate": True,
-            "output_scores": True,
-            "attention_mask": torch.ones_like(ids),
-            **how,
-        }
-        torch.manual_seed(1)
-        want = self.eager.generate(ids, **how)
-        torch.manual_seed(1)
-        got = self.stitched.generate(ids, **how)
-        assert torch.equal(got.sequences, want.sequences)
-        for mine, their in zip(got.scores, want.scores, strict=True):
-            torch.testing.assert_close(mine, their, rtol=1e-4, atol=1e-4)
-        same_cache(got.past_key_values, want.past_key_values)
-        return got
-
-    def call(self, **given: object) -> tuple[object, object]:
-        """One forward of both; what they return must be equal."""
-        mine, theirs = copy.deepcopy(given), copy.deepcopy(given)
-        with torch.no_grad():
-            want, got = self.eager(**theirs), self.stitched(**mine)
-        torch.testing.assert_close(got.logits, want.logits, rtol=1e-4, atol=1e-4)
-        same_cache(got.past_key_values, want.past_key_values)
-        return got, want
-
-
-def same_cache(got: object, want: object) -> None:
-    if want is None:
-        assert got is None
-        return
-    assert type(got) is type(want)
-    assert len(got.layers) == len(want.layers)
-    for mine, their in zip(got.layers, want.layers, strict=True):
-        assert type(mine) is type(their)
-        assert vars(mine).keys() == vars(their).keys()
-        for name, value in vars(their).items():
-            own = vars(mine)[name]
-            if isinstance(value, torch.Tensor):
-                torch.testing.assert_close(own, value, rtol=1e-4, atol=1e-4)
-            elif isinstance(value, dict):
-                assert own.keys() == value.keys()
-            else:
-                assert own == value, name
+def whole(
+    family: str = "bloom",
+    way: str | None = None,
+    around: type[nn.Module] | None = None,
+    **fields: object,
+) -> Pair:
+    """A model twice, once stitched whole; ``around``: what its second block's layer is put inside of."""
+    model = build(family, norms=1.0, **fields)
+    if around is not None:
+        model.transformer.h[1].mlp = around(model.transformer.h[1].mlp)
+    pair = Pair(model, way=way)
+    assert how_served(pair.stitched).way == "whole"
+    return pair
 
 
 @pytest.fixture(scope="module")
 def pair() -> Pair:
-    return Pair(build())
+    return whole()
 
 
 # --- generation --------------------------------------------------------------------------------------
@@ -119,9 +62,15 @@ def test_generation(pair: Pair, batch: int, how: dict[str, object]) -> None:
 
 @pytest.mark.parametrize("padding", [1, 4])
 def test_padding_on_the_left(pair: Pair, padding: int) -> None:
-    mask = torch.ones_like(IDS)
-    mask[1, :padding] = 0
-    pair.generate(IDS, attention_mask=mask)
+    pair.generate(IDS, padding)
+
+
+def test_embeddings_in_the_place_of_ids(pair: Pair) -> None:
+    embeds, mask = pair.eager.get_input_embeddings()(IDS).detach(), torch.ones_like(IDS)
+    for rows in (3, 2, 3):
+        pair.call(inputs_embeds=embeds[:rows], attention_mask=mask[:rows])
+    pair.generate(IDS, inputs_embeds=embeds)
+    assert not how_served(pair.stitched).as_it_is
 
 
 def test_every_length_is_served_by_the_same_traces(pair: Pair) -> None:
@@ -134,8 +83,7 @@ def test_every_length_is_served_by_the_same_traces(pair: Pair) -> None:
 
 @pytest.mark.nightly
 def test_a_mask_for_each_type_of_layer() -> None:
-    fields = {**LLAMA, "full_attn_idxs": [1]}
-    model = Pair(build("lfm2", **fields))
+    model = whole("lfm2", full_attn_idxs=[1])
     mask = torch.ones_like(IDS[:2])
     mask[1, :2] = 0
     model.generate(IDS[:2], attention_mask=mask, cache_implementation="static", max_new_tokens=3)
@@ -160,54 +108,40 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
 @pytest.mark.parametrize("make", ["with its config", "empty"])
 def test_caches_that_are_changed_between_steps(pair: Pair, make: str, change: object) -> None:
-    config = pair.eager.config
-    caches = [
-        transformers.DynamicCache(config=config) if make == "with its config" else transformers.DynamicCache()
-        for _ in range(2)
-    ]  # fmt: skip
-    with torch.no_grad():
-        for model, cache in zip((pair.stitched, pair.eager), caches, strict=True):
-            out = model(IDS, past_key_values=cache)
-            assert out.past_key_values is cache
-            held = cache.layers[0].keys
-            change(cache)
-            batch = cache.layers[0].keys.shape[0]
-            for step in range(2):
-                model(IDS[:1, step : step + 1].expand(batch, 1), past_key_values=cache)
-            assert held.shape[2] == IDS.shape[1]
-    same_cache(*caches)
+    given = {"config": pair.eager.config} if make == "with its config" else {}
+    caches = [transformers.DynamicCache(**given) for _ in range(2)]
+    got, _ = pair.call(IDS, past_key_values=caches)
+    assert got.past_key_values is caches[0]
+    held = caches[0].layers[0].keys
+    for cache in caches:
+        change(cache)
+    batch = caches[0].layers[0].keys.shape[0]
+    for step in range(2):
+        pair.call(IDS[:1, step : step + 1].expand(batch, 1), past_key_values=caches)
+    assert held.shape[2] == IDS.shape[1]
 
 
 # --- other models --------------------------------------------------------------------------------------
 
-LLAMA = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
 OTHERS = {
-    "no cache at all": ("bert", LLAMA),
-    "attention of its own": ("codegen", {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4}),
-    "convolutions": ("lfm2", {**LLAMA, "layer_types": ["conv", "full_attention"]}),
+    "no cache at all": ("bert", {}),
+    "attention of its own": ("codegen", {"rotary_dim": 4}),
+    "convolutions": ("lfm2", {"layer_types": ["conv", "full_attention"]}),
 }
 
 
 @pytest.mark.sample(3)
 @pytest.mark.parametrize(("family", "fields"), OTHERS.values(), ids=OTHERS.keys())
 def test_others(family: str, fields: dict[str, object]) -> None:
-    pair = Pair(build(family, **fields))
-    mask = torch.ones_like(IDS)
-    mask[2, :3] = 0
-    pair.generate(IDS, attention_mask=mask)
+    pair = whole(family, **fields)
+    pair.generate(IDS, 3)
     pair.generate(IDS[:1])
     assert not how_served(pair.stitched).as_it_is
 
 
 def test_recurrent_prompts_run_as_they_are() -> None:
     """A loop over tokens is one graph for each length; steps are not."""
-    pair = Pair(build("mamba", hidden_size=32, num_hidden_layers=2, state_size=8))
+    pair = whole("mamba", state_size=8)
     pair.generate(IDS[:2])
     served = how_served(pair.stitched)
     assert list(served.as_it_is.values()) == [1]
@@ -219,7 +153,7 @@ def test_recurrent_prompts_run_as_they_are() -> None:
 @pytest.mark.nightly
 def test_windows_and_counts() -> None:
     """Layers that count their tokens in Python: before the window is full and after it."""
-    pair = Pair(build("mistral", **LLAMA, sliding_window=4), way="whole")
+    pair = whole("mistral", "whole", sliding_window=4)
     pair.generate(IDS[:2, :2], max_new_tokens=8)
     pair.generate(IDS[:2], max_new_tokens=3)
     with counters.expect(num_graphs_seen=0):
@@ -228,14 +162,14 @@ def test_windows_and_counts() -> None:
 
 
 def test_static_caches() -> None:
-    pair = Pair(build("llama", **LLAMA), way="whole")
+    pair = whole("llama", "whole")
     pair.generate(IDS[:2], cache_implementation="static", max_new_tokens=4)
     assert not how_served(pair.stitched).as_it_is
 
 
 def test_layers_are_compiled_once() -> None:
     """Two different blocks: the first has the embeddings and masks before it in a piece of its own."""
-    model = stitch(build(n_layer=5), config=EAGER_PIECES)
+    model = stitch(build("bloom", num_hidden_layers=5), config=EAGER)
     for entry in ("input_ids", "decode"):
         report = stitched_module(model, entry).report()
         assert report.pieces > 5 > report.unique
@@ -248,20 +182,14 @@ class Strange(transformers.DynamicCache):
     """A class of the user's."""
 
 
+TWO = transformers.EncoderDecoderCache(transformers.DynamicCache(), transformers.DynamicCache())
 REFUSED = {
     "attentions": ({"output_attentions": True}, "output_attentions"),
     "hidden states": ({"output_hidden_states": True}, "output_hidden_states"),
     "something unknown": ({"head_bias": 1.0}, "head_bias"),
     "no token ids": ({"input_ids": torch.ones(2, 3)}, "of integers"),
     "a cache of another class": ({"past_key_values": Strange()}, "Strange"),
-    "caches of two": (
-        {
-            "past_key_values": transformers.EncoderDecoderCache(
-                transformers.DynamicCache(), transformers.DynamicCache()
-            )
-        },
-        "EncoderDecoderCache",
-    ),
+    "caches of two": ({"past_key_values": TWO}, "EncoderDecoderCache"),
 }
 
 
@@ -285,15 +213,13 @@ class NeedsData(nn.Module):
 
 
 def test_kinds_of_calls_that_no_graph_holds(caplog: pytest.LogCaptureFixture) -> None:
-    model = build()
-    model.transformer.h[1].mlp = NeedsData(model.transformer.h[1].mlp)
-    pair = Pair(model)
+    pair = whole(around=NeedsData)
     pair.generate(IDS[:2])
     assert not how_served(pair.stitched).as_it_is
     with caplog.at_level(logging.WARNING, "piecework"):
         pair.generate(IDS[:1])
     assert "runs as it is for one sequence" in caplog.text
-    assert sum(how_served(pair.stitched).as_it_is.values()) == 5
+    assert sum(how_served(pair.stitched).as_it_is.values()) == 6
     assert "as it is" in str(how_served(pair.stitched))
 
 
@@ -311,27 +237,25 @@ class Differs(nn.Module):
 
 
 def test_kinds_of_calls_that_would_differ() -> None:
-    model = build()
-    model.transformer.h[1].mlp = Differs(model.transformer.h[1].mlp)
-    pair = Pair(model)
+    pair = whole(around=Differs)
     pair.generate(IDS[:1])
     assert all("differs" in why for why in how_served(pair.stitched).as_it_is)
 
 
 def test_a_decoder_that_would_differ_is_refused() -> None:
-    model = build()
+    model = build("bloom")
     inner = model.transformer.h[1].mlp
     model.transformer.h[1].mlp = wrong = Differs(inner)
     wrong.forward = lambda states, residual: inner(  # type: ignore[method-assign]
         states * 2 if torch.compiler.is_compiling() else states, residual
     )
     with pytest.raises(CaptureError, match=r"flattened: .* nor whole: .*"):
-        stitch(model, config=EAGER_PIECES)
+        stitch(model, config=EAGER)
     assert "forward" not in vars(model.transformer)
 
 
 def test_state_in_modules_is_refused() -> None:
-    model = build()
+    model = build("bloom")
     layer = model.transformer.h[0].mlp
     own = layer.forward
 
@@ -341,13 +265,13 @@ def test_state_in_modules_is_refused() -> None:
 
     layer.forward = remembers
     with pytest.raises(CaptureError, match="differs from the model's own"):
-        stitch(model, config=EAGER_PIECES, way="whole")
+        stitch(model, config=EAGER, way="whole")
 
 
 def test_no_static_graphs_and_no_such_way(pair: Pair) -> None:
-    model = build()
+    model = build("bloom")
     with pytest.raises(StaticGraphError, match="whole"):
-        stitch(model, config=EAGER_PIECES, capture=[1, 2])
+        stitch(model, config=EAGER, capture=[1, 2])
     assert "forward" not in vars(model.transformer)
     with pytest.raises(StaticGraphError):
         stitched_module(pair.stitched, "decode").capture([2, 4], progress=False)
@@ -359,9 +283,9 @@ def test_no_static_graphs_and_no_such_way(pair: Pair) -> None:
 
 
 def test_unstitching() -> None:
-    model = build()
+    model = build("bloom")
     before = {id(module): set(module.__dict__) for module in model.modules()}
-    stitch(model, config=EAGER_PIECES)
+    stitch(model, config=EAGER)
     assert "BloomModel" in stitched_module(model).source.code
     assert stitched_module(model, "decode").source.code != stitched_module(model).source.code
     with pytest.raises(UsageError, match="no entry"):
@@ -388,7 +312,7 @@ def test_weights(pair: Pair) -> None:
 
 def test_while_the_compiler_is_off() -> None:
     with torch.compiler.set_stance("force_eager"), counters.expect(num_graphs_seen=0):
-        pair = Pair(build())
+        pair = whole()
         pair.generate(IDS[:2])
     assert not how_served(pair.stitched).modules
     pair.generate(IDS[:2])
