@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from models import EAGER
 from small_llms import build
 
 from piecework.errors import BindError, InputError, UsageError
@@ -18,7 +19,6 @@ from piecework.runtime.counters import counters
 
 transformers = pytest.importorskip("transformers")
 
-EAGER_PIECES = CompilationConfig(backend="eager")
 INDUCTOR = CompilationConfig()
 SIZES = [2, 4]
 
@@ -86,7 +86,7 @@ def served(peft: Any, eager: Any) -> Callable[..., Any]:
     def serve(
         path: Path,
         rank: int | None = 8,
-        config: CompilationConfig = EAGER_PIECES,
+        config: CompilationConfig = EAGER,
         sizes: Sequence[int] = SIZES,
     ) -> Any:
         model = eager(path)
@@ -101,7 +101,7 @@ def served(peft: Any, eager: Any) -> Callable[..., Any]:
 
 @pytest.mark.parametrize(
     "config",
-    [EAGER_PIECES, pytest.param(INDUCTOR, marks=[pytest.mark.inductor, pytest.mark.nightly])],
+    [EAGER, pytest.param(INDUCTOR, marks=[pytest.mark.inductor, pytest.mark.nightly])],
     ids=["eager", "inductor"],
 )
 def test_swapped_adapters_are_served_by_the_same_graphs(
@@ -118,6 +118,18 @@ def test_swapped_adapters_are_served_by_the_same_graphs(
             before = replays(model.get_base_model())
             check(model, eager(path))
             assert replays(model.get_base_model()) == before + 14  # every step behind a prefill
+        caches = [transformers.DynamicCache() for _ in range(2)]
+        reference = eager(paths[0])  # in the middle of a request too
+        for path in paths:
+            swap(peft, model, path)
+            reference.load_adapter(str(path), path.name)
+            reference.set_adapter(path.name)
+            with torch.no_grad():
+                ours, theirs = (
+                    each(torch.full((2, 1), 9), past_key_values=cache).logits
+                    for each, cache in zip((model, reference), caches, strict=True)
+                )
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 def test_a_rank_above_the_prepared_one_is_refused(
@@ -134,12 +146,12 @@ def test_a_rank_above_the_prepared_one_is_refused(
         stitched_module(model.get_base_model()).rebind()
     unstitch(model.get_base_model())
     check(model, eager(larger))
-    stitch(model.get_base_model(), config=EAGER_PIECES, capture=SIZES)
+    stitch(model.get_base_model(), config=EAGER, capture=SIZES)
     check(model, eager(larger))
 
 
 def test_an_adapter_put_on_a_stitched_model_is_noticed(peft: Any) -> None:
-    model = stitch(build(), config=EAGER_PIECES, capture=SIZES)
+    model = stitch(build(), config=EAGER, capture=SIZES)
     config = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
     wrapped = peft.get_peft_model(model, config).eval()
     for _ in range(2):
@@ -149,7 +161,7 @@ def test_an_adapter_put_on_a_stitched_model_is_noticed(peft: Any) -> None:
             stitched_module(model).rebind()
     plain = unstitch(model)
     expected = generated(wrapped, 2)
-    stitch(plain, config=EAGER_PIECES, capture=SIZES)
+    stitch(plain, config=EAGER, capture=SIZES)
     assert torch.equal(generated(wrapped, 2), expected)
 
 
@@ -158,7 +170,7 @@ def test_an_adapter_put_on_a_stitched_model_is_noticed(peft: Any) -> None:
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_new_weights_in_place_reach_pieces_and_head(tied: bool) -> None:
-    model = stitch(build(tie_word_embeddings=tied), config=EAGER_PIECES, capture=SIZES)
+    model = stitch(build(tie_word_embeddings=tied), config=EAGER, capture=SIZES)
     with counters.expect(num_graphs_seen=0, num_cudagraph_captured=0):
         for seed in range(4, 7):
             model.load_state_dict(build(seed=seed, tie_word_embeddings=tied).state_dict())
@@ -177,7 +189,7 @@ def test_new_weights_in_place_reach_pieces_and_head(tied: bool) -> None:
 
 
 def test_a_head_that_is_replaced_is_not_served_by_its_old_graphs() -> None:
-    model, other = stitch(build(), config=EAGER_PIECES, capture=SIZES), build(seed=4)
+    model, other = stitch(build(), config=EAGER, capture=SIZES), build(seed=4)
     model.lm_head.weight = other.lm_head.weight
     with pytest.raises(InputError, match="weight was replaced"):
         generated(model, 2)
@@ -187,7 +199,7 @@ def test_a_head_that_is_replaced_is_not_served_by_its_old_graphs() -> None:
 def test_nights_of_sleep(nights: int) -> None:
     eager = build(num_hidden_layers=1)
     expected = generated(eager, 2)
-    model = stitch(copy.deepcopy(eager), config=EAGER_PIECES, capture=[2])
+    model = stitch(copy.deepcopy(eager), config=EAGER, capture=[2])
     parts = [stitched_module(model), model.lm_head.forward.stitched]
     held = [each.memory_report().held for each in parts]
     for _ in range(nights):

@@ -7,19 +7,17 @@ import logging
 
 import pytest
 import torch
+from models import EAGER
 from small_llms import build
 
 from piecework.errors import BindError, ConfigError, StaticGraphError
 from piecework.integrations.transformers import stitch, stitched_module, unstitch
 from piecework.integrations.transformers.request.state import dry_request
-from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.counters import counters
 from piecework.runtime.graphs.serve.report import MeasuredSize
 from piecework.runtime.stitched import StitchedModule
 
 transformers = pytest.importorskip("transformers")
-
-EAGER_PIECES = CompilationConfig(backend="eager")
 
 
 def prompts(batch: int, length: int = 6) -> torch.Tensor:
@@ -45,7 +43,7 @@ def served(module: StitchedModule) -> dict[str, tuple[int, int]]:
 def test_one_call_captures_pieces_and_head(caplog: pytest.LogCaptureFixture) -> None:
     eager = build()
     with caplog.at_level(logging.WARNING):
-        model = stitch(copy.deepcopy(eager), config=EAGER_PIECES, capture=[1, 2, 4])
+        model = stitch(copy.deepcopy(eager), config=EAGER, capture=[1, 2, 4])
     assert "stand-in" in caplog.text
     for batch in (1, 2, 3, 4, 5):
         assert torch.equal(generated(model, batch), generated(eager, batch)), batch
@@ -67,10 +65,10 @@ def test_a_capture_that_is_refused_leaves_the_model_as_it_was() -> None:
     model = build()
     for wrong in ("all", 4):
         with pytest.raises(ConfigError, match="capture is"):
-            stitch(model, config=EAGER_PIECES, capture=wrong)
+            stitch(model, config=EAGER, capture=wrong)
     before = set(vars(model))
     with pytest.raises((ConfigError, StaticGraphError)):
-        stitch(model, config=EAGER_PIECES, capture=[0])
+        stitch(model, config=EAGER, capture=[0])
     assert set(vars(model)) == before
     assert "forward" not in vars(model.model)
 
@@ -83,7 +81,7 @@ def test_auto_that_keeps_nothing_says_so(
 
     monkeypatch.setattr("piecework.runtime.graphs.serve.report.measured", judge)
     monkeypatch.setattr("piecework.integrations.transformers.stitcher.AUTO_MAXIMUM", 2)
-    model = stitch(build(), config=EAGER_PIECES, capture="auto")
+    model = stitch(build(), config=EAGER, capture="auto")
     assert (
         "leaves out sizes that run faster in another way: 1 (stitched), 2 (stitched)" in caplog.text
     )
@@ -105,7 +103,7 @@ def test_auto_that_keeps_nothing_says_so(
 @pytest.mark.parametrize("cache", ["static", None])
 def test_generate_does_not_compile_a_stitched_model_again(cache: str | None) -> None:
     eager = build()
-    model = stitch(copy.deepcopy(eager), config=EAGER_PIECES)
+    model = stitch(copy.deepcopy(eager), config=EAGER)
     how = transformers.CompileConfig(backend="eager", fullgraph=False)
     how._compile_all_devices = True  # as on a GPU
     torch._dynamo.reset()
@@ -122,7 +120,7 @@ def test_generate_does_not_compile_a_stitched_model_again(cache: str | None) -> 
 def test_continuous_batching_from_graphs() -> None:
     """Arrivals while others run, one of them cancelled, of mixed lengths; served from graphs as far as they go."""
     eager = build()
-    model = stitch(copy.deepcopy(eager), config=EAGER_PIECES, capture=[1, 2, 4, 8])
+    model = stitch(copy.deepcopy(eager), config=EAGER, capture=[1, 2, 4, 8])
     how = transformers.GenerationConfig(max_new_tokens=6, do_sample=False, pad_token_id=0)
     pages = transformers.ContinuousBatchingConfig(
         page_size=8, num_blocks=32, max_batch_tokens=32, max_requests_per_batch=4
@@ -134,25 +132,25 @@ def test_continuous_batching_from_graphs() -> None:
         manager = each.init_continuous_batching(
             generation_config=how, continuous_batching_config=pages
         )
+
+        def wait_for(count: int) -> None:
+            while len(done.keys() - {"cancelled"}) < count:
+                result = manager.get_result(timeout=30)
+                if result is not None and result.is_finished():
+                    done[result.request_id] = result.generated_tokens
+
         manager.start()
         try:
             for number, ids in enumerate(asked[:3]):
                 manager.add_request(ids, request_id=f"r{number}")
             manager.add_request(asked[0], request_id="cancelled", max_new_tokens=40)
-            while len(done) < 2:
-                result = manager.get_result(timeout=30)
-                if result is not None and result.is_finished():
-                    done[result.request_id] = result.generated_tokens
+            wait_for(2)
             manager.cancel_request("cancelled")
             for number, ids in enumerate(asked[3:], start=3):
                 manager.add_request(ids, request_id=f"r{number}")
-            while len(done.keys() - {"cancelled"}) < 5:
-                result = manager.get_result(timeout=30)
-                if result is not None and result.is_finished():
-                    done[result.request_id] = result.generated_tokens
+            wait_for(5)
         finally:
             manager.stop(block=True)
-        done.pop("cancelled", None)
         return done
 
     ours = answers(model)

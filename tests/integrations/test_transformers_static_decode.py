@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import gc
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from fake_cuda import FakeCuda
+from models import EAGER
 from small_llms import DEEPSEEK, GEMMA
 from small_llms import build as built
 
@@ -30,7 +32,6 @@ from piecework.runtime.graphs.memory import owner
 
 transformers = pytest.importorskip("transformers")
 
-EAGER_PIECES = {"backend": "eager"}
 IDS = torch.randint(1, 97, (4, 6), generator=torch.Generator().manual_seed(5))
 LENGTH = 32
 Models = tuple[torch.nn.Module, torch.nn.Module]
@@ -39,10 +40,8 @@ Models = tuple[torch.nn.Module, torch.nn.Module]
 def both(family: str = "llama", **fields: object) -> Models:
     """A model, and the same one stitched with its decode steps captured."""
     eager = built(family, max_position_embeddings=128, **fields).requires_grad_(False)
-    ours = stitch(
-        copy.deepcopy(eager), config=EAGER_PIECES, capture=[1, 2, 4], max_cache_len=LENGTH
-    )
-    return eager, ours
+    how = {"config": EAGER, "capture": [1, 2, 4], "max_cache_len": LENGTH}
+    return eager, stitch(copy.deepcopy(eager), **how)
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +140,17 @@ def test_one_cache_at_a_time_is_in_the_graphs(models: Models) -> None:
     assert full_steps(models[1]) == before + 2
 
 
+def test_threads_take_turns_in_the_graphs(models: Models) -> None:
+    """One of them is in the graphs' memory, the other beside it; who is first is not said."""
+    how = {"max_new_tokens": 7, "do_sample": False, "cache_implementation": "static"}
+    prompts = [IDS[first : first + 1 + first % 3] for first in (0, 1, 2, 0, 1, 2)]
+    with ThreadPoolExecutor(2) as pool:
+        got = list(pool.map(lambda ids: models[1].generate(ids, **how), prompts))
+    for ids, tokens in zip(prompts, got, strict=True):
+        assert torch.equal(tokens, models[0].generate(ids, **how))
+    assert full_steps(models[1]) >= 6
+
+
 def test_capturing_again_over_a_full_cache_stores_nothing_behind_its_end() -> None:
     models = both()
     request = Request(models, length=LENGTH)
@@ -157,7 +167,7 @@ def test_capturing_again_over_a_full_cache_stores_nothing_behind_its_end() -> No
 def test_masks_and_caches_are_copied_after_the_step_before(monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps on several streams: the copies for one come before its call, and must wait too."""
     eager = built("llama", max_position_embeddings=128).requires_grad_(False)
-    ours = stitch(copy.deepcopy(eager), config=EAGER_PIECES)
+    ours = stitch(copy.deepcopy(eager), config=EAGER)
     ours(IDS[:2])  # traces
     cuda, device = FakeCuda("2.13"), torch.device("cuda", 0)
     cuda.install(monkeypatch)
@@ -289,7 +299,7 @@ def test_an_engine_cannot_send_another_cache_into_a_full_graph(models: Models) -
 
 def test_only_decode_steps_are_captured_in_decode_only() -> None:
     eager = built(max_position_embeddings=128).requires_grad_(False)
-    config = {**EAGER_PIECES, "cudagraph_mode": "FULL_DECODE_ONLY"}
+    config = {"backend": "eager", "cudagraph_mode": "FULL_DECODE_ONLY"}
     ours = stitch(
         copy.deepcopy(eager), config=config, capture=[1, 2, 8], max_cache_len=16, max_num_seqs=2
     )
@@ -315,8 +325,8 @@ def test_models_whose_steps_are_not_captured(
 ) -> None:
     model = built(family, **fields).requires_grad_(False)
     with pytest.raises(StaticGraphError, match=why):
-        stitch(model, config=EAGER_PIECES, capture=[1], max_cache_len=16)
-    stitch(model, config=EAGER_PIECES)  # it was left as it was
+        stitch(model, config=EAGER, capture=[1], max_cache_len=16)
+    stitch(model, config=EAGER)  # it was left as it was
 
 
 @pytest.mark.parametrize(
@@ -335,7 +345,7 @@ def test_models_whose_steps_are_not_captured(
 )
 def test_settings_that_say_nothing(given: dict[str, object], why: str) -> None:
     model = built().requires_grad_(False)
-    config = {**EAGER_PIECES, **given.pop("config", {})}  # type: ignore[dict-item]
+    config = {"backend": "eager", **given.pop("config", {})}  # type: ignore[dict-item]
     with pytest.raises(ConfigError, match=why):
         stitch(model, config=config, **given)
     with pytest.raises(piecework.errors.UsageError):
