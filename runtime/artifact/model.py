@@ -1,9 +1,7 @@
-"""Stitched models as files, written whole or not at all, and bound to the weights of a model
-of another process.
+"""Stitched models as files, and bound to the weights of a model of another process.
 
-What can't be told again in another process is refused by name when a model is saved; what is not as
-it was then is refused, with the first difference, when it is loaded. No weight is written, and
-loading traces, compiles and runs nothing.
+What another process can't tell is refused when a model is saved; what is not as it was then, when it
+is loaded. No weight is written, and loading traces, compiles and runs nothing.
 """
 
 from __future__ import annotations
@@ -14,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.fx
@@ -131,15 +129,12 @@ def _partition(tensors: Sequence[torch.Tensor]) -> tuple[int, ...]:
 # --- saving ------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
-    """A stitched module that is saved, alone or with others: what it was made of, its traces, and
-    what the manifest says of how they were made, as JSON data.
-    """
+class Part(NamedTuple):
+    """A stitched module that is saved, alone or with others."""
 
     model: Any
     traces: Sequence[TracedModel]
-    settings: Mapping[str, object]
+    settings: Mapping[str, object]  # how they were made, as JSON data
 
 
 def write_models(
@@ -150,9 +145,7 @@ def write_models(
     *,
     key_file: str | os.PathLike[str] | None = None,
 ) -> None:
-    """Write a stitched module, or several that serve one model, to a file, in place of an artifact
-    that is there; equal pieces are written once.
-    """
+    """Write a stitched module, or several that serve one model; equal pieces are written once."""
     files = {name: to_bytes(value, name) for name, value in (values or {}).items()}
     graphs: list[torch.fx.GraphModule] = []
     if settings is None:
@@ -199,35 +192,27 @@ def _facts(
 
 
 def _require_savable(trace: TracedModel) -> None:
-    config, compiler = trace.program.config, trace.backend.compiler_manager.compiler
+    compiler, what = trace.backend.compiler_manager.compiler, ""
     weights = trace.entry.weights
-    inner = next((each for each in weights.traced if each.inner), None)
-    for wrong, what in (
-        (
-            type(compiler) not in (EagerAdaptor, InductorStandaloneAdaptor),
-            f"compiler {trace.program.compiler!r}, which is neither inductor nor eager,",
-        ),
-        (config.use_inductor_graph_partition, "use_inductor_graph_partition"),
-        (not trace.entry.made.plan.checks, "stitching_config.check_inputs=False"),
-        (inner is not None, f"weight {inner and inner.path}, which is a tensor of several,"),
-    ):
-        if wrong:
-            raise ArtifactError(
-                f"a model that was compiled with {what} can't be saved",
-                where=what,
-                hint="leave it out, or compile the model in each process",
-            )
+    if type(compiler) not in (EagerAdaptor, InductorStandaloneAdaptor):
+        what = f"compiler {trace.program.compiler!r}, which is neither inductor nor eager,"
+    elif trace.program.config.use_inductor_graph_partition:
+        what = "use_inductor_graph_partition"
+    elif not trace.entry.made.plan.checks:
+        what = "stitching_config.check_inputs=False"
+    elif inner := [each.path for each in weights.traced if each.inner]:
+        what = f"weight {inner[0]}, which is a tensor of several,"
+    if what:
+        why = f"a model that was compiled with {what} can't be saved"
+        raise ArtifactError(why, hint="leave it out, or compile the model in each process")
     state = weights.state
     compared = {each.text.split()[-1] for each in state.saved().values if each.text}
     for each in state.code:
         in_file = os.path.isfile(each.co_filename) or not is_foreign(each.co_filename)
         of_python = "__create_fn__" in each.co_qualname or "_tuple_new" in each.co_names
         if not (in_file or of_python or code_digest(each) in compared):
-            raise ArtifactError(
-                f"the trace went through {each.co_qualname}, whose source is in no file",
-                where=each.co_filename,
-                hint="put it into a module",
-            )
+            why = f"the trace went through {each.co_qualname}, whose source is in no file"
+            raise ArtifactError(why, where=each.co_filename, hint="put it into a module")
 
 
 def _saved(trace: TracedModel, files: dict[str, bytes]) -> dict[str, object]:
@@ -236,14 +221,10 @@ def _saved(trace: TracedModel, files: dict[str, bytes]) -> dict[str, object]:
     program.split_gm  # noqa: B018 - of a loaded program the graphs are read now
     saved = programs.saved_program(program, files)
     held = {torch_compat.storage_id(t) for _, t in tensors_of(trace.model).values()}
-    for each in saved["source"].consts:
-        if isinstance(each, torch.Tensor) and (
-            torch_compat.storage_id(each) in held or each.nbytes > MAX_TENSOR
-        ):
-            raise ArtifactError(
-                "the stitching source holds a weight as a constant, and an artifact holds none",
-                hint="register it as a parameter or a buffer of the model",
-            )
+    tensors = (each for each in saved["source"].consts if isinstance(each, torch.Tensor))
+    if any(torch_compat.storage_id(t) in held or t.nbytes > MAX_TENSOR for t in tensors):
+        why = "the stitching source holds a weight as a constant, and an artifact holds none"
+        raise ArtifactError(why, hint="register it as a parameter or a buffer of the model")
     weights = entry.weights
     indices = {each.path: i for i, each in enumerate(weights.traced)}
     return {
@@ -261,12 +242,9 @@ def _saved(trace: TracedModel, files: dict[str, bytes]) -> dict[str, object]:
 def _state(trace: TracedModel) -> SavedState:
     """What the trace read, where it still holds and another process can compare it."""
     weights, state = trace.entry.weights, trace.entry.weights.state
-    hint = "put it back, or compile the model again, and save then"
-    if changed := weights.change():
+    if changed := weights.change():  # of the weights or of what was traced
         why = f"the model is not as it is bound: {changed.message}"
         hint = changed.hint or "call rebind() first"
-    elif moved := state.difference():
-        why = f"the model is not as it was traced: {moved}"
     elif untold := state.untold():
         why = f"the trace relies on {untold}, which only this process can compare"
         hint = "keep what the model computes with in attributes that are numbers, texts, functions or tensors"
@@ -321,12 +299,7 @@ class Artifact:
         new_backend: Callable[[], NewBackend],
         as_it_is: Callable[..., object],
     ) -> tuple[TracedModel, ...]:
-        """The traces, bound to ``model``.
-
-        Raises:
-            ArtifactError: the model is not the one that was saved, in its code, its settings or its
-                weights' signature.
-        """
+        """The traces, bound to ``model``; `ArtifactError` unless it is the model that was saved."""
         programs.require_same_operators(self.package.table("operators"))
         require_same_sources(self.package.table("sources"))
         loader = PieceLoader(self.package.file)
@@ -346,25 +319,18 @@ class Artifact:
         as_it_is: Callable[..., object],
     ) -> TracedModel:
         package, phases = self.package, {"read": self.seconds}
+        state, graphs = f"{place}{programs.STATE}", f"{place}{programs.GRAPHS}"
         with timed(phases, "read"):
-            saved: Any = from_bytes(
-                package.file(f"{place}{programs.STATE}"), f"{place}{programs.STATE}"
-            )
+            saved: Any = from_bytes(package.file(state), state)
         with timed(phases, "check"):
-            weights = _weights(saved, model)
+            found = _found(saved, model)
+            weights = _bound(saved, model, found)
         with timed(phases, "pieces"):
             program = programs.loaded_program(
-                saved["program"], package, f"{place}{programs.GRAPHS}", loader, config, phases
+                saved["program"], package, graphs, loader, config, phases
             )
-        made, held = saved["made"], weights.tensors
-        inputs = (
-            (
-                Weight(saved["weights"][each][0].path, held[each], saved["weights"][each][1])
-                if isinstance(each, int)
-                else each
-            )
-            for each in saved["inputs"]
-        )
+        made = saved["made"]
+        inputs = (found[each] if isinstance(each, int) else each for each in saved["inputs"])
         captured = ModelTrace(
             traced=lambda: program.graph,
             inputs=tuple(inputs),
@@ -397,11 +363,9 @@ class _Assumptions(Assumptions):
         return self._texts
 
 
-def _weights(saved: Mapping[str, Any], model: Callable[..., object]) -> BoundWeights:
-    """The model's weights, where they have the signatures that they had and what the trace read of
-    Python is as it was.
-    """
-    roots = modules_of(model)
+def _found(saved: Mapping[str, Any], model: Callable[..., object]) -> list[Weight]:
+    """The model's weights, where they have the signatures that they had."""
+    roots, now = modules_of(model), LookUps.of(model)
     held = {
         f"{prefix}{name}": tensor for prefix, root in roots for name, tensor in own_tensors(root)
     }
@@ -409,39 +373,40 @@ def _weights(saved: Mapping[str, Any], model: Callable[..., object]) -> BoundWei
     for was, way, _ in saved["weights"]:
         tensor: Any = held.get(was.path)
         if tensor is None and way:
-            tensor = LookUps.of(model).at(way)
+            tensor = now.at(way)
         here = isinstance(tensor, torch.Tensor)
-        difference = was.difference(tensor) if here else "is not in the model"
-        if difference:
+        if difference := was.difference(tensor) if here else "is not in the model":
             raise ArtifactError(
                 f"weight {was.path} {difference}",
                 where="the weights' signature",
                 hint="load the weights as they were when the model was saved, or compile the model again",
             )
         found.append(Weight(was.path, tensor, way))
-    state = saved["state"]
+    return found
+
+
+def _bound(
+    saved: Mapping[str, Any], model: Callable[..., object], found: Sequence[Weight]
+) -> BoundWeights:
+    """Weights, where they are tied as they were, and what the trace read of Python is as it was."""
+    state, hint = saved["state"], _HINT
     try:
         import_starts(state.values)
         traced = TracedState.loaded(state, model)
-        changed = traced.difference()
-        weights = None if changed else BoundWeights.of(roots, found, traced)
-    except ImportError as error:
-        raise ArtifactError(f"what the trace began at is not here: {error}", hint=_HINT) from error
-    except (BindError, CaptureError) as error:
-        raise ArtifactError(error.message, where=error.where, hint=error.hint) from error
-    if weights is None:
-        why = f"the model is not the one that was saved: {changed}"
-        raise ArtifactError(why, hint=_HINT)
+        why = traced.difference()
+        if not why:
+            weights = BoundWeights.of(modules_of(model), found, traced)
+    except (ImportError, BindError, CaptureError) as error:
+        why, hint = getattr(error, "message", str(error)), getattr(error, "hint", _HINT)
+    if why:
+        raise ArtifactError(f"the model is not the one that was saved: {why}", hint=hint)
     for (was, _, before), names in zip(saved["weights"], weights.names(), strict=True):
         if names != before:
-            raise ArtifactError(
-                f"weight {was.path} has the names {', '.join(sorted(names))}; when the model was saved it had "
-                f"{', '.join(sorted(before))}",
-                hint="tie the weights that were tied (most models have tie_weights()), and no others",
-            )
+            now, then = (", ".join(sorted(each)) for each in (names, before))
+            why = f"weight {was.path} has the names {now}; when the model was saved it had {then}"
+            hint = "tie the weights that were tied (most models have tie_weights()), and no others"
+            raise ArtifactError(why, hint=hint)
     if saved["memory"] is not None and _partition(weights.tensors) != saved["memory"]:
-        raise ArtifactError(
-            "the graph writes to weights, and others share memory now than when the model was saved",
-            hint=_HINT,
-        )
+        why = "the graph writes to weights, and other ones share memory than when it was saved"
+        raise ArtifactError(why, hint=_HINT)
     return weights

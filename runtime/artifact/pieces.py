@@ -1,8 +1,6 @@
-"""Compiled pieces as text and shared objects: the Python that runs, its kernels and its constants,
-and a callable again.
+"""Compiled pieces as text, kernels and constants, and a callable again.
 
-Text is Inductor's own, less what it needs to compile; every name in it is on an allow-list. Loading
-compiles nothing.
+Text is Inductor's own, less what it needs to compile; every name in it is on an allow-list.
 """
 
 from __future__ import annotations
@@ -54,15 +52,12 @@ _KNOWN = {
 
 
 class PieceForm(NamedTuple):
-    """A compiled form of a piece, as an artifact names it: the file of its text, how many inputs it
-    takes, `CompiledPiece.strict_inputs`, and whether the text is Inductor's or the piece's
-    operators, one by one.
-    """
+    """A compiled form of a piece, as an artifact names it."""
 
-    name: str
+    name: str  # the file of its text
     inputs: int
-    strict: frozenset[int]
-    inductor: bool
+    strict: frozenset[int]  # `CompiledPiece.strict_inputs`
+    inductor: bool  # whether the text is Inductor's, or the piece's operators one by one
 
 
 class Loaded(NamedTuple):
@@ -73,7 +68,7 @@ class Loaded(NamedTuple):
 
 
 def piece_files(graph: torch.fx.GraphModule, compiled: CompiledPiece, name: str) -> Loaded:
-    """What is kept of a piece; `ArtifactError` where its code needs something that does not travel."""
+    """What is kept of a piece; `ArtifactError` where its code does not travel."""
     if isinstance(compiled.artifact, Loaded):
         return compiled.artifact
     inductor = compiled.artifact is not None
@@ -103,11 +98,9 @@ def _generated(
     """The function that Inductor generated, under lines that make the names that it reads."""
     if compiled.direct is None:
         raise _refused(name, f"its code needs torch's wrappers, {compiled.indirect_because}")
-    inputs, outputs = (
-        len(graph.graph.find_nodes(op="placeholder")),
-        graph.graph.output_node().args[0],
-    )
-    found = torch_compat.generated_code(compiled.artifact, inputs, len(outputs))  # type: ignore[arg-type]
+    inputs = len(graph.graph.find_nodes(op="placeholder"))
+    outputs: Any = graph.graph.output_node().args[0]
+    found = torch_compat.generated_code(compiled.artifact, inputs, len(outputs))
     if isinstance(found, str):
         raise _refused(name, found)
     function, values, text = found.function, found.function.__globals__, _function_text(found, name)
@@ -180,9 +173,9 @@ def _uncompiled(graph: torch.fx.GraphModule, name: str) -> tuple[str, dict[str, 
 
 @dataclass(slots=True)
 class PieceLoader:
-    """Makes callables of an artifact's pieces, each once; ``read`` gives a file's verified bytes."""
+    """Makes callables of an artifact's pieces, each once."""
 
-    read: Callable[[str], bytes]
+    read: Callable[[str], bytes]  # gives a file's verified bytes
     _made: dict[str, CompiledPiece] = field(default_factory=dict)
 
     def piece(self, form: PieceForm) -> CompiledPiece:

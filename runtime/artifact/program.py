@@ -1,8 +1,6 @@
-"""A compiled program, without a model, for another process: what is kept of a `Program`, and a
-`Program` again.
+"""A compiled program, without a model, for another process: what is kept of a `Program`, and one again.
 
-`program_to_bytes` is for those who keep what was compiled themselves: no weight and no graph is in
-it.
+`program_to_bytes` is for those who keep what was compiled themselves; it has no weight and no graph.
 """
 
 from __future__ import annotations
@@ -110,9 +108,7 @@ def _require_portable(graph: torch.fx.GraphModule, structure: Structure | None, 
 
 
 def operators(graphs: Iterable[torch.fx.GraphModule]) -> dict[str, str]:
-    """Operator that torch does not bring → what code depends on of it; `ArtifactError` where a graph
-    calls a Python function, or an operator whose fake implementation can't be read.
-    """
+    """Operator that torch does not bring → what code depends on of it; no Python function is one."""
     found: dict[str, str] = {}
     nodes = (each for graph in graphs for each in every_node(graph) if each.op == "call_function")
     for target in dict.fromkeys(each.target for each in nodes):
@@ -130,10 +126,9 @@ def operators(graphs: Iterable[torch.fx.GraphModule]) -> dict[str, str]:
 
 def _identity(op: OpOverload) -> str:
     if op.namespace == NAMESPACE:
-        raise ArtifactError(
-            f"{op} takes layer names as inputs, and is made anew in each process",
-            hint="use the eager compiler, or keep layer names out of operators' arguments",
-        )
+        why = f"{op} takes layer names as inputs, and is made anew in each process"
+        hint = "use the eager compiler, or keep layer names out of operators' arguments"
+        raise ArtifactError(why, hint=hint)
     try:
         return digest_of(op, str(op))
     except Unidentifiable as error:
@@ -164,11 +159,8 @@ def loaded_program(
     direct = DirectOps.of(saved["direct"].items())
     for op in saved["direct"]:
         if op not in direct.implementations:
-            raise ArtifactError(
-                f"operator {op} has no implementation of its own here",
-                where=str(op),
-                hint="import the module that registers it as it was registered when the model was saved",
-            )
+            hint = "import the module that registers it as it was when the model was saved"
+            raise ArtifactError(f"operator {op} has no implementation of its own here", hint=hint)
     kept = saved["source"]
     consts = (
         direct.implementations[each.op] if isinstance(each, DirectConst) else each
@@ -243,9 +235,7 @@ def _graphs_reader(
 
 
 def program_to_bytes(program: Program) -> bytes:
-    """``program`` with its pieces' kernels, for a process like this one; signed where
-    ``PIECEWORK_CACHE_KEY_FILE`` names a key.
-    """
+    """``program`` with its kernels, signed where ``PIECEWORK_CACHE_KEY_FILE`` names a key."""
     files: dict[str, bytes] = {}
     files[STATE] = to_bytes(saved_program(program, files), "what was compiled")
     graphs = [program.graph, *(item.graph for item in program.items)]

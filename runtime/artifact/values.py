@@ -1,8 +1,4 @@
-"""The values that an artifact may hold, as bytes: an allow-list of what means the same in another
-process.
-
-Bytes are verified before they come here.
-"""
+"""The values that an artifact may hold, as bytes: those that mean the same in another process."""
 
 from __future__ import annotations
 
@@ -64,12 +60,8 @@ def to_bytes(value: object, where: str) -> bytes:
     try:
         _Pickler(file, protocol=5).dump(value)
     except (pickle.PicklingError, AttributeError, TypeError, RecursionError) as error:
-        raise ArtifactError(
-            f"it can't be saved: {error}",
-            where=where,
-            hint="leave it out of what the model computes from constants; classes and functions must be found by their "
-            "names in a module that can be imported, and tensors be buffers of the model",
-        ) from error
+        hint = "keep tensors in buffers, and classes and functions in modules that can be imported"
+        raise ArtifactError(f"it can't be saved: {error}", where=where, hint=hint) from error
     return file.getvalue()
 
 
@@ -86,11 +78,9 @@ def from_bytes(data: bytes, where: str) -> object:
     except ArtifactError:
         raise
     except Exception as error:
-        raise ArtifactError(
-            f"it names something that is not here: {error}",
-            where=where,
-            hint="import what the saved model used, by the same names",
-        ) from error
+        hint = "import what the saved model used, by the same names"
+        why = f"it names something that is not here: {error}"
+        raise ArtifactError(why, where=where, hint=hint) from error
 
 
 def operator_named(name: str) -> object:
@@ -98,11 +88,8 @@ def operator_named(name: str) -> object:
     try:
         return functools.reduce(getattr, name.split("."), torch.ops)
     except (AttributeError, RuntimeError) as error:
-        raise ArtifactError(
-            f"operator {name} is not registered",
-            where=name,
-            hint="import the module that defines it before the artifact is loaded",
-        ) from error
+        hint = "import the module that defines it before the artifact is loaded"
+        raise ArtifactError(f"operator {name} is not registered", hint=hint) from error
 
 
 def _resolve(module: str, path: str) -> object:

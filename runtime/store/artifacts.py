@@ -43,8 +43,9 @@ class StandaloneCompiledArtifacts:
         """What `load_all` made of the bytes; `ArtifactError` before it ran."""
         digest = self._digest(submod_name, range_name)
         if digest not in self._loaded:
-            where, hint = f"{submod_name}, {range_name}", "call load_all(loader) first"
-            raise ArtifactError("the artifact is not loaded yet", where=where, hint=hint)
+            raise ArtifactError(
+                "the artifact is not loaded yet", hint="call load_all(loader) first"
+            )
         return self._loaded[digest]
 
     def load_all(self, loader: Callable[[bytes], object], max_workers: int | None = None) -> None:

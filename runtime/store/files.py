@@ -52,7 +52,7 @@ def cache_disabled() -> bool:
 
 
 def signing_key(file: str | os.PathLike[str] | None = None) -> bytes | None:
-    """The secret in ``file``, else in ``$PIECEWORK_CACHE_KEY_FILE``; None where neither is given."""
+    """The secret in ``file``, else in ``$PIECEWORK_CACHE_KEY_FILE``, else None."""
     path = file or os.environ.get("PIECEWORK_CACHE_KEY_FILE", "")
     if not path:
         return None

@@ -98,7 +98,7 @@ class Package:
 
     @classmethod
     def read(cls, place: Place, key: bytes | None) -> Package:
-        """The artifact in a file; raises as `of`, or where there is none or others could write it."""
+        """The artifact in a file; raises as `of`, or where none of ours is."""
         path = Path(os.path.realpath(file_of(place)))
         try:
             data = read_regular(path)

@@ -1,7 +1,5 @@
-"""What decides compiled code besides its graph, as texts by group and name.
-
-`machine` is what a saved program has in common with its process, and `surroundings` adds what the
-compile cache asks on top. Nothing that can't be told is left out: it is an error.
+"""What decides compiled code besides its graph, as texts by group and name; what can't be told is an
+error. `surroundings` is what the compile cache asks on top of `machine`.
 """
 
 from __future__ import annotations
@@ -52,9 +50,7 @@ def surroundings(*graphs: torch.fx.GraphModule) -> Factors:
 
 
 def require_same_machine(saved: Factors) -> None:
-    """Raise `ArtifactError` at the first thing in which a program was compiled elsewhere; a machine
-    may have more instructions and GPUs.
-    """
+    """Raise `ArtifactError` for a program compiled elsewhere; more instructions and GPUs are fine."""
     here = {**machine()}
     if "cuda" in saved.get("device", {}) and torch.cuda.is_available():
         each = map(torch.cuda.get_device_capability, range(torch.cuda.device_count()))
@@ -147,9 +143,7 @@ _ENVIRONMENT = (
 
 
 def settings_factors() -> dict[str, str]:
-    """Setting → value as text: ambient modes, torch's switches and configurations, and code that
-    was put into them.
-    """
+    """Torch's modes, switches, configurations and the code put into them, as texts by name."""
     options, changed = torch_options()
     settings = {**torch_settings(), **changed}
     found = {name: text_of(canonical(each, f"torch's {name}")) for name, each in settings.items()}
@@ -225,9 +219,7 @@ def traced_files(graph: torch.fx.GraphModule) -> set[str]:
 
 
 def source_factors(files: Iterable[str | os.PathLike[str]]) -> dict[str, str]:
-    """The SHA-256 of each source file that `is_foreign`, by the name of its module; a moved source
-    tree has the same.
-    """
+    """The SHA-256 of each source file that `is_foreign`, by the name of its module."""
     modules = {getattr(each, "__file__", None): name for name, each in [*sys.modules.items()]}
     named: dict[str, set[str]] = {}  # scripts of one name in two folders both count
     for file in filter(is_foreign, set(map(os.fspath, files))):

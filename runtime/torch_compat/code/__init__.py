@@ -1,1 +1,1 @@
-"""What Inductor compiled: its artifacts, its sources, its kernels, and the processor that they are for."""
+"""What Inductor compiled: artifacts, sources, kernels, and the processor that they are for."""

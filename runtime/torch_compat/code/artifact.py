@@ -90,7 +90,7 @@ _HARMLESS = ("assert_size_stride(", "assert_size_stride_grouped(", "del ", "#")
 
 
 def strict_inputs(artifact: object, inputs: int) -> frozenset[int]:
-    """Which inputs only ATen's matrix products read, which look at dtypes and devices themselves."""
+    """Inputs that only ATen's matrix products read, which look at dtype and device themselves."""
     source = next(iter(inductor_sources(artifact)), "")
     found = re.search(
         r"\n    def call\(self, args\):\n(.*?)\n        return (.*)", source, re.DOTALL
@@ -108,7 +108,7 @@ def strict_inputs(artifact: object, inputs: int) -> frozenset[int]:
 
 
 def inductor_sources(compiled: object) -> tuple[str, ...]:
-    """The Python that Inductor generated for a compiled piece; empty where this torch keeps none."""
+    """Inductor's Python of a compiled piece; empty where this torch keeps none."""
     texts = (getattr(graph, "source_code", "") for graph in _graphs_in(compiled))
     return tuple(dict.fromkeys(text for text in texts if text))
 

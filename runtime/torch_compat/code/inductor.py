@@ -1,4 +1,4 @@
-"""Compiling. In: a flat graph and options. Out: Inductor's artifact, its bytes, and what the installed Inductor can do."""
+"""Compiling by Inductor: its artifact, its bytes, and what the installed Inductor can do."""
 
 from __future__ import annotations
 
@@ -20,15 +20,11 @@ def standalone_compile(
     dynamic_shapes: str,
     config_patches: dict[str, object],
 ) -> Callable[..., object]:
-    """Compile a flat graph with Inductor into an artifact of its own (``torch._inductor.standalone_compile``)."""
+    """Compile a flat graph into an artifact by ``torch._inductor.standalone_compile``."""
     from torch._inductor import standalone_compile as compile_one
 
-    return compile_one(
-        graph,
-        example_inputs,
-        dynamic_shapes=dynamic_shapes,
-        options={"config_patches": config_patches},
-    )
+    options = {"config_patches": config_patches}
+    return compile_one(graph, example_inputs, dynamic_shapes=dynamic_shapes, options=options)
 
 
 def compile_fx(
@@ -41,23 +37,21 @@ def compile_fx(
     """Compile a flat graph through ``torch._inductor.compile_fx``, on a copy of it."""
     from torch._inductor.compile_fx import compile_fx as compile_one
 
+    graph = copy.deepcopy(graph)
     if not own_shapes:
-        return compile_one(copy.deepcopy(graph), example_inputs, config_patches=config_patches)
+        return compile_one(graph, example_inputs, config_patches=config_patches)
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
     context = torch._guards.TracingContext(FakeTensorMode(shape_env=ShapeEnv()))
     with torch._guards.tracing(context):
         return compile_one(
-            copy.deepcopy(graph),
-            example_inputs,
-            config_patches=config_patches,
-            ignore_shape_env=True,
+            graph, example_inputs, config_patches=config_patches, ignore_shape_env=True
         )
 
 
 def has_inductor_option(name: str) -> bool:
-    """Whether the installed Inductor has the option ``name``, such as ``max_autotune`` or ``cpp.threads``."""
+    """Whether the installed Inductor has an option such as ``max_autotune`` or ``cpp.threads``."""
     import torch._inductor.config as inductor_config
 
     return hasattr(inductor_config, name)
@@ -73,7 +67,7 @@ def inductor_key() -> str:
 def as_inductor_graph_pass(
     run: Callable[[torch.fx.Graph], object], identity: Callable[[], str | None]
 ) -> Callable[[torch.fx.Graph], None]:
-    """``run`` in the form that Inductor's pass options take and its code cache knows by ``identity``; None switches that off."""
+    """``run`` as a pass that Inductor's code cache knows by ``identity``; None: not at all."""
     from torch._inductor.custom_graph_pass import CustomGraphPass
 
     class GraphPass(CustomGraphPass):
@@ -87,7 +81,7 @@ def as_inductor_graph_pass(
 
 
 def is_opaque_to_inductor(op: torch._ops.OpOverload) -> bool:
-    """Whether Inductor calls ``op`` as it is: it is no operator of torch, and nothing decomposes, lowers or orders it."""
+    """Whether Inductor calls ``op`` as it is: nothing decomposes, lowers or orders it."""
     if op.namespace in ("aten", "prims", "prim", "inductor", "quantized", "_c10d_functional"):
         return False
     implicit = torch._C.DispatchKey.CompositeImplicitAutograd
@@ -96,29 +90,21 @@ def is_opaque_to_inductor(op: torch._ops.OpOverload) -> bool:
     from torch._higher_order_ops.effects import has_effects
     from torch._inductor.decomposition import decompositions
     from torch._inductor.lowering import fallbacks, lowerings
-
-    if op in decompositions or (op in lowerings and op not in fallbacks):
-        return False
-    return not (_is_decomposed_by_rule(op) or has_effects(op))
-
-
-def _is_decomposed_by_rule(op: torch._ops.OpOverload) -> bool:
-    """Whether tracing replaces ``op`` by its body, as it does with ``torch.library.triton_op``."""
     from torch._library.simple_registry import singleton
     from torch._subclasses.functional_tensor import FunctionalTensorMode
 
-    known = singleton.find(op._schema.name)
-    return known.torch_dispatch_rules.find(FunctionalTensorMode) is not None
+    if op in decompositions or (op in lowerings and op not in fallbacks):
+        return False
+    # Tracing replaces it by its body, as it does with ``torch.library.triton_op``.
+    rules = singleton.find(op._schema.name).torch_dispatch_rules
+    return rules.find(FunctionalTensorMode) is None and not has_effects(op)
 
 
 @contextlib.contextmanager
 def partition_wrapper(
     wrap: Callable[[Callable[..., object], int, int], Callable[..., object]],
 ) -> Iterator[None]:
-    """While active, Inductor gives each partition of compiled or loaded code to ``wrap(function, index, count)``.
-
-    What was set before is there again afterwards, also when the compilation raised.
-    """
+    """While active, Inductor gives each partition of code to ``wrap(function, index, count)``."""
     from torch._inductor import utils
 
     before = utils._unstable_customized_partition_wrapper.wrapper
@@ -132,14 +118,14 @@ def partition_wrapper(
 
 
 def without_compile_threads() -> contextlib.AbstractContextManager[object]:
-    """Inductor without threads and processes of its own, for a forked process: it inherits pools whose threads are gone."""
+    """Inductor without pools, for a forked process: it inherits some whose threads are gone."""
     import torch._inductor.config as inductor_config
 
     return inductor_config.patch(compile_threads=1)
 
 
 def artifact_to_bytes(artifact: object) -> bytes | None:
-    """A standalone Inductor artifact as bytes, kernels included; None if torch could not keep it."""
+    """An Inductor artifact with its kernels as bytes; None if torch could not keep it."""
     save = getattr(artifact, "save", None)
     if save is None or not getattr(artifact, "is_saveable", lambda: True)():
         return None
@@ -151,7 +137,7 @@ def artifact_to_bytes(artifact: object) -> bytes | None:
 
 
 def artifact_from_bytes(data: bytes) -> Callable[..., object]:
-    """What `artifact_to_bytes` kept, ready to call; raises whatever torch raises for bytes that it can't use."""
+    """What `artifact_to_bytes` kept, ready to call; raises whatever torch raises."""
     from torch._inductor import CompiledArtifact
 
     with tempfile.TemporaryDirectory(prefix="piecework-") as folder:
@@ -162,7 +148,7 @@ def artifact_from_bytes(data: bytes) -> Callable[..., object]:
 
 
 def vector_isa_is_known() -> bool:
-    """Whether Inductor knows which vector instructions it may use, or is told; else it builds a program for each set that the CPU names."""
+    """Whether Inductor knows the vector instructions; else it builds a test for each."""
     from torch._inductor import config, cpu_vec_isa
 
     told = config.cpp.vec_isa_ok is not None or config.cpp.simdlen is not None
@@ -172,10 +158,7 @@ def vector_isa_is_known() -> bool:
 
 
 def vector_isa_test() -> Callable[[], bool]:
-    """Builds and loads a program with the strongest vector instructions that the CPU names: whether that works.
-
-    All that it needs is imported here, so that another thread may run it.
-    """
+    """Whether a program with the CPU's strongest instructions builds; in any thread."""
     from torch._inductor import codecache  # noqa: F401 - the test imports it
 
     named = _vector_isas()
@@ -183,7 +166,7 @@ def vector_isa_test() -> Callable[[], bool]:
 
 
 def take_vector_isa() -> None:
-    """Have Inductor take what the CPU names: the strongest includes the others. It picks no second of a width, so none is tested."""
+    """Have Inductor take what the CPU names, of each width the strongest, which has the others."""
     from torch._inductor import config, cpu_vec_isa
 
     named = _vector_isas()

@@ -1,4 +1,4 @@
-"""Compiled code that leaves the process: the text and the values that Inductor's code runs on, its kernels as bytes, and graphs with their fake values.
+"""Compiled code that leaves the process: Inductor's text, kernels, and graphs with their fake values.
 
 Loading imports no Inductor and compiles nothing.
 """
@@ -14,7 +14,7 @@ import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.fx
@@ -27,14 +27,14 @@ _ADDRESS = "_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR"
 
 @dataclass(frozen=True, slots=True)
 class Generated:
-    """The code that Inductor generated for a piece: the module's text, and what runs of it, ``call(self, args)`` or ``call(args)``."""
+    """The code that Inductor generated for a piece."""
 
-    text: str
-    function: types.FunctionType
+    text: str  # the module's
+    function: types.FunctionType  # what runs of it, ``call(self, args)`` or ``call(args)``
 
 
 def generated_code(artifact: object, inputs: int, outputs: int) -> Generated | str:
-    """The code inside an artifact that `direct_entry` found nothing around; else why it can't be had."""
+    """The code inside an artifact with nothing to do around it; else why it can't be had."""
     call, reason = direct_entry(artifact, inputs, outputs, vouched=True)
     owner = getattr(call, "__self__", None)
     function = getattr(call, "__func__", call)
@@ -56,7 +56,7 @@ def kernel_file(value: object) -> Path | None:
 
 
 def load_kernel(data: bytes, digest: str) -> Callable[..., object]:
-    """The function of a shared object of Inductor's, from exactly these bytes: they are loaded from a file that nobody else can reach."""
+    """The function of a shared object of Inductor's, by way of a file that only we can reach."""
     guards: Any = torch._C._dynamo.guards
     address = getattr(guards, "_torchinductor_pyobject_tensor_data_ptr", None)
     if address is None:
@@ -64,23 +64,16 @@ def load_kernel(data: bytes, digest: str) -> Callable[..., object]:
     name = f"piecework_{digest}.kernel"
     if name in sys.modules:
         return sys.modules[name].kernel  # type: ignore[no-any-return]
-    before = os.environ.get(_ADDRESS)
-    os.environ[_ADDRESS] = str(address)
-    try:
-        # The folder's name makes the file one that the system's loader has not met.
-        with tempfile.TemporaryDirectory(prefix="piecework-") as folder:
-            path = os.path.join(folder, "kernel.so")
-            Path(path).write_bytes(data)
-            loader = importlib.machinery.ExtensionFileLoader(name, path)
-            spec = importlib.util.spec_from_file_location(name, path, loader=loader)
-            assert spec is not None
-            module = importlib.util.module_from_spec(spec)
-            loader.exec_module(module)
-    finally:
-        if before is None:
-            del os.environ[_ADDRESS]
-        else:
-            os.environ[_ADDRESS] = before
+    os.environ[_ADDRESS] = str(address)  # as torch does, which leaves it there too
+    # The folder's name makes the file one that the system's loader has not met.
+    with tempfile.TemporaryDirectory(prefix="piecework-") as folder:
+        path = os.path.join(folder, "kernel.so")
+        Path(path).write_bytes(data)
+        loader = importlib.machinery.ExtensionFileLoader(name, path)
+        spec = importlib.util.spec_from_file_location(name, path, loader=loader)
+        assert spec is not None
+        module = importlib.util.module_from_spec(spec)
+        loader.exec_module(module)
     sys.modules[name] = module
     return module.kernel  # type: ignore[no-any-return]
 
@@ -91,23 +84,19 @@ _META = ("example_value", "val", "stack_trace", "nn_module_stack")
 _VALUES = ("example_value", "val")
 
 
-@dataclass(frozen=True, slots=True)
-class _Fake:
-    """A fake tensor: what it is, and which memory it lies in. Torch's own writer leaves the latter out."""
+class _Fake(NamedTuple):
+    """A fake tensor, and the memory it lies in, which torch's own writer leaves out."""
 
     memory: int
     elements: Any
     dtype: torch.dtype
     device: torch.device
-    sizes: tuple[Any, ...]
-    strides: tuple[Any, ...]
-    offset: Any
+    view: tuple[Any, ...]  # sizes, strides and offset
     parameter: bool
     requires_grad: bool
 
 
-@dataclass(frozen=True, slots=True)
-class _Sizes:
+class _Sizes(NamedTuple):
     """A ``torch.Size``, which is otherwise read back as a tuple."""
 
     sizes: tuple[Any, ...]
@@ -116,7 +105,7 @@ class _Sizes:
 def graphs_to_bytes(
     graph: torch.fx.GraphModule, split_gm: torch.fx.GraphModule, rows: tuple[object, ...]
 ) -> bytes | None:
-    """Two graphs with their fake values, and plain data, as bytes; None where this torch can't write them."""
+    """Two graphs with their fake values, and plain data; None where this torch can't write them."""
     from torch.fx._graph_pickler import GraphPickler, Options
 
     nodes = _nodes(graph, split_gm)
@@ -133,17 +122,12 @@ def graphs_to_bytes(
             raise TypeError(type(value).__qualname__)
         if value.layout is not torch.strided or value.is_conj() or value.is_neg():
             raise TypeError("a tensor that is not strided, or a lazy view")
-        return _Fake(
-            memory.setdefault(storage_id(value), len(memory)),
-            value.untyped_storage().nbytes() // value.element_size(),
-            value.dtype,
-            value.device,
-            tuple(value.shape),
-            tuple(value.stride()),
-            value.storage_offset(),
-            isinstance(value, torch.nn.Parameter),
-            value.requires_grad,
-        )
+        elements = value.untyped_storage().nbytes() // value.element_size()
+        view = tuple(value.shape), tuple(value.stride()), value.storage_offset()
+        number = memory.setdefault(storage_id(value), len(memory))
+        parameter = isinstance(value, torch.nn.Parameter)
+        facts = value.dtype, value.device, view, parameter, value.requires_grad
+        return _Fake(number, elements, *facts)
 
     try:
         for node in nodes:
@@ -161,7 +145,7 @@ def graphs_to_bytes(
 
 
 def graphs_from_bytes(data: bytes) -> tuple[Any, ...]:
-    """What `graphs_to_bytes` was given, in a world of symbols of its own; raises whatever torch raises."""
+    """What `graphs_to_bytes` was given, with symbols of its own; raises whatever torch raises."""
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx._graph_pickler import GraphPickler
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -175,13 +159,13 @@ def graphs_from_bytes(data: bytes) -> tuple[Any, ...]:
             return torch.Size(value.sizes)
         if not isinstance(value, _Fake):
             return value
-        base = bases.get(value.memory)
-        if base is None:
-            base = torch.empty((value.elements,), dtype=value.dtype, device=value.device)
-            bases[value.memory] = base
+        if value.memory not in bases:
+            size = (value.elements,)
+            bases[value.memory] = torch.empty(size, dtype=value.dtype, device=value.device)
+        base = bases[value.memory]
         if base.dtype != value.dtype:
             raise TypeError("memory that is seen as two dtypes")
-        found = torch.as_strided(base, value.sizes, value.strides, value.offset)
+        found = torch.as_strided(base, *value.view)
         if value.parameter:
             return torch.nn.Parameter(found, requires_grad=value.requires_grad)
         return found.requires_grad_(True) if value.requires_grad else found
