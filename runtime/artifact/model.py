@@ -32,13 +32,7 @@ from piecework.runtime.compilers.interface import EagerAdaptor
 from piecework.runtime.config.compilation import CompilationConfig, RuntimeConfig
 from piecework.runtime.pieces.program import timed
 from piecework.runtime.store.files import signing_key
-from piecework.runtime.store.package import (
-    PARTS,
-    Package,
-    Place,
-    part_folder,
-    write_package,
-)
+from piecework.runtime.store.package import PARTS, Package, Place, part_folder, write_package
 from piecework.runtime.store.surroundings import (
     is_foreign,
     machine,

@@ -490,11 +490,7 @@ def module_of(tmp_path: Path) -> Iterator[Callable[[str], types.ModuleType]]:
 
 
 @pytest.mark.parametrize(
-    "text",
-    [
-        TEXT.replace("x + 1.0", "x + 2.0"),
-        TEXT + "\nSame.__call__ = lambda self, x: x\n",
-    ],
+    "text", [TEXT.replace("x + 1.0", "x + 2.0"), TEXT + "\nSame.__call__ = lambda self, x: x\n"]
 )
 def test_a_class_of_the_same_name_and_other_code_is_refused(
     tmp_path: Path, module_of: Callable[[str], types.ModuleType], text: str

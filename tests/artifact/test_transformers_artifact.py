@@ -12,12 +12,7 @@ from small_llms import GEMMA, WINDOW
 from small_llms import build as built
 from torch import nn
 
-from piecework.errors import (
-    ArtifactError,
-    CaptureError,
-    StaticGraphError,
-    UsageError,
-)
+from piecework.errors import ArtifactError, CaptureError, StaticGraphError, UsageError
 from piecework.integrations.transformers import (
     how_served,
     load,

@@ -11,12 +11,7 @@ from hypothesis import strategies as st
 
 from piecework.errors import CacheError
 from piecework.runtime.store.factors import KeyFactors
-from piecework.runtime.store.surroundings import (
-    host_factors,
-    source_factors,
-    tree_digest,
-    versions,
-)
+from piecework.runtime.store.surroundings import host_factors, source_factors, tree_digest, versions
 
 TEXT = st.text(max_size=12)
 TABLE = st.dictionaries(TEXT, TEXT, max_size=4)

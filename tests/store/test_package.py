@@ -14,13 +14,7 @@ from hypothesis import strategies as st
 
 from piecework.errors import ArtifactError, CacheError, ConfigError
 from piecework.runtime.store.files import sha256, signing_key
-from piecework.runtime.store.package import (
-    KIND,
-    Package,
-    file_of,
-    packed,
-    write_package,
-)
+from piecework.runtime.store.package import KIND, Package, file_of, packed, write_package
 
 SECRET = b"sixteen or more bytes of it"
 FILES = {"trace_0/stitched.py": b"# text\n" * 20, "kernels/abc.so": b"\0\1\2", "empty": b""}
