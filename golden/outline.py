@@ -6,6 +6,7 @@ import ast
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 from piecework.errors import UsageError
 
@@ -21,15 +22,14 @@ _BOUND = re.compile(r"^#\s+(\w+): (.*)$")
 
 @dataclass(slots=True)
 class Tables:
-    """The comment tables of a module: submodules and constants by index, bound names, and digests of
-    what submodules compute, by name; ``banner`` is the rest of the head."""
+    """The comment tables of a module."""
 
     submods: dict[int, str] = field(default_factory=dict)
     consts: dict[int, str] = field(default_factory=dict)
     bound: dict[str, str] = field(default_factory=dict)
-    digests: dict[str, str] = field(default_factory=dict)
+    digests: dict[str, str] = field(default_factory=dict)  # of what submodules compute, by name
     format_version: int | None = None
-    banner: list[str] = field(default_factory=list)
+    banner: list[str] = field(default_factory=list)  # the rest of the head
 
 
 def read_tables(lines: Sequence[str]) -> Tables:
@@ -61,18 +61,18 @@ def read_tables(lines: Sequence[str]) -> Tables:
 class Step:
     """One statement."""
 
-    # ``piece`` (a call through ``__vllm_submods__``), ``inlined`` (a function of this module or an
-    # alias), ``call`` (everything else that computes), ``return`` or ``other``
-    kind: str
-    callee: str  # the submodule's name, the function's path, or an operator sign
-    # the names that it binds; ``unpack`` if it takes its value apart for them
-    results: tuple[str, ...]
-    # the operands, each with its keyword ("" by position)
-    arguments: tuple[tuple[str, ast.expr], ...]
+    kind: str  # piece, call, value (everything else that computes), return or other
+    callee: str  # the submodule's name, or the function as it is written
+    target: ast.expr | None  # what it binds
+    operands: tuple[tuple[str, ast.expr], ...]  # each with its keyword, "" by position
     line: int
     text: str
     comment: str = ""  # the comment lines right above it
-    unpack: bool = False
+
+    @property
+    def results(self) -> list[str]:
+        nodes = [] if self.target is None else ast.walk(self.target)
+        return [node.id for node in nodes if isinstance(node, ast.Name)]
 
     @property
     def module_path(self) -> str:
@@ -81,31 +81,26 @@ class Step:
         first = lines[-1].partition("  ")[0] if lines else ""
         return "" if ".py" in first else first
 
-    @property
-    def reads(self) -> set[str]:
-        walked = (node for _, operand in self.arguments for node in ast.walk(operand))
-        return {node.id for node in walked if isinstance(node, ast.Name)}
-
 
 @dataclass(frozen=True, slots=True)
 class FunctionOutline:
-    """One function: ``parameters`` by name with their text, in order; ``deaths`` maps a name to the
-    index of the step after which it is deleted."""
+    """One function."""
 
     name: str
-    parameters: dict[str, str]
+    parameters: tuple[str, ...]
+    signature: str
     steps: tuple[Step, ...]
-    deaths: dict[str, int]
+    deaths: dict[str, int]  # a name → the index of the step after which it is deleted
     line: int
 
 
 @dataclass(frozen=True, slots=True)
 class Outline:
-    """A whole module; ``functions`` excludes the entry."""
+    """A whole module."""
 
     entry: FunctionOutline
-    functions: dict[str, FunctionOutline]
-    aliases: dict[str, str]
+    functions: dict[str, FunctionOutline]  # the others
+    aliases: dict[str, ast.expr]
     imports: tuple[str, ...]
     tables: Tables
     tree: ast.Module = field(repr=False)
@@ -123,36 +118,41 @@ def outline_of(text: str, where: str = "source") -> Outline:
         tree = ast.parse(text)
     except (SyntaxError, ValueError, RecursionError) as error:
         raise UsageError(f"not a stitching source: {error}", where=where, hint=hint) from error
-    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
-    if not functions:
+    nodes = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+    if not nodes:
         problem = f"not a stitching source: it defines no function {ENTRY_NAME}"
         raise UsageError(problem, where=where, hint=hint)
-    entry = next((node for node in functions if node.name == ENTRY_NAME), functions[-1])
     lines = text.split("\n")  # as Python counts them: a form feed ends no line
     tables = read_tables(lines)
+    functions = {node.name: _function(node, lines, tables) for node in nodes}
+    entry = functions.pop(ENTRY_NAME if ENTRY_NAME in functions else nodes[-1].name)
     aliases = {
-        node.targets[0].id: ast.unparse(node.value)
+        node.targets[0].id: node.value
         for node in tree.body
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
     }
-    imports = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
-    known = {node.name for node in functions} | {*aliases}
-    imported = (each for node in imports for each in node.names)
-    roots = known | {each.asname or each.name.partition(".")[0] for each in imported}
-    reader = _FunctionReader(lines, tables.submods, known, roots)
-    return Outline(
-        entry=reader.read(entry),
-        functions={node.name: reader.read(node) for node in functions if node is not entry},
-        aliases=aliases,
-        imports=tuple(map(ast.unparse, imports)),
-        tables=tables,
-        tree=tree,
-        text=text,
-    )
+    imports = (node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom)))
+    return Outline(entry, functions, aliases, tuple(map(ast.unparse, imports)), tables, tree, text)
+
+
+def _function(node: ast.FunctionDef, lines: Sequence[str], tables: Tables) -> FunctionOutline:
+    steps: list[Step] = []
+    deaths: dict[str, int] = {}
+    for stmt in _flat(node.body):
+        if isinstance(stmt, str):
+            steps.append(Step("other", stmt, None, (), steps[-1].line if steps else 0, stmt))
+        elif isinstance(stmt, ast.Delete):
+            names = (each.id for each in stmt.targets if isinstance(each, ast.Name))
+            deaths.update(dict.fromkeys(names, len(steps) - 1))
+        else:
+            steps.append(_step(stmt, _comment_above(stmt.lineno, node.lineno, lines), tables))
+    parameters = tuple(each.arg for each in ast.walk(node.args) if isinstance(each, ast.arg))
+    signature = ast.unparse(node.args)
+    return FunctionOutline(node.name, parameters, signature, tuple(steps), deaths, node.lineno)
 
 
 def _flat(body: Sequence[ast.stmt]) -> Iterator[ast.stmt | str]:
-    """The statements of ``body``, regions (``try: ... finally: call``) opened, with a mark where each part begins."""
+    """The statements of ``body``, regions opened, with a mark where each part begins."""
     for stmt in body:
         if isinstance(stmt, ast.Try) and not stmt.handlers and not stmt.orelse:
             yield "try:"
@@ -163,113 +163,31 @@ def _flat(body: Sequence[ast.stmt]) -> Iterator[ast.stmt | str]:
             yield stmt
 
 
-@dataclass(frozen=True, slots=True)
-class _FunctionReader:
-    lines: list[str]
-    submods: dict[int, str]
-    known: set[str]
-    roots: set[str]
-
-    def read(self, node: ast.FunctionDef) -> FunctionOutline:
-        steps: list[Step] = []
-        deaths: dict[str, int] = {}
-        for stmt in _flat(node.body):
-            if isinstance(stmt, str):
-                steps.append(Step("other", stmt, (), (), steps[-1].line if steps else 0, stmt))
-            elif isinstance(stmt, ast.Delete):
-                names = (each.id for each in stmt.targets if isinstance(each, ast.Name))
-                deaths.update(dict.fromkeys(names, len(steps) - 1))
-            else:
-                steps.append(self._step(stmt, node.lineno))
-        parameters = dict(_parameters(node.args))
-        return FunctionOutline(node.name, parameters, tuple(steps), deaths, node.lineno)
-
-    def _step(self, stmt: ast.stmt, first: int) -> Step:
-        comment = self._comment_above(stmt.lineno, first)
-        text = ast.unparse(stmt)
-        if isinstance(stmt, ast.Return):
-            returned = (("", stmt.value),) if stmt.value is not None else ()
-            return Step("return", "return", (), returned, stmt.lineno, text, comment)
-        results: tuple[str, ...] = ()
-        unpack = False
-        if isinstance(stmt, ast.Assign) and len(stmt.targets) == 1:
-            target = stmt.targets[0]
-            unpack = isinstance(target, (ast.Tuple, ast.List))
-            parts = target.elts if isinstance(target, (ast.Tuple, ast.List)) else [target]
-            results = tuple(each.id for each in parts if isinstance(each, ast.Name))
-            if len(results) != len(parts):
-                return Step("other", text.partition("\n")[0], (), (), stmt.lineno, text, comment)
-        elif not isinstance(stmt, ast.Expr):
-            return Step("other", text.partition("\n")[0], (), (), stmt.lineno, text, comment)
-        kind, callee, operands = self._operation(stmt.value)
-        return Step(kind, callee, results, tuple(operands), stmt.lineno, text, comment, unpack)
-
-    def _comment_above(self, line: int, first: int) -> str:
-        """The comment lines that end right above ``line`` and start below ``first``."""
-        found: list[str] = []
-        for number in range(line - 2, first - 1, -1):
-            text = self.lines[number].strip()
-            if not text.startswith("#"):
-                break
-            found.append(text.lstrip("#").strip())
-        return "\n".join(reversed(found))
-
-    def _operation(self, value: ast.expr) -> tuple[str, str, list[tuple[str, ast.expr]]]:
-        def plain(*operands: ast.expr) -> list[tuple[str, ast.expr]]:
-            return [("", each) for each in operands]
-
-        match value:
-            case ast.Call(func=func, args=args):
-                operands = plain(*args) + [
-                    (each.arg or "**", each.value) for each in value.keywords
-                ]
-                match func:
-                    case ast.Subscript(value=ast.Name(id=name), slice=ast.Constant(value=int(at))):
-                        if name == SUBMODS:
-                            return "piece", self.submods.get(at, f"[{at}]"), operands
-                    case ast.Name(id=name):
-                        return "inlined" if name in self.known else "call", name, operands
-                    case ast.Attribute(value=receiver, attr=method):
-                        if not self._is_path(receiver):
-                            return "call", f".{method}", plain(receiver) + operands
-                return "call", ast.unparse(func), operands
-            case ast.Subscript(value=operand, slice=index):
-                return "call", "[]", plain(operand, index)
-            case ast.Attribute(value=operand, attr=name):
-                return "call", f".{name}", plain(operand)
-            case ast.BinOp(left=left, op=sign, right=right):
-                return "call", _sign(sign), plain(left, right)
-            case ast.Compare(left=left, ops=[sign], comparators=[right]):
-                return "call", _sign(sign), plain(left, right)
-        return "call", type(value).__name__, plain(value)
-
-    def _is_path(self, expr: ast.expr) -> bool:
-        """True for ``torch.ops.aten``: a dotted path from an import or an alias, not from a value."""
-        while isinstance(expr, ast.Attribute):
-            expr = expr.value
-        return isinstance(expr, ast.Name) and expr.id in self.roots
+def _comment_above(line: int, first: int, lines: Sequence[str]) -> str:
+    """The comment lines that end right above ``line`` and start below ``first``."""
+    above = (text.strip() for text in reversed(lines[first : line - 1]))
+    found = [text.lstrip("#").strip() for text in takewhile(lambda text: text[:1] == "#", above)]
+    return "\n".join(reversed(found))
 
 
-def _sign(sign: ast.operator | ast.cmpop) -> str:
-    """The operator as it is written."""
-    x = ast.Name("x", ast.Load())
-    whole = ast.Compare(x, [sign], [x]) if isinstance(sign, ast.cmpop) else ast.BinOp(x, sign, x)
-    return ast.unparse(whole)[1:-1].strip()
-
-
-def _parameters(args: ast.arguments) -> Iterator[tuple[str, str]]:
-    positional = [*args.posonlyargs, *args.args]
-    defaults: list[ast.expr | None] = [None] * (len(positional) - len(args.defaults))
-    for arg, default in zip(positional, [*defaults, *args.defaults], strict=True):
-        note = " (by position only)" if arg in args.posonlyargs else ""
-        yield arg.arg, _with_default(arg.arg, default) + note
-    if args.vararg is not None:
-        yield args.vararg.arg, f"*{args.vararg.arg}"
-    for arg, default in zip(args.kwonlyargs, args.kw_defaults, strict=True):
-        yield arg.arg, _with_default(arg.arg, default) + " (by keyword only)"
-    if args.kwarg is not None:
-        yield args.kwarg.arg, f"**{args.kwarg.arg}"
-
-
-def _with_default(name: str, default: ast.expr | None) -> str:
-    return name if default is None else f"{name}={ast.unparse(default)}"
+def _step(stmt: ast.stmt, comment: str, tables: Tables) -> Step:
+    line, text = stmt.lineno, ast.unparse(stmt)
+    match stmt:
+        case ast.Return(value=value):
+            operands = () if value is None else (("", value),)
+            return Step("return", "return", None, operands, line, text, comment)
+        case ast.Assign(targets=[target], value=value):
+            pass
+        case ast.Expr(value=value):
+            target = None
+        case _:
+            return Step("other", text.partition("\n")[0], None, (), line, text, comment)
+    if not isinstance(value, ast.Call):
+        return Step("value", "", target, (("", value),), line, text, comment)
+    kind, callee = "call", ast.unparse(value.func)
+    match value.func:
+        case ast.Subscript(value=ast.Name(id="__vllm_submods__"), slice=ast.Constant(value=at)):
+            kind, callee = "piece", tables.submods.get(at, f"[{at}]")
+    operands = tuple(("", each) for each in value.args)
+    operands += tuple((each.arg or "**", each.value) for each in value.keywords)
+    return Step(kind, callee, target, operands, line, text, comment)

@@ -333,7 +333,7 @@ def test_check_ends_with_the_command_that_accepts(
     make_case("golden_j", GRAPH.format(operation=MULTIPLY))
     monkeypatch.setenv("CI", "true")
     code, output = invoke("check", *root)
-    assert code == 1 and "+ statement * (gives mul)" in output and "+    mul = x * 2" in output
+    assert code == 1 and "mul: x + 1 → x * 2" in output and "+    mul = x * 2" in output
     assert "Proposals" not in output and not list(tmp_path.rglob("*.new"))
     code, output = invoke("update", *root)
     assert code == 2 and "continuous integration" in output
