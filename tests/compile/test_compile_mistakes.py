@@ -11,39 +11,13 @@ from models import EAGER
 from torch import nn
 
 import piecework
-from piecework.errors import CaptureError, EmitError, InputError, SplitError
+from piecework.errors import CaptureError, InputError
 
 X = torch.randn(4, 8)
 
 
 def compiled(function, *args, **options):
     return piecework.compile(function, args, config=EAGER, **options)
-
-
-# --- arguments of compile --------------------------------------------------------------------------
-
-
-def test_arguments_that_torch_traces_wrongly_are_refused() -> None:
-    numpy = pytest.importorskip("numpy")
-    with pytest.raises(CaptureError, match=r"n\['a'\] is a numpy.ndarray, which can't be traced"):
-        compiled(lambda x, n: x + n["a"], X, {"a": numpy.ones(8)})
-    with pytest.raises(CaptureError, match=r"size is a torch.Size.*a tuple"):
-        compiled(lambda x, size: x.expand(size), X, X.shape)
-
-
-# --- arguments of the code generation --------------------------------------------------------------
-
-
-def test_what_is_no_graph_is_refused() -> None:
-    with pytest.raises(SplitError, match=r"must be a torch.fx.GraphModule; got a int"):
-        piecework.split_graph(3, ["aten::add"])
-    with pytest.raises(EmitError, match=r"must be a torch.fx.GraphModule; got a int"):
-        piecework.generate_execution_code(3)
-    graph = torch.fx.symbolic_trace(nn.Linear(8, 8))
-    with pytest.raises(EmitError, match=r"source must be a StitchedSource; got a int"):
-        piecework.verify(3, graph)
-    with pytest.raises(EmitError, match=r"must be a torch.fx.GraphModule; got a Linear"):
-        piecework.verify("", nn.Linear(8, 8))
 
 
 # --- errors of the model's own ---------------------------------------------------------------------
@@ -98,17 +72,13 @@ def test_an_assertion_of_the_models_own_is_shown(tmp_path) -> None:
         compiled(forward, X)
 
 
+def calls_a_module(x):
+    return nn.Linear(9, 9)(x)
+
+
 def test_the_users_line_is_named_rather_than_torchs() -> None:
-    class Wrong(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.linear = nn.Linear(9, 9)
-
-        def forward(self, x):
-            return self.linear(x)
-
-    with pytest.raises(CaptureError, match=r"test_compile_mistakes\.py:\d+ in forward"):
-        compiled(Wrong(), X)
+    with pytest.raises(CaptureError, match=r"test_compile_mistakes\.py:\d+ in calls_a_module"):
+        compiled(calls_a_module, X)
 
 
 # --- values that the trace fixed -------------------------------------------------------------------

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -177,6 +178,9 @@ MISTAKES: list[tuple[Callable[[], object], type[PieceworkError], str, str]] = [
     (lambda: piecework.compile(Model(), (X,), X), ConfigError, "a dict of arguments", ""),
     (lambda: compiled(None, X, X), CaptureError, "too many positional arguments", "forward takes"),
     (lambda: compiled(None, torch.randn(4, 9)), CaptureError, "", "call the model itself"),
+    (lambda: compiled(lambda x, n: x + n["a"], X, {"a": numpy.ones(8)}), CaptureError,
+     "n['a'] is a numpy.ndarray, which can't be traced", ""),
+    (lambda: compiled(lambda x, size: x.expand(size), X, X.shape), CaptureError, "size is a torch.Size", "a tuple"),
     (lambda: compiled(None, [X]), CaptureError, "must be Tensor, not", "call the model"),
     (lambda: compiled(lambda held: held.x * 2, SimpleNamespace(x=X)), CaptureError,
      "argument held is a SimpleNamespace", "register_pytree_node"),
@@ -184,7 +188,7 @@ MISTAKES: list[tuple[Callable[[], object], type[PieceworkError], str, str]] = [
     (lambda: config(spliting_ops=[]), ConfigError, "did you mean splitting_ops?", ""),
     (lambda: config(mode="FAST"), ConfigError, "no compilation mode 'FAST'", ""),
     (lambda: config(compile_workers=0), ConfigError, "compile_workers", ""),
-    (lambda: compiled(config="c.json"), ConfigError, "got 'c.json'", "a dict of"),
+    (lambda: compiled(config="c.json"), ConfigError, "or a dict of its fields; got 'c.json'", ""),
     (lambda: compiled(config={"backend": "indutor"}), ConfigError, "no compiler 'indutor'", "use inductor"),
     (lambda: compiled(config={"backend": "math.pi"}), ConfigError, "can't be made", "MyCompiler"),
     (lambda: compiled(config=config(compile_sizes=[4096]), runtime_config={"max_num_batched_tokens": 64, "max_num_seqs": 8}),
@@ -199,6 +203,11 @@ MISTAKES: list[tuple[Callable[[], object], type[PieceworkError], str, str]] = [
     (split_at(torch.Tensor.sin, strict=True), SplitError, "not in the graph", "without quotes"),
     (lambda: piecework.check_op("mistakes::halve", X), SplitError, "a tuple of arguments", "pass (x,)"),
     (lambda: compiled(calls_fakeless), CaptureError, "no fake implementation", "register_fake"),
+    # --- graphs
+    (lambda: piecework.split_graph(3, ["aten::add"]), SplitError, "a torch.fx.GraphModule; got a int", ""),
+    (lambda: piecework.generate_execution_code(3), EmitError, "a torch.fx.GraphModule; got a int", ""),
+    (lambda: piecework.verify(3, torch.fx.symbolic_trace(nn.ReLU())), EmitError, "a StitchedSource; got a int", ""),
+    (lambda: piecework.verify("", nn.ReLU()), EmitError, "a torch.fx.GraphModule; got a ReLU", ""),
     # --- forwards that can't be traced
     (lambda: compiled(branches), CaptureError, "Data-dependent branching", "splitting_op"),
     (lambda: compiled(prints), CaptureError, "`print`", "docs/graph-breaks.md"),
@@ -250,7 +259,7 @@ MISTAKES: list[tuple[Callable[[], object], type[PieceworkError], str, str]] = [
     (lambda: captured().dispatch("x"), InputError, "a positive whole number of tokens; got 'x'", ""),
     # --- artifacts, weights, operators
     (lambda: stitched().save(3), ConfigError, "an artifact is a file; got 3", ""),
-    (lambda: stitched().save("nothing://model"), ArtifactError, "this is a URL", "copy the file"),
+    (lambda: stitched().save("nothing://model"), ConfigError, "an artifact is a file", "copy the file"),
     (lambda: stitched().refit(3), ConfigError, "got a int", "state_dict()"),
     (lambda: stitched().refit({"layer.wieght": X}), BindError, "no such weight", "did you mean layer.weight?"),
     (lambda: stitched().refit({"layer.bias": X}), BindError, "the new one torch.float32[4, 8]", "again"),

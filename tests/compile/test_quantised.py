@@ -186,9 +186,7 @@ def test_weights_of_a_subclass_are_rebound_where_they_are_made_alike() -> None:
             stitched(torch.randn(4, 32))
     model.layers[1].weight = held
     check(model, stitched)
-    model.layers[2].bias = torch.nn.Parameter(
-        torch.ones(32)
-    )  # another weight than the quantised ones
+    model.layers[2].bias = torch.nn.Parameter(torch.ones(32))  # not a quantised one
     stitched.rebind()
     check(model, stitched)
 
@@ -234,29 +232,21 @@ def test_a_refit_copies_only_between_weights_that_are_made_alike() -> None:
     ):
         with pytest.raises(BindError, match=said):
             stitched.refit({**state, "layers.3.weight": new})
+    row = Scaled(torch.zeros(32, dtype=torch.int8), torch.ones(32), 0.0)
     with pytest.raises(BindError, match="shift"):
-        stitched.refit({**state, "layers.3.bias": Scaled(*_parts(), 0.0)})
+        stitched.refit({**state, "layers.3.bias": row})
     now = (model.layers[0].bias, model.layers[1].weight.values)
     assert all(map(torch.equal, before, now))
-
-
-def _parts() -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.zeros(32, dtype=torch.int8), torch.ones(32)
 
 
 # --- torchao -----------------------------------------------------------------------------------------
 
 
-def torchao_configs() -> list[str]:
-    return [
-        "Int8WeightOnlyConfig",
-        "Int8DynamicActivationInt8WeightConfig",
-        "Float8WeightOnlyConfig",
-    ]
-
-
 @pytest.mark.inductor
-@pytest.mark.parametrize("name", torchao_configs())
+@pytest.mark.parametrize(
+    "name",
+    ["Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig", "Float8WeightOnlyConfig"],
+)
 def test_weights_of_torchao(name: str) -> None:
     quantization = pytest.importorskip("torchao.quantization")
 

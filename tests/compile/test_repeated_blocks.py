@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -25,12 +24,9 @@ class Block(nn.Module):
 
     def __init__(self, scale: float = 1.0, width: int = 8, hidden: int = 16) -> None:
         super().__init__()
-        self.norm, self.up, self.down = (
-            nn.LayerNorm(width),
-            nn.Linear(width, hidden),
-            nn.Linear(hidden, width),
-        )
-        self.gate, self.scale = nn.Linear(width, hidden), scale
+        self.norm, self.gate = nn.LayerNorm(width), nn.Linear(width, hidden)
+        self.up, self.down = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        self.scale = scale
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.norm(x)
@@ -40,17 +36,14 @@ class Block(nn.Module):
 class Stack(nn.Module):
     """Blocks between an embedding and a head."""
 
-    def __init__(
-        self, blocks: list[nn.Module], call: Callable[..., torch.Tensor] | None = None
-    ) -> None:
+    def __init__(self, blocks: list[nn.Module]) -> None:
         super().__init__()
         self.first, self.blocks, self.head = nn.Linear(8, 8), nn.ModuleList(blocks), nn.Linear(8, 3)
-        self.call = call
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = torch.tanh(self.first(x))
         for block in self.blocks:
-            x = block(x) if self.call is None else self.call(block, x)
+            x = block(x)
         return self.head(x)
 
 
@@ -78,17 +71,14 @@ def test_pieces_do_not_grow_with_depth() -> None:
 
 
 def test_one_block_that_is_called_again_and_again() -> None:
-    block = Block()
-
     class Recycled(Stack):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             x = torch.tanh(self.first(x))
             for _ in range(6):
-                x = block(x)
+                x = self.blocks[0](x)
             return self.head(x)
 
-    model = Recycled([block])
-    assert pieces(model, X) == (8, 3)
+    assert pieces(Recycled([Block()]), X) == (8, 3)
 
 
 def test_a_block_that_differs_is_left_beside_the_rest() -> None:
@@ -121,20 +111,17 @@ def test_convolutions_stay_with_each_other() -> None:
                 x = torch.relu(part(x)) * 2 + 1
             return x
 
-    model = nn.Sequential(*(Convolutions() for _ in range(4)))
-    x = torch.randn(4, 3, 6, 6)
-    assert pieces(model, x) == (1, 1)
-    model = nn.Sequential(*(Convolutions() for _ in range(4)))
-    holder = nn.ModuleDict({"blocks": model})
-
     class Named(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.holder = holder
+            blocks = nn.Sequential(*(Convolutions() for _ in range(4)))
+            self.holder = nn.ModuleDict({"blocks": blocks})
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.holder["blocks"](x)
 
+    x = torch.randn(4, 3, 6, 6)
+    assert pieces(Named(), x) == (1, 1)
     assert pieces(Named(), x, repeated_blocks=["holder.blocks"]) == (4, 1)
 
 
@@ -208,12 +195,3 @@ def test_inductor_compiles_each_kind_once() -> None:
         x = torch.randn(rows, 8)
         torch.testing.assert_close(stitched(x), model(x))
     assert (stitched.report().pieces, stitched.report().unique) == (7, 3)
-
-
-UNDER_TORCH_FUNC: dict[str, Callable[..., torch.Tensor]] = {
-    "grad": lambda model, x: torch.func.grad(model)(x),
-    "vjp": lambda model, x: torch.func.vjp(model, x)[1](torch.ones(()))[0],
-    "vmap of grad": lambda model, x: torch.func.vmap(torch.func.grad(model))(x),
-    "jacrev": lambda model, x: torch.func.vmap(torch.func.jacrev(model))(x),
-    "beside a plain call": lambda model, x: torch.func.grad(model)(x) + model(x),
-}
