@@ -173,10 +173,7 @@ def run(
         raise typer.Exit(DIFFERS)
 
 
-def verify(
-    directory: FolderArgument,
-    as_json: AsJson = False,
-) -> None:
+def verify(directory: FolderArgument, as_json: AsJson = False) -> None:
     """Capture a folder's model again, prove that the folder's source means its graph, and compare
     what the pieces compute with what the source says of them; nothing is compiled.
 

@@ -25,7 +25,7 @@ def demo(
     host_time: Annotated[
         bool | None,
         typer.Option(
-            help="Compare the host time of a call with torch.compile's and eager's too; half a minute. The default is to do so with Inductor.",
+            help="Compare the host time of a call with torch.compile's and eager's too; half a minute. The default is to do so with Inductor."
         ),
     ] = None,
     backend: Backend = None,
@@ -84,12 +84,7 @@ def _beginning(code: str) -> str:
     return "\n".join([*lines[:end], f"    # … {more} more lines; piecework demo -o DIR writes all"])
 
 
-_CALLED = {
-    "eager": "eager",
-    "stock": "torch.compile",
-    "piecework": "piecework",
-    "limit": "by hand",
-}
+_CALLED = {"eager": "eager", "stock": "torch.compile", "piecework": "piecework", "limit": "by hand"}
 
 
 def _host_times() -> dict[str, Timing]:

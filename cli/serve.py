@@ -151,7 +151,6 @@ def _weights(folder: Path, manifest: Manifest | None) -> Path:
         raise UsageError(f"there is no folder {str(folder)!r}", hint=_WHAT_IS_SERVED)
     if not found.is_dir():
         raise UsageError(
-            f"{str(folder)!r} is of no model that has a tokenizer",
-            hint=_WHAT_IS_SERVED,
+            f"{str(folder)!r} is of no model that has a tokenizer", hint=_WHAT_IS_SERVED
         )
     return found

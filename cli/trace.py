@@ -8,11 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from piecework.cli.bundles import (
-    AsJson,
-    reload_model,
-    warm_or_compiled,
-)
+from piecework.cli.bundles import AsJson, reload_model, warm_or_compiled
 from piecework.cli.capture import parse_sizes
 from piecework.cli.console import compile_step, console, step, typed_errors
 from piecework.cli.options import Backend, ConfigFile, Overrides, configuration
@@ -32,13 +28,11 @@ def trace(
     model: Annotated[
         str,
         typer.Argument(
-            metavar="MODEL",
-            help="A folder made by compile, or a model as compile takes it.",
+            metavar="MODEL", help="A folder made by compile, or a model as compile takes it."
         ),
     ],
     output: Annotated[
-        Path,
-        typer.Option("-o", "--output", help="The trace; a name in .gz is compressed."),
+        Path, typer.Option("-o", "--output", help="The trace; a name in .gz is compressed.")
     ],
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate (causal LM).")] = 4,
     sizes: Annotated[str, typer.Option(help="Batch sizes to capture first, such as 1,2,4,8.")] = "",

@@ -144,11 +144,7 @@ def _run(
             torch.manual_seed(_SEED)
             result = function(*copies)
         memory: dict[object, str] = {}
-        parts = {
-            "the graph's": state,
-            "an argument afterwards:": copies,
-            "result": result,
-        }
+        parts = {"the graph's": state, "an argument afterwards:": copies, "result": result}
         facts = [
             (name, *fact)
             for part, value in parts.items()

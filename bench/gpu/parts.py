@@ -313,10 +313,7 @@ def vllm_decode(scale: Scale, rows: Rows) -> None:
                     skip_tokenizer_init=True,
                     max_model_len=256,
                     gpu_memory_utilization=0.4,
-                    compilation_config={
-                        "backend": backend,
-                        "cudagraph_mode": "FULL_AND_PIECEWISE",
-                    },
+                    compilation_config={"backend": backend, "cudagraph_mode": "FULL_AND_PIECEWISE"},
                 )
                 options = vllm.SamplingParams(
                     max_tokens=scale.tokens, temperature=0, detokenize=False, ignore_eos=True

@@ -78,11 +78,7 @@ _WIDTHS: tuple[_Rule, ...] = (
 )
 
 #: From the smallest to the default's own widths: the first whose model runs is taken.
-LEVELS: tuple[tuple[_Rule, ...], ...] = (
-    (*_DEPTH, *_SIZES, *_WIDTHS),
-    (*_DEPTH, *_SIZES),
-    _DEPTH,
-)
+LEVELS: tuple[tuple[_Rule, ...], ...] = ((*_DEPTH, *_SIZES, *_WIDTHS), (*_DEPTH, *_SIZES), _DEPTH)
 
 
 def shrink(config: Any, level: int) -> None:

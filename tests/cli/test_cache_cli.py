@@ -124,15 +124,7 @@ def test_gc(root: Path) -> None:
     assert [entry.identity.key for entry in list_entries(root)] == [factors("fp32").hash]
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ("ls",),
-        ("verify",),
-        ("gc",),
-        ("explain",),
-    ],
-)
+@pytest.mark.parametrize("arguments", [("ls",), ("verify",), ("gc",), ("explain",)])
 def test_missing_and_unsafe_directories_are_misuse(root: Path, arguments: tuple[str, ...]) -> None:
     result = run(*arguments, "--cache-dir", root / "none")
     assert result.exit_code == 2
