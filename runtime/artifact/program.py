@@ -30,7 +30,7 @@ from piecework.runtime.observe.dump import Dump
 from piecework.runtime.pieces.layer_names import NAMESPACE
 from piecework.runtime.pieces.manager import RangeEntry
 from piecework.runtime.pieces.piecewise import PiecewiseBackend
-from piecework.runtime.pieces.program import Graphs, Kept, Program, called_forms
+from piecework.runtime.pieces.program import Graphs, Kept, Program
 from piecework.runtime.pieces.report import Piece
 from piecework.runtime.store.digest import digest_of
 from piecework.runtime.store.files import signing_key
@@ -197,12 +197,6 @@ def loaded_program(
         phases=phases,
         passes=None,
         dump=Dump(None),
-        submod_lists=called_forms(
-            backends,
-            source.submod_names,
-            table,
-            direct=config.stitching_config.direct_artifact_entry,
-        ),
         kept=Kept(tuple(pieces), saved["together"], saved["report"]),
     )
 

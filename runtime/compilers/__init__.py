@@ -29,12 +29,8 @@ def make_compiler(config: CompilationConfig) -> CompilerInterface:
     """The compiler that ``config.backend`` names.
 
     ``inductor``, ``inductor_compile_fx``, ``eager``, or ``module:Class`` / ``module.Class``, which
-    is called without arguments. In mode ``DYNAMO_TRACE_ONCE`` also the name of any backend that
-    torch knows, or the qualified name of one.
-
-    Raises:
-        ConfigError: there is no such compiler, it lacks a method of `CompilerInterface`, or the
-            configuration has options that it does not know.
+    is called without arguments; in mode ``DYNAMO_TRACE_ONCE`` also a backend of Dynamo's. A
+    `ConfigError` where there is none, or it lacks a method of `CompilerInterface`.
     """
     name = config.backend
     match name:
@@ -58,11 +54,10 @@ def make_compiler(config: CompilationConfig) -> CompilerInterface:
         why = f"{type(error).__name__}: {error}"
         message = f"compiler {name!a} can't be made without arguments: {why}"
         raise ConfigError(message, where="backend", hint=_CHOICES) from error
-    missing = [m for m in ("compile", "compute_hash") if not callable(getattr(compiler, m, None))]
-    missing += [] if isinstance(getattr(compiler, "name", None), str) else ["name"]
-    keeping = [m for m in ("to_bytes", "from_bytes") if not callable(getattr(compiler, m, None))]
-    missing += keeping if len(keeping) == 1 else []  # one is of no use without the other
-    if missing:
+    wanted = ["compile", "compute_hash", "name"]
+    if hasattr(compiler, "to_bytes") or hasattr(compiler, "from_bytes"):
+        wanted += ["to_bytes", "from_bytes"]  # one is of no use without the other
+    if missing := [each for each in wanted if getattr(compiler, each, None) is None]:
         message = f"compiler {name!a} has no {', '.join(missing)}"
         hint = "see piecework.runtime.compilers.CompilerInterface"
         raise ConfigError(message, where="backend", hint=hint)

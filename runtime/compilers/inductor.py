@@ -43,10 +43,6 @@ class InductorAdaptor:
     """Compiles through ``torch._inductor.compile_fx``; nothing can be kept.
 
     It needs the tracing context of the capture, as a Dynamo backend has it.
-
-    Raises:
-        ConfigError: Inductor has no option or pass slot of a name, a pass can't be imported, or
-            options contradict the graph partition.
     """
 
     name = "inductor_compile_fx"
@@ -86,7 +82,7 @@ class InductorAdaptor:
         return options
 
     def _facts_for(self, graph: GraphModule) -> str | None:
-        """What code for ``graph`` depends on besides it, which Inductor's own caches then tell apart.
+        """What code for ``graph`` depends on besides it, for Inductor's own caches to tell apart.
 
         The example sizes count: which guards a compilation adds depends on them. None where
         something has no stable form.

@@ -61,14 +61,12 @@ class CompilerInterface(Protocol):
 
         Args:
             graph: flat inputs, and a tuple of outputs.
-            example_inputs: fake tensors and symbols (or integers, for a single size), one per
-                placeholder.
+            example_inputs: fake tensors and symbols (integers, for a single size), by placeholder.
             config: the resolved configuration.
             compile_range: batch sizes that the result must serve; None means all.
 
         Raises:
-            Exception: whatever the compiler raises; the caller adds which piece it was and keeps
-                the graph.
+            Exception: whatever the compiler raises; the caller adds which piece it was.
         """
         ...
 
@@ -103,7 +101,7 @@ def uncompiled(graph: GraphModule) -> Callable[..., object]:
 
 
 class DynamoBackendAdaptor:
-    """Hands a graph to a backend in Dynamo's sense, given itself or by the name that torch knows."""
+    """Hands a graph to a backend in Dynamo's sense, given itself or by torch's name."""
 
     def __init__(self, backend: str | Callable[..., object]) -> None:
         by_name = isinstance(backend, str)

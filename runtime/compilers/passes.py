@@ -30,16 +30,6 @@ class InductorPass:
 
     A pass changes the graph in place and returns how often it matched, or None if it does not
     count. Its attributes are settings and part of its identity, so it keeps no results on itself.
-
-    Example:
-        >>> class Swap(InductorPass):
-        ...     def __init__(self, old, new):
-        ...         self.old, self.new = old, new
-        ...     def __call__(self, graph):
-        ...         found = graph.find_nodes(op="call_function", target=self.old)
-        ...         for node in found:
-        ...             node.target = self.new
-        ...         return len(found)
     """
 
     def __call__(self, graph: torch.fx.Graph) -> int | None:
@@ -59,21 +49,14 @@ class InductorPass:
         """SHA-256 over the class (its code, and all that this reaches) and every attribute.
 
         Raises:
-            Unidentifiable: an attribute has no stable form, or the code reads what can't be seen;
-                define ``uuid`` then.
+            Unidentifiable: one has no stable form; define ``uuid`` then.
         """
         _, *content = object.__reduce_ex__(self, 4)[:3]
         return digest_of(content, f"pass {self.name}")
 
 
 class CallableInductorPass(InductorPass):
-    """A function as a pass.
-
-    Args:
-        function: takes the graph; may return a number of matches.
-        uuid: its identity, a text or what one can be made of; by default what the function does.
-        name: what reports call it; the function's name by default.
-    """
+    """A function as a pass; ``uuid`` is its identity, by default what the function does."""
 
     def __init__(
         self, function: PassFunction, uuid: object = None, *, name: str | None = None
@@ -129,12 +112,7 @@ _CURRENT: ContextVar[PassContext | None] = ContextVar("piecework_pass_context", 
 def pass_context(
     compile_range: Range | None, facts: str = ""
 ) -> AbstractContextManager[PassContext]:
-    """Tell the passes that run inside which batch range is compiled, and under which facts.
-
-    Example:
-        >>> with pass_context(Range(1, 16)):
-        ...     manager(graph)
-    """
+    """Tell the passes that run inside which batch range is compiled, and under which facts."""
     return set_for(_CURRENT, PassContext(compile_range, facts))
 
 
@@ -177,14 +155,7 @@ class PassReport:
 
 
 class PostGradPassManager:
-    """Runs passes in order on Inductor's graph, those that apply to the batch range at hand.
-
-    Example:
-        >>> manager = PostGradPassManager([Swap(aten.sin, aten.cos)])
-        >>> with pass_context(Range(1, 16)):
-        ...     manager(graph)
-        >>> print(manager.report())
-    """
+    """Runs passes in order on Inductor's graph, those that apply to the batch range at hand."""
 
     def __init__(self, passes: Iterable[InductorPass] = ()) -> None:
         self.passes = tuple(passes)
@@ -218,11 +189,7 @@ class PostGradPassManager:
             self._runs.append(PassRun(each.name, compile_range, matches, seconds))
 
     def uuid(self) -> str | None:
-        """SHA-256 over the passes that run now and what they may read; None: nothing is cached.
-
-        Inductor keeps code under it. Code made under other facts would bring a guard along that
-        this trace does not have.
-        """
+        """SHA-256 over the passes that run now and what they may read; None: nothing is cached."""
         now = get_pass_context()
         try:
             run = (p for p in self.passes if p.is_applicable_for_range(now.compile_range))

@@ -101,9 +101,7 @@ class CompilationConfig(model.FrozenModel):
         False, "Refused if true: compile an encoder under `set_model_tag(…, is_encoder=True)`."
     )
     strict: bool = no_key(
-        False,
-        "Refuse what is warned of: a splitting op that is not in the graph, training mode that the "
-        "model goes by, a `cudagraph_mode` that captured nothing by the first call.",
+        False, "Refuse what is warned of, such as a splitting op that is not in the graph."
     )
     compile_sizes: groups.CompileSizes = no_key(
         (), 'Batch sizes with code of their own; `"cudagraph_capture_sizes"` stands for those.'
@@ -134,19 +132,13 @@ class CompilationConfig(model.FrozenModel):
         0, "Runs of a batch shape before it is captured."
     )
     cudagraph_capture_sizes: groups.Sizes | None = no_key(
-        None,
-        "Batch sizes to capture. None is 1, 2, 4, by 8 to 256, by 16 to the maximum, in tokens and "
-        "in requests.",
+        None, "Batch sizes to capture. None: 1, 2, 4, by 8 to 256, by 16; in tokens and requests."
     )
     max_cudagraph_capture_size: groups.Natural | None = no_key(
-        None,
-        "The largest one. None is the largest listed, or min(2 · max_num_seqs · query length, 512, "
-        "max_num_batched_tokens).",
+        None, "The largest one. None: of those listed, or twice a decode batch, at most 512."
     )
     cudagraph_copy_inputs: bool = no_key(
-        True,
-        "Copy inputs into buffers before a replay. Off, the caller writes into these "
-        "(`static_graphs.static_inputs(size)`) and passes views of them.",
+        True, "Copy inputs into buffers before a replay; or pass views of `static_inputs(size)`."
     )
     cudagraph_specialize_lora: bool = no_key(
         True, "Capture once with and once without active adapters."
@@ -232,11 +224,7 @@ class CompilationConfig(model.FrozenModel):
     def set_splitting_ops_for_v1(
         self, registered: Iterable[str], attention_ops: Iterable[str] = ()
     ) -> CompilationConfig:
-        """A copy with explicit ``splitting_ops``: the registered ones where nothing was chosen.
-
-        Modes 1 and 2 cut nowhere unless told to. Where no op is left to cut at, a
-        ``cudagraph_mode`` that needs pieces becomes its ``without_piecewise()``, with a warning.
-        """
+        """A copy with explicit ``splitting_ops``: what is registered, or none in modes 1 and 2."""
         if self.mode in _WHOLE:
             return self if self.splitting_ops is not None else self.replace(splitting_ops=())
         if self.pass_config.fuse_attn_quant and not self.use_inductor_graph_partition:
@@ -246,11 +234,7 @@ class CompilationConfig(model.FrozenModel):
     def set_splitting_ops_for_attn_fusion(
         self, registered: Iterable[str], attention_ops: Iterable[str]
     ) -> CompilationConfig:
-        """A copy that cuts nowhere at attention, so that a pass can fuse it.
-
-        Raises:
-            ConfigError: ``splitting_ops`` names attention, or ``fuse_attn_quant`` is off.
-        """
+        """A copy that cuts nowhere at attention, so that a pass can fuse it."""
         attention = sorted(set(attention_ops))
         if not self.pass_config.fuse_attn_quant or (self.splitting_ops is None and not attention):
             raise ConfigError(
@@ -277,7 +261,7 @@ class CompilationConfig(model.FrozenModel):
         return self.replace(splitting_ops=chosen, cudagraph_mode=captures)
 
     def post_init_cudagraph_sizes(self, runtime: RuntimeConfig) -> CompilationConfig:
-        """A copy with explicit capture sizes (none if nothing is captured) and ``compile_sizes``."""
+        """A copy with explicit capture sizes (none if nothing is captured) and compile sizes."""
         return self._with_capture_sizes(runtime)._with_compile_sizes()
 
     def _with_capture_sizes(self, runtime: RuntimeConfig) -> CompilationConfig:
@@ -322,11 +306,7 @@ class CompilationConfig(model.FrozenModel):
     ) -> CompilationConfig:
         """A copy whose capture sizes are all multiples of the query length of a decode batch.
 
-        With ``pass_config.enable_sp`` they are multiples of ``tensor_parallel_size`` too.
         ``resolve()`` leaves sizes as they are: the dispatcher rounds, for decode batches only.
-
-        Raises:
-            ConfigError: the sizes are not chosen yet, or no multiple fits under the maximum.
         """
         adjusted = batch_sizes.adjust_sizes_for_spec_decode(
             self._settled("cudagraph_capture_sizes"),
@@ -358,7 +338,7 @@ class CompilationConfig(model.FrozenModel):
 
     @property
     def bs_to_padded_graph_size(self) -> tuple[int | None, ...]:
-        """Entry ``n`` is the captured size that serves ``n`` tokens; empty if nothing is captured."""
+        """Entry ``n`` is the captured size that serves ``n`` tokens; empty if none is captured."""
         sizes = self._settled("cudagraph_capture_sizes")
         return batch_sizes.padded_sizes(sizes) if sizes else ()
 
@@ -397,7 +377,7 @@ class CompilationConfig(model.FrozenModel):
         return f"+{op}" in self.custom_ops
 
     def custom_op_log_check(self, in_model: Iterable[str]) -> tuple[str, ...]:
-        """Log which of the model's custom ops are enabled; warn of, and return, rules without one."""
+        """Log which of the model's custom ops are enabled; warn of, and return, idle rules."""
         present = sorted(set(in_model))
         _log.debug("custom ops: %s", {op: self.is_custom_op_enabled(op) for op in present})
         idle = tuple(r for r in self.custom_ops if r[0] in "+-" and r[1:] not in present)
@@ -424,12 +404,7 @@ class CompilationConfig(model.FrozenModel):
         return backend_of(self, runtime, prefix=prefix, is_encoder=is_encoder)  # type: ignore[no-any-return]
 
     def hash_factors(self) -> dict[str, str]:
-        """What is hashed, as canonical text by dotted name: the fields whose role is KEY.
-
-        Raises:
-            ConfigError: an option or a pass has no stable form (an object, a pass that is missing),
-                or ``compile_sizes`` refers to capture sizes that are not chosen yet.
-        """
+        """What is hashed, as canonical text by dotted name."""
         base = self.custom_op_base()
         rules = {op for op in self.custom_ops if op[0] == ("-" if base == "all" else "+")}
         factors = model.factors_of(self._with_compile_sizes())
@@ -439,7 +414,7 @@ class CompilationConfig(model.FrozenModel):
         return factors
 
     def compute_hash(self) -> str:
-        """SHA-256 of what decides compiled and emitted code; equal in all processes and machines."""
+        """SHA-256 of what decides compiled and emitted code; equal in all processes."""
         return model.digest(self.hash_factors())
 
     def _settled(self, field: str) -> Any:

@@ -156,7 +156,7 @@ CUDAGraphModeField = Annotated[
 
 
 class StitchingConfig(FrozenModel):
-    """The levers of the stitched function and its entry; each one off is slower, never different."""
+    """The levers of the stitched function and its entry; one that is off is slower, no more."""
 
     bind_weights: bool = key(True, "Bind the weights once instead of passing them per call.")
     direct_splitting_ops: bool = key(
@@ -181,8 +181,7 @@ class DynamicShapesConfig(FrozenModel):
         "nothing is specialised; `backed_size_oblivious`: a hint, sizes 0 and 1 are not special.",
     )
     evaluate_guards: bool = key(
-        False,
-        "Check each call's sizes against Dynamo's shape guards, also where `check_inputs` is off.",
+        False, "Check each call's sizes against Dynamo's guards, also without `check_inputs`."
     )
     max_traces: int = no_key(
         8, "Traces that calls get by themselves under `auto`; `sizes=...` asks for others.", ge=1
@@ -196,9 +195,7 @@ class PassConfig(FrozenModel):
         False, "A user pass fuses attention with what follows, so it stays in the graph."
     )
     enable_sp: bool = key(
-        False,
-        "A user pass cuts the sequence over the tensor-parallel ranks, so captured sizes are "
-        "multiples of their number.",
+        False, "A user pass cuts the sequence over ranks, so captured sizes are their multiples."
     )
     report_matches: bool = no_key(False, "Report how often each pass matched.")
 

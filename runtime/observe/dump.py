@@ -5,6 +5,7 @@ A dump changes nothing of what is compiled; one that can't go on says so once an
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import logging
@@ -51,8 +52,7 @@ class Step(NamedTuple):
     graph: str = ""  # the file of a piece's graph
     key: str = ""  # equal for equal programs; "" until the piece is compiled
     same_as: str = ""  # the equal piece before this one
-    # for each batch range: batches, seconds, origin (compiled, cache or that of the equal piece),
-    # and the file of what Inductor wrote
+    # for each batch range: batches, seconds, origin, and the file of what Inductor wrote
     ranges: Sequence[Mapping[str, object]] = ()
 
 
@@ -176,11 +176,9 @@ def _new_folder(place: Path, name: str) -> Path:
     place.mkdir(parents=True, exist_ok=True)
     for number in itertools.count():
         folder = place / (f"{name}_{number}" if number else name)
-        try:
+        with contextlib.suppress(FileExistsError):
             folder.mkdir()
-        except FileExistsError:
-            continue
-        return folder
+            return folder
     raise AssertionError("itertools.count ended")
 
 
@@ -211,7 +209,7 @@ def _operators(item: SplitItem) -> str:
 
 
 def render_page(steps: Sequence[Step], **shown: object) -> str:
-    """The page: stages, seconds per phase, a map and a table of the steps; it needs no other file."""
+    """The page: stages, seconds, a map and a table of the steps; it needs no other file."""
     keys = dict.fromkeys(step.key for step in steps if step.key)
     numbers = {key: number for number, key in enumerate(keys, 1)}
     page = environment().get_template("dump.html.jinja")

@@ -99,11 +99,7 @@ class PieceworkBackend:
         return self.compiler_manager.passes
 
     def collect_standalone_compile_artifacts(self) -> StandaloneCompiledArtifacts:
-        """The compiled form of each piece and batch range as bytes; equal ones once.
-
-        Raises:
-            BindError: nothing is compiled yet, or the compiler makes nothing that can be kept.
-        """
+        """The compiled form of each piece and batch range as bytes; equal ones once."""
         artifacts = StandaloneCompiledArtifacts()
         for name, piece in self.program.backends.items():
             for compile_range, data in piece.to_bytes().items():
@@ -131,19 +127,12 @@ class PieceworkBackend:
         bound: Mapping[str, str] | None = None,
         tried: EverySize | None = None,
     ) -> Program:
-        """Split ``graph``, compile its pieces and emit the source.
-
-        Must run while the tracing context of the capture is open, if there is one.
+        """Split ``graph``, compile its pieces and emit the source, in its open tracing context.
 
         Args:
             graph: flat placeholders with fake values, and a flat tuple of outputs.
             bound: placeholder name → weight path, for weights to hold as module-level names.
-            tried: the try of a trace that would serve every size.
-
-        Raises:
-            NotAdmitted: it would not; no dump is left.
-            PieceworkError: a splitting op is unknown, a compiler failed, a node can't be written as
-                source, or a piece that is to be captured writes to the model's own tensors.
+            tried: the try of a trace that would serve every size; `NotAdmitted` if it would not.
         """
         self.used = True
         runtime = self.runtime_config

@@ -180,12 +180,6 @@ class Compilation:
             phases=self.phases,
             passes=None if passes is None else passes.report(),
             dump=self.dump,
-            submod_lists=programs.called_forms(
-                self.backends,
-                source.submod_names,
-                self.range_table,
-                direct=config.stitching_config.direct_artifact_entry,
-            ),
         )
 
     def _fitting_ranges(self) -> RangeTable | None:

@@ -88,7 +88,7 @@ def _described(value: object) -> str:
 
 
 def _take_as_input(split_gm: GraphModule, item: SplitItem, name: _Name, first: str) -> None:
-    """Give the piece an input for a name, in whose place the operator takes the ``first`` piece's."""
+    """Give the piece an input for a name; the call itself gets that of the ``first`` piece."""
     graph = item.graph.graph
     inputs = graph.find_nodes(op="placeholder")
     # Inputs added before stand behind the others: positions are those without them.
@@ -137,7 +137,7 @@ def _library() -> torch.library.Library:
 
 @cache
 def named_operator(original: OpOverload, argument: str) -> OpOverload:
-    """``original`` with a tensor at the end that holds ``argument``; shapes go by the call's name."""
+    """``original`` with a tensor at the end that holds ``argument``; shapes go by the call."""
     schema, extra = original._schema, f"{argument}_as_bytes"
     place = [each.name for each in schema.arguments].index(argument)
 

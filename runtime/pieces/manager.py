@@ -133,7 +133,7 @@ class CompilerManager:
         self.progress.begin()
 
     def may_share_names(self) -> bool:
-        """Whether a compiler calls custom operators as they are, and no user's pass looks for them."""
+        """Whether custom operators are called as they are, and no user's pass looks for them."""
         opaque = getattr(self.compiler, "calls_custom_ops_as_they_are", False)
         return bool(opaque) and not self.config.inductor_passes
 
@@ -337,12 +337,11 @@ def _first_line(error: BaseException) -> str:
 
 
 def get_fake_args_from_graph(graph: GraphModule) -> list[object]:
-    """The fake value of each placeholder of ``graph``, in order."""
     return [value_of(node) for node in graph.graph.find_nodes(op="placeholder")]
 
 
 def create_concrete_args(graph: GraphModule, size: int, batch_symbol: str | None) -> list[object]:
-    """Fake inputs of ``graph`` for one batch size: ``batch_symbol`` becomes ``size``, others stay."""
+    """Fake inputs of ``graph`` for one batch size; symbols but ``batch_symbol`` stay."""
     values = get_fake_args_from_graph(graph)
     if batch_symbol is None:
         return values

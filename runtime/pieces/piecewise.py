@@ -31,19 +31,8 @@ class PiecewiseBackend:
     """One piece: its graph and its compiled form per range.
 
     Two exclusive modes: *compile* (a graph is given; all ranges are compiled now) and *load*
-    (runnables are given).
-
-    Args:
-        graph: the piece, or None in load mode.
-        sym_shape_indices: which inputs are sizes; the first is the batch size.
-        backend: owns the compiler manager and the ranges.
-        compiled_runnables: range → callable, in load mode.
-        submod_name: the piece's name in the stitching graph.
-        structure: of ``graph``, if it is known.
-
-    Raises:
-        BindError: both or neither of ``graph`` and ``compiled_runnables`` were given.
-        PieceCompileError: the compiler failed.
+    (``compiled_runnables`` are given, by range); else a `BindError`. The first of
+    ``sym_shape_indices`` is the input that is the batch size.
     """
 
     def __init__(
@@ -100,11 +89,7 @@ class PiecewiseBackend:
             self.entries[compile_range] = entry
 
     def to_bytes(self) -> dict[Range | None, bytes]:
-        """The compiled form of each range that can be kept, as the compile cache keeps it.
-
-        Raises:
-            BindError: the piece was loaded, or its compiler makes nothing that can be kept.
-        """
+        """The compiled form of each range that can be kept, as the compile cache keeps it."""
         if self._manager is None or not self._manager.makes_bytes:
             why = "a piece that was loaded, or whose compiler keeps nothing, has no bytes"
             raise BindError(why, where=self.submod_name or None)
@@ -121,11 +106,10 @@ class PiecewiseBackend:
         return all(entry.reused for entry in self.entries.values())
 
     def runnable_for(self, compile_range: Range | None) -> Callable[..., object]:
-        """The compiler's public callable for one range."""
         return self.entries[compile_range].runnable
 
     def direct_runnable_for(self, compile_range: Range | None) -> Callable[..., object]:
-        """The innermost callable for one range that is known to do the same as the public one."""
+        """The innermost callable for one range that does the same as the public one."""
         compiled = self.entries[compile_range].compiled
         return compiled.runnable if compiled.direct is None else compiled.direct
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import FunctionType
 
 import torch
@@ -79,10 +79,17 @@ class Program:
     phases: dict[str, float]  # seconds per phase; a stage that comes later adds its own
     passes: PassReport | None  # what the graph passes did, where somebody asked
     dump: Dump
-    # ``__vllm_submods__`` for each of ``compile_ranges``
-    submod_lists: tuple[list[Callable[..., object]], ...]
     layers: str = ""  # what the trace did about repeated layers
     kept: Kept | None = None  # what was kept of the compilation, if another process made it
+    # ``__vllm_submods__`` for each of ``compile_ranges``
+    submod_lists: tuple[list[Callable[..., object]], ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        direct = self.config.stitching_config.direct_artifact_entry
+        pieces = [self.backends[name] for name in self.source.submod_names]
+        forms = [each.direct_runnable_for if direct else each.runnable_for for each in pieces]
+        lists = tuple([form(each) for form in forms] for each in self.compile_ranges)
+        object.__setattr__(self, "submod_lists", lists)
 
     @property
     def graph(self) -> GraphModule:
@@ -197,18 +204,6 @@ def ranges_of(table: RangeTable | None) -> tuple[Range | None, ...]:
 def unique_pieces(backends: Mapping[str, PiecewiseBackend]) -> int:
     """How many different pieces there are."""
     return len({each.structure.key for each in backends.values() if each.structure is not None})
-
-
-def called_forms(
-    backends: Mapping[str, PiecewiseBackend],
-    names: Sequence[str],
-    table: RangeTable | None,
-    *,
-    direct: bool,
-) -> tuple[list[Callable[..., object]], ...]:
-    """``__vllm_submods__`` for each range: the pieces called ``names``."""
-    forms = {n: p.direct_runnable_for if direct else p.runnable_for for n, p in backends.items()}
-    return tuple([forms[name](each) for name in names] for each in ranges_of(table))
 
 
 def publish_submods(function: Callable[..., object], submods: Callables) -> None:

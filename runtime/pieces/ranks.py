@@ -79,9 +79,8 @@ def require_agreement(
 ) -> None:
     """Return once all processes that will run ``program`` together have come here with the same.
 
-    Compared are the collectives of each group that the graph names; and, among the ranks that
-    ``runtime`` says one layer is cut over, everything; and what is done ``before``. Each process
-    must come here as often as the others, and waits as ``init_process_group(timeout=…)`` says.
+    Compared are the collectives of each group that the graph names, everything among the ranks that
+    one layer is cut over, and what is done ``before``. Each must come here as often as the others.
     """
     rank = torch_compat.own_rank()
     for ranks, rows in _run_together(program, runtime):

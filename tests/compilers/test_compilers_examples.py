@@ -11,14 +11,9 @@ def test_own_compiler(capsys: pytest.CaptureFixture[str]) -> None:
     pieces = own_compiler.main()
     # three different pieces for two ranges; equal layers share one, so the middle one is called more often;
     # those that serve small batches were also run with none and one row, to see whether one trace serves these too
-    assert [(each.batches, each.count) for each in pieces] == [
-        ("[1, 16]", 4),
-        ("[17, …]", 1),
-        ("[1, 16]", 8),
-        ("[17, …]", 3),
-        ("[1, 16]", 4),
-        ("[17, …]", 1),
-    ]
+    small, large = "[1, 16]", "[17, …]"
+    counts = [(small, 4), (large, 1), (small, 8), (large, 3), (small, 4), (large, 1)]
+    assert [(each.batches, each.count) for each in pieces] == counts
     assert capsys.readouterr().out.count(" calls, ") == 6
 
 

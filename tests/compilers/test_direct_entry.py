@@ -29,15 +29,11 @@ def test_an_input_at_an_odd_address_is_copied_and_what_is_written_to_it_comes_ba
         return [args[1].add_(args[0])]
 
     graph.current_callable = call
-    torch_compat.realign_inputs(_holding(graph))
+    torch_compat.realign_inputs(lambda: graph)
     x, y = torch.ones(9)[1:], torch.zeros(9)[1:]
     assert x.data_ptr() % 16 and y.data_ptr() % 16
     graph.current_callable([x, y])
     assert aligned == [True, True] and y.tolist() == [1.0] * 8
-
-
-def _holding(graph: CompiledFxGraph):
-    return lambda: graph
 
 
 @pytest.mark.inductor

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import nn
+from models import Block, Layers
 from torch._inductor import scheduler
 from torch._inductor import utils as inductor_utils
 
@@ -26,19 +26,9 @@ def mix(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor, name: str) -
     out.copy_(left - (2 if metadata is None else metadata) * right)
 
 
-class Model(nn.Module):
+class Model(Layers):
     def __init__(self) -> None:
-        super().__init__()
-        self.enter = nn.ModuleList(nn.Linear(8, 16) for _ in range(2))
-        self.leave = nn.Linear(8, 8)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for index, enter in enumerate(self.enter):
-            left, right = enter(x).chunk(2, -1)
-            out = torch.empty_like(left)
-            mix(left, right, out, f"layers.{index}")
-            x = x + self.leave(out)
-        return x
+        super().__init__(Block(mix, f"layers.{index}") for index in range(2))
 
 
 INSIDE = CompilationConfig(use_inductor_graph_partition=True, splitting_ops=["partition_test::mix"])

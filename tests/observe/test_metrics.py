@@ -23,7 +23,7 @@ ESCAPES = {r"\\": "\\", r"\"": '"', r"\n": "\n"}
 
 
 def parsed(text: str) -> dict[str, dict[frozenset[tuple[str, str]], float]]:
-    """Metric → labels → value, by the rules of the text format; each metric's lines stand together, HELP and TYPE first."""
+    """Metric → labels → value, by the rules of the text format: HELP and TYPE first."""
     assert text.endswith("\n")
     found: dict[str, dict[frozenset[tuple[str, str]], float]] = {}
     kinds: dict[str, str] = {}
@@ -35,17 +35,18 @@ def parsed(text: str) -> dict[str, dict[frozenset[tuple[str, str]], float]]:
             helped.append(name)
         elif line.startswith("# TYPE "):
             name, kind = line.removeprefix("# TYPE ").split(" ")
-            assert name == helped[-1] and kind in ("counter", "gauge")
             kinds[name] = kind
+            assert name == helped[-1] and kind in ("counter", "gauge")
         else:
             match = SAMPLE.fullmatch(line)
             assert match is not None, line
             name, labels, value = match.groups()
             assert name == helped[-1] and (kinds[name] == "counter") == name.endswith("_total")
-            pairs = LABEL.findall(labels or "")
-            key = frozenset(
-                (k, re.sub(r'\\[\\"n]', lambda escape: ESCAPES[escape[0]], v)) for k, v in pairs
-            )
+            pairs = [
+                (k, re.sub(r'\\[\\"n]', lambda e: ESCAPES[e[0]], v))
+                for k, v in LABEL.findall(labels or "")
+            ]
+            key = frozenset(pairs)
             assert key not in found.setdefault(name, {}), f"{line} is there twice"
             found[name][key] = float(value)
     return found
@@ -82,10 +83,8 @@ def test_steps_and_padding_by_mode(captured: StitchedModule) -> None:
     assert by_label(steps, "model") == {"Layers": 6}
     assert {dict(key)["reason"] for key in steps} == {row.reason for row in captured.call_report()}
     held = by_label(found["piecework_graph_bytes"], "graph")
-    assert sum(held.values()) == captured.memory_report().total and set(held) == {
-        "tokens=2",
-        "tokens=4",
-    }
+    assert sum(held.values()) == captured.memory_report().total
+    assert set(held) == {"tokens=2", "tokens=4"}
 
 
 def test_the_process_and_the_compilation_are_counted(compiled: StitchedModule) -> None:
@@ -142,10 +141,8 @@ def test_several_models_make_one_text(captured: StitchedModule) -> None:
     assert found["piecework_models_seen_total"] == {frozenset(): counts["num_models_seen"]}
     # Of one name, they are one: a sample may be there once only.
     one = captured.metrics(name="x")
-    twice = parsed((one + one).prometheus())["piecework_steps_total"]
-    assert twice == {
-        key: 2 * n for key, n in parsed(one.prometheus())["piecework_steps_total"].items()
-    }
+    once, twice = (parsed(m.prometheus())["piecework_steps_total"] for m in (one, one + one))
+    assert twice == {key: 2 * n for key, n in once.items()}
 
 
 def test_labels_are_escaped() -> None:

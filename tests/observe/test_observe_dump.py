@@ -6,6 +6,7 @@ import ast
 import json
 import logging
 import sys
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import ClassVar
@@ -14,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from models import Block, Layers, mix_pair
 from torch import nn
 
 import piecework
@@ -28,31 +30,9 @@ HERE = "dumps_under_test"
 sys.modules.setdefault(HERE, sys.modules[__name__])
 
 
-@piecework.splitting_op("observe_dump::mix", mutates_args=("out",))
-def mix(x: torch.Tensor, out: torch.Tensor) -> None:
-    out.copy_(x * 2)
-
-
-class Layer(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.project = nn.Linear(8, 8)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out = torch.empty_like(x)
-        mix(self.project(x).relu(), out)
-        return out + x
-
-
-class Model(nn.Module):
+class Model(Layers):
     def __init__(self, layers: int = 3) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(Layer() for _ in range(layers))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for layer in self.layers:
-            x = layer(x)
-        return x
+        super().__init__(Block(mix_pair) for _ in range(layers))
 
 
 class Saboteur:
@@ -61,9 +41,7 @@ class Saboteur:
     name = "saboteur"
     calls: ClassVar[int] = 0
 
-    @staticmethod
-    def before(call: int) -> None:
-        """What a test does in the middle of the compilation."""
+    before: ClassVar[Callable[[int], object]] = staticmethod(lambda call: None)
 
     def compute_hash(self, config: CompilationConfig) -> str:
         return "saboteur"
@@ -85,10 +63,7 @@ class PageText(HTMLParser):
 
     def __init__(self, text: str) -> None:
         super().__init__()
-        self.links: list[str] = []
-        self.ids: list[str] = []
-        self.tags: list[str] = []
-        self.sources: list[str] = []
+        self.links, self.ids, self.tags, self.sources = [], [], [], []
         self.text = ""
         self.feed(text)
 
@@ -114,18 +89,16 @@ def dumped(
 # --- the stages --------------------------------------------------------------------------------------
 
 
-def test_every_stage_is_a_file(tmp_path: Path) -> None:
-    folder, stitched = dumped(tmp_path)
-    assert sorted(p.name for p in folder.iterdir()) == [
-        "00_config.json",
-        "01_captured.py",
-        "02_split.py",
-        "03_plan.txt",
-        "04_stitched.py",
-        "index.html",
-        "pieces",
-        "times.json",
-    ]
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, piecework.StitchedModule]:
+    return dumped(tmp_path_factory.mktemp("dump"))
+
+
+def test_every_stage_is_a_file(plain: tuple[Path, piecework.StitchedModule]) -> None:
+    folder, stitched = plain
+    numbered = "00_config.json 01_captured.py 02_split.py 03_plan.txt 04_stitched.py"
+    files = sorted(p.name for p in folder.iterdir())
+    assert files == [*numbered.split(), "index.html", "pieces", "times.json"]
     assert (folder / "04_stitched.py").read_text() == stitched.source.code
     assert "name='execution_fn'" in (folder / "03_plan.txt").read_text()
     for piece in stitched.pieces:
@@ -133,41 +106,30 @@ def test_every_stage_is_a_file(tmp_path: Path) -> None:
     read = CompilationConfig.model_validate_json((folder / "00_config.json").read_text())
     assert read == stitched.config
     captured, split = ((folder / f).read_text() for f in ("01_captured.py", "02_split.py"))
-    assert "torch.ops.observe_dump.mix" in captured and "submod_0" not in captured
-    for name in ("submod_0", "submod_1", "submod_2"):
-        assert f"class {name}(" in split
+    assert "torch.ops.pairs.mix" in captured and "submod_0" not in captured
+    assert all(f"class submod_{number}(" in split for number in range(3))
     for text in (captured, split, stitched.source.code):
         ast.parse(text)
 
 
-def test_times_are_those_of_the_report(tmp_path: Path) -> None:
-    folder, stitched = dumped(tmp_path)
+def test_times_are_those_of_the_report(plain: tuple[Path, piecework.StitchedModule]) -> None:
+    folder, stitched = plain
     times = json.loads((folder / "times.json").read_text())
     assert times["error"] is None and times["phases"] == dict(stitched.report().phases)
-    pieces = [(p.name, p.key, p.modules, p.seconds) for p in stitched.pieces]
-    assert pieces == [
+    assert [(p.name, p.key, p.modules, p.seconds) for p in stitched.pieces] == [
         (p["name"], p["key"], p["modules"], sum(r["seconds"] for r in p["ranges"]))
         for p in times["pieces"]
     ]
-    assert {p["name"]: p["same_as"] for p in times["pieces"]} == {
-        "submod_0": "",
-        "submod_2": "",
-        "submod_4": "submod_2",
-        "submod_6": "",
-    }
+    same = {p["name"]: p["same_as"] for p in times["pieces"]}
+    assert same == {"submod_0": "", "submod_2": "", "submod_4": "submod_2", "submod_6": ""}
 
 
 def test_ranges_are_listed(tmp_path: Path) -> None:
     folder, _ = dumped(tmp_path, compile_sizes=[1, 8], compile_ranges_endpoints=[16])
     first = json.loads((folder / "times.json").read_text())["pieces"][0]
-    assert [each["batches"] for each in first["ranges"]] == [
-        "[1, 1]",
-        "[8, 8]",
-        "[1, 16]",
-        "[17, …]",
-    ]
-    page = PageText((folder / "index.html").read_text())
-    assert "[17, …]" in page.text
+    batches = [each["batches"] for each in first["ranges"]]
+    assert batches == ["[1, 1]", "[8, 8]", "[1, 16]", "[17, …]"]
+    assert "[17, …]" in PageText((folder / "index.html").read_text()).text
 
 
 # --- folders -----------------------------------------------------------------------------------------
@@ -228,7 +190,7 @@ def test_a_failed_compile_leaves_readable_stages(
     with pytest.raises(PieceCompileError):
         piecework.compile(Model(), (torch.randn(4, 8),), config=sabotage)
     folder = tmp_path / "rank_0" / "Model"
-    assert "torch.ops.observe_dump.mix" in (folder / "01_captured.py").read_text()
+    assert "torch.ops.pairs.mix" in (folder / "01_captured.py").read_text()
     assert not (folder / "04_stitched.py").exists()
     times = json.loads((folder / "times.json").read_text())
     assert "PieceCompileError" in times["error"] and "submod_2" in times["error"]
@@ -271,22 +233,17 @@ def test_what_is_not_json_in_a_configuration_is_still_shown(tmp_path: Path) -> N
 # --- the page ----------------------------------------------------------------------------------------
 
 
-def test_every_link_of_the_page_leads_somewhere(tmp_path: Path) -> None:
-    folder, _ = dumped(tmp_path)
+def test_every_link_of_the_page_leads_somewhere_and_it_needs_nothing_else(
+    plain: tuple[Path, piecework.StitchedModule],
+) -> None:
+    folder, _ = plain
     text = (folder / "index.html").read_text()
     page = PageText(text)
     assert len(page.ids) == len(set(page.ids))
-    for link in page.links:
-        assert link[1:] in page.ids if link.startswith("#") else (folder / link).is_file(), link
     linked = {link for link in page.links if not link.startswith("#")}
+    assert {link[1:] for link in page.links if link.startswith("#")} <= set(page.ids)
     files = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
     assert linked == files - {"index.html"}
-
-
-def test_the_page_needs_nothing_else(tmp_path: Path) -> None:
-    folder, _ = dumped(tmp_path)
-    text = (folder / "index.html").read_text()
-    page = PageText(text)
     assert "svg" in page.tags and not {"link", "script", "img", "iframe"} & set(page.tags)
     assert not page.sources and "http" not in text and "url(" not in text and "@import" not in text
     assert "prefers-color-scheme: dark" in text

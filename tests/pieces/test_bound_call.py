@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from piecework import CompilationConfig
 from piecework.runtime.pieces.backend import PieceworkBackend
 from piecework.runtime.pieces.bound_call import name_inputs
 
@@ -40,20 +41,14 @@ def _fresh() -> None:
     torch._dynamo.reset()
 
 
-def compiled(model: nn.Module) -> tuple[object, list[PieceworkBackend]]:
+def compiled(model, **options) -> tuple[object, list[PieceworkBackend]]:
     made: list[PieceworkBackend] = []
 
     def backend(graph, inputs):
-        made.append(PieceworkBackend(_config(), "model"))
+        made.append(PieceworkBackend(CompilationConfig(**OPTIONS), "model"))
         return made[-1](graph, inputs)
 
-    return torch.compile(model, backend=backend, dynamic=True), made
-
-
-def _config():
-    from piecework import CompilationConfig
-
-    return CompilationConfig(**OPTIONS)
+    return torch.compile(model, backend=backend, **options), made
 
 
 def call(model) -> torch.Tensor:
@@ -63,7 +58,7 @@ def call(model) -> torch.Tensor:
 
 
 def test_names_are_the_users_and_weights_are_no_parameters():
-    model, made = compiled(Model())
+    model, made = compiled(Model(), dynamic=True)
     call(model)
     code = made[0].program.source.code
     assert "def execution_fn(s0, x, rest_0, *, __vllm_submods__)" in code
@@ -93,24 +88,25 @@ def test_aot_compile_has_the_same_names():
 
 def test_a_weight_that_changes_is_seen():
     model = Model()
-    run, made = compiled(model)
-    torch.testing.assert_close(call(run), call(model))
-    with torch.no_grad():
-        model.layers[0].up.weight.mul_(2)
-    torch.testing.assert_close(call(run), call(model))
-    model.layers[1].up.weight = nn.Parameter(torch.eye(4))
-    torch.testing.assert_close(call(run), call(model))
-    model.layers[0].scale = torch.full((4,), 3.0)
-    torch.testing.assert_close(call(run), call(model))
+    run, made = compiled(model, dynamic=True)
+
+    def replaced():
+        model.layers[1].up.weight = nn.Parameter(torch.eye(4))
+
+    def of_a_buffer():
+        model.layers[0].scale = torch.full((4,), 3.0)
+
+    for change in (int, lambda: model.layers[0].up.weight.mul_(2), replaced, of_a_buffer):
+        with torch.no_grad():
+            change()
+        torch.testing.assert_close(call(run), call(model))
     assert len(made) == 1  # bound again, not compiled again
 
 
 def test_two_models_of_one_class_have_their_own_weights():
     first, second = Model(), Model()
-    runs = [
-        torch.compile(m, backend="piecework", dynamic=True, options=OPTIONS)
-        for m in (first, second)
-    ]
+    how = {"backend": "piecework", "dynamic": True, "options": OPTIONS}
+    runs = [torch.compile(each, **how) for each in (first, second)]
     for _ in range(2):
         for run, model in zip(runs, (first, second), strict=True):
             torch.testing.assert_close(call(run), call(model))
@@ -126,17 +122,9 @@ def test_a_dead_model_leaves_no_weights():
 
 
 def test_a_function_has_its_arguments_names():
-    made = []
-
-    def backend(graph, inputs):
-        made.append(PieceworkBackend(_config(), "f"))
-        return made[-1](graph, inputs)
-
-    def f(x, table):
-        return x @ table["w"]
-
+    run, made = compiled(lambda x, table: x @ table["w"])
     x = torch.ones(3, 4)
-    torch.testing.assert_close(torch.compile(f, backend=backend)(x, {"w": x.T}), x @ x.T)
+    torch.testing.assert_close(run(x, {"w": x.T}), x @ x.T)
     assert "def execution_fn(x, table_w, *, __vllm_submods__)" in made[0].program.source.code
 
 

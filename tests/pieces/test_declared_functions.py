@@ -29,14 +29,8 @@ registry.functions["declared_functions::slot"] = slot
 
 
 def test_the_function_is_called_past_the_dispatcher():
-    made = []
-
-    def backend(graph, inputs):
-        config = CompilationConfig(
-            backend="eager", splitting_ops=["declared_functions::mix", "declared_functions::slot"]
-        )
-        made.append(PieceworkBackend(config, "model"))
-        return made[-1](graph, inputs)
+    ops = ["declared_functions::mix", "declared_functions::slot"]
+    backend = PieceworkBackend(CompilationConfig(backend="eager", splitting_ops=ops), "model")
 
     def model(x):
         x = x * 2
@@ -48,7 +42,7 @@ def test_the_function_is_called_past_the_dispatcher():
     torch._dynamo.reset()
     x = torch.ones(3, 4)
     torch.testing.assert_close(torch.compile(model, backend=backend)(x), (x * 2 + 1) * 3)
-    code = made[0].program.source.code
+    code = backend.program.source.code
     assert "    mix(" in code and "    torch.ops.declared_functions.mix(" not in code
-    assert set(made[0].program.direct_ops.implementations.values()) == {mix, slot}
+    assert set(backend.program.direct_ops.implementations.values()) == {mix, slot}
     assert CALLS

@@ -122,10 +122,8 @@ def test_a_name_that_decides_a_shape_is_not_shared() -> None:
         before = keys(items)[1:]  # the first one only allocates
         share_layer_names(split_gm, items)
         after = dict(zip(names, keys(items)[1:], strict=True))
-        assert len(set(before)) == 4
-        assert (
-            after["narrow"] == after["narrow too"] != after["wide"] == before[names.index("wide")]
-        )
+        assert len(set(before)) == 4 and after["wide"] == before[names.index("wide")]
+        assert after["narrow"] == after["narrow too"] != after["wide"]
 
 
 def test_torchs_own_string_arguments_are_left_alone() -> None:
@@ -149,12 +147,8 @@ def test_the_operators_schema_and_fake_follow_the_original() -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode() as mode:
-        fake = op(
-            mode.from_tensor(x),
-            mode.from_tensor(total),
-            "first",
-            layer_as_bytes=mode.from_tensor(name_tensor("real one")),
-        )
+        x, total, data = map(mode.from_tensor, (x, total, name_tensor("real one")))
+        fake = op(x, total, "first", layer_as_bytes=data)
     assert fake.shape == (2, 4) and len(CALLED) == 1
 
 

@@ -114,16 +114,10 @@ def test_a_failing_a_dying_and_a_hanging_worker_are_reported_and_the_rest_runs()
     def fail() -> None:
         raise ValueError("not this one")
 
-    def die() -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    def leave() -> None:
-        os._exit(3)
-
     jobs = {
         "fails": fail,
-        "dies": die,
-        "leaves": leave,
+        "dies": lambda: os.kill(os.getpid(), signal.SIGKILL),
+        "leaves": lambda: os._exit(3),
         "hangs": lambda: time.sleep(600),
         "works": lambda: None,
     }
@@ -134,9 +128,7 @@ def test_a_failing_a_dying_and_a_hanging_worker_are_reported_and_the_rest_runs()
 # --- pieces ------------------------------------------------------------------------------------------
 
 
-def test_nothing_is_forked_once_cuda_is_in_use(
-    config: CompilationConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nothing_is_forked_once_cuda_is_in_use(config, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     piecework.compile(Model(), (torch.randn(4, 4),), config=config)
     assert {pid for pid, _, _ in Logging.lines()} == {str(os.getpid())}

@@ -31,27 +31,18 @@ def run(folder: Path, cache: Path, **config: object) -> dict[str, object]:
     script = folder / "model_of_the_cache_test.py"
     if not script.exists():
         script.write_text(MODEL)
-    environment = {
-        **os.environ,
+    places = {
         "PIECEWORK_CACHE_DIR": str(cache),
         "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
     }
-    done = subprocess.run(
-        [sys.executable, str(script), json.dumps(config)],
-        capture_output=True,
-        text=True,
-        env=environment,
-        check=True,
-    )
+    command, env = [sys.executable, str(script), json.dumps(config)], os.environ | places
+    done = subprocess.run(command, capture_output=True, text=True, env=env, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.mark.inductor
-@pytest.mark.parametrize("changed", [False, pytest.param(True, marks=pytest.mark.nightly)])
 @pytest.mark.nightly
-def test_a_second_process_compiles_nothing_and_a_changed_source_file_does(
-    changed: bool, tmp_path: Path
-) -> None:
+def test_a_second_process_compiles_nothing_and_a_changed_source_file_does(tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     first = run(tmp_path / "here", cache)
     assert (first["num_inductor_compiles"], first["num_compiled_artifacts_saved"]) == (3, 3)
@@ -61,8 +52,6 @@ def test_a_second_process_compiles_nothing_and_a_changed_source_file_does(
     assert (second["num_inductor_compiles"], second["num_compiled_artifacts_loaded"]) == (0, 3)
     assert second["error"] < 1e-5 and second["code"] == first["code"]
 
-    if not changed:
-        return
     script = tmp_path / "there" / "model_of_the_cache_test.py"
     script.write_text(MODEL.replace("return x + self.leave(out)", "return x - self.leave(out)"))
     third = run(tmp_path / "there", cache)
@@ -89,18 +78,11 @@ def opened(stack_trace: str = "", **fields: object) -> CompilerManager:
 
 def test_the_key_ignores_what_does_not_change_the_code() -> None:
     base = key()
-    assert key(cudagraph_capture_sizes=[1, 2, 4]) == base
-    assert key(cudagraph_num_of_warmups=3) == base
+    assert key(cudagraph_capture_sizes=[1, 2, 4], cudagraph_num_of_warmups=3) == base
     assert key(debug_dump_path="/tmp/anywhere") == base
     assert key(compile_sizes=[1, 8], compile_ranges_endpoints=[16]) == base
     assert key(inductor_compile_config={"max_autotune": True}) != base
-
-
-def test_settings_that_change_no_code_are_not_in_the_key() -> None:
-    import torch._inductor.config as inductor_config
-
-    base = key()
-    with inductor_config.patch({"compile_threads": 3, "trace.enabled": True}):
+    with inductor_patch("compile_threads", 3), inductor_patch("trace.enabled", True):
         assert key() == base
     with torch.inference_mode():  # which is left while a piece is compiled
         assert key() == base
@@ -220,13 +202,9 @@ def test_one_more_batch_size_compiles_that_size_only(own_compile_cache: Path) ->
 
 
 @pytest.mark.inductor
-def test_a_damaged_artifact_is_compiled_again_with_one_warning(
-    own_compile_cache: Path, recwarn: pytest.WarningsRecorder
-) -> None:
-    model = torch.nn.Linear(8, 8)
-    x = torch.randn(4, 8)
-    with piecework.counters.expect(num_inductor_compiles=1, num_compiled_artifacts_saved=1):
-        piecework.compile(model, (x,))
+def test_a_damaged_artifact_is_compiled_again(own_compile_cache: Path) -> None:
+    model, x = torch.nn.Linear(8, 8), torch.randn(4, 8)
+    piecework.compile(model, (x,))
     (artifact,) = own_compile_cache.rglob("*.bin")
     data = bytearray(artifact.read_bytes())
     data[len(data) // 2] ^= 0xFF
@@ -239,9 +217,7 @@ def test_a_damaged_artifact_is_compiled_again_with_one_warning(
 
 
 @pytest.mark.inductor
-def test_the_cache_can_be_switched_off(
-    own_compile_cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_cache_can_be_switched_off(own_compile_cache: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.setenv("PIECEWORK_DISABLE_CACHE", "1")
     with piecework.counters.expect(num_inductor_compiles=1, num_compiled_artifacts_saved=0):
         piecework.compile(torch.nn.Linear(8, 8), (torch.randn(4, 8),))

@@ -57,20 +57,20 @@ def test_what_is_compiled_with_its_body_is_not_kept(library: torch.library.Libra
     library.define("implicit(Tensor x) -> Tensor")
     library.impl("implicit", lambda x: x * 2, "CompositeImplicitAutograd")
     for name in ("implicit", "kernel"):
-        rows, reason = operator_facts(
-            graph_of(getattr(getattr(torch.ops, NAMESPACE), name).default)
-        )
+        op = getattr(getattr(torch.ops, NAMESPACE), name).default
+        rows, reason = operator_facts(graph_of(op))
         assert rows == "" and name in reason and "body" in reason
 
 
 def test_a_higher_order_operator_that_looks_things_up_is_not_kept() -> None:
-    from torch._higher_order_ops.triton_kernel_wrap import triton_kernel_wrapper_mutation
+    from torch._higher_order_ops.triton_kernel_wrap import triton_kernel_wrapper_mutation as looks
 
-    assert (
-        "triton_kernel_wrapper_mutation"
-        in operator_facts(graph_of(triton_kernel_wrapper_mutation))[1]
-    )
+    assert "triton_kernel_wrapper_mutation" in operator_facts(graph_of(looks))[1]
     assert operator_facts(graph_of(torch.ops.higher_order.cond))[1] == ""
+
+
+def like(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x)
 
 
 def facts_of(
@@ -92,20 +92,11 @@ def facts_of(
 
 
 def test_tags_and_the_fake_body_are_an_operators_identity() -> None:
-    def like(x: torch.Tensor) -> torch.Tensor:
-        return torch.empty_like(x)
-
     def halves(x: torch.Tensor) -> torch.Tensor:
         return x.new_empty(x.shape[0] // 2)
 
-    found = []
-    for fake, tags in (
-        (like, ()),
-        (like, ()),
-        (halves, ()),
-        (like, (torch.Tag.needs_fixed_stride_order,)),
-        (like, (torch.Tag.flexible_layout,)),
-    ):
+    found, layouts = [], [torch.Tag.needs_fixed_stride_order, torch.Tag.flexible_layout]
+    for fake, tags in ((like, ()), (like, ()), (halves, ()), *((like, (tag,)) for tag in layouts)):
         with torch.library._scoped_library(NAMESPACE, "FRAGMENT") as library:
             rows, reason = facts_of(library, "tagged", fake, tags)
             assert rows and not reason
@@ -116,9 +107,6 @@ def test_tags_and_the_fake_body_are_an_operators_identity() -> None:
 def test_an_operator_whose_fake_or_body_can_not_be_read_is_not_kept(
     library: torch.library.Library,
 ) -> None:
-    def like(x: torch.Tensor) -> torch.Tensor:
-        return torch.empty_like(x)
-
     lock = threading.Lock()
 
     def locked(x: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from models import mix
+from models import EAGER, mix
 from torch import nn
 
 import piecework
@@ -84,15 +84,8 @@ def test_a_single_size_is_concrete_and_other_symbols_stay() -> None:
     symbolic = [shape for shape in shapes if any(isinstance(s, torch.SymInt) for s in shape)]
     assert len(symbolic) == 1 and len(symbolic[0]) == 1  # `side` keeps its own symbol
     general = [inputs for name, inputs in Recording.inputs if name == "[1, 16]"][-1]
-    assert (
-        sum(
-            isinstance(s, torch.SymInt)
-            for v in general
-            if isinstance(v, torch.Tensor)
-            for s in v.shape
-        )
-        > 1
-    )
+    sizes = [size for each in general if isinstance(each, torch.Tensor) for size in each.shape]
+    assert sum(isinstance(size, torch.SymInt) for size in sizes) > 1
 
 
 def test_concrete_arguments_keep_strides_and_offset() -> None:
@@ -113,13 +106,11 @@ def test_concrete_arguments_keep_strides_and_offset() -> None:
 
 
 def test_a_batch_beyond_the_largest_is_refused_with_the_ranges() -> None:
-    model, x, side = Model(), torch.randn(4, 8), torch.randn(5)
-    backend = PieceworkBackend(
-        CompilationConfig(backend="eager", compile_ranges_endpoints=[16]),
-        runtime_config=RuntimeConfig(max_num_batched_tokens=64, max_num_seqs=8),
-    )
-    compiled = torch.compile(model, backend=backend, dynamic=True, fullgraph=True)
-    torch.testing.assert_close(compiled(x, side), model(x, side))
+    x, side = torch.randn(4, 8), torch.randn(5)
+    config = CompilationConfig(backend="eager", compile_ranges_endpoints=[16])
+    limits = RuntimeConfig(max_num_batched_tokens=64, max_num_seqs=8)
+    backend = PieceworkBackend(config, runtime_config=limits)
+    torch.compile(Model(), backend=backend, dynamic=True, fullgraph=True)(x, side)
     with pytest.raises(InputError, match=r"batch of 65 is outside .*\[1, 16\], \[17, 64\]"):
         backend.program.submods_for(65)
 
@@ -134,22 +125,15 @@ def test_ranges_without_a_batch_dimension_are_refused() -> None:
 
 
 def test_a_piece_takes_a_graph_or_runnables_and_not_both() -> None:
-    config = CompilationConfig(backend="eager")
     gm = torch.fx.symbolic_trace(lambda x: (x + 1,))
-    with pytest.raises(BindError, match="either a graph"):
-        PiecewiseBackend(None, config, 0, 1, [], None)
-    with pytest.raises(BindError, match="either a graph"):
-        PiecewiseBackend(gm, config, 0, 1, [], None, compiled_runnables={None: gm.forward})
-    with pytest.raises(BindError, match="a graph and a backend"):
-        PiecewiseBackend(gm, config, 0, 1, [], None)
+    for graph, runnables in ((None, None), (gm, {None: gm.forward}), (gm, None)):
+        with pytest.raises(BindError, match="either a graph and a backend, or runnables"):
+            PiecewiseBackend(graph, EAGER, 0, 1, [], None, compiled_runnables=runnables)
 
 
 def test_a_loaded_piece_runs_what_it_was_given() -> None:
-    config = CompilationConfig(backend="eager")
     forms = {Range(1, 4): lambda n, x: ("small", x), Range(5, 9): lambda n, x: ("large", x)}
-    piece = PiecewiseBackend(
-        None, config, 0, 1, [0], None, compiled_runnables=forms, submod_name="p"
-    )
+    piece = PiecewiseBackend(None, EAGER, 0, 1, [0], None, compiled_runnables=forms)
     assert piece(3, "x") == ("small", "x")
     assert piece(9, "x") == ("large", "x")
     with pytest.raises(InputError, match=r"a batch of 10 is outside.*\[1, 4\], \[5, 9\]"):
@@ -187,7 +171,6 @@ def test_sizes_that_the_trace_excludes_are_an_error() -> None:
     x = torch.randn(8, 8)
     torch._dynamo.mark_dynamic(x, 0, min=4, max=64)
     config = CompilationConfig(backend="eager", compile_sizes=[2, 8, 100])
-    with pytest.raises(
-        ConfigError, match=r"from 4 to 64, and none of them is in \[2, 2\], \[100, 100\]"
-    ):
+    said = r"from 4 to 64, and none of them is in \[2, 2\], \[100, 100\]"
+    with pytest.raises(ConfigError, match=said):
         piecework.compile(nn.Linear(8, 8), (x,), config=config)
