@@ -88,9 +88,6 @@ def compile_with(name: str, **fields: object) -> piecework.StitchedModule:
     return stitched
 
 
-# --- by name, and their interface --------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", ["Picky", f"{HERE}.Picky", "factory"])
 def test_a_compiler_of_ones_own_by_qualified_name(name: str) -> None:
     with piecework.counters.expect(num_backend_compilations=2):
@@ -117,9 +114,6 @@ def test_a_compiler_that_is_none_is_an_error(name: str, message: str) -> None:
 def test_what_is_no_compiled_piece_is_an_error_that_names_the_compiler() -> None:
     with pytest.raises(ConfigError, match="'picky' made a method, not a Compiled"):
         compile_with("BareFunction")
-
-
-# --- failures ----------------------------------------------------------------------------------------
 
 
 def test_a_failure_names_the_piece(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,9 +172,6 @@ def test_a_missing_compiler_of_the_system_is_named(tmp_path: Path) -> None:
     command = [sys.executable, "-c", NO_COMPILER]
     done = subprocess.run(command, env=without | places, capture_output=True, text=True, check=True)
     assert "install g++" in done.stdout and "CXX" in done.stdout, done.stdout + done.stderr
-
-
-# --- Inductor's options ------------------------------------------------------------------------------
 
 
 INSIDE = {"use_inductor_graph_partition": True}

@@ -43,11 +43,12 @@ def test_every_compiled_graph_is_realigned_once(monkeypatch, inside):
 
     found: list[object] = []
     before = output_code.maybe_realign_inputs
-    monkeypatch.setattr(
-        output_code,
-        "maybe_realign_inputs",
-        lambda ran, graph, *rest: (found.append(graph), before(ran, graph, *rest)),
-    )
+
+    def noting(ran, graph, *rest):
+        found.append(graph)
+        return before(ran, graph, *rest)
+
+    monkeypatch.setattr(output_code, "maybe_realign_inputs", noting)
     config = piecework.CompilationConfig(use_inductor_graph_partition=inside, splitting_ops=[])
     model = torch.nn.Sequential(torch.nn.ReLU(), torch.nn.Softmax(-1))
     for _ in ("compiled", "from the cache"):
@@ -81,46 +82,28 @@ def test_operators_of_python_that_inductor_lowers_by_itself_are_nobodys_own(monk
 
 def _wrapped(name: str, held: str, **cells: object):
     """An artifact whose graph lies in one wrapper of that name, which holds ``cells`` beside it."""
-    names = ", ".join(cells)
-    scope: dict = {}
-    exec(
-        f"def make({held}, {names}):\n    def w():\n        return {held}, {names}\n    return w",
-        scope,
-    )
+    names, scope = ", ".join(cells), {}
+    body = f"    def w():\n        return {held}, {names}\n    return w"
+    exec(f"def make({held}, {names}):\n{body}", scope)
     wrapper = scope["make"](CompiledFxGraph(), *cells.values())
     wrapper.__code__ = wrapper.__code__.replace(co_qualname=name)
     return type("Artifact", (), {"_compiled_fn": staticmethod(wrapper)})()
 
 
+FORWARD = "aot_module_simplified.<locals>.forward"
+RUNTIME = "_create_runtime_wrapper.<locals>.runtime_wrapper"
+EFFECTS = "EffectTokensWrapper.post_compile.<locals>.inner_fn"
+
+
 @pytest.mark.parametrize(
     ("name", "held", "cells", "why"),
     [
-        ("aot_module_simplified.<locals>.forward", "compiled_fn", {"params_buffers_flat": []}, ""),
-        (
-            "aot_module_simplified.<locals>.forward",
-            "compiled_fn",
-            {"params_buffers_flat": [1]},
-            "more than call",
-        ),
-        (
-            "_create_runtime_wrapper.<locals>.runtime_wrapper",
-            "compiled_fn",
-            {"epilogue_args_idx": [0]},
-            "more than call",
-        ),
-        (
-            "EffectTokensWrapper.post_compile.<locals>.inner_fn",
-            "compiled_fn",
-            {"num_tokens": 1},
-            "more than call",
-        ),
+        (FORWARD, "compiled_fn", {"params_buffers_flat": []}, ""),
+        (FORWARD, "compiled_fn", {"params_buffers_flat": [1]}, "more than call"),
+        (RUNTIME, "compiled_fn", {"epilogue_args_idx": [0]}, "more than call"),
+        (EFFECTS, "compiled_fn", {"num_tokens": 1}, "more than call"),
         ("some_other.<locals>.wrapper", "compiled_fn", {"x": 1}, "unknown"),
-        (
-            "_create_runtime_wrapper.<locals>.runtime_wrapper",
-            "elsewhere",
-            {"trace_joint": False},
-            "unknown",
-        ),
+        (RUNTIME, "elsewhere", {"trace_joint": False}, "unknown"),
     ],
 )
 def test_only_wrappers_that_are_known_to_do_nothing_are_passed(name, held, cells, why):

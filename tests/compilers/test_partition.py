@@ -78,9 +78,6 @@ def test_splitting_ops_given_to_the_call_reach_inductor() -> None:
     assert options["graph_partition"] is True
 
 
-# --- a static graph per partition ----------------------------------------------------------------
-
-
 @pytest.fixture
 def partitions_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make Inductor cut CPU code as it cuts GPU code; it would leave it whole, since only a GPU replays graphs."""

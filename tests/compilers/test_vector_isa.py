@@ -58,15 +58,14 @@ def test_all_are_taken_where_the_strongest_pass_one_test(passes: bool, tested) -
     assert tests == [passes] and taken == ["all"] * passes
 
 
+@pytest.mark.parametrize("where", ["torch.cuda.is_available", "vector_isa_is_known"])
 def test_nothing_is_tested_where_inductor_knows_or_pieces_may_be_for_a_gpu(
-    monkeypatch: pytest.MonkeyPatch, tested
+    where: str, monkeypatch: pytest.MonkeyPatch, tested
 ) -> None:
     taken = tested(lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    place, _, name = where.rpartition(".")
+    monkeypatch.setattr(torch.cuda if place else inductor.torch_compat, name, lambda: True)
     begin_test()
-    await_test()
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(inductor.torch_compat, "vector_isa_is_known", lambda: True)
     await_test()
     assert not taken
 

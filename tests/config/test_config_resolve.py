@@ -73,12 +73,8 @@ def test_problems_of_all_steps_are_one_error():
     )
     with pytest.raises(ConfigError) as caught:
         config.resolve(SMALL, registered_splitting_ops=[ATTENTION], attention_ops=[ATTENTION])
-    assert [each.field for each in caught.value.problems] == [
-        "splitting_ops",
-        "cudagraph_capture_sizes",
-        "compile_sizes",
-        "compile_ranges_endpoints",
-    ]
+    fields = "splitting_ops cudagraph_capture_sizes compile_sizes compile_ranges_endpoints"
+    assert [each.field for each in caught.value.problems] == fields.split()
 
 
 @pytest.mark.parametrize(
@@ -142,9 +138,8 @@ def test_maximum_alone_truncates_the_default_sizes():
     config = CompilationConfig(cudagraph_mode="FULL", max_cudagraph_capture_size=20)
     sized = config.post_init_cudagraph_sizes(RuntimeConfig())
     assert sized.cudagraph_capture_sizes == (1, 2, 4, 8, 16, 20)
-    assert sized.bs_to_padded_graph_size[3] == 4
-    assert sized.bs_to_padded_graph_size[20] == 20
-    assert len(sized.bs_to_padded_graph_size) == 21
+    padded = sized.bs_to_padded_graph_size
+    assert (padded[3], padded[20], len(padded)) == (4, 20, 21)
 
 
 def test_sizes_that_are_not_chosen_yet():

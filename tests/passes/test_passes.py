@@ -111,9 +111,6 @@ def test_qualified_names_classes_and_functions_are_passes() -> None:
             as_inductor_pass(wrong, where="inductor_passes.slot")
 
 
-# --- the manager -------------------------------------------------------------------------------------
-
-
 def small_graph() -> torch.fx.Graph:
     graph = torch.fx.Graph()
     graph.output((graph.call_function(aten.mul.Tensor, (graph.placeholder("x"), 2)),))

@@ -1,4 +1,4 @@
-"""A model that is cut over two processes. In: a mode, or several with commas between, a folder, and the variables of torchrun. Out: one line of JSON, of what this rank found or how it ended."""
+"""A model cut over two processes: modes, with commas between, and a folder in; JSON of what this rank found out."""
 
 from __future__ import annotations
 
@@ -88,13 +88,9 @@ def right(stitched: piecework.StitchedModule, model: nn.Sequential) -> bool:
     return all(torch.allclose(a, b, atol=1e-3, rtol=1e-4) for a, b in pairs)
 
 
-def compiled(model: nn.Module, **config: object) -> piecework.StitchedModule:
-    ops = config.pop("splitting_ops", None)
-    limits = config.pop("runtime_config", None)
-    backend = {"backend": "eager", **config}
-    return piecework.compile(
-        model, (inputs(3),), splitting_ops=ops, config=backend, runtime_config=limits
-    )
+def compiled(model: nn.Module, limits=None, **config: object) -> piecework.StitchedModule:  # type: ignore[no-untyped-def]
+    config = {"backend": "eager", **config}
+    return piecework.compile(model, (inputs(3),), config=config, runtime_config=limits)
 
 
 class Keeping(EagerAdaptor):
@@ -160,27 +156,23 @@ def main(mode: str) -> object:
             time.sleep(20)
         case "once":
             model = build("inside")
-            config = {"backend": f"{__name__}:Keeping", "splitting_ops": ALL_REDUCE}
-            stitched = compiled(model, **config, runtime_config=limits)
-            served = right(stitched, model)
-            return {
-                "right": served,
-                "pieces": sum(len(t.program.pieces()) for t in stitched.traces),
-            }
+            backend = f"{__name__}:Keeping"
+            stitched = compiled(model, limits, backend=backend, splitting_ops=ALL_REDUCE)
+            pieces = sum(len(each.program.pieces()) for each in stitched.traces)
+            return {"right": right(stitched, model), "pieces": pieces}
         case "save" | "load":
             model = build("inside")
             before = piecework.counters.num_graphs_seen
             place = f"{FOLDER}/rank_{RANK}"
-            stitched = piecework.compile(
-                model, (inputs(3),), config={"backend": "eager"}, artifact=place
-            )
+            how = {"config": {"backend": "eager"}, "artifact": place}
+            stitched = piecework.compile(model, (inputs(3),), **how)
             traced = piecework.counters.num_graphs_seen - before
             return {"right": right(stitched, model), "traced": traced}
         case "capture":
             found = {}
             for how, ops in (("inside", None), ("inside", ALL_REDUCE), ("outside", None)):
                 model, mine = build(how), Communicator()
-                stitched = compiled(model, splitting_ops=ops, runtime_config=limits)
+                stitched = compiled(model, limits, splitting_ops=ops)
                 stitched.capture([2, 4], around=mine.capture, progress=False)
                 served = right(stitched, model)
                 modes = {row.mode for row in stitched.call_report()}
@@ -188,22 +180,19 @@ def main(mode: str) -> object:
             return found
         case "budget":
             model = build("outside")
-            stitched = compiled(model, runtime_config=limits)
+            stitched = compiled(model, limits)
             stitched.capture([1, 2, 64], memory_budget=10**9 if RANK else 600, progress=False)
-            ready = [
-                d.num_tokens
-                for _, group in stitched.static_graphs.dispatcher.get_capture_descs()
-                for d in group
-            ]
-            return {"right": right(stitched, model), "sizes": sorted(ready)}
+            groups = stitched.static_graphs.dispatcher.get_capture_descs()
+            ready = sorted(each.num_tokens for _, group in groups for each in group)
+            return {"right": right(stitched, model), "sizes": ready}
         case "capture others":
-            stitched = compiled(build("outside"), runtime_config=limits)
+            stitched = compiled(build("outside"), limits)
             stitched.capture([2, 4 + RANK], progress=False)
         case "measure":
             compiled(build("inside")).measure([2, 4])
         case "killed":
             DIES, model = True, build("outside")
-            right(compiled(model, backend=f"{__name__}:Keeping", runtime_config=limits), model)
+            right(compiled(model, backend=f"{__name__}:Keeping", limits=limits), model)
     return "finished"
 
 

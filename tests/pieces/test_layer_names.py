@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -87,9 +87,7 @@ def keys(items: list) -> list[str]:  # type: ignore[type-arg]
 
 
 @pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    CALLED.clear()
-    yield
+def fresh() -> None:
     CALLED.clear()
 
 

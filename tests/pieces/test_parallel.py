@@ -88,9 +88,6 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CompilationConfig
     )
 
 
-# --- the workers -------------------------------------------------------------------------------------
-
-
 def test_jobs_run_in_processes_of_their_own_at_most_n_at_a_time(tmp_path: Path) -> None:
     def job(number: int) -> Callable[[], None]:
         def run() -> None:
@@ -106,8 +103,8 @@ def test_jobs_run_in_processes_of_their_own_at_most_n_at_a_time(tmp_path: Path) 
     starts = [float((tmp_path / f"{n}.start").read_text()) for n in range(6)]
     ends = [(tmp_path / f"{n}.end").read_text().split() for n in range(6)]
     assert len({pid for _, pid in ends} | {str(os.getpid())}) == 7
-    for start in starts:
-        assert sum(a <= start < float(end) for a, (end, _) in zip(starts, ends, strict=True)) <= 2
+    runs = [(start, float(end)) for start, (end, _) in zip(starts, ends, strict=True)]
+    assert all(sum(a <= start < end for a, end in runs) <= 2 for start in starts)
 
 
 def test_a_failing_a_dying_and_a_hanging_worker_are_reported_and_the_rest_runs() -> None:
@@ -123,9 +120,6 @@ def test_a_failing_a_dying_and_a_hanging_worker_are_reported_and_the_rest_runs()
     }
     seen = {name: ok for name, _, ok in run_in_workers(jobs, 3, hangs_after_s=5.0)}
     assert seen == {name: name == "works" for name in jobs}
-
-
-# --- pieces ------------------------------------------------------------------------------------------
 
 
 def test_nothing_is_forked_once_cuda_is_in_use(config, monkeypatch) -> None:  # type: ignore[no-untyped-def]

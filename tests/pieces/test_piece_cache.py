@@ -103,11 +103,10 @@ SETTINGS = {
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_what_is_ambient_is_in_the_key(name: str) -> None:
-    importlib.import_module("torch._inductor.lowering")
+    lowerings = importlib.import_module("torch._inductor.lowering").lowerings
     base = key()
     with SETTINGS[name]() as patch:
         if name == "a lowering":  # the user's own, of an operator of torch
-            lowerings = importlib.import_module("torch._inductor.lowering").lowerings
             patch.setitem(lowerings, torch.ops.aten.relu.default, _global_pass)
         changed = key()
         assert key() == changed != base

@@ -1,4 +1,4 @@
-"""Models cut over processes: equal pieces are compiled once, and what would hang ends with an error on each rank, in bounded time."""
+"""Models cut over processes: pieces are compiled once, and what would hang is an error in bounded time."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ pytestmark = pytest.mark.skipif(
 )
 HOST = "127.0.0.1"
 SCRIPT = Path(__file__).with_name("ranks_model.py")
+Found = tuple[Path, list[Any]]
 BOUND = 400  # seconds until a test gives up, processes of a busy machine included
 
 
@@ -41,14 +42,10 @@ def ranks(mode: str, folder: Path, timeout: float = 60) -> list[dict[str, object
         "RANKS_TIMEOUT": str(timeout),
         "PIECEWORK_CACHE_DIR": str(folder / "cache"),
     }
+    command = [sys.executable, str(SCRIPT), mode, str(folder)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     started = [
-        subprocess.Popen(
-            [sys.executable, str(SCRIPT), mode, str(folder)],
-            env={**environment, "RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        subprocess.Popen(command, env={**environment, "RANK": str(rank)}, **pipes)
         for rank in range(2)
     ]
     end = time.monotonic() + BOUND
@@ -65,7 +62,7 @@ def ranks(mode: str, folder: Path, timeout: float = 60) -> list[dict[str, object
 
 
 @pytest.fixture(scope="module")
-def under_torchrun(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]]:
+def under_torchrun(tmp_path_factory: pytest.TempPathFactory) -> Found:
     """What both ranks found in each mode that ends well, one after the other in two processes, and their folder."""
     folder = tmp_path_factory.mktemp("ranks")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
@@ -84,7 +81,7 @@ def under_torchrun(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list
 
 
 def test_torchrun_runs_a_model_that_is_cut_over_two_processes(
-    under_torchrun: tuple[Path, list[Any]],
+    under_torchrun: Found,
 ) -> None:
     every = {"inside": True, "in place": True, "outside": True, "cut": True}
     assert [found["run"] for found in under_torchrun[1]] == [every, every]
@@ -102,7 +99,7 @@ def test_ranks_that_would_do_different_things_stop_with_an_error(
         assert said in str(each["says"]) or "lost each other" in str(each["says"])
 
 
-def test_each_rank_captures_the_same(under_torchrun: tuple[Path, list[Any]]) -> None:
+def test_each_rank_captures_the_same(under_torchrun: Found) -> None:
     first, second = (each["capture"] for each in under_torchrun[1])
     assert first == second
     assert len(first) == 3
@@ -132,7 +129,7 @@ def test_a_rank_that_does_not_come_ends_the_wait(tmp_path: Path) -> None:
 
 
 def test_equal_pieces_are_compiled_once_over_all_ranks(
-    under_torchrun: tuple[Path, list[Any]],
+    under_torchrun: Found,
 ) -> None:
     folder, rows = under_torchrun
     found = [each["once"] for each in rows]
@@ -141,7 +138,7 @@ def test_equal_pieces_are_compiled_once_over_all_ranks(
     assert sum(compiled.values()) == found[0]["pieces"], compiled
 
 
-def test_each_rank_loads_its_own_artifact(under_torchrun: tuple[Path, list[Any]]) -> None:
+def test_each_rank_loads_its_own_artifact(under_torchrun: Found) -> None:
     saved, loaded = ([each[mode] for each in under_torchrun[1]] for mode in ("save", "load"))
     assert saved == [{"right": True, "traced": 1}] * 2
     assert loaded == [{"right": True, "traced": 0}] * 2
