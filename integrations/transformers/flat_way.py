@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import create_causal_mask, create_masks_for_generate
 
-from piecework.errors import ArtifactError, CaptureError, InputError, UsageError
+from piecework.errors import ArtifactError, InputError, UsageError
 from piecework.integrations.transformers import flat_forward
 from piecework.integrations.transformers import settings as reading
 from piecework.integrations.transformers.request import state as states
@@ -25,10 +25,9 @@ from piecework.integrations.transformers.request.static_decode import (
     StaticStep,
     static_decode,
 )
-from piecework.integrations.transformers.way import AGAIN, Way
+from piecework.integrations.transformers.way import AGAIN, Subject, Way
 from piecework.runtime.artifact.model import Artifact
 from piecework.runtime.compile import compile_with_mode
-from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.stitched import StitchedModule
 
 FLAT_HINT = "stitch(model) may serve it whole"
@@ -50,31 +49,30 @@ _CAUSAL = (create_causal_mask, create_masks_for_generate)
 Run = Callable[[str, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
+class Habits(NamedTuple):
+    """What running a decoder showed."""
+
+    rule: states.PositionRule
+    masks: str  # which of `mask_makers` makes its masks
+    masks_see_positions: bool
+    output_class: Callable[..., object]
+
+
 class FlatWay(Way):
     """A decoder served flattened, its attention ``layers`` carrying their names."""
 
     name = "flat"
 
     def __init__(
-        self,
-        model: nn.Module,
-        decoder: nn.Module,
-        config: CompilationConfig | None,
-        layers: Sequence[states.AttentionLayer],
-        rule: states.PositionRule,
-        masks: str,
-        masks_see_positions: bool,
-        output_class: Callable[..., object],
+        self, subject: Subject, layers: Sequence[states.AttentionLayer], habits: Habits
     ) -> None:
-        super().__init__(model, decoder, config)
+        super().__init__(subject)
         self.layers = {layer.name: layer for layer in layers}
         self.static: StaticDecode | None = None
-        self._admitted = rule, masks, masks_see_positions, output_class
-        self._rule, self._output_class = rule, output_class
-        self._masks_see_positions = masks_see_positions
-        self._create_masks = mask_makers(model)[masks]
+        self._habits = habits
+        self._create_masks = mask_makers(self.model)[habits.masks]
         self._layer_types = {layer.layer_type for layer in layers}
-        self._ropes = flat_forward.changing_ropes(decoder)
+        self._ropes = flat_forward.changing_ropes(self.decoder)
         self._rows, self._static_masks = steps.CacheRows(), steps.StaticMasks()
         self._entries: dict[str, StitchedModule] = {}
 
@@ -109,7 +107,7 @@ class FlatWay(Way):
                 step.advance()
         if hidden.shape[1] != rows:
             hidden = hidden[:, :rows]
-        output = self._output_class(
+        output = self._habits.output_class(
             last_hidden_state=hidden.view(request.batch, request.tokens, hidden.shape[-1]),
             past_key_values=request.cache,
         )
@@ -129,7 +127,9 @@ class FlatWay(Way):
         asked = position_ids = given.get("position_ids")
         if position_ids is None:
             past = 0 if cache is None else cache.get_seq_length()
-            position_ids = self._rule.positions(attention_mask, past, batch, length, tokens.device)
+            position_ids = self._habits.rule.positions(
+                attention_mask, past, batch, length, tokens.device
+            )
         implementation = states.registered_attention(settings.implementation)
         paged = {name: given[name] for name in _PAGED if given.get(name) is not None}
         by_step = implementation is sdpa_attention_forward and length == 1 and not paged
@@ -138,7 +138,7 @@ class FlatWay(Way):
             masks = None
         else:
             # Before the forward: their sizes are those of the cache before these tokens enter it.
-            packing = asked if self._masks_see_positions else None
+            packing = asked if self._habits.masks_see_positions else None
             make = partial(self._make_masks, tokens, attention_mask, cache, packing)
             if causal:
                 masks = self._static_masks.mask(cache, attention_mask, batch, settings, make)
@@ -255,26 +255,18 @@ class FlatWay(Way):
             (each.name, each.layer_idx, each.layer_type, each.passed)
             for each in self.layers.values()
         ]
-        return (layers, *self._admitted)
+        return layers, self._habits
 
     @classmethod
-    def from_found(
-        cls,
-        found: Any,
-        parts: Iterator[Artifact],
-        model: nn.Module,
-        decoder: nn.Module,
-        config: CompilationConfig | None,
-    ) -> FlatWay:
-        """The way that was saved, for a model like that one; else it raises `ArtifactError` or
-        `CaptureError`, and the decoder is left as it was.
-        """
-        refuse_at_sight(decoder)
+    def from_found(cls, found: Any, parts: Iterator[Artifact], subject: Subject) -> FlatWay:
+        """The way that was saved, or `ArtifactError`, `CaptureError` and the decoder as it was."""
+        refuse_at_sight(subject)
+        decoder, (named, habits) = subject.decoder, found
         layers = [
             states.AttentionLayer(each[0], _layer_module(decoder, *each[:2]), *each[1:])
-            for each in found[0]
+            for each in named
         ]
-        way = cls(model, decoder, config, layers, *found[1:])
+        way = cls(subject, layers, habits)
         name_layers(layers)
         try:
             made = way._flattened("input_ids")
@@ -292,20 +284,17 @@ def mask_makers(model: nn.Module) -> dict[str, Callable[..., states.Masks]]:
     return {"for generate": own, "causal": create_causal_mask}
 
 
-def refuse_at_sight(decoder: nn.Module) -> None:
+def refuse_at_sight(subject: Subject) -> None:
     """Raise `CaptureError` where a model need not be run to see that it can't be served flat."""
-    reading.refuse_model(decoder)
-    where = type(decoder).__name__
-    if reading.is_encoder_decoder(decoder):
+    reading.refuse_model(subject.decoder)
+    if reading.is_encoder_decoder(subject.decoder):
         why = "it attends to an encoder's states, which are no tokens of its own row"
-        raise CaptureError(why, where=where, hint=FLAT_HINT)
-    accepted = inspect.signature(decoder.forward).parameters
+        raise subject.refused(why, FLAT_HINT)
+    accepted = inspect.signature(subject.decoder.forward).parameters
     for name in ("input_ids", "position_ids", "past_key_values"):
         if name not in accepted:
-            why = (
-                f"its forward takes no {name}, so a batch can't be flattened into one row of tokens"
-            )
-            raise CaptureError(why, where=where, hint=FLAT_HINT)
+            why = f"its forward takes no {name}, so a batch can't be flattened into one row"
+            raise subject.refused(why, FLAT_HINT)
 
 
 def name_layers(layers: Sequence[states.AttentionLayer]) -> None:

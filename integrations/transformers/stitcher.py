@@ -30,7 +30,7 @@ from piecework.integrations.transformers.flat_admission import admit_flat
 from piecework.integrations.transformers.flat_way import FlatWay, forget_layers
 from piecework.integrations.transformers.request.state import dry_request
 from piecework.integrations.transformers.settings import is_encoder_decoder, refuse_model
-from piecework.integrations.transformers.way import FOUND, LOADER, require_like, save_ways
+from piecework.integrations.transformers.way import FOUND, LOADER, Subject, require_like, save_ways
 from piecework.integrations.transformers.whole_admission import admit_whole
 from piecework.integrations.transformers.whole_way import WholeWay, encoder_of
 from piecework.runtime import torch_compat
@@ -101,25 +101,25 @@ def stitch(
     sizes = _sizes(capture)
     limits = (max_num_seqs, max_cache_len)
     full = _full_mode(chosen, sizes, limits)
-    decoder = _unstitched(model)
+    subject = Subject(model, _unstitched(model), chosen)
     if way is not None and way not in WAYS:
         raise ConfigError(f"there is no way {way!r}", where="way", hint=" or ".join(WAYS))
     taken: AnyWay | None = None
 
     def take(found: Artifact) -> None:
         nonlocal taken
-        taken = _loaded_way(found, model, decoder, chosen, way)
+        taken = _loaded_way(found, subject, way)
 
     if artifact is not None:
         require_stitching(chosen)
         take_if_it_fits(artifact, key_file, take)
     loaded = taken is not None
     if taken is None:
-        taken = _admitted_way(model, decoder, chosen, way)
+        taken = _admitted_way(subject, way)
     if sizes is not None and isinstance(taken, WholeWay):
         raise StaticGraphError(
             "a decoder that is served whole is not captured: its graphs would hold the memory of one cache",
-            where=type(decoder).__name__,
+            where=type(subject.decoder).__name__,
             hint="leave capture out",
         )
     if artifact is not None and not loaded and taken.modules():
@@ -134,27 +134,25 @@ def stitch(
     return model
 
 
-def _admitted_way(
-    model: nn.Module, decoder: nn.Module, config: CompilationConfig | None, wanted: str | None
-) -> AnyWay:
+def _admitted_way(subject: Subject, wanted: str | None) -> AnyWay:
     """The first way that takes the decoder, or the one that is ``wanted``; raises `CaptureError`."""
-    refuse_model(decoder)
+    refuse_model(subject.decoder)
     refused: CaptureError | None = None
     if wanted != WholeWay.name:
         try:
-            return admit_flat(model, decoder, config)
+            return admit_flat(subject)
         except CaptureError as error:
             if wanted is not None:
                 raise
             refused = error
     try:
-        way = admit_whole(model, decoder, config)
+        way = admit_whole(subject)
     except CaptureError as error:
         if refused is None:
             raise
         raise CaptureError(
             f"it can't be served flattened: {_with_place(refused)}; nor whole: {error.message}",
-            where=error.where or type(decoder).__name__,
+            where=error.where or type(subject.decoder).__name__,
             hint=error.hint,
         ) from error
     way.not_flat = "" if refused is None else _with_place(refused)
@@ -166,35 +164,27 @@ def _with_place(error: CaptureError) -> str:
     return error.message if error.where is None else f"{error.message} ({error.where})"
 
 
-def _loaded_way(
-    artifact: Artifact,
-    model: nn.Module,
-    decoder: nn.Module,
-    config: CompilationConfig | None,
-    wanted: str | None = None,
-) -> AnyWay:
-    """The way that was saved, for a model like that one; raises `ArtifactError` or `CaptureError`,
-    and leaves the model as it was.
-    """
+def _loaded_way(artifact: Artifact, subject: Subject, wanted: str | None = None) -> AnyWay:
+    """The way that was saved, or `ArtifactError`, `CaptureError` and the model as it was."""
     kept = artifact.package.facts.get("kept")
     saved = kept.get("way") if isinstance(kept, dict) and kept.get("load") == LOADER else None
     if saved not in WAYS or wanted not in (None, saved):
         what = f"served the {saved} way" if saved in WAYS else "none of transformers'"
         raise ArtifactError(
             f"the artifact is of a decoder {what}",
-            where=type(model).__name__,
+            where=type(subject.model).__name__,
             hint="leave way out, or save it anew; piecework.load(path, model) loads what piecework.compile made",
         )
-    refuse_model(decoder)
-    require_like(kept, model, decoder)  # type: ignore[arg-type]
+    refuse_model(subject.decoder)
+    require_like(kept, subject)  # type: ignore[arg-type]
     first, *encoders = from_bytes(artifact.package.file(FOUND), FOUND)
     parts = iter(artifact.parts())
-    way = WAYS[saved].from_found(first, parts, model, decoder, config)
+    way = WAYS[saved].from_found(first, parts, subject)
     for found in encoders:
-        encoder = encoder_of(model, decoder)
+        encoder = encoder_of(subject)
         if encoder is None:
             raise ArtifactError("the artifact is of a model with an encoder")
-        way.encoder = WholeWay.from_found(found, parts, model, encoder, config)
+        way.encoder = WholeWay.from_found(found, parts, encoder)
     return way
 
 
@@ -342,7 +332,7 @@ def load(path: Place, model: Model, *, key_file: str | os.PathLike[str] | None =
     decoder = _unstitched(model)
     found = Artifact.open(path, key_file)
     config = CompilationConfig.given(found.package.facts["config"], "config")
-    _serve_by(_loaded_way(found, model, decoder, config), model)
+    _serve_by(_loaded_way(found, Subject(model, decoder, config)), model)
     return model
 
 

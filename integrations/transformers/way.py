@@ -14,12 +14,12 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import transformers
 from torch import nn
 
-from piecework.errors import ArtifactError
+from piecework.errors import ArtifactError, CaptureError
 from piecework.integrations.transformers.probe import Forward
 from piecework.integrations.transformers.settings import ConfigReader, embedding_of
 from piecework.runtime.artifact.model import Artifact, Part, files_of, write_models
@@ -57,19 +57,29 @@ class TracedForward(nn.Module):
         return self._bound(**given, return_dict=True)  # type: ignore[misc]
 
 
+class Subject(NamedTuple):
+    """What is served: a decoder, part of a model, stitched by a configuration."""
+
+    model: nn.Module
+    decoder: nn.Module
+    config: CompilationConfig | None
+
+    def refused(self, why: str, hint: str) -> CaptureError:
+        return CaptureError(why, where=type(self.decoder).__name__, hint=hint)
+
+
 class Way:
-    """A decoder, part of ``model``, whose forwards are served by stitched functions."""
+    """A decoder whose forwards are served by stitched functions."""
 
     name: ClassVar[str]
 
-    def __init__(
-        self, model: nn.Module, decoder: nn.Module, config: CompilationConfig | None
-    ) -> None:
-        self.model, self.decoder, self.config = model, decoder, config
-        self.forward: Forward = decoder.forward  # the decoder's own
-        weight = embedding_of(decoder)
+    def __init__(self, subject: Subject) -> None:
+        self.subject = subject
+        self.model, self.decoder, self.config = subject
+        self.forward: Forward = self.decoder.forward  # the decoder's own
+        weight = embedding_of(self.decoder)
         self.dtype, self.device = weight.dtype, weight.device
-        self.settings = ConfigReader(decoder.config)
+        self.settings = ConfigReader(self.decoder.config)
         self.accepted = frozenset(inspect.signature(self.forward).parameters)
         self.not_flat = ""  # why it is not served flat, if that was tried
         self.encoder: Way | str | None = None  # the one beside it, or why it is not served
@@ -88,7 +98,7 @@ class Way:
     @cached_property
     def kept(self) -> dict[str, Any]:
         """What a manifest says of the modules that serve the decoder, as JSON reads it back."""
-        of = _surroundings(self.model, self.decoder)
+        of = _surroundings(self.subject)
         return {"load": LOADER, "save": SAVER, "way": self.name, "of": of}
 
     def adopt(self, made: StitchedModule, part: Artifact) -> None:
@@ -111,9 +121,9 @@ def save_ways(ways: Sequence[Any], place: Place, key_file: str | os.PathLike[str
         write_models(place, parts, parts[0].settings, {FOUND: found}, key_file=key_file)
 
 
-def require_like(kept: Mapping[str, Any], model: nn.Module, decoder: nn.Module) -> None:
+def require_like(kept: Mapping[str, Any], subject: Subject) -> None:
     """Raise `ArtifactError` at the first difference of a model from the saved one."""
-    before, now = kept["of"], _surroundings(model, decoder)
+    before, now = kept["of"], _surroundings(subject)
     for name in sorted(before.keys() | now.keys()):
         was, is_now = (repr(each.get(name))[:99] for each in (before, now))
         if before.get(name) != now.get(name):
@@ -121,11 +131,11 @@ def require_like(kept: Mapping[str, Any], model: nn.Module, decoder: nn.Module) 
             raise ArtifactError(why, hint=AGAIN)
 
 
-def _surroundings(model: nn.Module, decoder: nn.Module) -> dict[str, Any]:
+def _surroundings(subject: Subject) -> dict[str, Any]:
     """What a saved model and another one have to have alike, as JSON reads it back."""
-    config = decoder.config
+    config = subject.decoder.config
     fields = {k: v for k, v in config.to_dict().items() if k not in _NO_EFFECT}
-    kinds = [type(model), type(decoder)]
+    kinds = [type(subject.model), type(subject.decoder)]
     of = {
         "transformers": transformers.__version__,
         "the integration": tree_digest(Path(__file__).parent),

@@ -17,8 +17,8 @@ from piecework.errors import CaptureError
 from piecework.integrations.transformers import probe, whole_way
 from piecework.integrations.transformers import settings as reading
 from piecework.integrations.transformers.request.cache_state import layers_of, take_apart
+from piecework.integrations.transformers.way import Subject
 from piecework.runtime import torch_compat
-from piecework.runtime.config.compilation import CompilationConfig
 
 # Prompts that are tried: sequences, and tokens of each. Each makes three tokens more.
 _SIZES = ((2, 3), (3, 5), (2, 8))
@@ -26,40 +26,37 @@ _STEPS = 3
 Given = dict[str, object]
 
 
-def admit_whole(
-    model: nn.Module, decoder: nn.Module, config: CompilationConfig | None
-) -> whole_way.WholeWay:
+def admit_whole(subject: Subject) -> whole_way.WholeWay:
     """Prove that a decoder can be served whole, and its encoder, and compile what generation needs.
 
     An encoder that can't be served stays as it is; a decoder is refused by a `CaptureError`. Nothing
     is compiled while torch's compiler is off.
     """
-    way = _admitted(model, decoder, config)
-    if reading.is_encoder_decoder(decoder):
-        encoder = whole_way.encoder_of(model, decoder)
+    way = _admitted(subject)
+    if reading.is_encoder_decoder(subject.decoder):
+        encoder = whole_way.encoder_of(subject)
         try:
             if encoder is None:
                 way.encoder = "no encoder was found beside the decoder"
             else:
-                reading.refuse_model(encoder)
-                way.encoder = _admitted(model, encoder, config)
+                reading.refuse_model(encoder.decoder)
+                way.encoder = _admitted(encoder)
         except CaptureError as error:
             way.encoder = error.message
     return way
 
 
-def _admitted(
-    model: nn.Module, decoder: nn.Module, config: CompilationConfig | None
-) -> whole_way.WholeWay:
+def _admitted(subject: Subject) -> whole_way.WholeWay:
+    decoder = subject.decoder
     with torch.no_grad():
         with probe.as_refusal(decoder, "as it is"):
-            calls = _generations(model, decoder)
-            way = whole_way.WholeWay(model, decoder, config, _habits(decoder, calls))
+            calls = _generations(subject)
+            way = whole_way.WholeWay(subject, _habits(subject, calls))
         with (
             probe.narrow_windows(decoder),
             probe.as_refusal(decoder, "around tensors of its cache"),
         ):
-            for given in _generations(model, decoder):
+            for given in _generations(subject):
                 kind, own = way.call_of(given).kind, way.own_result(given)
                 cache_name, held = way.habits.cache_name, whole_way.held_names(own[1])
                 run = whole_way.WholeForward(decoder, way.forward, kind, cache_name, held)
@@ -88,12 +85,13 @@ def _compile(way: whole_way.WholeWay, calls: Sequence[Given]) -> None:
         enough = len(_SIZES) if way.habits.counts or way.habits.is_pair else 2
         if seen[kind] == enough and len(stitched.traces) == enough:
             if not way.habits.makes_cache or (kind.cache is not None and kind.cache.is_filled):
-                raise _refused(whole_way.UNROLLED, way.decoder)
+                raise way.subject.refused(whole_way.UNROLLED, probe.HINT)
             way.leave(kind, whole_way.UNROLLED)
 
 
-def _generations(model: nn.Module, decoder: nn.Module) -> list[Given]:
+def _generations(subject: Subject) -> list[Given]:
     """What ``generate`` calls the decoder with, for several batches with padding on the left."""
+    model, decoder, _ = subject
     if not isinstance(model, GenerationMixin) or model.main_input_name != "input_ids":
         what = f"from {model.main_input_name}" if isinstance(model, GenerationMixin) else "nothing"
         raise CaptureError(
@@ -118,37 +116,29 @@ def _generations(model: nn.Module, decoder: nn.Module) -> list[Given]:
     decoder.forward = noted
     try:
         for ids, mask in _prompts(model):
-            model.generate(
-                ids,
-                attention_mask=mask,
-                max_new_tokens=_STEPS,
-                min_new_tokens=_STEPS,
-                do_sample=False,
-                num_beams=1,
-                pad_token_id=0,
-            )
+            how = {"max_new_tokens": _STEPS, "min_new_tokens": _STEPS, "pad_token_id": 0}
+            model.generate(ids, attention_mask=mask, do_sample=False, num_beams=1, **how)
     finally:
         del decoder.forward
         vars(decoder).update(before)
     return calls
 
 
-def _habits(decoder: nn.Module, calls: Sequence[Given]) -> whole_way.Habits:
+def _habits(subject: Subject, calls: Sequence[Given]) -> whole_way.Habits:
     """What the calls, and the output of the first, show."""
+    decoder = subject.decoder
     accepted = inspect.signature(decoder.forward).parameters
     first = copy.deepcopy(calls[0])
     output = decoder.forward(**{**first, "return_dict": True})
     if not isinstance(output, ModelOutput) or not isinstance(output[0], torch.Tensor):
-        raise _refused(f"its forward returns a {type(output).__name__}", decoder)
+        raise subject.refused(f"its forward returns a {type(output).__name__}", probe.HINT)
     tokens = first.get("attention_mask")
     seen = tokens.bool() if isinstance(tokens, torch.Tensor) and tokens.ndim == 2 else ...
     probe.require_finite(output[0][seen])
     made = {name for name, value in output.items() if isinstance(value, Cache)}
     if len(made) > 1 or not made <= set(accepted):
-        raise _refused(
-            f"its forward returns {', '.join(sorted(made))}, and takes no one cache of that name",
-            decoder,
-        )
+        why = f"its forward returns {', '.join(sorted(made))}, and takes no one cache of that name"
+        raise subject.refused(why, probe.HINT)
     if not made:
         name = "past_key_values" if "past_key_values" in accepted else None
         return whole_way.Habits(name, False, frozenset(), type(output))
@@ -159,10 +149,6 @@ def _habits(decoder: nn.Module, calls: Sequence[Given]) -> whole_way.Habits:
     counts = {what for what, _ in set().union(*(each ^ held[1] for each in held[1:_STEPS]))}
     is_pair = isinstance(output[name], EncoderDecoderCache)
     return whole_way.Habits(name, True, frozenset(counts), type(output), is_pair)
-
-
-def _refused(why: str, decoder: nn.Module) -> CaptureError:
-    return CaptureError(why, where=type(decoder).__name__, hint=probe.HINT)
 
 
 def _numbers(cache: object) -> set[tuple[str, tuple[int, int]]]:

@@ -17,15 +17,14 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 
-from piecework.errors import CaptureError, InputError, PieceworkError, UsageError
+from piecework.errors import InputError, PieceworkError, UsageError
 from piecework.integrations.transformers import settings as reading
 from piecework.integrations.transformers.probe import HINT, Forward, require_same
 from piecework.integrations.transformers.request import cache_state
-from piecework.integrations.transformers.way import ENCODER, TracedForward, Way
+from piecework.integrations.transformers.way import ENCODER, Subject, TracedForward, Way
 from piecework.runtime import torch_compat
 from piecework.runtime.artifact.model import Artifact
 from piecework.runtime.compile import compile_with_mode
-from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.stitched import StitchedModule
 from piecework.runtime.trace.dynamic_dims import Marks
 from piecework.runtime.trace.sizes import AllDimensions
@@ -154,10 +153,8 @@ class WholeWay(Way):
 
     name = "whole"
 
-    def __init__(
-        self, model: nn.Module, decoder: nn.Module, config: CompilationConfig | None, habits: Habits
-    ) -> None:
-        super().__init__(model, decoder, config)
+    def __init__(self, subject: Subject, habits: Habits) -> None:
+        super().__init__(subject)
         self.habits = habits
         self.kinds: dict[CallKind, StitchedModule | str] = {}
         self._counting = threading.Lock()
@@ -311,19 +308,18 @@ class WholeWay(Way):
         compiled = compiled and getattr(self.config, "backend", None) != "eager"
         another = type(expected) is not self.habits.output_class
         if another or (call.cache is None) != (theirs is None):
-            self._refuse("its forward returns another class, or leaves another cache, than before")
+            why = "its forward returns another class, or leaves another cache, than before"
+            raise self.subject.refused(why, HINT)
         require_same(fields, expected, compiled=compiled)
         if call.cache is not None:
             mine, own_cache = (
                 cache_state.take_apart(each, self.habits.counts) for each in (call.cache, theirs)  # type: ignore[arg-type]
             )
             if mine.form != own_cache.form:
-                self._refuse("compiled whole, it leaves a cache of another form")
+                why = "compiled whole, it leaves a cache of another form"
+                raise self.subject.refused(why, HINT)
             held = {"cache": mine.leaves}, {"cache": own_cache.leaves}
             require_same(*held, compiled=compiled)
-
-    def _refuse(self, why: str) -> None:
-        raise CaptureError(why, where=type(self.decoder).__name__, hint=HINT)
 
     def entry(self, name: str) -> StitchedModule:
         """The first kind of call that was compiled; for ``decode`` of one token with a past."""
@@ -368,18 +364,11 @@ class WholeWay(Way):
         return self.habits, kinds, self.not_flat, encoder
 
     @classmethod
-    def from_found(
-        cls,
-        found: Any,
-        parts: Iterator[Artifact],
-        model: nn.Module,
-        decoder: nn.Module,
-        config: CompilationConfig | None,
-    ) -> WholeWay:
+    def from_found(cls, found: Any, parts: Iterator[Artifact], subject: Subject) -> WholeWay:
         """The way that was saved, for a model like that one; raises `ArtifactError`, `CaptureError`."""
-        reading.refuse_model(decoder)
+        reading.refuse_model(subject.decoder)
         habits, kinds, not_flat, encoder = found
-        way = cls(model, decoder, config, habits)
+        way = cls(subject, habits)
         way.not_flat, way.encoder = not_flat, encoder
         for kind, held, why in kinds:
             if why is None:
@@ -395,10 +384,10 @@ def held_names(cache: object) -> tuple[str, ...]:
     return tuple(sorted({name for layer in cache_state.layers_of(cache) for name in vars(layer)}))
 
 
-def encoder_of(model: nn.Module, decoder: nn.Module) -> nn.Module | None:
+def encoder_of(subject: Subject) -> Subject | None:
     """The encoder beside a decoder; None if transformers knows none."""
-    found = model.get_encoder()  # type: ignore[operator]
-    return None if found is decoder or found is model else found
+    found = subject.model.get_encoder()  # type: ignore[operator]
+    return None if found in subject[:2] else subject._replace(decoder=found)
 
 
 def _is_table(value: Mapping[object, object]) -> bool:
