@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def require_model(spec: str) -> None:
-    """Raise `UsageError` for a name that no model can have: a file with a factory, or a path to nothing."""
+    """Raise `UsageError` for a name that no model can have."""
     file, _, factory = spec.partition(":")
     if file.endswith(".py") or (factory and os.sep in file):
         module = file.removesuffix(".py").replace(os.sep, ".").strip(".")
@@ -31,14 +31,12 @@ def require_model(spec: str) -> None:
             hint=f"write {module}:{factory or 'factory'}, where factory() returns (module, example_inputs)",
         )
     if not Path(spec).exists() and (":" not in spec or any(s in spec for s in (os.sep, "\\"))):
-        raise UsageError(
-            f"there is no model at {spec!r}",
-            hint="give a local model folder, a config.json, or module:factory",
-        )
+        why = f"there is no model at {spec!r}"
+        raise UsageError(why, hint="give a local model folder, a config.json, or module:factory")
 
 
 def _integrations() -> Iterator[Callable[[Path, int], LoadedModel | None]]:
-    """Every integration's ``load``: those of other distributions first, which know what is theirs."""
+    """Every integration's ``load``, those of other distributions first."""
     import piecework.integrations
 
     for point in entry_points(group="piecework.integrations"):

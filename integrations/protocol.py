@@ -141,7 +141,7 @@ def first_line(error: BaseException) -> str:
 
 
 def config_in(path: Path) -> tuple[Path, dict[str, Any]]:
-    """The ``config.json`` of a folder, or ``path`` as one, and its fields; {} if it is no such file."""
+    """The ``config.json`` of a folder, or ``path`` as one, and its fields; {} if it is none."""
     file = path / "config.json" if path.is_dir() else path
     try:
         found = json.loads(file.read_text())
@@ -153,9 +153,7 @@ def config_in(path: Path) -> tuple[Path, dict[str, Any]]:
 def model_of(
     kind: Any, path: Path, seed: int, make: Callable[[], torch.nn.Module], **options: object
 ) -> torch.nn.Module:
-    """The model of a folder by the ``from_pretrained`` of ``kind``, which takes ``options``, or what
-    ``make`` makes, with seeded random weights; raises `UsageError`.
-    """
+    """A folder's model, or with seeded random weights what ``make`` makes; raises `UsageError`."""
     torch.manual_seed(seed)
     weights = path.is_dir() and any(any(path.glob(each)) for each in ("*.safetensors", "*.bin"))
     try:

@@ -31,11 +31,9 @@ def load(path: Path, seed: int) -> LoadedModel | None:
 
     kind = getattr(diffusers, name, None)
     if not (isinstance(kind, type) and issubclass(kind, torch.nn.Module)):
-        raise UsageError(
-            f"diffusers {diffusers.__version__} has no model {name!r}",
-            where=str(file),
-            hint="give the folder or config.json of a pipeline's transformer, not of the pipeline",
-        )
+        why = f"diffusers {diffusers.__version__} has no model {name!r}"
+        hint = "give the folder or config.json of a pipeline's transformer, not of the pipeline"
+        raise UsageError(why, where=str(file), hint=hint)
 
     def make() -> torch.nn.Module:
         return add_noise(kind.from_config(fields), seed)  # type: ignore[attr-defined]

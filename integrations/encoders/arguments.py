@@ -52,7 +52,7 @@ def example(ways: Ways) -> Call:
 
 
 def padding_mask(size: Size) -> torch.Tensor:
-    """Ones where there are tokens, ``[rows, tokens]``; rows are up to two tokens shorter than that."""
+    """Ones where there are tokens, ``[rows, tokens]``; up to two are hidden in a row."""
     hidden = (2 - torch.arange(size.rows) % 3) * (size.padding != "none")
     mask = (torch.arange(size.tokens)[None] < size.tokens - hidden[:, None]).long()
     return mask.flip(1) if size.padding == "left" else mask
@@ -60,7 +60,7 @@ def padding_mask(size: Size) -> torch.Tensor:
 
 @torch.no_grad()
 def first_that_runs(model: torch.nn.Module, ways: Iterable[Ways]) -> Ways:
-    """The first of ``ways`` to call ``model`` that runs; `ValueError` with the last reason if none."""
+    """The first of ``ways`` to call ``model`` that runs; else a `ValueError`."""
     reason = "no arguments known"
     for arguments in ways:
         try:

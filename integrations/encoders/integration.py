@@ -75,17 +75,13 @@ def without_caches(config: Any) -> None:
 
 
 def example_calls(model: torch.nn.Module, file: Path, candidates: Iterable[Ways]) -> list[Call]:
-    """The call to trace ``model`` with, in the first way that runs, and others that it takes; raises
-    `UsageError` where it takes no arguments that are known here.
-    """
+    """The call to trace with, and others; `UsageError` where the arguments are not known here."""
     try:
         ways = first_that_runs(model, candidates)
     except ValueError as error:
-        raise UsageError(
-            f"no arguments are known that a {type(model).__name__} takes: {error}",
-            where=str(file),
-            hint="use a factory: module:factory that returns (module, example_inputs)",
-        ) from error
+        why = f"no arguments are known that a {type(model).__name__} takes: {error}"
+        hint = "use a factory: module:factory that returns (module, example_inputs)"
+        raise UsageError(why, where=str(file), hint=hint) from error
     others = (ways(size) for size in SIZES[1:])
     return [example(ways), *(each for each in others if _runs(model, each))]
 
@@ -102,11 +98,7 @@ def _runs(model: torch.nn.Module, call: Call) -> bool:
 
 
 def is_encoder(config: Any, architectures: Sequence[str], where: str) -> bool:
-    """Whether the model of ``config`` is called once, as an encoder is; False for a causal LM.
-
-    ``architectures`` are those that its file, ``where``, names. It is a `UsageError` where it is neither,
-    such as one that generates text from images, or both.
-    """
+    """Whether a model is called once, and no causal LM; `UsageError` where that isn't clear."""
     from transformers.models.auto import modeling_auto
 
     heads, masked = _classes("CAUSAL_LM", config), _classes("MASKED_LM", config)

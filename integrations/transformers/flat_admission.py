@@ -25,11 +25,7 @@ _EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_n
 
 
 def admit_flat(subject: Subject) -> flat_way.FlatWay:
-    """Prove on a few tokens that a decoder can be served flattened, and compile it.
-
-    Nothing is compiled while torch's compiler is off. One that is not fit is refused by a
-    `CaptureError`, and left as it was.
-    """
+    """Prove on a few tokens that a decoder can be served flattened, and compile it."""
     flat_way.refuse_at_sight(subject)
     decoder = subject.decoder
     flat = FlatIdsForward(decoder, decoder.forward)
@@ -47,7 +43,7 @@ def admit_flat(subject: Subject) -> flat_way.FlatWay:
 
 
 def _discover(subject: Subject, flat: FlatIdsForward) -> Sequence[states.AttentionLayer]:
-    """Run the flattened forward without attention: who attends, and that nothing else joins tokens."""
+    """Find who attends, and that nothing else joins tokens, by a run without attention."""
     decoder = subject.decoder
     ids, _mask = probe.probe_tokens(decoder)
     row = ids.reshape(1, -1)
@@ -128,7 +124,7 @@ def _found_equal(
 
 
 def _results(subject: Subject, run: probe.Forward) -> tuple[list[torch.Tensor], type]:
-    """Hidden states of a padded prompt, of one more token, and of packed rows; the output's class."""
+    """States of a padded prompt, one more token and packed rows; the output's class."""
     ids, mask = probe.probe_tokens(subject.decoder)
     prompt: Any = run(input_ids=ids, attention_mask=mask, use_cache=True, return_dict=True)
     given = {name for name, value in prompt.items() if value is not None}

@@ -77,10 +77,7 @@ class FlatWay(Way):
         self._entries: dict[str, StitchedModule] = {}
 
     def serve(self, given: Mapping[str, object], run: Run | None = None) -> object:
-        """Run one forward, ``given`` its arguments by name; raises `InputError` for what can't be served.
-
-        ``run`` takes the entry's name, flattened tokens and positions, and gives states [1, rows, hidden].
-        """
+        """Run a forward by ``run``, or what is stitched; raises `InputError`."""
         settings = self.settings.now()
         known = _KNOWN if given.get("cache") is None else _KNOWN_PAGED
         strange = [name for name, v in given.items() if v is not None and name not in known]
@@ -184,11 +181,9 @@ class FlatWay(Way):
     def _cache(self, given: Mapping[str, object], settings: reading.Settings) -> Cache | None:
         cache = given.get("past_key_values")
         if cache is not None and not isinstance(cache, Cache):
-            raise InputError(
-                f"past_key_values is a {type(cache).__name__}, not a transformers Cache",
-                where="past_key_values",
-                hint="pass a DynamicCache or a StaticCache",
-            )
+            why = f"past_key_values is a {type(cache).__name__}, not a transformers Cache"
+            hint = "pass a DynamicCache or a StaticCache"
+            raise InputError(why, where="past_key_values", hint=hint)
         use_cache = given.get("use_cache")
         if cache is None and (settings.use_cache if use_cache is None else use_cache):
             return DynamicCache(config=self.decoder.config)
@@ -342,8 +337,5 @@ def _checked_positions(given: object, batch: int, length: int) -> torch.Tensor:
         if not given.is_floating_point() or torch.equal(given, whole.to(given.dtype)):
             return whole if len(whole) == batch else whole.expand(batch, length)
     shown = tuple(given.shape) if isinstance(given, torch.Tensor) else type(given).__name__
-    raise InputError(
-        f"position_ids is {shown}; expected a tensor of integers, [{batch}, {length}]",
-        where="position_ids",
-        hint="unstitch(model) for positions between tokens",
-    )
+    why = f"position_ids is {shown}; expected a tensor of integers, [{batch}, {length}]"
+    raise InputError(why, where="position_ids", hint="unstitch(model) for positions between tokens")

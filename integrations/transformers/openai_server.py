@@ -30,9 +30,7 @@ MakeModel = Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]]
 
 
 class StitchedModels(ModelManager):
-    """The models of transformers' server: the stitched one, which is made again after ``POST /reset``;
-    ``state`` generates, and ends with it.
-    """
+    """The one stitched model of transformers' server, made again after ``POST /reset``."""
 
     def __init__(self, name: str, make: MakeModel, state: GenerationState) -> None:
         super().__init__(model_timeout=_NEVER)
@@ -89,19 +87,15 @@ def tokenizer_of(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def bound_socket(host: str, port: int) -> socket.socket:
-    """A socket at an address, held but not listening yet; port 0 takes a free one. `UsageError` if the
-    address can't be had.
-    """
+    """A socket at an address, not listening yet; `UsageError` if the address can't be had."""
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
     except (OSError, OverflowError) as error:
         listener.close()
-        raise UsageError(
-            f"can't listen at {host}, port {port}: {error}",
-            hint="give another --port; 0 takes a free one",
-        ) from error
+        why = f"can't listen at {host}, port {port}: {error}"
+        raise UsageError(why, hint="give another --port; 0 takes a free one") from error
     return listener
 
 
@@ -122,9 +116,7 @@ def _answer_errors(app: FastAPI) -> None:
 def make_server(
     name: str, make: MakeModel, *, batching: ContinuousBatchingConfig | None = None
 ) -> uvicorn.Server:
-    """The server of a model that requests call ``name``; ``run(sockets=[bound_socket(…)])`` serves
-    until a signal or ``should_exit``.
-    """
+    """A server; ``run(sockets=[bound_socket(…)])`` serves until a signal or ``should_exit``."""
     require_packages(("fastapi", "uvicorn", "openai"), "serve")
     import uvicorn
     from fastapi.responses import PlainTextResponse

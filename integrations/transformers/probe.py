@@ -43,7 +43,7 @@ def require_finite(hidden: torch.Tensor) -> None:
 
 
 def distance(got: torch.Tensor, expected: torch.Tensor) -> float:
-    """The norm of the difference over that of ``expected``; infinite where one alone is undefined."""
+    """The norm of the difference over that of ``expected``; infinite where one is undefined."""
     if not expected.is_floating_point():
         return 0.0 if torch.equal(got, expected) else float("inf")
     both = expected.isfinite() & got.isfinite()
@@ -57,23 +57,17 @@ def distance(got: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def limit_of(dtype: torch.dtype, *, compiled: bool = False) -> float:
-    """The largest `distance` at which two results count as equal: the package's tolerance for what a
-    compiler made, else a fifth of it, since kernels get another number of rows at once.
-    """
+    """The largest `distance` of equal results; a fifth of the tolerance for the same kernels."""
     return tolerance_of(dtype) if compiled else tolerance_of(dtype) / 5
 
 
 def require_same(
     got: Mapping[str, object], expected: Mapping[str, object], *, compiled: bool
 ) -> None:
-    """Compare two outputs, or what two caches hold, but for caches among their fields; raises
-    `CaptureError` where a value is missing, is of another form, or differs.
-    """
+    """Raise `CaptureError` where outputs, or what two caches hold, differ in form or value."""
     if got.keys() != expected.keys():
-        raise CaptureError(
-            f"it gives {', '.join(sorted(got))}; its own forward {', '.join(sorted(expected))}",
-            hint=HINT,
-        )
+        why = f"it gives {', '.join(sorted(got))}; its own forward {', '.join(sorted(expected))}"
+        raise CaptureError(why, hint=HINT)
     for name, value in expected.items():
         if isinstance(value, Cache) or isinstance(got[name], Cache):
             continue
@@ -106,16 +100,13 @@ def as_refusal(decoder: nn.Module, how: str) -> Iterator[None]:
     except InputError as error:
         raise CaptureError(error.message, where=error.where, hint=HINT) from error
     except MODEL_ERRORS as error:
-        raise CaptureError(
-            f"run {how} on a few tokens it raises {type(error).__name__}: {error}",
-            where=type(decoder).__name__,
-            hint=HINT,
-        ) from error
+        why = f"run {how} on a few tokens it raises {type(error).__name__}: {error}"
+        raise CaptureError(why, where=type(decoder).__name__, hint=HINT) from error
 
 
 @contextmanager
 def narrow_windows(decoder: nn.Module) -> Iterator[None]:
-    """Shrink attention windows below the probe's length, so that their masks differ from full ones."""
+    """Shrink attention windows below the probe's length for the block."""
     config = decoder.config.get_text_config()
     wide = {
         name: value

@@ -86,27 +86,20 @@ def is_encoder_decoder(model: nn.Module) -> bool:
 def refuse_model(decoder: nn.Module) -> None:
     """Raise `CaptureError` for a model that can be stitched in no way."""
     if decoder.training:
-        raise CaptureError(
-            "the model is in training mode",
-            where=type(decoder).__name__,
-            hint="call model.eval() first",
-        )
+        why = "the model is in training mode"
+        raise CaptureError(why, where=type(decoder).__name__, hint="call model.eval() first")
     # The eager experts loop over those that were hit; two other implementations don't.
     experts = getattr(decoder.config, "_experts_implementation", None)
     if experts == "eager" and getattr(decoder, "_can_set_experts_implementation", bool)():
-        raise CaptureError(
-            "its experts are run by a loop whose length depends on the tokens",
-            where="config._experts_implementation",
-            hint="call model.set_experts_implementation('grouped_mm') or ('batched_mm') first",
-        )
+        why = "its experts are run by a loop whose length depends on the tokens"
+        hint = "call model.set_experts_implementation('grouped_mm') or ('batched_mm') first"
+        raise CaptureError(why, where="config._experts_implementation", hint=hint)
 
 
 def refuse_call(
     decoder: nn.Module, given: Mapping[str, object], settings: Settings, strange: Sequence[str]
 ) -> None:
-    """Raise `InputError` where a forward asks for more than hidden states and a cache;
-    ``strange``: names of arguments that are not served.
-    """
+    """Raise `InputError` where a forward asks for more than hidden states and a cache."""
     where = type(decoder).__name__
     for name in RECORDED:
         asked = given.get(name)
@@ -117,21 +110,14 @@ def refuse_call(
         names = ", ".join(sorted(strange))
         raise InputError(f"a stitched model does not take {names}", where=where, hint=_UNSTITCH)
     if decoder.training:
-        raise InputError(
-            "a stitched model is for inference, and this one is in training mode",
-            where=where,
-            hint="call model.eval()",
-        )
+        why = "a stitched model is for inference, and this one is in training mode"
+        raise InputError(why, where=where, hint="call model.eval()")
 
 
 def tokens_of(
     decoder: nn.Module, given: Mapping[str, object], dtype: torch.dtype, device: torch.device
 ) -> tuple[str, torch.Tensor]:
-    """The argument that the tokens of a forward come as, and the tokens.
-
-    ``dtype``, ``device``: of the decoder's embeddings when it was stitched. It is an `InputError` where
-    there are none or two, they are no ids, or gradients, autocast, or a moved model are in the way.
-    """
+    """The argument that tokens come as, and the tokens; `InputError` where they can't be served."""
     ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
     entry, tokens, ranks = ("input_ids", ids, 2) if embeds is None else ("inputs_embeds", embeds, 3)
     if (ids is None) == (embeds is None):
@@ -154,15 +140,11 @@ def tokens_of(
     if torch.is_grad_enabled() and (
         tokens.requires_grad or any(p.requires_grad for p in decoder.parameters())
     ):
-        raise InputError(
-            "gradients are enabled, and a stitched model computes none",
-            where=where,
-            hint="call it under torch.no_grad(), or unstitch(model) to train",
-        )
+        why = "gradients are enabled, and a stitched model computes none"
+        hint = "call it under torch.no_grad(), or unstitch(model) to train"
+        raise InputError(why, where=where, hint=hint)
     if torch.is_autocast_enabled(tokens.device.type):
-        raise InputError(
-            "autocast is enabled, and a stitched model keeps the dtypes that it was captured with",
-            where=where,
-            hint="leave the autocast block, or load the model in the dtype you want before stitching",
-        )
+        why = "autocast is enabled, and a stitched model keeps the dtypes that it was captured with"
+        hint = "leave the autocast block, or load the model in the dtype you want before stitching"
+        raise InputError(why, where=where, hint=hint)
     return entry, tokens

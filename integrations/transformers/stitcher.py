@@ -135,7 +135,7 @@ def stitch(
 
 
 def _admitted_way(subject: Subject, wanted: str | None) -> AnyWay:
-    """The first way that takes the decoder, or the one that is ``wanted``; raises `CaptureError`."""
+    """The first way that takes the decoder, or the ``wanted`` one; raises `CaptureError`."""
     refuse_model(subject.decoder)
     refused: CaptureError | None = None
     if wanted != WholeWay.name:
@@ -237,9 +237,7 @@ def _capture(
     *,
     measured: bool,
 ) -> None:
-    """Capture the decoder's pieces, and the head, for these numbers of tokens; in mode ``full`` decode
-    steps whole too, of ``limits``.
-    """
+    """Capture pieces and head for these numbers of tokens, and decode steps as ``full`` says."""
     entry = stitched_module(model)
     if entry.traces and way.device.type == "cpu":
         _log.warning(
@@ -303,7 +301,7 @@ class HeadForward:
 
 @short_errors
 def save(model: nn.Module, path: Place, *, key_file: str | os.PathLike[str] | None = None) -> None:
-    """Write what serves a stitched model, for `load`: if whole, the kinds of calls that came so far.
+    """Write what serves a stitched model, for `load`; if whole, the calls that came so far.
 
     Raises:
         ArtifactError: something can't be told again in another process, or be written.
@@ -338,7 +336,7 @@ def load(path: Place, model: Model, *, key_file: str | os.PathLike[str] | None =
 
 @short_errors
 def unstitch(model: Model) -> Model:
-    """Give a stitched model its own forward back, and return it; `UsageError` if it is not stitched."""
+    """Give a stitched model its own forward back, and return it; else a `UsageError`."""
     stitched = _way_of(model)
     model.__dict__.pop("get_compiled_call", None)
     head = model.get_output_embeddings()  # type: ignore[operator]
@@ -449,10 +447,7 @@ class StitchedForward:
         return self.way.serve(given)
 
     def switched_off(self, given: Mapping[str, object]) -> bool:
-        """Whether torch's compiler is off, which is logged once.
-
-        What is compiled keeps running, as with ``torch.compile``, except in ``force_eager``.
-        """
+        """Whether torch's compiler is off, but for what is compiled; logged once."""
         if self.way.is_compiled(given) and torch_compat.stance_name() != torch_compat.FORCE_EAGER:
             return False
         switch = torch_compat.compiler_off()
@@ -467,11 +462,9 @@ def _decoder_of(model: nn.Module) -> nn.Module:
     """The module that turns tokens into hidden states, below the LM head."""
     where = type(model).__name__
     if not isinstance(model, PreTrainedModel):
-        raise CaptureError(
-            "this is not a transformers model",
-            where=where,
-            hint="use piecework.compile(model) with a splitting_op of your own",
-        )
+        why = "this is not a transformers model"
+        hint = "use piecework.compile(model) with a splitting_op of your own"
+        raise CaptureError(why, where=where, hint=hint)
     for candidate in (model.get_decoder(), model.base_model, getattr(model, "model", None)):
         if isinstance(candidate, PreTrainedModel) and candidate.get_output_embeddings() is None:
             return candidate

@@ -27,11 +27,7 @@ Given = dict[str, object]
 
 
 def admit_whole(subject: Subject) -> whole_way.WholeWay:
-    """Prove that a decoder can be served whole, and its encoder, and compile what generation needs.
-
-    An encoder that can't be served stays as it is; a decoder is refused by a `CaptureError`. Nothing
-    is compiled while torch's compiler is off.
-    """
+    """Prove that a decoder and its encoder can be served whole, and compile what calls need."""
     way = _admitted(subject)
     if reading.is_encoder_decoder(subject.decoder):
         encoder = whole_way.encoder_of(subject)
@@ -68,7 +64,7 @@ def _admitted(subject: Subject) -> whole_way.WholeWay:
 
 
 def _compile(way: whole_way.WholeWay, calls: Sequence[Given]) -> None:
-    """Compile for the first call of each kind, which must serve the others without a trace of each."""
+    """Compile for the first call of each kind, which must serve the others too."""
     seen: Counter[whole_way.CallKind] = Counter()
     for given in calls:
         kind = way.call_of(given).kind

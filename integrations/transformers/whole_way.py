@@ -256,15 +256,13 @@ class WholeWay(Way):
         self.kinds[kind] = why
 
     def is_left(self, kind: CallKind) -> bool:
-        """Whether calls of ``kind``, or others of one token, or of several as these, are unrolled."""
+        """Whether calls of ``kind``, or with as many tokens, are unrolled."""
         return any(
             why == UNROLLED and each.one[1] == kind.one[1] for each, why in self.kinds.items()
         )
 
     def compile(self, kind: CallKind, given: Mapping[str, object]) -> StitchedModule:
-        """Compile for calls of ``kind``, of which ``given`` is one; raises `CaptureError` where that
-        can't be, or gives another result than the model's own.
-        """
+        """Compile for calls like ``given``; raises `CaptureError` where results differ."""
         own = self.own_result(given)
         stitched = self._module_for(kind, held_names(own[1]))
         self.require_same(stitched, given, own, compiled=True)
@@ -331,11 +329,8 @@ class WholeWay(Way):
             ):
                 return made
         why = f": {self.encoder}" if name == ENCODER and self.encoder else ""
-        raise UsageError(
-            f"there is no entry {name!r}{why}",
-            where="entry",
-            hint="input_ids or decode, once it ran",
-        )
+        why = f"there is no entry {name!r}{why}"
+        raise UsageError(why, where="entry", hint="input_ids or decode, once it ran")
 
     def is_compiled(self, given: Mapping[str, object]) -> bool:
         """Whether calls like this one run what is compiled already."""
@@ -365,7 +360,7 @@ class WholeWay(Way):
 
     @classmethod
     def from_found(cls, found: Any, parts: Iterator[Artifact], subject: Subject) -> WholeWay:
-        """The way that was saved, for a model like that one; raises `ArtifactError`, `CaptureError`."""
+        """The way that was saved; raises `ArtifactError` or `CaptureError`."""
         reading.refuse_model(subject.decoder)
         habits, kinds, not_flat, encoder = found
         way = cls(subject, habits)

@@ -50,7 +50,7 @@ _SAME = (
 
 
 class EngineBackend:
-    """The Dynamo backend of one model of an engine; the last batch range of an encoder is open-ended."""
+    """The Dynamo backend of one model of an engine."""
 
     def __init__(self, vllm_config: Any, prefix: str = "", is_encoder: bool = False) -> None:
         from vllm.compilation import backends
@@ -116,10 +116,7 @@ class Served(SerializableCallable):
 
     @classmethod
     def serialize_compile_artifacts(cls, fn: Served) -> bytes:
-        """What the engine keeps: texts, kernels and plan, with their digest; no graph, no weight.
-
-        Where something can't be told in another process, vLLM logs the `ArtifactError`.
-        """
+        """Texts, kernels and plan, with their digest; no graph, no weight."""
         kept = fn.program
         data = kept if isinstance(kept, bytes) else program_to_bytes(kept)
         return pickle.dumps((data, fn.paths, fn.places, fn.prefix, fn.is_encoder))
@@ -129,10 +126,7 @@ class Served(SerializableCallable):
         return cls(*pickle.loads(data))
 
     def finalize_loading(self, vllm_config: Any) -> None:
-        """Bind the pieces, inside of this process's static-graph wrappers; nothing is compiled.
-
-        Where it was changed, or made for something else, it is an `ArtifactError`; vLLM compiles again.
-        """
+        """Bind the pieces in this process's wrappers; after an `ArtifactError` vLLM compiles."""
         if not isinstance(self.program, bytes):
             return
         config, _ = settings(vllm_config, self.is_encoder)
@@ -156,11 +150,8 @@ def _called(program: Program, paths: Sequence[str | None], vllm_config: Any) -> 
 
     config, last = vllm_config.compilation_config, len(program.submod_lists[0]) - 1
     if config.cudagraph_mode.has_piecewise_cudagraphs() and config.cudagraph_copy_inputs:
-        raise ConfigError(
-            "inputs are staged by vLLM's model runner here, which keeps them in place",
-            where="cudagraph_copy_inputs",
-            hint="leave it out",
-        )
+        why = "inputs are staged by vLLM's model runner here, which keeps them in place"
+        raise ConfigError(why, where="cudagraph_copy_inputs", hint="leave it out")
     lists = [
         [wrapped(each, vllm_config, config, i == 0, i == last) for i, each in enumerate(pieces)]
         for pieces in program.submod_lists
@@ -183,9 +174,7 @@ def splitting_ops(config: Any, graph: torch.fx.GraphModule) -> list[str]:
 
 
 def settings(vllm_config: Any, is_encoder: bool) -> tuple[CompilationConfig, RuntimeConfig]:
-    """The engine's settings as piecework's, the user's ``additional_config["piecework"]`` on top; raises
-    `ConfigError` for a field that there is not, or that vLLM's configuration decides.
-    """
+    """The engine's settings as piecework's, with ``additional_config["piecework"]`` on top."""
     from vllm import envs
 
     theirs, parallel = vllm_config.compilation_config, vllm_config.parallel_config
@@ -220,9 +209,7 @@ def _own_options(vllm_config: Any) -> Mapping[str, object]:
     own = given.get("piecework", {}) if isinstance(given, Mapping) else {}
     decided = {"mode", "splitting_ops", "cudagraph_mode", "cudagraph_capture_sizes"} & set(own)
     if decided:
-        raise ConfigError(
-            f"{', '.join(sorted(decided))} of an engine is vLLM's to say",
-            where="additional_config.piecework",
-            hint="put it into the compilation config",
-        )
+        why = f"{', '.join(sorted(decided))} of an engine is vLLM's to say"
+        hint = "put it into the compilation config"
+        raise ConfigError(why, where="additional_config.piecework", hint=hint)
     return dict(own)

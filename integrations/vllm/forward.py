@@ -29,13 +29,13 @@ _MARK = b"piecework"
 
 
 def seal(file: str | os.PathLike[str]) -> None:
-    """Add its digest to the end of a file that vLLM wrote; with the key, where ``PIECEWORK_CACHE_KEY_FILE`` names one."""
+    """Add its digest, by the key if there is one, to the end of a file that vLLM wrote."""
     with open(file, "r+b") as kept:
         kept.write(_digest(kept.read()) + _MARK)
 
 
 def require_sealed(file: str | os.PathLike[str]) -> None:
-    """Raise `ArtifactError` unless the file is as `seal` left it; nothing of it is unpickled before."""
+    """Raise `ArtifactError` unless the file is as `seal` left it."""
     data = Path(file).read_bytes()
     end = len(data) - len(_MARK) - hashlib.sha256().digest_size
     if end < 0 or not hmac.compare_digest(data[end:], _digest(data[:end]) + _MARK):
@@ -87,11 +87,7 @@ def places(graph: torch.fx.GraphModule) -> tuple[Place | None, ...]:
 
 
 class Forward:
-    """A function that AOT compile made, as the model that it belongs to calls it.
-
-    After a call through Dynamo's code the next ones go straight to the stitched function, with what
-    that call fetched, until something is written into a module of the model.
-    """
+    """An AOT-compiled function, called past Dynamo's code until the model is written to."""
 
     def __init__(self, compiled: Any) -> None:
         self._compiled = compiled
@@ -120,7 +116,7 @@ class Forward:
         seal(path)
 
     def _learn(self, model: Any, args: Sequence[object], kwargs: dict[str, object]) -> object:
-        """A call through Dynamo's code: it shows what the graph gets, and what its results become."""
+        """Call Dynamo's code, which shows what the graph gets and what becomes of its results."""
         unwritten = dict_guard(list(_dictionaries(model))) or bool
         unwritten()  # it notes the dictionaries in its first call
         served = self._compiled._artifacts.compiled_fn
@@ -147,10 +143,7 @@ class Forward:
 
 
 def _drop_closure(artifacts: Any) -> None:
-    """Leave out what the traced function closes over, unless Dynamo's code reads it.
-
-    A decorated forward closes over the bare one, which pickle can't find by its name.
-    """
+    """Leave out what the traced function closes over: pickle may not find it by its name."""
     env = artifacts.runtime_env
     steps = dis.get_instructions(env.bytecode)
     if not any(step.opcode in dis.hasfree or step.opname == "MAKE_FUNCTION" for step in steps):
@@ -169,7 +162,7 @@ def _problem(code: Any) -> str:
 
 
 def _dictionaries(model: torch.nn.Module) -> Iterator[dict[str, Any]]:
-    """Those that such code reads: modules' own, and of what functions that modules hold close over."""
+    """Those that such code reads: modules', and of what their functions close over."""
     for module in model.modules():
         yield from (module.__dict__, module._modules, module._parameters, module._buffers)
         functions = [f for f in module.__dict__.values() if isinstance(f, types.FunctionType)]
@@ -178,7 +171,7 @@ def _dictionaries(model: torch.nn.Module) -> Iterator[dict[str, Any]]:
 
 
 def _straight(fn: Any, served: Any, inputs: Sequence[object], at: int) -> Callable[..., object]:
-    """The model's forward: the stitched function of the arguments, and result number ``at`` of it."""
+    """The model's forward by the stitched function, whose result ``at`` it is."""
     call, held, passed = served.call, [], []
     if call.program.range_table is not None:
         raise ValueError("pieces are compiled for several ranges")

@@ -41,11 +41,9 @@ def version() -> str:
 def require_known_version() -> None:
     """Raise `ConfigError` unless this vLLM is one that piecework ran with."""
     if version() not in VERSIONS:
-        raise ConfigError(
-            f"piecework was not run with vLLM {version()}",
-            where="backend",
-            hint=f"leave the backend to vLLM, or install {' or '.join(VERSIONS)}",
-        )
+        why = f"piecework was not run with vLLM {version()}"
+        hint = f"leave the backend to vLLM, or install {' or '.join(VERSIONS)}"
+        raise ConfigError(why, where="backend", hint=hint)
 
 
 def _wrap(owner: Any, name: str, instead: Callable[..., Any]) -> None:
@@ -71,7 +69,7 @@ def wanted(config: Any) -> bool:
 
 @contextmanager
 def _as_inductor(config: Any) -> Iterator[None]:
-    """What vLLM settles by its compiler's name (custom ops, priorities, ranges) is so as for Inductor."""
+    """Let vLLM settle by its compiler's name what it does for Inductor."""
     config.backend = "inductor"
     try:
         yield

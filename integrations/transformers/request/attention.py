@@ -111,7 +111,7 @@ class Discovery:
     def see(
         self, module: torch.nn.Module, attention_mask: object, kwargs: dict[str, object]
     ) -> None:
-        """Take note of one call; raises `CaptureError` for one that the splitting op can't carry."""
+        """Note one call; raises `CaptureError` for one that the splitting op can't carry."""
         known = (*_LITERALS, *_TENSORS, *_INERT)
         given = {
             **kwargs,
@@ -161,7 +161,7 @@ def through_piecework(model: torch.nn.Module) -> Iterator[None]:
 
 
 def _configs_of(model: torch.nn.Module) -> list[PreTrainedConfig]:
-    """The configs of the modules, outer ones first: setting one's implementation sets its parts'."""
+    """The configs of the modules, outer ones first, which set their parts'."""
     found: dict[int, PreTrainedConfig] = {}
     for module in model.modules():
         config = getattr(module, "config", None)

@@ -37,7 +37,7 @@ class CacheForm:
 
 @dataclass(slots=True)
 class TakenApart:
-    """A cache's form without its leaves, and these: tensors, and an empty one of the length of each count."""
+    """A cache's form, and its leaves: tensors, and one as long as each count."""
 
     form: CacheForm
     leaves: list[torch.Tensor]
@@ -47,9 +47,7 @@ class TakenApart:
 
 
 def take_apart(cache: Cache, counts: Set[str]) -> TakenApart:
-    """The form and the leaves of ``cache``, which is left as it is; raises `InputError` for what is
-    neither a tensor nor a plain value. ``counts``: names of attributes of layers, integers that grow.
-    """
+    """The form and leaves of ``cache``; raises `InputError` for what is neither."""
     leaves: list[torch.Tensor] = []
     taken = TakenApart(_form(cache, leaves, counts), leaves)
     leaves[:] = [_plain(leaf, taken.lent) for leaf in leaves]
@@ -94,11 +92,9 @@ def _part(name: str, value: object, leaves: list[torch.Tensor], counts: Set[str]
 
 
 def _refused(why: str) -> InputError:
-    return InputError(
-        f"{why}, which a decoder that is compiled whole does not take",
-        where="past_key_values",
-        hint="pass a plain DynamicCache, or unstitch(model) for this call",
-    )
+    why = f"{why}, which a decoder that is compiled whole does not take"
+    hint = "pass a plain DynamicCache, or unstitch(model) for this call"
+    return InputError(why, where="past_key_values", hint=hint)
 
 
 def _plain(tensor: torch.Tensor, lent: dict[int, torch.Tensor]) -> torch.Tensor:
@@ -142,9 +138,7 @@ def _value(part, leaves):  # type: ignore[no-untyped-def]
 
 
 def held_by(cache: Cache, names: Sequence[str]) -> list[dict[str, object]]:
-    """What each layer of ``cache`` holds, and at the end what a pair sets; traced by Dynamo, which
-    can't list the ``names`` of attributes in torch 2.11.
-    """
+    """What each layer holds, and what a pair sets; torch 2.11 can't list ``names`` in a trace."""
     held = [
         {name: getattr(layer, name) for name in names if hasattr(layer, name)}
         for layer in layers_of(cache)

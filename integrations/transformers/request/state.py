@@ -67,7 +67,7 @@ class PositionRule(Enum):
 
 @dataclass(frozen=True, slots=True)
 class AttentionLayer:
-    """One attention module of the stitched decoder, and how its model calls the attention function."""
+    """One attention module of the decoder, and how its model calls the attention function."""
 
     name: str  # its path inside the decoder, the ``layer_name`` of the splitting op
     module: torch.nn.Module
@@ -80,21 +80,15 @@ class AttentionLayer:
         if not isinstance(masks, Mapping):
             return masks
         if self.layer_type is None or self.layer_type not in masks:
-            raise InputError(
-                f"no mask for layer type {self.layer_type!r}; the request has {sorted(masks)}",
-                where=self.name,
-                hint="pass a 2D attention_mask and let the model make its masks",
-            )
+            why = f"no mask for layer type {self.layer_type!r}; the request has {sorted(masks)}"
+            hint = "pass a 2D attention_mask and let the model make its masks"
+            raise InputError(why, where=self.name, hint=hint)
         return masks[self.layer_type]
 
 
 @dataclass(frozen=True, slots=True)
 class RequestState:
-    """What the splitting op needs to know of one forward: ``tokens`` of each of ``batch`` rows.
-
-    The masks were made before the first cache update; ``paged`` is what continuous batching gives its
-    attention functions, else empty.
-    """
+    """What the splitting op needs to know of one forward: ``tokens`` of each of ``batch`` rows."""
 
     layers: Mapping[str, AttentionLayer]
     batch: int
@@ -128,11 +122,7 @@ class RequestState:
 
 
 def request_context(state: object, *, in_full_graphs: bool | None = None) -> ForwardScope:
-    """Make ``state`` the request of a block, keeping whatever an engine set around it.
-
-    ``in_full_graphs``: whether full graphs may serve it; None where there are none. It is an
-    `InputError` where the context asks for one that can't serve this request.
-    """
+    """Make ``state`` the request of a block; ``in_full_graphs`` is None without such graphs."""
     outer = current_forward_context() or ForwardContext()
     if in_full_graphs is False and outer.cudagraph_runtime_mode is CUDAGraphMode.FULL:
         raise InputError(
@@ -151,11 +141,9 @@ def current_request() -> RequestState:
     """The request of the running forward; raises `InputError` outside of one."""
     state = get_forward_context().state.get(STATE_KEY)
     if not isinstance(state, RequestState):
-        raise InputError(
-            "piecework::attention ran outside the forward of a stitched model",
-            where="piecework::attention",
-            hint=f"call the model that stitch() returned; capture and measure take context_for={_DRY}",
-        )
+        why = "piecework::attention ran outside the forward of a stitched model"
+        hint = f"call the model that stitch() returned; capture and measure take context_for={_DRY}"
+        raise InputError(why, where="piecework::attention", hint=hint)
     return state
 
 
@@ -166,11 +154,9 @@ def registered_attention(implementation: str) -> AttentionFunction | None:
     try:
         return ALL_ATTENTION_FUNCTIONS[implementation]
     except KeyError:
-        raise CaptureError(
-            f"attention implementation {implementation!r} is not registered in transformers",
-            where="config._attn_implementation",
-            hint="use 'sdpa' or 'eager'",
-        ) from None
+        why = f"attention implementation {implementation!r} is not registered in transformers"
+        hint = "use 'sdpa' or 'eager'"
+        raise CaptureError(why, where="config._attn_implementation", hint=hint) from None
 
 
 def _eager_attention_of(module: torch.nn.Module) -> AttentionFunction:

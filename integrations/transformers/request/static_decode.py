@@ -106,7 +106,7 @@ class StaticDecode:
                 self.step = None
 
     def take(self, cache: Cache, batch: int, masks: steps.LayerMasks) -> StaticStep | None:
-        """The step of a cache, moved here if need be, with its masks; None, and counted, if it can't."""
+        """The step of a cache, moved here if need be; None, and counted, if it can't."""
         step = self.step
         if type(cache) is not StaticCache or step is None:
             return None
@@ -231,11 +231,9 @@ class StaticStep:
             self._most, self._version = int(self._counts.max()), self._counts._version
         room = cache.layers[0].max_cache_len
         if self._most >= room:
-            raise InputError(
-                f"the static cache is full: it has room for {room} tokens",
-                where="past_key_values",
-                hint="make it with a larger max_cache_len",
-            )
+            why = f"the static cache is full: it has room for {room} tokens"
+            hint = "make it with a larger max_cache_len"
+            raise InputError(why, where="past_key_values", hint=hint)
 
     def holds(self, cache: StaticCache, batch: int) -> bool:
         """Whether a cache that was moved in still lies here, and has so many sequences."""
@@ -289,7 +287,7 @@ def static_decode(
     largest: int,
     length: int,
 ) -> StaticDecode:
-    """The memory for a stitched decoder; raises `StaticGraphError` where its attention can't be in it."""
+    """The memory for a stitched decoder; `StaticGraphError` where attention can't be in it."""
     implementation = config._attn_implementation
     if states.registered_attention(implementation) is not sdpa_attention_forward:
         raise _refused(f"attention by {implementation!r}; only 'sdpa' is captured")
@@ -316,8 +314,6 @@ def static_decode(
 
 
 def _refused(why: str) -> StaticGraphError:
-    return StaticGraphError(
-        f"decode steps can't be in full graphs: {why}",
-        where="max_cache_len",
-        hint="leave max_cache_len out; the pieces around attention are captured",
-    )
+    why = f"decode steps can't be in full graphs: {why}"
+    hint = "leave max_cache_len out; the pieces around attention are captured"
+    return StaticGraphError(why, where="max_cache_len", hint=hint)

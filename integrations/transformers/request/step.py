@@ -27,11 +27,7 @@ class Step(Protocol):
 
 
 class DecodeStep:
-    """One forward in which each sequence of a batch has one new token and all attention is `sdpa`.
-
-    ``masks`` are those of the layers by layer type, or the one of them all under None; boolean ones are
-    made additive here, of ``dtype``, which torch would otherwise do in each layer.
-    """
+    """A forward with one new token of each sequence, all attention by `sdpa`."""
 
     __slots__ = ("_added", "_batch", "_cache", "_dtype", "_indices", "_layout", "_masks", "_packed")
     __slots__ += ("_rows", "_written")
@@ -117,11 +113,7 @@ def additive(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | No
 
 
 class GrowingRows:
-    """The rows of a `DynamicLayer` in buffers with room; its ``keys`` and ``values`` are views.
-
-    A row is written once, behind all that any view shows, so whoever holds earlier keys keeps what
-    they saw. Other tensors than the last step left there (cropped, reordered) are copied first.
-    """
+    """The rows of a `DynamicLayer` in buffers with room; earlier views keep what they show."""
 
     __slots__ = ("_buffers", "_capacity", "_keys", "_layer", "_length", "_places", "_values")
 
@@ -219,7 +211,7 @@ class CacheRows:
         )
 
     def of(self, cache: Cache) -> list[Rows | None]:
-        """Its layers' rows; None for another kind, and none at all of a cache with its own update."""
+        """Its layers' rows, None for other kinds; none of a cache with its own update."""
         own = type(cache).update is not Cache.update or "update" in vars(cache)
         if own or getattr(cache, "offloading", True):
             return []
@@ -253,10 +245,7 @@ def _continues(new: torch.Tensor, rows: torch.Tensor | None) -> bool:
 
 
 class StaticMasks:
-    """Makes the masks of one new token a sequence over static caches, where each sees all before it.
-
-    Transformers' own is made beside the first of each kind; where they differ, it is taken.
-    """
+    """Masks of one new token over static caches, where transformers' own are the same."""
 
     def __init__(self) -> None:
         self._places: dict[tuple[int, torch.device], torch.Tensor] = {}
@@ -270,10 +259,7 @@ class StaticMasks:
         kind: Hashable,
         theirs: Callable[[], Any],
     ) -> Any:
-        """The mask of the tokens behind those in ``cache``, [batch, 1, 1, length] of booleans.
-
-        ``theirs`` makes it as transformers does; ``kind``: what else that may depend on.
-        """
+        """The mask of the tokens after those in ``cache``, [batch, 1, 1, length]."""
         kind = (kind, attention_mask is None)
         known = self._as_theirs.get(kind)
         made = None if known is False else self._made(cache, attention_mask, batch)
