@@ -15,12 +15,8 @@ from piecework.integrations.protocol import LoadedModel, compare
 from piecework.runtime.config.compilation import CompilationConfig
 
 LATENTS = {
-    "num_attention_heads": 2,
-    "attention_head_dim": 16,
-    "num_layers": 5,
-    "in_channels": 4,
-    "out_channels": 4,
-    "sample_size": 8,
+    **{"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 5},
+    **{"in_channels": 4, "out_channels": 4, "sample_size": 8},
 }
 CLASSES: dict[str, dict[str, object]] = {
     "DiTTransformer2DModel": {**LATENTS, "num_embeds_ada_norm": 10},
@@ -30,7 +26,6 @@ CLASSES: dict[str, dict[str, object]] = {
     "SanaTransformer2DModel": {**LATENTS, "num_cross_attention_heads": 2, "cross_attention_head_dim": 16, "cross_attention_dim": 32, "caption_channels": 24},
     "AuraFlowTransformer2DModel": {"sample_size": 8, "in_channels": 4, "out_channels": 4, "num_mmdit_layers": 1, "num_single_dit_layers": 5, "attention_head_dim": 16, "num_attention_heads": 2, "joint_attention_dim": 24, "caption_projection_dim": 32, "pos_embed_max_size": 64},
 }  # fmt: skip
-EVERY_MERGE = ("DiTTransformer2DModel",)
 
 
 def loaded(folder: Path, name: str, fields: Mapping[str, object]) -> LoadedModel:
@@ -39,13 +34,8 @@ def loaded(folder: Path, name: str, fields: Mapping[str, object]) -> LoadedModel
     return load_model(str(path))
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(each, marks=() if each in EVERY_MERGE else pytest.mark.nightly)
-        for each in CLASSES
-    ],
-)
+@pytest.mark.sample(len(CLASSES))
+@pytest.mark.parametrize("name", CLASSES)
 def test_a_class(name: str, tmp_path: Path) -> None:
     pytest.importorskip("diffusers")
     model = loaded(tmp_path, name, CLASSES[name])

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from models import EAGER
 
 import piecework
 from piecework.errors import UsageError
@@ -21,24 +22,15 @@ transformers = pytest.importorskip("transformers")
 
 LAYERS = 5  # one more than what is cut into blocks needs: the first often differs
 TEXT = {
-    "hidden_size": 32,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": 2,
-    "intermediate_size": 64,
-    "vocab_size": 99,
+    **{"hidden_size": 32, "num_hidden_layers": LAYERS, "num_attention_heads": 2},
+    **{"intermediate_size": 64, "vocab_size": 99},
 }
 VISION = {**TEXT, "image_size": 16, "patch_size": 8}
 PAIR = {
-    "d_model": 32,
-    "encoder_layers": LAYERS,
-    "decoder_layers": 1,
-    "encoder_attention_heads": 2,
-    "decoder_attention_heads": 2,
-    "encoder_ffn_dim": 64,
-    "decoder_ffn_dim": 64,
-    "vocab_size": 99,
-    "max_position_embeddings": 64,
-    "pad_token_id": 1,
+    **{"d_model": 32, "encoder_layers": LAYERS, "decoder_layers": 1, "vocab_size": 99},
+    **{f"{part}_attention_heads": 2 for part in ("encoder", "decoder")},
+    **{f"{part}_ffn_dim": 64 for part in ("encoder", "decoder")},
+    **{"max_position_embeddings": 64, "pad_token_id": 1},
 }
 WHISPER = {**PAIR, "max_source_positions": 20, "max_target_positions": 20, "num_mel_bins": 8}
 FAMILIES: dict[str, dict[str, object]] = {
@@ -64,7 +56,6 @@ FAMILIES: dict[str, dict[str, object]] = {
 EVERY_MERGE = ("bert", "vit")
 # It makes a tensor of a length and slices by it, which torch can't trace for every length: one trace for each, none for a mask.
 A_TRACE_FOR_EACH_LENGTH = {"deberta": 4}
-EAGER = CompilationConfig(backend="eager")
 
 
 def loaded(folder: Path, fields: Mapping[str, object]) -> LoadedModel:
@@ -81,13 +72,8 @@ def stitched_like_eager(model: LoadedModel, config: CompilationConfig = EAGER) -
     return stitched
 
 
-@pytest.mark.parametrize(
-    "family",
-    [
-        pytest.param(each, marks=() if each in EVERY_MERGE else pytest.mark.nightly)
-        for each in FAMILIES
-    ],
-)
+@pytest.mark.sample(13)  # bert and vit
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_family(family: str, tmp_path: Path) -> None:
     model = loaded(tmp_path, {"model_type": family, **FAMILIES[family]})
     assert len(model.more_calls) == len(SIZES) - 1

@@ -176,9 +176,8 @@ def test_new_weights_in_place_reach_pieces_and_head(tied: bool) -> None:
             model.load_state_dict(build(seed=seed, tie_word_embeddings=tied).state_dict())
             check(model, build(seed=seed, tie_word_embeddings=tied))
     assert replays(model) == 42
-    decoder = {
-        name: each for name, each in build(seed=9).state_dict().items() if name.startswith("model.")
-    }
+    weights = build(seed=9).state_dict().items()
+    decoder = {name: each for name, each in weights if name.startswith("model.")}
     stitched_module(model).refit(decoder)
     eager = build(seed=6, tie_word_embeddings=tied)
     eager.load_state_dict(decoder, strict=False)

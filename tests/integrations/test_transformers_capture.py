@@ -48,11 +48,8 @@ def test_one_call_captures_pieces_and_head(caplog: pytest.LogCaptureFixture) -> 
     for batch in (1, 2, 3, 4, 5):
         assert torch.equal(generated(model, batch), generated(eager, batch)), batch
     pieces, head = stitched_module(model), model.lm_head.forward.stitched
-    assert [(row.first, row.last, row.mode.name) for row in pieces.coverage(6)][-1] == (
-        5,
-        6,
-        "NONE",
-    )
+    last = pieces.coverage(6)[-1]
+    assert (last.first, last.last, last.mode.name) == (5, 6, "NONE")
     # 7 steps behind each prefill; a prefill has one row of each sequence at the head.
     assert served(pieces) == {"tokens=1": (7, 0), "tokens=2": (7, 0), "tokens=4": (14, 7)}
     assert served(head) == {"tokens=1": (8, 0), "tokens=2": (8, 0), "tokens=4": (16, 8)}
@@ -82,9 +79,7 @@ def test_auto_that_keeps_nothing_says_so(
     monkeypatch.setattr("piecework.runtime.graphs.serve.report.measured", judge)
     monkeypatch.setattr("piecework.integrations.transformers.stitcher.AUTO_MAXIMUM", 2)
     model = stitch(build(), config=EAGER, capture="auto")
-    assert (
-        "leaves out sizes that run faster in another way: 1 (stitched), 2 (stitched)" in caplog.text
-    )
+    assert "faster in another way: 1 (stitched), 2 (stitched)" in caplog.text
     generated(model, 2)
     stitched = stitched_module(model)
     [row] = stitched.call_report()

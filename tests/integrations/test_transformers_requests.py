@@ -54,18 +54,14 @@ def pair() -> Iterator[Pair]:
     assert stitched_module(pair.stitched) is before
 
 
-@pytest.mark.parametrize(
-    "how",
-    [
-        {"cache_implementation": "static"},
-        {"use_cache": False},
-        {"num_beams": 3},
-        {"num_return_sequences": 2, "num_beams": 2},
-        {"prefill_chunk_size": 4},
-        {"attention_mask": None},
-    ],
-    ids=lambda how: "-".join(how),
+GENERATIONS = (
+    *({"cache_implementation": "static"}, {"use_cache": False}, {"num_beams": 3}),
+    *({"num_return_sequences": 2, "num_beams": 2}, {"prefill_chunk_size": 4}),
+    {"attention_mask": None},
 )
+
+
+@pytest.mark.parametrize("how", GENERATIONS, ids=lambda how: "-".join(how))
 def test_generation_equals_eager(pair: Pair, how: dict[str, object]) -> None:
     pair.generate(IDS, **{"attention_mask": MASK, "max_new_tokens": 8, **how})
 
@@ -148,12 +144,9 @@ def test_attention_implementation_can_change_after_stitching() -> None:
 
 ROPES = {
     "longrope": {
-        "rope_type": "longrope",
-        "rope_theta": 10000.0,
-        "short_factor": [1.0] * 4,
+        **{"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4},
         "long_factor": [4.0, 3.0, 2.0, 2.0],
-        "original_max_position_embeddings": 8,
-        "factor": 8.0,
+        **{"original_max_position_embeddings": 8, "factor": 8.0},
     },
     "dynamic": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0},
 }
@@ -289,10 +282,8 @@ def test_torch_s_switches_run_the_decoder_as_it_is():
         torch.testing.assert_close(again.logits[:, -1], full.logits[:, -1], rtol=1e-4, atol=1e-4)
     assert torch.equal(model.generate(ids, max_new_tokens=8, do_sample=False), expected)
     with torch.no_grad(), torch.compiler.set_stance("eager_on_recompile"):
-        for each in (
-            model,
-            eager,
-        ):  # the stitched forward refuses another weight; the flattened one runs as it is
+        # The stitched forward refuses another weight; the flattened one runs as it is.
+        for each in (model, eager):
             each.model.norm.weight = torch.nn.Parameter(torch.full((32,), 0.5))
         torch.testing.assert_close(model(ids).logits, eager(ids).logits, rtol=1e-4, atol=1e-4)
     with torch.no_grad(), torch._dynamo.config.patch(disable=True):
@@ -305,17 +296,14 @@ def test_what_an_engine_says_of_the_batch_reaches_the_dispatcher() -> None:
     model = stitch(build("llama"), config=EAGER)
     entry = stitched_module(model)
     ids = torch.tensor([[5, 6, 7, 8]])
-    entry.capture(
-        [4], context_for=dry_request, pad=True, lora_counts=(1,), progress=False, estimate=False
-    )
+    how = {"context_for": dry_request, "pad": True, "lora_counts": (1,), "progress": False}
+    entry.capture([4], estimate=False, **how)
     with torch.no_grad():
         with set_forward_context(batch=BatchKind(has_lora=True, num_active_loras=1)):
             model(ids)
         model(ids)
-    assert {row.graph: row.calls for row in entry.call_report()} == {
-        "tokens=4": 1,
-        "tokens=4 loras=1": 1,
-    }
+    calls = {row.graph: row.calls for row in entry.call_report()}
+    assert calls == {"tokens=4": 1, "tokens=4 loras=1": 1}
     kept = ForwardContext(batch=BatchKind(uniform_decode=True), dry=True, state={"mine": 1})
     with override_forward_context(kept), request_context("a request"):
         inner = get_forward_context()

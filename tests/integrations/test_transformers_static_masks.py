@@ -28,12 +28,8 @@ def cache_of(length: int, past: int, config: object = CONFIG) -> transformers.St
 def own_mask(cache: object, attention_mask: object) -> torch.Tensor:
     from transformers.masking_utils import create_causal_mask
 
-    return create_causal_mask(
-        config=CONFIG,
-        inputs_embeds=torch.empty(BATCH, 1, 0),
-        attention_mask=attention_mask,
-        past_key_values=cache,
-    )
+    given = {"attention_mask": attention_mask, "past_key_values": cache}
+    return create_causal_mask(config=CONFIG, inputs_embeds=torch.empty(BATCH, 1, 0), **given)
 
 
 def never() -> torch.Tensor:
@@ -67,12 +63,7 @@ def test_as_transformers_makes_them(form: str) -> None:
     masks.mask(first, asked, BATCH, "kind", lambda: own_mask(first, asked))
     for length, past in itertools.product((5, 9, 12), (1, 3, 4)):
         cache = cache_of(length, past)
-        for told in {
-            1,
-            past,
-            past + 1,
-            min(past + 3, length),
-        }:  # too short ones and longer ones too
+        for told in {1, past, past + 1, min(past + 3, length)}:  # too short and longer ones too
             asked = said_of(told, form)
             got = masks.mask(cache, asked, BATCH, "kind", never)
             assert torch.equal(got, own_mask(cache, asked)), (length, past, told)

@@ -1,4 +1,4 @@
-"""Random plans of entries: with every kind of argument, check, pass and result; calls that keep or break them; and what a plan means, said again."""
+"""Random plans of entries, calls that keep or break them, and what a plan means, said again."""
 
 from __future__ import annotations
 
@@ -153,9 +153,8 @@ def _parameters(draw: st.DrawFn, state: _Plan) -> tuple[assumed.Parameter, ...]:
     made = []
     for name, kind in named:
         if kind == "*":
-            node: assumed.Node = assumed.Items(
-                tuple, name, (0, 1), (state.leaf("rest[0]"), state.leaf("rest[1]"))
-            )
+            rest = state.leaf("rest[0]"), state.leaf("rest[1]")
+            node: assumed.Node = assumed.Items(tuple, name, (0, 1), rest)
         elif kind == "**":
             node = assumed.Items(dict, name, ("bias",), (state.leaf("more['bias']"),))
         else:
@@ -167,12 +166,8 @@ def _parameters(draw: st.DrawFn, state: _Plan) -> tuple[assumed.Parameter, ...]:
 
 
 def _passed(state: _Plan, found: list[str]) -> list[assumed.Passed]:
-    choices: list[assumed.Passed] = [
-        assumed.FromConst(8),
-        assumed.FromConst(-1),
-        assumed.FromWeights(0),
-        assumed.FromWeights(3),
-    ]
+    choices: list[assumed.Passed] = [assumed.FromConst(value) for value in (8, -1)]
+    choices += [assumed.FromWeights(index) for index in (0, 3)]
     choices += [assumed.FromSymbol(name) for name in found]
     choices += [assumed.FromLeaf(leaf.index) for leaf in state.leaves]
     for leaf in state.tensors:
@@ -187,10 +182,7 @@ def _rebuild(items: list[object], context: object) -> tuple[object, object]:
 
 
 def _packed(outputs: int, leaves: list[int]) -> st.SearchStrategy[assumed.Packed]:
-    ends: list[assumed.Packed] = [
-        assumed.FromWeights(1),
-        *(assumed.FromConst(value) for value in FIXED),
-    ]
+    ends: list[assumed.Packed] = [assumed.FromWeights(1), *map(assumed.FromConst, FIXED)]
     ends += [assumed.FromOutput(number) for number in range(outputs)] * 6
     ends += [assumed.FromLeaf(leaf) for leaf in leaves]
 
@@ -206,15 +198,10 @@ def _packed(outputs: int, leaves: list[int]) -> st.SearchStrategy[assumed.Packed
     return st.recursive(st.sampled_from(ends), grown, max_leaves=4)
 
 
-# --- calls -------------------------------------------------------------------------------------------
-
-
 def values_of(plan: assumed.EntryPlan) -> list[object]:
     """One value per parameter, as the plan has it."""
-    plain = [
-        assumed.Parameter(each.name, "", _without_watched(each.node)) for each in plan.parameters
-    ]
-    return list(example_call(plain, SYMBOLS)[0])
+    nodes = ((each.name, _without_watched(each.node)) for each in plan.parameters)
+    return list(example_call([assumed.Parameter(n, "", node) for n, node in nodes], SYMBOLS)[0])
 
 
 def _without_watched(node: assumed.Node) -> assumed.Node:
@@ -231,11 +218,8 @@ def _without_watched(node: assumed.Node) -> assumed.Node:
 @st.composite
 def broken(draw: st.DrawFn, value: object) -> object:
     """``value`` with something in it changed, perhaps."""
-    if (
-        type(value) in (list, tuple, dict, collections.OrderedDict)
-        and value
-        and draw(st.booleans())
-    ):
+    several = type(value) in (list, tuple, dict, collections.OrderedDict)
+    if several and value and draw(st.booleans()):
         keys = list(value) if isinstance(value, dict) else list(range(len(value)))  # type: ignore[arg-type,call-overload]
         at = draw(st.sampled_from(keys))
         items = {key: value[key] for key in keys}  # type: ignore[index]
@@ -243,26 +227,8 @@ def broken(draw: st.DrawFn, value: object) -> object:
         return type(value)(items) if isinstance(value, dict) else type(value)(items.values())  # type: ignore[call-arg]
     if isinstance(value, torch.Tensor) and draw(st.integers(0, 9)):
         return draw(st.sampled_from(_broken_tensors(value)))
-    others = [
-        None,
-        0,
-        1,
-        2,
-        4,
-        6,
-        3,
-        True,
-        0.0,
-        -0.0,
-        math.nan,
-        "mean",
-        "x",
-        [],
-        (),
-        {},
-        torch.float16,
-    ]
-    return draw(st.sampled_from([value, *others]))
+    others = [None, *(0, 1, 2, 4, 6, 3, True, 0.0, -0.0, math.nan), "mean", "x", [], (), {}]
+    return draw(st.sampled_from([value, *others, torch.float16]))
 
 
 def _broken_tensors(value: torch.Tensor) -> list[object]:
@@ -280,19 +246,11 @@ def _broken_tensors(value: torch.Tensor) -> list[object]:
     return changed
 
 
-# --- what a plan means -------------------------------------------------------------------------------
-
-
 class Meaning:
-    """What a plan says of a call, read off the plan itself: no text that is emitted, and no table of checks.
-
-    Attributes:
-        holds: whether the call is what the plan assumes.
-        leaves, symbols: what it has for each flattened argument and each symbol.
-    """
+    """What a plan says of a call, read off the plan itself; ``holds``: whether it is what it assumes."""
 
     def __init__(self, plan: assumed.EntryPlan, values: list[object]) -> None:
-        self.leaves: dict[int, object] = {}
+        self.leaves: dict[int, object] = {}  # by the number of a flattened argument
         self.symbols: dict[str, object] = {}
         self._leaves: list[assumed.Leaf] = []
         self._names = {each.name for each in plan.symbols}

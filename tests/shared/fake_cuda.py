@@ -1,8 +1,7 @@
-"""The rules of CUDA graphs in torch, kept without a GPU. In: tensors on the CPU. Out: captures, replays and failures as torch's own would be.
+"""The rules of CUDA graphs in torch, kept without a GPU: what ``torch.cuda`` and the allocator do, function by function.
 
-It stands for what ``torch.cuda`` and the allocator do, function by function: streams of a small set that are handed out in turn and
-know of each other's work only what they waited for, a pool that records until it is told to stop, references to pools, operations that
-make a capture invalid, cuBLAS workspaces, a device that is lost.
+Streams of a small set are handed out in turn and know of each other's work what they waited for; a pool
+records until it is told to stop; some operations make a capture invalid; a device may be lost.
 """
 
 from __future__ import annotations
@@ -230,21 +229,14 @@ class NewerGraph(Driver):
 
 
 class FakeRecorder:
-    """``torch.cuda._graph_annotations`` of torch 2.15: marks on what captures record.
-
-    Attributes:
-        enabled: ``mark_kernels`` does something.
-        unable: what it stands on is missing; or what asking for it raises.
-        pending: marks of blocks that ended, with the nodes captured in them, which the end of a capture has to resolve.
-        kept: id of a graph → its nodes' marks; under the id of a capture nothing that is replayed is found.
-    """
+    """``torch.cuda._graph_annotations`` of torch 2.15: marks on what captures record."""
 
     def __init__(self, cuda: FakeCuda) -> None:
         self.cuda = cuda
-        self.enabled = False
-        self.unable: bool | Exception = False
-        self.pending: list[tuple[dict, int, list[int]]] = []
-        self.kept: dict[int, dict[int, dict]] = {}
+        self.enabled = False  # ``mark_kernels`` does something
+        self.unable: bool | Exception = False  # what it stands on is missing, or asking raises
+        self.pending: list[tuple[dict, int, list[int]]] = []  # marks and nodes of ended blocks
+        self.kept: dict[int, dict[int, dict]] = {}  # id of a graph → its nodes' marks
 
     def _set_annotations_enabled(self, enabled: bool) -> None:
         self.enabled = enabled
@@ -302,51 +294,35 @@ class FakeRecorder:
 
 
 class FakeCuda:
-    """What torch keeps per process and device.
+    """What torch keeps per process and device; captures end as in the torch that it is ``like``.
 
-    Attributes:
-        references: pool → graphs that use it.
-        held: pools with memory of the device.
-        users_pool: the pool of ``torch.cuda.use_mem_pool``, which comes before that of a capture inside it.
-        segments: pool → addresses of what was taken from the device for it.
-        taken: pool → bytes that were allocated there.
-        driver: bytes that the driver took for graphs.
-        probes: addresses that were allocated by hand.
-        own: streams that torch does not hand out.
-        recording, pinned_recording: pools that the allocators record to; that of pinned memory asks the graph whether it captures.
-        workspaces: stream → the pool where cuBLAS's workspace for it is; None for ordinary memory.
-        generator_captures: the random generators take it that a capture is going on.
-        replays: how many there were.
-        like: captures end as in that torch. 2.11 tells its allocators of those that were valid; 2.13 of all, and keeps its reference to the
-            pool of an invalid one; 2.15 gives that back too, and can mark kernels.
-        cannot_instantiate: the next capture is valid, and no graph can be made of it.
-        recorder: marks on kernels, where it is newer.
-        lost: an error ended the use of the device.
+    2.11 tells its allocators of captures that were valid; 2.13 of all, and keeps its reference to the
+    pool of an invalid one; 2.15 gives that back too, and can mark kernels.
     """
 
     def __init__(self, like: str = "2.11") -> None:
-        self.like, self.newer, self.lost = like, like == "2.15", False
-        self.cannot_instantiate = False
+        self.like, self.newer = like, like == "2.15"
+        self.lost = False  # an error ended the use of the device
+        self.cannot_instantiate = False  # the next capture is valid, and no graph can be made of it
         self.default = self.current = FakeStream(self, 0)
         self.streams = [FakeStream(self, number) for number in range(1, 5)]
-        self.handed_out = 0
-        self.handles = 0
-        self.references: dict[object, int] = {}
-        self.held: set[object] = set()
-        self.users_pool: object = None
-        self.segments: dict[object, list[int]] = {}
-        self.probes: set[int] = set()
-        self.own: list[FakeStream] = []
-        self.recording: set[object] = set()
+        self.own: list[FakeStream] = []  # that torch does not hand out
+        self.handed_out = self.handles = self.ids = self.replays = 0
+        self.references: dict[object, int] = {}  # pool → graphs that use it
+        self.held: set[object] = set()  # pools with memory of the device
+        self.users_pool: object = None  # of ``use_mem_pool``: before that of a capture inside it
+        self.segments: dict[object, list[int]] = {}  # pool → addresses taken from the device
+        self.taken: dict[object, int] = {}  # pool → bytes that were allocated there
+        self.driver = 0  # bytes that the driver took for graphs
+        self.probes: set[int] = set()  # addresses that were allocated by hand
+        self.recording: set[object] = set()  # pools that the allocator records to
+        # Pools that the allocator of pinned memory records to, which asks the graph.
         self.pinned_recording: dict[object, weakref.ref[Driver]] = {}
+        # Stream → the pool where cuBLAS's workspace for it is; None for ordinary memory.
         self.workspaces: dict[FakeStream, object] = {}
         self.capturing: Driver | None = None
-        self.generator_captures = False
-        self.taken: dict[object, int] = {}
-        self.driver = 0
-        self.replays = 0
-        self.ids = 0
-        self.recorder = FakeRecorder(self)
+        self.generator_captures = False  # the random generators take it that a capture goes on
+        self.recorder = FakeRecorder(self)  # marks on kernels, where it is newer
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
         values: dict[str, object] = {

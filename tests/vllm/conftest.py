@@ -70,16 +70,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=512,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        architectures=["LlamaForCausalLM"],
-    )
+    sizes = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 512}
+    config = LlamaConfig(**sizes, num_hidden_layers=4, architectures=["LlamaForCausalLM"])
     path = tmp_path_factory.mktemp("models") / "llama"
     LlamaForCausalLM(config).save_pretrained(path)
     return str(path)

@@ -109,13 +109,8 @@ async def replicas(what: dict[str, Any]) -> dict[str, Any]:
     config = what["compilation_config"]
     arguments = {**ENGINE, **what["engine"], "compilation_config": config}
     engine = AsyncLLM.from_engine_args(AsyncEngineArgs(model=what["model"], **arguments))
-    options = SamplingParams(
-        max_tokens=8,
-        temperature=0,
-        detokenize=False,
-        ignore_eos=True,
-        output_kind=RequestOutputKind.FINAL_ONLY,
-    )
+    how = {"detokenize": False, "ignore_eos": True, "output_kind": RequestOutputKind.FINAL_ONLY}
+    options = SamplingParams(max_tokens=8, temperature=0, **how)
 
     async def one(number: int, length: int) -> list[int]:
         given = prompt(number, length)
@@ -152,19 +147,11 @@ def run(what: dict[str, Any]) -> dict[str, Any]:
     from vllm.compilation.counter import compilation_counter
 
     start = time.perf_counter()
-    llm = LLM(
-        what["model"],
-        **{**ENGINE, **what.get("engine", {})},
-        compilation_config=what.get("compilation_config", {}),
-    )
+    engine = {**ENGINE, **what.get("engine", {})}
+    llm = LLM(what["model"], **engine, compilation_config=what.get("compilation_config", {}))
     seconds = time.perf_counter() - start
-    options = SamplingParams(
-        max_tokens=what.get("tokens", 8),
-        temperature=0,
-        detokenize=False,
-        ignore_eos=True,
-        logprobs=1,
-    )
+    how = {"detokenize": False, "ignore_eos": True, "logprobs": 1}
+    options = SamplingParams(max_tokens=what.get("tokens", 8), temperature=0, **how)
     found: dict[str, Any] = {"tokens": {}, "logprobs": {}}
     for lengths in what.get("prompts", [[1], [16], [200], [1, 3, 16, 40, 90, 120, 2, 7]]):
         given = [prompt(i, n) for i, n in enumerate(lengths)]

@@ -87,16 +87,9 @@ def test_a_killed_start_and_two_at_once(engine, tmp_path, eager):
 def test_static_graphs_of_the_engines_own_wrapper(engine, tmp_path, eager):
     """Each captured size is replayed, from the addresses that it was captured with."""
     sizes = [1, 2, 4, 8, 16, 32]
-    found = engine(
-        cache=tmp_path,
-        graphs=True,
-        compilation_config={
-            **OURS,
-            "cudagraph_mode": "PIECEWISE",
-            "cudagraph_capture_sizes": sizes,
-        },
-        prompts=[[1], [16], [200], [1, 3, 16, 40, 90, 120, 2, 7], [2], [5, 5], [30], [32]],
-    )
+    config = {**OURS, "cudagraph_mode": "PIECEWISE", "cudagraph_capture_sizes": sizes}
+    prompts = [[1], [16], [200], [1, 3, 16, 40, 90, 120, 2, 7], [2], [5, 5], [30], [32]]
+    found = engine(cache=tmp_path, graphs=True, compilation_config=config, prompts=prompts)
     assert found["exit"] == 0, found["log"][-5000:]
     for name, tokens in eager["tokens"].items():
         assert found["tokens"][name] == tokens
@@ -114,15 +107,9 @@ def embedder(tmp_path_factory: pytest.TempPathFactory) -> str:
     from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
     torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=512,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        max_position_embeddings=512,
-        architectures=["BertModel"],
-    )
+    sizes = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128}
+    sizes |= {"num_hidden_layers": 4, "num_attention_heads": 2, "max_position_embeddings": 512}
+    config = BertConfig(**sizes, architectures=["BertModel"])
     path = tmp_path_factory.mktemp("models") / "bert"
     BertModel(config).save_pretrained(path)
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(512)}, unk_token="w0"))
@@ -141,24 +128,18 @@ def test_an_embedding_model(engine, embedder, tmp_path):
 
 
 def test_options_and_dumps(engine, tmp_path, eager):
-    found = engine(
-        cache=tmp_path / "cache",
-        compilation_config={**OURS, "compile_ranges_endpoints": [8]},
-        engine={
-            "additional_config": {
-                "piecework": {"backend": "eager", "debug_dump_path": str(tmp_path / "out")}
-            }
-        },
-    )
+    config = {**OURS, "compile_ranges_endpoints": [8]}
+    own = {"backend": "eager", "debug_dump_path": str(tmp_path / "out")}
+    options = {"additional_config": {"piecework": own}}
+    found = engine(cache=tmp_path / "cache", compilation_config=config, engine=options)
     same(found, eager)
     assert found["counters"]["num_backend_compilations"] == 10  # two ranges
     assert list((tmp_path / "out").rglob("*stitched*"))
 
 
 def test_eager_is_left_alone(engine, tmp_path, eager):
-    found = engine(
-        cache=tmp_path, compilation_config=OURS, engine={"enforce_eager": True}, prompts=[[16]]
-    )
+    options = {"enforce_eager": True}
+    found = engine(cache=tmp_path, compilation_config=OURS, engine=options, prompts=[[16]])
     assert found["exit"] == 0, found["log"][-3000:]
     assert found["tokens"]["16"] == eager["tokens"]["16"]
     assert "num_graphs_seen" not in found["counters"]
@@ -209,10 +190,8 @@ def test_data_parallel(engine, ranks, eager):
     found = engine(cache=ranks, replicas=True, prompts=lengths, **kept)
     name = ",".join(map(str, lengths))
     assert found.get("tokens", found["log"][-5000:]) == {name: eager["tokens"][name]}
-    assert {path.parent.name for path in ranks.rglob("rank_0_[01]/model")} == {
-        "rank_0_0",
-        "rank_0_1",
-    }
+    names = {path.parent.name for path in ranks.rglob("rank_0_[01]/model")}
+    assert names == {"rank_0_0", "rank_0_1"}
 
 
 def test_ranks_that_would_do_something_else_do_not_start(engine, tmp_path):

@@ -25,9 +25,8 @@ def settled(checkpoint: str, compilation, **engine):
 
 @pytest.mark.parametrize("mode", [None, 2, 3, "VLLM_COMPILE"])
 def test_every_mode_is_piecework(checkpoint, mode):
-    config = settled(
-        checkpoint, {"backend": "piecework"} | ({} if mode is None else {"mode": mode})
-    )
+    given = {"backend": "piecework"} | ({} if mode is None else {"mode": mode})
+    config = settled(checkpoint, given)
     assert (config.backend, int(config.mode), config.custom_ops) == ("piecework", 3, ["none"])
     assert "vllm::unified_attention_with_output" in config.splitting_ops
 
