@@ -52,9 +52,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("serve") / "model"
     words = Tokenizer(models.WordLevel({w: n for n, w in enumerate(WORDS)}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=words, bos_token="<s>", eos_token="</s>", pad_token="</s>"
-    )
+    ends = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, **ends)
     tokenizer.chat_template = "{% for m in messages %}{{ m.role == 'user' and 'w1' or 'w2' }} {{ m.content }} {% endfor %}w3"
     tokenizer.save_pretrained(place)
     model = build(num_hidden_layers=1, max_position_embeddings=2048)
@@ -63,9 +62,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = place.with_name(COMPILED)
     # In a process of its own: what other tests leave in this one is in an artifact's key.
     command = [sys.executable, "-m", "piecework", "compile", str(place), "-o", str(made)]
-    done = subprocess.run(
-        [*command, "--backend", "eager"], capture_output=True, text=True, timeout=900, check=False
-    )
+    done = subprocess.run([*command, "--backend", "eager"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     shutil.copytree(made, place.with_name(HERE))
     loaded(place)  # before a model serves: transformers changes classes while it loads another

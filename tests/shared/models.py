@@ -1,4 +1,4 @@
-"""What many test files compile. In: tensors; out: results of a few splitting operators, of layers around them, and the configuration that compiles them without a compiler."""
+"""What many test files compile: a few splitting operators, layers around them, and a configuration without a compiler."""
 
 from __future__ import annotations
 

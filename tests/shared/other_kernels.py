@@ -1,8 +1,7 @@
 """A machine whose matrix products round by their shape, as other CPUs do: a pytest plugin (``-p other_kernels``).
 
-On some CPUs a row of a product over 4 rows differs in its last bits from the same row of a product over 3. Here each
-product is off by a unit in the last place or none, as its shape says, so that a comparison bit for bit of runs at
-different shapes fails on every machine, and not only on those that the project was not developed on.
+Each product is off by a unit in the last place or none, as its shape says, so that a comparison bit for bit
+of runs at different shapes fails on every machine.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Compiles for an NVIDIA GPU that isn't there. In: a compute capability. Out: what Triton and ptxas make of our own kernels and of Inductor's for the pieces of a small Llama.
+"""Compiles our own kernels, and Inductor's for the pieces of a small Llama, for an NVIDIA GPU that isn't there.
 
     python tests/shared/without_device.py 90
 
@@ -78,42 +78,28 @@ def pretend(capability: int) -> None:
         shared_memory_per_multiprocessor=233472, clock_rate=1,
     )  # fmt: skip
     torch.version.cuda = "13.0"
-    for name, value in {
-        "is_available": True,
-        "is_initialized": True,
-        "device_count": 1,
-        "current_device": 0,
-        "get_device_properties": seen,
-        "_get_device_properties": seen,
-        "get_device_capability": (seen.major, seen.minor),
-        "is_bf16_supported": True,
-        "get_rng_state": torch.zeros(1),
-        **dict.fromkeys(("_exchange_device", "_maybe_exchange_device"), 0),
+    told = {
+        **{"is_available": True, "device_count": 1, "current_device": 0, "is_bf16_supported": True},
+        **dict.fromkeys(("get_device_properties", "_get_device_properties"), seen),
+        **dict.fromkeys(("_exchange_device", "_maybe_exchange_device", "get_raw_stream"), 0),
         **dict.fromkeys(("_lazy_init", "set_rng_state", "set_device", "synchronize"), None),
-    }.items():
-        setattr(torch.cuda, name, lambda *args, value=value, **kwargs: value)
+        **{"is_initialized": True, "is_triton_capable": True, "raise_if_triton_unavailable": None},
+        **{"get_device_capability": (seen.major, seen.minor), "get_rng_state": torch.zeros(1)},
+        "get_compute_capability": capability,
+    }
+    answers = {
+        name: staticmethod(lambda *args, value=value, **kwargs: value)
+        for name, value in told.items()
+    }
+    for name, answer in answers.items():
+        setattr(torch.cuda, name, answer.__func__)
     torch._C._cuda_getCurrentRawStream = lambda index: 0
     torch.utils._triton.has_triton.cache_clear()
-
-    class Interface(device_interface.CudaInterface):
-        class Worker:
-            current_device = staticmethod(lambda: 0)
-            set_device = staticmethod(lambda device: None)
-            get_device_properties = staticmethod(lambda device=None: seen)
-
-        is_available = staticmethod(lambda: True)
-        device_count = staticmethod(lambda: 1)
-        current_device = staticmethod(lambda: 0)
-        get_device_properties = staticmethod(lambda device=None: seen)
-        get_compute_capability = staticmethod(lambda device=None: capability)
-        is_triton_capable = staticmethod(lambda device=None: True)
-        raise_if_triton_unavailable = staticmethod(lambda device=None: None)
-        is_bf16_supported = staticmethod(lambda including_emulation=False: True)
-        synchronize = staticmethod(lambda device=None: None)
-        get_raw_stream = staticmethod(lambda index: 0)
-
+    kind = device_interface.CudaInterface
+    answers["Worker"] = type("Worker", (kind.Worker,), dict(answers))
+    interface = type("Interface", (kind,), answers)
     for name in ("cuda", "cuda:0"):
-        device_interface.register_interface_for_device(name, Interface)
+        device_interface.register_interface_for_device(name, interface)
     driver.set_active(
         SimpleNamespace(
             get_current_target=lambda: GPUTarget("cuda", capability, 32),
