@@ -187,8 +187,7 @@ class StitchedModule(Captures, Observed, SharedModule):
 
     def _prepare_and_call(self, *args: object, **kwargs: object) -> object:
         """The first call."""
-        modes = torch_compat.dispatch_modes() or not torch_compat.only_default_device_modes()
-        if modes or self._switched_off():  # a trace would build into its graph what a mode does
+        if _under_a_mode() or self._switched_off():
             return self.as_it_is(*args, **kwargs)
         with self._lock:
             if not self.traces:  # another thread may have been first
@@ -214,6 +213,11 @@ class StitchedModule(Captures, Observed, SharedModule):
                 )
             if self._switched_off():
                 return
+            if _under_a_mode():
+                raise errors.CaptureError(
+                    "a torch mode is active, and what it does would be traced into the model",
+                    hint="compile outside of it; a call under a mode runs the model itself",
+                )
             with _tracing_shapes(self.config.dynamic_shapes_config.type, (args, kwargs)):
                 self._settle_sizes(args, kwargs)
                 tell_of_training(self.model, self.config.strict)
@@ -629,6 +633,11 @@ def _tracing_shapes(kind: DynamicShapesType, arguments: object) -> Iterator[None
                 for dim in torch_compat.unmark_dynamic(tensor) if marked else first:
                     torch_compat.unbacked_mark(tensor, dim).put_on(tensor)
         yield
+
+
+def _under_a_mode() -> bool:
+    """Whether a mode is active, other than a default device, that a trace would build into its graph."""
+    return torch_compat.dispatch_modes() or not torch_compat.only_default_device_modes()
 
 
 def _inside(

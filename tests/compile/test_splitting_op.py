@@ -50,6 +50,20 @@ def test_a_kernel_per_device() -> None:
     assert anywhere.implementation_for("cuda") is anywhere.implementation
 
 
+def test_a_kernel_that_comes_later_is_taken_through_torch_compile() -> None:
+    double = piecework.splitting_op("later::double")(doubles)
+    double.register_fake(torch.empty_like)
+    torch._dynamo.reset()
+    run = torch.compile(lambda x: double(x) + 1, backend="piecework", options={"backend": "eager"})
+    assert torch.equal(run(torch.ones(3)), torch.full((3,), 3.0))
+    double.register_kernel("cpu")(lambda x: x * 9)
+    assert torch.equal(run(torch.ones(3)), torch.full((3,), 10.0))
+
+
+def doubles(x: torch.Tensor) -> torch.Tensor:
+    return x * 2
+
+
 def test_defining_the_same_function_again_replaces_it() -> None:
     def define(value: float):  # type: ignore[no-untyped-def]
         @piecework.splitting_op("splitting_op_test::again", mutates_args=("out",))

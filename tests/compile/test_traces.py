@@ -320,5 +320,7 @@ def test_a_first_call_under_a_function_mode_leaves_no_trace_of_it() -> None:
     stitched = piecework.compile(lambda x: torch.sin(x), config={"backend": "eager"})
     with Tenfold():
         result = stitched(x)
+        with pytest.raises(CaptureError, match="a torch mode is active"):
+            compiled(lambda x: torch.sin(x), x)
     torch.testing.assert_close(result, torch.sin(x) * 10)
     torch.testing.assert_close(stitched(x), torch.sin(x))
