@@ -6,8 +6,8 @@ a guard) is kept with the code, so that the checks of a call are the same when i
 
 from __future__ import annotations
 
-import json
 import logging
+import pickle
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -287,7 +287,7 @@ class CompilerManager:
                 self._not_kept("compiling it added a condition on a size that the data decides")
             if data is None or learned is None:
                 raise _NotKept
-            return json.dumps(learned).encode("ascii") + b"\n" + data
+            return pickle.dumps((learned, data))
 
         # What was learned from other example sizes may not hold for these; those have their own.
         for each in (name, content_key(name, torch_compat.hints_text(self._sizes))):
@@ -300,8 +300,8 @@ class CompilerManager:
                 counters.num_compiled_artifacts_saved += int(result.saved)
                 return fresh[0], False
             try:
-                head, _, data = result.data.partition(b"\n")
-                learned, piece = json.loads(head), self.compiler.from_bytes(data, graph)
+                learned, data = pickle.loads(result.data)
+                piece = self.compiler.from_bytes(data, graph)
             except Exception as error:  # noqa: BLE001 - torch raises anything
                 self._pieces.reject(each, f"{type(error).__name__}: {error}")
                 return None

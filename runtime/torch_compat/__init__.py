@@ -1,4 +1,4 @@
-"""The private corners of torch that piecework uses, each with a probe and a public way to fall back to; torch is never patched."""
+"""The private corners of torch that piecework uses, each with a probe and a way to do without."""
 
 # ruff: noqa: F403
 

@@ -27,7 +27,7 @@ def guards_ready() -> bool:
 
 @functools.cache
 def import_guards() -> threading.Thread:
-    """Import what guards need in a thread, so that a process which loaded what it runs begins without it."""
+    """Import what guards need in a thread: what was loaded begins without it."""
     target, name = importlib.import_module, "piecework imports torch._dynamo"
     found = threading.Thread(target=target, args=("torch._dynamo.guards",), name=name)
     found.start()
@@ -35,7 +35,7 @@ def import_guards() -> threading.Thread:
 
 
 def dict_versions(dicts: Sequence[object]) -> list[int] | None:
-    """A number per dictionary, larger after each write to it but perhaps its filling, and then whether each holds anything; None where torch can't tell."""
+    """A number per dictionary, larger after each write but its filling, and whether it holds any."""
     return [*map(_number(), dicts), *map(bool, dicts)] if _sees_attributes() else None
 
 
@@ -45,7 +45,7 @@ def _number() -> Callable[[object], int]:
 
 @functools.cache
 def _sees_attributes() -> bool:
-    """Whether the numbers tell of an attribute that is set; CPython 3.13.0 forgets to (its issue 125608)."""
+    """Whether numbers tell of attributes that are set; not in CPython 3.13.0 (issue 125608)."""
     tried = threading.Thread()
     before = _number()(vars(tried))
     tried.daemon = True
@@ -53,11 +53,7 @@ def _sees_attributes() -> bool:
 
 
 def dict_guard(dicts: Sequence[object]) -> Callable[[], bool] | None:
-    """A function that is true while no key of any of ``dicts`` is written; None where torch has none.
-
-    These are Dynamo's guards of dictionaries: the first call visits each of them, later calls compare their numbers, which
-    takes about a nanosecond each (since CPython 3.12, a write raises one flag instead, and a call reads the flag).
-    """
+    """True while no key of ``dicts`` is written, at a nanosecond each; None where torch has none."""
     if not _sees_attributes() or not _sees(filling=False):
         return None
     unwritten = _dict_guard(dicts)
@@ -66,7 +62,7 @@ def dict_guard(dicts: Sequence[object]) -> Callable[[], bool] | None:
 
 
 class _Owner:
-    """Holds dictionaries in lists of lists; the guards need something that weak references can point to."""
+    """Dictionaries in lists of lists; guards need something that weak references can point to."""
 
     def __init__(self, dicts: Sequence[object]) -> None:
         starts = range(0, len(dicts), _GROUP)
@@ -97,7 +93,7 @@ def _dict_guard(dicts: Sequence[object]) -> Callable[[], bool]:
 
 @functools.cache
 def _sees(*, filling: bool) -> bool:
-    """Whether the guards see that a dictionary is written, or is filled: CPython 3.12 sees no ``update`` of an empty one."""
+    """Whether guards see a write, or the filling of an empty dictionary (not in CPython 3.12)."""
     held = {} if filling else {"a": 1}
     unwritten = _dict_guard([*({} for _ in range(_GROUP)), held])
     before = unwritten() and unwritten()

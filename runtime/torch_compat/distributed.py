@@ -12,7 +12,7 @@ _ALONE = ("wait_tensor",)
 
 
 def own_rank() -> int | None:
-    """This process's rank among those that run together; None where it runs alone, or on a stand-in for other processes."""
+    """This process's rank; None where it runs alone, or on a stand-in for other processes."""
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized()):
         return None
@@ -29,7 +29,7 @@ def shared_store() -> Any:
 
 
 def ranks_of_group(name: str) -> tuple[int, ...]:
-    """The ranks of a process group; raises `RuntimeError` or `ValueError` where there is none of that name."""
+    """The ranks of a process group; `RuntimeError` or `ValueError` where there is none of that name."""
     group = torch.distributed.distributed_c10d._resolve_process_group(name)
     return tuple(torch.distributed.get_process_group_ranks(group))
 

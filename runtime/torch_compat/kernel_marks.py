@@ -1,7 +1,7 @@
 """Kernels inside CUDA graphs that say in traces what they stand for, where torch and CUDA have that.
 
-Only ``torch.cuda.graph`` switches it on by a public way, and that empties the cache before each capture and ends
-a failed one with an error of its own. What it calls of torch's recorder is called here, in its order.
+Only ``torch.cuda.graph`` switches it on publicly, and that empties the cache before each capture
+and hides the error of a failed one. What it calls of torch's recorder is called here, in its order.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def why_kernels_unmarked() -> str:
 
 @contextlib.contextmanager
 def kernels_marked(graph: torch.cuda.CUDAGraph) -> Iterator[None]:
-    """Record marks for ``graph``, which is captured in the block from begin to end; nothing is kept of one that fails."""
+    """Record marks for ``graph``, which is captured in the block; none are kept of one that fails."""
     recorder = _recorder()
     assert recorder is not None
 
@@ -56,7 +56,7 @@ def kernels_marked(graph: torch.cuda.CUDAGraph) -> Iterator[None]:
 
 
 def mark_kernels(what: Mapping[str, object]) -> AbstractContextManager[None]:
-    """Mark what the current stream captures in the block; where blocks nest, the inner one's values come first."""
+    """Mark what the current stream captures in the block; an inner block's values come first."""
     recorder = _recorder()
     if recorder is None or not what:
         return nullcontext()
@@ -64,14 +64,14 @@ def mark_kernels(what: Mapping[str, object]) -> AbstractContextManager[None]:
 
 
 def marks_for_trace() -> dict[str, Any]:
-    """What ``torch.profiler.profile.export_chrome_trace`` has to be told, so that kernels carry their marks in the file."""
+    """What ``export_chrome_trace`` has to be told, so that kernels carry their marks."""
     recorder = _recorder()
     marks = {} if recorder is None else recorder.get_kernel_annotations()
     return {"cuda_graph_annotations": marks} if marks else {}
 
 
 def _recorder() -> Any:
-    """The module of torch that records; None where it can't be driven without ``torch.cuda.graph`` (before 2.15)."""
+    """torch's module that records; None where only ``torch.cuda.graph`` drives it (before 2.15)."""
     if not hasattr(torch.cuda.CUDAGraph, "register_capture_start_hook"):
         return None
     return importlib.import_module("torch.cuda._graph_annotations")

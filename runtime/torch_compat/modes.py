@@ -1,4 +1,4 @@
-"""What is switched on around a call: probes for autocast, modes and transforms that cost a C call."""
+"""What is switched on around a call: autocast, modes and transforms, at the cost of a C call."""
 
 from __future__ import annotations
 
@@ -27,12 +27,11 @@ def autocast_state() -> tuple[tuple[str, torch.dtype], ...]:
 
 
 def autocast_off() -> AbstractContextManager[object]:
-    """Autocast off for every device type, in the block."""
     return torch._C._DisableAutocast()
 
 
 def drop_idle_autocast(graph: torch.fx.GraphModule) -> None:
-    """Take out the regions that switch autocast off where it is off: Inductor keeps no graph that has one."""
+    """Take out regions that switch autocast off where it is off: Inductor keeps no graph with one."""
     nodes = graph.graph.find_nodes
     entered = nodes(op="call_function", target=torch.amp.autocast_mode._enter_autocast)
     left = nodes(op="call_function", target=torch.amp.autocast_mode._exit_autocast)
@@ -42,7 +41,7 @@ def drop_idle_autocast(graph: torch.fx.GraphModule) -> None:
 
 
 def transforms() -> object:
-    """Whether a transform of ``torch.func`` (vmap, grad and the like), forward-mode differentiation or ``torch.jit.trace`` is active."""
+    """Whether a transform of ``torch.func``, forward-mode AD or ``torch.jit.trace`` is active."""
     return _interpreter() or _forward_ad._current_level >= 0 or torch._C._is_tracing()
 
 
@@ -50,7 +49,6 @@ _interpreter, _forward_ad = torch._C._functorch.peek_interpreter_stack, torch.au
 
 
 def makes_tensors_where_told(function: object) -> bool:
-    """Whether ``function`` makes tensors on the default device unless it is told where."""
     return function in _device_constructors()
 
 

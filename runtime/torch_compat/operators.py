@@ -1,4 +1,4 @@
-"""Operators in torch's registry: whose one is, which Python functions stand behind it, and whether they are still the same."""
+"""Operators in torch's registry: whose one is, and which Python functions stand behind it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _ONLY_CPP = frozenset({"aten", "prim", "quantized"})
 
 
 def is_torch_operator(op: OpOverload) -> bool:
-    """Whether torch itself brings ``op``; one that a program adds to torch's namespaces is the program's."""
+    """Whether torch brings ``op``; what a program adds to torch's namespaces is the program's."""
     if op.namespace not in _OF_TORCH:
         return False
     if op.namespace not in _ONLY_CPP:
@@ -31,7 +31,7 @@ def is_torch_operator(op: OpOverload) -> bool:
 
 
 def fake_of(op: OpOverload) -> Callable[..., object] | None:
-    """The function given to ``register_fake``, without torch's own wrapper, which remembers whether it was called; None if there is none to be seen."""
+    """The function given to ``register_fake``, without torch's wrapper; None if it can't be seen."""
     defined = OPDEFS.get(op._schema.name)
     kernel = getattr(singleton.find(op._schema.name).fake_impl, "kernel", None)
     fake = getattr(kernel, "func", None) if defined is None else defined._abstract_fn
@@ -41,7 +41,6 @@ def fake_of(op: OpOverload) -> Callable[..., object] | None:
 
 
 def registered_kernels() -> Sized:
-    """A collection that grows when ``torch.library`` registers a kernel."""
     return torch.library._impls
 
 
@@ -51,10 +50,7 @@ def kernel_table(name: str) -> str:
 
 
 def custom_op_kernel(name: str, device_type: str) -> Callable[..., object] | None:
-    """What a ``torch.library.custom_op`` runs for plain tensors on ``device_type``, with the wrappers around it; None for any other operator.
-
-    It is looked up afresh, so that two results tell whether the kernel was replaced or disabled meanwhile.
-    """
+    """What a ``custom_op`` runs for plain tensors on a device now; None for other operators."""
     definition = OPDEFS.get(name)
     if definition is None or not definition._backend_fns:
         return None
@@ -71,7 +67,7 @@ def custom_op_function(kernel: Callable[..., object]) -> Callable[..., object]:
 
 
 def _innermost(function: Callable[..., object]) -> Callable[..., object]:
-    """The function that ``CustomOpDef.register_kernel`` wrapped: its wrappers close over it as ``fn``."""
+    """The function that ``register_kernel`` wrapped: its wrappers close over it as ``fn``."""
     seen = 0
     while isinstance(function, types.FunctionType) and seen < 4:
         inner = cells_of(function).get("fn")
@@ -87,6 +83,6 @@ _DISABLED_BY = ("torch._compile", "torch._dynamo.eval_frame", "torch._dynamo.dec
 
 
 def shares_memory(args: tuple[object, ...], kwargs: dict[str, object], result: object) -> bool:
-    """Whether what an operator returned lies in memory of its arguments, or of another of its results; lists are looked into, tuples in arguments too."""
+    """Whether a result lies in memory of an argument, or of another result."""
     results = result if isinstance(result, tuple) else (result,)
     return bool(torch._C._any_output_is_alias_to_input_or_output(args, kwargs, results))

@@ -1,6 +1,6 @@
-"""Settings of torch that a program changes while it runs. In: nothing. Out: those that change what a compiler makes of a graph, as values.
+"""Settings of torch that a program changes while it runs and that change what is compiled.
 
-It never changes one. What torch can set and get counts without being named here, so that a new setting of a new torch counts too.
+What torch can set and get counts without being named here, so that a new setting counts too.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ _BACKENDS = (
 
 
 def torch_settings() -> dict[str, object]:
-    """Setting → value: autocast, modes, default dtype and device, determinism, precisions, preferred kernels, the number of threads."""
+    """Setting → value: modes, default dtype and device, determinism, precisions, kernels."""
     return {
         "default dtype": torch.get_default_dtype(),
         "default device": torch.get_default_device(),
@@ -74,7 +74,7 @@ def torch_settings() -> dict[str, object]:
 
 
 def _autocast() -> list[object]:
-    """The device types for which autocast is on, with their dtypes, and whether it keeps what it cast."""
+    """The device types for which autocast is on, with dtypes, and whether it keeps what it cast."""
     kinds = torch._C._autocast_supported_devices()
     on = [[k, torch.get_autocast_dtype(k)] for k in sorted(kinds) if torch.is_autocast_enabled(k)]
     return [*on, torch.is_autocast_cache_enabled()] if on else []
@@ -111,7 +111,6 @@ def _precisions() -> Iterator[tuple[str, object]]:
 
 
 def _module(name: str) -> ModuleType | None:
-    """A module of torch, where this one has it."""
     try:
         return importlib.import_module(name)
     except ImportError:
@@ -119,7 +118,7 @@ def _module(name: str) -> ModuleType | None:
 
 
 def global_passes() -> dict[str, object]:
-    """Code that somebody has put into torch's own configurations or registered with Inductor, by place."""
+    """Code that was put into torch's configurations or registered with Inductor, by place."""
     found: dict[str, object] = {}
     for module, slots in _PASS_SLOTS.items():
         config = _module(module)
@@ -163,7 +162,7 @@ def _is_of_torch(function: object) -> bool:
 
 
 def torch_options() -> tuple[dict[str, object], dict[str, object]]:
-    """What torch's configurations hold that its own cache keys count, whatever set it: all of it, and what is not at its default."""
+    """torch's options that its own cache keys count: all, and those not at their default."""
     found: dict[str, object] = {}
     changed: dict[str, object] = {}
     for name in _CONFIGURATIONS:
@@ -178,7 +177,7 @@ def torch_options() -> tuple[dict[str, object], dict[str, object]]:
 
 
 def aot_settings_unset() -> AbstractContextManager[None]:
-    """What Dynamo's AOT compile sets around a backend is at its defaults inside: it is about what torch itself keeps of a whole graph."""
+    """What Dynamo's AOT compile sets around a backend is at its defaults in the block."""
     from torch._functorch import config
 
     names = ("strict_autograd_cache", "bypass_autograd_cache_key", "bundled_autograd_cache")

@@ -1,5 +1,6 @@
-"""Torch's own switches for its compiler: ``TORCH_COMPILE_DISABLE=1`` (``torch._dynamo.config.disable``), ``TORCHDYNAMO_DISABLE=1`` and
-``torch.compiler.set_stance``; what each of them means here is what it means for ``torch.compile``.
+"""torch's switches for its compiler, by environment, configuration and ``set_stance``.
+
+Each means here what it means for ``torch.compile``.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ FORCE_EAGER = "force_eager"
 
 
 def stance_holder() -> object:
-    """What has the current stance as its attribute ``_stance``: an object that is another one after each change. Nothing is imported for it."""
+    """What has the current stance as ``_stance``, another object after each change; imports nothing."""
     frames = sys.modules.get("torch._dynamo.eval_frame")
     return frames if hasattr(frames, "_stance") else _Frames()
 
@@ -37,7 +38,7 @@ def stance_name() -> str:
 
 
 def compiler_off() -> str | None:
-    """The switch because of which ``torch.compile`` would compile nothing now; None where it would."""
+    """The switch that keeps ``torch.compile`` from compiling anything now; None for none."""
     by_variable = os.environ.get("TORCH_COMPILE_DISABLE") == "1"
     if getattr(sys.modules.get("torch._dynamo.config"), "disable", by_variable):
         return "TORCH_COMPILE_DISABLE=1" if by_variable else "torch._dynamo.config.disable"
@@ -50,16 +51,11 @@ def compiler_off() -> str | None:
 
 
 def may_recompile() -> bool:
-    """Whether something may be compiled for a call that nothing compiled before serves."""
     return compiler_off() is None and stance_name() != "fail_on_recompile"
 
 
 def in_default_stance(call: Callable[[], T]) -> T:
-    """``call()`` while torch compiles whatever it is given, with the backend that it is given.
-
-    For a compilation that was asked for: it is no recompilation that ``fail_on_recompile`` is about, none of the runs that
-    ``eager_then_compile`` counts, and ``force_backend`` names what stands for a user's own ``torch.compile``.
-    """
+    """``call()`` while torch compiles whatever it is given: this compilation was asked for."""
     stance = stance_holder()._stance  # type: ignore[attr-defined]
     if stance is None or (stance.stance == "default" and stance.backend is None):
         return call()

@@ -1,4 +1,4 @@
-"""Tensors and the memory they lie in: storages, views, a fast check of metadata, an allocator fit for the next capture."""
+"""Tensors and the memory they lie in: storages, views, metadata, an allocator after a failure."""
 
 from __future__ import annotations
 
@@ -24,20 +24,15 @@ COPIED_TOGETHER = frozenset(
 
 
 def storage_at(pointer: int, device: torch.device, nbytes: int) -> torch.UntypedStorage:
-    """A storage over ``nbytes`` of memory that it does not own; who reads it answers for that."""
     return torch._C._construct_storage_from_data_pointer(pointer, device, nbytes)
 
 
 def negative_view(tensor: torch.Tensor) -> torch.Tensor:
-    """``tensor`` seen with its sign turned, without a copy."""
     return torch._neg_view(tensor)
 
 
 def storage_id(value: torch.Tensor) -> int:
-    """A number that tensors share exactly when they share memory; holds for fake tensors too, while they live.
-
-    What a ``torch.func`` transform wraps a tensor in lies where that tensor lies.
-    """
+    """A number that tensors share exactly when they share memory, while they live; fakes too."""
     return int(_unwrapped(value).untyped_storage()._cdata)
 
 
@@ -60,7 +55,7 @@ def _unwrapped(value: torch.Tensor) -> torch.Tensor:
 
 
 def memory_apart(written: torch.Tensor, *others: torch.Tensor) -> bool:
-    """Whether no other tensor reaches into the span of memory from the first to the last element of ``written``."""
+    """Whether no other tensor reaches into the memory that ``written`` spans."""
     start, end = memory_span(written)
     for other in others:
         first, last = memory_span(other)
@@ -79,7 +74,7 @@ def memory_span(tensor: torch.Tensor) -> tuple[int, int]:
 
 
 def is_same_view(left: object, right: object) -> bool:
-    """Whether two tensors are the same elements of the same memory; holds for fake tensors too."""
+    """Whether two tensors, or fakes, are the same elements of the same memory."""
     if not isinstance(left, torch.Tensor) or not isinstance(right, torch.Tensor):
         return False
     return storage_id(left) == storage_id(right) and all(
@@ -89,7 +84,7 @@ def is_same_view(left: object, right: object) -> bool:
 
 
 def metadata_guard(tensors: Sequence[torch.Tensor]) -> Callable[[], bool]:
-    """A function that is true while each tensor has the type, dtype, layout, device, sizes and strides that it has now."""
+    """True while each tensor has the type, dtype, layout, device, sizes and strides of now."""
     tensors = tuple(tensors)
     expected = [_metadata(tensor) for tensor in tensors]
 
@@ -127,7 +122,7 @@ def _metadata(tensor: torch.Tensor) -> tuple[object, ...]:
 
 
 def is_lazy(tensor: torch.Tensor) -> bool:
-    """Whether the values differ from those in memory: a view that is yet to be negated or conjugated."""
+    """Whether the values differ from memory: a view that is yet to be negated or conjugated."""
     return bool(tensor.is_neg() or tensor.is_conj())
 
 
@@ -146,16 +141,14 @@ def _tensor_guards(tensors: Sequence[torch.Tensor]) -> Callable[..., bool] | Non
 def abandon_capture(
     graph: torch.cuda.CUDAGraph, device: torch.device, pool: object, *, begun: bool
 ) -> None:
-    """End a capture that failed: its stream, the current one, leaves capture mode, and the allocator lets go of ``pool``.
+    """End a capture that failed: the stream leaves capture mode, and the allocator lets go of ``pool``.
 
-    ``begun``: ``capture_begin`` returned, so the graph has a reference to the pool. What torch leaves to be done depends on how far its ``capture_end`` gets with an invalid capture:
+    What torch leaves to be done depends on how far ``capture_end`` gets with an invalid capture:
 
-    - 2.11, 2.12: it tells no allocator, so the pool goes on recording and keeps the graph's reference. Both are ended by hand. The
-      allocator of pinned memory can't be told and keeps asking this graph whether it captures, so the graph is kept for good; and it
-      refuses to record to ``pool`` again, so the next capture needs another one.
-    - 2.13: it tells both, and ``reset`` gives the reference back only if the capture ended. That is done by hand.
-    - 2.14 and newer, whose ``capture_end`` is in two parts: ``reset`` does all of it. A reference given back twice would free the
-      memory of graphs that were captured before.
+    - 2.11, 2.12: the pool goes on recording and keeps the graph's reference if ``begun``; both are
+      ended by hand. The allocator of pinned memory keeps asking this graph, so it is kept for good.
+    - 2.13: ``reset`` gives the reference back only if the capture ended. That is done by hand.
+    - 2.14 and newer: ``reset`` does all of it; to give back twice would free other graphs' memory.
     """
     # The error to report is the one that made the capture fail; what is raised here only follows from it.
     with contextlib.suppress(RuntimeError):
@@ -177,7 +170,6 @@ def abandon_capture(
 
 
 def stream_number(device: torch.device) -> int:
-    """The stream that this thread works on, as a number to compare; quick, for every call."""
     raw = getattr(torch._C, "_cuda_getCurrentRawStream", None)
     if raw is not None:
         return int(raw(device.index))
@@ -185,10 +177,9 @@ def stream_number(device: torch.device) -> int:
 
 
 def own_stream(device: torch.device) -> torch.cuda.Stream:
-    """A new stream that torch never hands out, and that waits for no other by itself, as torch's own.
+    """A stream that torch never hands out, and that waits for no other by itself.
 
-    ``torch.cuda.Stream`` gives one of a set of 32, in turn, to whoever asks. The stream is never destroyed: what torch keeps for a stream
-    it finds by its number, which another stream could have later.
+    It is never destroyed: what torch keeps for it is found by its number, which could be reused.
     """
     made, non_blocking = ctypes.c_void_p(), 1
     with torch.cuda.device(device):

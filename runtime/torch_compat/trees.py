@@ -18,7 +18,7 @@ def spec_parts(spec: _pytree.TreeSpec) -> tuple[type | None, object, list[_pytre
 
 
 def rebuilder(kind: type) -> Callable[[list[object], object], object] | None:
-    """What puts a container of a registered type together from its children and its context."""
+    """What puts a container of a registered type together."""
     node = _pytree.SUPPORTED_NODES.get(kind)
     return getattr(node, "unflatten_fn", None)
 

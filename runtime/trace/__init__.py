@@ -1,1 +1,1 @@
-"""From a model to one graph, by Dynamo: `tracing.attempts` says what is tried, `one_trace.trace_once` tries it."""
+"""From a model to one graph, by Dynamo: `sizes.attempts`, then `one_trace.trace_once` of each."""

@@ -1,4 +1,4 @@
-"""A call's arguments: their names, what of them can't be traced, and each parameter's assumption."""
+"""A call's arguments: names, what can't be traced, what a trace assumed of each parameter."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _KIND = {
 def leaves_of(
     value: object, is_leaf: Callable[[object], bool] | None = None
 ) -> list[tuple[str, object]]:
-    """The leaves of nested containers with their paths, such as ``['h'][0]``; "" for a plain value."""
+    """The leaves of nested containers with their paths, such as ``['h'][0]``; "" for a leaf."""
     try:
         found, _ = pytree.tree_flatten_with_path(value, is_leaf)
     except ValueError:  # a class was registered without names for its children, which is allowed
@@ -69,7 +69,7 @@ def leaf_sources(args: Sequence[object], kwargs: Mapping[str, object]) -> list[s
 def require_traceable(
     model: Callable[..., object], args: Sequence[object], kwargs: Mapping[str, object]
 ) -> None:
-    """Raise `CaptureError` if an argument holds something that torch traces wrongly, or as a constant."""
+    """Raise `CaptureError` if an argument holds what torch traces wrongly or as a constant."""
     names = leaf_names(model, [None] * len(args), dict.fromkeys(kwargs))
     for name, value in zip(names, [*args, *kwargs.values()], strict=True):
         for suffix, each in leaves_of(value, is_leaf=lambda x: bool(_untraceable(x))):

@@ -52,7 +52,6 @@ class Assumptions:
         self._names = _names([*self._sizes, *self._items.values()], wished)
 
     def assume(self, index: int, example: object) -> Assumption:
-        """What the trace assumed of argument ``index``."""
         fake = self._fakes.get(index)
         if isinstance(example, torch.Tensor) and self._first[id(example)] != index:
             first = self._first[id(example)]
@@ -77,7 +76,6 @@ class Assumptions:
         return tuple(found.values())
 
     def names(self) -> dict[str, str]:
-        """torch's symbol → what it is called."""
         return dict(self._names)
 
     def name_of(self, symbol: str) -> str:
@@ -126,7 +124,7 @@ class Assumptions:
         return FromConst(stride)
 
     def _stride(self, stride: object) -> Size:
-        """A stride over the known sizes; a symbol that only strides have is the example's number."""
+        """A stride over known sizes; a symbol of strides alone is the example's number."""
         fixed = {
             symbol: str(hint)
             for symbol, hint in torch_compat.symbol_hints(stride).items()

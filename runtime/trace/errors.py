@@ -81,7 +81,7 @@ def capture_error(error: BaseException) -> CaptureError:
 
 
 def _user_line(text: str) -> tuple[str | None, str]:
-    """``model.py:41 in forward`` of the innermost frame in a text, and its code; the user's first."""
+    """``model.py:41 in forward`` of the innermost frame in a text, with its code."""
     frames = [each for each in _FRAME.findall(text) if not each[0].startswith(_OURS)]
     if not frames:
         return None, ""
@@ -90,7 +90,7 @@ def _user_line(text: str) -> tuple[str | None, str]:
 
 
 def _is_users(path: str) -> bool:
-    """Whether a file is neither torch's nor Python's; models of installed packages are the user's."""
+    """Whether a file is neither torch's nor Python's; installed packages are the user's."""
     return not path.startswith(_TORCH) and ("-packages" in path or not path.startswith(_PYTHON))
 
 

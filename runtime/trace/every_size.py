@@ -1,7 +1,7 @@
-"""Whether one compiled form serves every size of a batch, sizes 0 and 1 too: pieces are tried.
+"""Whether one compiled form serves every size of a batch, 0 and 1 too: pieces are tried.
 
 A piece's graph runs on made data with 3, 1 and 0 rows. Each value must have the shape that was
-traced, no copy that is written to may be none for one row, and the compiled form must give the same.
+traced, no copy that is written to may be none for one row, and the compiled form must do the same.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The example call, and where each placeholder of a traced graph comes from, which it is named after."""
+"""The example call, and where each placeholder comes from, which it is named after."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _LAYOUT_SOURCE = re.compile(r"(?P<tensor>.+)\.(?:stride\(\)\[(?P<dim>\d+)\]|stor
 
 @dataclass(frozen=True, slots=True)
 class Argument:
-    """A graph input that is the call's argument number ``leaf``, counted over the flattened arguments."""
+    """A graph input that is number ``leaf`` of the call's flattened arguments."""
 
     leaf: int
     name: str
@@ -56,7 +56,7 @@ GraphInput = Weight | Argument | Size | Layout
 
 
 class UnreachableInput(CaptureError):
-    """The graph takes a number that no emitted code could find again, such as an attribute of an argument."""
+    """The graph takes a number that no emitted code could find again."""
 
 
 class Example:
@@ -173,7 +173,7 @@ def rename(gm: torch.fx.GraphModule, inputs: Sequence[GraphInput]) -> None:
 
 
 def refuse_texts_of_numbers(code: Iterable[types.CodeType]) -> None:
-    """Raise where code makes texts, as ``f"{n}"``: of an integer argument, Dynamo gives the integer."""
+    """Raise where code makes texts: of ``f"{n}"`` Dynamo gives the integer argument."""
     for each in models_code(code):
         if any(step.opname.startswith("FORMAT_") for step in dis.get_instructions(each)):
             raise UnreachableInput(f"{each.co_qualname} makes a text of a number")

@@ -1,4 +1,4 @@
-"""Layers that are alike, traced once as torch's nested compile regions, whose calls are then written out.
+"""Layers that are alike, traced once as torch's nested compile regions, then written out.
 
 Torch traces a region again where what it guarded of the first does not hold of the next.
 """
@@ -81,7 +81,7 @@ class RepeatedLayers:
                     kind.forward = own
 
     def write_out(self, gm: torch.fx.GraphModule) -> torch.fx.GraphModule:
-        """``gm`` with the nodes of regions in the place of calls, for the backend; marks are off then."""
+        """``gm`` with the nodes of regions in the place of calls, for the backend; takes marks off."""
         torch_compat.guard_past_marks([mark for mark, _ in self._marks.values()])
         self._unmark()
         calls = torch_compat.region_calls(gm.graph)
@@ -107,7 +107,7 @@ class RepeatedLayers:
 
 
 def _inlined(gm: torch.fx.GraphModule) -> dict[int, int]:
-    """Put the nodes of regions in the place of calls; modules that weren't traced → one that was."""
+    """Put the nodes of regions in the place of calls; untraced modules → the traced one."""
     alike: dict[int, int] = {}
     first: dict[str, torch.fx.Node] = {}
     while calls := torch_compat.region_calls(gm.graph):
@@ -128,7 +128,7 @@ def _inlined(gm: torch.fx.GraphModule) -> dict[int, int]:
 
 
 def _inline(gm: torch.fx.GraphModule, call: torch.fx.Node, traced: torch.fx.Node) -> None:
-    """Copy the nodes of a region's body before a call of it; it was traced for the call ``traced``."""
+    """Copy the nodes of a body, which was traced for the call ``traced``, before a call of it."""
     body: Any = gm.get_submodule(str(call.args[0].target))  # type: ignore[union-attr]
     given = zip(body.graph.find_nodes(op="placeholder"), call.args[2:], strict=True)
     nodes: dict[torch.fx.Node, Any] = dict(given)

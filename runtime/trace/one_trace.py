@@ -73,7 +73,7 @@ class ModelTrace:
 
     @property
     def graph(self) -> torch.fx.GraphModule:
-        """Flat placeholders (named after weights, parameters and sizes) and a flat tuple of outputs."""
+        """Flat placeholders (named after weights, parameters, sizes), a flat tuple of outputs."""
         return self.traced()
 
     def with_weights(self, weights: BoundWeights) -> ModelTrace:
@@ -93,7 +93,7 @@ def trace_once(
     attempt: Attempt,
     layers: RepeatedLayers,
 ) -> OpenTrace:
-    """Run Dynamo on ``model`` in one way; layers that are alike once, where torch lets that be done."""
+    """Run Dynamo on ``model`` in one way; layers that are alike once, where torch lets that be."""
     dynamic, marks = attempt
     given = Example(model, args, kwargs), dynamic, layers
     with marks_on(marks):
@@ -141,7 +141,6 @@ class OpenTrace:
         self._results = tuple(result_leaf(leaf, *known) for leaf in leaves)
 
     def compiling(self) -> AbstractContextManager[None]:
-        """The context in which its graph is compiled: Dynamo's, opened again."""
         return self._context.opened()
 
     def weights(self) -> dict[str, Weight]:
@@ -265,7 +264,7 @@ class OpenTrace:
 
 
 def _returning(values: list[object]) -> Callable[..., object]:
-    """A function that returns ``values``; it holds nothing else, since Dynamo keeps it for a while."""
+    """A function that returns ``values`` and holds nothing else: Dynamo keeps it for a while."""
     return lambda *_: list(values)
 
 

@@ -1,4 +1,4 @@
-"""How a graph's outputs make the model's result, told by stand-ins that are recognised in what Dynamo's code packed."""
+"""How a graph's outputs make the result, told by stand-ins in what Dynamo's code packed."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def refuse_kept(made: Iterable[Alive]) -> None:
 
 
 def _instance(values: Iterable[object], context: tuple[type, tuple[str, ...]]) -> object:
-    """An instance with these attributes; nothing of the class's own runs, as it ran in the trace."""
+    """An instance with these attributes; nothing of the class's own runs, as in the trace."""
     kind, names = context
     made: object = object.__new__(kind)
     for name, value in zip(names, values, strict=True):

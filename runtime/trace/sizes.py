@@ -36,7 +36,6 @@ class SizePolicy:
         return []
 
     def larger_sizes(self, args: Args, kwargs: Kwargs) -> Marks:
-        """Marks for a trace of sizes of 2 and more, and of 0 and 1 where these arguments have them."""
         return []
 
     def may_differ(self, leaf: int, dim: int) -> bool:
@@ -44,7 +43,6 @@ class SizePolicy:
         raise NotImplementedError
 
     def batch_alone(self, args: Args, kwargs: Kwargs) -> Marks | None:
-        """What to try where a model can't be compiled with all that may differ; None for nothing."""
         return None
 
 
@@ -104,7 +102,7 @@ class DeclaredDimensions(SizePolicy):
 
 
 class KeptMarks(SizePolicy):
-    """The dimensions that somebody marked on the first example; later examples get the same marks."""
+    """The dimensions that somebody marked on the first example; later ones get the same marks."""
 
     def __init__(self, leaves: Sequence[object]) -> None:
         self._marks = {index: torch_compat.marks_of(leaf) for index, leaf in enumerate(leaves)}
@@ -114,7 +112,6 @@ class KeptMarks(SizePolicy):
         return any(self._marks.values())
 
     def larger_sizes(self, args: Args, kwargs: Kwargs) -> Marks:
-        """As on marked tensors; a dimension of 0 or 1 is fixed, for torch refuses it as dynamic."""
         found: Marks = []
         for index, leaf in enumerate(_leaves(args, kwargs)):
             if not isinstance(leaf, torch.Tensor) or torch_compat.marks_of(leaf):

@@ -95,7 +95,7 @@ def unwritten_outputs(piece: torch.fx.GraphModule) -> frozenset[int]:
 
 
 def written_later(graph: torch.fx.GraphModule, targets: Collection[object]) -> frozenset[object]:
-    """Those of some operators that take or give memory which a later node of the graph writes to."""
+    """Those operators that take or give memory which a later node of the graph writes to."""
     calls: list[tuple[int, object, set[int]]] = []
     for number, node in enumerate(graph.graph.nodes):
         if node.op == "call_function" and node.target in targets:
@@ -157,7 +157,7 @@ class _Writes:
 
 
 def _written_by(module: torch.fx.GraphModule, node: torch.fx.Node) -> list[tuple[str, int | None]]:
-    """``(operator, memory)`` for each write that a run of ``node`` on its inputs' fake values shows."""
+    """``(operator, memory)`` for each write that a run of ``node`` on fake values shows."""
     seen: list[tuple[str, int | None]] = []
 
     def note(op: torch._ops.OpOverload, args: tuple[object, ...], given: dict[str, object]) -> None:

@@ -86,7 +86,7 @@ def _found(owner: Any, key: Any, kind: LookKind) -> Any:
 
 
 class DictWatch:
-    """A test of many look-ups: where `untouched` is False, something may be written; ask `compare`."""
+    """A test of many look-ups: where `untouched` is False, ask `compare`."""
 
     def __init__(self, looks: Iterable[Look]) -> None:
         self._looks = list(looks)
@@ -122,7 +122,7 @@ class DictWatch:
         return test if self._quick() else _unknown
 
     def _unchanged(self) -> bool:
-        """Whether no dictionary's number is another, for the time until torch's guards are imported."""
+        """Whether no number is another, for the time until torch's guards are imported."""
         self._quiet += 1
         if self._quiet > QUIET:  # the first calls of a process are not slowed down by it
             torch_compat.import_guards()
@@ -136,7 +136,7 @@ def _true() -> bool:
 
 
 def _quick_test(looks: Sequence[Look], unwritten: Callable[[], bool] = _true) -> Callable[[], bool]:
-    """Whether look-ups lead to the very objects that they lead to now, and dictionaries are unwritten."""
+    """Whether look-ups lead to the very objects of now, and dictionaries are unwritten."""
     kinds = {kind: [e for e in looks if e.kind == kind] for kind in ("type", "attribute", "entry")}
     others = [each for each in looks if each.kind not in kinds]
     owners, keys, values = (

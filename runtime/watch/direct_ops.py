@@ -1,6 +1,6 @@
-"""Splitting ops called past the dispatcher, and whether their functions are still what it would call.
+"""Splitting ops called past the dispatcher, and whether it would still call the same functions.
 
-An operator whose function is not known, or is not alone in what it does, is left to the dispatcher.
+An operator whose function is not known, or not alone in what it does, is left to the dispatcher.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ LookUp = tuple[Callable[..., Implementation | None], tuple[object, ...]]
 
 @dataclass(slots=True)
 class DirectOps:
-    """The operators that stitched code calls by their own functions: operator (as graphs hold it) → function, and → the device type that it is for."""
+    """The operators that stitched code calls by their own functions."""
 
     implementations: dict[object, Implementation] = field(default_factory=dict)
     calls: dict[object, str] = field(default_factory=dict)
@@ -70,8 +70,7 @@ class DirectOps:
     def unchanged(self) -> bool:
         """Whether each function is still the one that the dispatcher would reach.
 
-        Kernels that `register_kernel` or ``torch.library`` adds later are noticed at once; one that replaces a kernel
-        under the very same dispatch key through a raw ``torch.library.Library`` is noticed with the next new one.
+        A kernel put in another's place under its very key is noticed with the next new kernel.
         """
         for (look_up, args), found in self._rows:
             if look_up(*args) is not found:
@@ -86,7 +85,7 @@ class DirectOps:
 
 
 def _with_own_results(function: Implementation, name: str) -> Implementation:
-    """The function, refused where it hands back what it was given: compiled pieces take results for memory of their own."""
+    """The function, refused where it hands back what it was given: pieces take results for new."""
 
     @functools.wraps(function)
     def called(*args: object, **kwargs: object) -> object:

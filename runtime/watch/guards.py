@@ -1,7 +1,5 @@
-"""The guards of one trace: which of them Dynamo keeps to judge by, and which others look at.
-
-Arguments that the emitted ``check_inputs`` compares, sizes, the state of the process and the model's weights are looked at elsewhere in every call. All other
-guards stay Dynamo's.
+"""The guards of one trace: which Dynamo keeps to judge by, and which others look at in every call:
+those on arguments that ``check_inputs`` compares, on sizes, on the process, on weights.
 """
 
 from __future__ import annotations
@@ -75,7 +73,7 @@ class TraceGuards:
         torch_compat.leave_guards_untimed()
 
     def place_of(self, node: torch.fx.Node, tensor: torch.Tensor) -> Place:
-        """How to find again the tensor of the model that a graph's input is; () if that is not known."""
+        """Where the model's tensor is that a graph's input is; () if that is not known."""
         place = self.reader.place_of(node)
         return place if place and self._now().at(place) is tensor else ()
 
@@ -83,7 +81,7 @@ class TraceGuards:
         return LookUps({"local": self._local, "global": self._globals})
 
     def _sort(self, guards: Sequence[Guarded]) -> list[bool]:
-        """Whether Dynamo keeps each; the judge itself compares that two places lead to one object."""
+        """Whether Dynamo keeps each; the judge compares by itself that two places lead to one."""
         now = self._now()
         given = (self._local["args"], self._local["kwargs"])
         leaves = {id(leaf) for leaf in pytree.tree_leaves(given)}
@@ -123,14 +121,7 @@ class TraceGuards:
         return plain and guard.kind not in OBJECTS
 
     def state(self, code: types.CodeType, names: Mapping[str, str]) -> TracedState:
-        """What the trace of ``code`` took from Python.
-
-        Args:
-            names: Dynamo's names of arguments → their own.
-
-        Raises:
-            CaptureError: this torch does not show its guards.
-        """
+        """What the trace of ``code`` took from Python; ``names``: Dynamo's of arguments → their own."""
         local: Any = self._local
         held, root, now = self._globals, torch_compat.kept_guards(code), self._now()
         every = (*self._on_model, *self._on_arguments)
@@ -186,9 +177,7 @@ def _is_own_forward(guard: Guarded) -> bool:
 
 
 def _grows(guard: Guarded, now: LookUps) -> bool:
-    """Whether it is on a table that libraries add to: of pytree's classes, of transformers'
-    implementations, of what each of its classes can record.
-    """
+    """Whether it is on a table that libraries add to."""
     value = now.at(guard.place)
     if value is pytree.SUPPORTED_NODES:
         return True
@@ -224,7 +213,7 @@ def _is_models(file: str) -> bool:
 
 
 def asks_strides(code: Iterable[types.CodeType]) -> bool:
-    """Whether the model's code may call a tensor's ``stride``: a layer's, which is no method, does not count."""
+    """Whether the model's code may call a tensor's ``stride``."""
     return any(
         step.argval == "stride" and (step.opname == "LOAD_METHOD" or _loads_method(step))
         for each in models_code(code)
@@ -244,10 +233,7 @@ def _asks_autocast(code: Iterable[types.CodeType]) -> bool:
 
 
 def _asks_grad_mode(code: Iterable[types.CodeType]) -> bool:
-    """Whether the model's code asks torch if gradients are recorded.
-
-    To ask it together with whether to checkpoint activations, as libraries of models do, changes no result.
-    """
+    """Whether the model's code asks if gradients are recorded, but to checkpoint activations."""
     for each in models_code(code):
         loaded = [step.argval for step in dis.get_instructions(each)]
         asked = loaded.count(torch.is_grad_enabled.__name__)

@@ -168,7 +168,7 @@ _ALWAYS = ("__call__", "__getattr__", "__getattribute__")
 
 
 def method_looks(classes: Iterable[type], code: frozenset[types.CodeType]) -> list[Look]:
-    """The traced methods of classes, with their code and defaults, which Dynamo takes for constant."""
+    """The traced methods of classes, with code and defaults, which Dynamo takes for constant."""
     found, functions = [], {}
     for kind in (each for each in classes if each.__flags__ & HEAP_TYPE):
         held = {k: v for each in reversed(kind.__mro__) for k, v in vars(each).items()}

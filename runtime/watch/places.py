@@ -1,4 +1,4 @@
-"""What lies at a place now, how a person would write the place, and how another process finds it."""
+"""What lies at a place now, its text for a person, and how another process finds it."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def is_argument(place: Place) -> bool:
 
 
 def place_text(place: Place, names: Mapping[str, str] | None = None) -> str:
-    """A place as a person would write it: ``layers.0.scale``, ``options['rate']``, ``Model.rate``."""
+    """A place as a person would write it: ``layers.0.scale``, ``options['rate']``."""
     (start, first), *steps = place
     text = "" if place[:1] == MODEL else str(first[0] if start == "root" else first)  # type: ignore[index]
     if start == "local" and steps:
@@ -121,11 +121,7 @@ _PLAINER = (
 
 
 def readable(text: str, names: Mapping[str, str] | None = None) -> str:
-    """Dynamo's names in a text as a person would write them: ``tables[0]`` for ``L['model'].tables[0]``.
-
-    Args:
-        names: those of arguments → their own.
-    """
+    """Dynamo's names in a text as a person would write them; ``names``: arguments' own."""
     for name, own in sorted((names or {}).items(), key=lambda pair: -len(pair[0])):
         text = text.replace(name, own)
     for pattern, told in _PLAINER:
@@ -134,7 +130,7 @@ def readable(text: str, names: Mapping[str, str] | None = None) -> str:
 
 
 def by_attributes(place: Place) -> Place:
-    """The place with what a module holds in its tables as its attributes: ``linear`` for ``_modules['linear']``."""
+    """The place with what a module's tables hold as its attributes: ``linear``."""
     found: list[tuple[str, object]] = []
     for kind, key in place:
         if kind == "item" and found[-1] in [("attribute", table) for table in _TABLES]:

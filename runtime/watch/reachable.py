@@ -1,4 +1,4 @@
-"""The modules and tensors that a callable holds, by attributes, closures, globals that its code names, and bound arguments."""
+"""The modules and tensors that a callable holds by name."""
 
 from __future__ import annotations
 
@@ -12,10 +12,7 @@ from piecework.code_objects import cells_of
 
 
 def modules_of(model: Callable[..., object]) -> list[tuple[str, torch.nn.Module]]:
-    """Modules reachable from ``model``, each once, with the prefix that the paths of its weights get.
-
-    A module itself has none, and neither has the single module that a function or method holds.
-    """
+    """Modules reachable from ``model`` with the prefix of their paths; a single one has none."""
     if isinstance(model, torch.nn.Module):
         return [("", model)]
     owner = getattr(model, "__self__", None)
@@ -31,7 +28,7 @@ def modules_of(model: Callable[..., object]) -> list[tuple[str, torch.nn.Module]
 
 
 def reachable(model: Callable[..., object]) -> Iterator[tuple[str, object]]:
-    """What a callable that is no module reaches by name: bound arguments, closure cells, globals, its object's attributes."""
+    """What a callable that is no module reaches: bound arguments, cells, globals, attributes."""
     if isinstance(model, functools.partial):
         for index, value in enumerate(model.args):
             yield f"args_{index}", value
@@ -66,7 +63,7 @@ def _attributes(owner: object) -> Iterator[tuple[str, object]]:
 
 
 def own_tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Parameters and then buffers of a module and of those in it, by name; a tied one under each of its names."""
+    """Parameters and then buffers of a module, by name; a tied one under each of its names."""
     yield from module.named_parameters(remove_duplicate=False)
     yield from module.named_buffers(remove_duplicate=False)
 

@@ -1,4 +1,4 @@
-"""The plain values that a trace read, each a place and a text, so that another process can compare them."""
+"""The plain values that a trace read, as places and texts that another process compares."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class PlainValue:
 def plain_values(
     guards: Iterable[Guarded], now: LookUps
 ) -> tuple[tuple[PlainValue, ...], tuple[str, ...]]:
-    """The plain values behind guards, and places with reasons of what only this process can compare."""
+    """The plain values behind guards, and what of them only this process can compare."""
     found: dict[PlainValue, None] = {}
     untold = []
     for guard in guards:
@@ -98,7 +98,7 @@ def _is_library(value: object) -> bool:
 
 
 def _is_function_of_module(guard: Guarded, now: LookUps) -> bool:
-    """Whether it is about a function in a module, such as ``torch.nn.functional.linear``, which people replace by their own."""
+    """Whether it is about a function in a module, which people replace by their own."""
     holder = now.at(guard.place[:-1]) if len(guard.place) > 1 else None
     return (
         isinstance(holder, types.ModuleType)
@@ -143,7 +143,7 @@ def _holds_keys(value: object) -> bool:
 
 
 def plain_text(value: Any) -> str:
-    """A text that is equal where values are, type by type: ``1``, ``1.0`` and ``True`` have three; of a function it says what it runs."""
+    """A text that is equal where values are, type by type; of a function it says what it runs."""
     kind = type(value)
     if kind in _PLAIN:
         return repr(value)
@@ -179,7 +179,7 @@ def plain_text(value: Any) -> str:
 
 
 def is_fixed(value: object) -> bool:
-    """Whether it is a value that nobody can change: a number, a text, a class, a function, a tuple or slice of such."""
+    """Whether nobody can change the value: a number, text, class, function, tuple of such."""
     if type(value) in (tuple, torch.Size, frozenset):
         return all(map(is_fixed, value))  # type: ignore[call-overload]
     if type(value) is slice:

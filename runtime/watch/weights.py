@@ -1,7 +1,7 @@
-"""The weights of a trace: whether the model still holds them, as they were traced, and what it holds now.
+"""The weights of a trace: whether the model still holds them, as traced, and what it holds now.
 
-Every call looks whether each name still leads to the bound tensor, whoever writes (`piecework.runtime.watch.dict_watch`), and at the tensors' dtypes, devices, sizes
-and strides. Of these, weights that only matrix products of ATen read are left out: the products and compiled code compare them.
+Every call looks whether each name leads to the bound tensor, and at the tensors' metadata, but of
+weights that only matrix products of ATen read: the products and compiled code compare them.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 @dataclass(frozen=True, slots=True)
 class Traced:
-    """A weight as the trace saw it: its metadata by name, and of a subclass the tensors that it is made of."""
+    """A weight as the trace saw it: its metadata, and of a subclass the tensors in it."""
 
     path: str
     facts: Mapping[str, object]
@@ -77,7 +77,7 @@ def _facts(tensor: torch.Tensor) -> tuple[dict[str, Any], dict[str, torch.Tensor
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """A tensor that is held by the model: a parameter, a buffer or another one found on it; an input of the graph, or only returned."""
+    """A tensor that the model holds: an input of the graph, or only returned."""
 
     path: str  # what piecework calls it
     tensor: torch.Tensor  # the weight
@@ -188,14 +188,14 @@ class BoundWeights:
         return other
 
     def trust(self, paths: frozenset[str]) -> None:
-        """Leave weights out of the per-call comparison that nothing reads but operators which compare by themselves."""
+        """Leave weights out of the comparison that only operators read which compare by themselves."""
         self._strict = paths
         self._metadata = torch_compat.metadata_guard(
             [t for w, t in zip(self.traced, self.tensors, strict=True) if w.path not in paths]
         )
 
     def held(self) -> list[torch.Tensor]:
-        """The weights as bound, for a stitched function that holds others of them; it has compared before."""
+        """The weights as bound, for a stitched function that holds others of them."""
         return self.tensors
 
     def fetch(self) -> list[torch.Tensor]:
@@ -313,7 +313,7 @@ def out_of_reach(path: str) -> CaptureError:
 def refit(
     model: object, state: Mapping[str, torch.Tensor]
 ) -> Callable[[], list[tuple[torch.Tensor, torch.Tensor]]]:
-    """Check ``state``; what is returned gives each weight with its new value, to be copied in this order while nobody calls.
+    """Check ``state``; gives each weight with its new value, to be copied while nobody calls.
 
     Raises:
         ConfigError: ``state`` is no mapping.

@@ -67,11 +67,7 @@ class Cache(nn.Module):
 @pytest.mark.parametrize("backend", ["inductor", "inductor_compile_fx", "eager"])
 @pytest.mark.parametrize(
     "function",
-    [
-        write_to_a_part_of_an_argument,
-        write_to_a_part_of_a_result,
-        read_a_part_of_what_is_written,
-    ],
+    [write_to_a_part_of_an_argument, write_to_a_part_of_a_result, read_a_part_of_what_is_written],
 )
 def test_writes_are_seen_through_every_name_of_the_memory(
     function: Callable[[torch.Tensor], torch.Tensor], backend: str

@@ -20,13 +20,7 @@ Kind = Literal["dynamic", "unbacked", "static", "maybe"]
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """One mark of Dynamo's on a dimension of an example.
-
-    Attributes:
-        kind: ``unbacked``: captured for every size, zero and one included; ``maybe``: dynamic, unless the code fixes it.
-        low, high: bounds of a dynamic dimension.
-        shape_id: unbacked dimensions with one id become one symbol.
-    """
+    """One mark of Dynamo's on a dimension of an example."""
 
     kind: Kind
     dim: int
@@ -35,7 +29,6 @@ class Mark:
     shape_id: str | None = None
 
     def put_on(self, tensor: torch.Tensor) -> None:
-        """Mark ``tensor`` likewise."""
         if self.kind == "unbacked":
             torch._dynamo.decorators.mark_unbacked(tensor, self.dim, shape_id=self.shape_id)
         elif self.kind == "static":
@@ -52,7 +45,6 @@ def unbacked_mark(tensor: torch.Tensor, dim: int) -> Mark:
 
 
 def marks_of(value: object) -> tuple[Mark, ...]:
-    """The marks on an example; none where it is no tensor."""
     if not isinstance(value, torch.Tensor):
         return ()
     ranges = {each.dim: each for each in getattr(value, "_dynamo_dynamic_range", None) or ()}
@@ -74,28 +66,24 @@ def unmark_dynamic(tensor: torch.Tensor) -> tuple[int, ...]:
 
 
 def traced_inputs() -> dict[str, object]:
-    """The fake tensor or symbol that stands for each input of the trace that is running, by Dynamo's name of where it came from.
-
-    Also inputs that the graph does not read: the model's Python may have looked at their kind, sizes or strides.
-    """
+    """What stands for each input of the running trace, read or not, by Dynamo's name."""
     mode = getattr(torch._guards.TracingContext.try_get(), "fake_mode", None)
     tracked = getattr(getattr(mode, "shape_env", None), "tracked_fakes", None) or ()
     return {str(each.source.name): each.fake for each in tracked}
 
 
 def tracing_context() -> object:
-    """Dynamo's tracing context while a backend runs; None outside."""
     return torch._guards.TracingContext.try_get()
 
 
 def placeholder_source(node: torch.fx.Node) -> str:
-    """Dynamo's name of where a graph input comes from, such as ``L['x'].size()[0]``; "" when unknown."""
+    """Dynamo's name of where a graph input comes from, ``L['x'].size()[0]``; "" when unknown."""
     source = getattr(node.meta.get("grapharg"), "source", None)
     return str(getattr(source, "name", ""))
 
 
 def placeholder_sources(graph: torch.fx.GraphModule) -> list[str]:
-    """`placeholder_source` of each input of ``graph``; where Dynamo dropped it, as for AOT compile, by the tensor."""
+    """`placeholder_source` of each input; where Dynamo dropped it (AOT compile), by the tensor."""
     nodes = graph.graph.find_nodes(op="placeholder")
     found = [placeholder_source(node) for node in nodes]
     values = [node.meta.get("example_value") for node in nodes]
@@ -106,24 +94,23 @@ def placeholder_sources(graph: torch.fx.GraphModule) -> list[str]:
 
 
 def dynamo_failure(error: BaseException) -> bool:
-    """Whether Dynamo raised ``error`` because it could not capture the code."""
     return isinstance(error, torch._dynamo.exc.TorchDynamoException)
 
 
 def backend_failure(error: BaseException) -> Exception | None:
-    """The exception that a Dynamo backend raised and Dynamo wrapped, if ``error`` is such a wrapper."""
+    """The exception of a Dynamo backend that ``error`` wraps, if it does."""
     if isinstance(error, torch._dynamo.exc.BackendCompilerFailed):
         return error.inner_exception
     return None
 
 
 def asks_for_restart(error: BaseException) -> bool:
-    """Whether ``error`` is how a compiler asks Dynamo to trace again (with a number fixed, for one)."""
+    """Whether ``error`` is how a compiler asks Dynamo to trace again."""
     return isinstance(error, torch._dynamo.exc.RestartAnalysis)
 
 
 def lists_attributes() -> bool:
-    """Whether Dynamo can trace ``vars`` of an instance that the traced code made (from torch 2.12 on)."""
+    """Whether Dynamo can trace ``vars`` of an instance that the code made (from 2.12 on)."""
     return hasattr(torch._dynamo.variables, "DunderDictVariable")
 
 
@@ -145,14 +132,13 @@ def data_dependent(error: BaseException) -> bool:
 
 
 def dynamo_backend(name: str) -> Callable[..., object]:
-    """The Dynamo backend that torch calls ``name``."""
     from torch._dynamo.backends.registry import lookup_backend
 
     return lookup_backend(name)
 
 
 def keep_out_of_traces(function: types.FunctionType, reason: str) -> None:
-    """Let Dynamo call ``function`` and never trace it, nor what it calls: as ``torch.compiler.disable`` does, without a wrapper in the way."""
+    """Let Dynamo call ``function`` and never trace it, without a wrapper in the way."""
     marks = {"_torchdynamo_disable": True, "_torchdynamo_disable_msg": reason}
     function.__dict__.update(marks)
     frames = torch._C._dynamo.eval_frame
@@ -171,7 +157,6 @@ def original_of(model: Callable[..., object]) -> Callable[..., object]:
 
 
 def size_oblivious_tracing() -> contextlib.AbstractContextManager[object]:
-    """A context in which backed dimensions are traced without fixing sizes 0 and 1."""
     from torch.fx.experimental import _config
 
     return _config.patch(backed_size_oblivious=True)
@@ -179,7 +164,7 @@ def size_oblivious_tracing() -> contextlib.AbstractContextManager[object]:
 
 @contextlib.contextmanager
 def quiet_trial() -> Iterator[None]:
-    """A trace in the block may fail without being reported on the log: another one is tried then. Other threads' reports pass."""
+    """A trace in the block may fail without a report on the log; other threads' reports pass."""
     mine = threading.get_ident()
     # Where torch reports an operator that has no answer for a symbolic size, and a mark that the code contradicts.
     names = ("_subclasses.fake_tensor", "fx.experimental.symbolic_shapes", "_guards")
@@ -202,7 +187,7 @@ def one_trace_at_a_time() -> contextlib.AbstractContextManager[object]:
 
 
 def own_symbol_per_dimension() -> contextlib.AbstractContextManager[object]:
-    """A context in which backed dimensions that happen to be equal in the example are not taken for one."""
+    """A context in which equal backed dimensions of the example are not one symbol."""
     from torch.fx.experimental import _config
 
     return _config.patch(use_duck_shape=False)
@@ -210,7 +195,7 @@ def own_symbol_per_dimension() -> contextlib.AbstractContextManager[object]:
 
 @contextlib.contextmanager
 def on_fakes(values: Iterable[object]) -> Iterator[None]:
-    """Run operators in the block on fake ``values`` of a trace, as Dynamo does; it leaves no guard on a size, and no symbol."""
+    """Run operators on fake values of a trace in the block; leaves no guard and no symbol."""
     from torch._dispatch.python import enable_python_dispatcher
 
     modes = (getattr(value, "fake_mode", None) for value in values)
@@ -233,7 +218,7 @@ def trace_artifact(name: str, text: Callable[[], str]) -> None:
 
 
 def timed_scope(name: str) -> contextlib.AbstractContextManager[object]:
-    """A scope in Dynamo's compile-time events; an empty one where Dynamo is not imported."""
+    """A scope in Dynamo's compile-time events; empty where Dynamo is not imported."""
     timed = getattr(sys.modules.get("torch._dynamo.utils"), "dynamo_timed", None)
     return contextlib.nullcontext() if timed is None else timed(f"piecework.{name}")
 
@@ -254,12 +239,11 @@ class TraceContext:
 
     @classmethod
     def running(cls) -> TraceContext:
-        """That of the trace whose backend runs."""
         return cls(torch._guards.TracingContext.try_get(), torch._guards.CompileContext.try_get())
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[None]:
-        """Be in the context for the block, which no other thread's trace shares; decisions on sizes are recorded again."""
+        """Be in the context for the block, alone among threads; decisions on sizes are recorded again."""
         guards = torch._guards
         env = getattr(getattr(self._tracing, "fake_mode", None), "shape_env", None)
         frozen = getattr(env, "frozen", False)

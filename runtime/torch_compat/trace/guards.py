@@ -1,4 +1,4 @@
-"""What Dynamo guarded: each guard with the look-ups to what it guards, and Dynamo's own check of those that are kept."""
+"""What Dynamo guarded: each guard with the look-ups to it, and Dynamo's check of those kept."""
 
 from __future__ import annotations
 
@@ -39,11 +39,7 @@ class Guarded:
 
 
 class GuardReader:
-    """Reads the guards of one trace; give `choose` to ``torch.compile`` as ``options["guard_filter_fn"]``.
-
-    Attributes:
-        names: what Dynamo calls places that it guards, and those on the way there.
-    """
+    """Reads the guards of one trace; give `choose` to torch as ``options["guard_filter_fn"]``."""
 
     def __init__(self, wanted: Callable[[Sequence[Guarded]], Sequence[bool]]) -> None:
         self._wanted = wanted
@@ -59,7 +55,6 @@ class GuardReader:
         return () if source is None else self._place(source)
 
     def give_back(self) -> None:
-        """Forget everything: torch keeps the function that it was given."""
         vars(self).clear()
 
     def _guarded(self, entry: Any) -> Guarded:
@@ -133,7 +128,6 @@ _OTHERS = {"TypeSource": "type", "TypeDictSource": "class dict", "WeakRefCallSou
 
 
 def source_name(source: Any) -> str:
-    """Dynamo's name of a source."""
     return str(getattr(source, "name", ""))
 
 
@@ -153,10 +147,7 @@ def guard_settings() -> Mapping[str, object]:
 
 
 def kept_guards(code: types.CodeType) -> Any:
-    """Dynamo's guards of the trace of ``code`` that were wanted; None if this torch doesn't show them.
-
-    Nobody else holds them once the code is gone.
-    """
+    """Dynamo's guards of the trace of ``code``, lost with the code; None if torch hides them."""
     entries = torch._dynamo.eval_frame._debug_get_cache_entry_list(code)
     manager = getattr(entries[0], "guard_manager", None) if entries else None
     root = getattr(manager, "root", manager)
@@ -164,7 +155,7 @@ def kept_guards(code: types.CodeType) -> Any:
 
 
 def guards_where(root: Any, wanted: Callable[[str], bool]) -> Any:
-    """Those of some guards that are on places of these names, each place with those on its way; None if there are none."""
+    """Those guards that are on places of these names and on their way; None for none."""
     above = {root.get_source(), "G"}  # what holds the variables, and the globals
     return root.clone_manager(lambda at: (name := at.get_source()) in above or wanted(name))
 
@@ -182,10 +173,7 @@ def traced_code() -> list[types.CodeType]:
 
 
 def trace_names(*names: str) -> list[str]:
-    """Those of ``names`` that code which the running trace went through has, by themselves or as texts; all where torch doesn't say.
-
-    The call of a module counts for nothing, which asks its results for gradients' functions to hang hooks on them, nor do trees, whose ``is_leaf`` is no tensor's.
-    """
+    """Those of ``names`` that traced code has, or has as texts; all where torch hides the code."""
     call_of_a_module = torch.nn.Module._call_impl.__code__
     code = (each for each in traced_code() if each is not call_of_a_module)
     traced = [each for each in code if each.co_filename != torch.utils._pytree.__file__]
@@ -198,16 +186,13 @@ def trace_names(*names: str) -> list[str]:
 
 
 def ordered_places() -> frozenset[str] | None:
-    """Dynamo's names of the dictionaries whose order the running trace depends on; None where torch doesn't say."""
+    """Dynamo's names of dictionaries whose order the trace depends on; None where unknown."""
     sources = getattr(running_output(), "guard_on_key_order", None)
     return None if sources is None else frozenset(map(source_name, sources))
 
 
 def leave_guards_untimed() -> None:
-    """Keep Dynamo from running the guards of the running trace when it has made them.
-
-    It would see whether they hold, which each call does, and time them with the processor's caches emptied, for a log alone.
-    """
+    """Keep Dynamo from running the new guards, to time them for a log alone."""
     output = running_output()
     if hasattr(output, "skip_guards_check"):
         output.skip_guards_check = True
@@ -225,6 +210,6 @@ def running_output() -> Any:
 
 
 def traced_locals() -> dict[str, object]:
-    """What Dynamo's names ``L['x']`` stand for in the trace whose backend is being called; {} where torch doesn't show it."""
+    """What names ``L['x']`` stand for in the trace whose backend runs; {} where unknown."""
     root = getattr(running_output(), "root_tx", None)
     return dict(getattr(root, "f_locals", None) or {})

@@ -1,4 +1,4 @@
-"""Torch's nested compile regions: marked functions, the calls of them in a graph, and guards for each module that was not traced itself."""
+"""Torch's nested compile regions: marked functions, their calls, guards for what shared a trace."""
 
 from __future__ import annotations
 
@@ -17,10 +17,7 @@ _MANY = 10_000  # of one region that torch compares a call with, before it raise
 
 
 def compile_region(function: types.FunctionType) -> Callable[..., object] | None:
-    """``function`` as a nested compile region; None where this torch traces each call of one.
-
-    A copy is marked: torch notes its settings on the function that it marks.
-    """
+    """A copy of ``function`` as a nested compile region; None where torch shares no traces."""
     code, scope = function.__code__, function.__globals__
     parts = function.__name__, function.__defaults__, function.__closure__
     copy = types.FunctionType(code, scope, *parts)
@@ -32,13 +29,12 @@ def compile_region(function: types.FunctionType) -> Callable[..., object] | None
 
 
 def region_settings() -> dict[str, object]:
-    """Settings of Dynamo that leave the calls of regions in the graph: written out by torch, results would lose the memory that they share."""
+    """Settings that leave the calls of regions in the graph: torch would lose shared memory."""
     names = ("inline_invoke_subgraph", "inline_single_use_invoke_subgraph")
     return {name: False for name in names if hasattr(torch._dynamo.config, name)}
 
 
 def region_calls(graph: torch.fx.Graph) -> list[torch.fx.Node]:
-    """The calls of regions in ``graph``, in order."""
     operator = getattr(torch.ops.higher_order, "invoke_subgraph", None)
     nodes = graph.find_nodes(op="call_function", target=operator) if operator is not None else ()
     return list(nodes)
@@ -52,7 +48,7 @@ def module_of(node: torch.fx.Node) -> int | None:
 
 
 def guard_past_marks(marked: Collection[object]) -> None:
-    """Let the running trace guard functions in the place of the marks on them; the marks are still on."""
+    """Let the running trace guard functions in the place of the marks on them."""
     guards, output = _guards(), running_output()
     if guards is None or not marked:
         return
@@ -73,7 +69,7 @@ def guard_past_marks(marked: Collection[object]) -> None:
 
 
 def guard_alike(pairs: Mapping[int, int]) -> bool:
-    """Guard of modules what the running trace has guarded of others that it went through in their place."""
+    """Guard of modules what the running trace has guarded of others in their place."""
     guards = _guards()
     known = getattr(getattr(running_output(), "side_effects", None), "id_to_variable", {})
     sources = {each: getattr(known.get(each), "source", None) for each in {*pairs, *pairs.values()}}

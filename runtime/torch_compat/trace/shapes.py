@@ -11,7 +11,7 @@ import torch
 
 
 def shape_env_of(values: Iterable[object]) -> Any:
-    """The environment of the symbols in ``values`` (sizes and fake tensors); None where there is none."""
+    """The environment of the symbols in sizes and fake tensors; None where there is none."""
     for value in values:
         mode = getattr(value, "fake_mode", None)
         if mode is not None and mode.shape_env is not None:
@@ -26,7 +26,7 @@ def shape_env_of(values: Iterable[object]) -> Any:
 
 
 def symbol_of(size: object) -> str | None:
-    """The expression of a size that is still symbolic; None for a number, also one that the trace fixed."""
+    """The expression of a size that is still symbolic; None for a number, also a fixed one."""
     if not isinstance(size, torch.SymInt):
         return None
     expr = size.node.expr
@@ -52,14 +52,13 @@ def unbacked_symbols(values: Iterable[object]) -> frozenset[str]:
 
 
 def free_sizes(value: object) -> frozenset[object]:
-    """The symbols in a size or in a tensor's sizes."""
     sizes = value.shape if isinstance(value, torch.Tensor) else (value,)
     symbolic = (size.node.expr for size in sizes if isinstance(size, torch.SymInt))
     return frozenset().union(*(expr.free_symbols for expr in symbolic))
 
 
 def settle_asserts(values: Iterable[object]) -> None:
-    """Write into what a trace asserts the sizes that it has fixed since: a piece's code would check them by a symbol that nobody passes."""
+    """Write sizes that were fixed since into what a trace asserts: nobody passes their symbols."""
     env = shape_env_of(values)
     deferred = getattr(env, "deferred_runtime_asserts", None) or {}
     for symbol, asserts in deferred.items():
@@ -68,9 +67,9 @@ def settle_asserts(values: Iterable[object]) -> None:
 
 
 def asserted_symbols(values: Iterable[object]) -> frozenset[object]:
-    """Symbols with a number behind them in what the trace asserts of the data-dependent ones in ``values``.
+    """Symbols with a number behind them in what is asserted of data-dependent ones in ``values``.
 
-    Inductor checks each assertion in every piece that has its data-dependent symbols, and takes the others for given.
+    Inductor checks each assertion in every piece that has its data-dependent symbols.
     """
     from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
@@ -94,7 +93,7 @@ def symbols_in(value: object) -> tuple[str, ...]:
 
 
 def number_at(value: object, sizes: Mapping[str, int]) -> bool | int | float | None:
-    """The number that ``value`` is where symbols have ``sizes``; None if it is no number, or does not follow from them."""
+    """The number that ``value`` is where symbols have ``sizes``; None if that does not follow."""
     if isinstance(value, (bool, int, float)):
         return value
     if not isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
@@ -110,7 +109,7 @@ def number_at(value: object, sizes: Mapping[str, int]) -> bool | int | float | N
 
 
 def symbol_range(size: object) -> tuple[int | None, int | None]:
-    """The smallest and largest value that the trace allows a plain symbol; None where there is no bound."""
+    """The smallest and largest value of a plain symbol; None where there is no bound."""
     if not isinstance(size, torch.SymInt):
         return None, None
     found = getattr(size.node.shape_env, "var_to_range", {}).get(size.node.expr)
@@ -129,7 +128,6 @@ def symbol_hints(size: object) -> dict[str, int]:
 
 
 def traced_size(size: object) -> object:
-    """A size as a number, or as torch's expression over symbols."""
     if not isinstance(size, (torch.SymInt, torch.SymFloat)):
         return size
     expr = size.node.expr
@@ -139,19 +137,13 @@ def traced_size(size: object) -> object:
 
 
 def traced_item(fake: object) -> torch.SymInt | torch.SymFloat | None:
-    """What ``item()`` of a traced argument is: torch keeps the value of a number on the CPU as a symbol, and guards it.
-
-    None where the value was not looked at.
-    """
+    """``item()`` of a traced argument, if it was looked at: torch guards a CPU number's symbol."""
     memo = getattr(fake, "item_memo", None)
     return memo if isinstance(memo, (torch.SymInt, torch.SymFloat)) else None
 
 
 def with_symbol(value: object, symbol: str, size: int) -> object:
-    """``value`` (a size or a fake tensor) with ``symbol`` replaced by ``size`` in every expression.
-
-    Sizes without a symbol left become plain integers; strides and storage offset are kept.
-    """
+    """``value`` with ``symbol`` replaced by ``size``; strides and storage offset are kept."""
     if isinstance(value, torch.SymInt):
         return _size_with(value, symbol, size)
     if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
@@ -183,7 +175,7 @@ def _size_with(value: object, symbol: str, size: int) -> object:
 
 
 def is_traced_contiguous(fake: torch.Tensor) -> bool:
-    """Whether the strides that the trace recorded are those of a contiguous tensor for every size."""
+    """Whether the recorded strides are those of a contiguous tensor for every size."""
     expected: object = 1
     for size, stride in reversed(list(zip(fake.shape, fake.stride(), strict=True))):
         if traced_size(stride) != expected and traced_size(size) != 1:
@@ -195,10 +187,9 @@ def is_traced_contiguous(fake: torch.Tensor) -> bool:
 def guards_on(
     sizes: Sequence[object], known: Collection[str], ranged: Collection[str]
 ) -> tuple[object, ...]:
-    """Conditions over the ``known`` symbols that the trace of ``sizes`` relied on, as torch's expressions.
+    """Conditions over the ``known`` symbols that the trace of ``sizes`` relied on, or asserts.
 
-    Also those that torch leaves to be asserted when the graph runs, where the inputs' sizes decide them. What follows
-    from the ranges of ``ranged`` symbols, which somebody else checks, is left out.
+    What follows from the ranges of ``ranged`` symbols, which somebody else checks, is left out.
     """
     env = shape_env_of(sizes)
     found: dict[object, None] = {}
@@ -224,7 +215,7 @@ def _follows_from_ranges(env: object, expr: object) -> bool:
 
 
 def _evaluated(expr: object, values: Mapping[str, int]) -> object:
-    """A symbolic expression or relation with numbers for its symbols; None if one is missing."""
+    """An expression with numbers for its symbols; None if one is missing."""
     symbols = getattr(expr, "free_symbols", ())
     if any(str(each) not in values for each in symbols):
         return None

@@ -1,4 +1,4 @@
-"""What traced code writes outside its graph, as Dynamo recorded it to repeat it after the graph, which a capture does not."""
+"""What traced code writes outside its graph, as Dynamo recorded it to repeat it afterwards."""
 
 from __future__ import annotations
 

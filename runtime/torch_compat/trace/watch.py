@@ -1,4 +1,4 @@
-"""A block in which functions are told of every operator that reaches the dispatcher, with its data."""
+"""A block in which functions are told of every operator that reaches the dispatcher."""
 
 from __future__ import annotations
 
@@ -52,15 +52,12 @@ def written_operands(
 
 
 def storage_mark(tensor: torch.Tensor) -> object:
-    """Keeps the `storage_id` of ``tensor`` from being used again while the mark lives; the memory itself may be freed."""
+    """Keeps a `storage_id` from being used again while it lives; the memory may be freed."""
     return StorageWeakRef(tensor.untyped_storage())
 
 
 def places_guard(tensors: list[torch.Tensor]) -> tuple[Callable[[], bool], bool]:
-    """A function that is true while each tensor's memory is where it is now, and whether it is quick.
-
-    CUDA builds of torch compare all addresses in one call; elsewhere it takes some fifty nanoseconds per tensor.
-    """
+    """True while each tensor's memory is where it is now, and whether that is quick to ask."""
     addresses = [tensor.data_ptr() for tensor in tensors]
     fast = getattr(torch._C, "_tensors_data_ptrs_at_indices_equal", None)
     if fast is not None:
