@@ -44,7 +44,7 @@ from piecework.runtime.trace.results import (
     stand_ins,
 )
 from piecework.runtime.trace.sizes import Attempt
-from piecework.runtime.watch.guards import TraceGuards, asks_strides
+from piecework.runtime.watch.guards import TraceGuards, says
 from piecework.runtime.watch.places import place_text
 from piecework.runtime.watch.reachable import modules_of
 from piecework.runtime.watch.state import TracedState
@@ -216,7 +216,7 @@ class OpenTrace:
         if "specialize_int" not in self._settings and int in map(type, example.leaves):
             refuse_texts_of_numbers(code)
         self._asks_grad = bool(torch_compat.trace_names("requires_grad", *_IN_AUTOGRAD))
-        self._asks_strides = asks_strides(code)
+        self._asks_strides = says(code, "stride")
         rename(gm, self.inputs)
         self._context = torch_compat.TraceContext.running()
         self._standing_in = stand_ins(gm)

@@ -26,7 +26,7 @@ class DirectOps:
     """The operators that stitched code calls by their own functions."""
 
     implementations: dict[object, Implementation] = field(default_factory=dict)
-    calls: dict[object, str] = field(default_factory=dict)
+    calls: dict[object, str] = field(default_factory=dict)  # → the device type that it is for
     _rows: list[tuple[LookUp, Implementation]] = field(default_factory=list)
     _tables: dict[str, str] = field(default_factory=dict)
     _kernels: Sized = field(default_factory=torch_compat.registered_kernels)
@@ -40,8 +40,7 @@ class DirectOps:
     ) -> DirectOps:
         """Look up each (operator, device type of its tensors); unknown ones are left out.
 
-        Args:
-            apart: whether it matters that what an operator returns lies in memory of its own; then each call is looked at.
+        ``apart``: whether what one returns must be memory of its own; then each call is looked at.
         """
         found = cls()
         for target, device in calls:

@@ -153,7 +153,7 @@ class TraceGuards:
             places=(len(local["args"]), tuple(local["kwargs"])),
             tensors=self._tensors,
             asks_grad_mode=self._asks_grad_mode or _asks_grad_mode(self._code),
-            process=ProcessState(asks_autocast=_asks_autocast(self._code)),
+            process=ProcessState(asks_autocast=says(self._code, "autocast")),
         )
 
     def give_back(self) -> None:
@@ -203,33 +203,18 @@ _OURS = str(FilePath(__file__).parents[1]) + os.sep
 
 def models_code(code: Iterable[types.CodeType]) -> list[types.CodeType]:
     """The model's own code among some, and all code in it; not torch's, Python's or ours."""
-    return [each for each in with_inner_code(list(code)) if _is_models(each.co_filename)]
+    return [
+        each
+        for each in with_inner_code(list(code))
+        if not each.co_filename.startswith((_TORCH, _OURS))
+        if not each.co_filename.startswith(_PYTHONS) or f"-packages{os.sep}" in each.co_filename
+    ]
 
 
-def _is_models(file: str) -> bool:
-    if file.startswith((_TORCH, _OURS)):
-        return False
-    return not file.startswith(_PYTHONS) or "-packages" + os.sep in file
-
-
-def asks_strides(code: Iterable[types.CodeType]) -> bool:
-    """Whether the model's code may call a tensor's ``stride``."""
-    return any(
-        step.argval == "stride" and (step.opname == "LOAD_METHOD" or _loads_method(step))
-        for each in models_code(code)
-        for step in dis.get_instructions(each)
-    )
-
-
-def _loads_method(step: dis.Instruction) -> bool:
-    """From Python 3.12 on, a bit of ``LOAD_ATTR`` says that what is loaded is called."""
-    return sys.version_info >= (3, 12) and step.opname == "LOAD_ATTR" and bool((step.arg or 0) & 1)
-
-
-def _asks_autocast(code: Iterable[types.CodeType]) -> bool:
-    """Whether the model's code may ask for autocast, also where it is off."""
+def says(code: Iterable[types.CodeType], word: str) -> bool:
+    """Whether a name or a text in the model's code has ``word`` in it."""
     every = (text for each in models_code(code) for text in (*each.co_names, *each.co_consts))
-    return any(type(text) is str and "autocast" in text for text in every)
+    return any(type(text) is str and word in text for text in every)
 
 
 def _asks_grad_mode(code: Iterable[types.CodeType]) -> bool:

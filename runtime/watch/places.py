@@ -152,17 +152,9 @@ def portable(place: Place, now: LookUps) -> Place:
         module = sys.modules.get(value["__name__"])
         if getattr(module, "__dict__", None) is value:
             return (("import", value["__name__"]), ("attribute", "__dict__"), *steps)
-    if isinstance(value, types.ModuleType):
-        name: tuple[str, object] = ("import", value.__name__)
-    else:
-        name = (
-            ("object", f"{value.__module__}:{value.__qualname__}")
-            if _is_named(value)
-            else ("unknown", None)
-        )
+    name: tuple[str, object] = ("import", getattr(value, "__name__", None))
+    if not isinstance(value, types.ModuleType):
+        parts = [getattr(value, each, None) for each in ("__module__", "__qualname__")]
+        named = all(isinstance(each, str) for each in parts)
+        name = ("object", ":".join(parts)) if named else ("unknown", None)
     return (name, *steps) if now.at((name,)) is value else ()
-
-
-def _is_named(value: object) -> bool:
-    names = (getattr(value, each, None) for each in ("__module__", "__qualname__"))
-    return all(isinstance(each, str) for each in names)

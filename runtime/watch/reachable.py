@@ -13,11 +13,9 @@ from piecework.code_objects import cells_of
 
 def modules_of(model: Callable[..., object]) -> list[tuple[str, torch.nn.Module]]:
     """Modules reachable from ``model`` with the prefix of their paths; a single one has none."""
-    if isinstance(model, torch.nn.Module):
-        return [("", model)]
-    owner = getattr(model, "__self__", None)
-    if isinstance(owner, torch.nn.Module):
-        return [("", owner)]
+    for owner in (model, getattr(model, "__self__", None)):
+        if isinstance(owner, torch.nn.Module):
+            return [("", owner)]
     found: dict[int, tuple[str, torch.nn.Module]] = {}
     for name, value in reachable(model):
         if isinstance(value, torch.nn.Module):
@@ -30,36 +28,22 @@ def modules_of(model: Callable[..., object]) -> list[tuple[str, torch.nn.Module]
 def reachable(model: Callable[..., object]) -> Iterator[tuple[str, object]]:
     """What a callable that is no module reaches: bound arguments, cells, globals, attributes."""
     if isinstance(model, functools.partial):
-        for index, value in enumerate(model.args):
-            yield f"args_{index}", value
+        yield from ((f"args_{index}", value) for index, value in enumerate(model.args))
         yield from model.keywords.items()
-        yield from _inner(model.func)
+        is_module = isinstance(model.func, torch.nn.Module)
+        yield from [("func", model.func)] if is_module else reachable(model.func)
         return
     owner = getattr(model, "__self__", None)
-    if owner is not None and not inspect.ismodule(owner):
-        yield from _attributes(owner)
+    if not inspect.ismodule(owner):
+        yield from getattr(owner, "__dict__", {}).items()
     function = inspect.unwrap(getattr(model, "__func__", model))
     if not inspect.isfunction(function):  # an object that is called
         if not inspect.isroutine(model) and not inspect.isclass(model):
-            yield from _attributes(model)
+            yield from getattr(model, "__dict__", {}).items()
         return
     yield from cells_of(function).items()
-    for name in function.__code__.co_names:
-        if name in function.__globals__:
-            yield name, function.__globals__[name]
-
-
-def _inner(model: object) -> Iterator[tuple[str, object]]:
-    if isinstance(model, torch.nn.Module):
-        yield "func", model
-    elif callable(model):
-        yield from reachable(model)
-
-
-def _attributes(owner: object) -> Iterator[tuple[str, object]]:
-    held = getattr(owner, "__dict__", None)
-    if isinstance(held, dict):
-        yield from held.items()
+    scope = function.__globals__
+    yield from ((name, scope[name]) for name in function.__code__.co_names if name in scope)
 
 
 def own_tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

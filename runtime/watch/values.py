@@ -19,7 +19,10 @@ from piecework.runtime.watch.places import MISSING, PLAIN_KEYS, LookUps, place_t
 
 _PLAIN = (int, bool, float, complex, str, bytes, type(None), type(...), range)
 _OF_TORCH = (torch.dtype, torch.device, torch.layout, torch.memory_format)
-_NAMED = (type, types.BuiltinFunctionType, types.CodeType, types.FunctionType)
+_FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
+_NAMED = (type, types.CodeType, *_FUNCTIONS)
+_OF_C = (types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType)
+_KEYED = (dict, set, frozenset, types.MappingProxyType)
 _OPERATORS = (OpOverload, OpOverloadPacket, HigherOrderOperator)
 _LIBRARIES = {"torch", "piecework", *sys.stdlib_module_names}
 ONE_OBJECT = "were one object"
@@ -81,30 +84,29 @@ def _is_librarys(place: Place, now: LookUps) -> bool:
     """Whether a place is inside Python, torch or piecework."""
     if str(place[0][1]).startswith("__builtins_dict__"):
         return True
-    ways = [place[:n] for n in range(1, max(2, len(place)))]
-    return any(map(_is_library, map(now.at, ways)))
+    ways = (place[:n] for n in range(1, max(2, len(place))))
+    return any(_library_of(now.at(way)) in _LIBRARIES for way in ways)
 
 
-def _is_library(value: object) -> bool:
+def _library_of(value: object) -> str:
+    """The package that a module, its variables, or a function is of; "" for anything else."""
+    name: object = ""
     if type(value) is dict:  # the variables of a function: a module's, or those of a named tuple
         module = sys.modules.get(str(value.get("__name__")))
         is_scope = getattr(module, "__dict__", None) is value
-        name = "sys" if "_tuple_new" in value else str(value["__name__"]) if is_scope else ""
+        name = "sys" if "_tuple_new" in value else is_scope and value["__name__"]
     elif isinstance(value, types.ModuleType):
         name = value.__name__
-    else:
-        name = value.__module__ or "" if isinstance(value, types.FunctionType) else ""
-    return name.partition(".")[0] in _LIBRARIES
+    elif isinstance(value, types.FunctionType):
+        name = value.__module__
+    return str(name or "").partition(".")[0]
 
 
 def _is_function_of_module(guard: Guarded, now: LookUps) -> bool:
     """Whether it is about a function in a module, which people replace by their own."""
     holder = now.at(guard.place[:-1]) if len(guard.place) > 1 else None
-    return (
-        isinstance(holder, types.ModuleType)
-        and holder.__name__.partition(".")[0] != "piecework"
-        and isinstance(now.at(guard.place), (types.FunctionType, types.BuiltinFunctionType))
-    )
+    is_module = isinstance(holder, types.ModuleType) and _library_of(holder) != "piecework"
+    return is_module and isinstance(now.at(guard.place), _FUNCTIONS)
 
 
 # --- texts --------------------------------------------------------------------------------------------
@@ -127,19 +129,15 @@ def _text(guard: Guarded, now: LookUps) -> str:
             return "missing"
         raise Untellable("not there")
     if about is not None:
-        is_there = about in value if _holds_keys(value) else hasattr(value, str(about))
         if guard.kind == "NOT_PRESENT_IN_GENERIC_DICT":
-            is_there = about in vars(value)
+            value = vars(value)
+        is_there = about in value if isinstance(value, _KEYED) else hasattr(value, str(about))
         return "there" if is_there else "missing"
     if guard.kind == "TYPE_MATCH":
         return class_name(type(value))
     if isinstance(value, dict):
         return f"[{', '.join(map(plain_text, dict.keys(value)))}]"
     return f"{len(value)} items" if guard.kind == "SEQUENCE_LENGTH" else plain_text(value)
-
-
-def _holds_keys(value: object) -> bool:
-    return isinstance(value, (dict, set, frozenset, types.MappingProxyType))
 
 
 def plain_text(value: Any) -> str:
@@ -165,9 +163,7 @@ def plain_text(value: Any) -> str:
         return f"function {value.__module__}.{value.__qualname__} {code_digest(value.__code__)}"
     if isinstance(value, types.CodeType):
         return f"code {code_digest(value)}"
-    if isinstance(
-        value, (types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType)
-    ):
+    if isinstance(value, _OF_C):
         return f"builtin {value.__qualname__}"
     if isinstance(value, _OPERATORS):
         return f"operator {value}"

@@ -89,8 +89,7 @@ class Weight:
 class BoundWeights:
     """The weights that emitted code holds, and how to find them again in the model."""
 
-    # the weights as traced, in order of the graph's inputs, and then those that are only returned
-    traced: tuple[Traced, ...]
+    traced: tuple[Traced, ...]  # in order of the graph's inputs, then those that are only returned
     tensors: list[torch.Tensor]  # the bound tensors, in the same order
     taken: tuple[Place, ...]  # how the model's code reached each; see `Weight.way`
     _ways: tuple[tuple[Place, ...], ...]
@@ -107,31 +106,22 @@ class BoundWeights:
         weights: Sequence[Weight],
         state: TracedState,
     ) -> BoundWeights:
-        """Find each of ``weights`` where its way leads, and by all its names under ``roots``, with the prefixes of their paths.
-
-        Args:
-            state: what else the trace took for given; a call watches it like the weights.
-
-        Raises:
-            CaptureError: there is no way to look a weight up again.
-        """
+        """Find each weight where its way leads, and by all its names under ``roots``."""
         names, now = _names(roots), LookUps(state.starts)
         weights = [replace(each, way=by_attributes(each.way)) for each in weights]
-        ways = [(*names.get(id(each.tensor), ()), each.way) for each in weights]
-        pairs = zip(weights, ways, strict=True)
+        ways = []
+        for each in weights:
+            places = dict.fromkeys((*names.get(id(each.tensor), ()), each.way))
+            ways.append(tuple(way for way in places if way and now.at(way) is each.tensor))
+            if not ways[-1]:
+                raise out_of_reach(each.path)
         found = cls(
             tuple(Traced.of(each.path, each.tensor) for each in weights),
             [each.tensor for each in weights],
             tuple(portable(each.way, now) if each.way else () for each in weights),
-            tuple(
-                tuple(dict.fromkeys(p for p in places if p and now.at(p) is each.tensor))
-                for each, places in pairs
-            ),
+            tuple(ways),
             state,
         )
-        for each, places in zip(weights, found._ways, strict=True):
-            if not places:
-                raise out_of_reach(each.path)
         found.unchanged = found._check()
         return found
 
@@ -143,7 +133,7 @@ class BoundWeights:
         ]
 
     def _check(self) -> Callable[[], bool]:
-        """The check of every call; see the module's docstring."""
+        """The check of every call."""
         self.trust(self._strict)
         thorough = torch_compat.metadata_guard(self.tensors)
         state, process = self.state, self.state.process
@@ -210,20 +200,14 @@ class BoundWeights:
         now, again = (LookUps(self.state.starts) for _ in range(2))
         for weight, ways in zip(self.traced, self._ways, strict=True):
             tensor = now.at(ways[0])
-            if tensor is None or tensor is MISSING:
-                raise BindError(
-                    f"weight {weight.path} is no longer there",
-                    hint="put it back, or compile the model again",
-                )
             if again.at(ways[0]) is not tensor:
                 raise BindError(
                     f"weight {weight.path} is computed at each access now",
                     hint="compile the model again: the computation belongs into the graph",
                 )
-            difference = weight.difference(tensor)
-            if difference:
+            missing = tensor is None or tensor is MISSING
+            if difference := "is no longer there" if missing else weight.difference(tensor):
                 raise BindError(f"weight {weight.path} {difference}", hint=_ONE_KIND)
-            assert isinstance(tensor, torch.Tensor)
             for way in ways[1:]:  # of two, the graph would read only one
                 if now.at(way) is not tensor:
                     raise BindError(
@@ -268,8 +252,7 @@ class BoundWeights:
         if changed:
             return InputError(changed, hint=_FIXED)
         for weight, tensor in zip(self.traced, self.tensors, strict=True):
-            difference = weight.difference(tensor)
-            if difference:
+            if difference := weight.difference(tensor):
                 return InputError(f"weight {weight.path} {difference}", hint=_ONE_KIND)
         return None
 
@@ -281,12 +264,9 @@ def _unfit(old: torch.Tensor, new: object) -> str:
     if new.is_meta and not old.is_meta:
         return "the new weight is on the meta device, which holds no data"
     (held, inner), (given, others) = _facts(old), _facts(new)
-    sizes = [f"{facts['dtype']}{[*facts['shape']]}" for facts in (held, given)]
-    kinds = [facts["class"] if inner or others else None for facts in (held, given)]
-    settings = [facts["settings"] for facts in (held, given)]
-    for what, (was, now) in (("", sizes), ("made as ", settings), ("a ", kinds)):
-        if was != now:
-            return f"the weight is {what}{was}, the new one {now}"
+    whats = ("dtype", "shape", "settings", *(["class"] if inner or others else []))
+    for what in (each for each in whats if held[each] != given[each]):
+        return f"the weight has {what} {held[what]}, the new one {given[what]}"
     pairs = ((each, others.get(name)) for name, each in inner.items())
     return next(filter(None, (_unfit(*pair) for pair in pairs)), "")
 

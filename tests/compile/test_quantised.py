@@ -227,7 +227,7 @@ def test_a_refit_copies_only_between_weights_that_are_made_alike() -> None:
         (torch.randn(32, 32), "new one None"),
         (
             Scaled(torch.zeros(32, 32, dtype=torch.int8), torch.ones(32, 32), 0.0),
-            r"float32\[32, 1\], the new one torch.float32\[32, 32\]",
+            r"\(32, 1\), the new one \(32, 32\)",
         ),
     ):
         with pytest.raises(BindError, match=said):
