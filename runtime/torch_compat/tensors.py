@@ -191,9 +191,6 @@ def own_stream(device: torch.device) -> torch.cuda.Stream:
         except OSError as error:
             code = error
     if code != 0 or made.value is None:
-        raise StaticGraphError(
-            f"the CUDA driver made no stream to capture on: {code}",
-            where=str(device),
-            hint="use cudagraph_mode NONE",
-        )
+        why = f"the CUDA driver made no stream to capture on: {code}"
+        raise StaticGraphError(why, where=str(device), hint="use cudagraph_mode NONE")
     return torch.cuda.ExternalStream(made.value, device)

@@ -75,10 +75,11 @@ def require_traceable(
         for suffix, each in leaves_of(value, is_leaf=lambda x: bool(_untraceable(x))):
             kind = _untraceable(each)
             if kind:
-                raise CaptureError(
-                    f"argument {name}{suffix} is a {kind}, which can't be traced",
-                    hint="pass a plain, dense torch.Tensor (of a torch.Size a tuple); pad what is nested",
+                why = f"argument {name}{suffix} is a {kind}, which can't be traced"
+                hint = (
+                    "pass a plain, dense torch.Tensor (of a torch.Size a tuple); pad what is nested"
                 )
+                raise CaptureError(why, hint=hint)
 
 
 def _untraceable(value: object) -> str:

@@ -52,11 +52,9 @@ def dims_of(
         chosen = _declared(dynamic, parameters, where, "dynamic_arg_dims")
     if not chosen and not wanted:
         bare = ", ".join(name for name in parameters if name not in annotations) or "none"
-        raise ConfigError(
-            f"nothing is dynamic: no parameter is named, or annotated as a tensor; without annotation: {bare}",
-            where=where,
-            hint="annotate tensor parameters with torch.Tensor, or pass dynamic_arg_dims={'x': 0}",
-        )
+        why = f"nothing is dynamic: no parameter is named, or annotated as a tensor; without annotation: {bare}"
+        hint = "annotate tensor parameters with torch.Tensor, or pass dynamic_arg_dims={'x': 0}"
+        raise ConfigError(why, where=where, hint=hint)
     return DynamicDims(where, chosen, wanted, declared=dynamic is not None)
 
 
@@ -64,27 +62,19 @@ def _declared(
     dims: object, parameters: Mapping[str, object], where: str, argument: str
 ) -> dict[str, tuple[int, ...]]:
     if not isinstance(dims, Mapping):
-        raise ConfigError(
-            f"{argument} must map parameter names to dimensions; got a {type(dims).__qualname__}",
-            where=where,
-            hint=f"write {argument}={{'x': 0, 'y': [0, -1]}}",
-        )
+        why = f"{argument} must map parameter names to dimensions; got a {type(dims).__qualname__}"
+        raise ConfigError(why, where=where, hint=f"write {argument}={{'x': 0, 'y': [0, -1]}}")
     found: dict[str, tuple[int, ...]] = {}
     for name, value in dims.items():
         if name not in parameters:
-            raise ConfigError(
-                f"{argument} names {name!r}, and forward has no such parameter",
-                where=where,
-                hint="parameters: " + (", ".join(parameters) or "none"),
-            )
+            why = f"{argument} names {name!r}, and forward has no such parameter"
+            hint = "parameters: " + (", ".join(parameters) or "none")
+            raise ConfigError(why, where=where, hint=hint)
         several = isinstance(value, Sequence) and not isinstance(value, (str, bytes))
         given = tuple(value) if several else (value,)
         if not given or any(type(each) is not int for each in given) or len({*given}) < len(given):
-            raise ConfigError(
-                f"{argument}[{name!r}] must be a dimension or a list of them, each once; got {value!r}",
-                where=where,
-                hint=f"{argument}={{{name!r}: 0}} is the first one",
-            )
+            why = f"{argument}[{name!r}] must be a dimension or a list of them, each once; got {value!r}"
+            raise ConfigError(why, where=where, hint=f"{argument}={{{name!r}: 0}} is the first one")
         found[name] = given
     return found
 
@@ -112,19 +102,15 @@ def marks_for(
         leaves = [(name + at, x) for at, x in leaves_of(argument)]
         tensors = [(label, x) for label, x in leaves if isinstance(x, torch.Tensor)]
         if must and not tensors and not (argument is None or argument == () or argument == {}):
-            raise ConfigError(
-                f"parameter {name} is declared dynamic, and the first call passes a {type(argument).__qualname__} without tensors",
-                where=dims.where,
-                hint="declare the parameters that tensors come in; register a class that holds some with torch's pytree",
-            )
+            why = f"parameter {name} is declared dynamic, and the first call passes a {type(argument).__qualname__} without tensors"
+            hint = "declare the parameters that tensors come in; register a class that holds some with torch's pytree"
+            raise ConfigError(why, where=dims.where, hint=hint)
         for (label, tensor), dim in itertools.product(tensors, table[name]):
             rank = tensor.dim()
             if not -rank <= dim < rank:
                 if must:
-                    raise ConfigError(
-                        f"dimension {dim} of {label} is declared dynamic, and it has {rank} dimensions",
-                        where=dims.where,
-                    )
+                    why = f"dimension {dim} of {label} is declared dynamic, and it has {rank} dimensions"
+                    raise ConfigError(why, where=dims.where)
                 continue
             mark = torch_compat.unbacked_mark(tensor, dim % rank)
             if backed and (id(tensor), mark.dim) not in found:
@@ -141,11 +127,9 @@ def marks_for(
                 mark = torch_compat.Mark("static" if fixed else "dynamic", mark.dim)
             found.setdefault((id(tensor), mark.dim), (tensor, mark))
     if not found:
-        raise InputError(
-            "the first call passes no tensor for a dynamic parameter",
-            where=dims.where,
-            hint="make the first call with tensors, or declare other dynamic_arg_dims",
-        )
+        why = "the first call passes no tensor for a dynamic parameter"
+        hint = "make the first call with tensors, or declare other dynamic_arg_dims"
+        raise InputError(why, where=dims.where, hint=hint)
     return list(found.values())
 
 

@@ -53,11 +53,9 @@ def capture_error(error: BaseException) -> CaptureError:
     line, code = _user_line(text)
     fakeless = re.search(r"no fake impl.*? for (?:<CustomOpDef\()?(\w\S+::[\w.]+)", text)
     if fakeless is not None:
-        return CaptureError(
-            f"the operator {fakeless[1]} has no fake implementation, which a trace needs to know its result's shape",
-            where=line,
-            hint=f'register one with @torch.library.register_fake("{fakeless[1]}")',
-        )
+        why = f"the operator {fakeless[1]} has no fake implementation, which a trace needs to know its result's shape"
+        hint = f'register one with @torch.library.register_fake("{fakeless[1]}")'
+        return CaptureError(why, where=line, hint=hint)
     raised = _RAISED.search(text)
     if raised is not None or text.startswith("Data-dependent assertion failed"):
         said = f"AssertionError at {code}"
@@ -73,11 +71,8 @@ def capture_error(error: BaseException) -> CaptureError:
     if explained is not None:
         reason += f". {next(filter(None, explained.groups())).rstrip('.')}"
     hints = re.findall(r"^  Hint: (?!This graph break|It may be possible)(.+?)\.?$", text, re.M)
-    return CaptureError(
-        f"the model can't be captured as one graph: {reason}",
-        where=line,
-        hint="; ".join([*hints[:1], _REMEDY]),
-    )
+    why = f"the model can't be captured as one graph: {reason}"
+    return CaptureError(why, where=line, hint="; ".join([*hints[:1], _REMEDY]))
 
 
 def _user_line(text: str) -> tuple[str | None, str]:
@@ -112,11 +107,8 @@ def refuse_writes(
             own = f"its argument {own}"
         elif place.startswith("G["):
             own = f"the global {own}"
-        raise CaptureError(
-            f"forward changes {own or 'an object outside the graph'}, which a captured graph would not do",
-            where=line or None,
-            hint=_IN_PLACE,
-        )
+        why = f"forward changes {own or 'an object outside the graph'}, which a captured graph would not do"
+        raise CaptureError(why, where=line or None, hint=_IN_PLACE)
 
 
 # --- what a caller may have meant otherwise ------------------------------------------------------------

@@ -120,10 +120,9 @@ def _refuse_unknown_holder(source: str, example: Example) -> None:
     for place, leaf in example.sources.items():
         if source.startswith((f"{place}.", f"{place}[")):
             kind = type(example.leaves[leaf]).__qualname__.rpartition("<locals>.")[2]
-            raise CaptureError(
-                f"argument {example.names[leaf]} is a {kind}, a class that torch's pytree does not know, and the model reads a tensor of it",
-                hint=f"register it: torch.utils._pytree.register_dataclass({kind}) for a dataclass, else register_pytree_node; or pass its tensors",
-            )
+            why = f"argument {example.names[leaf]} is a {kind}, a class that torch's pytree does not know, and the model reads a tensor of it"
+            hint = f"register it: torch.utils._pytree.register_dataclass({kind}) for a dataclass, else register_pytree_node; or pass its tensors"
+            raise CaptureError(why, hint=hint)
 
 
 def _size_or_int(
@@ -144,10 +143,8 @@ def _size_or_int(
     leaf = sources.get(source)
     if leaf is not None and type(example.leaves[leaf]) is int:
         return Argument(leaf, example.names[leaf])
-    raise UnreachableInput(
-        f"input {source or node.name} of the graph is neither an argument, a size of one, nor a weight",
-        hint="pass it as a tensor, or make it a constant of the model",
-    )
+    why = f"input {source or node.name} of the graph is neither an argument, a size of one, nor a weight"
+    raise UnreachableInput(why, hint="pass it as a tensor, or make it a constant of the model")
 
 
 def rename(gm: torch.fx.GraphModule, inputs: Sequence[GraphInput]) -> None:

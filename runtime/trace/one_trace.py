@@ -291,8 +291,7 @@ def _fakes(example: Example) -> dict[int, object]:
         for size, number in zip(getattr(fake, "shape", ()), leaf.shape, strict=fake is not None):
             symbol = torch_compat.symbol_of(size)
             if symbol is not None and numbers.setdefault(symbol, number) != number:
-                raise CaptureError(
-                    f"the model takes sizes {numbers[symbol]} and {number} of its arguments as equal",
-                    hint="call the model itself with these arguments: it has to run with them",
-                )
+                why = f"the model takes sizes {numbers[symbol]} and {number} of its arguments as equal"
+                hint = "call the model itself with these arguments: it has to run with them"
+                raise CaptureError(why, hint=hint)
     return found

@@ -112,10 +112,8 @@ def opened(result: object) -> tuple[object, list[Alive]]:
         if not is_data and not (hasattr(leaf, "__dict__") and _is_plain(type(leaf))):
             return leaf
         if id(leaf) in found:
-            raise CaptureError(
-                f"the model returns one {type(leaf).__qualname__} twice",
-                hint="return it once, or tensors and numbers alone",
-            )
+            why = f"the model returns one {type(leaf).__qualname__} twice"
+            raise CaptureError(why, hint="return it once, or tensors and numbers alone")
         found[id(leaf)] = weakref.ref(leaf) if type(leaf).__weakrefoffset__ else lambda: None
         fields = [each.name for each in dataclasses.fields(leaf)] if is_data else []
         held = [name for name in fields if hasattr(leaf, name)]
@@ -132,10 +130,8 @@ def refuse_kept(made: Iterable[Alive]) -> None:
     """Refuse instances that live on once nobody has the result: they are not each call's own."""
     for kept in (each() for each in made):
         if kept is not None:
-            raise CaptureError(
-                f"the model returns a {type(kept).__qualname__} that forward did not make, or that refers to itself",
-                hint="return what forward makes, or tensors and numbers alone",
-            )
+            why = f"the model returns a {type(kept).__qualname__} that forward did not make, or that refers to itself"
+            raise CaptureError(why, hint="return what forward makes, or tensors and numbers alone")
 
 
 def _instance(values: Iterable[object], context: tuple[type, tuple[str, ...]]) -> object:
@@ -156,10 +152,9 @@ pytree.register_pytree_node(
 
 
 def _refuse(*_: object, **__: object) -> NoReturn:
-    raise CaptureError(
-        "the result holds something that Python computes from a number or a tensor of the graph: text, a dictionary's key, a comparison",
-        hint="return the number or the tensor itself, and compute the rest from what the stitched model returns",
-    )
+    why = "the result holds something that Python computes from a number or a tensor of the graph: text, a dictionary's key, a comparison"
+    hint = "return the number or the tensor itself, and compute the rest from what the stitched model returns"
+    raise CaptureError(why, hint=hint)
 
 
 # Dynamo's code that packs a result moves stand-ins about, and may do nothing else with them.

@@ -158,16 +158,12 @@ def require_fitting(model: Callable[..., object], args: Args, kwargs: Kwargs) ->
         try:
             signature.bind(*args, **kwargs)
         except TypeError as error:
-            raise CaptureError(
-                f"the example arguments don't fit the model: {error}",
-                where=f"signature {signature}",
-                hint="pass what the model's forward takes",
-            ) from error
+            why = f"the example arguments don't fit the model: {error}"
+            hint = "pass what the model's forward takes"
+            raise CaptureError(why, where=f"signature {signature}", hint=hint) from error
     for name, module in model.named_modules() if isinstance(model, torch.nn.Module) else ():
         if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
-            raise CaptureError(
-                f"{type(module).__name__} has no weights before its first call",
-                where=name,
-                hint="call the model once with the example arguments, then compile it",
-            )
+            why = f"{type(module).__name__} has no weights before its first call"
+            hint = "call the model once with the example arguments, then compile it"
+            raise CaptureError(why, where=name, hint=hint)
     require_traceable(model, args, kwargs)

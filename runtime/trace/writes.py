@@ -55,11 +55,9 @@ def mutations_in(
 def refuse_mutations(found: Sequence[Mutation]) -> None:
     """Raise for writes to the model's own tensors in captured pieces: warm-up would write too."""
     for first in found:
-        raise StaticGraphError(
-            f"{first.op} writes to {first.path} inside captured piece {first.piece}; warm-up and capture would write too",
-            where=first.where or f"node {first.node}",
-            hint="move the write into a piecework.splitting_op, keep the state in the forward context, or set cudagraph_mode to NONE",
-        )
+        why = f"{first.op} writes to {first.path} inside captured piece {first.piece}; warm-up and capture would write too"
+        hint = "move the write into a piecework.splitting_op, keep the state in the forward context, or set cudagraph_mode to NONE"
+        raise StaticGraphError(why, where=first.where or f"node {first.node}", hint=hint)
 
 
 def held_by_source(graph: torch.fx.GraphModule) -> dict[str, str]:

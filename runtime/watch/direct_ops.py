@@ -90,10 +90,8 @@ def _with_own_results(function: Implementation, name: str) -> Implementation:
     def called(*args: object, **kwargs: object) -> object:
         result = function(*args, **kwargs)
         if torch_compat.shares_memory(args, kwargs, result):
-            raise SplitError(
-                f"splitting op {name} returned an argument, a view of one, or one result twice, and the model writes to it",
-                hint="return a clone()",
-            )
+            why = f"splitting op {name} returned an argument, a view of one, or one result twice, and the model writes to it"
+            raise SplitError(why, hint="return a clone()")
         return result
 
     return called

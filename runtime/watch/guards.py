@@ -126,10 +126,8 @@ class TraceGuards:
         held, root, now = self._globals, torch_compat.kept_guards(code), self._now()
         every = (*self._on_model, *self._on_arguments)
         if root is None and every:
-            raise CaptureError(
-                "this torch does not show what its trace relied on, so nobody could tell that it changed",
-                hint="use a version of torch that piecework was run with",
-            )
+            why = "this torch does not show what its trace relied on, so nobody could tell that it changed"
+            raise CaptureError(why, hint="use a version of torch that piecework was run with")
         # Those globals that guards are about: the others lead to what Dynamo made.
         places = [place for each in every for place in each.places]
         first = {str(each[0][1]) for each in (*places, *(place for place, _ in self._tensors))}

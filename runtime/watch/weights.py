@@ -201,19 +201,17 @@ class BoundWeights:
         for weight, ways in zip(self.traced, self._ways, strict=True):
             tensor = now.at(ways[0])
             if again.at(ways[0]) is not tensor:
-                raise BindError(
-                    f"weight {weight.path} is computed at each access now",
-                    hint="compile the model again: the computation belongs into the graph",
-                )
+                why = f"weight {weight.path} is computed at each access now"
+                hint = "compile the model again: the computation belongs into the graph"
+                raise BindError(why, hint=hint)
             missing = tensor is None or tensor is MISSING
             if difference := "is no longer there" if missing else weight.difference(tensor):
                 raise BindError(f"weight {weight.path} {difference}", hint=_ONE_KIND)
             for way in ways[1:]:  # of two, the graph would read only one
                 if now.at(way) is not tensor:
-                    raise BindError(
-                        f"{place_text(way)} and {weight.path} were one tensor when the model was traced and are two now",
-                        hint="tie them again (most models have tie_weights()), or compile the model again",
-                    )
+                    why = f"{place_text(way)} and {weight.path} were one tensor when the model was traced and are two now"
+                    hint = "tie them again (most models have tie_weights()), or compile the model again"
+                    raise BindError(why, hint=hint)
             found.append(tensor)
         return found
 
@@ -228,11 +226,8 @@ class BoundWeights:
             found, before = self.current(), found
             if all(map(operator.is_, found, before)):
                 return other
-        raise BindError(
-            "weights were replaced by another thread all the while",
-            where="rebind",
-            hint="rebind when all weights are in place",
-        )
+        why = "weights were replaced by another thread all the while"
+        raise BindError(why, where="rebind", hint="rebind when all weights are in place")
 
     def explain(self) -> InputError:
         """What changed, for a call that found something changed."""
@@ -244,10 +239,9 @@ class BoundWeights:
         """The first thing that is not as it was bound, if any."""
         moved = self._moved()
         if moved is not None:
-            return InputError(
-                f"{place_text(moved)} was replaced since the weights were bound",
-                hint="call rebind() on the stitched module after loading, replacing or moving weights",
-            )
+            why = f"{place_text(moved)} was replaced since the weights were bound"
+            hint = "call rebind() on the stitched module after loading, replacing or moving weights"
+            return InputError(why, hint=hint)
         changed = self.state.difference()
         if changed:
             return InputError(changed, hint=_FIXED)
@@ -284,10 +278,9 @@ def _names(roots: Sequence[tuple[str, torch.nn.Module]]) -> dict[int, list[Place
 
 def out_of_reach(path: str) -> CaptureError:
     """What to raise for a weight of the trace that nobody finds again."""
-    return CaptureError(
-        f"weight {path} can't be looked up again, so nobody could tell that it was replaced",
-        hint="hold it as a parameter, a buffer, or in an attribute, list or dictionary of the model",
-    )
+    why = f"weight {path} can't be looked up again, so nobody could tell that it was replaced"
+    hint = "hold it as a parameter, a buffer, or in an attribute, list or dictionary of the model"
+    return CaptureError(why, hint=hint)
 
 
 def refit(
@@ -300,24 +293,17 @@ def refit(
         BindError: as `StitchedModule.refit`.
     """
     if not isinstance(model, torch.nn.Module):
-        raise BindError(
-            "a function has no weights by name",
-            where="refit",
-            hint="write to the tensors that it uses, in place",
-        )
+        why = "a function has no weights by name"
+        raise BindError(why, where="refit", hint="write to the tensors that it uses, in place")
     if not isinstance(state, Mapping):
-        raise ConfigError(
-            f"new weights come as a dict of tensors; got a {type(state).__qualname__}",
-            hint="pass trained.state_dict()",
-        )
+        why = f"new weights come as a dict of tensors; got a {type(state).__qualname__}"
+        raise ConfigError(why, hint="pass trained.state_dict()")
     held = dict(own_tensors(model))
     for name, new in state.items():
         if name not in held:
-            raise BindError(
-                "the model has no such weight",
-                where=name,
-                hint=did_you_mean(name, held) or "names are those of model.state_dict()",
-            )
+            why = "the model has no such weight"
+            hint = did_you_mean(name, held) or "names are those of model.state_dict()"
+            raise BindError(why, where=name, hint=hint)
         if problem := _unfit(held[name], new):
             raise BindError(problem, where=name, hint="compile the model again for other weights")
     own = {torch_compat.storage_id(each) for each in held.values()}
