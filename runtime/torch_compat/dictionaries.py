@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
-# torch looks through the guards of a list one after the other whenever it adds one.
-_GROUP = 128
+_GROUP = 128  # torch looks through the guards of a list whenever it adds one
+
+_number: Callable[[object], int] = torch._C._dynamo.guards.dict_version
 
 #: Tells by ``check()`` whether torch's global state is what it was when this was made.
 GlobalStateGuard: Callable[[], Any] = torch._C._dynamo.guards.GlobalStateGuard
@@ -36,20 +37,16 @@ def import_guards() -> threading.Thread:
 
 def dict_versions(dicts: Sequence[object]) -> list[int] | None:
     """A number per dictionary, larger after each write but its filling, and whether it holds any."""
-    return [*map(_number(), dicts), *map(bool, dicts)] if _sees_attributes() else None
-
-
-def _number() -> Callable[[object], int]:
-    return torch._C._dynamo.guards.dict_version  # type: ignore[no-any-return]
+    return [*map(_number, dicts), *map(bool, dicts)] if _sees_attributes() else None
 
 
 @functools.cache
 def _sees_attributes() -> bool:
     """Whether numbers tell of attributes that are set; not in CPython 3.13.0 (issue 125608)."""
     tried = threading.Thread()
-    before = _number()(vars(tried))
+    before = _number(vars(tried))
     tried.daemon = True
-    return bool(_number()(vars(tried)) != before)
+    return bool(_number(vars(tried)) != before)
 
 
 def dict_guard(dicts: Sequence[object]) -> Callable[[], bool] | None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
-
 import torch
 import torch.fx
 from torch.overrides import _get_current_function_mode_stack
@@ -16,6 +14,9 @@ dispatch_modes = torch._C._len_torch_dispatch_stack
 #: How many ``TorchFunctionMode`` are active.
 function_modes = torch._C._len_torch_function_stack
 
+#: A context with autocast off for every device type.
+autocast_off = torch._C._DisableAutocast
+
 #: What ``torch.no_grad`` calls, without its object.
 set_grad_enabled = torch._C._set_grad_enabled
 
@@ -24,10 +25,6 @@ def autocast_state() -> tuple[tuple[str, torch.dtype], ...]:
     """The device types for which autocast is on, with their dtypes."""
     kinds = ("cpu", "cuda", "xpu")
     return tuple((k, torch.get_autocast_dtype(k)) for k in kinds if torch.is_autocast_enabled(k))
-
-
-def autocast_off() -> AbstractContextManager[object]:
-    return torch._C._DisableAutocast()
 
 
 def drop_idle_autocast(graph: torch.fx.GraphModule) -> None:

@@ -20,6 +20,10 @@ _OF_TORCH = frozenset(
 _ONLY_CPP = frozenset({"aten", "prim", "quantized"})
 
 
+#: The dispatcher's table of operator ``ns::op.overload``, as text to compare.
+kernel_table = torch._C._dispatch_dump
+
+
 def is_torch_operator(op: OpOverload) -> bool:
     """Whether torch brings ``op``; what a program adds to torch's namespaces is the program's."""
     if op.namespace not in _OF_TORCH:
@@ -42,11 +46,6 @@ def fake_of(op: OpOverload) -> Callable[..., object] | None:
 
 def registered_kernels() -> Sized:
     return torch.library._impls
-
-
-def kernel_table(name: str) -> str:
-    """The dispatcher's table of operator ``ns::op.overload``, as text to compare."""
-    return torch._C._dispatch_dump(name)
 
 
 def custom_op_kernel(name: str, device_type: str) -> Callable[..., object] | None:

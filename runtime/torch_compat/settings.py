@@ -13,7 +13,7 @@ from types import ModuleType
 
 import torch
 
-# Slots of Inductor's and AOTAutograd's configuration that hold code; torch leaves them out of what it can write down.
+# Slots that hold code, which torch leaves out of what it can write down of a configuration.
 _PASS_SLOTS = {
     "torch._inductor.config": (
         *("pre_grad_custom_pass", "joint_custom_pre_pass", "joint_custom_post_pass"),
@@ -22,18 +22,15 @@ _PASS_SLOTS = {
         *("_post_fusion_custom_pass", "inductor_choices_class"),
     ),
     "torch._functorch.config": (
-        "joint_custom_pass",
-        "activation_memory_budget_runtime_estimator",
+        *("joint_custom_pass", "activation_memory_budget_runtime_estimator"),
         "activation_memory_budget_solver",
     ),
 }
 _CONFIGURATIONS = (
-    "torch._inductor.config",
-    "torch._inductor.config_comms",
-    "torch._functorch.config",
-    "torch.fx.experimental._config",
+    *("torch._inductor.config", "torch._inductor.config_comms"),
+    *("torch._functorch.config", "torch.fx.experimental._config"),
 )
-# Pairs of a getter and a setter in torch's C++ that do not change what is compiled: whom they warn, and what runs now.
+# Pairs of a getter and a setter in torch's C++ that do not change what is compiled.
 _NO_EFFECT = frozenset(
     {
         *("autograd_fallback_mode", "backcompat_broadcast_warn", "backcompat_keepdim_warn"),
@@ -42,14 +39,9 @@ _NO_EFFECT = frozenset(
         *("tracing_state", "value_trace", "warnAlways"),
     }
 )
-_BACKENDS = (
-    "cudnn",
-    "cudnn.conv",
-    "cudnn.rnn",
-    "mkldnn",
-    "mkldnn.matmul",
-    "mkldnn.conv",
-    "mkldnn.rnn",
+_PRECISIONS = (
+    *("", "cuda.matmul", "cudnn", "cudnn.conv", "cudnn.rnn"),
+    *("mkldnn", "mkldnn.matmul", "mkldnn.conv", "mkldnn.rnn"),
 )
 
 
@@ -101,7 +93,7 @@ def _pairs() -> Iterator[tuple[str, object]]:
 
 
 def _precisions() -> Iterator[tuple[str, object]]:
-    for name in ("", "cuda.matmul", *_BACKENDS):
+    for name in _PRECISIONS:
         place: object = torch.backends
         for part in name.split(".") if name else ():
             place = getattr(place, part, None)
@@ -143,11 +135,8 @@ def _registered() -> Iterator[tuple[str, object]]:
     for name in ("custom_backend_passes", "custom_backend_codegen_configs"):
         table = getattr(common, name, None) or {}
         yield from ((f"{name}.{key}", each) for key, each in table.items() if each is not None)
-    tables = {
-        "torch._inductor.lowering": "lowerings",
-        "torch._inductor.decomposition": "decompositions",
-    }
-    for module, name in tables.items():
+    for name in ("lowerings", "decompositions"):
+        module = f"torch._inductor.{name.removesuffix('s')}"
         # What is not loaded was not added to; loading it costs a second.
         for op, each in getattr(sys.modules.get(module), name, {}).items():
             if not _is_of_torch(each):

@@ -23,17 +23,17 @@ COPIED_TOGETHER = frozenset(
 )
 
 
-def storage_at(pointer: int, device: torch.device, nbytes: int) -> torch.UntypedStorage:
-    return torch._C._construct_storage_from_data_pointer(pointer, device, nbytes)
-
-
-def negative_view(tensor: torch.Tensor) -> torch.Tensor:
-    return torch._neg_view(tensor)
+#: A storage over memory that it does not own: ``(address, device, bytes)``.
+storage_at = torch._C._construct_storage_from_data_pointer
+#: A tensor seen with its sign turned, without a copy.
+negative_view = torch._neg_view
 
 
 def storage_id(value: torch.Tensor) -> int:
     """A number that tensors share exactly when they share memory, while they live; fakes too."""
-    return int(_unwrapped(value).untyped_storage()._cdata)
+    while torch._C._functorch.is_functorch_wrapped_tensor(value):
+        value = torch._C._functorch.get_unwrapped(value)
+    return int(value.untyped_storage()._cdata)
 
 
 def is_fake(value: object) -> bool:
@@ -48,20 +48,10 @@ def storage_users(tensor: torch.Tensor) -> int:
     return int(torch._C._storage_Use_Count(tensor.untyped_storage()._cdata))
 
 
-def _unwrapped(value: torch.Tensor) -> torch.Tensor:
-    while torch._C._functorch.is_functorch_wrapped_tensor(value):
-        value = torch._C._functorch.get_unwrapped(value)
-    return value
-
-
 def memory_apart(written: torch.Tensor, *others: torch.Tensor) -> bool:
     """Whether no other tensor reaches into the memory that ``written`` spans."""
     start, end = memory_span(written)
-    for other in others:
-        first, last = memory_span(other)
-        if first < end and start < last:
-            return False
-    return True
+    return not any(first < end and start < last for first, last in map(memory_span, others))
 
 
 def memory_span(tensor: torch.Tensor) -> tuple[int, int]:
@@ -77,20 +67,14 @@ def is_same_view(left: object, right: object) -> bool:
     """Whether two tensors, or fakes, are the same elements of the same memory."""
     if not isinstance(left, torch.Tensor) or not isinstance(right, torch.Tensor):
         return False
-    return storage_id(left) == storage_id(right) and all(
-        getattr(left, each)() == getattr(right, each)()
-        for each in ("size", "stride", "storage_offset")
-    )
+    places = [(storage_id(t), t.size(), t.stride(), t.storage_offset()) for t in (left, right)]
+    return places[0] == places[1]
 
 
 def metadata_guard(tensors: Sequence[torch.Tensor]) -> Callable[[], bool]:
     """True while each tensor has the type, dtype, layout, device, sizes and strides of now."""
     tensors = tuple(tensors)
-    expected = [_metadata(tensor) for tensor in tensors]
-
-    def compare() -> bool:
-        return all(_metadata(t) == e for t, e in zip(tensors, expected, strict=True))
-
+    expected = list(map(_metadata, tensors))
     fast: dict[bool, Callable[..., bool]] = {}
 
     def check() -> bool:
@@ -98,7 +82,7 @@ def metadata_guard(tensors: Sequence[torch.Tensor]) -> Callable[[], bool]:
         known = fast.get(torch.is_inference_mode_enabled())
         if known is not None and known(*tensors):
             return True
-        if not compare():
+        if list(map(_metadata, tensors)) != expected:
             return False
         made = _tensor_guards(tensors)
         if made is not None:
@@ -109,16 +93,9 @@ def metadata_guard(tensors: Sequence[torch.Tensor]) -> Callable[[], bool]:
 
 
 def _metadata(tensor: torch.Tensor) -> tuple[object, ...]:
-    strided = tensor.layout is torch.strided
-    return (
-        type(tensor),
-        tensor.dtype,
-        tensor.layout,
-        tensor.device,
-        tensor.shape,
-        tensor.stride() if strided else None,
-        is_lazy(tensor),
-    )
+    stride = tensor.stride() if tensor.layout is torch.strided else None
+    kind = type(tensor), tensor.dtype, tensor.layout, tensor.device
+    return *kind, tensor.shape, stride, is_lazy(tensor)
 
 
 def is_lazy(tensor: torch.Tensor) -> bool:
@@ -171,9 +148,7 @@ def abandon_capture(
 
 def stream_number(device: torch.device) -> int:
     raw = getattr(torch._C, "_cuda_getCurrentRawStream", None)
-    if raw is not None:
-        return int(raw(device.index))
-    return int(torch.cuda.current_stream(device).cuda_stream)
+    return int(raw(device.index) if raw else torch.cuda.current_stream(device).cuda_stream)
 
 
 def own_stream(device: torch.device) -> torch.cuda.Stream:
@@ -183,9 +158,7 @@ def own_stream(device: torch.device) -> torch.cuda.Stream:
     """
     made, non_blocking = ctypes.c_void_p(), 1
     with torch.cuda.device(device):
-        torch.cuda.mem_get_info(
-            device
-        )  # whatever it says: the driver knows this thread's device then
+        torch.cuda.mem_get_info(device)  # so that the driver knows this thread's device
         try:
             code = ctypes.CDLL("libcuda.so.1").cuStreamCreate(ctypes.byref(made), non_blocking)
         except OSError as error:

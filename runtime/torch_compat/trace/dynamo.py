@@ -22,11 +22,11 @@ Kind = Literal["dynamic", "unbacked", "static", "maybe"]
 class Mark:
     """One mark of Dynamo's on a dimension of an example."""
 
-    kind: Kind
+    kind: Kind  # unbacked: for every size, 0 and 1 too; maybe: dynamic, unless the code fixes it
     dim: int
     low: int | None = None
     high: int | None = None
-    shape_id: str | None = None
+    shape_id: str | None = None  # unbacked dimensions with one id become one symbol
 
     def put_on(self, tensor: torch.Tensor) -> None:
         if self.kind == "unbacked":
@@ -67,13 +67,13 @@ def unmark_dynamic(tensor: torch.Tensor) -> tuple[int, ...]:
 
 def traced_inputs() -> dict[str, object]:
     """What stands for each input of the running trace, read or not, by Dynamo's name."""
-    mode = getattr(torch._guards.TracingContext.try_get(), "fake_mode", None)
+    mode = getattr(tracing_context(), "fake_mode", None)
     tracked = getattr(getattr(mode, "shape_env", None), "tracked_fakes", None) or ()
     return {str(each.source.name): each.fake for each in tracked}
 
 
-def tracing_context() -> object:
-    return torch._guards.TracingContext.try_get()
+#: Dynamo's tracing context while a backend runs; None outside.
+tracing_context = torch._guards.TracingContext.try_get
 
 
 def placeholder_source(node: torch.fx.Node) -> str:
@@ -125,10 +125,8 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
 
 def data_dependent(error: BaseException) -> bool:
     """Whether ``error`` comes from a decision on a size that the trace was not told."""
-    return any(
-        "data-dependent" in str(each) or type(each).__name__ == "GuardOnDataDependentSymNode"
-        for each in causes(error)
-    )
+    texts = (f"{type(each).__name__} {each}" for each in causes(error))
+    return any("data-dependent" in t or "GuardOnDataDependentSymNode" in t for t in texts)
 
 
 def dynamo_backend(name: str) -> Callable[..., object]:
@@ -166,7 +164,6 @@ def size_oblivious_tracing() -> contextlib.AbstractContextManager[object]:
 def quiet_trial() -> Iterator[None]:
     """A trace in the block may fail without a report on the log; other threads' reports pass."""
     mine = threading.get_ident()
-    # Where torch reports an operator that has no answer for a symbolic size, and a mark that the code contradicts.
     names = ("_subclasses.fake_tensor", "fx.experimental.symbolic_shapes", "_guards")
 
     def passes(record: logging.LogRecord) -> bool:
