@@ -16,11 +16,9 @@ import torch
 
 from piecework.code_objects import HEAP_TYPE
 from piecework.runtime import torch_compat
-from piecework.runtime.watch.places import static
+from piecework.runtime.watch.places import look_up, static
 
-QUIET = (
-    8  # tests without a write, after which the numbers are trusted: that costs milliseconds once
-)
+QUIET = 8  # tests without a write, after which the numbers are trusted, for milliseconds once
 _EQUAL = (bool, int, str, bytes)
 _NOTHING = object()
 LookKind = Literal["entry", "attribute", "static", "item", "keys", "contents", "type", "hooks"]
@@ -71,18 +69,14 @@ def _found(owner: Any, key: Any, kind: LookKind) -> Any:
         case "attribute":
             return getattr(owner, key, _NOTHING)
         case "item":
-            try:
-                return owner[key]
-            except (LookupError, TypeError):
-                return _NOTHING
+            return look_up(owner, kind, key)
         case "keys":
             return (*dict.keys(owner), *dict.values(owner))
         case "static":
             return static(owner, key)
         case "type":
             return type(owner)
-        case _:
-            return tuple(owner)
+    return tuple(owner)
 
 
 class DictWatch:

@@ -27,16 +27,9 @@ from piecework.runtime.watch.values import plain_values
 
 #: Guards on the process and on sizes; the entry looks at these, or `ProcessState`.
 ELSEWHERE = {
-    "SHAPE_ENV",
-    "GRAD_MODE",
-    "GLOBAL_STATE",
-    "DETERMINISTIC_ALGORITHMS",
-    "TORCH_FUNCTION_STATE",
-    "DEFAULT_DEVICE",
-    "FSDP_TRAINING_STATE",
-    "AUTOGRAD_SAVED_TENSORS_HOOKS",
-    "FUNCTORCH_STACK_MATCH",
-    "DUAL_LEVEL",
+    *("SHAPE_ENV", "GRAD_MODE", "GLOBAL_STATE", "DETERMINISTIC_ALGORITHMS", "DUAL_LEVEL"),
+    *("TORCH_FUNCTION_STATE", "DEFAULT_DEVICE", "FSDP_TRAINING_STATE"),
+    *("AUTOGRAD_SAVED_TENSORS_HOOKS", "FUNCTORCH_STACK_MATCH"),
 }
 # Types of arguments that the emitted check compares by itself, by exact type.
 _EMITTED = (int, float, bool, str, bytes, complex, type(None), list, tuple, dict)
@@ -168,10 +161,9 @@ def _is_grad_mode(guard: Guarded, now: LookUps) -> bool:
 
 def _is_own_forward(guard: Guarded) -> bool:
     """Whether it is about the model's own ``forward``, which `TracedState` looks at."""
-    names = (*(key for _, key in guard.place[1:]), guard.about)
-    return guard.place[:1] == MODEL and [n for n in names if n not in ("__dict__", None)] == [
-        "forward"
-    ]
+    every = (*(key for _, key in guard.place[1:]), guard.about)
+    names = [name for name in every if name not in ("__dict__", None)]
+    return guard.place[:1] == MODEL and names == ["forward"]
 
 
 def _grows(guard: Guarded, now: LookUps) -> bool:

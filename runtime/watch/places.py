@@ -37,11 +37,12 @@ class LookUps:
         if found is self:
             kind, key = place[-1] if place else ("unknown", None)
             base = self.at(place[:-1]) if len(place) > 1 else self._starts
-            found = self._found[place] = MISSING if base is MISSING else _look(base, kind, key)
+            found = self._found[place] = MISSING if base is MISSING else look_up(base, kind, key)
         return found
 
 
-def _look(base: Any, kind: str, key: Any) -> object:
+def look_up(base: Any, kind: str, key: Any) -> object:
+    """What one step of a place leads to; `MISSING` if to nothing."""
     try:
         match kind:
             case "local" | "global":

@@ -65,16 +65,13 @@ class ProcessState:
         left_out = _ENTRY if self.asks_autocast else _ENTRY | {"autocast_state"}
         for name, was in self.state.items():
             if name not in left_out and now.get(name) != was:
-                texts = [str(each).removeprefix("torch.") for each in (was, now.get(name))]
-                return (
-                    f"torch's {name} was {texts[0]} when the model was traced and is {texts[1]} now"
-                )
+                one, two = (str(each).removeprefix("torch.") for each in (was, now.get(name)))
+                return f"torch's {name} was {one} when the model was traced and is {two} now"
         return ""
 
     def as_json(self) -> dict[str, object]:
         """The state as JSON data."""
-        found: dict[str, object] = json.loads(json.dumps(self.state))
-        return {"state": found, "asks_autocast": self.asks_autocast}
+        return {"state": json.loads(json.dumps(self.state)), "asks_autocast": self.asks_autocast}
 
 
 def _hook_tables() -> list[dict[object, object]]:
@@ -133,8 +130,8 @@ class TracedState:
 
     def saved(self) -> SavedState:
         """What another process has to compare; it has to hold now."""
-        values, process = (*self._plain()[0], *self.given[0]), self.process.as_json()
-        return SavedState(values, dict(self.names), self.places, self.asks_grad_mode, process)
+        values, rest = (*self._plain()[0], *self.given[0]), (self.places, self.asks_grad_mode)
+        return SavedState(values, dict(self.names), *rest, self.process.as_json())
 
     def _plain(self) -> tuple[tuple[PlainValue, ...], tuple[str, ...]]:
         methods = method_guards(self._methods, self.classes)

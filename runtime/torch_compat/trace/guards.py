@@ -108,17 +108,12 @@ _STARTS = {
 }
 # Sources that say something of theirs, such as what kind of module it is, and lead to the same object.
 _TRANSPARENT = {
-    "NNModuleSource",
-    "UnspecializedNNModuleSource",
-    "UnspecializedBuiltinNNModuleSource",
+    *("NNModuleSource", "UnspecializedNNModuleSource", "UnspecializedBuiltinNNModuleSource"),
     "SkipGuardSource",
 }
+_MEMBERS = ("AttrSource", "GenericAttrSource", "ParamBufferSource", "CellContentsSource")
 _ATTRIBUTES = {
-    "AttrSource": "",
-    "GenericAttrSource": "",
-    "ParamBufferSource": "",
-    "UnspecializedParamBufferSource": "",
-    "CellContentsSource": "",
+    **dict.fromkeys((*_MEMBERS, "UnspecializedParamBufferSource"), ""),
     "CodeSource": "__code__",
     "ClosureSource": "__closure__",
     "TypeMROSource": "__mro__",
