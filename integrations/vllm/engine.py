@@ -29,7 +29,7 @@ from piecework.runtime.pieces.program import Program
 from piecework.runtime.pieces.ranks import require_agreement
 from piecework.runtime.pieces.report import Report
 from piecework.runtime.splitting_op import registry
-from piecework.runtime.torch_compat.modes import drop_idle_autocast
+from piecework.runtime.torch_compat import drop_idle_autocast
 from piecework.runtime.torch_compat.settings import aot_settings_unset
 
 _log = logging.getLogger("vllm.piecework")

@@ -10,7 +10,6 @@ from piecework.runtime.torch_compat.code.saved_code import *
 from piecework.runtime.torch_compat.dictionaries import *
 from piecework.runtime.torch_compat.distributed import *
 from piecework.runtime.torch_compat.kernel_marks import *
-from piecework.runtime.torch_compat.modes import *
 from piecework.runtime.torch_compat.operators import *
 from piecework.runtime.torch_compat.switches import *
 from piecework.runtime.torch_compat.tensors import *
@@ -20,5 +19,4 @@ from piecework.runtime.torch_compat.trace.regions import *
 from piecework.runtime.torch_compat.trace.shape_record import *
 from piecework.runtime.torch_compat.trace.shapes import *
 from piecework.runtime.torch_compat.trace.side_effects import *
-from piecework.runtime.torch_compat.trace.watch import *
 from piecework.runtime.torch_compat.trees import *

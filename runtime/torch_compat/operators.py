@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import inspect
 import types
-from collections.abc import Callable, Sized
+from collections.abc import Callable, Iterator, Sized
 
 import torch
 from torch._library.custom_ops import OPDEFS
 from torch._library.simple_registry import singleton
 from torch._ops import OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from piecework.code_objects import cells_of
 
@@ -85,3 +86,48 @@ def shares_memory(args: tuple[object, ...], kwargs: dict[str, object], result: o
     """Whether a result lies in memory of an argument, or of another result."""
     results = result if isinstance(result, tuple) else (result,)
     return bool(torch._C._any_output_is_alias_to_input_or_output(args, kwargs, results))
+
+
+# --- operators as they run ----------------------------------------------------------------------------
+
+Before = Callable[[OpOverload, tuple[object, ...], dict[str, object]], None]
+After = Callable[[OpOverload, tuple[object, ...], object], None]
+BodyOf = Callable[[OpOverload, tuple[object, ...]], "Callable[..., object] | None"]
+
+
+class OperatorWatch(TorchDispatchMode):
+    """Tells of every operator, and of those that a user's operator runs inside."""
+
+    # Higher-order operators (flex attention) go through; what they run inside is not looked at.
+    supports_higher_order_operators = True
+
+    def __init__(self, before: Before, body_of: BodyOf, after: After) -> None:
+        super().__init__()
+        self._before, self._body_of, self._after = before, body_of, after
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        kwargs = kwargs or {}
+        if not isinstance(func, OpOverload):
+            return func(*args, **kwargs)
+        self._before(func, args, kwargs)
+        body = None if func.namespace == "aten" else self._body_of(func, args)
+        if body is None:
+            result = func(*args, **kwargs)
+        else:
+            with self:
+                result = body(*args, **kwargs)
+        self._after(func, args, result)
+        return result
+
+
+def written_operands(
+    op: OpOverload, args: tuple[object, ...], kwargs: dict[str, object]
+) -> Iterator[torch.Tensor]:
+    """The tensors that a call of ``op`` writes to, by its schema."""
+    for index, argument in enumerate(op._schema.arguments):
+        if argument.alias_info is None or not argument.alias_info.is_write:
+            continue
+        given = args[index] if index < len(args) else kwargs.get(argument.name)
+        for each in given if isinstance(given, (list, tuple)) else (given,):
+            if isinstance(each, torch.Tensor):
+                yield each

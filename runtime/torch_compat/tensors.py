@@ -7,6 +7,7 @@ import ctypes
 from collections.abc import Callable, Sequence
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from piecework.errors import StaticGraphError
 
@@ -113,6 +114,22 @@ def _tensor_guards(tensors: Sequence[torch.Tensor]) -> Callable[..., bool] | Non
         return check if check(*tensors) else None
     except (TypeError, RuntimeError):
         return None
+
+
+def storage_mark(tensor: torch.Tensor) -> object:
+    """Keeps a `storage_id` from being used again while it lives; the memory may be freed."""
+    return StorageWeakRef(tensor.untyped_storage())
+
+
+def places_guard(tensors: list[torch.Tensor]) -> tuple[Callable[[], bool], bool]:
+    """True while each tensor's memory is where it is now, and whether that is quick to ask."""
+    addresses = [tensor.data_ptr() for tensor in tensors]
+    fast = getattr(torch._C, "_tensors_data_ptrs_at_indices_equal", None)
+    if fast is not None:
+        indices = list(range(len(tensors)))
+        return lambda: fast(tensors, addresses, indices), True
+    address = torch.Tensor.data_ptr
+    return lambda: list(map(address, tensors)) == addresses, False
 
 
 def abandon_capture(
