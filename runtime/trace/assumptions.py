@@ -42,11 +42,8 @@ class Assumptions:
     ) -> None:
         self._fakes, self._labels, self._first = dict(fakes), example.names, example.first
         self._asks_grad, self._asks_strides = asks_grad, asks_strides
-        self._sizes = [
-            size
-            for fake in self._fakes.values()
-            for size in (fake.shape if isinstance(fake, torch.Tensor) else (fake,))
-        ]
+        tensors = (f.shape if isinstance(f, torch.Tensor) else (f,) for f in self._fakes.values())
+        self._sizes = [size for sizes in tensors for size in sizes]
         found = {leaf: torch_compat.traced_item(fake) for leaf, fake in self._fakes.items()}
         self._items = {leaf: item for leaf, item in found.items() if item is not None}
         self._names = _names([*self._sizes, *self._items.values()], wished)
@@ -101,10 +98,9 @@ class Assumptions:
         if isinstance(value, (int, float)):
             return value
         text = size_text(value, self._names)
-        symbolic = [size for size in self._sizes if torch_compat.symbols_in(size)]
-        texts = [*self.guards(), *(str(self._size(size)) for size in symbolic)]
-        read = frozenset().union(*map(symbols_in, texts))
-        return text if symbols_in(text) & read else None
+        symbolic = (size for size in self._sizes if torch_compat.symbols_in(size))
+        texts = (*self.guards(), *(str(self._size(size)) for size in symbolic))
+        return text if any(symbols_in(text) & symbols_in(each) for each in texts) else None
 
     def passed(self, leaf: int, dim: int | None) -> Passed:
         """How the entry finds argument ``leaf``, or dimension ``dim`` of it."""
@@ -125,13 +121,9 @@ class Assumptions:
 
     def _stride(self, stride: object) -> Size:
         """A stride over known sizes; a symbol of strides alone is the example's number."""
-        fixed = {
-            symbol: str(hint)
-            for symbol, hint in torch_compat.symbol_hints(stride).items()
-            if symbol not in self._names
-        }
+        hints = {symbol: str(n) for symbol, n in torch_compat.symbol_hints(stride).items()}
         found = torch_compat.traced_size(stride)
-        text = str(found) if isinstance(found, int) else size_text(found, {**self._names, **fixed})
+        text = str(found) if isinstance(found, int) else size_text(found, hints | self._names)
         return int(text) if text.isdecimal() else text
 
     def _tensor(self, index: int, fake: torch.Tensor, example: object) -> TensorInput:

@@ -130,11 +130,11 @@ class EverySize:
     def _in_stride(self, value: Any) -> bool:
         if memory_of(value) is None:
             return False
-        pairs = zip(value.shape, value.stride(), strict=True)
-        steps = (
-            n for size, n in pairs if not (self.rows_in_one and type(size) is int and size == 1)
+        return any(
+            set(torch_compat.symbols_in(step)) & set(self.symbols)
+            for size, step in zip(value.shape, value.stride(), strict=True)
+            if not (self.rows_in_one and type(size) is int and size == 1)
         )
-        return any(set(torch_compat.symbols_in(each)) & set(self.symbols) for each in steps)
 
 
 @dataclass
@@ -216,18 +216,18 @@ def _made(fake: Any, sizes: Mapping[str, int]) -> object:
     """Data for an input: zeros where numbers may be indices, else fractions that roots take."""
     if not isinstance(fake, torch.Tensor):
         return torch_compat.number_at(fake, sizes) if isinstance(fake, torch.SymInt) else fake
-    shape, strides, offset = (
+    shape, strides, (offset,) = (
         [torch_compat.number_at(each, sizes) or 0 for each in group]
         for group in (fake.shape, fake.stride(), (fake.storage_offset(),))
     )
-    reach = offset[0] + 1 + sum((n - 1) * step for n, step in zip(shape, strides, strict=True) if n)
+    reach = offset + 1 + sum((n - 1) * step for n, step in zip(shape, strides, strict=True) if n)
     memory = torch.zeros(reach, dtype=fake.dtype, device=fake.device)
     if fake.dtype.is_floating_point or fake.dtype.is_complex:
         steps = torch.arange(reach, device=fake.device) % 97
         memory.copy_(0.25 + steps / 128)
     elif fake.dtype is torch.bool:
         memory.fill_(True)
-    return memory.as_strided(shape, strides, offset[0])
+    return memory.as_strided(shape, strides, offset)
 
 
 def _copies(values: Sequence[object], but: Collection[int]) -> list[object]:

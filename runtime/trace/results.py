@@ -23,6 +23,7 @@ from piecework.runtime import torch_compat
 #: Where a leaf of the result comes from; a tensor of the model is itself.
 ResultLeaf = FromOutput | FromCall | FromLeaf | FromConst | torch.Tensor
 _PLAIN = (torch.Tensor, float, str, bool, type(None))
+_CONSTANTS = (int, float, complex, str, bytes, enum.Enum, type, torch.dtype, torch.device)
 
 
 def sizes_from_graph(result):  # type: ignore[no-untyped-def]
@@ -157,7 +158,7 @@ def _refuse(*_: object, **__: object) -> NoReturn:
     raise CaptureError(why, hint=hint)
 
 
-# Dynamo's code that packs a result moves stand-ins about, and may do nothing else with them.
+# Dynamo's code that packs a result may do nothing with stand-ins but move them.
 _MAKING = {"__new__", "__getnewargs__", "__getattribute__", "__doc__", "__sizeof__"}
 _REFUSED = {n: _refuse for n in {**vars(int), **vars(float)} if n[:2] == "__" and n not in _MAKING}
 
@@ -188,18 +189,18 @@ class _StandInScalar:
 
 def stand_ins(gm: torch.fx.GraphModule) -> list[object]:
     """One distinguishable object per graph output, for Dynamo's code that packs the result."""
-    return [_stand_in(index, node) for index, node in enumerate(results_of(gm.graph))]
-
-
-def _stand_in(index: int, node: object) -> object:
-    value = node.meta.get("example_value") if isinstance(node, torch.fx.Node) else node
-    if isinstance(value, (int, torch.SymInt)):
-        return _StandInInt(0)
-    if isinstance(value, (float, torch.SymFloat)):
-        return _StandInFloat(0.0)
-    if isinstance(value, torch.Tensor) and value.dtype is torch.float64 and value.dim() == 0:
-        return _StandInScalar(index)
-    return torch.empty(0).as_subclass(_StandInTensor)
+    found: list[object] = []
+    for node in results_of(gm.graph):
+        value = node.meta.get("example_value") if isinstance(node, torch.fx.Node) else node
+        if isinstance(value, (int, torch.SymInt)):
+            found.append(_StandInInt(0))
+        elif isinstance(value, (float, torch.SymFloat)):
+            found.append(_StandInFloat(0.0))
+        elif isinstance(value, torch.Tensor) and value.dtype is torch.float64 and not value.dim():
+            found.append(_StandInScalar(len(found)))
+        else:
+            found.append(torch.empty(0).as_subclass(_StandInTensor))
+    return found
 
 
 def result_leaf(
@@ -209,26 +210,20 @@ def result_leaf(
     held: Mapping[int, tuple[str, torch.Tensor]],
 ) -> ResultLeaf:
     """Where ``leaf`` comes from."""
-    for index, stand_in in enumerate(standing_in):
-        if leaf is stand_in:
-            return FromOutput(index)
+    for kind, known in ((FromOutput, standing_in), (FromLeaf, leaves)):
+        for index, each in enumerate(known):
+            if leaf is each and (kind is FromOutput or isinstance(leaf, torch.Tensor)):
+                return kind(index)
     if type(leaf) is _StandInFloat:
         output = FromOutput(leaf.index)  # type: ignore[attr-defined]
         return FromCall(_number, None, "number", (output,))
-    if isinstance(leaf, torch.Tensor):
-        for index, argument in enumerate(leaves):
-            if leaf is argument:
-                return FromLeaf(index)
-        if id(leaf) in held:
-            return leaf
-    elif leaf is None or isinstance(
-        leaf, (int, float, complex, str, bytes, enum.Enum, type, torch.dtype, torch.device)
-    ):
+    if isinstance(leaf, torch.Tensor) and id(leaf) in held:
+        return leaf
+    if leaf is None or isinstance(leaf, _CONSTANTS):
         return FromConst(leaf)
     raise CaptureError(
         f"the model returns a {type(leaf).__qualname__}, which can't be rebuilt from the graph",
-        hint="return tensors, numbers and None in tuples, lists, dicts, or classes registered with "
-        "torch.utils._pytree.register_pytree_node",
+        hint="return tensors, numbers and None in tuples, lists, dicts, or classes registered with pytree's register_pytree_node",
     )
 
 
