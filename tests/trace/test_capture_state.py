@@ -11,7 +11,7 @@ import pytest
 import torch
 from models import EAGER
 from torch import nn
-from torch.overrides import TorchFunctionMode
+from torch.overrides import BaseTorchFunctionMode
 
 import piecework
 from piecework.errors import CaptureError
@@ -170,21 +170,16 @@ def test_a_tensors_hook_is_refused() -> None:
         piecework.compile(forward, (X.clone().requires_grad_(),), config=EAGER)
 
 
-class PlainMode(TorchFunctionMode):
-    def __torch_function__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        return function(*args, **(kwargs or {}))
-
-
 class Moded(nn.Module):
     """Runs a part of itself in a torch function mode, as transformers' masks are made."""
 
     def __init__(self, way: str) -> None:
         super().__init__()
-        self.way, self.mode = way, PlainMode()
+        self.way, self.mode = way, BaseTorchFunctionMode()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.way == "with":
-            with PlainMode():
+            with BaseTorchFunctionMode():
                 return torch.add(x, 1)
         self.mode.__enter__()
         y = torch.add(x, 1)

@@ -82,16 +82,6 @@ def test_load_state_dict_is_seen_at_once(model: Model, stitched: piecework.Stitc
 # --- replaced --------------------------------------------------------------------------------------------
 
 
-def test_assigned_state_needs_a_rebind(model: Model, stitched: piecework.StitchedModule) -> None:
-    state = {name: tensor.clone() for name, tensor in Model().state_dict().items()}
-    state["head.weight"] = state["embed.weight"]
-    model.load_state_dict(state, assign=True)
-    model.head.weight = model.embed.weight
-    assert_refused(stitched, "was replaced since the weights were bound")
-    stitched.rebind()
-    assert_current(model, stitched)
-
-
 def test_a_replaced_buffer_or_submodule_needs_a_rebind(
     model: Model, stitched: piecework.StitchedModule
 ) -> None:
