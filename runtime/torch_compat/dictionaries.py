@@ -36,7 +36,7 @@ def import_guards() -> threading.Thread:
 
 
 def dict_versions(dicts: Sequence[object]) -> list[int] | None:
-    """A number per dictionary, larger after each write but its filling, and whether it holds any."""
+    """A number per dictionary, larger after each write but its filling; whether it holds any."""
     return [*map(_number, dicts), *map(bool, dicts)] if _sees_attributes() else None
 
 
@@ -50,7 +50,7 @@ def _sees_attributes() -> bool:
 
 
 def dict_guard(dicts: Sequence[object]) -> Callable[[], bool] | None:
-    """True while no key of ``dicts`` is written, at a nanosecond each; None where torch has none."""
+    """True while no key of ``dicts`` is written, in a nanosecond each; None where torch can't."""
     if not _sees_attributes() or not _sees(filling=False):
         return None
     unwritten = _dict_guard(dicts)

@@ -29,7 +29,7 @@ def shared_store() -> Any:
 
 
 def ranks_of_group(name: str) -> tuple[int, ...]:
-    """The ranks of a process group; `RuntimeError` or `ValueError` where there is none of that name."""
+    """The ranks of a process group; raises where there is none of that name."""
     group = torch.distributed.distributed_c10d._resolve_process_group(name)
     return tuple(torch.distributed.get_process_group_ranks(group))
 

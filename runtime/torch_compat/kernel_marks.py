@@ -1,4 +1,4 @@
-"""Kernels inside CUDA graphs that say in traces what they stand for, where torch and CUDA have that.
+"""Kernels inside CUDA graphs that say in traces what they stand for, where torch and CUDA can.
 
 Only ``torch.cuda.graph`` switches it on publicly, and that empties the cache before each capture
 and hides the error of a failed one. What it calls of torch's recorder is called here, in its order.
@@ -32,7 +32,7 @@ def why_kernels_unmarked() -> str:
 
 @contextlib.contextmanager
 def kernels_marked(graph: torch.cuda.CUDAGraph) -> Iterator[None]:
-    """Record marks for ``graph``, which is captured in the block; none are kept of one that fails."""
+    """Record marks for ``graph``, which is captured in the block; none of one that fails."""
     recorder = _recorder()
     assert recorder is not None
 

@@ -36,7 +36,7 @@ def is_torch_operator(op: OpOverload) -> bool:
 
 
 def fake_of(op: OpOverload) -> Callable[..., object] | None:
-    """The function given to ``register_fake``, without torch's wrapper; None if it can't be seen."""
+    """The function given to ``register_fake``, without torch's wrapper; None where unseen."""
     defined = OPDEFS.get(op._schema.name)
     kernel = getattr(singleton.find(op._schema.name).fake_impl, "kernel", None)
     fake = getattr(kernel, "func", None) if defined is None else defined._abstract_fn

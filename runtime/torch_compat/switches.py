@@ -1,5 +1,5 @@
-"""What is switched on around a call, at the cost of a C call, and torch's switches for its compiler,
-which mean here what they mean for ``torch.compile``.
+"""What is switched on around a call, and torch's switches for its compiler, which mean here what they
+mean for ``torch.compile``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ FORCE_EAGER = "force_eager"
 
 
 def stance_holder() -> object:
-    """What has the current stance as ``_stance``, another object after each change; imports nothing."""
+    """What has the stance as ``_stance``, another object after each change; imports nothing."""
     frames = sys.modules.get("torch._dynamo.eval_frame")
     return frames if hasattr(frames, "_stance") else _Frames()
 
@@ -94,7 +94,7 @@ def autocast_state() -> tuple[tuple[str, torch.dtype], ...]:
 
 
 def drop_idle_autocast(graph: torch.fx.GraphModule) -> None:
-    """Take out regions that switch autocast off where it is off: Inductor keeps no graph with one."""
+    """Take out regions that switch autocast off where it is off: Inductor keeps no such graph."""
     nodes = graph.graph.find_nodes
     entered = nodes(op="call_function", target=torch.amp.autocast_mode._enter_autocast)
     left = nodes(op="call_function", target=torch.amp.autocast_mode._exit_autocast)

@@ -135,7 +135,7 @@ def places_guard(tensors: list[torch.Tensor]) -> tuple[Callable[[], bool], bool]
 def abandon_capture(
     graph: torch.cuda.CUDAGraph, device: torch.device, pool: object, *, begun: bool
 ) -> None:
-    """End a capture that failed: the stream leaves capture mode, and the allocator lets go of ``pool``.
+    """End a capture that failed: the stream leaves capture mode, the allocator lets go of ``pool``.
 
     What torch leaves to be done depends on how far ``capture_end`` gets with an invalid capture:
 

@@ -94,7 +94,7 @@ def marked(
 def marks_for(
     dims: DynamicDims, arguments: Mapping[str, object], shapes: DynamicShapesType
 ) -> Marks:
-    """The marks of dynamic dimensions of arguments; under ``AUTO`` backed ones of 0 and 1 are fixed."""
+    """The marks of dynamic dimensions; under ``AUTO`` backed ones of 0 and 1 are fixed."""
     found: dict[tuple[int, int], tuple[torch.Tensor, torch_compat.Mark]] = {}
     for table, name in ((t, name) for t in (dims.unbacked, dims.dynamic) for name in t):
         argument, must = arguments.get(name), dims.declared or table is dims.unbacked

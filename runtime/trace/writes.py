@@ -129,7 +129,7 @@ class _Writes:
         self._known: dict[tuple[object, ...], list[tuple[str, int]]] = {}
 
     def of(self, module: torch.fx.GraphModule, node: torch.fx.Node) -> list[tuple[str, int]]:
-        """``(operator, memory)`` of each write; a node that can't be run may write to all it takes."""
+        """``(operator, memory)`` of each write; what can't be run may write to all it takes."""
         if node.op not in ("call_function", "call_method", "call_module"):
             return []
         places = [memory_of(value_of(each)) for each in node.all_input_nodes]

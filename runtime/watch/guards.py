@@ -114,7 +114,7 @@ class TraceGuards:
         return plain and guard.kind not in OBJECTS
 
     def state(self, code: types.CodeType, names: Mapping[str, str]) -> TracedState:
-        """What the trace of ``code`` took from Python; ``names``: Dynamo's of arguments → their own."""
+        """What the trace of ``code`` took from Python; ``names``: Dynamo's → arguments' own."""
         local: Any = self._local
         held, root, now = self._globals, torch_compat.kept_guards(code), self._now()
         every = (*self._on_model, *self._on_arguments)

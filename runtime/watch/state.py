@@ -207,7 +207,7 @@ class TracedState:
     # --- arguments --------------------------------------------------------------------------------------
 
     def argument_check(self, parameters: Sequence[Parameter]) -> ArgumentCheck | None:
-        """Says what ``check_inputs`` leaves of arguments, a value each; None if it leaves nothing."""
+        """Says what ``check_inputs`` leaves of arguments, a value each; None for nothing."""
         orders = {p.name: tuple(p.node.keys) for p in parameters if p.kind == "**"}  # type: ignore[union-attr]
         if not self.arguments.guards and not any(orders.values()):
             return None

@@ -178,7 +178,7 @@ class BoundWeights:
         return other
 
     def trust(self, paths: frozenset[str]) -> None:
-        """Leave weights out of the comparison that only operators read which compare by themselves."""
+        """Leave weights out of the comparison that only operators read which compare themselves."""
         self._strict = paths
         self._metadata = torch_compat.metadata_guard(
             [t for w, t in zip(self.traced, self.tensors, strict=True) if w.path not in paths]

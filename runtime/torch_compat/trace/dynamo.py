@@ -240,7 +240,7 @@ class TraceContext:
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[None]:
-        """Be in the context for the block, alone among threads; decisions on sizes are recorded again."""
+        """Be in the context for the block, alone among threads; sizes' decisions are recorded."""
         guards = torch._guards
         env = getattr(getattr(self._tracing, "fake_mode", None), "shape_env", None)
         frozen = getattr(env, "frozen", False)

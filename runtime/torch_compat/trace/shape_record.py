@@ -48,7 +48,7 @@ def hints_text(env: Any) -> str:
 
 
 def learned_since(env: Any, before: KnownSizes) -> tuple[Any, ...] | None:
-    """The conditions that ``env`` did not know ``before``; None for a size that the data decides."""
+    """The conditions that ``env`` did not know ``before``; None if on a size that data decides."""
     if env is None:
         return ()
     import sympy
