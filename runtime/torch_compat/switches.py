@@ -1,5 +1,6 @@
-"""What is switched on around a call, and torch's switches for its compiler, which mean here what they
-mean for ``torch.compile``.
+"""What is switched on around a call, and torch's switches for its compiler.
+
+These mean here what they mean for ``torch.compile``.
 """
 
 from __future__ import annotations

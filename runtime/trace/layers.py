@@ -81,7 +81,7 @@ class RepeatedLayers:
                     kind.forward = own
 
     def write_out(self, gm: torch.fx.GraphModule) -> torch.fx.GraphModule:
-        """``gm`` with regions' nodes in the place of their calls, for the backend; takes marks off."""
+        """``gm`` with regions' nodes in place of their calls, for the backend; takes marks off."""
         torch_compat.guard_past_marks([mark for mark, _ in self._marks.values()])
         self._unmark()
         calls = torch_compat.region_calls(gm.graph)
