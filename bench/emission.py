@@ -8,7 +8,6 @@ Run it with ``python -m piecework.bench.emission``.
 from __future__ import annotations
 
 import argparse
-import ast
 import itertools
 import operator
 import sys
@@ -118,9 +117,8 @@ def phases(gm: torch.fx.GraphModule, options: LowerOptions, *, black: bool) -> d
     with collector_paused():
         module, consts = watch.time("lower", lambda: lower(gm, options))
         code = watch.time("render", lambda: stitched_text(module))
-        tree = watch.time("parse", lambda: ast.parse(code))
         linked = linkage_of(module, options, consts)
-        watch.time("verify", lambda: prove(code, gm, linked, tree=tree))
+        watch.time("verify", lambda: prove(code, gm, linked))
     if code != source.code:
         raise PieceworkError("two emissions of one graph differ")
     if black and watch.time("black, of the whole text", lambda: format_source(code)) != code:
@@ -167,7 +165,7 @@ def run(nodes: Sequence[int] = NODES, rounds: int = 3) -> Result:
     notes = (
         "seconds of one processor (emission is single-threaded), so that a busy machine does not blur them",
         "emission is what generate_source takes, with checks and proof; the phases are timed again on their own",
-        "verify is the cost of the proof (row C11) once the text is parsed, which the line map needs anyway",
+        "verify is the cost of the proof (row C11)",
     )
     title = "Emission against nodes"
     return Result(title, tuple(rows), tuple(targets), machine(), notes, unit="s")

@@ -1,9 +1,9 @@
-"""What a graph does, by running it on tokens as `torch.fx.Interpreter` would: its calls in order, with their operands, and what it returns."""
+"""What a graph does, by running it on tokens as `torch.fx.Interpreter` would: its calls in order and its result."""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,24 +34,34 @@ class Linkage:
 
 
 class Token:
-    """A value of which nothing is known but where it comes from, and its ``size``, if it is a tuple or list of so many elements."""
+    """A value of which nothing is known but its ``size``, if it is a tuple or list."""
 
-    __slots__ = ("_elements", "is_node", "name", "size")
+    __slots__ = ("_elements", "size")
 
-    def __init__(self, name: str, size: int | None = None, *, is_node: bool = True) -> None:
-        self.name, self.size = name, size
-        self.is_node = is_node  # a node stands for it
+    def __init__(self, size: int | None = None) -> None:
+        self.size = size
         self._elements: dict[int, Token] = {}
 
     def element(self, index: int) -> Token:
-        if index not in self._elements:
-            self._elements[index] = Token(f"{self.name}[{index}]", is_node=False)
-        return self._elements[index]
+        return self._elements.setdefault(index, Token())
+
+    def __iter__(self) -> Iterator[Token]:
+        if self.size is None:
+            raise TypeError("a result is unpacked that is not known to be a tuple or list")
+        return map(self.element, range(self.size))
+
+
+@dataclass(frozen=True, slots=True)
+class Named:
+    """What is called by its name: a ``method``, or a ``submod``."""
+
+    kind: str
+    name: str
 
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """A call: of a function, a method (``.name``), or the submodule called ``submod name``."""
+    """A call of a function, a method or a submodule."""
 
     target: object
     args: tuple[object, ...]
@@ -138,11 +148,11 @@ def same_constant(left: object, right: object) -> bool:
 
 @dataclass(slots=True)
 class GraphRun:
-    """What a graph did: its calls in order, the placeholders that are passed, the weights that the text holds by name, and what it returned."""
+    """What a graph did, and what it returned."""
 
-    events: list[Event] = field(default_factory=list)
-    parameters: list[tuple[torch.fx.Node, Token]] = field(default_factory=list)
-    held: dict[str, Token] = field(default_factory=dict)
+    events: list[Event] = field(default_factory=list)  # its calls in order
+    parameters: list[tuple[torch.fx.Node, Token]] = field(default_factory=list)  # what is passed
+    held: dict[str, Token] = field(default_factory=dict)  # weights that the text holds, by name
     returned: object = None
 
 
@@ -150,7 +160,7 @@ def run_graph(split_gm: torch.fx.GraphModule, linked: Linkage) -> GraphRun:
     """Run ``split_gm`` on tokens."""
     run, tokens = GraphRun(), []
     for node in split_gm.graph.find_nodes(op="placeholder"):
-        tokens.append(Token(node.name))
+        tokens.append(Token())
         if node.name in linked.bound:
             run.held[linked.bound[node.name]] = tokens[-1]
         else:
@@ -189,7 +199,9 @@ class _Interpreter:
             if node.op == "call_module":
                 self.env[node] = self._call_module(node, args, kwargs)
             else:
-                target = f".{node.target}" if node.op == "call_method" else node.target
+                target: Any = node.target
+                if node.op == "call_method":
+                    target = Named("method", target)
                 self.env[node] = self._call(node, target, args, kwargs)
         return None
 
@@ -199,7 +211,7 @@ class _Interpreter:
         path = f"{self.prefix}.{node.target}" if self.prefix else str(node.target)
         callee = attribute_of(self.gm, str(node.target))
         if path in self.linked.submod_names:
-            return self._call(node, f"submod {path}", args, kwargs, callee)
+            return self._call(node, Named("submod", path), args, kwargs, callee)
         if not isinstance(callee, torch.fx.GraphModule):
             why = f"module {path!a} is not among the names of __vllm_submods__"
             raise EmitError(why, where=node_where(node))
@@ -223,12 +235,10 @@ class _Interpreter:
         if target is operator.getitem and len(args) == 2 and not kwargs:
             found = picked(*args)
             if found:
-                if isinstance(args[0], Token) and isinstance(found[0], Token):
-                    found[0].name, found[0].is_node = node.name, True
                 return found[0]
         if builds(target, kwargs):
             return target(*args)  # type: ignore[operator]
-        result = Token(node.name, _size(node, callee))
+        result = Token(_size(node, callee))
         region = self.regions.get(node, "")
         self.recorded.events.append(Event(target, args, kwargs, result, node, region))
         return result

@@ -1,19 +1,18 @@
-"""Proves that emitted text does what its graph does: both run on tokens, and each call of the text has to be the next one of the graph.
+"""Proves that emitted text does what its graph does: each call of the text has to be the graph's next one.
 
-What emitted text may consist of is what is read here; any other syntax is refused with its line. That leaves a straight line, so one run
-says what every run does. No operator is called and no submodule; what is imported is the modules that the text names.
+Python runs the text on tokens; first each call, sign, attribute and item in it becomes a report to the proof, so that
+no operator runs. What emitted text may consist of is what is read here: a straight line, so one run says what all do.
 """
 
 from __future__ import annotations
 
 import ast
 import builtins
-import importlib
 import operator
-import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from types import FunctionType
 from typing import Any, NoReturn
 
 import torch.fx
@@ -22,8 +21,16 @@ from piecework.codegen.graph.origin import node_where
 from piecework.codegen.graph.targets import ENTRY_NAME
 from piecework.codegen.plan.literals import read_literal
 from piecework.codegen.plan.names import CONSTS, SUBMODS
-from piecework.codegen.proof import graph_run
-from piecework.codegen.proof.graph_run import Event, GraphRun, Linkage, Sameness, Token
+from piecework.codegen.proof.graph_run import (
+    Event,
+    GraphRun,
+    Linkage,
+    Named,
+    Sameness,
+    builds,
+    picked,
+    run_graph,
+)
 from piecework.errors import EmitError
 
 _SIGNS: Mapping[str, Callable[..., object]] = {
@@ -35,419 +42,340 @@ _SIGNS: Mapping[str, Callable[..., object]] = {
     **{"Gt": operator.gt, "GtE": operator.ge, "USub": operator.neg, "UAdd": operator.pos},
     **{"Invert": operator.invert, "Not": operator.not_},
 }
+_SYNTAX = (
+    *(ast.Module, ast.Import, ast.alias, ast.FunctionDef, ast.arguments, ast.arg),
+    *(ast.Assign, ast.Expr, ast.Delete, ast.Return, ast.Try, ast.Pass),
+    *(ast.Name, ast.Constant, ast.Tuple, ast.List, ast.Dict, ast.Attribute, ast.Subscript),
+    *(ast.Call, ast.keyword, ast.Slice, ast.UnaryOp, ast.BinOp, ast.Compare),
+    *(ast.expr_context, ast.unaryop, ast.operator, ast.cmpop),
+)
+_STATEMENTS = (ast.Assign, ast.Expr, ast.Delete, ast.Return, ast.Pass)
+_PROOF, _DEFAULTS, _FILE = "__proof__", "__entry_defaults__", "<proof>"
+
+At = tuple[int, str]  # a line, and what the statement there may do with a region
 
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """What was proved equal: the number of events (calls), and of the statements that ran."""
+    """What was proved equal: the number of events (calls), and of the text's statements."""
 
     events: int
     statements: int
 
 
-def prove(
-    code: str, split_gm: torch.fx.GraphModule, linked: Linkage, *, tree: ast.Module | None = None
-) -> Proof:
+def prove(code: str, split_gm: torch.fx.GraphModule, linked: Linkage) -> Proof:
     """Prove that ``code`` computes what ``split_gm`` computes, in the same order.
 
     Args:
         code: an emitted module, edited or not.
         split_gm: the stitching graph.
         linked: what the text's names stand for.
-        tree: ``code``, parsed.
 
     Raises:
         EmitError: the first difference, with the line of the text and the node of the graph.
     """
-    graph = graph_run.run_graph(split_gm, linked)
-    run = TextRun(code, parse_text(code) if tree is None else tree, ENTRY_NAME, graph, linked)
-    run.define(graph.held)
-    run.check_signature(node for node, _ in graph.parameters)
-    return run.prove([token for _, token in graph.parameters])
-
-
-def parse_text(code: str, what: str = "stitching source") -> ast.Module:
-    """``code`` as a syntax tree."""
+    graph = run_graph(split_gm, linked)
     try:
-        return ast.parse(code)
-    except (SyntaxError, ValueError) as error:
-        raise EmitError(f"{what} is not Python: {error}") from error
-    except (RecursionError, MemoryError) as error:
-        raise EmitError(f"{what} is not Python: it is nested too deeply for its parser") from error
+        text = _Reporting(code, graph.held)
+        return _TextRun(code, graph, linked).prove(text)
+    except RecursionError as error:
+        why = "functions of the text call each other, or are nested, too deeply"
+        raise EmitError(why) from error
 
 
-@dataclass(frozen=True, slots=True)
-class _Submod:
-    target: str
+def _refuse(code: str, line: int, why: str) -> NoReturn:
+    raise EmitError(why, where=_line_of(code, line) if line else None)
 
 
-class TextRun:
-    """Runs a text beside what its graph did.
+def _line_of(code: str, line: int) -> str:
+    lines = code.splitlines()
+    return f"line {line}: {lines[line - 1].strip() if 0 < line <= len(lines) else ''}"
 
-    Attributes:
-        functions: name → definition, as it is written.
-        module: name → value, at module level; ``literals`` are those that are numbers and the like.
-    """
 
-    def __init__(
-        self, code: str, tree: ast.Module, entry: str, graph: GraphRun, linked: Linkage
-    ) -> None:
-        self.code, self.tree, self.entry = code, tree, entry
-        self.graph, self.direct = graph, linked.direct
-        self.next = 0  # of the graph's events
+class _Reporting(ast.NodeTransformer):
+    """A text as a syntax tree in which calls, signs, attributes and items are reports to the proof."""
+
+    def __init__(self, code: str, held: Mapping[str, object]) -> None:
+        self.code = code
         self.statements = 0
-        self.same = Sameness().same
-        self.functions = {
-            each.name: each for each in tree.body if isinstance(each, ast.FunctionDef)
-        }
-        if entry not in self.functions:
-            raise EmitError(f"the text defines no function {entry}")
-        self.module: dict[str, object] = {}
-        self.literals: dict[str, object] = {}
-        self._imports: dict[str, object] = {}
-        self._defaults: tuple[object, ...] = ()  # of the entry
-        self._locals: dict[str, object] = {}
-        self._bound: frozenset[str] = frozenset()  # what the function binds or deletes anywhere
-        self._bound_by = {name: _bound_in(each) for name, each in self.functions.items()}
-        self._submods = [_Submod(f"submod {name}") for name in linked.submod_names]
-        self._consts = linked.consts
-        self._line = 0
-        self._region = ""  # what the statement that runs may do with one
-
-    def define(self, held: Mapping[str, object]) -> None:
-        """Run the module level, with ``held`` in it."""
-        self.module.update(held)
-        for stmt in self.tree.body:
-            self._guarded(partial(self._module_level, stmt))
-
-    def prove(self, tokens: Sequence[object]) -> Proof:
-        """Check that the entry does with ``tokens`` what the graph does, and all of it."""
-        function = self.functions[self.entry]
-        given = {SUBMODS: self._submods} if function.args.kwonlyargs else {}
-        returned = self._guarded(partial(self._run_function, function, tokens, given))
-        if self.next < len(self.graph.events):
-            node = self.graph.events[self.next].node
-            raise EmitError("the text ends before this node", where=node_where(node))
-        if not self.same(self.graph.returned, returned):
-            self.refuse(function.body[-1], "the text returns something else than the graph")
-        return Proof(len(self.graph.events), self.statements)
-
-    def check_signature(self, placeholders: Iterable[torch.fx.Node]) -> None:
-        """Check that the entry's parameters are the placeholders, in kind and default."""
-        given = self.functions[self.entry].args
-        stars = [kind for kind, each in (("*", given.vararg), ("**", given.kwarg)) if each]
-        kinds, nodes = ["" for _ in given.args] + stars, list(placeholders)
-        if len(kinds) != len(nodes):
-            raise EmitError(f"the text takes {len(kinds)} inputs and the graph {len(nodes)}")
-        first = len(given.args) - len(self._defaults)
-        for number, (node, kind) in enumerate(zip(nodes, kinds, strict=True)):
-            target = str(node.target)
-            wanted = target[: len(target) - len(target.lstrip("*"))]
-            expected = () if wanted else tuple(node.args[:1])
-            found = self._defaults[number - first : number - first + 1] if number >= first else ()
-            if kind != wanted or not Sameness().same(expected, found):
-                where = node_where(node)
-                raise EmitError(f"parameter {kind}{target} differs in kind or default", where=where)
-
-    def refuse(self, at: ast.AST | int, why: str) -> NoReturn:
-        line = at if isinstance(at, int) else getattr(at, "lineno", 0)
-        raise EmitError(why, where=self._line_at(line) if line else None)
-
-    def _line_at(self, line: int) -> str:
-        lines = self.code.splitlines()
-        return f"line {line}: {lines[line - 1].strip() if 0 < line <= len(lines) else ''}"
-
-    def _no_part(self, at: ast.AST, of: str) -> NoReturn:
-        self.refuse(at, f"{type(at).__name__} is not part of emitted {of}")
-
-    def _guarded(self, runs: Callable[[], object]) -> object:
+        self.stars: list[str] | None = None  # the kinds of the entry's parameters
+        self.takes_submods = False
+        self._region = ""  # what the statement that is read may do with one
         try:
-            return runs()
-        except EmitError:
-            raise
-        except RecursionError as error:
-            why = "functions of the text call each other, or are nested, too deeply"
-            raise EmitError(why) from error
-        except Exception as error:  # noqa: BLE001 - whatever a text does wrong
-            self.refuse(self._line, f"the text fails where it runs: {error}")
+            tree = ast.parse(code)
+        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+            raise EmitError(f"stitching source is not Python: {error}") from error
+        imports: set[str] = set()
+        bound = {*held}
+        for node in ast.walk(tree):
+            if not isinstance(node, _SYNTAX):
+                self._no_part(node)
+            match node:
+                case ast.Name(name) if not isinstance(node.ctx, ast.Load):
+                    bound.add(name)
+                case ast.arg(arg=name) | ast.FunctionDef(name=name):
+                    bound.add(name)
+                case ast.Name(name) if name in (CONSTS, SUBMODS):
+                    continue
+                case ast.Name(name):
+                    pass
+                case ast.Import(names):
+                    imports |= {each.name.partition(".")[0] for each in names}
+                    if any(each.asname for each in names):
+                        self.refuse(node, "import ... as is not part of emitted modules")
+                    continue
+                case _:
+                    continue
+            if name.startswith("__") and not (isinstance(node, ast.arg) and name == SUBMODS):
+                self.refuse(node, f"{name!a} is a name that no text may bind or read")
+        self._paths = {*imports, *dir(builtins)} - bound
+        self.tree = ast.fix_missing_locations(self.visit(tree))
+        if self.stars is None:
+            raise EmitError(f"the text defines no function {ENTRY_NAME}")
+
+    def refuse(self, at: ast.AST, why: str) -> NoReturn:
+        _refuse(self.code, getattr(at, "lineno", 0), why)
+
+    def _no_part(self, node: ast.AST) -> NoReturn:
+        self.refuse(node, f"{type(node).__name__} is not part of emitted text there")
 
     # --- statements --------------------------------------------------------------------------------
 
-    def _module_level(self, stmt: ast.stmt) -> None:
-        self._line = stmt.lineno
-        match stmt:
-            case ast.Import(names):
-                for each in names:
-                    if each.asname:
-                        self.refuse(stmt, "import ... as is not part of emitted modules")
-                    importlib.import_module(each.name)
-                    root = each.name.partition(".")[0]
-                    self._imports[root] = sys.modules[root]
-            case ast.Assign([ast.Name(name)], value):
-                literal = read_literal(value)
-                if literal is not None:
-                    self.literals[name] = literal.value
-                elif not self._is_path(value) and not _is_entry(value, CONSTS):
-                    self._no_part(value, "modules")
-                self._bind(self.module, stmt, name, self._value(value))
-            case ast.FunctionDef():
-                self._check_plain(stmt)
-                self._bind(self.module, stmt, stmt.name, stmt)
-                if stmt.name == self.entry:
-                    self._defaults = tuple(map(self._value, stmt.args.defaults))
-            case _:
-                self._no_part(stmt, "modules")
+    def visit_Module(self, module: ast.Module) -> ast.AST:
+        for stmt in module.body:
+            match stmt:
+                case ast.Import() | ast.FunctionDef():
+                    pass
+                case ast.Assign([ast.Name()], value) if (
+                    read_literal(value) or self._is_path(value) or _is_entry(value, CONSTS)
+                ):
+                    pass
+                case _:
+                    self._no_part(stmt)
+        return self.generic_visit(module)
 
-    def _bind(self, scope: dict[str, object], at: ast.AST, name: str, value: object) -> None:
-        if name.startswith("__") or name in self._imports:
-            why = "is a name of Python's, an import or the emitted module, which no text may bind"
-            self.refuse(at, f"{name!a} {why}")
-        if scope is self.module and name in scope:
-            self.refuse(at, f"{name!a} is bound twice at module level")
-        scope[name] = value
-
-    def _check_plain(self, function: ast.FunctionDef) -> None:
-        given = function.args
+    def visit_FunctionDef(self, function: ast.FunctionDef) -> list[ast.stmt]:
+        given, is_entry = function.args, function.name == ENTRY_NAME
         names = [each for each in ast.walk(given) if isinstance(each, ast.arg)]
         noted = [each.annotation for each in names] + [function.returns, *function.decorator_list]
         if any(noted) or getattr(function, "type_params", None):
             self.refuse(function, "decorators and annotations are not part of emitted modules")
+        stars = [("*", given.vararg), ("**", given.kwarg)]
         more = [*given.posonlyargs, *filter(None, given.kw_defaults)]
-        if function.name != self.entry:
-            more += [*given.defaults, *filter(None, (given.vararg, given.kwarg))]
+        more += [] if is_entry else [*given.defaults, *(each for _, each in stars if each)]
         if more or [each.arg for each in given.kwonlyargs] not in ([], [SUBMODS]):
             self.refuse(function, f"the only parameter that is not plain is {SUBMODS}")
+        function.body = self._block(function.body) or [ast.Pass()]
+        if not is_entry:
+            return [function]
+        self.takes_submods = bool(given.kwonlyargs)
+        self.stars = ["" for _ in given.args] + [kind for kind, each in stars if each]
+        # It is run with one token for what a star collects; its defaults are read for themselves.
+        defaults = ast.Tuple([self.visit(each) for each in given.defaults], ast.Load())
+        given.args += [each for _, each in stars if each]
+        given.vararg, given.kwarg, given.defaults = None, None, []
+        return [ast.Assign([ast.Name(_DEFAULTS, ast.Store())], defaults), function]
 
-    def _run_function(
-        self, function: ast.FunctionDef, args: Sequence[object], kwargs: Mapping[str, object]
-    ) -> object:
-        given = function.args
-        # The entry is run with one token for what a star collects.
-        names = [*given.args, *filter(None, (given.vararg, given.kwarg))]
-        wanted = {SUBMODS: self._submods} if given.kwonlyargs else {}
-        if len(args) != len(names) or kwargs != wanted:
-            self.refuse(self._line, f"{function.name} is called with other arguments than it takes")
-        before = self._locals, self._bound, self._region
-        self._locals, self._bound = dict(kwargs), self._bound_by[function.name]
-        for name, value in zip(names, args, strict=True):
-            self._bind(self._locals, function, name.arg, value)
-        *body, last = function.body
-        if not isinstance(last, ast.Return):
-            body.append(last)
-        self._block(body, last)
-        returned = None
-        if isinstance(last, ast.Return):
-            self._line, self._region = last.lineno, ""
-            self.statements += 1
-            returned = None if last.value is None else self._value(last.value)
-        self._locals, self._bound, self._region = before
-        return returned
-
-    def _block(self, body: Sequence[ast.stmt], after: ast.stmt, region: str = "") -> None:
-        for stmt, following in zip(body, [*body, after][1:], strict=True):
-            self._line = stmt.lineno
-            self._region = "opens" if isinstance(following, ast.Try) else region
-            self.statements += not isinstance(stmt, (ast.Delete, ast.Try, ast.Pass))
+    def _block(self, body: Sequence[ast.stmt], region: str = "") -> list[ast.stmt]:
+        """The statements of a block; those of a ``try`` and its ``finally`` come one after the other."""
+        found: list[ast.stmt] = []
+        for stmt, following in zip(body, [*body[1:], None], strict=True):
             match stmt:
-                case ast.Assign([target], value):
-                    self._assign(stmt, target, self._value(value))
-                case ast.Expr(value):
-                    self._value(value)
-                case ast.Delete(targets):
-                    for name in self._names(stmt, targets, "only names are deleted"):
-                        if self._locals.pop(name, self) is self:
-                            self.refuse(stmt, f"{name!a} is not defined")
                 case ast.Try(inner, [], [], [ast.Expr(ast.Call())] as closing):
-                    self._block(inner, inner[-1])
-                    self._block(closing, closing[-1], "closes")
+                    found += [*self._block(inner), *self._block(closing, "closes")]
                 case ast.Try():
                     why = "a try does something else than to close a region by one call"
                     self.refuse(stmt, why)
-                case ast.Pass():
-                    pass
-                case ast.Return():
+                case ast.Return() if following is not None:
                     self.refuse(stmt, "a function must end with its only return")
+                case _ if isinstance(stmt, _STATEMENTS):
+                    self.statements += not isinstance(stmt, (ast.Delete, ast.Pass))
+                    self._region = "opens" if isinstance(following, ast.Try) else region
+                    found.append(self.visit(stmt))
                 case _:
-                    self._no_part(stmt, "functions")
-
-    def _assign(self, stmt: ast.stmt, target: ast.expr, value: object) -> None:
-        names = self._names(stmt, [target], "only names are assigned to")
-        values: Any = [value]
-        if not isinstance(target, ast.Name):
-            values, count = value, len(names)
-            if isinstance(value, Token) and value.size == count:
-                values = [value.element(index) for index in range(count)]
-            elif type(value) not in (tuple, list) or len(values) != count:
-                why = f"unpacks a result that is not known to have {count} elements"
-                self.refuse(stmt, why)
-        for name, each in zip(names, values, strict=True):
-            self._bind(self._locals, stmt, name, each)
-
-    def _names(self, stmt: ast.stmt, targets: Sequence[ast.expr], why: str) -> list[str]:
-        if len(targets) == 1 and isinstance(targets[0], ast.Tuple):
-            targets = targets[0].elts
-        names = [each.id for each in targets if isinstance(each, ast.Name)]
-        if len(names) != len(targets) or len({*names}) != len(names):
-            self.refuse(stmt, why)
-        return names
+                    self._no_part(stmt)
+        return found
 
     # --- expressions -------------------------------------------------------------------------------
 
-    def _value(self, node: ast.expr) -> Any:
-        match node:
-            case ast.Constant(value):
-                return value
-            case ast.Name(name):
-                return self._named(node, name)
-            case ast.UnaryOp() | ast.BinOp() if (literal := read_literal(node)) is not None:
-                return literal.value
-            case ast.Call():
-                return self._call(node)
-            case ast.Subscript(ast.Name(name), ast.Constant(index)) if _is_entry(node, name):
-                table: Any = self._consts if name == CONSTS else self._named(node, name)
-                if not 0 <= index < len(table):  # type: ignore[operator]
-                    self.refuse(node, f"{name} has no entry {index!a}")
-                return table[index]
-            case ast.Subscript(value, index):
-                return self.called(
-                    node.lineno, operator.getitem, self._value(value), self._index(index)
-                )
-            case ast.Tuple(items):
-                return tuple(map(self._value, items))
-            case ast.List(items):
-                return [*map(self._value, items)]
-            case ast.Dict(keys, values) if None not in keys:
-                pairs = zip(keys, values, strict=True)
-                return {self._value(key): self._value(each) for key, each in pairs}  # type: ignore[arg-type]
-            case ast.Attribute(value, name):
-                if self._is_path(node):
-                    return getattr(self._value(value), name)
-                return self.event(node.lineno, getattr, self._value(value), name)
-            case ast.UnaryOp(sign, operand):
-                return self._sign(node, sign, operand)
-            case ast.BinOp(left, sign, right) | ast.Compare(left, [sign], [right]):
-                return self._sign(node, sign, left, right)
-        self._no_part(node, "expressions")
+    def _report(
+        self, node: ast.expr, kind: str, *parts: ast.expr, keywords: Sequence[ast.keyword] = ()
+    ) -> ast.expr:
+        method = ast.Attribute(ast.Name(_PROOF, ast.Load()), kind, ast.Load())
+        at = ast.Constant((node.lineno, self._region))
+        return ast.copy_location(ast.Call(method, [at, *parts], [*keywords]), node)
 
-    def _named(self, node: ast.expr, name: str) -> object:
-        outside = () if name in self._bound else (self.module, self._imports)
-        for scope in (self._locals, *outside):
-            if name in scope:
-                return scope[name]
-        if name.startswith("__") or name in self._bound or not hasattr(builtins, name):
-            self.refuse(node, f"{name!a} is not defined")
-        return getattr(builtins, name)
+    def visit_Call(self, node: ast.Call) -> ast.expr:
+        match node.func:
+            case ast.Attribute(value, name) if not self._is_path(node.func):
+                kind, head = "method", [self.visit(value), ast.Constant(name)]
+            case ast.Call(ast.Name("getattr"), [value, ast.Constant(str(name))], []):
+                kind, head = "method", [self.visit(value), ast.Constant(name)]
+            case function:
+                kind, head = "called", [self.visit(function)]
+        keywords = [self.visit(each) for each in node.keywords]
+        return self._report(node, kind, *head, *map(self.visit, node.args), keywords=keywords)
+
+    def visit_Attribute(self, node: ast.Attribute) -> ast.expr:
+        if not isinstance(node.ctx, ast.Load):
+            self.refuse(node, "only names are assigned to and deleted")
+        if self._is_path(node):
+            return node
+        return self._report(node, "attribute", self.visit(node.value), ast.Constant(node.attr))
+
+    def visit_Subscript(self, node: ast.Subscript) -> ast.expr:
+        if not isinstance(node.ctx, ast.Load):
+            self.refuse(node, "only names are assigned to and deleted")
+        if _is_entry(node, CONSTS) or _is_entry(node, SUBMODS):
+            return node
+        return self._report(node, "item", self.visit(node.value), self.visit(node.slice))
+
+    def visit_Slice(self, node: ast.Slice) -> ast.expr:
+        parts = [each or ast.Constant(None) for each in (node.lower, node.upper, node.step)]
+        return self._report(node, "part", *map(self.visit, parts))
+
+    def visit_UnaryOp(self, node: ast.UnaryOp) -> ast.expr:
+        return self._sign(node, node.op, node.operand)
+
+    def visit_BinOp(self, node: ast.BinOp) -> ast.expr:
+        return self._sign(node, node.op, node.left, node.right)
+
+    def visit_Compare(self, node: ast.Compare) -> ast.expr:
+        return self._sign(node, node.ops[0], node.left, *node.comparators)
+
+    def _sign(self, node: ast.expr, sign: ast.AST, *operands: ast.expr) -> ast.expr:
+        if read_literal(node) is not None:
+            return node
+        name = type(sign).__name__
+        if name not in _SIGNS or len(operands) > 2:
+            self._no_part(node)
+        return self._report(node, "sign", ast.Constant(name), *map(self.visit, operands))
 
     def _is_path(self, node: ast.expr) -> bool:
         """Whether ``node`` is read off an import or a builtin."""
         while isinstance(node, ast.Attribute):
             node = node.value
-        if not isinstance(node, ast.Name):
-            return False
-        if node.id in self._locals or node.id in self._bound or node.id in self.module:
-            return False
-        builtin = hasattr(builtins, node.id) and not node.id.startswith("__")
-        return builtin or node.id in self._imports
+        return isinstance(node, ast.Name) and node.id in self._paths
 
-    def _sign(self, node: ast.expr, sign: ast.AST, *operands: ast.expr) -> object:
-        function = _SIGNS.get(type(sign).__name__)
-        return self.event(node.lineno, function, *map(self._value, operands))
 
-    def _index(self, node: ast.expr) -> object:
-        match node:
-            case ast.Tuple(items):
-                return tuple(map(self._index, items))
-            case ast.Slice(lower, upper, step):
-                return slice(*(each and self._value(each) for each in (lower, upper, step)))
-        return self._value(node)
+def _is_entry(node: ast.expr, table: str) -> bool:
+    match node:
+        case ast.Subscript(ast.Name(name), ast.Constant(index)):
+            return name == table and type(index) is int
+    return False
 
-    def _call(self, node: ast.Call) -> object:
-        head: list[Any]
-        match node.func:
-            case ast.Attribute(value, name) if not self._is_path(node.func):
-                call, head = self.called_method, [self._value(value), name]
-            case ast.Call(ast.Name("getattr"), [value, ast.Constant(str(name))], []):
-                call, head = self.called_method, [self._value(value), name]
-            case function:
-                call, head = self.called, [self._value(function)]
-        given = [self._value(each) for each in node.args]
-        keywords: dict[str, object] = {}
-        for each in node.keywords:
-            if each.arg is None and not isinstance(each.value, ast.Dict):
-                self.refuse(node, "** of something other than a dict in place")
-            value = self._value(each.value)
-            more = value if each.arg is None else {each.arg: value}
-            if more.keys() & keywords.keys():
-                self.refuse(node, "a keyword is passed twice")
-            keywords.update(more)
-        return call(node.lineno, *head, *given, **keywords)
 
-    # --- what the text calls -----------------------------------------------------------------------
+class _TextRun:
+    """Runs a text beside what its graph did: what the text reports has to be the next event."""
 
-    def called(self, line: int, target: object, /, *args: object, **kwargs: object) -> object:
-        """A call of a function."""
-        if isinstance(target, ast.FunctionDef):
-            return self._run_function(target, args, kwargs)
-        if isinstance(target, _Submod):
-            target = target.target
-        elif target is operator.getitem and len(args) == 2 and not kwargs:
-            found = graph_run.picked(*args)
+    def __init__(self, code: str, graph: GraphRun, linked: Linkage) -> None:
+        self.code, self.graph, self.direct = code, graph, linked.direct
+        self.next = 0  # of the graph's events
+        self.same = Sameness().same
+        self.submods = [Named("submod", name) for name in linked.submod_names]
+        self.scope: dict[str, Any] = {
+            **{"__name__": "piecework_proof", _PROOF: self, CONSTS: list(linked.consts)},
+            **graph.held,
+        }
+
+    def prove(self, text: _Reporting) -> Proof:
+        submods = {SUBMODS: self.submods} if text.takes_submods else {}
+        tokens = [token for _, token in self.graph.parameters]
+        try:
+            exec(compile(text.tree, _FILE, "exec", dont_inherit=True), self.scope)
+            self._check_signature(text.stars or [])
+            returned = self.scope[ENTRY_NAME](*tokens, **submods)
+        except (EmitError, RecursionError):
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever a text does wrong
+            frames = traceback.walk_tb(error.__traceback__)
+            lines = [line for frame, line in frames if frame.f_code.co_filename == _FILE]
+            _refuse(self.code, [0, *lines][-1], f"the text fails where it runs: {error}")
+        if self.next < len(self.graph.events):
+            node = self.graph.events[self.next].node
+            raise EmitError("the text ends before this node", where=node_where(node))
+        if not self.same(self.graph.returned, returned):
+            raise EmitError("the text returns something else than the graph")
+        return Proof(len(self.graph.events), text.statements)
+
+    def _check_signature(self, kinds: Sequence[str]) -> None:
+        """Check that the entry's parameters are the placeholders, in kind and default."""
+        nodes = [node for node, _ in self.graph.parameters]
+        if len(kinds) != len(nodes):
+            raise EmitError(f"the text takes {len(kinds)} inputs and the graph {len(nodes)}")
+        defaults = self.scope[_DEFAULTS]
+        first = len([kind for kind in kinds if not kind]) - len(defaults)
+        for number, (node, kind) in enumerate(zip(nodes, kinds, strict=True)):
+            target = str(node.target)
+            wanted = target[: len(target) - len(target.lstrip("*"))]
+            expected = () if wanted else tuple(node.args[:1])
+            found = defaults[number - first : number - first + 1] if number >= first else ()
+            if kind != wanted or not Sameness().same(expected, found):
+                where = node_where(node)
+                raise EmitError(f"parameter {kind}{target} differs in kind or default", where=where)
+
+    # --- what the text reports ---------------------------------------------------------------------
+
+    def called(self, at: At, target: object, /, *args: object, **kwargs: object) -> object:
+        if isinstance(target, FunctionType) and target.__globals__ is self.scope:
+            return target(*args, **kwargs)
+        if target is operator.getitem and len(args) == 2 and not kwargs:
+            found = picked(*args)
             if found:
                 return found[0]
-        elif graph_run.builds(target, kwargs):
+        elif builds(target, kwargs):
             return target(*args)  # type: ignore[operator]
-        return self.event(line, target, *args, **kwargs)
+        return self._event(at, target, *args, **kwargs)
 
-    def called_method(
-        self, line: int, value: object, name: str, /, *args: object, **kwargs: object
+    def method(
+        self, at: At, value: object, name: str, /, *args: object, **kwargs: object
     ) -> object:
-        return self.event(line, f".{name}", value, *args, **kwargs)
+        return self._event(at, Named("method", name), value, *args, **kwargs)
 
-    def event(self, line: int, target: object, /, *args: object, **kwargs: object) -> Token:
+    def attribute(self, at: At, value: object, name: str) -> object:
+        return self._event(at, getattr, value, name)
+
+    def item(self, at: At, value: object, index: object) -> object:
+        return self.called(at, operator.getitem, value, index)
+
+    def part(self, at: At, *parts: object) -> slice:
+        return slice(*parts)
+
+    def sign(self, at: At, name: str, *operands: object) -> object:
+        return self._event(at, _SIGNS[name], *operands)
+
+    def _event(self, at: At, target: object, /, *args: object, **kwargs: object) -> object:
         """The result of the graph's next call, which has to be this one."""
         if self.next >= len(self.graph.events):
-            self.refuse(line, "the text does something that the graph does not")
+            _refuse(self.code, at[0], "the text does something that the graph does not")
         event = self.graph.events[self.next]
         self.next += 1
         if event.target is not target and not self._is_target(event.target, target):
-            self._differ(line, event, "a call of something else")
+            self._differ(at, event, "a call of something else")
         if len(event.args) != len(args) or len(event.kwargs) != len(kwargs):
-            self._differ(line, event, "another number of arguments")
+            self._differ(at, event, "another number of arguments")
         for place, (ours, theirs) in enumerate(zip(event.args, args, strict=True)):
-            if ours is not theirs and not self.same(ours, theirs):
-                self._differ(line, event, f"another argument {place}")
+            if not self.same(ours, theirs):
+                self._differ(at, event, f"another argument {place}")
         for (name, ours), (key, theirs) in zip(event.kwargs.items(), kwargs.items(), strict=True):
             if name != key or not self.same(ours, theirs):
-                self._differ(line, event, f"another argument {name!a}")
-        if event.region and event.region != self._region:
+                self._differ(at, event, f"another argument {name!a}")
+        if event.region and event.region != at[1]:
             what = f"this {event.region} a region, which a finally has to close"
-            self._differ(line, event, what)
+            self._differ(at, event, what)
         return event.result
 
     def _is_target(self, ours: object, theirs: object) -> bool:
-        if isinstance(ours, str) or isinstance(theirs, str):
-            return type(ours) is type(theirs) and ours == theirs
+        if isinstance(ours, Named):
+            return ours == theirs
         try:
             return ours in self.direct and self.direct[ours] is theirs
         except TypeError:  # not hashable, so it has no other implementation
             return False
 
-    def _differ(self, line: int, event: Event, what: str) -> NoReturn:
+    def _differ(self, at: At, event: Event, what: str) -> NoReturn:
         raise EmitError(
             f"the text differs from the graph: {what}",
-            where=f"{self._line_at(line)}; {node_where(event.node)}",
+            where=f"{_line_of(self.code, at[0])}; {node_where(event.node)}",
             hint="an edited file must still do what the graph does; a generated one that differs is a defect",
         )
-
-
-def _bound_in(function: ast.FunctionDef) -> frozenset[str]:
-    names = (node for node in ast.walk(function) if isinstance(node, ast.Name))
-    return frozenset(node.id for node in names if not isinstance(node.ctx, ast.Load))
-
-
-def _is_entry(node: ast.expr, table: str) -> bool:
-    """Whether ``node`` is an entry of ``table``, which is ``__vllm_consts__`` or ``__vllm_submods__``."""
-    match node:
-        case ast.Subscript(ast.Name(name), ast.Constant(index)):
-            return name == table and table in (CONSTS, SUBMODS) and type(index) is int
-    return False

@@ -1,1 +1,1 @@
-"""Replay source: what was captured of each piece, the straight line that replays it, and the proof of that."""
+"""Replay source: what was captured of each piece, and the straight line that replays it."""

@@ -16,10 +16,10 @@ from piecework.codegen.graph.origin import results_of
 from piecework.codegen.graph.structure import new_placeholder
 from piecework.codegen.plan import ir
 from piecework.codegen.plan.literals import is_inline_literal, literal_text, targets_text
-from piecework.codegen.plan.names import NameTable, is_identifier
+from piecework.codegen.plan.names import CONSTS, NameTable, is_identifier
 from piecework.codegen.plan.render import const_rows, render, table_rows
+from piecework.codegen.proof.graph_run import same_constant
 from piecework.codegen.replay import plan
-from piecework.codegen.replay.proof import verify_replay
 from piecework.codegen.stitch.lower import LowerOptions
 from piecework.codegen.stitch.source import StitchedSource, generate_source
 from piecework.errors import EmitError
@@ -50,23 +50,26 @@ def whole_forward(
 def generate_replay(
     source: StitchedSource, split_gm: torch.fx.GraphModule, facts: plan.ReplayFacts
 ) -> plan.ReplaySource:
-    """Emit the replay function of one captured descriptor and prove it against the stitching graph.
+    """Emit the replay function of one captured descriptor.
+
+    It is the proved stitching source with replays in place of its pieces' calls; what each of them reads is held against
+    what the source passes, place by place.
 
     The function takes the inputs that are staged, and returns what ``execution_fn`` returns for the
     captured size: static memory, which the next replay overwrites.
     """
-    planner = _Planner(source, facts)
+    planner = _Planner(source, split_gm, facts)
     module = planner.module()
     text = planner.text(module)
-    emitted = plan.ReplaySource(text, planner.held, planner.outputs, source.consts, module)
-    verify_replay(emitted, source, split_gm, facts)
-    return emitted
+    return plan.ReplaySource(text, planner.held, source.consts, module)
 
 
 class _Planner:
     """Rewrites the stitching plan: calls of pieces become replays, what they return is held."""
 
-    def __init__(self, source: StitchedSource, facts: plan.ReplayFacts) -> None:
+    def __init__(
+        self, source: StitchedSource, split_gm: torch.fx.GraphModule, facts: plan.ReplayFacts
+    ) -> None:
         stitched = source.module
         if len(facts.pieces) != len(source.submod_names):
             raise EmitError(
@@ -84,9 +87,10 @@ class _Planner:
         self.returned: dict[str, list[str]] = {}  # what each submodule's static outputs are called
         self.stage = self.names.claim("stage")
         self.inputs = self.names.claim("inputs")
-        # Results of pieces that follow from the captured sizes, and whose they are.
-        self.numbers: dict[str, object] = {}
-        self.outputs: dict[str, plan.HeldOutput] = {}
+        self.numbers: dict[str, object] = {}  # results of pieces that follow from the sizes
+        self.calls = {str(n.target): n for n in split_gm.graph.find_nodes(op="call_module")}
+        self.places = {**facts.places}  # by name in the text
+        self.known: dict[str, object] = {**facts.numbers, **facts.sizes}
         self.live: set[str] = set()
 
     def module(self) -> ir.Module:
@@ -155,6 +159,7 @@ class _Planner:
             why = "a piece takes a container or a keyword, which has no replay form"
             raise EmitError(why, where=submod)
         reads = _reads(stmt, piece, facts, leaves)
+        self._check_operands(submod, leaves, facts)
         buffers: dict[int, str] = {}
         for leaf, each in enumerate(facts.reads):
             if isinstance(each, plan.Staged):
@@ -169,14 +174,51 @@ class _Planner:
             if getattr(facts.reads[leaf], "writes_back", False):
                 text = f"{leaves[leaf]}.copy_({name})"
                 yield _made(text, f"{submod} changed it in place", leaves[leaf], name)
+        known = self._results(submod)
         for element, target in enumerate(stmt.targets):
             held = plan.HeldOutput(index, element if stmt.unpack else None)
             output = facts.output(held.element)
-            if isinstance(output, plan.Frozen) and is_inline_literal(output.value):
-                self.numbers[target], self.outputs[target] = output.value, held
-            else:
-                self.held[target] = held
-                self.returned.setdefault(submod, []).append(target)
+            self.places[target] = output
+            number = known.get(held.element)
+            if isinstance(output, plan.Frozen):
+                # A result that nobody takes has no number.
+                if held.element in known and not same_constant(number, output.value):
+                    why = f"{target} was {output.value!r} at the capture, and is {number!r} by the graph"
+                    raise _differs(submod, why)
+                if is_inline_literal(output.value):
+                    self.numbers[target] = self.known[target] = output.value
+                    continue
+            self.held[target] = held
+            self.returned.setdefault(submod, []).append(target)
+
+    def _results(self, submod: str) -> dict[int | None, object]:
+        """The numbers that the results of a piece are by the captured sizes, None for any other; by element."""
+        call, numbers = self.calls[submod], self.facts.numbers
+        picked = {
+            user.args[1]: numbers.get(user.name)
+            for user in call.users
+            if user.target is operator.getitem
+        }
+        return {None: numbers.get(call.name), **picked}  # type: ignore[dict-item]
+
+    def _check_operands(self, submod: str, leaves: tuple[str, ...], facts: plan.PieceFacts) -> None:
+        """Check that a captured piece reads the memory and has the numbers that its call passes."""
+        for index, (leaf, read) in enumerate(zip(leaves, facts.reads, strict=True)):
+            match read:
+                case plan.InPlace(place, owner) if leaf in self.places:
+                    if self.places[leaf] != place:
+                        why = f"operand {index} is {leaf}, and the capture reads other memory ({owner})"
+                        raise _differs(submod, why)
+                case plan.Frozen(value) if not leaf.startswith(CONSTS):
+                    # Built into the graph: what the operand is at the captured sizes, whatever the data.
+                    known = literal_text(self.known[leaf]) if leaf in self.known else leaf
+                    if not is_inline_literal(value) or literal_text(value) != known:
+                        why = f"operand {index} is {known} by the captured sizes, and was {value!r}"
+                        raise _differs(submod, why)
+
+
+def _differs(submod: str, why: str) -> EmitError:
+    return EmitError(f"the replay differs from the graph: {why}", where=submod)
 
 
 def _reads(

@@ -124,8 +124,6 @@ class ReplaySource:
 
     code: str  # the Python text, exactly what is executed
     held: Mapping[str, Held]  # name in the text → what it must be bound to
-    # name of a number in the text → the result of a piece that it is
-    numbers: Mapping[str, HeldOutput]
     consts: tuple[object, ...] = field(repr=False)  # the values of ``__vllm_consts__``
     # the plan that the text was rendered from; its entry is the replay function
     module: ir.Module = field(repr=False)

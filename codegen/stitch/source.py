@@ -61,16 +61,15 @@ def generate_source(
     with collector_paused():
         module, consts = lower(split_gm, options)
         code = stitched_text(module)
-        tree = ast.parse(code)
         linked = linkage_of(module, options, consts)
         return StitchedSource(
             code=code,
             submod_names=module.submod_names,
             consts=tuple(consts),
-            lines=line_map(module, tree),
+            lines=line_map(module, ast.parse(code)),
             module=module,
             options=options,
-            proof=prove(code, split_gm, linked, tree=tree),
+            proof=prove(code, split_gm, linked),
         )
 
 

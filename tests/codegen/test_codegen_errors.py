@@ -192,67 +192,41 @@ def test_an_edit_that_changes_nothing_is_proved() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    "text",
     [
-        ("for i in x: pass", "For is not part of emitted functions"),
-        ("y = lambda: x", "Lambda is not part"),
-        ("y = x if x else x", "IfExp is not part"),
-        ("y = [i for i in x]", "ListComp is not part"),
-        ("import os", "Import is not part of emitted functions"),
-        ("x += 1", "AugAssign is not part"),
-        ("y = f'{x}'", "JoinedStr is not part"),
-        ("y = (z := x)", "NamedExpr is not part"),
-        ("y = unknown", "'unknown' is not defined"),
-        ("y = __vllm_submods__[7](x)", "__vllm_submods__ has no entry 7"),
-        ("y = __vllm_consts__[7]", "__vllm_consts__ has no entry 7"),
-        ("execution_fn(x)", "called with other arguments"),
-        ("y = x(1)", "a call of something else"),
-        ("y = torch.no_such_function(x)", "no attribute 'no_such_function'"),
-        ("return x", "must end with its only return"),
-        ("del y", "'y' is not defined"),
-        ("a, a = torch.sin(x)", "only names are assigned to"),
-        ("a, b = (x,)", "not known to have 2 elements"),
-        ("y = print(*x)", "Starred is not part"),
-        ("y = print(**x)", "something other than a dict in place"),
-        ("y = {**x}", "is not part of emitted expressions"),
-        ("y = 1 < x < 2", "Compare is not part"),
-        ("y = x and x", "BoolOp is not part"),
-        ("y: int = x", "AnnAssign is not part"),
-        ("print(torch.sin(x))", "something else"),
+        *("for i in x: pass", "if x: pass", "import os", "x += 1", "y: int = x", "return x"),
+        *("y = lambda: x", "y = x if x else x", "y = [i for i in x]", "y = f'{x}'", "y = (z := x)"),
+        *("y = 1 < x < 2", "y = x and x", "y = print(*x)", "y = print(**x)", "y = {**x}"),
+        *("y = unknown", "y = __vllm_submods__[7](x)", "y = __vllm_consts__[7]", "del y"),
+        *("y = x(1)", "y = 'x'(x)", "print(torch.sin(x))", "y = torch.no_such_function(x)"),
+        *("a, b = (x,)", "a, a = torch.sin(x)", "x.y = x", "x[0] = x", "__builtins__ = x"),
+        *("y = torch.sin.__globals__", "execution_fn()", "global torch", "torch = x"),
     ],
 )  # fmt: skip
-def test_text_outside_of_the_language_is_refused(text: str, message: str) -> None:
+def test_text_outside_of_the_language_is_refused(text: str) -> None:
     gm = sample()
     source = generate_source(gm)
     edited = source.code.replace("    sin = torch", f"    {text}\n    sin = torch")
-    with pytest.raises(EmitError, match=message) as caught:
+    with pytest.raises(EmitError, match="line "):
         verify(source, gm, edited=edited)
-    assert "line " in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    "text",
     [
-        ("import torch as t", "import ... as"),
-        ("import no_such_module_anywhere", "No module named"),
-        ("from torch import sin", "ImportFrom is not part"),
-        ("print('hello')", "Expr is not part of emitted modules"),
-        ("class A: pass", "ClassDef is not part"),
-        ("execution_fn = torch.sin", "bound twice"),
-        ("alias = torch.sin(1)", "Call is not part of emitted modules"),
-        ("@print\ndef f(x): return x", "decorators"),
-        ("def f(x, /): return x", "not plain"),
-        ("def f(x, *, y): return x", "not plain"),
-        ("if True: pass", "If is not part of emitted modules"),
+        *("import torch as t", "import no_such_module_anywhere", "from torch import sin"),
+        *("print('hello')", "class A: pass", "alias = torch.sin(1)", "alias = []", "if True: pass"),
+        *("@print\ndef f(x): return x", "def f(x: print()): return x", "def f(x) -> 1: return x"),
+        *("def f(x, /): return x", "def f(x, *, y): return x", "def f(x=[]): return x"),
+        *("def f(*x): return x", "__builtins__ = torch", "torch = print"),
     ],
-)
-def test_modules_outside_of_the_language_are_refused(text: str, message: str) -> None:
+)  # fmt: skip
+def test_modules_outside_of_the_language_are_refused(text: str) -> None:
     gm = sample()
     source = generate_source(gm)
-    with pytest.raises(EmitError, match=message):
-        verify(
-            source, gm, edited=source.code.replace("\ndef execution", f"\n{text}\n\ndef execution")
-        )
+    edited = source.code.replace("\ndef execution", f"\n{text}\n\ndef execution")
+    with pytest.raises(EmitError):
+        verify(source, gm, edited=edited)
 
 
 def test_text_that_is_not_python_or_has_no_entry_is_refused() -> None:
