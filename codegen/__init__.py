@@ -1,4 +1,4 @@
-"""Code generation: a graph in, readable stitching source out. Pure: no environment, no files, no device, no global state."""
+"""Code generation, pure: a graph in, readable stitching source out; no files, no device."""
 
 from piecework.codegen.proof.prove import Proof
 from piecework.codegen.split.split import SplitItem, split_graph

@@ -1,6 +1,6 @@
-"""What an entry checks of a call, as one table: each assumption with the Python that tests it, in the order in which a call meets them.
+"""What an entry checks of a call, as one table: each assumption with the Python that tests it.
 
-The emitted ``check_inputs`` is the table as text; the explanation of a refused call runs it one check at a time.
+The emitted ``check_inputs`` is the table as text; a refused call is explained check by check.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class Bind:
-    """A statement that gives names to values of the call; ``leaf`` is the argument that it is about."""
+    """A statement that gives names to values of the call."""
 
     text: str
     leaf: int | None = None
@@ -74,23 +74,16 @@ class Names(NameTable):
 
 
 class EntryTable:
-    """The steps of ``check_inputs``.
-
-    Attributes:
-        steps: bindings and checks, each value bound and looked at before what is in it.
-        leaves: flattened argument → what it is called.
-        symbols: symbol → what it is called.
-        origin: symbol → the label of the argument that tells it, and where in it: its number and a dimension.
-        unpacked: names that are no parameters.
-    """
+    """The steps of ``check_inputs``."""
 
     def __init__(self, plan: entry.EntryPlan, names: Names, parameters: Sequence[str]) -> None:
         self.plan, self.names, self.parameters = plan, names, tuple(parameters)
-        self.steps: list[Bind | Require] = []
-        self.leaves: dict[int, str] = {}
-        self.symbols: dict[str, str] = {}
+        self.steps: list[Bind | Require] = []  # each value bound and looked at before what is in it
+        self.leaves: dict[int, str] = {}  # flattened argument -> what it is called
+        self.symbols: dict[str, str] = {}  # symbol -> what it is called
+        # symbol -> the label of the argument that tells it, and where in it: its number and a dimension
         self.origin: dict[str, tuple[str, tuple[int, int | None]]] = {}
-        self.unpacked: list[str] = []
+        self.unpacked: list[str] = []  # names that are no parameters
         self._sized = {symbol.name for symbol in plan.symbols}
         self._labels: dict[int, str] = {}
         self._tensors: list[int] = []
@@ -195,7 +188,7 @@ class EntryTable:
                 assert_never(leaf.assumption)
 
     def _is_value(self, name: str, value: object, label: str) -> str:
-        """A Python value, by type and equality; the very object is good enough, and needed of a tensor or an array."""
+        """A Python value, by type and equality."""
         known = self.names.value(value, f"traced_{label}")
         if is_object(value) or isinstance(value, (bool, NoneType, EllipsisType)):
             return f"{name} is {known}"
@@ -254,7 +247,7 @@ class EntryTable:
         self._check("rank", f"{name}.dim() == {rank}", rank)
 
     def _sizes(self, index: int, name: str, label: str, sizes: Sequence[entry.Size]) -> None:
-        """A symbol that is met for the first time is taken from the shape; all else is compared, at once or in the end."""
+        """A symbol that is met for the first time is taken from the shape."""
         taken: list[str] = []
         for dim, size in enumerate(sizes):
             if isinstance(size, str) and size in self._sized and size not in self.symbols:
@@ -290,7 +283,7 @@ class EntryTable:
     # --- numbers ---------------------------------------------------------------------------------
 
     def _take(self, kind: str, symbol: str, name: str) -> None:
-        """Take ``name`` for ``symbol``, if it is one and not known yet; compare them in the end otherwise."""
+        """Take ``name`` for ``symbol``, if it is one and not known yet."""
         leaf, _, label = self._about
         if leaf is not None and symbol.isidentifier() and symbol not in self.symbols:
             self.symbols[symbol], self.origin[symbol] = name, (label, (leaf, None))
@@ -300,7 +293,7 @@ class EntryTable:
     def _compare(
         self, kind: str, read: str, size: entry.Size | float, dim: int | None = None
     ) -> None:
-        """What ``read`` says is ``size``: a number, a symbol that is known, or an expression over those."""
+        """``read`` gives ``size``: a number, or an expression over known symbols."""
         text = f"{read} == {self.names.value(size)}"
         if isinstance(size, str):
             text = self._relation(f"{_VALUE} == {size}").replace(_VALUE, read)

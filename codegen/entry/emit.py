@@ -1,7 +1,4 @@
-"""Writes the function that users call: ``check_inputs`` and the entry, of what a trace assumed of its arguments and how its result is packed.
-
-It decides nothing about the model: everything it writes was handed to it; nothing is executed here.
-"""
+"""Writes the function that users call: ``check_inputs``, and the entry that packs the result."""
 
 from __future__ import annotations
 
@@ -49,10 +46,7 @@ class EntrySource:
 
 
 def generate_entry(plan: entry.EntryPlan) -> EntrySource:
-    """Write ``plan`` as Python source.
-
-    The module must be executed with the names of `PROVIDED` in its namespace, beside ``consts``.
-    """
+    """Write ``plan`` as Python source."""
     made = _Entry(plan)
     *functions, last = made.functions()
     text = " ".join(stmt.text for each in (*functions, last) for stmt in each.body)
@@ -82,7 +76,7 @@ class _Entry:
         self.table = EntryTable(plan, self.names, self.own)
 
     def functions(self) -> Iterator[Function]:
-        """``check_inputs`` if there is anything to check or to unpack, the entry, and one more where its parameters were renamed."""
+        """``check_inputs`` if there is any, the entry, and one with its users' names."""
         users = tuple(each.name for each in self.plan.parameters)
         name = FUNCTION_NAME
         if users != self.own:
@@ -106,7 +100,7 @@ class _Entry:
         return tuple(map(Parameter, names, kinds, defaults))
 
     def _call(self, function: str, values: Sequence[str], keywords: Sequence[str]) -> str:
-        """A call of ``function`` with the parameters' ``values``; its keyword parameters are called ``keywords``."""
+        """A call of ``function`` with the parameters' ``values``."""
         parts = []
         for parameter, value, keyword in zip(self.plan.parameters, values, keywords, strict=True):
             stars = parameter.kind if parameter.kind in ("*", "**") else ""
@@ -144,7 +138,7 @@ class _Entry:
     def _statements(
         self, name: str, users: Sequence[str], handed: Sequence[str] | None
     ) -> Iterator[Statement]:
-        """The entry's statements; ``name`` is the function that they are in, ``handed`` what the checks hand on, None without any."""
+        """The statements of the entry; ``handed`` is what the checks hand on, None without any."""
         plan, own = self.plan, self.own
         every = ", ".join(own)
         in_stance = self._call("entry_in_stance", own, users)

@@ -31,7 +31,7 @@ class TensorInput:
 
 @dataclass(frozen=True, slots=True)
 class UnusedTensor:
-    """A tensor argument that the trace did not come across; Python code that it did not follow may look at its kind."""
+    """A tensor argument that the trace did not come across."""
 
     dtype: torch.dtype
     device: torch.device
@@ -40,7 +40,7 @@ class UnusedTensor:
 
 @dataclass(frozen=True, slots=True)
 class SameObject:
-    """An argument that was the same tensor as flattened argument ``index``, which errors call ``label``."""
+    """An argument that was the same tensor as flattened argument ``index``."""
 
     index: int
     label: str
@@ -58,7 +58,7 @@ class FixedValue:  # that the trace has built in
 
 @dataclass(frozen=True, slots=True)
 class WatchedObject:
-    """An object of a class of its own: what the trace read of it is compared by ``arguments_as_traced``."""
+    """An object whose class is no tensor: ``arguments_as_traced`` compares it."""
 
 
 Assumption = TensorInput | UnusedTensor | SameObject | IntegerInput | FixedValue | WatchedObject
@@ -97,7 +97,7 @@ Node = Leaf | Items | Tree
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """One parameter of the entry: ``kind`` is ``"/"`` positional only, ``""`` plain, ``"*"`` and ``"**"`` variadic, ``"k"`` keyword only."""
+    """``kind`` is ``""``, ``"/"`` positional only, ``"k"`` keyword only, ``"*"`` or ``"**"``."""
 
     name: str
     kind: str
@@ -142,7 +142,7 @@ class FromOutput:  # of the graph
 
 @dataclass(frozen=True, slots=True)
 class FromConst:
-    """A value that does not depend on the arguments, or a number that the entry's checks fix, such as a stride."""
+    """A value that does not depend on the arguments, or that the checks fix."""
 
     value: object
 

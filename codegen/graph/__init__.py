@@ -1,1 +1,1 @@
-"""What is read of FX graphs: where nodes come from, what they call, which values are constants, which pieces are the same."""
+"""What is read of FX graphs: where nodes come from, what they call, which are the same."""

@@ -1,7 +1,6 @@
 """Node arguments as text, and the consts table for what has no literal.
 
-A value is written inline only if its exact type has a literal that evaluates back to it; nothing is ever written by a
-user-defined ``repr``, and an FX node never becomes a constant.
+Nothing is ever written by a user's ``repr``, and an FX node never becomes a constant.
 """
 
 from __future__ import annotations
@@ -65,10 +64,7 @@ def to_text(
     *,
     index: bool = False,
 ) -> str:
-    """Write a node argument as Python; nodes in any nesting become what ``refer`` gives.
-
-    Inline literals are passed to ``literal``, in order of evaluation; an ``index`` has slices as brackets write them.
-    """
+    """Write a node argument as Python; nodes in any nesting become what ``refer`` gives."""
 
     def convert(item: object, depth: int = 0) -> str:
         kind = type(item)
@@ -130,7 +126,7 @@ def holds_node(value: object) -> bool:
 
 
 def _first_inside(value: object, kinds: tuple[type, ...]) -> object | None:
-    """An object of one of ``kinds`` that is reachable inside ``value`` through standard containers, or None."""
+    """An object of one of ``kinds`` inside ``value``, in any nesting of containers; or None."""
     stack, seen = [value], set()
     while stack:
         item = stack.pop()
@@ -153,7 +149,7 @@ def _first_inside(value: object, kinds: tuple[type, ...]) -> object | None:
 
 
 def describe(value: object) -> str:
-    """One line about a constant for the consts table: no address, no time, nothing that varies by run."""
+    """One line about a constant for the consts table, without anything that varies by run."""
     if isinstance(value, torch.Tensor):
         return f"tensor {short_type(value)}"
     if isinstance(value, (torch.dtype, torch.device, torch.layout, torch.memory_format)):

@@ -1,7 +1,4 @@
-"""Where a statement comes from: module path, source line and shapes, of FX nodes with Dynamo's metadata.
-
-Paths are the model's (``layers.3.self_attn``), files are base names; no absolute path and no address gets out.
-"""
+"""Where a statement comes from: module path, source line and shapes; no absolute path gets out."""
 
 from __future__ import annotations
 
@@ -27,14 +24,14 @@ _UNSAFE = re.compile(r"[^\w.\-:<>/ \[\]]")
 
 
 class SymbolNames:
-    """Names symbols ``s0, s1, …`` in order of first sight, so that comments don't depend on torch's numbering."""
+    """Names symbols ``s0, s1, …`` in order of first sight."""
 
     def __init__(self) -> None:
         self._names: dict[str, str] = {}
         self._taken: set[str] = set()
 
     def know(self, names: Mapping[str, str], taken: Iterable[str]) -> None:
-        """Use ``names`` (symbol → the parameter that it is), and none of what other values are called."""
+        """Use ``names`` (symbol → the parameter that it is), and none that is ``taken``."""
         self._names = {**names, **self._names}
         self._taken |= {*taken, *names.values()}
 
@@ -55,7 +52,7 @@ class SymbolNames:
 
 
 def tidy(size: str) -> str:
-    """A computed size without the brackets that sympy writes for care: ``4*(s0//16)``; "…" where that would fill a line."""
+    """A computed size without the brackets that sympy writes for care: ``4*(s0//16)``."""
     try:
         text = ast.unparse(ast.parse(size, mode="eval"))
     except (SyntaxError, ValueError):
@@ -100,7 +97,7 @@ def module_path(node: torch.fx.Node) -> str:
 
 
 def dotted_path(source: str) -> str:
-    """The module that Dynamo calls ``source`` (``L['model'].layers[3]``), as the model names it: ``layers.3``."""
+    """The module that Dynamo calls ``source`` (``L['model'].layers[3]``)."""
     path = _SUBSCRIPT.sub(r".\1", _ROOT.sub("", source.replace("._modules", "")))
     return _comment_safe(path.strip("."))
 
@@ -114,7 +111,7 @@ def source_line(node: torch.fx.Node) -> str:
 
 
 def source_code(node: torch.fx.Node) -> str:
-    """What stands on the line that `source_line` names, if it is a whole statement and nothing but ASCII; else ""."""
+    """The line that `source_line` names, if it is a whole ASCII statement; else ""."""
     frame = _user_frame(node)
     if frame is None:
         return ""
@@ -127,7 +124,7 @@ def source_code(node: torch.fx.Node) -> str:
 
 
 def _user_frame(node: torch.fx.Node) -> re.Match[str] | None:
-    """The innermost frame that was recorded for ``node``; a call inside piecework itself says nothing about the model."""
+    """The innermost frame that was recorded for ``node``."""
     trace = node.meta.get("stack_trace")
     frames = _FRAME.finditer(trace) if isinstance(trace, str) else iter(())
     users = [each for each in frames if not each["file"].startswith(_OWN_FRAMES)]
@@ -146,7 +143,7 @@ def origin_of(node: torch.fx.Node, symbols: SymbolNames) -> ir.Origin:
 
 
 def origin_of_piece(piece: torch.fx.GraphModule, symbols: SymbolNames) -> ir.Origin:
-    """Origin of a whole submodule: its first and last module path, or line where it runs no module, and the shapes that it returns."""
+    """Origin of a submodule: its first and last module path or line, and its results."""
     nodes = [n for n in piece.graph.nodes if n.op not in ("placeholder", "get_attr", "output")]
     paths = list(filter(None, map(module_path, nodes)))
     lines = filter(None, map(source_line, nodes if len(nodes) == 1 or not paths else []))

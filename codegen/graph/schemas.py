@@ -1,4 +1,4 @@
-"""What a graph calls, and what an operator declares. In: a graph, an operator of torch. Out: its calls, overloads, what its schema says of writes and results."""
+"""What a graph calls, and what the schemas of operators say of overloads, writes and results."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def every_node(graph: torch.nn.Module) -> Iterator[torch.fx.Node]:
 
 
 def overloads_of(target: object) -> tuple[torch._ops.OpOverload, ...]:
-    """The overloads of which a call of ``target`` runs one; none for what is no operator. FX may call a packet."""
+    """The overloads of which a call of ``target`` runs one; none for what is no operator."""
     if isinstance(target, torch._ops.OpOverloadPacket):
         names = target.overloads()  # type: ignore[no-untyped-call]
         return tuple(getattr(target, name) for name in names)
@@ -29,7 +29,7 @@ def writes_to(argument: torch._C.Argument) -> bool:
 
 
 def shows_nothing(target: object) -> bool:
-    """Whether ``target`` is an operator whose schema names neither a result nor a write, so that what it is called for can't be told."""
+    """Whether ``target`` is an operator whose schema names neither a result nor a write."""
     if not isinstance(target, torch._ops.OpOverload):
         return False
     return not target._schema.returns and not any(map(writes_to, target._schema.arguments))

@@ -1,7 +1,4 @@
-"""What makes two graphs the same program: a key that ignores names, and the literals found on the way.
-
-Two graphs with equal keys run the same operators on the same operands; nothing is compared by name or by position in a model.
-"""
+"""What makes two graphs the same program: a key that ignores names, and the literals on the way."""
 
 from __future__ import annotations
 
@@ -23,25 +20,22 @@ from piecework.codegen.plan.literals import is_inline_literal
 
 @dataclass(frozen=True, slots=True)
 class Hole:
-    """A literal left out of a key: its node's position, its place among the node's literals, the argument, its value."""
+    """A literal left out of a key."""
 
-    node: int
-    ordinal: int
+    node: int  # its node's position
+    ordinal: int  # its place among the node's literals
     argument: str
     value: object
 
 
 @dataclass(frozen=True, slots=True)
 class Structure:
-    """``key`` identifies the program; ``lines`` are its readable form, one per node; ``holes`` what was left open.
+    """Canonical form of a graph."""
 
-    ``local`` is what of it only this process can tell, "" where the key means the same in another one.
-    """
-
-    key: str
-    lines: tuple[str, ...]
-    holes: tuple[Hole, ...]
-    local: str = ""
+    key: str  # identifies the program
+    lines: tuple[str, ...]  # its readable form, one per node
+    holes: tuple[Hole, ...]  # what was left open
+    local: str = ""  # what of it only this process can tell
 
 
 def structure_of(
@@ -60,7 +54,7 @@ def structure_of(
 
 
 def call_text(gm: torch.fx.GraphModule, node: torch.fx.Node) -> str:
-    """What one node of ``gm`` does, with its literals; the nodes that it takes are numbered in the order of ``all_input_nodes``."""
+    """What one node of ``gm`` does, with its literals."""
     writer = _Writer(gm, open_literals=False)
     writer.number.update({each: index for index, each in enumerate(node.all_input_nodes)})
     writer.write(node, None)
@@ -101,7 +95,7 @@ class _Writer:
         self.lines.append(f"%{number} {node.op} {target} ({args}) {{{kwargs}}}{arity}")
 
     def _made_of(self, value: object, number: int) -> str:
-        """The inner tensors and settings of a tensor subclass: its class computes by them, and shape and dtype don't tell them."""
+        """The inner tensors and settings of a tensor subclass, which shape and dtype don't tell."""
         apart = taken_apart(value)
         if apart is None:
             return ""
@@ -111,7 +105,7 @@ class _Writer:
         return f" of {self._object(type(value))} {self._setting(settings, number)} {parts}"
 
     def _setting(self, value: object, number: int) -> str:
-        """What a subclass says of itself; settings of equal fields are equal, as they are to Dynamo."""
+        """What a subclass says of itself."""
         if type(value) is dict:
             items = [f"{key!a}: {self._setting(each, number)}" for key, each in value.items()]
             return f"dict({', '.join(items)})"
@@ -124,7 +118,7 @@ class _Writer:
         return self._value(value, number, "")
 
     def _sharing(self, node: torch.fx.Node, number: int) -> str:
-        """Which earlier input lies in the same memory: writing to one of two means something else then."""
+        """Which earlier input lies in the same memory."""
         value = value_of(node)
         if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
             return ""
@@ -200,7 +194,7 @@ class _Writer:
 
 
 def is_liftable(value: object) -> bool:
-    """True for an inline literal that may become a parameter; None and Ellipsis say too little to be worth it."""
+    """True for an inline literal that may become a parameter."""
     return value is not None and value is not Ellipsis
 
 
@@ -213,20 +207,14 @@ def attribute_of(gm: torch.nn.Module, target: str) -> object:
 
 
 def new_placeholder(graph: torch.fx.Graph, name: str) -> torch.fx.Node:
-    """A placeholder of ``graph`` whose parameter is called as its node is.
-
-    Where they differ (fx calls the node of ``X`` ``x``), fx's code for the graph begins with ``x = X``, over a parameter ``x``.
-    """
+    """A placeholder of ``graph`` whose parameter is called as its node is."""
     node = graph.create_node("placeholder", name, name=name)
     node.target = node.name
     return node
 
 
 def input_signature(node: torch.fx.Node) -> str:
-    """What a compiler may specialise on: dtype, device, shape, stride, offset, and whether it is a parameter.
-
-    Symbols keep their names: they are shared by all pieces of one capture.
-    """
+    """What a compiler may specialise on; symbols are shared by all pieces of one capture."""
     value = value_of(node)
     if not isinstance(value, torch.Tensor):
         return (
@@ -252,7 +240,7 @@ def _signature(value: torch.Tensor) -> str:
 
 
 def taken_apart(tensor: object) -> tuple[dict[str, torch.Tensor], object] | None:
-    """The tensors that a subclass is made of, by name, and its settings, as torch's compiler takes it apart; None for a plain tensor."""
+    """A tensor subclass's inner tensors by name, and its settings; None for a plain tensor."""
     flatten = getattr(type(tensor), "__tensor_flatten__", None)
     if flatten is None:
         return None

@@ -1,7 +1,4 @@
-"""Paths of functions in emitted source: a dotted path and its import for the target of a ``call_function`` node, or None when it has no name.
-
-A path is used only if looking it up gives the very same object at emission; nothing is found by name alone.
-"""
+"""Paths of functions in emitted source; one is used only if it gives the very same object."""
 
 from __future__ import annotations
 
@@ -104,7 +101,7 @@ ABSENT = object()
 
 
 def _resolve(module: str | None, path: str) -> object:
-    """What ``path`` means after ``import module`` (None: among the builtins); `ABSENT` if nothing, or if only code can tell."""
+    """What ``path`` means after ``import module``; `ABSENT` if only code can tell."""
     root, *rest = path.split(".")
     value = sys.modules.get(root, ABSENT) if module else vars(builtins).get(root, ABSENT)
     for part in rest:
@@ -113,11 +110,7 @@ def _resolve(module: str | None, path: str) -> object:
 
 
 def _attribute_at_rest(owner: object, name: str) -> object:
-    """The attribute of a module, a class or an operator of torch, without running code of the owner; else `ABSENT`.
-
-    A module's ``__getattr__``, properties and other descriptors are code. Those of ``torch.ops`` are torch's own, and look
-    operators up.
-    """
+    """An attribute that is found without running code of its owner (but torch.ops); or `ABSENT`."""
     if isinstance(owner, _OPERATORS):
         try:
             return getattr(owner, name)

@@ -1,7 +1,4 @@
-"""What a module of emitted source is made of: functions of statements, and the tables in its header.
-
-A statement is text already; beside it stands what liveness, replay and comments ask of it.
-"""
+"""What a module of emitted source is made of; statements are text, with what is asked of them."""
 
 from __future__ import annotations
 
@@ -11,26 +8,21 @@ from typing import Literal
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """What a statement stands for: the module path, the place of the user's source line, the shapes of results, and what stands in that line.
+    """What a statement stands for."""
 
-    ``module`` is one path, or ``first … last`` for a piece that spans several modules; ``code`` is "" where it takes several lines.
-    """
-
-    module: str = ""
-    source: str = ""
-    shapes: str = ""
-    code: str = ""
+    module: str = ""  # one path, or ``first … last`` for a piece that spans several modules
+    source: str = ""  # the place of the user's source line
+    shapes: str = ""  # of results
+    code: str = ""  # what stands in that line; "" where it takes several
 
 
 @dataclass(frozen=True, slots=True)
 class PieceCall:
-    """The call of a submodule: its place in ``__vllm_submods__``, its arguments as text, and the leaves of those in order.
+    """The call of a submodule."""
 
-    ``leaves`` is None where an argument is no list or tuple of names and literals, or is passed by keyword.
-    """
-
-    index: int
+    index: int  # in ``__vllm_submods__``
     arguments: str
+    # the leaves of the arguments, in order; None where one is a dict, a slice or named
     leaves: tuple[str, ...] | None
 
 
@@ -52,7 +44,7 @@ class Statement:
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """``kind`` is ``""``, ``"/"`` for positional only, ``"k"`` for keyword only, ``"*"`` or ``"**"``."""
+    """``kind`` is ``""``, ``"/"`` positional only, ``"k"`` keyword only, ``"*"`` or ``"**"``."""
 
     name: str
     kind: str = ""
@@ -79,11 +71,11 @@ class Alias:
 
 @dataclass(frozen=True, slots=True)
 class ConstSpec:
-    """What ``__vllm_consts__[index]`` is; ``attribute`` is the dotted path in `split_gm` when it was read from an attribute."""
+    """What ``__vllm_consts__[index]`` is."""
 
     index: int
     description: str
-    attribute: str | None = None
+    attribute: str | None = None  # where `split_gm` has it
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,11 +90,7 @@ class BoundName:
 
 @dataclass(frozen=True, slots=True)
 class Module:
-    """The whole emitted module.
-
-    ``functions`` are in order of definition; ``entry`` comes last; ``digests`` say what each of ``submod_names`` computes, ""
-    where that is not known.
-    """
+    """The whole emitted module."""
 
     imports: tuple[str, ...]
     entry: Function
@@ -112,7 +100,7 @@ class Module:
     const_specs: tuple[ConstSpec, ...] = ()
     bound: tuple[BoundName, ...] = ()
     banner: tuple[str, ...] = ()
-    digests: tuple[str, ...] = ()
+    digests: tuple[str, ...] = ()  # what each submodule computes, "" if not known
 
 
 def deletion(names: tuple[str, ...]) -> Statement:
@@ -120,10 +108,7 @@ def deletion(names: tuple[str, ...]) -> Statement:
 
 
 def insert_deletes(body: tuple[Statement, ...], borrowed: frozenset[str]) -> tuple[Statement, ...]:
-    """``body`` with a ``del`` after the last use of every name outside ``borrowed``.
-
-    What the caller lends (parameters, weights) and what is returned is never deleted.
-    """
+    """``body`` with a ``del`` after the last use of every name outside ``borrowed``."""
     last: dict[str, int] = {}
     kept = set(borrowed)
     for index, stmt in enumerate(body):

@@ -1,4 +1,4 @@
-"""Literals of emitted source (which values have one, how it is written, read back and compared), and other pieces of Python on one line."""
+"""Literals of emitted source, written, read and compared, and other Python on one line."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Read(NamedTuple):
 
 
 def is_inline_literal(value: object) -> bool:
-    """Whether ``value`` may be written inline: by exact type, and only if its literal evaluates back to it."""
+    """Whether ``value``, of just this type, has a literal that evaluates back to it."""
     match value:
         case float() if type(value) is float:
             return math.isfinite(value)
@@ -37,7 +37,7 @@ def is_inline_literal(value: object) -> bool:
 
 
 def literal_text(value: object) -> str:
-    """A literal as ASCII source in black's spelling; ``...`` for Ellipsis. What has none is shown as it shows itself, for errors."""
+    """A literal as ASCII source in black's spelling; ``...`` for Ellipsis."""
     text = ascii(value)
     match value:
         case EllipsisType():
@@ -58,7 +58,7 @@ def literal_text(value: object) -> str:
 
 
 def same_literal(left: object, right: object) -> bool:
-    """Whether two values are of one type and nothing can tell them apart; floats and complex numbers of other classes (numpy's) go by their bits too."""
+    """Whether two values are of one type and nothing can tell them apart."""
     if type(left) is not type(right):
         return False
     for base in (float, complex):
@@ -68,7 +68,7 @@ def same_literal(left: object, right: object) -> bool:
 
 
 def read_literal(node: ast.expr) -> Read | None:
-    """The literal that an expression is, with its sign and both parts of a complex number; None for anything else."""
+    """The literal that an expression is, with its sign and both parts of a complex number."""
     match node:
         case ast.Constant(value=value):
             return Read(value)
@@ -88,17 +88,14 @@ def read_literal(node: ast.expr) -> Read | None:
 
 
 def operand(text: str, *, receiver: bool = False) -> str:
-    """``text`` beside a sign, or before a dot or a bracket: numbers that would be read otherwise there are in brackets."""
+    """``text`` beside a sign or before a dot, in brackets where it would be read otherwise."""
     loose = text.startswith("-") or (" " in text and text.endswith("j"))
     number = receiver and (text[0].isdigit() or text.startswith("{"))
     return f"({text})" if loose or number else text
 
 
 def arguments_text(args: Iterable[str], kwargs: Sequence[tuple[str, str]] = ()) -> str:
-    """Positional arguments, then named ones.
-
-    From the first name on that can't be written as a keyword, the rest goes into one dict: order is kept.
-    """
+    """Positional arguments, then named ones, as a dict from a name that is no keyword on."""
     parts = list(args)
     for number, (key, value) in enumerate(kwargs):
         if not is_identifier(key):

@@ -1,7 +1,4 @@
-"""Identifiers of the emitted module: wished-for names from a graph, hostile or not, become unique, valid, unreserved ones.
-
-A name table never gives out a keyword, a builtin, an import, an alias or anything that starts with ``__vllm_``.
-"""
+"""Identifiers of the emitted module: wished-for names become unique, valid, unreserved ones."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ SUBMODS, CONSTS = "__vllm_submods__", "__vllm_consts__"
 
 
 def _is_language_builtin(name: str) -> bool:
-    """Leaves out what `site`, interactive shells and `gettext` add, so that names don't depend on how Python was started."""
+    """Leaves out what `site`, interactive shells and `gettext` add."""
     value = getattr(builtins, name)
     if name.startswith("_") or type(value).__module__ == "_sitebuiltins":
         return False
@@ -24,7 +21,7 @@ BUILTINS = frozenset(filter(_is_language_builtin, dir(builtins)))
 
 
 def is_identifier(text: object) -> bool:
-    """True when ``text`` is an ASCII identifier and not a keyword, so that it means itself in source."""
+    """True when ``text`` is an ASCII identifier and not a keyword."""
     if not (isinstance(text, str) and text.isascii() and text.isidentifier()):
         return False
     # `__debug__` is a constant that no syntax may bind, not even as a keyword argument.

@@ -1,8 +1,7 @@
-"""From plan to text: an `ir.Module` becomes Python source in black's format, and each line is told its statement.
+"""From plan to text: an `ir.Module` becomes Python source in black's format.
 
-What stands around statements belongs to the templates; nothing is decided that the plan did not say. Black takes over a millisecond a
-statement, and statements repeat from layer to layer with other numbers in their names. So it is shown each form of a statement once, with
-all digits zero, and the digits are put back.
+Black is slow, and statements repeat with other numbers in their names: it is shown each form once,
+with all digits zero, and the digits are put back.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ _DIRECTIVE = re.compile(r"\b(fmt|yapf|type|noqa|pragma|pylint|isort)\s*:")
 
 @cache
 def environment() -> jinja2.Environment:
-    """The one Jinja environment: strict about undefined names, trimmed blocks, no autoescape (it writes Python)."""
+    """The one Jinja environment; it escapes HTML alone."""
     import jinja2
 
     return jinja2.Environment(
@@ -141,7 +140,7 @@ def _wrapped(note: str) -> str:
 
 
 def _with_depth(body: Sequence[ir.Statement]) -> Iterator[tuple[ir.Statement, int]]:
-    """Each statement, and the number of blocks around it: ``try:`` stands where its region was entered, the call of its ``finally:`` inside."""
+    """Each statement, and the number of blocks around it."""
     depth = 0
     for stmt in body:
         yield stmt, depth
@@ -169,7 +168,7 @@ def _alias(alias: ir.Alias) -> str:
 
 
 def _comment(text: str, *, made_here: bool = False) -> str:
-    """``text`` on one line, so that it cannot end its comment nor be a directive; in ASCII, unless it was made here."""
+    """``text`` on one line, so that it cannot end its comment nor be a directive."""
     line = text if text.isprintable() and (made_here or text.isascii()) else ascii(text)[1:-1]
     return _DIRECTIVE.sub(r"\1 -", line).rstrip()
 
@@ -186,7 +185,7 @@ def _comment_text(stmt: ir.Statement) -> str:
 
 
 def _comment_lines(stmt: ir.Statement, indent: int) -> list[str]:
-    """`_comment_text` in lines that fit: without the user's code where that is too long, shapes below in as many as it takes."""
+    """`_comment_text` in lines that fit: without the user's code, and with shapes below it."""
     text, width = _comment_text(stmt), LINE_LENGTH - indent - len("# ")
     if len(text) <= width:
         return [text] if text else []
@@ -208,7 +207,7 @@ def _comment_lines(stmt: ir.Statement, indent: int) -> list[str]:
 
 
 def line_map(module: ir.Module, tree: ast.Module) -> dict[int, ir.Origin]:
-    """Map each line that a statement covers to that statement's origin; ``tree`` is the parsed source."""
+    """Map each line that a statement covers to that statement's origin."""
     lines: dict[int, ir.Origin] = {}
     functions = [*module.functions, module.entry]
     defined = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
@@ -256,10 +255,7 @@ def format_source(text: str) -> str:
 
 
 def format_statements(statements: Sequence[Statement]) -> list[str]:
-    """Each statement as black lays it out in a function's body, without its indentation.
-
-    Black never looks at a digit: those of numbers stay as `literals` writes them, all others are letters to it.
-    """
+    """Each statement as black lays it out in a function's body, without its indentation."""
     forms = [(text.translate(_ZEROS), depth) for text, depth in statements]
     known = _laid_out()
     new = [form for form in dict.fromkeys(forms) if form not in known]

@@ -1,8 +1,4 @@
-"""Expressions over sizes as Python: a symbolic expression of torch's (sympy) becomes text that computes the same.
-
-The emitted checks, the explanation of a refused call and the check of captured sizes all read the same text in the same
-namespace. What is not in the tables here is an `EmitError`, never a name that is missing at a call.
-"""
+"""Expressions over sizes as Python: torch's symbolic expressions become text."""
 
 from __future__ import annotations
 
@@ -54,7 +50,7 @@ def size_text(expr: object, names: Mapping[str, str]) -> str:
 
 
 def evaluate(text: str, values: Mapping[str, float]) -> object:
-    """What a text made here computes for these values; None where it has no value, such as a division by zero."""
+    """What a text made here computes for these values."""
     try:
         return eval(text, dict(_NAMESPACE), dict(values))
     except (ArithmeticError, ValueError):

@@ -1,1 +1,1 @@
-"""Emitted text read back: its grammar, what it does, and the proof that this is what a graph does."""
+"""The proof that emitted text does what its graph does."""

@@ -1,4 +1,4 @@
-"""What a graph does, by running it on tokens as `torch.fx.Interpreter` would: its calls in order and its result."""
+"""What a graph does, by running it on tokens: its calls in order and its result."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def builds(target: object, kwargs: Mapping[str, object]) -> bool:
 
 
 class Sameness:
-    """Whether an operand of the graph is one of the text; a list or dict is one object in both or in neither."""
+    """Whether an operand of the graph is one of the text."""
 
     def __init__(self) -> None:
         self._texts: dict[int, object] = {}
@@ -173,7 +173,7 @@ def run_graph(split_gm: torch.fx.GraphModule, linked: Linkage) -> GraphRun:
 
 
 class _Interpreter:
-    """Runs one graph as `torch.fx.Interpreter` does, and records what it calls in a run that its callers share."""
+    """Runs one graph as `torch.fx.Interpreter` does."""
 
     def __init__(
         self, gm: torch.fx.GraphModule, run: GraphRun, linked: Linkage, prefix: str

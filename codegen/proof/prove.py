@@ -1,7 +1,7 @@
-"""Proves that emitted text does what its graph does: each call of the text has to be the graph's next one.
+"""Proves that emitted text does what its graph does: each of its calls has to be the graph's next.
 
-Python runs the text on tokens; first each call, sign, attribute and item in it becomes a report to the proof, so that
-no operator runs. What emitted text may consist of is what is read here: a straight line, so one run says what all do.
+Python runs the text on tokens, its calls, signs, attributes and items being reports to the proof.
+A text is a straight line (all else is refused), so one run says what every run does.
 """
 
 from __future__ import annotations
@@ -64,16 +64,7 @@ class Proof:
 
 
 def prove(code: str, split_gm: torch.fx.GraphModule, linked: Linkage) -> Proof:
-    """Prove that ``code`` computes what ``split_gm`` computes, in the same order.
-
-    Args:
-        code: an emitted module, edited or not.
-        split_gm: the stitching graph.
-        linked: what the text's names stand for.
-
-    Raises:
-        EmitError: the first difference, with the line of the text and the node of the graph.
-    """
+    """Prove that ``code`` computes what ``split_gm`` computes, in the same order."""
     graph = run_graph(split_gm, linked)
     try:
         text = _Reporting(code, graph.held)
@@ -93,7 +84,7 @@ def _line_of(code: str, line: int) -> str:
 
 
 class _Reporting(ast.NodeTransformer):
-    """A text as a syntax tree in which calls, signs, attributes and items are reports to the proof."""
+    """A text as a syntax tree in which calls, signs, attributes and items are reports."""
 
     def __init__(self, code: str, held: Mapping[str, object]) -> None:
         self.code = code
@@ -177,7 +168,7 @@ class _Reporting(ast.NodeTransformer):
         return [ast.Assign([ast.Name(_DEFAULTS, ast.Store())], defaults), function]
 
     def _block(self, body: Sequence[ast.stmt], region: str = "") -> list[ast.stmt]:
-        """The statements of a block; those of a ``try`` and its ``finally`` come one after the other."""
+        """The statements of a block."""
         found: list[ast.stmt] = []
         for stmt, following in zip(body, [*body[1:], None], strict=True):
             match stmt:

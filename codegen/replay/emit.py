@@ -1,7 +1,4 @@
-"""From stitching source to replay source: a straight-line function that replays one descriptor.
-
-Nothing is executed, and no tensor is touched.
-"""
+"""From stitching source to replay source: a straight-line function that replays one descriptor."""
 
 from __future__ import annotations
 
@@ -31,10 +28,7 @@ WHOLE = "whole_forward"
 def whole_forward(
     split_gm: torch.fx.GraphModule, source: StitchedSource
 ) -> tuple[torch.fx.GraphModule, StitchedSource]:
-    """The forward as one piece, for a full graph: ``return whole_forward(<parameters>)``, and its source.
-
-    Weights that ``source`` holds as names of its module are no parameters here either.
-    """
+    """The forward as one piece, for a full graph, and its source."""
     graph = torch.fx.Graph()
     inputs = [new_placeholder(graph, each.name) for each in source.module.entry.parameters]
     call, results = graph.call_module(WHOLE, tuple(inputs)), []
@@ -50,14 +44,7 @@ def whole_forward(
 def generate_replay(
     source: StitchedSource, split_gm: torch.fx.GraphModule, facts: plan.ReplayFacts
 ) -> plan.ReplaySource:
-    """Emit the replay function of one captured descriptor.
-
-    It is the proved stitching source with replays in place of its pieces' calls; what each of them reads is held against
-    what the source passes, place by place.
-
-    The function takes the inputs that are staged, and returns what ``execution_fn`` returns for the
-    captured size: static memory, which the next replay overwrites.
-    """
+    """Emit the replay of one descriptor: the proved source, with replays for its pieces' calls."""
     planner = _Planner(source, split_gm, facts)
     module = planner.module()
     text = planner.text(module)
@@ -192,7 +179,7 @@ class _Planner:
             self.returned.setdefault(submod, []).append(target)
 
     def _results(self, submod: str) -> dict[int | None, object]:
-        """The numbers that the results of a piece are by the captured sizes, None for any other; by element."""
+        """What each result of a piece is by the captured sizes; None if it is no number."""
         call, numbers = self.calls[submod], self.facts.numbers
         picked = {
             user.args[1]: numbers.get(user.name)

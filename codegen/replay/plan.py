@@ -1,4 +1,4 @@
-"""What was captured of each piece, as far as its replay is concerned: the words that the runtime and `emit` share.
+"""What was captured of each piece, in words that the runtime and `emit` share.
 
 A place is any value that is equal for equal memory, and is never looked into.
 """
@@ -27,7 +27,7 @@ class InPlace:
 
 @dataclass(frozen=True, slots=True)
 class Staged:
-    """A static buffer that is filled before each replay, and copied back if the piece changes it."""
+    """A static buffer, filled before each replay, and copied back if the piece changes it."""
 
     writes_back: bool = False
 

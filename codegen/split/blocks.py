@@ -1,4 +1,4 @@
-"""Where a graph that calls no splitting op is cut: between calls of modules that are alike, so that they become one piece that is compiled once."""
+"""Where a graph without splitting ops is cut: between alike modules, which are compiled once."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
-"""Regions of state that a graph opens and closes: autocast, gradient and inference mode, levels of torch.func.
+"""Regions of state that a graph opens and closes: autocast, gradient mode, torch.func.
 
-State belongs to the thread, not to the graph: a region that stayed open from one piece to another would be lost by a compiled piece, and
-one that an exception leaves open changes everything that the thread does later. So each submodule opens and closes autocast, gradient and
-inference mode for itself, and emitted text closes in ``finally``. Any other state stays inside of one piece: a graph is not cut there.
+State is the thread's: each submodule opens and closes autocast, gradient and inference mode for
+itself, in a ``finally``; a graph is not cut inside of any other.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ _CUT = ("_enter_autocast", "_enter_inference_mode", "_set_grad_enabled")
 
 @dataclass(eq=False, slots=True)
 class Region:
-    """A stretch of a graph in one state: torch's function that opens it, the node that calls it, and the one that closes it."""
+    """A stretch of a graph in one state."""
 
     name: str
     enter: torch.fx.Node
@@ -89,12 +88,7 @@ def _unbalanced(what: str, node: torch.fx.Node) -> SplitError:
 
 
 class Regions:
-    """The regions of a graph.
-
-    Attributes:
-        closed: those that a ``finally`` can close; each lies inside of another or beside it.
-        borders: the nodes that open and close regions that may be cut; each piece has its own.
-    """
+    """The regions of a graph."""
 
     def __init__(self, graph: torch.fx.Graph) -> None:
         """Read ``graph``."""
@@ -176,10 +170,7 @@ def _feeding_only(borders: set[torch.fx.Node]) -> set[torch.fx.Node]:
 
 
 class RegionWriter:
-    """Opens and closes regions in the graph of a submodule, so that each node that is written next runs in its own.
-
-    A compiled piece opens no inference mode: it changes no value, only what may be recorded of them, and compilers can't trace it.
-    """
+    """Opens and closes regions in the graph of a submodule."""
 
     def __init__(self, regions: Regions, graph: torch.fx.Graph, *, splitting: bool) -> None:
         self._regions, self._graph, self._splitting = regions, graph, splitting
@@ -202,7 +193,7 @@ class RegionWriter:
             self._graph.call_function(region.leave.target, args, kwargs)  # type: ignore[arg-type]
 
     def _enter(self, region: Region) -> None:
-        """Open ``region``; whatever closing it takes is written first, so that it can be closed at any time."""
+        """Open ``region``; whatever closing it takes is written first."""
         copied: dict[torch.fx.Node, torch.fx.Node] = {}
         for source in (*region.leave.all_input_nodes, *region.enter.all_input_nodes):
             if source is region.enter or source in copied:

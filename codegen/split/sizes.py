@@ -1,7 +1,4 @@
-"""Sizes at cuts: whole-shape reads become one read per dimension, and each piece is found the sizes that its compiler needs.
-
-A `torch.Size` can't cross a cut; integers and symbols can.
-"""
+"""Sizes at cuts: a `torch.Size` can't cross one, so each dimension is read for itself."""
 
 from __future__ import annotations
 
@@ -43,10 +40,7 @@ def symbol_of(size: object) -> object:
 
 
 def decompose_sizes(graph: torch.fx.Graph) -> None:
-    """Replace each whole-shape read by one read per dimension that is used, and each shape that is put together by its sizes, in place.
-
-    Every form of consumer is rewritten, and nothing else is changed.
-    """
+    """Replace reads of whole shapes, and shapes put together, by their sizes, in place."""
     known = {None, *map(symbol_of, map(value_of, graph.find_nodes(op="placeholder")))}
     for node in list(graph.nodes):
         if _reads_whole_shape(node):
@@ -65,7 +59,7 @@ def decompose_sizes(graph: torch.fx.Graph) -> None:
 
 
 def _reads_of(graph: torch.fx.Graph, node: torch.fx.Node) -> Sizes | None:
-    """One read per dimension of what ``node`` reads whole, numbers where they are known; None where its rank is not."""
+    """One read per dimension of what ``node`` reads whole, numbers where they are known."""
     tensor, *_ = node.all_input_nodes
     value, shape = value_of(tensor), value_of(node)
     if isinstance(value, torch.Tensor):
@@ -141,11 +135,7 @@ Asserted = Callable[[Iterable[object]], Collection[object]]
 
 
 class PieceSizes:
-    """Finds the sizes that a compiled piece takes although none of its nodes reads them.
-
-    Compilers need them: to make views of a written input again, for arithmetic that they bring in (the N / (N - 1) of a variance), for
-    inputs whose shape is computed, and for what the trace asserted of sizes that only the data decides, which each piece checks again.
-    """
+    """Finds the sizes that a compiled piece takes although none of its nodes reads them."""
 
     def __init__(
         self,
@@ -167,7 +157,7 @@ class PieceSizes:
     def of(
         self, number: int, inputs: Collection[torch.fx.Node], members: Iterable[torch.fx.Node]
     ) -> list[torch.fx.Node]:
-        """What piece ``number`` takes before everything else, in order of the graph: placeholders of sizes, and sizes computed earlier."""
+        """What piece ``number`` takes before everything else, in order of the graph."""
         if not self._given and not self._computed:
             return []
         # imports sympy, half a second

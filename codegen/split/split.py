@@ -1,7 +1,4 @@
-"""Cut a graph at its splitting operators. In: a GraphModule and the operators to cut at. Out: a stitching graph and its pieces, in order.
-
-The order of nodes is kept exactly, so mutations stay where they were; the cost is linear in nodes. The given graph is not changed.
-"""
+"""Cuts a graph at its splitting operators into a stitching graph and its pieces, in linear time."""
 
 from __future__ import annotations
 
@@ -35,7 +32,7 @@ class SplitItem:
     Attributes:
         submod_name: its name in ``split_gm``.
         graph_id: its place in the order of execution.
-        is_splitting_graph: True if it is not compiled: it holds splitting operators, or nothing but views.
+        is_splitting_graph: True if it is not compiled: splitting operators, or nothing but views.
         graph: the submodule.
     """
 
@@ -58,19 +55,19 @@ def split_graph(
 
     Args:
         graph: a captured graph, one level (submodules of higher-order operators stay whole).
-        splitting_ops: operators as ``"ns::op"`` (every overload), ``"ns::op.overload"``, overloads, packets or functions.
-        asserted: which symbols the trace asserted something of, together with those of a piece; the piece takes them too.
-        blocks: which blocks: those that are found, or the children of modules with these dotted names.
+        splitting_ops: as ``"ns::op"`` (every overload), ``"ns::op.overload"``, operators or functions.
+        asserted: the symbols of what the trace asserted of a piece's values; the piece takes them.
+        blocks: those that are found, or the children of modules with these dotted names.
         module: makes a submodule of what it holds, its graph and a name.
 
     Returns:
-        ``(split_gm, items)``: the stitching graph, whose nodes call ``submod_0``, ``submod_1``, …, and the submodules
-        sorted by ``graph_id``. Compiled pieces return a tuple; a splitting submodule returns its value, or None. A piece
-        takes the sizes that its inputs' shapes are made of before everything else, as far as the graph takes them.
+        ``(split_gm, items)``: the stitching graph, which calls ``submod_0``, ``submod_1``, …, and the
+        submodules in order. Compiled pieces return a tuple, and take the sizes of their inputs' shapes
+        first; a splitting submodule returns its value, or None.
 
     Raises:
-        SplitError: an operator's name is malformed, ``graph`` is no graph, it uses a value before it defines it, its inputs are a
-            pytree, it enters a state and does not leave it, a cut would go through ``torch.vmap``, or ``blocks`` names a module without blocks.
+        SplitError: an operator's name is malformed, ``graph`` is none or takes a pytree, a value is
+            used before it is defined, a state is left open or cut, or there are no such ``blocks``.
 
     Example:
         >>> split_gm, items = split_graph(gm, ["mylib::attention"])
@@ -179,7 +176,7 @@ _PURE_MODULES = ("_operator", "math", "builtins", "torch")
 
 
 def _is_idle(node: torch.fx.Node) -> bool:
-    """True if ``node`` launches no kernel and does nothing else: it allocates, views, reads a size, or computes with sizes."""
+    """True if ``node`` only allocates, views, reads a size, or computes with sizes."""
     if is_size_read(node) or _is_view(node) or allocates(node):
         return True
     if node.op != "call_function":
@@ -217,7 +214,7 @@ def _is_view(node: torch.fx.Node) -> bool:
 
 
 def _memory(value: object) -> set[StorageWeakRef] | None:
-    """Where the tensors of ``value`` lie; None if it holds anything else, or nothing, or a tensor without memory of its own."""
+    """Where the tensors of ``value`` lie; None if there is anything else in it."""
     values = value if isinstance(value, (tuple, list)) else (value,)
     if not values or not all(isinstance(each, torch.Tensor) for each in values):
         return None
@@ -230,12 +227,7 @@ def _memory(value: object) -> set[StorageWeakRef] | None:
 
 
 def _merge_idle(partitions: Sequence[_Partition]) -> list[_Partition]:
-    """Put nodes that launch nothing where no piece is compiled or captured for them alone.
-
-    Views of what another partition made are a submodule that is not compiled, so that they stay views of that. Allocations, with the views of
-    them, move into the last compiled piece if their inputs exist by then, and are a piece of their own if not: whoever replays the pieces after
-    them relies on memory that a piece keeps, and a splitting submodule's is another one at each call. Sizes go wherever they can.
-    """
+    """Put nodes that launch nothing where no piece is compiled or captured for them alone."""
     kept: list[_Partition] = []
     position: dict[torch.fx.Node, int] = {}  # of the partition that holds a node, in `kept`
     last_piece = -1
@@ -284,7 +276,7 @@ def _views_another(node: torch.fx.Node, here: set[torch.fx.Node]) -> bool:
 
 
 def _runs(partition: _Partition, several: bool) -> list[_Partition]:
-    """``partition``, or if it launches nothing, its runs of views of other memory, and of all else."""
+    """An idle ``partition`` as its runs of views of other memory, and of all else."""
     if partition.splitting or not several or not all(map(_is_idle, partition.nodes)):
         return [partition]
     here = set(partition.nodes)
@@ -352,7 +344,7 @@ def _build(
 def _inputs_of(
     partition: _Partition, home: Mapping[torch.fx.Node, _Partition], sizes: PieceSizes
 ) -> list[torch.fx.Node]:
-    """What a submodule takes, in order of first use; a piece takes the sizes that its compiler needs before the rest."""
+    """What a submodule takes, in order of first use."""
     inputs: dict[torch.fx.Node, None] = {}
     for node in partition.nodes:
         for source in node.all_input_nodes:
@@ -411,7 +403,7 @@ def _unpack_call(
     """Bind what ``call`` returns to the nodes that it stands for."""
     if partition.splitting and len(outputs) == 1:
         call.meta.update(outputs[0].meta)
-        # A result that has the name that FX makes of its function, and not one of the user's variables, says nothing.
+        # A name that FX made of the function, and not of the user's variable, says nothing.
         node, *more = partition.nodes
         name = getattr(node.target, "__name__", "").partition(".")[0]
         if more or node.op != "call_function" or node.name.rstrip("_0123456789") != name:

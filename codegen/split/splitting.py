@@ -81,7 +81,7 @@ def operator_name(target: object) -> str | None:
 
 
 def names_of(node: torch.fx.Node) -> set[str]:
-    """The names under which the operator that ``node`` calls may be declared: ``ns::op`` and ``ns::op.overload``."""
+    """The names under which the operator that ``node`` calls may be declared."""
     target: object = node.target
     if isinstance(target, torch._ops.HigherOrderOperator) and node.args:
         target = node.args[0]  # auto_functionalized(op, ...) runs op
@@ -96,11 +96,7 @@ _RECURRENT = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
 
 
 def recurrent_layers(graph: torch.fx.Graph) -> list[Callable[..., object]]:
-    """The functions of torch that run a whole recurrent layer, as far as ``graph`` calls them.
-
-    They stay outside of compiled pieces: a compiler would unroll them over the sequence, which fixes its length and gains nothing
-    over the kernels that torch has for them.
-    """
+    """torch's recurrent layers in ``graph``: a compiler would unroll them, fixing the length."""
     called = {node.target for node in graph.nodes if node.op == "call_function"}
     return [layer for layer in _RECURRENT if layer in called]
 
@@ -139,9 +135,9 @@ def check_op(
     """Tell whether ``op`` is fit to be a splitting op: schema, fake implementation, mutation, results.
 
     Args:
-        op: ``"ns::op"``, ``"ns::op.overload"``, an overload, a packet, or what `piecework.splitting_op` returned.
-        args, kwargs: arguments to run it with, on copies. Only a run can tell that it changes an argument or returns one
-            against its schema, or that its fake implementation has other shapes than the real one (`torch.library.opcheck`).
+        op: ``"ns::op"``, ``"ns::op.overload"``, an operator, or what `piecework.splitting_op` returned.
+        args, kwargs: arguments to run copies of: only `torch.library.opcheck` can tell whether it does
+            what its schema and its fake implementation say.
 
     Raises:
         SplitError: there is no such operator, or its overload is not clear.

@@ -1,7 +1,4 @@
-"""From text to function: emitted source, callables for its submodules and values for its constants become `execution_fn`.
-
-The text is executed as it is, under a file name that tracebacks and debuggers can show; nothing is rewritten.
-"""
+"""From text to function: emitted source is executed as it is, where tracebacks can show it."""
 
 from __future__ import annotations
 
@@ -27,8 +24,7 @@ def compile_execution_fn(
 ) -> Callable[..., object]:
     """Execute ``code`` and return its ``execution_fn`` with submodules bound.
 
-    ``__vllm_submods__`` becomes a keyword default, so that a call costs nothing more; pass it explicitly to run with
-    another list (one per batch range).
+    ``__vllm_submods__`` becomes a keyword default; pass another list (of a batch range) explicitly.
 
     Args:
         code: what `generate_execution_code` returned, or an edited version of it.
@@ -94,7 +90,7 @@ def execute_source(
 
 
 class _Lines(list[str]):
-    """Lines in linecache, and the functions that were made from them: the same text may be bound more than once."""
+    """Lines in linecache, and the functions that were made from them."""
 
     def __init__(self, lines: Iterable[str]) -> None:
         super().__init__(lines)

@@ -1,8 +1,4 @@
-"""Which submodules become functions of the emitted module.
-
-Submodules with the same body share one function, and literals in which they differ become its parameters; a body of a single
-call is written where it is called. Nothing is lowered here.
-"""
+"""Which submodules become functions of the emitted module; equal bodies share one."""
 
 from __future__ import annotations
 
@@ -23,10 +19,7 @@ from piecework.errors import UnsupportedNode
 
 @dataclass(eq=False, slots=True)
 class Inlined:
-    """One function to emit, and the submodules (by dotted path) that it stands for.
-
-    ``lifted``: the literals that differ between them, each with the name of the parameter that it becomes.
-    """
+    """One function to emit, and the submodules (by dotted path) that it stands for."""
 
     key: str
     path: str
@@ -34,14 +27,16 @@ class Inlined:
     direct_call: bool
     graph_of: dict[str, torch.fx.GraphModule] = field(default_factory=dict)
     holes_of: dict[str, tuple[Hole, ...]] = field(default_factory=dict)
+    # literals that differ between them, each with the name of the parameter that it becomes
     lifted: list[tuple[Hole, str]] = field(default_factory=list)
     lifted_values: dict[str, list[object]] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
 class InlinePlan:
-    """``shared``: the functions to emit, callees first; ``by_target``: what each submodule path became."""
+    """What became of each called submodule."""
 
+    # functions to emit, callees first
     shared: dict[str, Inlined] = field(default_factory=dict)
     by_target: dict[str, Inlined] = field(default_factory=dict)
     graphs: list[torch.fx.GraphModule] = field(default_factory=list)
@@ -49,7 +44,7 @@ class InlinePlan:
 
 
 def plan_inlining(split_gm: torch.fx.GraphModule, submods: Collection[str] | None) -> InlinePlan:
-    """Decide for every called GraphModule whether it is shared, written in place, or left to ``__vllm_submods__``."""
+    """Decide for every called GraphModule whether it is shared, written in place, or called."""
     plan = InlinePlan()
     groups: dict[str, Inlined] = {}
     calls: dict[str, list[torch.fx.Node]] = {}
@@ -76,7 +71,7 @@ def plan_inlining(split_gm: torch.fx.GraphModule, submods: Collection[str] | Non
 
 
 def is_plain(callee: object) -> bool:
-    """True if calling ``callee`` is running its graph: no hooks, no own forward, no unusual signature."""
+    """True if calling ``callee`` is running its graph, with a usual signature."""
     if not isinstance(callee, torch.fx.GraphModule) or "forward" in vars(callee):
         return False
     if callee._forward_hooks or callee._forward_pre_hooks:
@@ -100,7 +95,7 @@ def returned_value(graph: torch.fx.Graph) -> object:
 def bind_call(
     node: torch.fx.Node, callee: torch.fx.GraphModule
 ) -> list[tuple[torch.fx.Node, object]]:
-    """What each placeholder of a plain ``callee`` stands for when ``node`` calls it, in order of placeholders."""
+    """What each placeholder of a plain ``callee`` stands for when ``node`` calls it."""
     placeholders = callee.graph.find_nodes(op="placeholder")
     values = dict(zip(placeholders, node.args, strict=False))
     named = {str(each.target): each for each in placeholders if each not in values}
@@ -120,7 +115,7 @@ def bind_call(
 
 
 def _passes_container(node: torch.fx.Node) -> bool:
-    """A container that a call builds is one object; written in place of several uses it would be several."""
+    """A container that a call builds is one object."""
     containers = (*LIST_TYPES, *DICT_TYPES, tuple)
     return any(isinstance(value, containers) for value in (*node.args, *node.kwargs.values()))
 
@@ -131,7 +126,7 @@ def _inlinable(
     prefix: str,
     calls: dict[str, list[torch.fx.Node]],
 ) -> Iterator[tuple[str, torch.fx.GraphModule]]:
-    """Called GraphModules with their dotted paths, callees before callers, each once; fills ``calls``."""
+    """Called GraphModules with their dotted paths, callees before callers, each once."""
     for node in gm.graph.find_nodes(op="call_module", sort=True):
         path = f"{prefix}.{node.target}" if prefix else str(node.target)
         if submods is not None and path in submods:

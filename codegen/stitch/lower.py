@@ -1,8 +1,4 @@
-"""From graph to plan: a stitching graph (`split_gm`) becomes an `ir.Module` and the values of its constants.
-
-Every FX node becomes at most one statement; what cannot be written is an `UnsupportedNode` that names the node and its
-source line. Nothing is executed and the graph is not changed.
-"""
+"""From graph to plan: every FX node becomes at most one statement; nothing is executed."""
 
 from __future__ import annotations
 
@@ -45,14 +41,7 @@ class LowerOptions:
 def lower(
     split_gm: torch.fx.GraphModule, options: LowerOptions | None = None
 ) -> tuple[ir.Module, list[object]]:
-    """Lower ``split_gm`` to a module plan.
-
-    Returns:
-        The plan, and the values of ``__vllm_consts__`` in order.
-
-    Raises:
-        UnsupportedNode: a node that has no source form, or a region of autocast or the like that does not end.
-    """
+    """Lower ``split_gm`` to a module plan."""
     return _Lowering(split_gm, options or LowerOptions()).run()
 
 
@@ -122,7 +111,7 @@ class _Lowering:
         return roots
 
     def _aliases(self) -> tuple[ir.Alias, ...]:
-        """One module-level name per operator that is called straight from a splitting submodule, or past the dispatcher."""
+        """A module-level name per operator of a splitting submodule, or past the dispatcher."""
         inside = [n for gm in self.plan.graphs for n in gm.graph.nodes if n.op == "call_function"]
         past = [node for node in inside if self._implementation(node.target) is not None]
         aliases: list[ir.Alias] = []
@@ -170,7 +159,7 @@ class _Lowering:
         return f"sizes: {', '.join(legend.values())}" if legend else ""
 
     def _shared(self, inlined: Inlined) -> ir.Function:
-        """One function that several splitting submodules share; differing literals are its last parameters."""
+        """One function that several splitting submodules share."""
         gm, name = inlined.graph_module, self.state.function_names[inlined.key]
         names = NameTable(self.names.names())
         scope: Scope = {}

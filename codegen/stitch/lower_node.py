@@ -1,7 +1,4 @@
-"""From the nodes of one function to statements.
-
-What cannot be written is an `UnsupportedNode` that names the node and its source line. Nothing is executed and the graph is not changed.
-"""
+"""From the nodes of one function to statements."""
 
 from __future__ import annotations
 
@@ -42,7 +39,7 @@ Scope = dict[torch.fx.Node, str]
 
 
 class ModuleState:
-    """What the functions of one module have in common: constants, imports, aliases, and which submodules are inlined as what."""
+    """What the functions of one module have in common."""
 
     def __init__(self, plan: InlinePlan) -> None:
         self.plan = plan
@@ -76,7 +73,7 @@ class ModuleState:
 
 
 class FunctionLowering:
-    """Lowers one graph; ``lifted`` are its literals that became parameters, by their node's number and their own."""
+    """Lowers one graph; ``lifted`` are its literals that became parameters."""
 
     def __init__(
         self,
@@ -172,10 +169,7 @@ class FunctionLowering:
         return self._made(node, text, targets=(self._target(node),) if node.users else ())
 
     def _with_sign(self, node: torch.fx.Node) -> str | None:
-        """``x[i]``, ``x.a``, ``x + y`` and ``-x`` for the functions that mean just that.
-
-        Only where an operand is a value: ``-(1)`` would read back as a literal, ``(1)[x]`` draws a warning.
-        """
+        """``x[i]``, ``x.a``, ``x + y`` and ``-x`` for the functions that mean just that."""
         args, target = node.args, node.target
         if node.kwargs or not any(isinstance(arg, torch.fx.Node) for arg in args) or len(args) > 2:
             return None
@@ -244,7 +238,7 @@ class FunctionLowering:
         piece: ir.PieceCall | None = None,
         stands_for: torch.fx.Node | None = None,
     ) -> ir.Statement:
-        """The statement that gives the result of ``call`` to ``targets``, or to what the users of ``node`` take of it."""
+        """The statement that gives ``call`` to ``targets``, or to what users take of it."""
         unpack = False
         if targets is None:
             targets, unpack = self._targets(node, callee)
@@ -266,7 +260,7 @@ class FunctionLowering:
         return to_text(value, self._refer, self.module.consts, where, literal, index=index)
 
     def _literal(self, value: object) -> str:
-        """The literal itself, or the parameter that it was lifted to; counts as `structure_of` counts."""
+        """The literal itself, or the parameter that it was lifted to."""
         if not is_liftable(value):
             return literal_text(value)
         lifted = self.lifted.get((self.number, self.ordinal))
@@ -308,7 +302,7 @@ class FunctionLowering:
         return name
 
     def _targets(self, node: torch.fx.Node, callee: object) -> tuple[tuple[str, ...], bool]:
-        """Names for the results: one per element when every user picks an element, else one or none."""
+        """Names for the results: one per element if every user picks one, else one or none."""
         if not node.users:
             return (), False
         arity = _arity(node, callee)
@@ -334,7 +328,7 @@ def _picks_element(user: torch.fx.Node, producer: torch.fx.Node, arity: int) -> 
 
 
 def _arity(node: torch.fx.Node, callee: object) -> int | None:
-    """How many elements the tuple or list that ``node`` yields is known to have; None if unknown."""
+    """How many elements the tuple or list that ``node`` yields is known to have."""
     if isinstance(callee, torch.fx.GraphModule) and is_plain(callee):
         returned = returned_value(callee.graph)
         if not isinstance(returned, torch.fx.Node):

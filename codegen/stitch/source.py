@@ -1,7 +1,4 @@
-"""The emitted source as a value: a stitching graph becomes a `StitchedSource` with its code, submodule names, constants and line map.
-
-Emission is deterministic: the same graph gives the same bytes in every process. Nothing is executed or written to disk.
-"""
+"""The emitted source as a value; the same graph gives the same bytes in every process."""
 
 from __future__ import annotations
 
@@ -130,11 +127,12 @@ def verify(
 def generate_execution_code(split_gm: torch.fx.GraphModule) -> tuple[str, list[str], list[object]]:
     """Emit ``execution_fn`` for a stitching graph.
 
-    Submodules that are plain ``GraphModule``s are inlined; every other submodule is called through ``__vllm_submods__``.
+    Submodules that are plain ``GraphModule``s are inlined; every other submodule is called through
+    ``__vllm_submods__``.
 
     Returns:
-        ``(code, submod_names, consts)``: the source, the name of each entry of ``__vllm_submods__``, and the values of
-        ``__vllm_consts__``.
+        ``(code, submod_names, consts)``: the source, and what ``__vllm_submods__`` and
+        ``__vllm_consts__`` hold, by name and by value.
 
     Raises:
         UnsupportedNode: a node has no source form; the message names it and its source line.
@@ -142,7 +140,8 @@ def generate_execution_code(split_gm: torch.fx.GraphModule) -> tuple[str, list[s
 
     Example:
         >>> code, submod_names, consts = generate_execution_code(split_gm)
-        >>> fn = compile_execution_fn(code, {name: getattr(split_gm, name) for name in submod_names}, submod_names, consts)
+        >>> submods = {name: getattr(split_gm, name) for name in submod_names}
+        >>> fn = compile_execution_fn(code, submods, submod_names, consts)
     """
     source = generate_source(split_gm)
     return source.code, list(source.submod_names), list(source.consts)
