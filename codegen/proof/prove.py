@@ -130,9 +130,36 @@ class _Reporting(ast.NodeTransformer):
     def _no_part(self, node: ast.AST) -> NoReturn:
         self.refuse(node, f"{type(node).__name__} is not part of emitted text there")
 
+    def visit(self, node: Any) -> Any:
+        match node:
+            case ast.Module():
+                self._check_module(node)
+            case ast.FunctionDef():
+                return self._function(node)
+            case ast.Call():
+                return self._call(node)
+            case ast.Attribute() | ast.Subscript() if not isinstance(node.ctx, ast.Load):
+                self.refuse(node, "only names are assigned to and deleted")
+            case ast.Attribute(value, name) if not self._is_path(node):
+                return self._report(node, "attribute", self.visit(value), ast.Constant(name))
+            case ast.Subscript(value, index) if not _is_entry(node, CONSTS, SUBMODS):
+                return self._report(node, "item", self.visit(value), self.visit(index))
+            case ast.Attribute() | ast.Subscript():
+                return node
+            case ast.Slice(lower, upper, step):
+                given = [each or ast.Constant(None) for each in (lower, upper, step)]
+                return self._report(node, "part", *map(self.visit, given))
+            case ast.UnaryOp(sign, operand):
+                return self._sign(node, sign, operand)
+            case ast.BinOp(left, sign, right) | ast.Compare(left, [sign], [right]):
+                return self._sign(node, sign, left, right)
+            case ast.Compare():
+                self._no_part(node)
+        return self.generic_visit(node)
+
     # --- statements --------------------------------------------------------------------------------
 
-    def visit_Module(self, module: ast.Module) -> ast.AST:
+    def _check_module(self, module: ast.Module) -> None:
         for stmt in module.body:
             match stmt:
                 case ast.Import() | ast.FunctionDef():
@@ -143,9 +170,8 @@ class _Reporting(ast.NodeTransformer):
                     pass
                 case _:
                     self._no_part(stmt)
-        return self.generic_visit(module)
 
-    def visit_FunctionDef(self, function: ast.FunctionDef) -> list[ast.stmt]:
+    def _function(self, function: ast.FunctionDef) -> list[ast.stmt]:
         given, is_entry = function.args, function.name == ENTRY_NAME
         names = [each for each in ast.walk(given) if isinstance(each, ast.arg)]
         noted = [each.annotation for each in names] + [function.returns, *function.decorator_list]
@@ -196,7 +222,7 @@ class _Reporting(ast.NodeTransformer):
         at = ast.Constant((node.lineno, self._region))
         return ast.copy_location(ast.Call(method, [at, *parts], [*keywords]), node)
 
-    def visit_Call(self, node: ast.Call) -> ast.expr:
+    def _call(self, node: ast.Call) -> ast.expr:
         match node.func:
             case ast.Attribute(value, name) if not self._is_path(node.func):
                 kind, head = "method", [self.visit(value), ast.Constant(name)]
@@ -207,38 +233,11 @@ class _Reporting(ast.NodeTransformer):
         keywords = [self.visit(each) for each in node.keywords]
         return self._report(node, kind, *head, *map(self.visit, node.args), keywords=keywords)
 
-    def visit_Attribute(self, node: ast.Attribute) -> ast.expr:
-        if not isinstance(node.ctx, ast.Load):
-            self.refuse(node, "only names are assigned to and deleted")
-        if self._is_path(node):
-            return node
-        return self._report(node, "attribute", self.visit(node.value), ast.Constant(node.attr))
-
-    def visit_Subscript(self, node: ast.Subscript) -> ast.expr:
-        if not isinstance(node.ctx, ast.Load):
-            self.refuse(node, "only names are assigned to and deleted")
-        if _is_entry(node, CONSTS) or _is_entry(node, SUBMODS):
-            return node
-        return self._report(node, "item", self.visit(node.value), self.visit(node.slice))
-
-    def visit_Slice(self, node: ast.Slice) -> ast.expr:
-        parts = [each or ast.Constant(None) for each in (node.lower, node.upper, node.step)]
-        return self._report(node, "part", *map(self.visit, parts))
-
-    def visit_UnaryOp(self, node: ast.UnaryOp) -> ast.expr:
-        return self._sign(node, node.op, node.operand)
-
-    def visit_BinOp(self, node: ast.BinOp) -> ast.expr:
-        return self._sign(node, node.op, node.left, node.right)
-
-    def visit_Compare(self, node: ast.Compare) -> ast.expr:
-        return self._sign(node, node.ops[0], node.left, *node.comparators)
-
     def _sign(self, node: ast.expr, sign: ast.AST, *operands: ast.expr) -> ast.expr:
         if read_literal(node) is not None:
             return node
         name = type(sign).__name__
-        if name not in _SIGNS or len(operands) > 2:
+        if name not in _SIGNS:
             self._no_part(node)
         return self._report(node, "sign", ast.Constant(name), *map(self.visit, operands))
 
@@ -249,10 +248,10 @@ class _Reporting(ast.NodeTransformer):
         return isinstance(node, ast.Name) and node.id in self._paths
 
 
-def _is_entry(node: ast.expr, table: str) -> bool:
+def _is_entry(node: ast.expr, *tables: str) -> bool:
     match node:
         case ast.Subscript(ast.Name(name), ast.Constant(index)):
-            return name == table and type(index) is int
+            return name in tables and type(index) is int
     return False
 
 
