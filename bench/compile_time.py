@@ -5,7 +5,6 @@ Each figure is a process of its own with empty caches; importing torch is not co
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import tempfile
@@ -17,6 +16,7 @@ import torch
 
 import piecework
 from piecework.bench.measure.apart import apart
+from piecework.bench.measure.line_up import options_of
 from piecework.bench.measure.result import Result, Row, Target, machine
 
 DEPTHS = (4, 8, 16, 32)
@@ -162,10 +162,7 @@ def run(depths: Sequence[int] = DEPTHS, name: str = "small") -> Result:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run, print, and write ``compile_time.json`` and a plot; 1 if a target is missed."""
-    parser = argparse.ArgumentParser(
-        prog="python -m piecework.bench.compile_time", description=__doc__
-    )
-    parser.add_argument("--out", type=Path, default=None, help="folder for the JSON and the plot")
+    parser = options_of("compile_time", __doc__)
     parser.add_argument("--layers", type=int, nargs="+", default=list(DEPTHS))
     parser.add_argument("--model", choices=MODELS, default="small")
     parser.add_argument(

@@ -7,18 +7,15 @@ Run it with ``python -m piecework.bench.decode_step``.
 
 from __future__ import annotations
 
-import argparse
 import copy
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import transformers
-from rich.console import Console
 
 from piecework.bench.contenders import FlatGraph, op_arguments, straight, straight_lines
+from piecework.bench.measure.line_up import Report, one_thread, options_of, run_line_ups
 from piecework.bench.measure.result import Result, Row, Target, machine
 from piecework.bench.measure.timing import Timing, measure, ratio
 from piecework.errors import PieceworkError
@@ -45,8 +42,6 @@ FASTER = 1.6
 TIE = 1e-3
 WINDOW = 0.04
 SECONDS = 20.0
-
-Report = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,33 +109,23 @@ def run(
     """
     rows: list[Row] = []
     targets: list[Target] = []
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with torch.no_grad():
-            for depth in layers:
-                eager = build(depth)
-                stitched = stitch(copy.deepcopy(eager))
-                report(f"{depth} layers: stitched")
-                for batch in batches:
-                    line_up = contenders(eager, stitched, batch, stock)
-                    found = _measured(line_up, depth, batch, rounds, seconds)
-                    rows += found
-                    targets += _targets(found, depth, batch)
-                    report(f"{depth} layers, batch {batch}: measured")
-    finally:
-        torch.set_num_threads(threads)
+    with one_thread():
+        for depth in layers:
+            eager = build(depth)
+            stitched = stitch(copy.deepcopy(eager))
+            report(f"{depth} layers: stitched")
+            for batch in batches:
+                line_up = contenders(eager, stitched, batch, stock)
+                found = _measured(line_up, depth, batch, rounds, seconds)
+                rows += found
+                targets += _targets(found, depth, batch)
+                report(f"{depth} layers, batch {batch}: measured")
     notes = (
         f"at most {rounds} interleaved rounds and {seconds:g} s per setting, one thread, no_grad",
         f"processor time of one of {STEPS} steps behind {PROMPT} tokens, with its share of going back to them",
     )
-    return Result(
-        "A decode step of transformers, from tokens to logits",
-        tuple(rows),
-        tuple(targets),
-        machine(),
-        notes,
-    )
+    title = "A decode step of transformers, from tokens to logits"
+    return Result(title, tuple(rows), tuple(targets), machine(), notes)
 
 
 def contenders(
@@ -313,29 +298,9 @@ def _targets(rows: Sequence[Row], depth: int, batch: int) -> list[Target]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run, print, and write ``decode_step.json`` and ``.png``; 1 if a target is missed."""
-    parser = argparse.ArgumentParser(
-        prog="python -m piecework.bench.decode_step", description=__doc__
-    )
-    parser.add_argument("--out", type=Path, default=None, help="folder for the JSON and the plot")
-    parser.add_argument("--layers", type=int, nargs="+", default=list(LAYERS))
-    parser.add_argument("--batches", type=int, nargs="+", default=list(BATCHES))
-    parser.add_argument("--rounds", type=int, default=200, help="of each setting, at most")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="of each setting, at most")
-    parser.add_argument("--no-stock", action="store_true", help="leave torch.compile out")
-    options = parser.parse_args(arguments)
-    console = Console(stderr=True)
-    start = time.monotonic()
-    result = run(
-        options.layers,
-        options.batches,
-        rounds=options.rounds,
-        seconds=options.seconds,
-        stock=not options.no_stock,
-        report=lambda text: console.print(
-            f"{time.monotonic() - start:4.0f} s  {text}", style="dim"
-        ),
-    )
-    return result.finish(options.out, "decode_step", Console(width=110))
+    defaults = {"layers": LAYERS, "batches": BATCHES, "rounds": 200, "seconds": SECONDS}
+    parser = options_of("decode_step", __doc__)
+    return run_line_ups(parser, "decode_step", run, arguments, **defaults)
 
 
 if __name__ == "__main__":

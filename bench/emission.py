@@ -7,18 +7,17 @@ Run it with ``python -m piecework.bench.emission``.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import operator
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TypeVar
 
 import torch
 import torch.fx
 
+from piecework.bench.measure.line_up import options_of
 from piecework.bench.measure.result import Result, Row, Target, machine
 from piecework.codegen import LowerOptions, generate_source
 from piecework.codegen.plan.render import format_source
@@ -180,8 +179,7 @@ def _rows(setting: dict[str, object], seconds: dict[str, float]) -> list[Row]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run, print, and write ``emission.json`` and ``emission.png``; 1 if a target is missed."""
-    parser = argparse.ArgumentParser(prog="python -m piecework.bench.emission", description=__doc__)
-    parser.add_argument("--out", type=Path, default=None, help="folder for the JSON and the plot")
+    parser = options_of("emission", __doc__)
     parser.add_argument("--nodes", type=int, nargs="+", default=list(NODES))
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args(arguments)

@@ -7,15 +7,11 @@ Run it with ``python -m piecework.bench.host_overhead``.
 
 from __future__ import annotations
 
-import argparse
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from rich.console import Console
 
 from piecework.bench.contenders import Call, prepare
 from piecework.bench.llama_shaped import (
@@ -25,6 +21,7 @@ from piecework.bench.llama_shaped import (
     build,
     token_ids,
 )
+from piecework.bench.measure.line_up import Report, one_thread, options_of, run_line_ups
 from piecework.bench.measure.result import Result, Row, Target, machine
 from piecework.bench.measure.timing import Timing, measure, ratio
 from piecework.errors import PieceworkError
@@ -39,8 +36,6 @@ CPP = "piecework, cpp_wrapper"
 WINDOW = 0.002
 #: For one line-up; all of them, with their compilation, are done in ten minutes on two cores.
 SECONDS = 8.0
-
-Report = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +71,7 @@ def run(
     rows: list[Row] = []
     targets: list[Target] = []
     effort = Effort(rounds, seconds)
-    with _one_thread(), torch.no_grad():
+    with one_thread():
         for registration in registrations:
             for depth in layers:
                 found = _depth(depth, batches, registration, effort, stock, report)
@@ -98,20 +93,10 @@ def side_by_side(
     Raises:
         PieceworkError: a contender returns something else than the model.
     """
-    with _one_thread(), torch.no_grad():
+    with one_thread():
         torch.compiler.reset()
         calls = calls_for(depth, registration, stock="stock" in names)
         return _timings({name: calls[name] for name in names}, batch, effort)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 _HEADLINE: dict[str, object] = {"op": "custom_op", "layers": 32, "batch": 4}
@@ -218,31 +203,10 @@ def _targets(rows: Sequence[Row], registration: str, depth: int) -> list[Target]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run, print, and write ``host_overhead.json`` and ``.png``; 1 if a target is missed."""
-    parser = argparse.ArgumentParser(
-        prog="python -m piecework.bench.host_overhead", description=__doc__
-    )
-    parser.add_argument("--out", type=Path, default=None, help="folder for the JSON and the plot")
-    parser.add_argument("--layers", type=int, nargs="+", default=list(LAYERS))
-    parser.add_argument("--batches", type=int, nargs="+", default=list(BATCHES))
-    parser.add_argument("--ops", nargs="+", choices=sorted(REGISTRATIONS), default=None)
-    parser.add_argument("--rounds", type=int, default=300, help="of each setting, at most")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="of each setting, at most")
-    parser.add_argument("--no-stock", action="store_true", help="leave torch.compile out")
-    options = parser.parse_args(arguments)
-    console = Console(stderr=True)
-    start = time.monotonic()
-    result = run(
-        options.layers,
-        options.batches,
-        options.ops or tuple(REGISTRATIONS),
-        rounds=options.rounds,
-        seconds=options.seconds,
-        stock=not options.no_stock,
-        report=lambda text: console.print(
-            f"{time.monotonic() - start:4.0f} s  {text}", style="dim"
-        ),
-    )
-    return result.finish(options.out, "host_overhead", Console(width=110))
+    parser = options_of("host_overhead", __doc__)
+    parser.add_argument("--registrations", "--ops", nargs="+", choices=sorted(REGISTRATIONS), default=[*REGISTRATIONS])  # fmt: skip
+    defaults = {"layers": LAYERS, "batches": BATCHES, "rounds": 300, "seconds": SECONDS}
+    return run_line_ups(parser, "host_overhead", run, arguments, **defaults)
 
 
 if __name__ == "__main__":

@@ -7,14 +7,13 @@ Run it with ``python -m piecework.bench.stitching``.
 
 from __future__ import annotations
 
-import argparse
 import operator
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 import torch.fx
 
+from piecework.bench.measure.line_up import options_of
 from piecework.bench.measure.result import Result, Row, Target, machine
 from piecework.bench.measure.timing import Timing, measure, ratio
 from piecework.codegen import LowerOptions, generate_source
@@ -193,10 +192,7 @@ def _measure(pieces: int, rounds: int) -> tuple[dict[str, Timing], str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run, print, and write ``stitching.json`` and ``stitching.png``; 1 if a target is missed."""
-    parser = argparse.ArgumentParser(
-        prog="python -m piecework.bench.stitching", description=__doc__
-    )
-    parser.add_argument("--out", type=Path, default=None, help="folder for the JSON and the plot")
+    parser = options_of("stitching", __doc__)
     parser.add_argument("--rounds", type=int, default=400)
     options = parser.parse_args(arguments)
     result = run(rounds=options.rounds)

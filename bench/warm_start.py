@@ -6,7 +6,6 @@ that are filled from ``torch.compiler.save_cache_artifacts``; and a package of t
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import json
 import sys
@@ -20,6 +19,7 @@ import torch
 import piecework
 from piecework.bench.compile_time import build
 from piecework.bench.measure.apart import apart
+from piecework.bench.measure.line_up import options_of
 from piecework.bench.measure.result import Result, Row, Target, machine
 
 DEPTHS = (8, 32, 80)
@@ -116,10 +116,7 @@ def run(depths: Sequence[int] = DEPTHS) -> Result:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run, print, and write ``warm_start.json`` and a plot; 1 if a target is missed."""
-    parser = argparse.ArgumentParser(
-        prog="python -m piecework.bench.warm_start", description=__doc__
-    )
-    parser.add_argument("--out", type=Path, default=None, help="folder for the JSON and the plot")
+    parser = options_of("warm_start", __doc__)
     parser.add_argument("--layers", type=int, nargs="+", default=list(DEPTHS))
     parser.add_argument(
         "--one", nargs=3, metavar=("CONTENDER", "LAYERS", "FOLDER"), help="measure in this process"
