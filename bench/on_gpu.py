@@ -42,6 +42,7 @@ LIMITS = {
 # Run only by name: they take the time of others.
 MORE = {"sanitizer": 90, "deep": 150}
 SECONDS = 570
+PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--tb=short"]
 # What black imports and formatting text never uses, for a machine that has no more than the wheels.
 STAND_INS = {
     "mypy_extensions": {
@@ -118,30 +119,13 @@ class Runner:
             sink.write(f"=== {name}: {text}\n")
 
     def tests(self, name: str) -> None:
-        pytest = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-p",
-            "no:cacheprovider",
-            "--tb=short",
-            "-rs",
-            "-v",
-        ]
-        command = [*pytest, f"tests/gpu/test_gpu_{name}.py"]
+        command = [*PYTEST, "-rs", "-v", f"tests/gpu/test_gpu_{name}.py"]
         self.run(f"tests {name}", command, "gpu_tests.txt", LIMITS[f"tests:{name}"])
 
     def part(self, name: str) -> None:
         most = {**LIMITS, **MORE}[name]
-        command = [
-            sys.executable,
-            "-m",
-            "piecework.bench.gpu",
-            "--part",
-            name,
-            "--out",
-            str(self.out),
-        ]
+        module = [sys.executable, "-m", "piecework.bench.gpu"]
+        command = [*module, "--part", name, "--out", str(self.out)]
         command += ["--device", self.device, "--seconds", str(most * 0.8)]
         command += ["--quick"] if self.device == "cpu" else []
         self.run(f"part {name}", command, "gpu_bench.txt", most)
@@ -151,9 +135,8 @@ class Runner:
         tool = shutil.which("compute-sanitizer")
         if tool is None or self.device == "cpu":
             return
-        pytest = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--tb=short", "-q"]
         command = [tool, "--tool", "memcheck", "--target-processes", "application-only"]
-        command += [*pytest, "tests/gpu/test_gpu_main.py"]
+        command += [*PYTEST, "-q", "tests/gpu/test_gpu_main.py"]
         command += ["-k", "workspace and not reduce_overhead"]
         self.run("sanitizer", command, "gpu_sanitizer.txt", MORE["sanitizer"])
 

@@ -49,13 +49,13 @@ _EXPERTS = {
     "moe_intermediate_size": 64,
     "shared_expert_intermediate_size": 64,
 }
+_AS_SMALL = (
+    "Llama Qwen2 Qwen3 Mistral Gemma Granite Cohere StableLm Olmo Olmo2 Nemotron SmolLM3 "
+    "Arcee Ernie4_5 SeedOss Helium Apertus HunYuanDenseV1"
+)
 #: transformers' configuration class without "Config" → what differs from `SMALL`.
 FAMILIES: dict[str, dict[str, Any]] = {
-    "Llama": {},
-    "Qwen2": {},
-    "Qwen3": {},
-    "Mistral": {},
-    "Gemma": {},
+    **{name: {} for name in _AS_SMALL.split()},
     "Gemma3Text": {"query_pre_attn_scalar": 32, "sliding_window": 64},
     "Gemma2": {"query_pre_attn_scalar": 32, "sliding_window": 64},
     "Phi": {**_HEADS, "partial_rotary_factor": 0.5},
@@ -66,22 +66,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "OPT": {"ffn_dim": 128, "word_embed_proj_dim": 64},
     "Bloom": {"n_layer": 4, "n_head": 2},
     "Falcon": {"multi_query": True, "alibi": False, "new_decoder_architecture": False},
-    "Granite": {},
-    "Cohere": {},
     "Cohere2": {"sliding_window": 64},
-    "StableLm": {},
     "Starcoder2": {"sliding_window": None},
-    "Olmo": {},
-    "Olmo2": {},
     "Olmo3": {"sliding_window": 64},
     "Glm": {"partial_rotary_factor": 0.5},
     "Glm4": {"partial_rotary_factor": 0.5},
-    "Nemotron": {},
-    "SmolLM3": {},
-    "Arcee": {},
-    "Ernie4_5": {},
-    "SeedOss": {},
-    "Helium": {},
     "Exaone4": {"sliding_window": 64, "sliding_window_pattern": 4},
     "Mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "Qwen2Moe": _EXPERTS,
@@ -90,8 +79,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "GraniteMoe": _EXPERTS,
     "GPTBigCode": _GPT,
     "Persimmon": _HEADS,
-    "Apertus": {},
-    "HunYuanDenseV1": {},
     "Phimoe": _EXPERTS,
 }
 BATCH, ALONE = [3, 17, 40, 90], [29]

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 
+from piecework.cli.console import typed_errors
 from piecework.cli.options import Overrides, read_configuration
 from piecework.errors import ConfigError
 from piecework.runtime.batch.ranges import Range
@@ -63,30 +64,23 @@ def show(
     as_json: AsJson = False,
 ) -> None:
     """Print the configuration that a file and options mean, its ranges and its hash."""
-    if form not in ("toml", "json", "options"):
-        _misuse(ConfigError(f"no format {form!r}", where="--format", hint="toml, json or options"))
-    try:
+    with typed_errors():
+        if form not in ("toml", "json", "options"):
+            raise ConfigError(f"no format {form!r}", where="--format", hint="toml, json or options")
         config = read_configuration(file, overrides)
         limits = RuntimeConfig.model_validate(
             parse_overrides(RuntimeConfig, runtime or (), flag="-R")
         )
-        if resolve or runtime:
-            config = config.resolve(limits)
-            limits_used: RuntimeConfig | None = limits
-        else:
-            limits_used = None
+        used = limits if resolve or runtime else None
+        config = config.resolve(limits) if used else config
         if as_json:
-            _print_json(_report(config, limits_used))
+            _print_json(_report(config, used))
         elif form == "json":
             typer.echo(to_json(config, only_changed=changed))
         elif form == "options":
             typer.echo("\n".join(to_overrides(config)))
         else:
-            typer.echo(
-                _comments(config, limits_used) + to_toml(config, only_changed=changed), nl=False
-            )
-    except ConfigError as error:
-        _misuse(error)
+            typer.echo(_comments(config, used) + to_toml(config, only_changed=changed), nl=False)
 
 
 @config_app.command(epilog="Example: piecework config schema --json > piecework.schema.json")
@@ -115,23 +109,15 @@ def check(
     as_json: AsJson = False,
 ) -> None:
     """Check a configuration, also against run-time limits; exit code 1 if something is wrong."""
-    try:
+    with typed_errors():
         limits_data = parse_overrides(RuntimeConfig, runtime or (), flag="-R")
         changes = parse_overrides(CompilationConfig, overrides or ())
-    except ConfigError as error:
-        _misuse(error)
-    if file is None and not changes:
-        _misuse(
-            ConfigError("there is nothing to check", hint="name a file, or give -O.field=value")
-        )
-    if file is not None and not file.is_file():
-        _misuse(
-            ConfigError(
-                "there is no such file",
-                where=str(file),
-                hint="`piecework config show -O.field=value > piecework.toml` makes one",
-            )
-        )
+        if file is None and not changes:
+            hint = "name a file, or give -O.field=value"
+            raise ConfigError("there is nothing to check", hint=hint)
+        if file is not None and not file.is_file():
+            hint = "`piecework config show -O.field=value > piecework.toml` makes one"
+            raise ConfigError("there is no such file", where=str(file), hint=hint)
     try:
         below = read_data(file) if file is not None else {}
         config = CompilationConfig.model_validate(merge(below, changes))
@@ -188,8 +174,3 @@ def _print_fields(model: type[FrozenModel]) -> None:
 
 def _print_json(data: object) -> None:
     typer.echo(json.dumps(data, indent=2, ensure_ascii=False))
-
-
-def _misuse(error: ConfigError) -> NoReturn:
-    typer.echo(f"error: {error}", err=True)
-    raise typer.Exit(2)

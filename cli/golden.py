@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -19,6 +19,9 @@ from rich.text import Text
 
 from piecework.cli.console import DIFFERS, DONE, console, typed_errors
 from piecework.errors import UsageError
+
+if TYPE_CHECKING:
+    from piecework.golden.check import CheckRun
 
 golden_app = typer.Typer(
     name="golden",
@@ -174,6 +177,7 @@ def diff(
     Exit code 0 if they are the same text, 1 if they differ.
     """
     from piecework.golden.diff import compare_sources
+    from piecework.golden.show import summary_lines, unified_lines
 
     with typed_errors():
         texts = _read(_source_file(before)), _read(_source_file(after))
@@ -186,7 +190,12 @@ def diff(
         text = found.unified(str(before), str(after), context)
         print(json.dumps({**found.as_json(), "unified": text}, indent=2))
     else:
-        _show_diff(found, str(before), str(after), context, summary)
+        out = console()
+        lines = [*summary_lines(found)]
+        if not summary and not found.same_text:
+            lines += [Text(""), *unified_lines(found, str(before), str(after), context)]
+        for line in lines:
+            out.print(line)
         if html is not None:
             _say(f"page: {html}")
     raise typer.Exit(DONE if found.same_text else DIFFERS)
@@ -222,31 +231,15 @@ def report(
 # --- printing ----------------------------------------------------------------------------------------
 
 
-def _report_run(run: object, as_json: bool) -> None:
-    from piecework.golden.check import CheckRun
+def _report_run(run: CheckRun, as_json: bool) -> None:
     from piecework.golden.review import run_as_json, run_lines
 
-    assert isinstance(run, CheckRun)
     if as_json:
         print(json.dumps(run_as_json(run), indent=2))
         return
     out = console()
     for line in run_lines(run):
         out.print(line)
-
-
-def _show_diff(found: object, before: str, after: str, context: int, summary: bool) -> None:
-    from piecework.golden.diff import SourceDiff
-    from piecework.golden.show import summary_lines, unified_lines
-
-    assert isinstance(found, SourceDiff)
-    out = console()
-    for line in summary_lines(found):
-        out.print(line)
-    if not summary and not found.same_text:
-        out.print(Text(""))
-        for line in unified_lines(found, before, after, context):
-            out.print(line)
 
 
 def _say(text: str) -> None:

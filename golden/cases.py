@@ -115,24 +115,15 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class LoadedCase:
-    """The stitching source of a case.
-
-    Attributes:
-        gm: the stitching graph.
-        source: what was emitted from it.
-        code: the text to compare, free of line numbers of other files.
-        bound: placeholders that the source holds as module-level names, in the order of its bound names.
-        inputs: argument tuples for the placeholders of ``gm``.
-        contexts: for each of them, what makes the context to run it in; empty if none is needed.
-        calls: for each of them, the same call of the captured model; empty if none was captured.
-    """
+    """The stitching source of a case."""
 
     case: Case
     gm: torch.fx.GraphModule
     source: StitchedSource
-    code: str
-    bound: tuple[str, ...]
-    inputs: Sequence[tuple[object, ...]]
+    code: str  # free of line numbers of other files
+    bound: tuple[str, ...]  # placeholders that are module-level names, in their order
+    inputs: Sequence[tuple[object, ...]]  # for the placeholders of ``gm``
+    # for each of them the context to run it in, and the same call of the captured model, if any
     contexts: Sequence[Callable[[], AbstractContextManager[None]]] = ()
     calls: Sequence[Callable[[], object]] = ()
 

@@ -52,35 +52,13 @@ class Scale:
         return time.monotonic() < self.deadline
 
 
-_ONE_B = {
-    "vocab_size": 32000,
-    "hidden_size": 2048,
-    "intermediate_size": 8192,
-    "num_hidden_layers": 16,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-}
-_SMALL = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
+_SIZES = ["vocab_size", "hidden_size", "intermediate_size"]
+_SIZES += ["num_hidden_layers", "num_attention_heads", "num_key_value_heads"]
+_ONE_B = dict(zip(_SIZES, (32000, 2048, 8192, 16, 32, 8), strict=True))
+_SMALL = dict(zip(_SIZES, (97, 32, 64, 2, 4, 2), strict=True))
+_CAPTURED = default_capture_sizes(272)[:35]
 FULL = Scale(
-    "cuda",
-    "eager",
-    "inductor",
-    EIGHT_B,
-    (32,),
-    (80,),
-    (1, 8, 64),
-    32,
-    default_capture_sizes(272)[:35],
-    60,
-    _ONE_B,
-    64,
+    *("cuda", "eager", "inductor", EIGHT_B, (32,), (80,), (1, 8, 64), 32, _CAPTURED, 60, _ONE_B, 64)
 )
 QUICK = Scale("cpu", "eager", "eager", TINY, (2,), (4,), (1, 4), 3, (1, 2, 4, 8), 3, _SMALL, 4)
 

@@ -61,15 +61,10 @@ def test_a_missing_golden_fails_leaves_a_proposal_and_ends_with_the_command(
         ]
     )
     assert not _golden(pytester).exists()
-    assert _golden(pytester).with_name("test_model.py.new").read_text() == SOURCE.format(literal=1)
-
-
-def test_an_update_writes_and_still_fails_once(pytester: pytest.Pytester) -> None:
-    _write_test(pytester, "1")
-    _run(pytester)
-    _run(pytester, "--piecework-update").assert_outcomes(failed=1)
-    assert _golden(pytester).read_text() == SOURCE.format(literal=1)
-    assert not _golden(pytester).with_name("test_model.py.new").exists()
+    proposal = _golden(pytester).with_name("test_model.py.new")
+    assert proposal.read_text() == SOURCE.format(literal=1)
+    _run(pytester, "--piecework-update").assert_outcomes(failed=1)  # written, and fails once
+    assert _golden(pytester).read_text() == SOURCE.format(literal=1) and not proposal.exists()
     _run(pytester, "--piecework-update").assert_outcomes(passed=1)
     _run(pytester).assert_outcomes(passed=1)
 
@@ -281,18 +276,10 @@ def test_a_compiled_model_is_compared_without_line_numbers(tmp_path: Path) -> No
         config=piecework.CompilationConfig(backend="eager"),
     )
 
-    def golden(update: bool) -> StitchedGolden:
-        return StitchedGolden(
-            tmp_path / "test_own.py",
-            "test_model",
-            "test_own.py::test_model",
-            tmp_path,
-            update,
-            References(),
-        )
-
     def said(source: object, update: bool = False, name: str | None = None) -> str:
-        checked = golden(update)
+        node = ("test_model", "test_own.py::test_model")
+        file = tmp_path / "test_own.py"
+        checked = StitchedGolden(file, *node, tmp_path, update, References())
         checked(source, name=name)
         return "".join(text for text, _ in checked.differs)
 
@@ -309,12 +296,12 @@ def test_a_run_that_does_not_use_the_fixture_imports_nothing_heavy(tmp_path: Pat
     """The plugin is loaded by every pytest run of everybody who has piecework installed."""
     (tmp_path / "test_other.py").write_text("def test_nothing(): pass\n")
     code = (
-        "import sys, pytest\n"
+        "import sys, pytest\nbefore = set(sys.modules)\n"
         f"assert pytest.main(['-q', '-p', 'no:cacheprovider', {str(tmp_path)!r}]) == 0\n"
         "assert 'piecework.golden.plugin' in sys.modules\n"
         "heavy = {'torch', 'jinja2', 'black', 'pydantic', 'rich', 'transformers'} & set(sys.modules)\n"
         "assert not heavy - before, heavy"
-    ).replace("import sys, pytest\n", "import sys, pytest\nbefore = set(sys.modules)\n", 1)
+    )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env={**os.environ})
 
 
