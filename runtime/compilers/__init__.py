@@ -4,25 +4,12 @@ from __future__ import annotations
 
 from piecework.errors import ConfigError
 from piecework.runtime.compilers.inductor import InductorAdaptor, InductorStandaloneAdaptor
-from piecework.runtime.compilers.interface import (
-    CompiledPiece,
-    CompilerInterface,
-    DynamoBackendAdaptor,
-    EagerAdaptor,
-)
+from piecework.runtime.compilers.interface import CompiledPiece as CompiledPiece
+from piecework.runtime.compilers.interface import CompilerInterface as CompilerInterface
+from piecework.runtime.compilers.interface import DynamoBackendAdaptor, EagerAdaptor
 from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.config.groups import CompilationMode
 from piecework.runtime.config.model import import_qualified
-
-__all__ = [
-    "CompiledPiece",
-    "CompilerInterface",
-    "DynamoBackendAdaptor",
-    "EagerAdaptor",
-    "InductorAdaptor",
-    "InductorStandaloneAdaptor",
-    "make_compiler",
-]
 
 
 def make_compiler(config: CompilationConfig) -> CompilerInterface:

@@ -236,8 +236,6 @@ def positional(call: Callable[..., object], inputs: int) -> Callable[..., object
     return scope["piece"]
 
 
-# --- code that Inductor cut itself ---------------------------------------------------------------
-
 _TAKER: ContextVar[Any] = ContextVar("piecework_partition_taker", default=None)
 
 
@@ -273,9 +271,6 @@ def wrap_partition(function: Callable[..., object], index: int, count: int) -> P
 def partitions_taken_by(taker: Any) -> AbstractContextManager[object]:
     """For the block, ``taker.run_partition(partition, values)`` runs what runs in this context."""
     return set_for(_TAKER, taker)
-
-
-# --- which vector instructions the CPU has -------------------------------------------------------
 
 
 @cache

@@ -85,16 +85,13 @@ class EagerAdaptor:
 
 
 def uncompiled(graph: GraphModule) -> Callable[..., object]:
-    """``graph`` as a function that runs its operators one by one.
-
-    FX writes no ``finally``: a graph with regions (autocast, gradient mode) is emitted as stitching
-    source is, so that an exception leaves none of them open.
-    """
+    """``graph`` as a function that runs its operators one by one."""
     for each in graph.modules():
         if isinstance(each, GraphModule) and "forward" not in vars(type(each)):
             each.recompile()  # it was read, and nobody had to run it yet
     if not regions_in(graph.graph):
         return graph.forward
+    # FX writes no ``finally``: an exception would leave a region (autocast, gradient mode) open.
     source = generate_source(graph)
     submods = {name: graph.get_submodule(name) for name in source.submod_names}
     return compile_execution_fn(source.code, submods, source.submod_names, source.consts)

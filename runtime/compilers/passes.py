@@ -121,9 +121,6 @@ def get_pass_context() -> PassContext:
     return _CURRENT.get() or PassContext()
 
 
-# --- running them --------------------------------------------------------------------------------
-
-
 class PassRun(NamedTuple):
     """A pass on one graph; ``matches`` is None when it does not count."""
 

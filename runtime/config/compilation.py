@@ -17,23 +17,11 @@ from piecework.runtime.config import groups, model
 from piecework.runtime.config.groups import (
     CompilationMode,
     DynamicShapesConfig,
-    DynamicShapesType,
     PassConfig,
     RuntimeConfig,
     StitchingConfig,
 )
 from piecework.runtime.config.model import key, no_key
-
-__all__ = [
-    "CUDAGraphMode",
-    "CompilationConfig",
-    "CompilationMode",
-    "DynamicShapesConfig",
-    "DynamicShapesType",
-    "PassConfig",
-    "RuntimeConfig",
-    "StitchingConfig",
-]
 
 _WHOLE = (CompilationMode.STOCK_TORCH_COMPILE, CompilationMode.DYNAMO_TRACE_ONCE)
 _log = logging.getLogger(__name__)

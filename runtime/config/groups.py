@@ -17,8 +17,6 @@ from piecework.runtime.config.model import FrozenMap, FrozenModel, key, no_key
 
 _OP_NAME = re.compile(r"[A-Za-z_]\w*::[A-Za-z_]\w*(\.[A-Za-z_]\w*)?")
 
-# --- what fields take ----------------------------------------------------------------------------
-
 
 def _as_list(value: Any) -> Any:
     """A comma-separated string or a lone number, as one writes it on a command line, as a list."""
@@ -107,8 +105,6 @@ Passes = Annotated[
 ]
 BackendName = Annotated[str, Field(pattern=rf"^([A-Za-z_]\w*|{model.QUALIFIED_NAME.pattern})$")]
 
-# --- modes ---------------------------------------------------------------------------------------
-
 
 class CompilationMode(enum.IntEnum):
     """How a model is compiled; the numbers and the first three names are the field's."""
@@ -118,19 +114,19 @@ class CompilationMode(enum.IntEnum):
     DYNAMO_TRACE_ONCE = 2
     PIECEWORK_COMPILE = 3
 
-    @classmethod
-    def parse(cls, value: CompilationMode | int | str) -> CompilationMode:
-        """The mode with this number or name (any case; VLLM_COMPILE is PIECEWORK_COMPILE)."""
-        if isinstance(value, (int, str)) and not isinstance(value, bool):
-            name = str(int(value) if isinstance(value, int) else value.strip().upper())
-            for mode in cls:
-                if name in (mode.name, str(mode.value)) or (mode == 3 and name == "VLLM_COMPILE"):
-                    return mode
-        names = ", ".join(f"{mode.name} ({mode.value})" for mode in cls)
-        raise ConfigError(f"no compilation mode {value!r}; use {names}", where="mode")
-
     def __str__(self) -> str:
         return self.name
+
+
+def _mode(value: Any) -> CompilationMode:
+    """The mode with this number or name, in any case; VLLM_COMPILE is PIECEWORK_COMPILE."""
+    if isinstance(value, (int, str)) and not isinstance(value, bool):
+        name = str(int(value) if isinstance(value, int) else value.strip().upper())
+        for mode in CompilationMode:
+            if name in (mode.name, str(mode.value)) or (mode == 3 and name == "VLLM_COMPILE"):
+                return mode
+    names = ", ".join(f"{mode.name} ({mode.value})" for mode in CompilationMode)
+    raise ValueError(f"no compilation mode {value!r}; use {names}")
 
 
 class DynamicShapesType(enum.StrEnum):
@@ -145,14 +141,10 @@ class DynamicShapesType(enum.StrEnum):
 _BY_NAME = PlainSerializer(lambda value: value.name, when_used="json")
 _MODES: Any = {"enum": [*CompilationMode.__members__, "VLLM_COMPILE", *map(int, CompilationMode)]}
 _GRAPH_MODES: Any = {"enum": list(CUDAGraphMode.__members__)}
-ModeField = Annotated[
-    CompilationMode, parsed_by(CompilationMode.parse), _BY_NAME, WithJsonSchema(_MODES)
-]
+ModeField = Annotated[CompilationMode, BeforeValidator(_mode), _BY_NAME, WithJsonSchema(_MODES)]
 CUDAGraphModeField = Annotated[
     CUDAGraphMode, parsed_by(CUDAGraphMode.parse), _BY_NAME, WithJsonSchema(_GRAPH_MODES)
 ]
-
-# --- groups --------------------------------------------------------------------------------------
 
 
 class StitchingConfig(FrozenModel):

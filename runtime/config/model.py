@@ -175,9 +175,6 @@ def _config_error(model: type[FrozenModel], error: ValidationError) -> ConfigErr
     return report(model.__name__, problems, model.explained_by)
 
 
-# --- Python objects by name ----------------------------------------------------------------------
-
-
 def qualified_name(value: str | Callable[..., Any]) -> str:
     """How a callable is written in a file: ``module:name``; a string stays as it is."""
     if isinstance(value, str):

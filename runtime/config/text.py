@@ -80,9 +80,6 @@ def read_data(path: Path) -> dict[str, Any]:
     return data
 
 
-# --- options of a command line -------------------------------------------------------------------
-
-
 def parse_overrides(
     model: type[FrozenModel], texts: Iterable[str], *, flag: str = "-O"
 ) -> dict[str, Any]:
@@ -136,9 +133,6 @@ def to_overrides(config: FrozenModel, *, flag: str = "-O") -> list[str]:
             else:
                 options.append(f"{flag}.{name}{inner and '.' + inner}={text}")
     return options
-
-
-# --- the fields described ------------------------------------------------------------------------
 
 
 class FieldRow(NamedTuple):

@@ -125,7 +125,6 @@ def name_tensor(text: str) -> torch.Tensor:
 
 
 def name_of(data: torch.Tensor) -> str:
-    """The inverse of `name_tensor`."""
     return data.numpy().tobytes().rstrip(b"\0").decode("utf-8")
 
 

@@ -137,8 +137,6 @@ class CompilerManager:
         opaque = getattr(self.compiler, "calls_custom_ops_as_they_are", False)
         return bool(opaque) and not self.config.inductor_passes
 
-    # --- on disk ---------------------------------------------------------------------------------
-
     def initialize_cache(
         self,
         graph: GraphModule,
@@ -216,8 +214,6 @@ class CompilerManager:
         if reason not in self._told:
             self._told.add(reason)
             _log.warning("a piece is not kept in the compile cache: %s", reason)
-
-    # --- compiling -------------------------------------------------------------------------------
 
     def compile(self, request: Request) -> RangeEntry:
         """Compile a piece for a range, or reuse what an equal piece was compiled to.
@@ -318,7 +314,8 @@ class CompilerManager:
             seen.append(inner)
             inner = inner.__cause__ or inner.__context__
         of_pass = inner if isinstance(inner, PieceCompileError) else None
-        why = _first_line(error) if of_pass is None else of_pass.message
+        first_line = str(error).strip().partition("\n")[0]
+        why = f"{type(error).__name__}: {first_line}" if of_pass is None else of_pass.message
         no_compiler = "InvalidCxxCompiler" in why
         name, served = request.submod_name, request.compile_range
         sizes = "" if served is None else f" for batches {served}"
@@ -329,11 +326,6 @@ class CompilerManager:
         )
         failure.whatever_is_traced = of_pass is not None or no_compiler
         return failure
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def get_fake_args_from_graph(graph: GraphModule) -> list[object]:

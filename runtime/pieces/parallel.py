@@ -36,8 +36,8 @@ def different_pieces(
 ) -> list[Request]:
     """What must be compiled: each different piece once per range, in order of first use.
 
-    A piece whose inputs were not recorded by tracing is left out; it is compiled when it is
-    reached. ``structures`` holds those of the pieces that are known, and of all of them afterwards.
+    A piece whose inputs tracing did not record is compiled when it is reached. ``structures``
+    holds those of all pieces afterwards.
     """
     found: dict[tuple[str, Range | None], Request] = {}
     for name in submod_names:

@@ -83,7 +83,6 @@ class PiecewiseBackend:
         return self.graph, self.structure
 
     def load_all_ranges(self, runnables: Mapping[Range | None, Callable[..., object]]) -> None:
-        """Take callables that were compiled before."""
         for compile_range, runnable in runnables.items():
             entry = RangeEntry(compile_range, CompiledPiece(runnable), 0.0, reused=True)
             self.entries[compile_range] = entry

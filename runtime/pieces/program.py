@@ -93,17 +93,14 @@ class Program:
 
     @property
     def graph(self) -> GraphModule:
-        """The traced graph."""
         return self.graphs().graph
 
     @property
     def split_gm(self) -> GraphModule:
-        """The stitching graph."""
         return self.graphs().split_gm
 
     @property
     def items(self) -> tuple[SplitItem, ...]:
-        """The submodules of the stitching graph, splitting ones included, in order."""
         return self.graphs().items
 
     @property
