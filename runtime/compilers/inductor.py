@@ -103,7 +103,6 @@ class InductorAdaptor:
         return torch_compat.partition_wrapper(wrap_partition) if self.wraps else nullcontext()
 
     def _realigned(self, compiled: Any) -> Any:
-        """``compiled``, with what Inductor leaves undone where partitions are wrapped."""
         if self.wraps:
             torch_compat.realign_inputs(compiled)
         return compiled
@@ -187,7 +186,6 @@ class InductorStandaloneAdaptor(InductorAdaptor):
 
 
 def _partition_ops(config: CompilationConfig) -> list[str]:
-    """Where Inductor cuts the code itself."""
     if not config.use_inductor_graph_partition:
         return []
     return list(registry.names() if config.splitting_ops is None else config.splitting_ops)
@@ -259,7 +257,6 @@ class Partition:
         return taker.run_partition(self, values)
 
     def run(self, *values: object) -> object:
-        """The generated function with plain arguments."""
         return self.function(list(values))
 
 

@@ -38,7 +38,6 @@ class InductorPass:
 
     @property
     def name(self) -> str:
-        """What reports and errors call it."""
         return type(self).__name__
 
     def is_applicable_for_range(self, compile_range: Range | None) -> bool:
@@ -166,7 +165,6 @@ class PostGradPassManager:
         return cls([] if given is None else [as_inductor_pass(given, where=where)])
 
     def __call__(self, graph: torch.fx.Graph) -> None:
-        """Run the passes that apply to the current `pass_context`."""
         compile_range = get_pass_context().compile_range
         for each in self.passes:
             if not each.is_applicable_for_range(compile_range):
@@ -209,5 +207,4 @@ class PostGradPassManager:
         return options
 
     def report(self) -> PassReport:
-        """What the passes did so far."""
         return PassReport(tuple(self._runs))

@@ -28,7 +28,6 @@ def to_data(config: FrozenModel, *, only_changed: bool = False) -> dict[str, Any
 
 
 def to_json(config: FrozenModel, *, only_changed: bool = False) -> str:
-    """``config`` as indented JSON."""
     return json.dumps(to_data(config, only_changed=only_changed), indent=2, ensure_ascii=False)
 
 
@@ -167,7 +166,6 @@ def json_schema(model: type[FrozenModel]) -> dict[str, Any]:
 
 
 def markdown_table(model: type[FrozenModel]) -> str:
-    """The fields of ``model`` as a Markdown table."""
     lines = ["| field | default | meaning | in the cache key |", "|---|---|---|---|"]
     for row in field_rows(model):
         cells = (f"`{row.name}`", f"`{row.default}`", row.description, row.role)

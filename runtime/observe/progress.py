@@ -73,7 +73,6 @@ class StepBar:
         )
 
     def ended(self) -> None:
-        """Nothing follows; the bar goes away."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None

@@ -151,7 +151,6 @@ class PieceworkBackend:
         return self._program
 
     def adopt(self, program: Program) -> None:
-        """Take a program that was made in another process for what was made of the last graph."""
         self.used, self._program = True, program
 
 

@@ -119,7 +119,6 @@ class CompilerManager:
 
     @property
     def makes_bytes(self) -> bool:
-        """Whether what the compiler makes can be kept."""
         return hasattr(self.compiler, "to_bytes")
 
     @property
@@ -307,7 +306,6 @@ class CompilerManager:
         return None
 
     def _failure(self, request: Request, error: Exception) -> PieceCompileError:
-        """The error for a piece that did not compile."""
         seen: list[BaseException] = []
         inner: BaseException | None = error  # what a pass raised, Inductor wraps
         while inner is not None and inner not in seen and not isinstance(inner, PieceCompileError):

@@ -194,12 +194,10 @@ class Program:
 
 
 def ranges_of(table: RangeTable | None) -> tuple[Range | None, ...]:
-    """What each piece is compiled for."""
     return (None,) if table is None else table.entries
 
 
 def unique_pieces(backends: Mapping[str, PiecewiseBackend]) -> int:
-    """How many different pieces there are."""
     return len({each.structure.key for each in backends.values() if each.structure is not None})
 
 
@@ -210,7 +208,6 @@ def publish_submods(function: Callable[..., object], submods: Callables) -> None
 
 @contextmanager
 def timed(phases: dict[str, float], name: str) -> Iterator[None]:
-    """Add the block's seconds to a phase."""
     start = time.perf_counter()
     try:
         with torch_compat.timed_scope(name):

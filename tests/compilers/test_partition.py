@@ -69,9 +69,8 @@ def test_the_hook_is_put_back_after_an_exception_and_when_nested() -> None:
 
 
 def test_splitting_ops_given_to_the_call_reach_inductor() -> None:
-    backend = PieceworkBackend(
-        CompilationConfig(use_inductor_graph_partition=True), splitting_ops=[mix]
-    )
+    inside = CompilationConfig(use_inductor_graph_partition=True)
+    backend = PieceworkBackend(inside, splitting_ops=[mix])
     options = backend.compiler_manager.compiler.options_for(None)  # type: ignore[attr-defined]
     wanted = ["partition_test::mix", "piecework::partitions_are_wrapped"]
     assert options["custom_should_partition_ops"] == wanted
@@ -80,7 +79,7 @@ def test_splitting_ops_given_to_the_call_reach_inductor() -> None:
 
 @pytest.fixture
 def partitions_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make Inductor cut CPU code as it cuts GPU code; it would leave it whole, since only a GPU replays graphs."""
+    """Make Inductor cut CPU code as it cuts GPU code, which it would leave whole."""
     original = scheduler.Scheduler.should_partition
 
     def should_partition(self: object, node: object) -> str | None:
@@ -97,9 +96,7 @@ CUT = INSIDE.replace(inductor_compile_config={"comprehensive_padding": False})
 
 @pytest.mark.inductor
 @pytest.mark.usefixtures("partitions_on_the_cpu")
-def test_each_partition_is_captured_and_replays_and_the_ops_between_run_live(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_each_partition_replays_and_the_ops_between_run_live(monkeypatch) -> None:  # type: ignore[no-untyped-def]
     model, x = Model(), torch.randn(4, 8)
     stitched = piecework.compile(model, (x,), config=CUT)
     sizes = (1, 2, 4, 8)
@@ -115,7 +112,7 @@ def test_each_partition_is_captured_and_replays_and_the_ops_between_run_live(
             with set_forward_context(5):  # request state is read at each call, not at the capture
                 torch.testing.assert_close(stitched(x), model(x))
     modes = {row.last: row.mode.name for row in stitched.coverage()}
-    assert modes == {1: "PIECEWISE", 2: "PIECEWISE", 4: "PIECEWISE", 8: "PIECEWISE", 9: "NONE"}
+    assert modes == dict.fromkeys(sizes, "PIECEWISE") | {9: "NONE"}
     assert stitched.memory_report().total > 0
     with pytest.raises(StaticGraphError, match="no replay source"):
         stitched.static_graphs.source_for(4)

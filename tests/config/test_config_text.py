@@ -97,11 +97,15 @@ def test_files_by_suffix(tmp_path):
     (tmp_path / "a.toml").write_text("mode = 0\n[stitching_config]\nemit_del = false\n")
     (tmp_path / "a.json").write_text('{"mode": 0, "stitching_config": {"emit_del": false}}')
     assert read_data(tmp_path / "a.toml") == read_data(tmp_path / "a.json")
-    (tmp_path / "a.yaml").write_text("mode: 0")
-    (tmp_path / "bad.json").write_bytes(b"\xff\xfe")
-    (tmp_path / "list.json").write_text("[]")
-    (tmp_path / "bad.toml").write_text("mode = ")
-    for name in ("a.yaml", "absent.json", "bad.json", "list.json", "bad.toml"):
+    wrong = {
+        "a.yaml": b"mode: 0",
+        "bad.json": b"\xff\xfe",
+        "list.json": b"[]",
+        "b.toml": b"mode = ",
+    }
+    for name, data in wrong.items():
+        (tmp_path / name).write_bytes(data)
+    for name in (*wrong, "absent.json"):
         with pytest.raises(ConfigError) as caught:
             read_data(tmp_path / name)
         assert caught.value.where == str(tmp_path / name)
@@ -121,15 +125,12 @@ def test_files_by_suffix(tmp_path):
         ([".cache_dir="], {"cache_dir": ""}),
         ([".splitting_ops=null"], {"splitting_ops": None}),
         (
-            [".inductor_compile_config.triton.cudagraphs=true"],
-            {"inductor_compile_config": {"triton.cudagraphs": True}},
+            [".inductor_compile_config.triton.cudagraphs=true", ".inductor_compile_config.a=1"],
+            {"inductor_compile_config": {"triton.cudagraphs": True, "a": 1}},
         ),
         (
-            [
-                '{"stitching_config": {"emit_del": false}, "mode": 0}',
-                ".stitching_config.check_inputs=true",
-            ],
-            {"stitching_config": {"emit_del": False, "check_inputs": True}, "mode": 0},
+            ['{"stitching_config": {"emit_del": false}}', ".stitching_config.check_inputs=true"],
+            {"stitching_config": {"emit_del": False, "check_inputs": True}},
         ),
     ],
 )

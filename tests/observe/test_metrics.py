@@ -102,13 +102,16 @@ def counted(stitched: StitchedModule) -> dict[tuple[str, str, str], int]:
     return {(row.mode, row.graph, row.reason): row.calls for row in of_model.calls}
 
 
+def linear() -> StitchedModule:
+    return piecework.compile(torch.nn.Linear(8, 8).eval(), (torch.randn(4, 8),), config=EAGER)
+
+
 def test_calls_of_a_model_that_nothing_is_captured_of_are_counted() -> None:
-    stitched = piecework.compile(torch.nn.Linear(8, 8).eval(), (torch.randn(4, 8),), config=EAGER)
+    stitched, nothing = linear(), ("NONE", "", "nothing is captured")
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda size: stitched(torch.randn(2 + size % 3, 8)), range(40)))
     with pytest.raises(InputError):
         stitched(torch.randn(2, 9))  # nothing ran
-    nothing = ("NONE", "", "nothing is captured")
     assert counted(stitched) == {nothing: 40}
     stitched.rebind()
     stitched(torch.randn(2, 8))
@@ -132,7 +135,7 @@ def test_times_of_pieces_are_there_when_asked_for(captured: StitchedModule) -> N
 
 
 def test_several_models_make_one_text(captured: StitchedModule) -> None:
-    other = piecework.compile(torch.nn.Linear(8, 8).eval(), (torch.randn(4, 8),), config=EAGER)
+    other = linear()
     captured(torch.randn(2, 8))
     both = captured.metrics(name="target") + other.metrics(name="draft")
     found = parsed(both.prometheus())

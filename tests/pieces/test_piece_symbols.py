@@ -23,12 +23,11 @@ VIEWS: dict[str, View] = {
 
 
 class WrittenThroughItsBase(torch.nn.Module):
-    """The piece after the operator takes a view, whose sizes the trace made of a size that it then fixed."""
+    """The piece after the operator takes a view, of a size that the trace then fixed."""
 
     def __init__(self, view: View) -> None:
         super().__init__()
-        self.linear = torch.nn.Linear(8, 8)
-        self.view = view
+        self.linear, self.view = torch.nn.Linear(8, 8), view
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out = torch.empty_like(x)
