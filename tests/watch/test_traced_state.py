@@ -136,11 +136,12 @@ class Model(nn.Module):
         return self.read(self, self.block(x))
 
 
-def set_on(owner: object, name: str, value: object):
+def put(owner: object, name: str, value: object):
     """Set an attribute of something that outlives the test; returns how to undo it."""
-    before = vars(owner).get(name, owner)
+    is_own = not isinstance(owner, type) or name in vars(owner)
+    before = getattr(owner, name) if is_own else None
     setattr(owner, name, value)
-    return lambda: delattr(owner, name) if before is owner else setattr(owner, name, before)
+    return lambda: setattr(owner, name, before) if is_own else delattr(owner, name)
 
 
 READS = {
@@ -179,7 +180,7 @@ CHANGES = {
     "a key": ("table", lambda m: m.table.update(c=5.0)),
     "a member": ("members", lambda m: m.members.discard(2)),
     "an enum": ("level", lambda m: setattr(m, "level", Level.HIGH)),
-    "a class's attribute": ("class", lambda m: set_on(Model, "common", 5.0)),
+    "a class's attribute": ("class", lambda m: put(Model, "common", 5.0)),
     "a slot": ("slotted", lambda m: setattr(m.slotted, "rate", 5.0)),
     "a namespace's": ("space", lambda m: setattr(m.space, "rate", 5.0)),
     "a computed attribute": ("computing", lambda m: m.computing.held.update(rate=5.0)),
@@ -190,11 +191,8 @@ CHANGES = {
         "globals",
         lambda m: TABLE.update(rate=5.0) or (lambda: TABLE.update(rate=2.0)),
     ),
-    "a function's default": ("globals", lambda m: set_on_function(helper, "__defaults__", (5.0,))),
-    "a function's code": (
-        "globals",
-        lambda m: set_on_function(helper, "__code__", other_helper.__code__),
-    ),
+    "a function's default": ("globals", lambda m: put(helper, "__defaults__", (5.0,))),
+    "a function's code": ("globals", lambda m: put(helper, "__code__", other_helper.__code__)),
     "a tensor that only its shape was read of": (
         "shape",
         lambda m: m.register_buffer("shape_only", torch.ones(7)),
@@ -202,14 +200,11 @@ CHANGES = {
     "whether a weight has gradients": ("gradients", lambda m: m.requires_grad_(False) and None),
     "a number of a submodule": ("nothing", lambda m: setattr(m.block, "gain", 5.0)),
     "a submodule's class": ("nothing", lambda m: setattr(m.block, "__class__", Louder)),
-    "its forward": ("nothing", lambda m: set_on(Model, "forward", lambda self, x: x)),
-    "its call": ("nothing", lambda m: set_on(Model, "__call__", lambda self, x: x)),
-    "a method": ("nothing", lambda m: set_on(Block, "scaled", lambda self, x: x * 9)),
-    "a method's default": (
-        "nothing",
-        lambda m: set_on_function(Block.scaled, "__defaults__", (9.0,)),
-    ),
-    "a property": ("nothing", lambda m: set_on(Block, "doubled", property(lambda self: 9.0))),
+    "its forward": ("nothing", lambda m: put(Model, "forward", lambda self, x: x)),
+    "its call": ("nothing", lambda m: put(Model, "__call__", lambda self, x: x)),
+    "a method": ("nothing", lambda m: put(Block, "scaled", lambda self, x: x * 9)),
+    "a method's default": ("nothing", lambda m: put(Block.scaled, "__defaults__", (9.0,))),
+    "a property": ("nothing", lambda m: put(Block, "doubled", property(lambda self: 9.0))),
     "a hook": ("nothing", lambda m: m.block.register_forward_hook(lambda *a: a[-1] * 2) and None),
     "a hook for all modules": (
         "nothing",
@@ -221,12 +216,6 @@ CHANGES = {
 
 def other_helper(x, by=2.0, *, plus=1.0):
     return x * 21.0
-
-
-def set_on_function(function: object, name: str, value: object):
-    before = getattr(function, name)
-    setattr(function, name, value)
-    return lambda: setattr(function, name, before)
 
 
 def set_dtype(dtype: torch.dtype):
@@ -314,9 +303,9 @@ def test_what_took_the_place_of_an_equal_object_is_watched() -> None:
 
 HARMLESS = {
     "an unread attribute": lambda m: setattr(m, "unread", 1),
-    "an unread attribute of a class": lambda m: set_on(Block, "unread", 1),
-    "a method that a subclass has": lambda m: set_on(nn.Module, "forward", None),
-    "a method that a library adds to every module": lambda m: set_on(nn.Module, "extra", None),
+    "an unread attribute of a class": lambda m: put(Block, "unread", 1),
+    "a method that a subclass has": lambda m: put(nn.Module, "forward", None),
+    "a method that a library adds to every module": lambda m: put(nn.Module, "extra", None),
     "an equal value": lambda m: setattr(m, "pair", copy.deepcopy(m.pair)),
     "an equal object": lambda m: setattr(m, "slotted", Slotted()),
     "gradients that nobody asks for": lambda m: m.requires_grad_(False) and None,
