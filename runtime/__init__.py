@@ -1,6 +1,6 @@
-"""The runtime: from a model to what runs. The field's names are here, whatever room they live in; each is loaded on first use.
+"""The runtime, from a model to what runs; each of the field's names is loaded on first use.
 
-Importing this package loads nothing else, so that a command line reads configurations without torch.
+Importing it loads nothing else, so that a command line reads configurations without torch.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ _AGAIN = "compile the model again, into a new folder"
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What a folder was made from: the MODEL argument (or the name of the config in the folder), the configuration as JSON data, the digest of the source."""
+    """What a folder was made from; ``model`` is the MODEL argument, or the config file in the folder."""
 
     format: int
     model: str
@@ -45,7 +45,7 @@ class Manifest:
 
 
 def check_output(directory: Path) -> None:
-    """Raise `UsageError` unless ``directory`` can be created in a folder that there is, or is an empty, writable one."""
+    """Raise `UsageError` unless ``directory`` is empty and writable, or can be created."""
     if directory.is_dir() and any(directory.iterdir()):
         hint = "give a new folder, or remove it first"
         raise UsageError(f"folder {str(directory)!r} is not empty", hint=hint)

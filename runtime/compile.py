@@ -266,7 +266,7 @@ def _require_dtype(model: Callable[..., object], name: str) -> None:
 
 
 class UnstitchedModule(StitchedModule):
-    """A model in a mode that stitches nothing, called like the others: it runs as it is, or as ``torch.compile`` has it, with all dimensions dynamic."""
+    """A model that runs as it is, or as ``torch.compile`` has it with all dimensions dynamic."""
 
     def __init__(self, model: Callable[..., object], config: CompilationConfig) -> None:
         super().__init__(model)  # its backend stays empty

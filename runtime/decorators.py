@@ -1,6 +1,6 @@
 """Classes whose instances compile themselves at their first call.
 
-The class stays the class: no base is added, no source is changed, and a trace around it sees the plain model.
+The class stays the class: no base is added, and a trace around it sees the plain model.
 """
 
 from __future__ import annotations
@@ -19,12 +19,7 @@ from piecework.errors import ConfigError, short_errors
 from piecework.runtime.compile import compile_with_mode
 from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.config.groups import CompilationMode, DynamicShapesType, RuntimeConfig
-from piecework.runtime.model_tag import (
-    ModelTag,
-    current_model_tag,
-    model_tag_is_set,
-    use_model_tag,
-)
+from piecework.runtime.model_tag import ModelTag, current_model_tag, model_tag_is_set, use_model_tag
 from piecework.runtime.stitched import StitchedModule
 from piecework.runtime.trace.dynamic_dims import DimsByName, dims_of, marked
 from piecework.runtime.trace.sizes import DeclaredDimensions
@@ -143,7 +138,7 @@ def ignore_torch_compile(cls: ModuleClass) -> ModuleClass:
 
 @short_errors
 def stitched_of(model: torch.nn.Module) -> StitchedModule | None:
-    """What an instance of a decorated class was compiled to; None before its first call, and where it runs unstitched."""
+    """What an instance was compiled to; None before its first call, and where it runs unstitched."""
     state = vars(model).get(_STATE)
     there = isinstance(state, _State) and state.model is model and state.made
     return state.made if there and state.made.traces else None
@@ -158,7 +153,7 @@ def _require_module_class(cls: object, decorator: str) -> None:
 
 
 def _take_config_keyword(kind: type[torch.nn.Module]) -> None:
-    """Make ``kind(…, compilation_config=…, runtime_config=…)`` set the attributes, and reach an ``__init__`` that asks for them, or hands them to a base class that takes them."""
+    """Make ``kind(…, compilation_config=…)`` set the attribute, and reach an ``__init__`` that asks."""
     original = kind.__init__
     parameters = inspect.signature(original).parameters
     hands_on = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()) and any(
@@ -181,23 +176,16 @@ def _take_config_keyword(kind: type[torch.nn.Module]) -> None:
 
 
 class _State:
-    """What one instance was compiled to; a copy of the model gets a new one.
-
-    Attributes:
-        tag: the model tag at construction.
-        model: the instance; None until its first call.
-        call: what a call runs.
-        made: the compiled model behind it; None where the instance runs as it is.
-    """
+    """What one instance was compiled to; a copy of the model gets a new one."""
 
     __slots__ = ("call", "lock", "made", "model", "tag")
 
     def __init__(self, tag: ModelTag | None = None) -> None:
-        self.tag = tag
+        self.tag = tag  # the model tag at construction
         self.lock = threading.RLock()
-        self.model: torch.nn.Module | None = None
-        self.call: Callable[..., object] | None = None
-        self.made: StitchedModule | None = None
+        self.model: torch.nn.Module | None = None  # the instance, from its first call on
+        self.call: Callable[..., object] | None = None  # what a call runs
+        self.made: StitchedModule | None = None  # None where the instance runs as it is
 
     def __reduce__(self) -> tuple[type[_State], tuple[ModelTag | None]]:
         return _State, (self.tag,)

@@ -1,4 +1,4 @@
-"""Operators to cut at: annotated Python functions, registered with torch, that stitched code may call directly."""
+"""Operators to cut at: Python functions, registered with torch, that stitched code may call."""
 
 from __future__ import annotations
 
@@ -60,14 +60,14 @@ class SplittingOp(Generic[P, R]):
         )
 
     def register_fake(self, fake: Callable[P, R]) -> Callable[P, R]:
-        """Set the function that tells shapes and dtypes of the results while tracing; may be used as a decorator."""
+        """Set what tells shapes and dtypes of the results while tracing; also a decorator."""
         torch.library.register_fake(
             self.splitting_op_name, fake, lib=self._library, allow_override=True
         )
         return fake
 
     def register_kernel(self, device_type: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-        """Set the implementation for one device type, ``"cpu"`` or ``"cuda"``; may be used as a decorator.
+        """Set the implementation for one device type, ``"cpu"`` or ``"cuda"``; also a decorator.
 
         Raises:
             SplitError: torch knows no such device.
@@ -89,7 +89,7 @@ class SplittingOp(Generic[P, R]):
         return register
 
     def implementation_for(self, device_type: str) -> Callable[P, R]:
-        """The Python function that the dispatcher would reach for plain tensors on ``device_type``."""
+        """The function that the dispatcher would reach for plain tensors on ``device_type``."""
         return self.by_device.get(device_type, self.implementation)
 
 
@@ -145,7 +145,7 @@ class SplittingOpRegistry:
         return self._graphs.get(op._schema.name, "always")
 
     def declare(self, name: str, rows: RowsOf | None, graphs: GraphsOf | None) -> None:
-        """Note what an operator says of its rows and of full graphs; None takes back what was said."""
+        """Note what an operator says of its rows and of full graphs; None takes it back."""
         for field, said, word, words in (
             ("rows", self._rows, rows, RowsOf),
             ("full_graphs", self._graphs, graphs, GraphsOf),
@@ -184,7 +184,7 @@ AnyOp = str | torch._ops.OpOverload | torch._ops.OpOverloadPacket | SplittingOp[
 
 @short_errors
 def declare_rows(op: AnyOp, rows: RowsOf | None) -> None:
-    """Say what an operator that piecework did not register does with the rows of a batch, as `splitting_op` does.
+    """Say what an operator of others does with the rows of a batch, as `splitting_op` does.
 
     Args:
         op: ``"namespace::name"``, the operator, or what ``torch.library.custom_op`` made.
@@ -196,7 +196,7 @@ def declare_rows(op: AnyOp, rows: RowsOf | None) -> None:
 
 @short_errors
 def declare_full_graphs(op: AnyOp, graphs: GraphsOf | None) -> None:
-    """Say which whole forwards may be one static graph with an operator inside that piecework did not register.
+    """Say which whole forwards may be one static graph with an operator of others inside.
 
     Args:
         op: as for `declare_rows`.

@@ -65,16 +65,16 @@ _log = logging.getLogger(__name__)
 class StitchedModule(Captures, Observed, SharedModule):
     """A compiled model; see `compile`.
 
-    It has one trace, unless calls come, or are asked for, that need another: a call that one trace refuses is
-    served by another, or by one that is made for it.
+    It has one trace, unless calls need another: what one refuses is served by another, or by one that
+    is made for it.
 
     Attributes:
         model: the model that was given; it holds the weights.
         config: the configuration.
         runtime_config: the program's limits; None if they are not known.
-        as_it_is: what a call runs while torch's compiler is switched off, or a torch mode sees what the model does.
+        as_it_is: what a call runs while torch's compiler is off, or a torch mode is active.
         kept: what another process needs to know to make ``around`` again, as JSON data.
-        traces: those that serve calls, in the order in which they were made; `source` and the like show the first.
+        traces: those that serve calls, in the order of making; `source` and the like show the first.
     """
 
     def __init__(
@@ -146,7 +146,7 @@ class StitchedModule(Captures, Observed, SharedModule):
     def _serve_refused(
         self, refused: errors.InputError, args: tuple[object, ...], kwargs: dict[str, object]
     ) -> object:
-        """The result of a call that a trace refused: by another, one that is made for it, or, with torch's compiler off, of the model as it is."""
+        """The result of a call that a trace refused: by another, a new one, or the model as it is."""
         refusals = {refused.refused_by: refused}
         if not any(each.entry in refusals for each in self.traces):
             raise refused
@@ -172,15 +172,15 @@ class StitchedModule(Captures, Observed, SharedModule):
         return self.as_it_is(*args, **kwargs)
 
     def _comes_first(self, trace: TracedModel) -> bool:
-        """Whether calls may try ``trace`` first: one without static graphs may serve a captured size too, uncaptured."""
+        """Whether calls may try ``trace`` first, as those without static graphs run uncaptured."""
         return trace.static is not None or all(each.static is None for each in self.traces)
 
     def _serve_by(self, call: Callable[..., object]) -> None:
-        """Let calls run ``call`` from now on; what a trace serves them by is its `Entry`'s business."""
+        """Let calls run ``call`` from now on."""
         vars(self)["_call"] = call  # may be a module, and may happen often: not by __setattr__
 
     def _serve_by_captured(self) -> None:
-        """Let a trace that has static graphs come first, where the one of the last call has none."""
+        """Let a trace that has static graphs come first."""
         captured = [each.call for each in self.traces if each.static is not None]
         if captured and vars(self)["_call"] not in captured:
             self._serve_by(captured[0])
@@ -195,7 +195,7 @@ class StitchedModule(Captures, Observed, SharedModule):
         return self._call(*args, **kwargs)
 
     def _switched_off(self) -> bool:
-        """Whether torch's compiler is off, so that what is not compiled runs as it is; each switch is logged once."""
+        """Whether torch's compiler is off; each switch is logged once."""
         switch = torch_compat.compiler_off()
         if switch is not None and switch != self._logged:
             self._logged = switch
@@ -205,7 +205,7 @@ class StitchedModule(Captures, Observed, SharedModule):
     # --- traces ----------------------------------------------------------------------------------
 
     def prepare(self, *args: object, **kwargs: object) -> None:
-        """Trace, compile and stitch now, with these arguments as the example; nothing is done while torch's compiler is switched off."""
+        """Trace, compile and stitch now, by example arguments; not while torch's compiler is off."""
         with self._lock:
             if self.traces:
                 raise errors.BindError(
@@ -231,7 +231,7 @@ class StitchedModule(Captures, Observed, SharedModule):
         compilation_complete()
 
     def _uncaptured(self, *args: object, **kwargs: object) -> object:
-        """The first call under a configuration that asks for captures: the last moment to say that there are none."""
+        """The first call under a configuration that asks for captures: says that there are none."""
         if not any(each.static for each in self.traces):
             error = errors.StaticGraphError(
                 "nothing is captured, and the configuration has a cudagraph_mode or cudagraph_capture_sizes",
@@ -243,7 +243,7 @@ class StitchedModule(Captures, Observed, SharedModule):
         return self._call(*args, **kwargs)
 
     def _settle_sizes(self, args: Sequence[object], kwargs: Mapping[str, object]) -> None:
-        """Decide by the example arguments which dimensions are dynamic, where the configuration leaves it open."""
+        """Decide by the example which dimensions are dynamic, where the configuration does not."""
         if self.config.dynamic_shapes_config.type is DynamicShapesType.AUTO:
             marks = KeptMarks(pytree.tree_leaves((tuple(args), dict(kwargs))))
             self._sizes = self._declared_sizes or (marks if marks.any else AllDimensions())
@@ -266,7 +266,7 @@ class StitchedModule(Captures, Observed, SharedModule):
         return made
 
     def _backends(self) -> Callable[[], PieceworkBackend]:
-        """What makes the backends of the next trace, one for each graph that is tried; the first one of all is `backend`."""
+        """What makes the backends of the next trace, one for each graph that is tried."""
         shown = [] if self.traces else [self._first_backend]
         one_of_several = Trace.ANOTHER if self.traces else Trace.FIRST
 
@@ -286,7 +286,7 @@ class StitchedModule(Captures, Observed, SharedModule):
         args: Sequence[object],
         kwargs: Mapping[str, object],
     ) -> bool:
-        """Trace the model for sizes that no trace serves; False if that is not why the call was refused, or can't be done."""
+        """Trace the model for sizes that no trace serves; False where that can't help."""
         sizes, places = self._sizes, refused.places
         if sizes is None or places is None or not torch_compat.may_recompile():
             return False
@@ -338,7 +338,7 @@ class StitchedModule(Captures, Observed, SharedModule):
     def _trace_of_one(
         self, sizes: Sequence[int] | None, options: CaptureOptions
     ) -> TracedModel | None:
-        """The trace that serves a batch of one, if it is among ``sizes`` and the first trace does not serve it."""
+        """The trace that serves a batch of one, if ``sizes`` has it and the first trace does not."""
         if sizes is None:
             sizes = self.config.cudagraph_capture_sizes
         if self._sizes is None or (sizes is not None and 1 not in sizes):
@@ -487,7 +487,7 @@ class StitchedModule(Captures, Observed, SharedModule):
 
     @property
     def _saves_together(self) -> object:
-        """What saves this module and others that serve the same model; None for one that serves it alone."""
+        """What saves this module with others of the same model; None for one that serves it alone."""
         return None if self.kept is None else self.kept.get("save")
 
     def _made_with(self) -> dict[str, object]:
@@ -509,14 +509,14 @@ class StitchedModule(Captures, Observed, SharedModule):
     def require_made_so(
         self, artifact: Artifact, args: Sequence[object], kwargs: Mapping[str, object]
     ) -> None:
-        """Raise `ArtifactError` if an artifact was made with another configuration than this module has."""
+        """Raise `ArtifactError` if an artifact was made with another configuration."""
         self._settle_sizes(args, kwargs)
         require_made_so(artifact.package.facts, self._made_with())
 
     def take_for(
         self, artifact: Artifact, args: Sequence[object], kwargs: Mapping[str, object]
     ) -> None:
-        """Serve calls by the traces of an artifact, if it was made with this module's configuration and serves a call with these arguments.
+        """Serve calls by an artifact's traces, if it fits the configuration and these arguments.
 
         Raises:
             ArtifactError: it was not, or does not; this module is as before then.
@@ -534,7 +534,7 @@ class StitchedModule(Captures, Observed, SharedModule):
             raise
 
     def accepts(self, *args: object, **kwargs: object) -> bool:
-        """Whether a trace that there is serves a call with these arguments; runs nothing but the emitted checks."""
+        """Whether a trace serves a call with these arguments; runs nothing but the emitted checks."""
         return any(each.entry.accepts(args, kwargs) for each in self.traces)
 
     # --- what was made ---------------------------------------------------------------------------
@@ -560,12 +560,12 @@ class StitchedModule(Captures, Observed, SharedModule):
 
     @property
     def entry_source(self) -> EntrySource:
-        """The emitted source of ``check_inputs`` and of the function behind a call, exactly what runs."""
+        """The emitted source of ``check_inputs`` and of the function behind a call."""
         return self._require("entry_source")[0].entry.source
 
     @property
     def entry(self) -> Callable[..., object]:
-        """The emitted function behind a call, with the model's own parameters; it serves the first trace's sizes."""
+        """The emitted function behind a call, for the first trace's sizes."""
         return self._require("entry")[0].entry.call
 
     @property
@@ -636,7 +636,7 @@ def _tracing_shapes(kind: DynamicShapesType, arguments: object) -> Iterator[None
 
 
 def _under_a_mode() -> bool:
-    """Whether a mode is active, other than a default device, that a trace would build into its graph."""
+    """Whether a mode is active that a trace would build into its graph; a default device is none."""
     return torch_compat.dispatch_modes() or not torch_compat.only_default_device_modes()
 
 

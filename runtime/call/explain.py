@@ -1,4 +1,4 @@
-"""Says why a call was refused: runs the checks of its entry one by one, and names the argument, what came and what was expected.
+"""Says why a call was refused, by running the checks of its entry one by one.
 
 It runs only after an emitted check has failed, so it may take its time; it never lets a call pass.
 """
@@ -64,7 +64,7 @@ def input_error(
 
 
 def _error(table: EntryTable, namespace: Mapping[str, Any], about: str, check: Check) -> InputError:
-    """What to say of a check that a call fails, and which arguments and dimensions another trace would have to serve."""
+    """What to say of a check that fails, and which dimensions another trace would have to serve."""
     kind, label, expected, dim = check.kind, check.label, check.expected, check.dim
     now = eval(check.name, dict(namespace)) if check.name else None
     places = {(-1 if check.leaf is None else check.leaf, dim)}
@@ -102,7 +102,7 @@ def _error(table: EntryTable, namespace: Mapping[str, Any], about: str, check: C
 
 
 def _is_special(check: Check, now: object) -> bool:
-    """Whether a trace of its own may serve a class or a fixed value: a parameter, the very object, 0 and 1."""
+    """Whether a trace of its own may serve it: a parameter, the very object, 0 and 1."""
     if check.kind == "class":
         return type(now) in (torch.Tensor, torch.nn.Parameter)
     if check.kind != "value":

@@ -1,4 +1,4 @@
-"""The traces of a model at work: names in a profile, times, counts, differences from the uncompiled pieces."""
+"""The traces of a model at work: names in a profile, times, counts, differences from eager."""
 
 from __future__ import annotations
 

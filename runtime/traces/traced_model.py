@@ -72,7 +72,7 @@ class TracedModel:
         return self.entry.graphs  # type: ignore[return-value]
 
     def calls(self) -> list[CallRow]:
-        """What its calls ran as; where static graphs were captured or released, those since then."""
+        """What its calls ran as, since static graphs were captured or released."""
         from piecework.runtime.graphs.serve.report import uncaptured_rows
 
         if self.static is not None:
@@ -80,7 +80,7 @@ class TracedModel:
         return uncaptured_rows(self.entry.uncaptured_calls, self.entry.careful_calls)
 
     def add_note(self, error: Exception) -> None:
-        """Note on an exception of a call which statement of the emitted source was running, its piece or operator, and the module it stands for."""
+        """Note on an exception of a call which statement of the emitted source was running."""
         source = self.program.source
         frames = traceback.walk_tb(error.__traceback__)
         filename = filename_of(source.code)
@@ -97,13 +97,13 @@ class TracedModel:
     # --- at work -----------------------------------------------------------------------------------
 
     def _labels(self) -> dict[str, str]:
-        """What each piece is called in a profile: its name and the modules in it, in ASCII, as the profiler writes no other name."""
+        """What each piece is called in a profile, in ASCII, as the profiler writes no other name."""
         pieces = self.program.pieces()
         return {e.name: f"{e.name} {e.modules.replace('…', '...')}".strip() for e in pieces}
 
     @contextmanager
     def named_pieces(self, *, by_layer: bool = True) -> Iterator[None]:
-        """Show pieces, replays and operators by name in ``torch.profiler`` for the block; ``by_layer`` tells the calls of an operator apart."""
+        """Show pieces, replays and operators by name, and by layer, in ``torch.profiler``."""
         source, labels = self.program.source, self._labels()
         operators = {alias.name: alias.name for alias in source.module.aliases}
         names = [labels[name] for name in source.submod_names]
@@ -115,7 +115,7 @@ class TracedModel:
             yield
 
     def stages(self) -> dict[str, tuple[str, ...]]:
-        """What each piece, replay and operator is called in a profile, with the code that Inductor generated for it, for the last batch range."""
+        """Name in a profile → the code that Inductor generated for it, for the last batch range."""
         last, labels = self.program.compile_ranges[-1], self._labels()
         found = {
             label: generated_sources(self.program.backends[name].entries[last].compiled)
@@ -127,7 +127,7 @@ class TracedModel:
         return found | dict.fromkeys((*replays, *aliases), ())
 
     def shadowed(self, found: Shadow) -> AbstractContextManager[None]:
-        """Run the uncompiled graph of each piece beside it for the block, in calls that ``found`` asks for."""
+        """Run the uncompiled graph of each piece beside it, in calls that ``found`` asks for."""
         splitting_ops = SplittingOps(self.backend.declared_ops or ())
         return self.entry.served_beside(found.beside(self.program, splitting_ops))
 
@@ -166,7 +166,7 @@ class TracedModel:
         return batch_dims(self.entry.captured, self.program)
 
     def call_of(self, size: int, options: CaptureOptions) -> Call:
-        """A call with a batch of ``size``, zeros in all tensors, and the captured value of every other size."""
+        """A call with a batch of ``size`` of zeros, and the captured value of every other size."""
         from piecework.runtime.graphs.plan.batch_shape import batch_shape
 
         shape = batch_shape(self.entry.captured, self.program, options.other_sizes)
@@ -254,7 +254,7 @@ def trace_model(
 
 
 def _clearest(failures: Sequence[CaptureError | PieceCompileError]) -> Exception:
-    """The failure that says best why a model can't be compiled: that of the first attempt that was meant to be made in any case."""
+    """The failure that says best why a model can't be compiled."""
     plain = [each for each in failures if not isinstance(each, NotAdmitted)]
     last = [each for each in plain if not torch_compat.data_dependent(each)]
     return (last or plain or list(failures))[0]
@@ -263,7 +263,7 @@ def _clearest(failures: Sequence[CaptureError | PieceCompileError]) -> Exception
 def _tried(
     graph: torch.fx.GraphModule, weights: Mapping[str, Weight], sizes: SizePolicy | None
 ) -> EverySize | None:
-    """The try of a trace that would serve every size; None for one whose sizes all have numbers behind them."""
+    """The try of a trace for every size; None where all sizes have numbers behind them."""
     if sizes is None or isinstance(sizes, KeptMarks):
         return None
     placeholders = graph.graph.find_nodes(op="placeholder")

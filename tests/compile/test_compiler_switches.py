@@ -38,6 +38,7 @@ SWITCHES = {
     "force_eager": stance("force_eager"),
     "eager_on_recompile": stance("eager_on_recompile"),
 }
+BACKED = {"backend": "eager", "dynamic_shapes_config": {"type": "backed"}}  # one trace, not several
 off = pytest.mark.parametrize("switch", SWITCHES.values(), ids=SWITCHES)
 
 
@@ -88,11 +89,7 @@ def test_a_decorated_class_runs_as_it_is(switch, mode, caplog):
 
 @pytest.mark.parametrize("mode", ["PIECEWORK_COMPILE", "STOCK_TORCH_COMPILE"])
 def test_force_eager_later_runs_the_model_and_default_runs_what_was_compiled(mode):
-    config = {
-        "mode": mode,
-        "backend": "eager",
-        "dynamic_shapes_config": {"type": "backed"},
-    }
+    config = {**BACKED, "mode": mode}
     model, runs, x = Plain().eval(), [], torch.randn(3, 4)
     stitched = piecework.compile(model, (x,), config=config)
     stitched(x)
@@ -108,10 +105,7 @@ def test_force_eager_later_runs_the_model_and_default_runs_what_was_compiled(mod
 
 def test_force_eager_later_holds_for_decorated_models_and_static_graphs():
     decorated = piecework.support_torch_compile(dynamic_arg_dims={"x": 0})(type("D", (Plain,), {}))
-    shapes = {"type": "backed"}
-    model = decorated(compilation_config={"backend": "eager", "dynamic_shapes_config": shapes})
-    model.eval()
-    x = torch.randn(3, 4)
+    model, x = decorated(compilation_config=BACKED).eval(), torch.randn(3, 4)
     model(x)
     stitched_of(model).capture([4], progress=False)
     replays = lambda: sum(r.calls for r in stitched_of(model).call_report())  # noqa: E731
@@ -156,12 +150,8 @@ def test_no_other_trace_is_made_while_a_switch_is_off(switch):
 
 
 def test_eager_on_recompile_serves_what_fits_and_runs_the_rest_as_it_is():
-    config = {
-        "backend": "eager",
-        "dynamic_shapes_config": {"type": "backed"},
-    }
     model, x = Plain().eval(), torch.randn(3, 4)
-    stitched = piecework.compile(model, (x,), config=config)
+    stitched = piecework.compile(model, (x,), config=BACKED)
     with torch.compiler.set_stance("eager_on_recompile"):
         assert not stitched(x).requires_grad
         assert stitched(torch.randn(1, 2, 4)).requires_grad
@@ -173,14 +163,3 @@ def test_eager_on_recompile_serves_what_fits_and_runs_the_rest_as_it_is():
         stitched.rebind()
         assert torch.equal(stitched(x), model(x)) and not stitched(x).requires_grad
     assert not stitched(x).requires_grad
-
-
-CHILD = """
-import logging, torch, piecework
-from piecework.runtime.counters import counters
-model, x = torch.nn.Linear(4, 4), torch.randn(3, 4)
-stitched = piecework.compile(model, (x,))
-assert torch.equal(stitched.capture()(x), model(x))
-assert torch.equal(torch.compile(model, backend="piecework")(x), model(x))
-assert counters.num_graphs_seen == 0
-"""

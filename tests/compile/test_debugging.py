@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pdb
+import re
 import traceback
 
 import pytest
@@ -121,24 +122,10 @@ def test_an_edit_that_changes_the_meaning_runs_and_says_so() -> None:
     [
         (lambda code: "def execution_fn(:\n", "not Python"),
         (lambda code: code.replace("def execution_fn", "def other_fn"), "takes \\(None\\)"),
-        (
-            lambda code: code.replace("def execution_fn(", "def execution_fn(extra, "),
-            "its callers pass",
-        ),
-        (
-            lambda code: code.replace(
-                "return (mul,)", "return (" + "(" * 10_000 + "mul" + ")" * 10_001
-            ),
-            "is not Python",
-        ),
-        (
-            lambda code: code.replace("return (mul,)", "return " + "+".join(["mul"] * 200_000)),
-            "is not Python",
-        ),
-        (
-            lambda code: code.replace("return (mul,)", "return mul" + ".a" * 200_000),
-            "is not Python",
-        ),
+        (lambda code: code.replace("execution_fn(", "execution_fn(extra, "), "its callers pass"),
+        (lambda code: code.replace("(mul,)", "(" * 9_999 + "mul" + ")" * 9_999), "is not Python"),
+        (lambda code: code.replace("(mul,)", "+".join(["mul"] * 200_000)), "is not Python"),
+        (lambda code: code.replace("(mul,)", "mul" + ".a" * 200_000), "is not Python"),
         (lambda code: f"{code}\n1 / 0\n", "fails where it is defined: ZeroDivisionError"),
         (lambda code: f"{code}\nimport no_such_module_anywhere\n", "no_such_module_anywhere"),
     ],
@@ -155,12 +142,8 @@ def test_the_log_says_what_was_traced_cut_compiled_and_shared(caplog) -> None:  
     layers = nn.Sequential(*(nn.Linear(8, 8) for _ in range(2))).eval()
     with caplog.at_level("INFO", "piecework"):
         piecework.compile(layers, (torch.randn(4, 8),), config=EAGER, splitting_ops=[])
-    said = [each.getMessage() for each in caplog.records]
-    assert any(
-        each.startswith("Sequential: traced ") and "1 pieces, cut at nothing" in each
-        for each in said
-    )
-    assert any("submod_0 for batch all: compiled by eager" in each for each in said)
+    assert re.search("Sequential: traced .*1 pieces, cut at nothing", caplog.text)
+    assert "submod_0 for batch all: compiled by eager" in caplog.text
 
 
 def test_a_profile_has_a_row_for_each_piece_and_operator_and_leaves_nothing_behind() -> None:
@@ -184,12 +167,3 @@ def test_a_profile_has_a_row_for_each_piece_and_operator_and_leaves_nothing_behi
     assert torch.equal(stitched(x, index), before)
     with pytest.raises(ConfigError, match="positive number; got 0"):
         stitched.profile(x, index, profiled_calls=0)
-
-
-FIRST_PROFILE = """
-import piecework, torch
-x = torch.randn(4, 8)
-stitched = piecework.compile(torch.nn.Linear(8, 8), (x,), config={"backend": "eager"})
-first, second = (stitched.profile(x, profiled_calls=20) for _ in range(2))
-print(first.rows[0].microseconds, second.rows[0].microseconds)
-"""

@@ -121,9 +121,6 @@ def test_stock_runs_nothing_on_example_arguments_and_keeps_their_marks() -> None
     assert decorated.calls == 1
 
 
-graphs_given: list[torch.fx.GraphModule] = []
-
-
 def test_splitting_ops_and_a_mode_that_cuts_nowhere_conflict() -> None:
     for made, ops in (
         (config(mode=2), ["models::mix"]),
