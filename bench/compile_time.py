@@ -1,4 +1,4 @@
-"""Cold compile time against depth (B4). In: a Llama-shaped model at several depths. Out: seconds and compiles, piecework beside stock ``torch.compile``.
+"""Cold compile time against depth (B4).
 
 Each figure is a process of its own with empty caches; importing torch is not counted.
 """
@@ -33,7 +33,7 @@ def attention(
 
 
 class Layer(torch.nn.Module):
-    """One transformer layer, hidden size 64: normalisation, attention behind the op, gated feed-forward."""
+    """One transformer layer, hidden size 64, with attention behind the op."""
 
     def __init__(self, index: int, hidden: int = 64) -> None:
         super().__init__()
@@ -97,7 +97,7 @@ def _tensor(result: object) -> torch.Tensor:
 
 
 def _stock(model: torch.nn.Module, marked: bool) -> Callable[..., object]:
-    """Stock ``torch.compile``; with marked layers of static sizes, for which each layer may have an entry."""
+    """Stock ``torch.compile``, maybe with marked layers of static sizes."""
     if marked:
         layers = next(m for m in model.modules() if len(list(m.children())) > 3)
         kind = type(next(layers.children()))

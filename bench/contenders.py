@@ -1,4 +1,4 @@
-"""The ways to run one model that are compared. In: a model and an example batch. Out: callables that do the same, each with its own overhead.
+"""The ways to run one model that are compared.
 
 All of them but `eager` and `stock` run the same compiled pieces; nothing here is timed.
 """
@@ -36,7 +36,7 @@ class Ready:
 
 
 def dynamic(example: torch.Tensor, *, unbacked: bool) -> torch.Tensor:
-    """``example`` with its batch marked so that one trace serves batch 1 as well; unmarked otherwise."""
+    """``example`` with its batch marked so that one trace serves batch 1 as well."""
     if unbacked:
         torch._dynamo.decorators.mark_unbacked(example, 0)
     return example
@@ -93,7 +93,7 @@ def _traced_once(compiled: Call, example: torch.Tensor, unbacked: bool) -> Call:
 
 
 class FlatGraph:
-    """The stitching graph of a stitched module, with compiled pieces, as the flat contenders call it.
+    """The stitching graph of a stitched module.
 
     Args:
         batch: that is measured; where batch sizes have compiled forms of their own, its.
@@ -168,7 +168,7 @@ def _conventional(
     unbacked: bool,
     config: CompilationConfig | None,
 ) -> Call:
-    """Dynamo's guards and fetching of weights, generated stitching code, a range look-up and the public artifact per piece, the dispatcher around the op."""
+    """Dynamo's guards, generated code, a look-up and public artifact per piece, the dispatcher."""
 
     def backend(gm: torch.fx.GraphModule, inputs: Sequence[object]) -> Callable[..., object]:
         compiled = PieceworkBackend(config, "conventional", splitting_ops=[operator]).prepare(gm)
@@ -202,7 +202,7 @@ def _limit(graph: FlatGraph, operator: str, body: Callable[..., None]) -> Call:
 def straight(
     parameters: str, lines: Sequence[str], values: Mapping[str, object]
 ) -> Callable[..., object]:
-    """A function of these lines. Weights and kernels are its locals as far as CPython has short names for them (256), and globals in a larger model."""
+    """A function of these lines; weights are its locals while CPython has short names for them."""
     text = "".join(f"    {line}\n" for line in lines)
     held = (f"{name}={name}" for name in values if len(values) < 250)
     scope = dict(values)
@@ -247,7 +247,7 @@ def straight_lines(
 
 
 def _freeing(lines: Sequence[str], locals_: Sequence[str]) -> list[str]:
-    """``lines`` with each local deleted after the last line that reads it: memory that is used again stays in the cache."""
+    """``lines`` with each local deleted after the last line that reads it."""
     words = [set(re.findall(r"\w+", line)) for line in lines]
     last = {name: max(i for i, found in enumerate(words) if name in found) for name in locals_}
     freeing: list[str] = []

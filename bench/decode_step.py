@@ -1,4 +1,4 @@
-"""B12: one whole decode step of transformers' Llama. In: depths and batches. Out: the time from tokens to logits of each way to run it, attention, cache and head included.
+"""B12: one whole decode step of transformers' Llama.
 
 Every contender is given the model's greedy tokens, and must give its logits and choose the same, before anything is timed; all run on one thread without recording gradients.
 
@@ -58,7 +58,7 @@ class Contender:
         self.rewind()
 
     def greedy(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The next ``STEPS`` tokens of each sequence, [batch, STEPS], and the logits that each was the largest of."""
+        """The next ``STEPS`` tokens of each sequence, [batch, STEPS], and their logits."""
         tokens, logits = [], []
         for _ in range(STEPS):
             logits.append(self.step(ids)[:, -1:])

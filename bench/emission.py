@@ -1,4 +1,4 @@
-"""Emission time against the number of nodes (B6). In: graphs of several sizes. Out: seconds of each phase, and whether they grow in line.
+"""Emission time against the number of nodes (B6).
 
 Nothing is compiled or captured: only lowering, checking, rendering and proving of source is measured.
 
@@ -56,7 +56,7 @@ def flat_graph(nodes: int) -> torch.fx.GraphModule:
 
 
 def layered_graph(layers: int) -> tuple[torch.fx.GraphModule, LowerOptions]:
-    """A stitching graph as a decoder of ``layers`` layers gives it, with names as long as Dynamo's."""
+    """A stitching graph as a decoder of ``layers`` layers gives it."""
     root = torch.nn.Module()
     graph = torch.fx.Graph()
     x = graph.placeholder("l_input_ids_")

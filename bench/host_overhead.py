@@ -1,4 +1,4 @@
-"""B2 and B3: what lies between the kernels of a whole forward. In: a Llama-shaped model of several depths and batches. Out: the time of each way to run it.
+"""B2 and B3: what lies between the kernels of a whole forward.
 
 Every contender's result is compared with the model's before anything is timed; all run on one thread without recording gradients.
 

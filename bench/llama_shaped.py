@@ -1,4 +1,4 @@
-"""A small decoder to time. In: a number of layers. Out: a module with Llama's operations per layer, cheap enough that host time dominates.
+"""A small decoder to time.
 
 The attention is an operator that stays outside the compiled pieces, registered in two ways; its arithmetic is a stand-in, its arguments are not.
 """

@@ -1,4 +1,4 @@
-"""Models of lists that others made, run by piecework beside eager and ``torch.compile``: a table, a JSON file, and a page of the documentation.
+"""Models of lists that others made, run by piecework beside eager and ``torch.compile``.
 
 Nothing is timed. The exit code is 1 if piecework refuses, or gets wrong, what stock serves.
 
@@ -35,7 +35,7 @@ CUT_EVERY = 3
 
 
 def tasks_of(chosen: argparse.Namespace) -> list[Task]:
-    """The rows that were asked for; every third, or every one where single models are asked for, is also cut and captured."""
+    """The rows that were asked for; every third, or every one of single models, is also cut."""
     found = []
     for source in chosen.list:
         kind = LISTS[source]

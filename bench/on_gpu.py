@@ -1,4 +1,4 @@
-"""One command for a bare machine with a GPU: in, a plain checkout and a folder of wheels; out, five small files of results.
+"""One command for a bare machine with a GPU: in, a plain checkout and a folder of wheels.
 
     python bench/on_gpu.py --out results --wheels wheels
 
@@ -87,7 +87,7 @@ class Runner:
         (folder / "cache").mkdir(mode=0o700)
 
     def run(self, name: str, command: Sequence[str], file: str, most: float) -> None:
-        """Run ``command``, what it prints added to ``file``; killed after ``most`` seconds or when the time is up."""
+        """Run ``command``, what it prints added to ``file``."""
         # A rehearsal compiles C++, on fewer cores.
         left = min(most * (6 if self.device == "cpu" else 1), self.end - time.monotonic())
         if left < 10:
@@ -131,7 +131,7 @@ class Runner:
         self.run(f"part {name}", command, "gpu_bench.txt", most)
 
     def sanitizer(self) -> None:
-        """The tests of workspaces once more, each access to memory checked; of this process alone, without those that compile."""
+        """The tests of workspaces once more, each access to memory checked."""
         tool = shutil.which("compute-sanitizer")
         if tool is None or self.device == "cpu":
             return
@@ -159,7 +159,7 @@ def unpack(wheels: Path | None, folder: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run everything, or what ``--only`` names; 1 if something failed, 2 if something is missing here."""
+    """Run everything, or what ``--only`` names."""
     everything = [*LIMITS, *MORE]
     parser = argparse.ArgumentParser(prog="python bench/on_gpu.py", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")

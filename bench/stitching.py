@@ -1,4 +1,4 @@
-"""B1: what the stitching itself costs. In: stitching graphs of pieces that do nothing. Out: the time of each way to run them.
+"""B1: what the stitching itself costs.
 
 The pieces return their first argument, so all that is timed is the glue; no compiler and no tensor operation takes part.
 
@@ -30,7 +30,7 @@ Call = Callable[[Value], object]
 
 
 class _NoOp(torch.nn.Module):
-    """A piece as the graph sees it; the stitched contenders call its function without the module around it."""
+    """A piece as the graph sees it; stitched contenders call its function alone."""
 
     def __init__(self, function: Callable[..., tuple[object]]) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Families that a vLLM engine serves on piecework: in, nothing; out, a table of tokens, log-probabilities and pieces beside eager's; times stand in the file of lines.
+"""Families that a vLLM engine serves on piecework: tokens, log-probabilities and pieces.
 
 python -m piecework.bench.vllm_families run families.jsonl [NAME …]   # appends a line for each family
 python -m piecework.bench.vllm_families table families.jsonl docs/vllm.md
@@ -104,7 +104,7 @@ def checkpoint(family: str, folder: Path, layers: int = 4) -> Path:
 
 
 def apart(function: Callable[..., Any], *arguments: Any) -> Any:
-    """What ``function`` gives in a process of its own, which starts with vLLM imported; raises what it raised, as text."""
+    """What ``function`` gives in a process of its own, which starts with vLLM imported."""
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe(duplex=False)
 
@@ -224,7 +224,7 @@ _HEADER = ("families", "tokens", "log-probabilities within", "pieces", "unique")
 
 
 def table(rows: list[dict[str, Any]], before: str = "") -> list[str]:
-    """The table as Markdown; families of the table ``before`` that were not measured now stay in it."""
+    """The table as Markdown; families of ``before`` that were not measured now stay in it."""
     from piecework.bench.lists.page import table as joined  # only here: it imports torch
 
     found = {}
@@ -255,7 +255,7 @@ def _cells(found: dict[str, Any]) -> list[str]:
 
 
 def turns(times: int) -> Iterator[str]:
-    """A Llama of 16 layers on vLLM's default and on piecework, each cold and then warm, in turn: medians. Tokens have to be equal."""
+    """A Llama of 16 layers on vLLM's default and on piecework."""
     kinds = {"default": {}, "piecework": {"backend": "piecework"}}
     found: dict[tuple[str, str], list[dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""Warm start against depth (B5). In: a Llama-shaped model at several depths. Out: seconds from the imports behind torch's to the end of the first call, in new processes.
+"""Warm start against depth (B5).
 
 An artifact is loaded with empty caches and no compiler on ``PATH``. Beside it: compiling cold; stock ``torch.compile`` with the caches that an earlier process filled, and with empty ones
 that are filled from ``torch.compiler.save_cache_artifacts``; and a package of the whole model by AOTInductor. Importing torch is not counted.

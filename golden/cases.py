@@ -1,4 +1,4 @@
-"""Golden cases on disk: what each emits, its graph and its inputs. Nothing is compared or written here.
+"""Golden cases on disk: what each emits, its graph and its inputs.
 
 A case is a folder with a ``graph.py``; its goldens lie beside it. ``graph.py`` defines either ``build()``, a stitching graph,
 with, optionally, ``options() -> LowerOptions``; or ``stitched()``, what `piecework.compile` returns. ``inputs()`` gives a list of
@@ -180,13 +180,13 @@ def select(cases: Sequence[Case], names: Sequence[str]) -> list[Case]:
 
 
 def kind_of(golden: Path) -> str | None:
-    """The kind of text that a golden (or ``.new``) of a case holds, by its name; None if that is no golden's."""
+    """The kind of text that a golden (or ``.new``) of a case holds, by its name."""
     found = _GOLDEN.fullmatch(golden.name.removesuffix(NEW_SUFFIX))
     return None if found is None else found.group(1) or STITCHED
 
 
 def unreferenced(root: Path, produced: Mapping[str, Collection[str]]) -> list[Path]:
-    """Goldens that no case produces: folders without a graph, goldens outside of a case or of a kind that it does not emit.
+    """Goldens that no case produces: in no case, or of a kind that it does not emit.
 
     Args:
         root: the folder of cases.
@@ -213,7 +213,7 @@ def unreferenced(root: Path, produced: Mapping[str, Collection[str]]) -> list[Pa
 
 
 class _FromSource(SourceFileLoader):
-    """Reads the text each time: Python's bytecode files don't tell two versions of one second and one length apart."""
+    """Reads the text each time: bytecode files don't tell two versions of one second apart."""
 
     def get_code(self, fullname: str) -> CodeType:
         path = self.get_filename(fullname)
@@ -221,7 +221,7 @@ class _FromSource(SourceFileLoader):
 
 
 def import_graph(case: Case) -> ModuleType:
-    """Import ``graph.py`` once for as long as it does not change: operators that it registers can be registered only once.
+    """Import ``graph.py`` once for as long as it does not change.
 
     The module's name is in the emitted source if the graph calls its functions, so it depends on the case's name alone.
     """
@@ -251,13 +251,13 @@ def _as_stitched(
     stitched: object,
     call: tuple[object, ...],
 ) -> Iterator[None]:
-    """A captured graph runs as its module runs it: without recording gradients, in the case's own context."""
+    """A captured graph runs as its module runs it."""
     with torch.no_grad(), nullcontext() if around is None else around(stitched, call):
         yield
 
 
 def _made_with_installed(versions: Mapping[str, str]) -> bool:
-    """True if each package named is installed in the version named, as far as that goes (``2.13`` for any 2.13.x)."""
+    """True if each package named is installed in that version (``2.13`` for any 2.13.x)."""
     for package, wanted in versions.items():
         try:
             installed = metadata.version(package)
@@ -276,7 +276,7 @@ def _inputs(module: ModuleType) -> list[tuple[object, ...]]:
 def _graph_arguments(
     stitched: StitchedModule, call: Sequence[object], where: str
 ) -> tuple[object, ...]:
-    """What ``stitched.split_gm`` takes when the model is called with ``call``: weights, arguments, and sizes of arguments."""
+    """What ``stitched.split_gm`` takes when the model is called with ``call``."""
     model = stitched.model
     forward = model.forward if isinstance(model, torch.nn.Module) else model
     given = dict(inspect.signature(forward).bind(*call).arguments)

@@ -55,7 +55,7 @@ class CaseResult:
 
     @property
     def same(self) -> bool:
-        """True if the golden says what is emitted, or says nothing about these versions of torch and others."""
+        """True if the golden says what is emitted, or nothing about these versions."""
         quiet = (State.SAME, State.NOT_COMPARED)
         return self.comparison is not None and self.comparison.state in quiet
 
@@ -136,7 +136,7 @@ def check_cases(
 def check_case(
     case: Case, texts_elsewhere: Mapping[str, str] | None = None
 ) -> tuple[CaseResult, ...]:
-    """The four checks of each text of one case; without ``texts_elsewhere``, by kind, the last one is left out."""
+    """The four checks of each text of one case."""
     try:
         loaded = case.load()
     except UsageError:
@@ -248,7 +248,7 @@ def shown(path: Path) -> str:
 
 
 def emit_in_other_process(root: Path, names: Sequence[str]) -> dict[str, dict[str, str]]:
-    """Emit cases in a process whose hash seed is not this one's: case → kind → text, an error's text where one can't be emitted.
+    """Emit cases in a process whose hash seed is not this one's.
 
     Raises:
         EmitError: the process failed as a whole.

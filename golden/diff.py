@@ -161,7 +161,7 @@ def _constants(outline: Outline) -> dict[int, str]:
 
 
 class _Rewrite(ast.NodeTransformer):
-    """Constants by what they are, names as ``rename`` has them, neighbouring deletions as one in order."""
+    """Constants by what they are, names as ``rename`` has them, deletions in order."""
 
     def __init__(self, outline: Outline, rename: Mapping[str, str]) -> None:
         self.constants, self.rename = _constants(outline), rename
@@ -292,7 +292,7 @@ class _Statement:
 
 
 def _align(before: Sequence[Sequence[object]], after: Sequence[Sequence[object]]) -> Pairs:
-    """Pair statements in order by their first keys, and those between the pairs by the next ones."""
+    """Pair statements in order by their first keys, others between them by the next ones."""
     if not (before and after and before[0]):
         return []
     pairs: Pairs = []
@@ -426,7 +426,7 @@ class _Function:
         return (", " if of else "") + "; ".join(found)
 
     def _pieces(self) -> Iterator[Change]:
-        """Other names of paired pieces: a renumbering where the tables differ, else other code runs."""
+        """Other names of pieces: a renumbering where the tables differ, else other code runs."""
         pairs = [(old.step, new.step) for old, new in self.steps if new.step.kind == "piece"]
         rows = ({*side.tables.submods.values()} for side in (self.old_side, self.new_side))
         if next(rows) != next(rows):

@@ -26,7 +26,7 @@ _PLAIN: dict[type, type] = {immutable_list: list, immutable_dict: dict}
 
 
 class Interpreter(torch.fx.Interpreter):
-    """`torch.fx.Interpreter` all the way down: what FX writes as source for a called graph differs in places."""
+    """`torch.fx.Interpreter` all the way down."""
 
     def __init__(self, gm: torch.fx.GraphModule) -> None:
         super().__init__(gm)
@@ -56,7 +56,7 @@ def run_module(module: object, /, *args: object, **kwargs: object) -> object:
 
 
 def differences(loaded: LoadedCase) -> list[str]:
-    """Run every input through both; an input that the interpreter itself cannot run is a difference too."""
+    """Run every input through both; one that the interpreter cannot run is a difference too."""
     if not loaded.inputs:
         return ["inputs() gives nothing to run"]
     problems: list[str] = []
@@ -84,7 +84,7 @@ def differences(loaded: LoadedCase) -> list[str]:
 
 
 def call_differences(loaded: LoadedCase) -> list[str]:
-    """Call the captured model with every input: each tensor that it returns must be one that the graph returns.
+    """Call the captured model with every input.
 
     Its entry may have chosen another way through, such as a replay with padding, so values may differ by rounding.
     """
@@ -135,7 +135,7 @@ Fact = tuple[str, str, object]
 def _run(
     gm: torch.fx.GraphModule, function: Callable[..., object], arguments: Sequence[object]
 ) -> tuple[object, list[Fact]]:
-    """The result of a run on copies of the arguments, and all that can be seen of it; the graph's tensors are put back as they were."""
+    """The result of a run on copies of the arguments, and all that can be seen of it."""
     state = dict(_tensors_of(gm))
     before = {name: tensor.detach().clone() for name, tensor in state.items()}
     copies = copy.deepcopy(tuple(arguments))
@@ -172,7 +172,7 @@ def _tensors_of(gm: torch.fx.GraphModule) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _leaves(value: object, name: str) -> Iterator[tuple[str, object]]:
-    """Every list, tuple and dict, as its type and keys, then what is in it; FX's containers as those that they stand for."""
+    """Every list, tuple and dict, as its type and keys, then what is in it."""
     if isinstance(value, (list, tuple, dict)):
         keys = tuple(value) if isinstance(value, dict) else range(len(value))
         yield name, (_PLAIN.get(type(value), type(value)), tuple(keys))
@@ -183,7 +183,7 @@ def _leaves(value: object, name: str) -> Iterator[tuple[str, object]]:
 
 
 def _seen(leaf: object, name: str, memory: dict[object, str]) -> Iterator[tuple[str, object]]:
-    """What can be seen of a value; of a tensor also the first one whose memory it shares, and the first one that it is."""
+    """What can be seen of a value; of a tensor also the first one whose memory it shares."""
     yield "type", type(leaf)
     if not isinstance(leaf, torch.Tensor):
         yield "value", repr(leaf) if isinstance(leaf, float) else leaf  # NaN, and the sign of 0

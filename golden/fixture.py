@@ -24,13 +24,13 @@ _PARAMETERS = re.compile(r"([\w.]{1,80})\[(\w(?:[\w.\-]{0,60}\w)?)\]", re.ASCII)
 
 
 def golden_path(test_file: Path, test_name: str, name: str | None = None) -> Path:
-    """Where the golden of a test lies: ``__stitched__/<test file>/<test name>.py``, with ``--<name>`` if it has several."""
+    """Where the golden of a test lies: ``__stitched__/<test file>/<test name>.py``."""
     stem = safe_name(test_name) + (f"--{safe_name(name)}" if name is not None else "")
     return test_file.parent / STORE_NAME / test_file.stem / f"{stem}.py"
 
 
 def safe_name(name: str) -> str:
-    """``name`` as a file name: the parameters of a test after a dash, and a digest where two names could look the same."""
+    """``name`` as a file name, with a digest where two names could look the same."""
     if found := _PARAMETERS.fullmatch(name):
         return "-".join(found.groups())
     safe = _UNSAFE.sub("-", name)[:_LONGEST]
@@ -91,7 +91,7 @@ class References:
 
 @dataclass(slots=True)
 class StitchedGolden:
-    """Compares emitted sources with the goldens of one test; what ``differs``, as a text and a summary, is said at its end."""
+    """Compares emitted sources with the goldens of one test."""
 
     test_file: Path
     test_name: str

@@ -1,4 +1,4 @@
-"""Reads an emitted module into a value: its tables, functions and statements. The text is parsed, never executed."""
+"""Reads an emitted module into a value: its tables, functions and statements."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One self-contained page that shows differences: what changed, what runs before and after, both texts side by side.
+"""One self-contained page that shows differences.
 
 The page has no script, fetches nothing and follows the reader's light or dark setting.
 """
@@ -119,7 +119,7 @@ def _fields(prefix: str, entry: Entry) -> dict[str, object]:
 
 
 def pieces_of(diff: SourceDiff, prefix: str) -> Iterator[dict[str, object]]:
-    """Rows of a table: what runs in the entry function before and after, many equal statements as one row."""
+    """Rows of a table: what runs before and after, many equal statements as one row."""
     before, after = diff.before.entry.steps, diff.after.entry.steps
     groups = ("pieces", "calls", "arguments")
     said = [each for each in diff.changes if each.group in groups and not each.function]
@@ -177,7 +177,7 @@ class Block:
 
 
 def side_by_side(before: str, after: str) -> list[Block]:
-    """Align two texts line by line, as safe HTML; characters that would not be seen are written as escapes."""
+    """Align two texts line by line, as safe HTML."""
     lines = [visible(text).splitlines() for text in (before, after)]
     coloured = [_in_colour(each) for each in lines]
 

@@ -1,4 +1,4 @@
-"""The pytest plugin: tests that ask for `stitched_golden` compare emitted sources with goldens that lie beside them.
+"""The pytest plugin: `stitched_golden` compares emitted sources with goldens beside a test.
 
 Every pytest run with piecework installed loads this module, so it imports nothing heavy until a test uses the fixture. In
 continuous integration it never writes.
@@ -76,7 +76,7 @@ def stitched_golden(request: pytest.FixtureRequest) -> StitchedGolden:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item):  # type: ignore[no-untyped-def]
-    """A golden that differs fails its test when the test is over, so that one run sees, and updates, all of its goldens."""
+    """A golden that differs fails its test when the test is over."""
     result = yield
     golden = item.stash.get(_GOLDEN, None)
     if golden is not None and golden.differs:
@@ -108,7 +108,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item: pytest.Item):  # type: ignore[no-untyped-def]
-    """A test that failed, was skipped or never ran may not have come to its golden; one that passed has."""
+    """A test that failed, was skipped or never ran may not have come to its golden."""
     outcome = yield
     report = outcome.get_result()
     if report.when == "call" and report.passed:

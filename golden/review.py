@@ -1,4 +1,4 @@
-"""What a person reads and answers in a terminal: a check's result with what to type next, and proposals one by one."""
+"""What a person reads and answers in a terminal."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _NAMED = 8  # more cases than this are accepted without naming each
 
 @dataclass(frozen=True, slots=True)
 class Proposal:
-    """A golden (maybe not there yet) and the text proposed for it; ``problems`` forbid accepting it."""
+    """A golden (maybe not there yet) and the text proposed for it."""
 
     comparison: Comparison
     problems: tuple[str, ...] = ()
@@ -139,7 +139,7 @@ def _decide(proposal: Proposal, answer: str, outcome: Outcome, show: Show) -> No
 
 
 def commands(proposals: Sequence[Proposal], name: Callable[[Path], str] = str) -> Iterator[str]:
-    """What to type to see and accept each without a terminal; a proposal with problems has them in place of that."""
+    """What to type to see and accept each without a terminal."""
     for proposal in proposals:
         golden = shlex.quote(name(proposal.golden))
         if proposal.comparison.before:

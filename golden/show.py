@@ -1,4 +1,4 @@
-"""Differences as a person sees them: one summary for terminals, tests and pages, and unified lines in colour."""
+"""Differences as a person sees them: a summary, and unified lines in colour."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _HIDDEN = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 
 
 def visible(text: str) -> str:
-    """``text`` with every character that is not seen as itself written as an escape; tabs and newlines stay."""
+    """``text`` with every character that is not seen as itself written as an escape."""
     if text.isascii() and text.isprintable():
         return text
     return "".join(
@@ -35,7 +35,7 @@ def visible(text: str) -> str:
 def difference(
     before: str, after: str, names: tuple[str, str], *, context: int = 3, text: bool = True
 ) -> Iterator[Text]:
-    """What changed in meaning, then in ``text``; said so where the text before is no stitching source."""
+    """What changed in meaning, then in ``text``."""
     try:
         diff = compare_sources(before, after)
     except UsageError:
@@ -48,7 +48,7 @@ def difference(
 
 
 def summary(diff: SourceDiff) -> Iterator[tuple[str, list[tuple[Change, str]]]]:
-    """Each group with its changes; many alike, such as one of each layer, are the first one and how many more."""
+    """Each group with its changes; many alike are the first one and how many more."""
     for group, changes in diff.by_group().items():
         loose = [_key(change, _NUMBER.sub("", change.message)) for change in changes]
         counts = Counter(loose)

@@ -68,7 +68,7 @@ def compare(path: Path, text: str) -> Comparison:
 
 
 def propose(comparison: Comparison) -> None:
-    """Leave the emitted text beside a golden that differs; remove a proposal that is out of date."""
+    """Leave the emitted text beside a golden that differs."""
     if comparison.state in (State.SAME, State.NOT_COMPARED):
         comparison.proposal.unlink(missing_ok=True)
     else:
@@ -117,7 +117,7 @@ def _existing(golden: Path) -> Path:
 
 
 def pending(places: Iterable[Path]) -> list[Path]:
-    """Goldens with a proposal under ``places``: of cases, and of tests in folders named ``__stitched__``."""
+    """Goldens with a proposal under ``places``."""
     return sorted({golden for place in places for golden in _pending_under(place)})
 
 
@@ -133,7 +133,7 @@ def _pending_under(place: Path) -> Iterator[Path]:
 
 
 def folders(place: Path) -> Iterator[tuple[Path, list[str]]]:
-    """``place`` and the folders below it that are somebody's own, each with the names of its files."""
+    """``place`` and the folders below it that are somebody's own."""
     for folder, subfolders, files in os.walk(place):
         own = (name for name in subfolders if not name.startswith(".") and name not in _SKIPPED)
         subfolders[:] = sorted(own)

@@ -1,4 +1,4 @@
-"""One emitted text, whatever its kind, to compare: comments lose the line numbers of other files. Nothing is run."""
+"""One emitted text, whatever its kind, to compare."""
 
 from __future__ import annotations
 

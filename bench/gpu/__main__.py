@@ -1,4 +1,4 @@
-"""B8 to B11 and what else only a GPU tells. In: a device and a time limit. Out: rows of figures, each printed and saved as soon as it is there.
+"""B8 to B11 and what else only a GPU tells.
 
 A contender that fails costs its own rows, a part that fails only itself. Without a GPU, ``--device cpu --quick`` runs every line at a
 tiny scale on the CPU's static graphs: it shows that it works, and its figures say nothing. ``python bench/on_gpu.py`` runs the tests of
@@ -23,7 +23,7 @@ from piecework.errors import UsageError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the parts that are asked for, or all; 1 if one failed or missed a target, 2 without a GPU.
+    """Run the parts that are asked for, or all.
 
     On the CPU no target is held against anything.
     """

@@ -1,4 +1,4 @@
-"""The ways to run captured pieces that are compared. In: a model and batch sizes. Out: for each size, callables that do the same step, each with its own overhead.
+"""The ways to run captured pieces that are compared.
 
 All replay graphs of the same kernels; nothing here is timed.
 """
@@ -43,7 +43,7 @@ def stitch(model: torch.nn.Module, ids: torch.Tensor, backend: str) -> StitchedM
 
 @dataclass(eq=False)
 class Contenders:
-    """One model, captured piece by piece and whole, and once more the conventional way; each is made when it is first asked for.
+    """One model, captured piece by piece and whole, and once more the conventional way.
 
     Args:
         model: takes token ids.
@@ -73,7 +73,7 @@ class Contenders:
         return Conventional(self.model, self.ids, self.sizes, self.backend)
 
     def makers(self, batch: int) -> dict[str, Callable[[], Step]]:
-        """What makes each contender at one captured batch size; ids enter through a copy, except in the bare ones."""
+        """What makes each contender at one captured batch size."""
         ids = self.ids[:batch].clone()
 
         def full() -> Step:
@@ -116,7 +116,7 @@ class Contenders:
 
 
 def bare_loop(stitched: StitchedModule, batch: int, ids: torch.Tensor) -> Step:
-    """Contender 6: replays and attention launches with everything bound beforehand; ids are staged once, here."""
+    """Contender 6: replays and attention launches with everything bound beforehand."""
     work, result = _bound(stitched, batch, ids)
     pairs = list(zip(work[::2], work[1::2], strict=False))
     last = work[-1]
@@ -132,7 +132,7 @@ def bare_loop(stitched: StitchedModule, batch: int, ids: torch.Tensor) -> Step:
 
 
 def bare_list(stitched: StitchedModule, batch: int, ids: torch.Tensor) -> Step:
-    """Contender 7: a list of segments that are called one after the other, as the newest breakable runners do it."""
+    """Contender 7: a list of segments, called in turn, as the newest breakable runners do."""
     work, result = _bound(stitched, batch, ids)
     segments = [each if callable(each) else partial(attention_body, *each) for each in work]
 
@@ -155,7 +155,7 @@ def _bound(stitched: StitchedModule, batch: int, ids: torch.Tensor) -> tuple[lis
 
 
 def _work(stitched: StitchedModule, calls: Sequence[CapturedCall]) -> Iterator:  # type: ignore[type-arg]
-    """Replay, operands of the attention after it, replay, …, last replay, and at the end the result."""
+    """Replays with the operands of the attention between them, and at the end the result."""
     names = stitched.source.submod_names
     values: dict[torch.fx.Node, object] = {}
     for node in stitched.split_gm.graph.nodes:
@@ -188,7 +188,7 @@ def _call(wrapper: object, descriptor: BatchDescriptor) -> CapturedCall:
 
 
 class Conventional:
-    """Contender 5: Dynamo's guards and fetching of weights, a range look-up and a wrapper per piece that reads the forward context and looks its graph up, the operator through the dispatcher."""
+    """Contender 5: Dynamo's guards, a look-up and a wrapper per piece, the dispatcher."""
 
     def __init__(
         self, model: torch.nn.Module, ids: torch.Tensor, sizes: Sequence[int], backend: str

@@ -1,4 +1,4 @@
-"""What staging costs the host on a faked device. In: nothing. Out: µs a call of each way to stage, with Triton's own launcher over a driver that does nothing.
+"""What staging costs the host on a faked device.
 
     python -m piecework.bench.gpu.launch
 
@@ -62,7 +62,7 @@ _NOTHING = (
 
 
 def fake_driver(folder: Path) -> ctypes.CDLL:
-    """Build and load the stand-in, under the name by which Triton asks for the driver, and let Triton launch through it."""
+    """Build and load the stand-in by the driver's name, and let Triton launch through it."""
     text = _DRIVER + "".join(f"int {name}() {{ return 0; }}\n" for name in _NOTHING)
     (folder / "driver.c").write_text(text, encoding="utf-8")
     made = folder / "libcuda.so.1"

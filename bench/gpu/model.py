@@ -1,4 +1,4 @@
-"""A decoder for the GPU benchmarks. In: a shape, a device. Out: a module with Llama's operations per layer, in the sizes of a real model.
+"""A decoder for the GPU benchmarks.
 
 Attention is one launch that reads and writes what attention reads and writes; what is measured is how captured pieces are put
 together, not how fast they are.
@@ -36,7 +36,7 @@ TINY = DecoderShape(16, 32, 8, 16, torch.float32)
 def attention_body(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, out: torch.Tensor, layer: int
 ) -> None:
-    """One kernel; keys and values are narrower than queries, so only their first column takes part."""
+    """One kernel; keys and values are narrower, so only their first column takes part."""
     torch.addcmul(query, key[:, :1], value[:, :1], out=out)
 
 

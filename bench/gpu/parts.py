@@ -1,4 +1,4 @@
-"""The parts of the GPU benchmark. In: a scale. Out: rows: staging, compiling, one decode step, transformers, capturing, and where a step's time goes."""
+"""The parts of the GPU benchmark."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ B11_MEMORY, B11_SHARE = 0.1, 0.5
 
 @torch.no_grad()
 def staging(scale: Scale, rows: Rows) -> None:
-    """B10: 1, 2 and 8 inputs into static buffers, padded; the host's time, the time in a row, and what the device runs."""
+    """B10: 1, 2 and 8 inputs into static buffers, padded."""
     kinds = {
         "reference": {"kernel": "reference"},
         "grouped": {},
@@ -132,7 +132,7 @@ def _launches(step: Step, device: str) -> int:
 
 @torch.no_grad()
 def inductor(scale: Scale, rows: Rows) -> None:
-    """Compiling cold and from the cache: seconds, pieces that are entered directly, the first served call, and that it is right."""
+    """Compiling cold and from the cache: seconds, pieces entered directly, the first served call."""
     layers = 4 if scale.device == "cuda" else 2
     model = build(layers, scale.shape, scale.device)
     ids = token_ids(max(scale.batches), scale.shape, scale.device)
@@ -175,7 +175,7 @@ def _entered(stitched: piecework.StitchedModule) -> str:
 
 @torch.no_grad()
 def steps(scale: Scale, rows: Rows) -> None:
-    """B8 and B9: one decode step, by every contender; the time until it is queued, and the time of one in a row of them."""
+    """B8 and B9: one decode step, by every contender."""
     _steps(scale, rows, scale.layers)
 
 
@@ -290,7 +290,7 @@ def _serving(model: torch.nn.Module, batch: int, scale: Scale, rows: Rows) -> It
 
 
 def vllm_decode(scale: Scale, rows: Rows) -> None:
-    """Seconds a token in a vLLM engine with FULL_AND_PIECEWISE: piecework beside its own compiler; only where vLLM is installed."""
+    """Seconds a token in a vLLM engine with FULL_AND_PIECEWISE."""
     if importlib.util.find_spec("vllm") is None or scale.device != "cuda":
         rows.note("vLLM is not installed, or there is no GPU")
         return
@@ -339,7 +339,7 @@ def _llama(scale: Scale) -> tuple[Any, Any]:
 
 
 class _Generation:
-    """One batch of requests, generated in several ways, each held against the tokens of the first."""
+    """One batch of requests, generated in several ways."""
 
     def __init__(
         self,
@@ -376,7 +376,7 @@ class _Generation:
 
 @torch.no_grad()
 def profile(scale: Scale, rows: Rows) -> None:
-    """One decode step under the profiler, pieces by name: what the host does between the launches. Written to ``gpu_profile.txt``."""
+    """One decode step under the profiler, pieces by name."""
     layers, batch = min(scale.layers), min(scale.batches)
     model = build(layers, scale.shape, scale.device)
     found = Contenders(

@@ -1,4 +1,4 @@
-"""Figures of the GPU benchmark. In: rows, targets and failures, as they come. Out: a printed line and a line of JSON for each, at once; and the clocks.
+"""Figures of the GPU benchmark.
 
 What is cut off in the middle leaves what it had.
 """
@@ -126,7 +126,7 @@ class Rows:
 
 
 def is_lost() -> bool:
-    """Whether this process can do nothing more with the device; the next part runs in another one."""
+    """Whether this process can do nothing more with the device."""
     if not torch.cuda.is_available():
         return False
     try:
@@ -167,7 +167,7 @@ def times(
     rows: Rows,
     setting: Mapping[str, object],
 ) -> dict[str, float]:
-    """The median of each contender over interleaved rounds, the order alternating; one that fails takes part no longer."""
+    """The median of each contender over interleaved rounds, the order alternating."""
     found: dict[str, list[float]] = {name: [] for name in contenders}
     for index in range(scale.rounds):
         order = list(found) if index % 2 == 0 else list(reversed(found))

@@ -1,1 +1,1 @@
-"""Models from lists that others made, each run eagerly, by `torch.compile`, and by `piecework.compile`, and compared."""
+"""Models from lists that others made, run eagerly, by `torch.compile` and by piecework."""

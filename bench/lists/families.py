@@ -1,4 +1,4 @@
-"""Families of transformers. In: the registries of its auto classes. Out: a row per family whose small model runs, with arguments made from its forward's signature.
+"""Families of transformers.
 
 Decoders of text are left out: `piecework.integrations.transformers` serves those with their caches.
 """
@@ -77,7 +77,7 @@ def families() -> list[Row]:
 
 
 def heads() -> list[Row]:
-    """A row per class in the registries of tasks, as users make it: with its head, and with the caches that it returns by itself.
+    """A row per class in the registries of tasks, as users make it.
 
     Raises:
         ImportError: transformers is not installed.
@@ -97,7 +97,7 @@ def heads() -> list[Row]:
 
 
 def encoders() -> list[Row]:
-    """The families of `families` that are no time series; of one that generates text, its encoder. Calls differ in lengths and masks beside rows.
+    """The families of `families` that are no time series.
 
     Raises:
         ImportError: transformers is not installed.

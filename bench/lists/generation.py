@@ -1,4 +1,4 @@
-"""transformers' generating families: greedy tokens and scores of a small model as it is, and of the same stitched."""
+"""transformers' generating families: greedy tokens and scores of a small model, also stitched."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PROMPT, NEW = (2, 7), 6  # sequences and tokens of the prompt; tokens to generat
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """A family to generate with; ``pair``: as the encoder-decoder that it is, though it may have a causal LM too."""
+    """A family to generate with; ``pair``: as the encoder-decoder that it is."""
 
     name: str
     pair: bool = False
@@ -34,7 +34,7 @@ def causal_lms() -> list[Row]:
 
 
 def encoder_decoders() -> list[Row]:
-    """The families of transformers' registry of sequence-to-sequence models that are encoder-decoders."""
+    """The sequence-to-sequence families of transformers that are encoder-decoders."""
     from transformers import AutoConfig
     from transformers.models.auto import modeling_auto
 
@@ -48,7 +48,7 @@ def encoder_decoders() -> list[Row]:
 
 
 def try_family(family: Family, options: Options, heard: Heard = lambda _: None) -> Outcome:
-    """Generate with a small model as it is and stitched; greedy tokens and the scores of each must be equal."""
+    """Generate with a small model as it is and stitched."""
     from piecework.integrations.transformers import how_served, stitch, stitched_module
 
     heard("eager")

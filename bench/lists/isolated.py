@@ -1,4 +1,4 @@
-"""Rows run apart from each other: what became of each, as it is done, and as a file from which a later run goes on.
+"""Rows run apart from each other: what became of each.
 
 Each row has a process of its own with a time limit: a crash, a hang or a state that one row leaves behind reaches no other.
 """
@@ -98,7 +98,7 @@ def _run_apart(task: Task, limit: float) -> RowResult:
 
 
 def run_together(tasks: Sequence[Task]) -> Iterator[RowResult]:
-    """Run the tasks one after another in this process: quicker than `run_rows`, and stopped by what one of them does."""
+    """Run the tasks one after another in this process."""
     for task in tasks:
         start = time.monotonic()
         result = RowResult(task.source, task.name, task.kind)
@@ -132,7 +132,7 @@ def _outcomes(task: Task, heard: Heard) -> Iterator[Outcome]:
 
 
 def keep_results(folder: Path | None, tasks: Sequence[Task], results: Sequence[RowResult]) -> None:
-    """Write what is known so far to ``folder``, each row with what was asked of it; nothing without a folder."""
+    """Write what is known so far to ``folder``, each row with what was asked of it."""
     if folder is None:
         return
     asked = {(task.source, task.name): asdict(task) for task in tasks}
@@ -143,7 +143,7 @@ def keep_results(folder: Path | None, tasks: Sequence[Task], results: Sequence[R
 
 
 def kept_results(folder: Path | None, tasks: Sequence[Task]) -> dict[Task, RowResult]:
-    """What an earlier run with the same folder found of the same tasks; rows that it could not end are left out, so that they are tried again."""
+    """What an earlier run with the same folder found of the same tasks."""
     if folder is None or not (folder / FILE).exists():
         return {}
     data = json.loads((folder / FILE).read_text())

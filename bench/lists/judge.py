@@ -22,7 +22,7 @@ class Answer:
 
 
 def kept(result: object) -> object:
-    """``result`` in memory of its own, strides kept: a static graph's outputs are overwritten by the next replay."""
+    """``result`` in memory of its own, strides kept."""
     return pytree.tree_map(_kept_leaf, result, is_leaf=_is_size)
 
 
@@ -109,7 +109,7 @@ def _leaf_difference(got: object, wanted: object, stock: object, with_strides: b
 
 
 def _is_its_attributes(value: object) -> bool:
-    """Whether two such values are compared by their attributes: of a dataclass, or of a class that says nothing of what is equal."""
+    """Whether two such values are compared by their attributes."""
     if isinstance(value, (type, torch.nn.Module)) or not hasattr(value, "__dict__"):
         return False
     return is_dataclass(value) or type(value).__eq__ is object.__eq__

@@ -1,4 +1,4 @@
-"""The results of a run as a page: the same Markdown for the same results. Figures are counted here and nowhere else."""
+"""The results of a run as a page: the same Markdown for the same results."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def summary(row: RowResult, contender: str) -> Verdict | None:
 
 
 def behind(row: RowResult) -> list[str]:
-    """What stock serves in this row and piecework doesn't, or a splitting op or a capture breaks: one line each.
+    """What stock serves in this row and piecework doesn't, or a splitting op or a capture breaks.
 
     Where stock was not tried, what is refused by name counts as refused by it too. A capture may be refused by name; it may not be wrong.
     """
@@ -42,7 +42,7 @@ def behind(row: RowResult) -> list[str]:
 
 
 def markdown(title: str, rows: Sequence[RowResult], settings: Iterable[str]) -> str:
-    """The page: how it was made, what was found, and a table for each list with a reason for what isn't equal."""
+    """The page: how it was made, what was found, and a table for each list."""
     sources = dict.fromkeys(row.source for row in rows)
     lines = [
         f"# {title}",

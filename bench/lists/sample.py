@@ -1,4 +1,4 @@
-"""What is tried: in, a model of a list; out, samples (how to build the model, and arguments for a batch size), and arguments of other batch sizes made from an example's.
+"""What is tried: how to build a model of a list, and its arguments for a batch size.
 
 It runs no model.
 """
@@ -47,7 +47,7 @@ class Row:
 
 
 def spread(items: Sequence[Sample], limit: int) -> list[Sample]:
-    """At most ``limit`` of ``items``, evenly spread, first and last among them; all of them if ``limit`` is 0."""
+    """At most ``limit`` of ``items``, evenly spread, first and last among them."""
     if limit <= 0 or len(items) <= limit:
         return list(items)
     if limit == 1:

@@ -1,4 +1,4 @@
-"""A small config from a family's default one. In: a config of transformers. Out: the same with fewer and narrower layers, a small vocabulary and small images.
+"""A small config from a family's default one.
 
 It knows the roles that attribute names stand for, and no family by name.
 """

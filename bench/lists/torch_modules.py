@@ -1,4 +1,4 @@
-"""torch's own list of modules. In: `module_db` of its test suite. Out: a row per module, with its evaluation samples in float32 on the CPU.
+"""torch's own list of modules.
 
 The list is private to torch's tests and needs ``expecttest``; nothing else of torch's tests is used.
 """

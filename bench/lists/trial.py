@@ -1,4 +1,4 @@
-"""One sample, tried. In: a sample and who compiles. Out: what `torch.compile(fullgraph=True)` and piecework made of it, beside eager.
+"""One sample, tried.
 
 Batch 0 is judged apart from the others: it may be refused by name.
 """
@@ -61,7 +61,7 @@ class Verdict:
 
 @dataclass(slots=True)
 class Outcome:
-    """Verdicts by contender: ``stock``, ``piecework``, ``split``, ``captured``; how many pieces and traces piecework made, and the way it serves a decoder."""
+    """Verdicts by contender: ``stock``, ``piecework``, ``split``, ``captured``."""
 
     label: str
     verdicts: dict[str, Verdict] = field(default_factory=dict)
@@ -215,7 +215,7 @@ class _Trial:
 
 
 def splitting_op_for(stitched: StitchedModule) -> Callable[..., object] | None:
-    """The function that is called nearest to the middle of the graph and gives a tensor; None if it calls none."""
+    """The function that is called nearest to the middle of the graph and gives a tensor."""
     targets = [
         node.target
         for node in stitched.captured.graph.graph.nodes

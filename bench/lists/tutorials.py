@@ -92,7 +92,7 @@ class PositionalEncoding(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """``nn.TransformerEncoder`` under a causal mask; ``hint`` says ``is_causal=True``, as torch asks to."""
+    """``nn.TransformerEncoder`` under a causal mask."""
 
     def __init__(self, hint: bool = False) -> None:
         super().__init__()

@@ -1,1 +1,1 @@
-"""How benchmarks measure. In: contenders and settings. Out: times, ratios of one run, tables, files and plots."""
+"""How benchmarks measure."""

@@ -1,4 +1,4 @@
-"""Runs one contender in a process of its own, with empty caches of its own, and hands back what it printed last."""
+"""Runs one contender in a process of its own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What benchmarks that time contenders side by side share: their options, and how one thread runs them."""
+"""What benchmarks that time contenders side by side share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a benchmark found. In: rows of figures and the targets they are held to. Out: a table, a JSON file and a plot.
+"""What a benchmark found.
 
 It measures nothing and rounds nothing away: the JSON holds every figure that the table was made from.
 """
@@ -71,7 +71,7 @@ class Result:
         return json.dumps(data, indent=2) + "\n"
 
     def save(self, folder: Path, stem: str) -> list[Path]:
-        """Write ``stem.json`` and, where matplotlib is installed, ``stem.png``; returns what was written."""
+        """Write ``stem.json`` and, where matplotlib is installed, ``stem.png``."""
         folder.mkdir(parents=True, exist_ok=True)
         written = [folder / f"{stem}.json"]
         written[0].write_text(self.to_json())
@@ -81,7 +81,7 @@ class Result:
         return written
 
     def finish(self, folder: Path | None, stem: str, console: Console | None = None) -> int:
-        """Print, `save` where there is a folder, and return a command's exit code: 1 if a target is missed."""
+        """Print, `save` where there is a folder, and return a command's exit code."""
         self.print(console)
         for path in [] if folder is None else self.save(folder, stem):
             print(f"wrote {path}")
@@ -180,7 +180,7 @@ _PLAIN = {
 
 
 def _plot(result: Result, path: Path) -> bool:
-    """One panel for each setting, bars from zero; over three depths or more that are all that varies, a line for each contender."""
+    """One panel for each setting, bars from zero."""
     try:
         import matplotlib
     except ImportError:

@@ -1,4 +1,4 @@
-"""Time several ways of doing the same thing in one run. In: named callables. Out: seconds per call of each, over many interleaved rounds.
+"""Time several ways of doing the same thing in one run.
 
 It never judges a result: correctness is checked by the caller, before anything is timed.
 """
@@ -38,7 +38,7 @@ class Timing:
 
 
 def ratio(timing: Timing, reference: Timing) -> float:
-    """How many times as long as ``reference``: the quotient of the means of each one's fastest tenth of rounds.
+    """How many times as long as ``reference``.
 
     Whatever else the machine does only ever adds time (it takes the core, or the caches), so the fast rounds tell what
     the code costs; a tenth of them, and not the single fastest, so that one lucky round decides nothing.
@@ -47,7 +47,7 @@ def ratio(timing: Timing, reference: Timing) -> float:
 
 
 def quotients(timing: Timing, reference: Timing) -> list[float]:
-    """How many times as long as ``reference``, in each round that both took part in: what disturbs one of a round disturbs both."""
+    """How many times as long as ``reference``, in each round that both took part in."""
     both = timing.rounds.keys() & reference.rounds.keys()
     return [timing.rounds[each] / reference.rounds[each] for each in sorted(both)]
 
@@ -65,7 +65,7 @@ def measure(
     clock: Clock = time.thread_time,
     seconds: float = math.inf,
 ) -> dict[str, Timing]:
-    """Time each contender in turn, ``rounds`` times over or for so many ``seconds``, with garbage collection off.
+    """Time each contender in turn, ``rounds`` times over or for so many ``seconds``.
 
     Each window follows a few untimed calls of the same contender: none is timed on the caches of its neighbour.
 
