@@ -16,42 +16,15 @@ from piecework.golden.cases import Case, LoadedCase
 from piecework.golden.execute import differences
 
 CORPUS = [
-    *(
-        "",
-        " ",
-        "'",
-        '"',
-        '"""',
-        "\\",
-        "\\'",
-        "\n",
-        "a\nimport os",
-        "\r\nraise SystemExit",
-        "\x00",
-        "\x0c",
-    ),
-    *(
-        "\u2028raise SystemExit",
-        "\u0085raise SystemExit",
-        "\u202egnirts",
-        "\ud800",
-        "é",
-        "сору",
-        "ｔｏｒｃｈ",
-    ),
+    *("", " ", "'", '"', '"""', "\\", "\\'", "\n", "\x00", "\x0c", "\ud800", "é", "сору", "ｔｏｒｃｈ"),
+    *("a\nimport os", "\r\nraise SystemExit", "\u2028raise SystemExit", "\u0085raise SystemExit"),
     *("{{ 7 * 7 }}", "{% raw %}", "{# comment #}", "}}", "%}", "*/", "-->", "#", "$(rm -rf)"),
-    *(
-        "# fmt: off",
-        "fmt: skip",
-        "yapf: disable",
-        "type: ignore",
-        "-*- coding: utf-7 -*-",
-        "coding=rot13",
-    ),
+    *("# fmt: off", "fmt: skip", "yapf: disable", "type: ignore", "-*- coding: utf-7 -*-"),
     *("__vllm_submods__", "__vllm_consts__", "__builtins__", "__import__", "execution_fn", "torch"),
     *("operator", "print", "None", "lambda", "async", "match", "_", "__", "class", "self"),
     *("a" * 500, "x y", "1x", "x); raise SystemExit(", "x, *, evil=1", "x: int = 1"),
-]
+    *("\u202egnirts", "coding=rot13"),
+]  # fmt: skip
 
 
 def returned(*args: object, **kwargs: object) -> tuple[object, ...]:
