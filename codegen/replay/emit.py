@@ -88,7 +88,7 @@ class _Planner:
         for name in dict.fromkeys([*self.facts.staged, *self.facts.places]):
             if name in used:
                 kind = "persistent buffer" if name in self.facts.staged else "weight"
-                self._hold(name, plan.HeldInput(name), kind)
+                self._hold(name, plan.Held("input", name=name), kind)
         entry = ir.Function(REPLAY_NAME, (ir.Parameter(self.inputs),), tuple(body))
         return replace(stitched, entry=entry, submod_names=(), bound=())
 
@@ -110,7 +110,7 @@ class _Planner:
     def _body(self, body: tuple[ir.Statement, ...]) -> Iterator[ir.Statement]:
         if self.facts.staged:
             what = ", ".join(self.facts.staged)
-            self._hold(self.stage, plan.HeldStage(), f"copies {what} into persistent buffers")
+            self._hold(self.stage, plan.Held("stage"), f"copies {what} into persistent buffers")
             note = f"inputs: {what}, padded to {self.facts.tokens}"
             yield _made(f"{self.stage}({self.inputs})", note, self.inputs)
         for stmt in body:
@@ -135,7 +135,7 @@ class _Planner:
         submod = self.source.submod_names[index]
         if facts.eager_reason is not None:
             name = self.names.claim(submod)
-            self._hold(name, plan.HeldReplay(index), "runs uncaptured")
+            self._hold(name, plan.Held("replay", index), "runs uncaptured")
             self.live.update(stmt.targets)
             note = f"{stmt.origin.module}: runs uncaptured: {facts.eager_reason}".removeprefix(": ")
             text = targets_text(stmt.targets, stmt.unpack) + f"{name}({piece.arguments})"
@@ -151,11 +151,11 @@ class _Planner:
         for leaf, each in enumerate(facts.reads):
             if isinstance(each, plan.Staged):
                 buffers[leaf] = name = self.names.claim(f"{submod}_in_{leaf}")
-                self._hold(name, plan.HeldBuffer(index, leaf), f"static buffer of {submod}")
+                self._hold(name, plan.Held("buffer", index, leaf), f"static buffer of {submod}")
                 note = f"fresh tensor: address policy {self.facts.policy!r} stages it for {submod}"
                 yield _made(f"{name}.copy_({leaves[leaf]})", note, name, leaves[leaf])
         replay = self.names.claim(f"replay_{index}")
-        self._hold(replay, plan.HeldReplay(index), f"static graph of {submod}")
+        self._hold(replay, plan.Held("replay", index), f"static graph of {submod}")
         yield _made(f"{replay}()", reads)
         for leaf, name in buffers.items():
             if getattr(facts.reads[leaf], "writes_back", False):
@@ -163,13 +163,13 @@ class _Planner:
                 yield _made(text, f"{submod} changed it in place", leaves[leaf], name)
         known = self._results(submod)
         for element, target in enumerate(stmt.targets):
-            held = plan.HeldOutput(index, element if stmt.unpack else None)
-            output = facts.output(held.element)
+            held = plan.Held("output", index, element if stmt.unpack else None)
+            output = facts.output(held.at)
             self.places[target] = output
-            number = known.get(held.element)
+            number = known.get(held.at)
             if isinstance(output, plan.Frozen):
                 # A result that nobody takes has no number.
-                if held.element in known and not same_constant(number, output.value):
+                if held.at in known and not same_constant(number, output.value):
                     why = f"{target} was {output.value!r} at the capture, and is {number!r} by the graph"
                     raise _differs(submod, why)
                 if is_inline_literal(output.value):

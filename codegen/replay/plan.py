@@ -81,41 +81,15 @@ class ReplayFacts:
 
 
 @dataclass(frozen=True, slots=True)
-class HeldOutput:
-    """A static output of piece ``piece``: its element ``element``, or all of it."""
+class Held:
+    """What a name of the emitted module stands for."""
 
-    piece: int
-    element: int | None
-
-
-@dataclass(frozen=True, slots=True)
-class HeldBuffer:
-    """The static buffer of one leaf of a piece's arguments."""
-
-    piece: int
-    leaf: int
-
-
-@dataclass(frozen=True, slots=True)
-class HeldReplay:
-    """The replay of piece ``piece``, or the piece itself where it runs uncaptured."""
-
-    piece: int
-
-
-@dataclass(frozen=True, slots=True)
-class HeldStage:  # copies the inputs into their persistent buffers
-    pass
-
-
-@dataclass(frozen=True, slots=True)
-class HeldInput:
-    """A parameter of the stitching function, or a bound weight, by its name there."""
-
-    name: str
-
-
-Held = HeldOutput | HeldBuffer | HeldReplay | HeldStage | HeldInput
+    # staging of the inputs; a parameter or bound weight; of a piece: its replay (itself, where it
+    # runs uncaptured), the static buffer of an argument, a static output
+    kind: Literal["stage", "input", "replay", "buffer", "output"]
+    piece: int = -1
+    at: int | None = None  # which argument or element; None for all of an output
+    name: str = ""  # of an input
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,9 +36,9 @@ class Replay:
         """Show its parts by name in ``torch.profiler``; ``labels`` are the replays', in order."""
         names = {}
         for name, what in self.source.held.items():
-            if isinstance(what, plan.HeldReplay):
+            if what.kind == "replay":
                 names[name] = labels[what.piece]
-            elif isinstance(what, plan.HeldStage):
+            elif what.kind == "stage":
                 names[name] = STAGE
         code, module = self.source.code, self.source.module
         operators = {alias.name: alias.name for alias in module.aliases}
@@ -97,16 +97,16 @@ def _bound(
 ) -> object:
     """What a name of the emitted text is bound to."""
     match what:
-        case plan.HeldStage():
+        case plan.Held("stage"):
             return stage
-        case plan.HeldInput(name=known):
+        case plan.Held("input", name=known):
             return held[known]
-        case plan.HeldReplay(piece):
+        case plan.Held("replay", piece):
             return uncaptured[piece] if calls[piece].graph is None else calls[piece].replay
-        case plan.HeldOutput(piece, element):
+        case plan.Held("output", piece, element):
             output = calls[piece].output
             return output if element is None else output[element]  # type: ignore[index]
-        case plan.HeldBuffer(piece, leaf):
+        case plan.Held("buffer", piece, int(leaf)):
             return calls[piece].slots[leaf].static
         case _:
             raise AssertionError(f"nothing is bound to {what}")
