@@ -49,14 +49,10 @@ def test_a_class(name: str, tmp_path: Path) -> None:
     assert len(stitched.traces) <= 3
 
 
-def test_no_such_class(tmp_path: Path) -> None:
+def test_a_config_of_no_model(tmp_path: Path) -> None:
     pytest.importorskip("diffusers")
     with pytest.raises(UsageError, match="has no model 'FluxPipelineOfMine'"):
         loaded(tmp_path, "FluxPipelineOfMine", {})
-
-
-def test_a_config_that_makes_no_model(tmp_path: Path) -> None:
-    pytest.importorskip("diffusers")
     with pytest.raises(UsageError, match="no model can be made"):
         loaded(tmp_path, "DiTTransformer2DModel", {**LATENTS, "norm_type": "none"})
 

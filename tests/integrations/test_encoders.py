@@ -123,8 +123,6 @@ def test_saved_and_loaded_for_another_model_of_its_class(family: str, tmp_path: 
     assert type(warm(*args, **kwargs)) is type(other.module(*args, **kwargs))
 
 
-# --- which integration ---------------------------------------------------------------------------------
-
 SMALL = {**TEXT, "num_hidden_layers": 1}
 SMALL_PAIR = {**PAIR, "encoder_layers": 1}
 DECIDED = [
@@ -170,9 +168,6 @@ def test_what_is_ambiguous_or_unknown_is_said(
 def test_a_model_with_unknown_arguments_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def forward(self: object, somewhat: torch.Tensor) -> torch.Tensor:
-        return somewhat
-
-    monkeypatch.setattr(transformers.BertModel, "forward", forward)
+    monkeypatch.setattr(transformers.BertModel, "forward", lambda self, somewhat: somewhat)
     with pytest.raises(UsageError, match=r"no arguments are known that a BertModel takes.*"):
         loaded(tmp_path, {"model_type": "bert", **SMALL})

@@ -39,8 +39,6 @@ def replays(model: torch.nn.Module) -> int:
     return sum(row.calls for row in stitched_module(model).call_report() if row.graph)
 
 
-# --- PEFT --------------------------------------------------------------------------------------------
-
 Saved = Callable[..., Path]
 
 
@@ -163,9 +161,6 @@ def test_an_adapter_put_on_a_stitched_model_is_noticed(peft: Any) -> None:
     expected = generated(wrapped, 2)
     stitch(plain, config=EAGER, capture=SIZES)
     assert torch.equal(generated(wrapped, 2), expected)
-
-
-# --- weights -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -33,9 +33,7 @@ GENERATIONS = {
     "several for each": {"num_return_sequences": 2, "do_sample": True},
     "no cache": {"use_cache": False},
     "static": {"cache_implementation": "static"},
-    "a prompt for the decoder": {
-        "decoder_input_ids": torch.tensor([[1, 5, 9], [1, 6, 7], [1, 4, 4]])
-    },
+    "a prompt": {"decoder_input_ids": torch.tensor([[1, 5, 9], [1, 6, 7], [1, 4, 4]])},
 }
 
 

@@ -22,10 +22,7 @@ IDS = torch.randint(3, 97, (3, 6), generator=torch.Generator().manual_seed(5))
 
 
 def whole(
-    family: str = "bloom",
-    way: str | None = None,
-    around: type[nn.Module] | None = None,
-    **fields: object,
+    family: str = "bloom", way: object = None, around: object = None, **fields: object
 ) -> Pair:
     """A model twice, once stitched whole; ``around``: what its second block's layer is put inside of."""
     model = build(family, norms=1.0, **fields)
@@ -40,8 +37,6 @@ def whole(
 def pair() -> Pair:
     return whole()
 
-
-# --- generation --------------------------------------------------------------------------------------
 
 GENERATIONS = {
     "greedy": {},
@@ -93,9 +88,6 @@ def test_a_mask_for_each_type_of_layer() -> None:
         model.stitched(IDS[:2], attention_mask=strange)
 
 
-# --- caches ------------------------------------------------------------------------------------------
-
-
 CHANGES = {
     "nothing": lambda cache: None,
     "reordered": lambda cache: cache.reorder_cache(torch.tensor([2, 0, 0])),
@@ -120,8 +112,6 @@ def test_caches_that_are_changed_between_steps(pair: Pair, make: str, change: ob
         pair.call(IDS[:1, step : step + 1].expand(batch, 1), past_key_values=caches)
     assert held.shape[2] == IDS.shape[1]
 
-
-# --- other models --------------------------------------------------------------------------------------
 
 OTHERS = {
     "no cache at all": ("bert", {}),
@@ -173,9 +163,6 @@ def test_layers_are_compiled_once() -> None:
     for entry in ("input_ids", "decode"):
         report = stitched_module(model, entry).report()
         assert report.pieces > 5 > report.unique
-
-
-# --- what is refused, and what runs as it is ----------------------------------------------------------
 
 
 class Strange(transformers.DynamicCache):
@@ -279,9 +266,6 @@ def test_no_static_graphs_and_no_such_way(pair: Pair) -> None:
         stitch(model, way="round")  # type: ignore[arg-type]
 
 
-# --- around -------------------------------------------------------------------------------------------
-
-
 def test_unstitching() -> None:
     model = build("bloom")
     before = {id(module): set(module.__dict__) for module in model.modules()}
@@ -317,9 +301,6 @@ def test_while_the_compiler_is_off() -> None:
     assert not how_served(pair.stitched).modules
     pair.generate(IDS[:2])
     assert how_served(pair.stitched).modules
-
-
-# --- the registry --------------------------------------------------------------------------------------
 
 
 @pytest.mark.sample(80)

@@ -124,19 +124,15 @@ def plans(draw: st.DrawFn) -> assumed.EntryPlan:
     apart = ()
     if len(state.first) > 1 and draw(st.booleans()):
         apart = ((state.first[0], tuple(state.first[1:])),)
+    leaves = [leaf.index for leaf in state.leaves]
     return assumed.EntryPlan(
-        banner=("model: random",),
-        parameters=parameters,
-        symbols=symbols,
-        guards=tuple(chosen),
-        passed=tuple(passed),
-        outputs=tuple(names),
-        result=draw(_packed(outputs, [leaf.index for leaf in state.leaves])),
+        *(("model: random",), parameters, symbols, tuple(chosen), tuple(passed), tuple(names)),
+        result=draw(_packed(outputs, leaves)),
         batch=draw(st.sampled_from([None, *numbers])),
         apart=apart,
+        checks=draw(st.sampled_from([True, True, True, False])),
         binds=draw(st.booleans()),
         watches_arguments=draw(st.booleans()),
-        checks=draw(st.sampled_from([True, True, True, False])),
     )
 
 

@@ -111,11 +111,10 @@ def over(made: type, base: type) -> type:
     for name, value in body.items():
         function = value.__func__ if isinstance(value, staticmethod) else value
         if isinstance(function, types.FunctionType) and function.__closure__ is not None:
+            held = zip(function.__code__.co_freevars, function.__closure__, strict=True)
             cells = tuple(
                 types.CellType(found if name == "__class__" else cell.cell_contents)
-                for name, cell in zip(
-                    function.__code__.co_freevars, function.__closure__, strict=True
-                )
+                for name, cell in held
             )
             code, namespace = function.__code__, function.__globals__
             again = types.FunctionType(code, namespace, name, function.__defaults__, cells)
