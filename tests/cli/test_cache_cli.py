@@ -38,10 +38,8 @@ def test_ls(root: Path) -> None:
     assert factors("fp32").hash[:12] in result.output
     assert "2 entries" in result.output
     data = json.loads(run("ls", "--cache-dir", root, "--json").output)
-    assert [entry["key"] for entry in data["entries"]] == [
-        factors("fp32").hash,
-        factors("bf16").hash,
-    ]
+    keys = [entry["key"] for entry in data["entries"]]
+    assert keys == [factors("fp32").hash, factors("bf16").hash]
     assert data["bytes"] == sum(entry["bytes"] for entry in data["entries"])
 
 
@@ -103,9 +101,8 @@ def test_verify_signatures(root: Path, tmp_path: Path) -> None:
     secret = tmp_path / "secret"
     secret.write_bytes(b"k" * 32)
     open_entry(root, factors("fp32"), hmac_key=b"k" * 32).put("a", b"signed")
-    assert (
-        run("verify", "--cache-dir", root).exit_code == 0
-    )  # a signature is not looked at without the key
+    # A signature is not looked at without the key.
+    assert run("verify", "--cache-dir", root).exit_code == 0
     assert run("verify", "--cache-dir", root, "--hmac-key-file", secret).exit_code == 0
     secret.write_bytes(b"other" * 8)
     assert run("verify", "--cache-dir", root, "--hmac-key-file", secret).exit_code == 1
@@ -154,13 +151,6 @@ def test_misuse(root: Path, arguments: tuple[str, ...]) -> None:
     before = sorted(root.rglob("*"))
     assert run(*arguments, "--cache-dir", root).exit_code == 2
     assert sorted(root.rglob("*")) == before
-
-
-@pytest.mark.parametrize("command", ["ls", "explain", "verify", "gc"])
-def test_help_has_an_example(command: str) -> None:
-    result = run(command, "--help")
-    assert result.exit_code == 0
-    assert f"Example: piecework cache {command}" in result.output
 
 
 def test_sizes_and_ages() -> None:

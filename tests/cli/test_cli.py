@@ -133,15 +133,10 @@ def test_models_of_another_distribution(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_a_causal_lm_from_a_config(tmp_path: Path) -> None:
-    fields = json.loads(
-        (Path(piecework.__file__).parent / "examples" / "llama_demo.json").read_text()
-    )
-    fields.update(
-        num_hidden_layers=2, hidden_size=32, intermediate_size=48, head_dim=8, num_attention_heads=4
-    )
-    config = tmp_path / "tiny.json"
-    config.write_text(json.dumps(fields))
-    folder = tmp_path / "out"
+    config, folder = tmp_path / "tiny.json", tmp_path / "out"
+    demo = Path(piecework.__file__).parent / "examples" / "llama_demo.json"
+    small = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48, "head_dim": 8}
+    config.write_text(json.dumps(json.loads(demo.read_text()) | small | {"num_attention_heads": 4}))
     result = compiled(folder, str(config))
     assert result.exit_code == 0, result.output
     config.unlink()  # the folder stands on its own
@@ -441,10 +436,13 @@ def test_what_coverage_captures_is_checked_before_any_work(tmp_path: Path, optio
 
 
 def test_every_command_has_help_with_an_example() -> None:
-    commands = ("demo", "compile", "show", "run", "verify", "bench", "coverage", "serve", "trace")
+    commands = ["demo", "compile", "show", "run", "verify", "bench", "coverage", "serve", "trace"]
+    commands += [f"cache {each}" for each in ("ls", "explain", "verify", "gc")]
+    commands += [f"config {each}" for each in ("show", "schema", "check")]
     for command in commands:
-        result = invoke(command, "--help")
-        assert result.exit_code == 0 and f"Example: piecework {command}" in result.output
+        result = invoke(*command.split(), "--help")
+        shown = " ".join(result.output.split())
+        assert result.exit_code == 0 and f"Example: piecework {command}" in shown
 
 
 def test_the_version() -> None:

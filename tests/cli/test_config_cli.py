@@ -113,12 +113,8 @@ def test_check_lists_all_problems(tmp_path):
     result = run("check", path, "--json")
     assert result.exit_code == 1
     report = json.loads(result.stdout)
-    assert report["valid"] is False
-    assert {each["field"] for each in report["problems"]} == {
-        "mode",
-        "unknown",
-        "stitching_config.emit_del",
-    }
+    fields = {each["field"] for each in report["problems"]}
+    assert not report["valid"] and fields == {"mode", "unknown", "stitching_config.emit_del"}
 
 
 def test_check_finds_what_does_not_fit_the_runtime(good):
@@ -156,10 +152,3 @@ def test_configurations_are_read_without_torch():
     code = "import sys, piecework.cli.config; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
-
-
-@pytest.mark.parametrize("command", ["show", "schema", "check"])
-def test_help_has_an_example(command):
-    result = run(command, "--help")
-    assert result.exit_code == 0
-    assert f"Example: piecework config {command}" in " ".join(result.stdout.split())

@@ -138,14 +138,8 @@ def test_what_was_generated_is_what_one_pass_over_all_tokens_says(served: Engine
 def test_captured_sizes_are_used(served: Engine) -> None:
     require_coverage(served.forward.coverage(LIMITS.tokens))
     served.scheduler = Scheduler(LIMITS)
-    served.forward.capture(
-        SIZES,
-        mode="FULL_AND_PIECEWISE",
-        context_for=served.context,
-        pad=True,
-        put_back=False,
-        progress=False,
-    )
+    how = {"mode": "FULL_AND_PIECEWISE", "pad": True, "put_back": False, "progress": False}
+    served.forward.capture(SIZES, context_for=served.context, **how)
     for length in (5, 3, 1):  # 9 tokens in the first step; then two requests decode, then one
         served.scheduler.add(Request([7] * length, 6))
     with piecework.counters.expect(num_cudagraph_captured=0):

@@ -80,15 +80,9 @@ def test_spread_keeps_first_and_last() -> None:
 
 
 def test_shrink_keeps_proportions_and_small_numbers() -> None:
-    config = SimpleNamespace(
-        hidden_size=768,
-        num_hidden_layers=12,
-        num_channels=3,
-        depths=[3, 4, 6],
-        hidden_sizes=[96, 192, 384],
-        pad_token_id=50257,
-        layer_norm_eps=1e-5,
-    )
+    stages = {"depths": [3, 4, 6], "hidden_sizes": [96, 192, 384]}
+    plain = {"hidden_size": 768, "num_hidden_layers": 12, "num_channels": 3}
+    config = SimpleNamespace(**plain, **stages, pad_token_id=50257, layer_norm_eps=1e-5)
     shrink(config, 0)
     assert (config.hidden_size, config.num_hidden_layers, config.num_channels) == (32, 2, 3)
     assert config.depths == [1, 1, 1] and config.hidden_sizes == [16, 32, 64]
@@ -108,17 +102,14 @@ class Picky(torch.nn.Module):
 def test_sizes_that_eager_refuses_are_left_out() -> None:
     sample = Sample("", Picky, lambda n: ((torch.ones(n, 3),), {}))
     outcome = try_sample(sample, Options(backend="eager"))
-    assert {name: each.status for name, each in outcome.verdicts.items()} == {
-        "stock": "equal",
-        "piecework": "equal",
-    }
+    found = {name: each.status for name, each in outcome.verdicts.items()}
+    assert found == {"stock": "equal", "piecework": "equal"}
     assert outcome.verdicts["piecework"].zero == ""
 
 
 def test_unwritten_memory_is_no_answer() -> None:
-    sample = Sample(
-        "", lambda: lambda x: torch.empty(64) + x.sum(), lambda n: ((torch.ones(n),), {})
-    )
+    make = lambda: lambda x: torch.empty(64) + x.sum()  # noqa: E731
+    sample = Sample("", make, lambda n: ((torch.ones(n),), {}))
     outcome = try_sample(sample, Options(backend="eager"))
     assert "two runs differ" in outcome.skipped and not outcome.verdicts
 

@@ -87,9 +87,8 @@ def printed(command: Sequence[str], folder: Path, *, terminal: bool, until: str 
     env = os.environ | {"COLUMNS": str(WIDTH), "TQDM_DISABLE": "1"}  # transformers' bars
     with subprocess.Popen(command, cwd=folder, stdout=writer, stderr=writer, env=env) as process:
         os.close(writer)
-        with contextlib.suppress(
-            OSError
-        ):  # how Linux says that nobody writes to a terminal any more
+        # How Linux says that nobody writes to a terminal any more.
+        with contextlib.suppress(OSError):
             while part := os.read(reader, 1 << 16):
                 seen += part
                 if until and until.encode() in seen and not stopped:
