@@ -7,9 +7,11 @@ them. Whole numbers and truth values must be equal.
 
 from __future__ import annotations
 
+import math
+
 import torch
 
-# Of the largest value: a few roundings of the dtype over many layers. Products of float32 may be rounded to ten bits (TF32).
+# Of the largest value: a few roundings over many layers. Products of float32 may be TF32's.
 _TOLERANCE = {
     torch.float64: 1e-6,
     torch.complex128: 1e-6,
@@ -33,8 +35,23 @@ def tolerance_of(dtype: torch.dtype) -> float:
     return _TOLERANCE.get(dtype, _COARSEST) if inexact else 0.0
 
 
+def apart(
+    right: torch.Tensor, given: torch.Tensor, tolerance: float
+) -> tuple[float, float, float] | None:
+    """The largest error of ``given``, what is allowed, the largest value; None if it is alike."""
+    wide = torch.complex128 if right.is_complex() else torch.float64
+    right, given = right.detach().to(wide), given.detach().to(wide)
+    finite = right.abs().nan_to_num(0.0, 0.0, 0.0)
+    largest = finite.max().item() if right.numel() else 0.0
+    allowed = tolerance * max(largest, SMALLEST)
+    wrong = ~torch.isclose(given, right, rtol=0.0, atol=allowed, equal_nan=True)
+    if not wrong.any():
+        return None
+    return (given - right)[wrong].abs().nan_to_num(math.inf).max().item(), allowed, largest
+
+
 def same_values(one: object, other: object) -> bool:
-    """Whether two results are equal, tensors up to the tolerance of their dtype; nothing is said of strides.
+    """Whether two results are equal, tensors up to the tolerance of their dtype; strides may differ.
 
     Example:
         >>> same_values(torch.ones(2), torch.ones(2) + 1e-5), same_values(torch.ones(2), torch.zeros(2))
@@ -45,15 +62,4 @@ def same_values(one: object, other: object) -> bool:
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
     tolerance = tolerance_of(one.dtype)
-    if tolerance == 0.0:
-        return torch.equal(one, other)
-    wide = torch.complex128 if one.is_complex() else torch.float64
-    one, other = one.detach().to(wide), other.detach().to(wide)
-    finite = torch.isfinite(one)
-    if not torch.equal(finite, torch.isfinite(other)):
-        return False
-    rest, apart = one[~finite], (one - other)[finite].abs()
-    if not torch.equal(rest.isnan(), other[~finite].isnan()):
-        return False
-    largest = float(one[finite].abs().max()) if apart.numel() else 0.0
-    return not apart.numel() or float(apart.max()) <= tolerance * max(largest, SMALLEST)
+    return apart(one, other, tolerance) is None if tolerance else torch.equal(one, other)

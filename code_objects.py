@@ -1,4 +1,4 @@
-"""Compiled Python code as a tree. In: code objects, functions. Out: all code in them, the names that code reads from its globals, what functions close over. Torch is not needed."""
+"""Compiled Python code as a tree: the code in it, the globals it reads, what functions close over."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ HEAP_TYPE = 1 << 9
 
 
 def with_inner_code(code: Iterable[types.CodeType]) -> Iterator[types.CodeType]:
-    """Code objects and all code in them: of inner functions, lambdas, comprehensions, class bodies."""
+    """Code objects and all code in them: inner functions, lambdas, comprehensions, classes."""
     for each in code:
         yield each
         yield from with_inner_code(c for c in each.co_consts if isinstance(c, types.CodeType))

@@ -1,6 +1,6 @@
-"""Python's garbage collector, held back. In: a block. Out: the block, in which objects that live long are gone through less often, or not at all.
+"""Python's garbage collector, held back while objects are made that live long.
 
-A full collection goes through all of torch, and imports, traces and emission make objects by the thousand that live until they are done, so that it looks at them in vain.
+A full collection goes through all of torch; imports, traces and emission make it look in vain.
 """
 
 from __future__ import annotations
@@ -9,8 +9,7 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# Seven thousand new objects each with Python's own settings, so that garbage which only a full collection finds has a bound.
-_OFTEN = 500
+_OFTEN = 500  # smaller collections, of seven thousand new objects each
 
 
 @contextmanager
@@ -30,9 +29,9 @@ def collector_paused() -> Iterator[None]:
 
 @contextmanager
 def lasting() -> Iterator[None]:
-    """Hold the collector back while objects are made that stay, such as modules; then count them, as all others of now, among the oldest.
+    """Hold the collector back while objects are made that stay; then count them among the oldest.
 
-    Going through them once when they are young and once more when they are not took a fifth of loading an artifact.
+    Going through them twice took a fifth of loading an artifact.
     """
     with collector_paused():
         yield
@@ -43,7 +42,7 @@ def lasting() -> Iterator[None]:
 
 @contextmanager
 def seldom_full_collections() -> Iterator[None]:
-    """Let full collections wait for as many smaller ones as make up some million objects, while a model is traced; the smaller ones go on as before."""
+    """Let full collections wait for some million new objects, while a model is traced."""
     *young, old = gc.get_threshold()
     meanwhile = (*young, max(old, _OFTEN))
     gc.set_threshold(*meanwhile)

@@ -1,4 +1,4 @@
-"""Every error that piecework raises on purpose. In: what went wrong, where, and what to do next. Out: one readable message.
+"""Every error that piecework raises on purpose: what went wrong, where, and what to do next.
 
 Nothing here imports torch, so that any layer may raise these.
 """
@@ -60,7 +60,7 @@ class BindError(PieceworkError):
 
 
 class NotThereError(BindError, AttributeError):
-    """A stitched module has no such thing yet: it is not compiled, or not captured; ``hasattr`` answers no."""
+    """A stitched module has no such thing yet: it is not compiled, or not captured."""
 
 
 class InputError(PieceworkError):
@@ -68,8 +68,8 @@ class InputError(PieceworkError):
 
     Attributes:
         refused_by: the entry that refused the call before anything ran; None for any other error.
-        places: what another trace could serve: the arguments (numbers of flattened ones) and dimensions (None for
-            a tensor's strides, identity or kind) whose sizes the trace does not allow; None if it is not about sizes.
+        places: flattened arguments and dimensions (None for strides, identity or kind) that another
+            trace could serve; None if it is not about sizes.
     """
 
     refused_by: object = None
@@ -84,7 +84,7 @@ class PieceCompileError(PieceworkError):
     """A compiler failed on one piece.
 
     Attributes:
-        whatever_is_traced: it would fail on any other trace of the model as well: a pass raised, a compiler is missing.
+        whatever_is_traced: it would fail on any other trace of the model as well.
     """
 
     whatever_is_traced: bool = False
@@ -119,7 +119,7 @@ class ConfigError(PieceworkError):
 
 
 class Unidentifiable(ConfigError):
-    """Something that decides what is compiled can't be told from another in a stable form, so nothing made with it is kept."""
+    """What decides what is compiled has no stable form, so nothing made with it is kept."""
 
 
 class ArtifactError(PieceworkError):
@@ -158,10 +158,9 @@ def tell(problem: PieceworkError, *, strict: bool) -> None:
 
 
 def short_errors(function: Callable[P, R]) -> Callable[P, R]:
-    """``function``, whose typed errors leave it without what lies behind them: piecework's own frames, and Dynamo's.
+    """``function``, whose typed errors leave it without piecework's own frames, and Dynamo's.
 
-    An error of the user's own code that one follows from stays with it. With ``PIECEWORK_FULL_TRACEBACK=1`` everything stays.
-    Arguments that the function does not take are a `ConfigError`.
+    ``PIECEWORK_FULL_TRACEBACK=1`` keeps all. Arguments that it does not take are a `ConfigError`.
     """
 
     @functools.wraps(function)
@@ -185,7 +184,7 @@ def short_errors(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def short_methods(kind: Kind) -> Kind:
-    """A class whose ``__init__`` and public methods have `short_errors`; not ``forward``, a module's other way of being called."""
+    """A class whose ``__init__`` and public methods, but for ``forward``, have `short_errors`."""
     for name, each in list(vars(kind).items()):
         public = name == "__init__" or not (name.startswith("_") or name == "forward")
         if public and inspect.isfunction(each):
@@ -208,7 +207,7 @@ def full_tracebacks() -> bool:
 
 
 def _in_compiler(cause: BaseException | None) -> bool:
-    """Whether an exception came up through torch's compiler, so that its traceback is that one's."""
+    """Whether an exception came up through torch's compiler."""
     while cause is not None:
         if isinstance(cause, PieceworkError) or type(cause).__module__.startswith(_COMPILERS):
             return True

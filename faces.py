@@ -1,6 +1,6 @@
-"""Names that a package hands on from its modules. In: the package's own file. Out: the names, and what loads each one when it is first used.
+"""Names that a package hands on from its modules, each loaded when it is first used.
 
-The names stand once, in the imports under ``if TYPE_CHECKING:``, where type checkers and this read them. It imports nothing by itself.
+They stand once, in the imports under ``if TYPE_CHECKING:``, for type checkers and this.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ def homes(path: str) -> dict[str, str]:
 def face(
     package: str, path: str, rooms: Sequence[str] = ()
 ) -> tuple[list[str], Callable[[str], object], Callable[[], list[str]]]:
-    """``__all__``, ``__getattr__`` and ``__dir__`` of a package, whose modules in ``rooms`` load when used too."""
+    """``__all__``, ``__getattr__`` and ``__dir__`` of a package and its modules in ``rooms``."""
     found = homes(path)
 
     def load(name: str) -> object:
         if name not in rooms and name not in found:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         module = f"{package}.{name}" if name in rooms else found[name]
-        # Modules stay, and this is asked for each use of a name: once they are there, nothing is to be counted among what stays.
+        # Asked for each use of a name: what is there already needs no counting.
         with nullcontext() if module in sys.modules else lasting():
             loaded = import_module(module)
         return loaded if name in rooms else getattr(loaded, name)

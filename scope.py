@@ -23,7 +23,7 @@ def set_for(variable: ContextVar[Any], value: T) -> Iterator[T]:
 
 @contextmanager
 def own_random_numbers() -> Iterator[None]:
-    """What the block draws of Python's random numbers, the caller's go on without: importing rich draws one."""
+    """Put back Python's random numbers after the block: importing rich draws one."""
     before = random.getstate()
     try:
         yield

@@ -1,10 +1,10 @@
-"""What happened, in numbers that a test or a user can read and expect changes of; nothing is decided by them."""
+"""What happened, in numbers that a test or a user can read and expect changes of."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 
 from piecework.errors import ConfigError, did_you_mean, short_methods
 
@@ -12,31 +12,17 @@ from piecework.errors import ConfigError, did_you_mean, short_methods
 @short_methods
 @dataclass(slots=True)
 class CompilationCounter:
-    """Counts since the process started.
+    """Counts since the process started."""
 
-    Attributes:
-        num_models_seen: models given to `piecework.compile` or to the Dynamo backend.
-        num_graphs_seen: graphs captured.
-        num_piecewise_graphs_seen: submodules after splitting, splitting ones included.
-        num_piecewise_capturable_graphs_seen: pieces that are compiled (and may be captured).
-        num_backend_compilations: calls of a compiler, whichever it is.
-        num_inductor_compiles: calls of Inductor.
-        num_eager_compiles: pieces left as they are by the eager compiler.
-        num_cudagraph_captured: static graphs captured.
-        num_cache_entries_updated: cache entries written.
-        num_compiled_artifacts_saved: artifacts written.
-        num_compiled_artifacts_loaded: artifacts read.
-    """
-
-    num_models_seen: int = 0
-    num_graphs_seen: int = 0
-    num_piecewise_graphs_seen: int = 0
-    num_piecewise_capturable_graphs_seen: int = 0
-    num_backend_compilations: int = 0
-    num_inductor_compiles: int = 0
-    num_eager_compiles: int = 0
-    num_cudagraph_captured: int = 0
-    num_cache_entries_updated: int = 0
+    num_models_seen: int = 0  # given to `piecework.compile` or to the Dynamo backend
+    num_graphs_seen: int = 0  # captured by Dynamo
+    num_piecewise_graphs_seen: int = 0  # submodules after splitting, splitting ones included
+    num_piecewise_capturable_graphs_seen: int = 0  # pieces that are compiled (and may be captured)
+    num_backend_compilations: int = 0  # calls of a compiler, whichever it is
+    num_inductor_compiles: int = 0  # calls of Inductor
+    num_eager_compiles: int = 0  # pieces left as they are by the eager compiler
+    num_cudagraph_captured: int = 0  # static graphs
+    num_cache_entries_updated: int = 0  # cache entries written
     num_compiled_artifacts_saved: int = 0
     num_compiled_artifacts_loaded: int = 0
 
@@ -56,12 +42,11 @@ class CompilationCounter:
             >>> with counters.expect(num_inductor_compiles=3):
             ...     piecework.compile(model, (x,))
         """
-        known = {field.name for field in fields(self)}
-        unknown = sorted(set(deltas) - known)
-        if unknown:
-            hint = did_you_mean(unknown[0], known) or f"there are {', '.join(sorted(known))}"
-            raise ConfigError(f"no counter named {', '.join(unknown)}", where="expect", hint=hint)
         before = self.snapshot()
+        unknown = sorted(set(deltas) - set(before))
+        if unknown:
+            hint = did_you_mean(unknown[0], before) or f"there are {', '.join(sorted(before))}"
+            raise ConfigError(f"no counter named {', '.join(unknown)}", where="expect", hint=hint)
         yield
         after = self.snapshot()
         wrong = [

@@ -1,4 +1,4 @@
-"""Which part of a program is being compiled, and whom to tell when it is; both belong to the running thread or task."""
+"""Which part of a program is being compiled, and whom to tell when it is, by thread or task."""
 
 from __future__ import annotations
 
@@ -28,7 +28,6 @@ class ModelTag:
         return model_name if self.tag == DEFAULT_TAG else f"{self.tag}.{model_name}"
 
 
-# A ContextVar is a constant key; the value belongs to the running thread or task.
 _TAG: ContextVar[ModelTag | None] = ContextVar("piecework_model_tag", default=None)
 _ON_COMPLETE: ContextVar[Callable[[], object] | None] = ContextVar(
     "piecework_on_compilation_complete", default=None
@@ -70,15 +69,12 @@ def use_model_tag(tag: ModelTag) -> AbstractContextManager[object]:
     return set_for(_TAG, tag)
 
 
-def set_on_compilation_complete(
-    callback: Callable[[], object],
-) -> AbstractContextManager[object]:
-    """Have ``callback()`` called each time that a model was compiled in the block, after its last piece."""
+def set_on_compilation_complete(callback: Callable[[], object]) -> AbstractContextManager[object]:
+    """Have ``callback()`` called each time that a model was compiled in the block."""
     return set_for(_ON_COMPLETE, callback)
 
 
 def compilation_complete() -> None:
     """Tell the innermost block's callback, if there is one, that a model is compiled."""
-    callback = _ON_COMPLETE.get()
-    if callback is not None:
+    if callback := _ON_COMPLETE.get():
         callback()

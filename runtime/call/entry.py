@@ -1,6 +1,6 @@
 """The function that users call: a trace's emitted entry, bound to its program and weights.
 
-Per call nothing here runs: the emitted source does, and this where it changes or something is wrong.
+Per call the emitted source runs, and this only where it changes or something is wrong.
 """
 
 from __future__ import annotations
@@ -38,29 +38,22 @@ class Graphs(Protocol):
 
     def __call__(self, *flat: object, **submods: object) -> object: ...
 
-    def still_reads(self, weights: BoundWeights) -> bool:
-        """Whether they read the memory of these weights."""
-        ...
+    def still_reads(self, weights: BoundWeights) -> bool: ...
 
-    def release(self) -> None:
-        """Give everything up, once no call is in it."""
-        ...
+    def release(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Execution:
-    """What a call runs, from its first look to its return: a change publishes another one, which never reaches a call half-way through."""
+    """What one call runs, from its first look to its return; a change publishes another one."""
 
     weights: BoundWeights  # what is bound; never changed, a rebind makes another
-    # the emitted stitching function, over those weights in a module of its own
-    function: FunctionType
-    # the text that ``function`` was made from; None for the generated one
-    edited: EditedSource | None = None
+    function: FunctionType  # the emitted stitching function, over those weights
+    edited: EditedSource | None = None  # its text; None for the generated one
     graphs: Graphs | None = None  # what was captured of ``function``, and serves in its place
-    # the entry for calls that can't take every shortcut, made when first needed
+    # The entry for calls that can't take every shortcut, made when first needed.
     variants: dict[str, Callable[..., object]] = field(default_factory=dict)
-    # counts the calls of the entry, from any thread
-    counter: itertools.count[int] = field(default_factory=itertools.count)
+    counter: itertools.count[int] = field(default_factory=itertools.count)  # of its calls
 
 
 def by_path_of(weights: BoundWeights) -> dict[str, torch.Tensor]:
@@ -69,14 +62,7 @@ def by_path_of(weights: BoundWeights) -> dict[str, torch.Tensor]:
 
 
 class Entry:
-    """The emitted entry, bound and ready.
-
-    Attributes:
-        source: the emitted text of ``check_inputs`` and ``entry``.
-        call: the entry: takes the model's arguments, returns the model's result.
-        captured: what the trace gave.
-        careful_calls: how many calls went past every shortcut, static graphs included, by what made them.
-    """
+    """The emitted entry, bound and ready; ``call`` takes the model's arguments."""
 
     def __init__(
         self,
@@ -88,10 +74,8 @@ class Entry:
         self._program, self.as_it_is, self.captured = program, as_it_is, captured
         self.made = made_entry(captured, program) if made is None else made
         self._arguments = captured.weights.state.argument_check(captured.parameters)
-        self._spans: WeakKeyDictionary[BoundWeights, list[list[tuple[int, int]]]] = (
-            WeakKeyDictionary()
-        )
-        self.careful_calls: dict[str, int] = {}
+        self._spans = WeakKeyDictionary[BoundWeights, list[list[tuple[int, int]]]]()
+        self.careful_calls: dict[str, int] = {}  # calls past every shortcut, by what made them
         self._makes_tensors: bool | None = None
         captured.weights.trust(self.made.strict)
         self.source: EntrySource = self.made.source
@@ -100,42 +84,35 @@ class Entry:
         self.call = self._execute(self._now, self._now.function, program.submods_for)
         # Python names it when arguments don't fit.
         self.call.__qualname__ = f"{program.name}.forward"
-        # None is the stance that is known to change nothing until `_in_stance` has looked at the current one.
+        # None is known to change nothing until `_in_stance` has looked at the current one.
         self.call.__globals__.update(dynamo=self._stances, stance=None)
 
     @property
     def execution_fn(self) -> FunctionType:
-        """The emitted stitching function, bound."""
         return self._now.function
 
     @property
     def weights(self) -> BoundWeights:
-        """What is bound."""
         return self._now.weights
 
     @property
     def edited(self) -> EditedSource | None:
-        """The edited text that runs, if one does."""
         return self._now.edited
 
     @property
     def graphs(self) -> Graphs | None:
-        """The static graphs that serve calls."""
         return self._now.graphs
 
     @property
     def uncaptured_calls(self) -> int:
-        """How many calls ran the stitching function since anything was captured or released last; static graphs count for themselves."""
+        """Calls of the stitching function since anything was captured or released last."""
         # A counter says what comes next, and to ask for that would count.
         return 0 if self.graphs is not None else int(repr(self._now.counter)[len("count(") : -1])
 
-    # --- changes: each publishes another execution, and calls that run keep theirs --------------------
+    # --- changes: each publishes another execution ------------------------------------------------
 
     def rebound(self) -> Execution:
-        """An execution with the weights that the model has now; it serves once it is published.
-
-        Static graphs go on where every weight is the very tensor that was bound, and lies where they read it.
-        """
+        """An execution with the weights that the model has now; graphs of the very same go on."""
         now = self._now
         weights = now.weights.rebound()
         same = all(map(operator.is_, weights.tensors, now.weights.tensors))
@@ -152,11 +129,11 @@ class Entry:
         self.publish(self._made(self._now.weights, edited, self._counter()))
 
     def capture(self, graphs: Graphs | None) -> None:
-        """Serve calls from static graphs that were captured of `execution_fn`; None serves them by that itself again."""
+        """Serve calls from static graphs of `execution_fn`; None serves them by that again."""
         self.publish(replace(self._now, graphs=graphs, variants={}, counter=itertools.count()))
 
     def publish(self, execution: Execution) -> None:
-        """Serve calls by ``execution`` from now on, in one step; those that run keep theirs, and what is left is released."""
+        """Serve calls by ``execution`` from now on; those that run keep theirs."""
         before = self._now
         self.captured = self.captured.with_weights(execution.weights)  # lets go of the old ones
         self._serve_by(execution)
@@ -167,10 +144,7 @@ class Entry:
     def served_beside(
         self, beside: Callable[[Callable[..., object]], Callable[..., object]]
     ) -> Iterator[None]:
-        """Serve calls by what ``beside`` makes of the stitching function, and by no static graph, for the block; then as before.
-
-        Nothing may change this entry meanwhile.
-        """
+        """For the block, serve calls by what ``beside`` makes of the stitching function."""
         before = self._now
         self._serve_by(replace(before, variants={}), beside(before.function))
         try:
@@ -201,7 +175,7 @@ class Entry:
     def _held(self, execution: Execution, serves: Callable[..., object]) -> tuple[object, ...]:
         """What emitted text unpacks; see `piecework.codegen.entry.emit.HELD`."""
         weights = execution.weights
-        # Beside weights that the function holds, those that are passed or returned are of the same binding.
+        # Weights that are passed or returned are of the same binding as those that it holds.
         fetch = weights.held if self.made.plan.binds else weights.fetch
         return serves, weights.unchanged, fetch, execution.counter.__next__
 
@@ -212,7 +186,7 @@ class Entry:
         submods_for: Callable[[int], object],
         **probes: object,
     ) -> FunctionType:
-        """The emitted text, executed; ``probes`` stand in for those that look at what is active around a call."""
+        """The emitted text, executed; ``probes`` stand in for what looks for active modes."""
         namespace: dict[str, object] = {
             **self.source.consts,
             **{name: getattr(torch_compat, name) for name in _MODES},
@@ -236,10 +210,10 @@ class Entry:
         torch_compat.keep_out_of_traces(entry, OPAQUE)
         return entry
 
-    # --- refusals ------------------------------------------------------------------------------------
+    # --- refusals ---------------------------------------------------------------------------------
 
     def accepts(self, args: Sequence[object], kwargs: Mapping[str, object]) -> bool:
-        """Whether the trace serves a call with these arguments; runs nothing but the emitted check."""
+        """Whether the emitted check passes for these arguments."""
         check = self.call.__globals__.get("check_inputs")
         given = inspect.signature(self.call).bind(*args, **kwargs)
         given.apply_defaults()
@@ -256,12 +230,11 @@ class Entry:
         return error
 
     def _explain_inputs(self, *values: object) -> None:
-        raise self._refused(
-            input_error(self.made.plan, values, lambda: self._argument_refusal(values))
-        )
+        error = input_error(self.made.plan, values, lambda: self._argument_refusal(values))
+        raise self._refused(error)
 
     def _argument_refusal(self, values: Sequence[object]) -> InputError | None:
-        """What of the arguments is not as traced, beyond what the emitted check compares; asked after those checks have passed."""
+        """What of the arguments is not as traced, where all that the text compares is."""
         refusal = None if self._arguments is None else self._arguments(values)
         weights, given = self.weights, self.made.given
         found = self._spans.get(weights)
@@ -277,14 +250,11 @@ class Entry:
         raise self._refused(self.weights.explain())
 
     def _explain_grad_mode(self) -> None:
-        raise self._refused(
-            InputError(
-                "the model's code asks whether gradients are recorded, and was traced while none were",
-                hint="call it under torch.no_grad(): a stitched model serves inference",
-            )
-        )
+        why = "the model's code asks whether gradients are recorded, and was traced while none were"
+        hint = "call it under torch.no_grad(): a stitched model serves inference"
+        raise self._refused(InputError(why, hint=hint))
 
-    # --- calls that can't take every shortcut ----------------------------------------------------------
+    # --- calls that can't take every shortcut -----------------------------------------------------
 
     def _without_gradients(self, *args: object, **kwargs: object) -> object:
         """A call with gradients off; says that results carry none, if an argument asks for them."""
@@ -300,7 +270,7 @@ class Entry:
             set_grad_enabled(True)
 
     def _in_stance(self, *args: object, **kwargs: object) -> object:
-        """A call after ``torch.compiler.set_stance``: ``force_eager`` runs the model as it is; the other stances are about compilations."""
+        """A call after ``torch.compiler.set_stance``: ``force_eager`` runs the model as it is."""
         stance = self._stances._stance  # type: ignore[attr-defined]
         if torch_compat.stance_name() == torch_compat.FORCE_EAGER:
             return self.as_it_is(*args, **kwargs)
@@ -311,18 +281,13 @@ class Entry:
         return self.call(*args, **kwargs)
 
     def _with_care(self, *args: object, **kwargs: object) -> object:
-        """A call while a mode, a transform or autocast is active, or after an operator was overridden.
-
-        What a mode sees, and what another kernel computes, is what the model does: it runs as it is.
-        """
+        """A call while a mode, transform or autocast is active, or an operator was overridden."""
         if torch_compat.transforms():
-            raise self._refused(
-                InputError(
-                    "a torch.func transform, forward-mode differentiation or torch.jit.trace is active, which compiled pieces know "
-                    "nothing about",
-                    hint="transform or trace the model itself, and compile the result",
-                )
+            why = (
+                "a torch.func transform, forward-mode differentiation or torch.jit.trace is active"
             )
+            hint = "transform or trace the model itself, and compile the result"
+            raise self._refused(InputError(why, hint=hint))
         reason = self._why_as_it_is()
         if reason:
             if reason not in self.careful_calls:
@@ -332,12 +297,9 @@ class Entry:
         autocast = torch_compat.autocast_state()
         if autocast != self.made.autocast:
             shown = ", ".join(f"on for {device} ({dtype})" for device, dtype in autocast) or "off"
-            raise self._refused(
-                InputError(
-                    f"autocast is {shown}, and was not so when the model was traced",
-                    hint="compile the model inside the same autocast context",
-                )
-            )
+            why = f"autocast is {shown}, and was not so when the model was traced"
+            hint = "compile the model inside the same autocast context"
+            raise self._refused(InputError(why, hint=hint))
         if autocast:
             self._count("autocast is on")
         now = self._now
@@ -355,7 +317,7 @@ class Entry:
     def _by_public_forms(
         self, function: FunctionType
     ) -> tuple[Callable[..., object], Callable[[int], object]]:
-        """The stitching function over what compilers hand out, whose wrappers switch autocast off inside of pieces, and its lists by batch size."""
+        """The stitching function over the public forms of pieces, and their lists by batch size."""
         program, names = self._program, self._program.source.submod_names
         found = [program.callables(each) for each in program.compile_ranges]
         lists = [tuple(each[name] for name in names) for each in found]
@@ -367,7 +329,7 @@ class Entry:
         return serves, lambda batch: lists[0 if table is None else table.index(batch)]
 
     def _why_as_it_is(self) -> str:
-        """The mode, if one is active, that would come to what runs inside pieces, or what else the pieces don't know."""
+        """What the pieces don't know and would have to; "" if nothing."""
         if not self._program.direct_ops.unchanged():
             return "an operator was given another kernel"
         if torch_compat.dispatch_modes():

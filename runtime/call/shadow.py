@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.fx
 
-from piecework.closeness import SMALLEST, tolerance_of
+from piecework.closeness import apart, tolerance_of
 from piecework.codegen.graph.origin import graph_of, node_where, results_of, value_of
 from piecework.codegen.graph.schemas import every_node, shows_nothing
 from piecework.codegen.split.splitting import SplittingOps
@@ -31,25 +31,15 @@ _Piece = Callable[..., object]
 
 @dataclass(frozen=True, slots=True)
 class PieceDifference:
-    """One piece, where it first gave something else than its graph.
+    """One piece, where it first gave something else than its graph."""
 
-    Attributes:
-        piece: its submodule in ``split_gm``.
-        modules: the module paths that it holds, ``first … last``.
-        output: which output, or input that it writes, with the graph's node and the model's line.
-        how: what is different, in words.
-        error: the largest absolute error; infinite where shape, dtype or kind differ.
-        allowed: the largest one that is not a difference.
-        call: in which of the calls that were compared, from 1.
-    """
-
-    piece: str
-    modules: str
-    output: str
-    how: str
-    error: float
-    allowed: float
-    call: int
+    piece: str  # its submodule in ``split_gm``
+    modules: str  # the module paths that it holds, ``first … last``
+    output: str  # which output, or input that it writes, with the graph's node and the model's line
+    how: str  # what is different, in words
+    error: float  # the largest absolute error; infinite where shape, dtype or kind differ
+    allowed: float  # the largest one that is not a difference
+    call: int  # in which of the calls that were compared, from 1
 
     def __str__(self) -> str:
         of = f" of {self.modules}" if self.modules else ""
@@ -58,12 +48,12 @@ class PieceDifference:
 
 @dataclass
 class Shadow:
-    """What `StitchedModule.shadow` found so far: how many ``calls`` and runs of pieces were ``compared``, why pieces are ``left_out``; ``str()`` says it."""
+    """What `StitchedModule.shadow` found so far; ``str()`` says it."""
 
-    every: int = 1
-    calls: int = 0
-    compared: int = 0
-    left_out: dict[str, str] = field(default_factory=dict)
+    every: int = 1  # compare each call of so many
+    calls: int = 0  # how many were compared
+    compared: int = 0  # runs of pieces in them
+    left_out: dict[str, str] = field(default_factory=dict)  # pieces, and why
     found: dict[str, PieceDifference] = field(default_factory=dict)
     _seen: int = field(default=0, repr=False)
     _counting: threading.Lock = field(default_factory=threading.Lock, repr=False)
@@ -89,30 +79,22 @@ class Shadow:
         return "\n".join([*lines, *map(str, self.found.values()), *left_out])
 
     def beside(self, program: Program, splitting_ops: SplittingOps) -> Callable[[_Piece], _Piece]:
-        """What makes of a stitching function one that runs the graph of each piece beside it.
-
-        Raises:
-            ArtifactError: the program was loaded without its graphs.
-            BindError: there are pieces, and none of them can be run a second time.
-        """
+        """What makes of a stitching function one that runs the graph of each piece beside it."""
         names = program.source.submod_names
         references: dict[str, _Reference] = {}
         modules = {piece.name: piece.modules for piece in program.pieces()}
         for name in names:
             graph = graph_of(program.split_gm, name)
-            why = _why_once(graph, splitting_ops)
             if program.config.use_inductor_graph_partition:
-                why = "Inductor cuts it, and it holds what it is cut at"
-            if why:
+                self.left_out[name] = "Inductor cuts it, and it holds what it is cut at"
+            elif why := _why_once(graph, splitting_ops):
                 self.left_out[name] = why
             else:
                 references[name] = _Reference(name, modules[name], graph)
         if names and not references:
-            raise BindError(
-                f"no piece can be run a second time beside itself: {names[0]}, {self.left_out[names[0]]}",
-                where="shadow",
-                hint="compare the whole model with its eager form instead",
-            )
+            why = f"no piece can be run a second time beside itself: {names[0]}, {self.left_out[names[0]]}"
+            hint = "compare the whole model with its eager form instead"
+            raise BindError(why, where="shadow", hint=hint)
 
         def serve(function: _Piece) -> _Piece:
             def run(*flat: object, **given: Sequence[_Piece]) -> object:
@@ -246,15 +228,9 @@ def _different(right: object, given: object, tolerance: float) -> tuple[str, flo
     if not (right.is_floating_point() or right.is_complex()):
         wrong = int((right != given).sum())
         return (f"differs in {wrong} of {right.numel()} elements", math.inf, 0.0) if wrong else None
-    if right.numel() == 0:
+    error = apart(right, given, tolerance)
+    if error is None:
         return None
-    wide = torch.complex128 if right.is_complex() else torch.float64
-    right, given = right.detach().to(wide), given.detach().to(wide)
-    largest = right.abs().nan_to_num(0.0, 0.0, 0.0).max().item()
-    allowed = tolerance * max(largest, SMALLEST)
-    wrong = ~torch.isclose(given, right, rtol=0.0, atol=allowed, equal_nan=True)
-    if not wrong.any():
-        return None
-    error = (given - right)[wrong].abs().nan_to_num(math.inf).max().item()
+    off, allowed, largest = error
     limit = f"where {allowed:.1e} is allowed (largest value {largest:.1e})"
-    return f"is off by up to {error:.1e}, {limit}", error, allowed
+    return f"is off by up to {off:.1e}, {limit}", off, allowed

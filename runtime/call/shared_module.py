@@ -15,9 +15,9 @@ from piecework.errors import BindError, ConfigError
 
 
 class SharedModule(torch.nn.Module):
-    """A ``torch.nn.Module`` with the parameters, buffers, submodules and state of ``model``, which stays the owner of all of them.
+    """A ``torch.nn.Module`` with the members of ``model``, which stays their owner.
 
-    ``train()`` and ``load_state_dict()`` reach the model's. Of a model that is no module, it has none of these.
+    ``train()`` and ``load_state_dict()`` reach the model's; a model that is no module has none.
     """
 
     model: Callable[..., object]  # what it stands for
@@ -34,10 +34,9 @@ class SharedModule(torch.nn.Module):
         """Set an attribute of this object."""
         held = isinstance(value, (torch.nn.Parameter, torch.nn.Module)) and name != "as_it_is"
         if held or name == "forward" or any(name in vars(self)[each] for each in _MEMBERS):
-            raise BindError(
-                f"{name} can't be set on a stitched module: what is compiled would go on without it",
-                hint="set it on .model, then rebind() for a weight, or compile again",
-            )
+            why = f"{name} can't be set on a stitched module: compiled code would go on without it"
+            hint = "set it on .model, then rebind() for a weight, or compile again"
+            raise BindError(why, hint=hint)
         object.__setattr__(self, name, value)
 
     def __getattr__(self, name: str) -> Any:
@@ -54,7 +53,7 @@ class SharedModule(torch.nn.Module):
 
     @property
     def training(self) -> bool:  # type: ignore[override]
-        """Whether the model is in training mode; calls in another mode than the trace's are refused."""
+        """Whether the model is in training mode; calls in another than the trace's are refused."""
         return bool(getattr(self.model, "training", False))
 
     @training.setter
@@ -110,11 +109,7 @@ for _name in (
 for _name, _why, _hint in (
     # to, cuda, half and the like
     ("_apply", "a stitched module can't be moved or converted", "convert the model, and compile"),
-    (
-        "__reduce_ex__",
-        "a stitched module can't be copied or pickled",
-        "copy the model, and compile",
-    ),
+    ("__reduce_ex__", "a stitched module can't be copied or pickled", "copy the model"),
     ("__prepare_scriptable__", "a stitched module can't be scripted", "script the model itself"),
 ):
     setattr(SharedModule, _name, _refused(_name, _why, _hint))
