@@ -86,11 +86,8 @@ def compile(
         args, kwargs = example_args, example_kwargs or {}
         require_stitching(made.config)
         if not (args or kwargs):
-            raise errors.ConfigError(
-                "an artifact is made or loaded for example arguments, and there are none",
-                where="artifact",
-                hint="pass example_args",
-            )
+            why = "an artifact is made or loaded for example arguments, and there are none"
+            raise errors.ConfigError(why, where="artifact", hint="pass example_args")
         take = partial(made.take_for, args=args, kwargs=kwargs)
         if not take_if_it_fits(artifact, key_file, take):
             made.prepare(*args, **kwargs)
@@ -144,11 +141,9 @@ def load(
 def require_stitching(config: CompilationConfig | None) -> None:
     """Raise `ConfigError` for a mode that compiles nothing which could be saved."""
     if config is not None and config.mode in _UNSTITCHED:
-        raise errors.ConfigError(
-            f"mode {config.mode} compiles nothing that could be saved",
-            where="artifact",
-            hint="use DYNAMO_TRACE_ONCE or PIECEWORK_COMPILE",
-        )
+        why = f"mode {config.mode} compiles nothing that could be saved"
+        hint = "use DYNAMO_TRACE_ONCE or PIECEWORK_COMPILE"
+        raise errors.ConfigError(why, where="artifact", hint=hint)
 
 
 def take_if_it_fits(
@@ -187,19 +182,9 @@ def compile_with_mode(
     kept: Mapping[str, object] | None = None,
     deferred: bool = False,
 ) -> StitchedModule:
-    """What ``piecework.compile`` returns for ``config.mode``.
+    """What ``piecework.compile`` returns for ``config.mode``; the rest as for `StitchedModule`.
 
-    ``NONE``: an `UnstitchedModule` that runs the model as it is. ``STOCK_TORCH_COMPILE``: one that runs
-    what ``torch.compile`` makes of it. ``DYNAMO_TRACE_ONCE``: a `StitchedModule` of one piece.
-    ``PIECEWORK_COMPILE``: the same, cut at the splitting ops.
-
-    Args:
-        sizes: which dimensions are dynamic, where the shape type leaves that open.
-        around: entered for each trace; what it sets for the trace alone is no reason to refuse calls.
-        as_it_is: what stands for ``model`` while torch's compiler is switched off.
-        kept: what another process needs to know to make ``around`` again; see `StitchedModule`.
-        deferred: a compiler that there is not is refused when something is compiled, not now.
-        The others are those of ``piecework.compile``.
+    With ``deferred``, a compiler that there is not is refused when something is compiled, not now.
     """
     require_model(model)
     config = CompilationConfig.given({} if config is None else config, "config")
@@ -217,7 +202,7 @@ def compile_with_mode(
     named = example_kwargs is None or isinstance(example_kwargs, Mapping)
     if not isinstance(example_args, (tuple, list)) or not named:
         raise errors.ConfigError(
-            "example_args is a tuple with one item per argument, and example_kwargs a dict of arguments by name",
+            "example_args is a tuple with one item per argument, and example_kwargs a dict by name",
             where="example_args",
             hint="a single argument x is passed as (x,)",
         )
@@ -228,11 +213,9 @@ def compile_with_mode(
         if config.mode is CompilationMode.DYNAMO_TRACE_ONCE:
             declared = config.splitting_ops if splitting_ops is None else splitting_ops
             if declared and not config.use_inductor_graph_partition:
-                raise errors.ConfigError(
-                    f"mode {config.mode} compiles the graph whole, and there are splitting ops",
-                    where="splitting_ops",
-                    hint="use PIECEWORK_COMPILE to cut there, or leave splitting_ops out",
-                )
+                why = f"mode {config.mode} compiles the graph whole, and there are splitting ops"
+                hint = "use PIECEWORK_COMPILE to cut there, or leave splitting_ops out"
+                raise errors.ConfigError(why, where="splitting_ops", hint=hint)
             splitting_ops = splitting_ops or ()
         made = StitchedModule(
             # What torch.compile made of a model can't be traced; the model can.
@@ -258,15 +241,13 @@ def _require_dtype(model: Callable[..., object], name: str) -> None:
     floating = (t.dtype for t in held if isinstance(t, torch.Tensor) and t.is_floating_point())
     found = sorted(set(map(str, floating)))
     if found and f"torch.{name}" not in found:
-        raise errors.ConfigError(
-            f"the program's dtype is {name}, and the model's weights are {', '.join(found)}",
-            where="dtype",
-            hint="load the model as that, or leave dtype out",
-        )
+        why = f"the program's dtype is {name}, and the model's weights are {', '.join(found)}"
+        hint = "load the model as that, or leave dtype out"
+        raise errors.ConfigError(why, where="dtype", hint=hint)
 
 
 class UnstitchedModule(StitchedModule):
-    """A model that runs as it is, or as ``torch.compile`` has it with all dimensions dynamic."""
+    """A model in a mode that stitches nothing: as it is, or as ``torch.compile`` has it."""
 
     def __init__(self, model: Callable[..., object], config: CompilationConfig) -> None:
         super().__init__(model)  # its backend stays empty
@@ -289,20 +270,17 @@ class UnstitchedModule(StitchedModule):
         # Dynamo caches by code object; one of its own keeps models independent of each other.
         own = types.FunctionType(_call_model.__code__.replace(), _call_model.__globals__)
         backend = config.init_backend()
-        compiled = partial(
-            torch.compile(own, backend=backend, dynamic=True, options=options or None), self.model
-        )
+        stock = torch.compile(own, backend=backend, dynamic=True, options=options or None)
+        compiled = partial(stock, self.model)
         result = compiled(*args, **kwargs)
         self._serve_by(compiled)
         compilation_complete()
         return result
 
     def _missing(self, what: str) -> errors.NotThereError:
-        return errors.NotThereError(
-            f"mode {self.config.mode} stitches nothing, so there is no {what}",
-            where="mode",
-            hint="use DYNAMO_TRACE_ONCE or PIECEWORK_COMPILE",
-        )
+        why = f"mode {self.config.mode} stitches nothing, so there is no {what}"
+        hint = "use DYNAMO_TRACE_ONCE or PIECEWORK_COMPILE"
+        return errors.NotThereError(why, where="mode", hint=hint)
 
     def _summary(self) -> str:
         return f"{type(self.model).__name__}, mode {self.config.mode}: not stitched"

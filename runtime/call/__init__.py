@@ -1,1 +1,1 @@
-"""The emitted entry at work: what a call uses, why it is refused, edited source, failures with their place in the model. Entry point: `entry.Entry`."""
+"""The emitted entry at work (`entry.Entry`): what a call uses, why it is refused, edited source."""

@@ -1,4 +1,4 @@
-"""Stitching source that a person edited: its signature is checked, and its meaning proved or denied."""
+"""Stitching source that a person edited: its signature checked, its meaning proved or denied."""
 
 from __future__ import annotations
 

@@ -36,25 +36,22 @@ class MadeEntry:
 def made_entry(captured: ModelTrace, program: Program) -> MadeEntry:
     written = _written(captured, program)
     given = tuple(_given_tensors(captured, written))
-    state = captured.weights.state
-    watches = bool(given) or state.argument_check(captured.parameters) is not None
+    watches = bool(given) or captured.weights.state.argument_check(captured.parameters) is not None
     plan = _plan_entry(captured, program, written, watches)
     strict = _strict_weights(captured, program)
     return MadeEntry(plan, generate_entry(plan), strict, torch_compat.autocast_state(), given)
 
 
-# --- arguments that are, or share written memory with, tensors of the model ---------------------------
+# --- arguments that are, or share written memory with, tensors of the model -----------------------
 
 
 @dataclass(frozen=True, slots=True)
 class GivenTensor:
-    """A tensor argument that must not be what the model holds: its code may ask ``mask is self.mask``, and compiled pieces put off writes."""
+    """A tensor argument that must not be what the model holds: code may ask ``x is self.mask``."""
 
     label: str
-    # its parameter's number and the keys inside of that; the last one counts flattened leaves if
-    # ``flat``
-    where: tuple[Any, ...]
-    flat: bool
+    where: tuple[Any, ...]  # its parameter's number and the keys inside of that
+    flat: bool  # the last of them counts flattened leaves
     others: tuple[int, ...]  # weights, by number, that it must not be
     apart: tuple[int, ...]  # weights, by number, that it must not share memory with
 
@@ -67,29 +64,25 @@ class GivenTensor:
             tensor = tensor[key]
         if self.flat:
             tensor = torch_compat.flatten_tree(tensor)[0][self.where[-1]]
+        hint = f"pass {self.label}.clone(), or trace with it"
         same = next((n for n in self.others if tensor is weights.tensors[n]), None)
-        path = None if same is None else weights.traced[same].path
-        if path is not None:
-            error = InputError(
-                f"argument {self.label} is the model's {path}, and was another tensor when the model was traced",
-                hint=f"pass {self.label}.clone(), or trace with it",
-            )
+        if same is not None:
+            is_weight = f"argument {self.label} is the model's {weights.traced[same].path}"
+            error = InputError(f"{is_weight}, and was another tensor in the trace", hint=hint)
             error.places = frozenset()
             return error
         start, end = torch_compat.memory_span(tensor) if spans else (0, 0)
         for number, (first, last) in zip(self.apart, spans, strict=True):
             if first < end and start < last:
-                return InputError(
-                    f"argument {self.label} shares memory with the model's {weights.traced[number].path}, "
-                    "and the model writes to one of them; compiled pieces expect that it does not",
-                    hint=f"pass {self.label}.clone()",
-                )
+                path = weights.traced[number].path
+                why = f"argument {self.label} shares memory with the model's {path}"
+                return InputError(f"{why}, and the model writes to one of them", hint=hint)
         return None
 
 
 @dataclass(frozen=True, slots=True)
 class _Written:
-    """What a graph reads as tensors, and what of it compiled pieces write: arguments by number, weights by path."""
+    """What a graph reads as tensors, and what of it pieces write: leaves, and weights' paths."""
 
     arguments: tuple[int, ...]
     weights: tuple[str, ...]
@@ -113,7 +106,7 @@ def _written(captured: ModelTrace, program: Program) -> _Written:
 
 
 def _given_tensors(captured: ModelTrace, written: _Written) -> Iterator[GivenTensor]:
-    """The arguments of a trace that could be tensors of the model, or share memory with one in a wrong way."""
+    """The arguments of a trace that could be tensors of the model, or wrongly share their memory."""
     weights = captured.weights
     plain = [n for n, each in enumerate(weights.tensors) if each.layout is torch.strided]
     numbers = {weights.traced[n].path: n for n in plain}
@@ -121,9 +114,9 @@ def _given_tensors(captured: ModelTrace, written: _Written) -> Iterator[GivenTen
         for leaf, where, flat in _leaves(parameter.node, (number,)):
             if not isinstance(leaf.assumption, (ep.TensorInput, ep.UnusedTensor)):
                 continue
-            others = tuple(n for n in plain if _could_be(leaf.assumption, weights.tensors[n]))
-            if leaf.index in captured.weights_given:  # a fact says which one it has to be
-                others = ()
+            others: tuple[int, ...] = ()
+            if leaf.index not in captured.weights_given:  # else a fact says which one it has to be
+                others = tuple(n for n in plain if _could_be(leaf.assumption, weights.tensors[n]))
             paths = written.weights if leaf.index in written.in_arguments else written.in_weights
             is_read = leaf.index in written.arguments
             apart = tuple(numbers[path] for path in paths if is_read and path in numbers)
@@ -134,7 +127,7 @@ def _given_tensors(captured: ModelTrace, written: _Written) -> Iterator[GivenTen
 def _leaves(
     node: ep.Node, where: tuple[object, ...]
 ) -> Iterator[tuple[ep.Leaf, tuple[object, ...], bool]]:
-    """The flattened arguments of a parameter, each with where a call has it, and whether that counts leaves."""
+    """The flattened arguments of a parameter, where a call has them, and whether that is flat."""
     match node:
         case ep.Leaf():
             yield node, where, False
@@ -147,55 +140,49 @@ def _leaves(
 
 def _could_be(assumption: ep.TensorInput | ep.UnusedTensor, tensor: torch.Tensor) -> bool:
     """Whether a tensor of the model passes the checks of an argument."""
-    sizes: Sequence[object] = [None] * tensor.dim()
+    sizes: Sequence[object] = ()
     rank = assumption.rank if isinstance(assumption, ep.UnusedTensor) else len(assumption.sizes)
     if isinstance(assumption, ep.TensorInput):
         sizes = assumption.sizes
         if type(tensor) is not assumption.kind:
             return False
-    same = (tensor.dtype, tensor.device, tensor.dim()) == (
-        assumption.dtype,
-        assumption.device,
-        rank,
-    )
+    known = (assumption.dtype, assumption.device, rank)
     pairs = zip(tensor.shape, sizes, strict=False)
+    same = (tensor.dtype, tensor.device, tensor.dim()) == known
     return same and all(now == size for now, size in pairs if isinstance(size, int))
 
 
-# --- the plan ------------------------------------------------------------------------------------------
+# --- the plan --------------------------------------------------------------------------------------
 
 
 def _plan_entry(
     captured: ModelTrace, program: Program, written: _Written, watches_arguments: bool
 ) -> ep.EntryPlan:
     """Say what the entry must check, pass and return."""
-    levers, state = program.config.stitching_config, captured.weights.state
-    source = program.source
-    bound = {row.path for row in source.module.bound}
+    levers = program.config.stitching_config
+    bound = {row.path for row in program.source.module.bound}
     weights = [each for each in captured.inputs if isinstance(each, Weight)]
     numbers = {each.path: number for number, each in enumerate(weights)}
-    passed: list[ep.Passed] = []
-    for each in captured.inputs:
-        match each:
-            case Weight(path):
-                if path not in bound:
-                    passed.append(ep.FromWeights(numbers[path]))
-            case Argument(leaf):
-                passed.append(captured.assumptions.passed(leaf, None))
-            case Size(leaf, dim):
-                passed.append(captured.assumptions.passed(leaf, dim))
-            case Layout(leaf, stride):
-                passed.append(captured.assumptions.layout(leaf, stride))
+    unbound = (e for e in captured.inputs if not (isinstance(e, Weight) and e.path in bound))
     weight_at = {id(tensor): number for number, tensor in enumerate(captured.weights.tensors)}
+    outputs = results_of(captured.graph.graph)
+    batch = None
+    if program.range_table is not None and program.batch.symbol is not None:
+        index, dim = program.batch.input
+        match captured.inputs[index]:
+            case Argument(leaf):
+                batch = captured.assumptions.passed(leaf, dim)
+            case Size(leaf, size_dim):
+                batch = captured.assumptions.passed(leaf, size_dim)
     return ep.EntryPlan(
         banner=(f"model: {program.name}",),
         parameters=captured.parameters,
         symbols=captured.assumptions.symbols(),
         guards=captured.assumptions.guards(),
-        passed=tuple(passed),
-        outputs=_output_names(captured),
+        passed=tuple(_passed(each, captured, numbers) for each in unbound),
+        outputs=tuple(e.name if isinstance(e, torch.fx.Node) else "unused" for e in outputs),
         result=_packed(captured.out_spec, list(captured.result), weight_at),
-        batch=_batch(captured, program),
+        batch=batch,
         apart=tuple(
             (leaf, tuple(x for x in written.arguments if x != leaf))
             for leaf in written.in_arguments
@@ -204,8 +191,22 @@ def _plan_entry(
         binds=bool(bound) or not weights,
         watches_arguments=watches_arguments,
         checks=levers.check_inputs or program.config.dynamic_shapes_config.evaluate_guards,
-        asks_grad_mode=state.asks_grad_mode,
+        asks_grad_mode=captured.weights.state.asks_grad_mode,
     )
+
+
+def _passed(source: object, captured: ModelTrace, numbers: dict[str, int]) -> ep.Passed:
+    """What a call gives for an input of the graph."""
+    match source:
+        case Weight(path):
+            return ep.FromWeights(numbers[path])
+        case Argument(leaf):
+            return captured.assumptions.passed(leaf, None)
+        case Size(leaf, dim):
+            return captured.assumptions.passed(leaf, dim)
+        case Layout(leaf, stride):
+            return captured.assumptions.layout(leaf, stride)
+    raise TypeError(type(source).__name__)
 
 
 def _strict_weights(captured: ModelTrace, program: Program) -> frozenset[str]:
@@ -225,24 +226,6 @@ def _is_strict(user: torch.fx.Node, weight: torch.fx.Node, program: Program) -> 
         return False
     places = {index for index, arg in enumerate(user.args) if arg is weight}
     return all(places <= entry.compiled.strict_inputs for entry in piece.entries.values())
-
-
-def _batch(captured: ModelTrace, program: Program) -> ep.Passed | None:
-    if program.range_table is None or program.batch.symbol is None:
-        return None
-    index, dim = program.batch.input
-    match captured.inputs[index]:
-        case Argument(leaf):
-            return captured.assumptions.passed(leaf, dim)
-        case Size(leaf, size_dim):
-            return captured.assumptions.passed(leaf, size_dim)
-        case Weight() | Layout():
-            return None
-
-
-def _output_names(captured: ModelTrace) -> tuple[str, ...]:
-    outputs = results_of(captured.graph.graph)
-    return tuple(each.name if isinstance(each, torch.fx.Node) else "unused" for each in outputs)
 
 
 def _packed(

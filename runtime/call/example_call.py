@@ -1,7 +1,4 @@
-"""Makes a call that a trace would accept, to trace again with other sizes.
-
-Tensors are zeros: they are traced by shape and dtype, and nothing is run on them.
-"""
+"""Makes a call of zeros that a trace would accept, to trace again with other sizes."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Says why a call was refused, by running the checks of its entry one by one.
+"""Says why a call was refused: which argument, what came and what was expected.
 
-It runs only after an emitted check has failed, so it may take its time; it never lets a call pass.
+It runs the checks of an entry one by one, after one has failed, and never lets a call pass.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _DYNAMIC = (
 )
 _AS_EXAMPLE = "pass what the example had there, or compile the model with an example like this call"
 _SIZES = ("shape", "size", "stride", "item", "integer", "range", "relation")
-#: What a trace of its own can serve.
+#: What another trace can serve.
 _ANOTHER_TRACE = (*_SIZES, "grad", "contiguous", "same", "distinct")
 #: How a value is looked at for a check of the kind; else it is shown itself.
 _READ: dict[str, Callable[[Any], object]] = {
@@ -64,7 +64,7 @@ def input_error(
 
 
 def _error(table: EntryTable, namespace: Mapping[str, Any], about: str, check: Check) -> InputError:
-    """What to say of a check that fails, and which dimensions another trace would have to serve."""
+    """What to say of a check that a call fails, and what another trace would have to serve."""
     kind, label, expected, dim = check.kind, check.label, check.expected, check.dim
     now = eval(check.name, dict(namespace)) if check.name else None
     places = {(-1 if check.leaf is None else check.leaf, dim)}

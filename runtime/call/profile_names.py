@@ -31,26 +31,14 @@ def named_pieces(
     operators: Mapping[str, str],
     layer: Layer | None = None,
 ) -> Iterator[None]:
-    """Wrap every piece and operator in ``torch.profiler.record_function`` for the block.
-
-    Args:
-        function: the stitching function, with its default ``__vllm_submods__``.
-        submod_lists: the ``__vllm_submods__`` lists, one per batch range; changed in place and put back.
-        labels: the range name of each entry.
-        operators: name in the emitted module → range name, for operators that it calls directly.
-        layer: which layer an operator is called for, by the frame that calls it; it ends the range's name.
-    """
-
-    def named(pieces: Sequence[Piece]) -> Iterator[Piece]:
-        return map(_named, pieces, labels)
-
+    """Wrap every piece (by ``labels``) and operator in a profiler range for the block."""
     kept = [list(submods) for submods in submod_lists]
     defaults = function.__kwdefaults__ or {}
     default = defaults["__vllm_submods__"]
     try:
-        defaults["__vllm_submods__"] = type(default)(named(default))
+        defaults["__vllm_submods__"] = type(default)(map(_named, default, labels))
         for submods, before in zip(submod_lists, kept, strict=True):
-            submods[:] = named(before)
+            submods[:] = map(_named, before, labels)
         with named_globals(function.__globals__, operators, layer):
             yield
     finally:
@@ -63,7 +51,7 @@ def named_pieces(
 def named_globals(
     namespace: dict[str, object], labels: Mapping[str, str], layer: Layer | None = None
 ) -> Iterator[None]:
-    """Wrap what functions of an emitted module call, by its name there, in a range of that label for the block."""
+    """Wrap what an emitted module calls, by name, in a range of that label for the block."""
     kept = {name: namespace[name] for name in labels}
     for name, label in labels.items():
         namespace[name] = _named(kept[name], label, layer)  # type: ignore[arg-type]
@@ -74,7 +62,7 @@ def named_globals(
 
 
 def layer_by_line(code: str, lines: Mapping[int, ir.Origin]) -> Layer:
-    """Tells the layer that a call stands for by the line of the emitted text that runs; "" where that is not known."""
+    """Tells the layer that a call stands for by the emitted line that runs; "" if not known."""
     filename = filename_of(code)
 
     def layer(frame: FrameType) -> str:
@@ -91,23 +79,18 @@ def layer_by_line(code: str, lines: Mapping[int, ir.Origin]) -> Layer:
 
 
 def by_statement(function: FunctionType, span: Span) -> FunctionType:
-    """A copy of an emitted function in which each statement, of functions that it calls too, runs inside ``span(line, what it calls)``."""
+    """A copy of an emitted function, each statement of which runs in ``span(line, callee)``."""
     filename = function.__code__.co_filename
-    tree = in_spans("".join(linecache.getlines(filename)))
+    tree = ast.parse("".join(linecache.getlines(filename)))
+    for each in tree.body:
+        if isinstance(each, ast.FunctionDef):
+            each.body = _inside_spans(each.body)
+    ast.fix_missing_locations(tree)
     scope = {**function.__globals__, SPAN: span}
     exec(compile(tree, filename, "exec", dont_inherit=True), scope)
     made: FunctionType = scope[function.__name__]
     made.__kwdefaults__ = function.__kwdefaults__
     return made
-
-
-def in_spans(text: str) -> ast.Module:
-    """An emitted module, each statement of its functions inside a call of `SPAN`."""
-    tree = ast.parse(text)
-    for each in tree.body:
-        if isinstance(each, ast.FunctionDef):
-            each.body = _inside_spans(each.body)
-    return ast.fix_missing_locations(tree)
 
 
 def _inside_spans(body: list[ast.stmt]) -> list[ast.stmt]:

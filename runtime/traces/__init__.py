@@ -1,1 +1,1 @@
-"""The traces of a stitched model: each compiled, all of them together, what is captured of them, and how they are watched at work."""
+"""The traces of a stitched model: compiled, captured, and watched at work."""

@@ -1,7 +1,4 @@
-"""What is captured of a model's traces: static graphs of each trace, given up and captured again, and what they say together.
-
-What one trace captures, and how it is served, is the business of `piecework.runtime.graphs`.
-"""
+"""What is captured of a model's traces: static graphs of each, and what they say together."""
 
 from __future__ import annotations
 
@@ -30,7 +27,7 @@ if TYPE_CHECKING:
 
 @short_methods
 class Captures:
-    """The part of a `StitchedModule` that captures its traces and serves them from static graphs."""
+    """The part of a `StitchedModule` that captures its traces and serves static graphs."""
 
     traces: tuple[TracedModel, ...]
     runtime_config: RuntimeConfig | None
@@ -51,7 +48,7 @@ class Captures:
         estimate: bool = True,
         **options: object,
     ) -> Self:
-        """Capture the pieces, the whole forward, or both as static graphs, per batch size, and serve calls from them.
+        """Capture the pieces, the whole forward, or both as static graphs, per batch size.
 
         A call is padded to the next captured size where that is declared (``pad=True``), replayed by
         emitted source (``static_graphs.source_for``), and trimmed; other batches run as before.
@@ -80,10 +77,8 @@ class Captures:
         self._require("graph to capture")
         sizes = sizes_to_capture(sizes)
         if memory_budget is not None and (type(memory_budget) is not int or memory_budget < 0):
-            raise ConfigError(
-                f"a memory budget is a number of bytes; got {memory_budget!r}",
-                where="memory_budget",
-            )
+            why = f"a memory budget is a number of bytes; got {memory_budget!r}"
+            raise ConfigError(why, where="memory_budget")
         if type(progress) is not bool and not hasattr(progress, "started"):
             raise ConfigError(f"progress is True, False or a watcher; got {progress!r}")
         runtime = options.setdefault("runtime", self.runtime_config)
@@ -91,16 +86,10 @@ class Captures:
             options["runtime"] = RuntimeConfig.given(runtime, "runtime")
         wish = CaptureOptions(**options)
         how = {"progress": progress, "estimate": estimate}
+        quiet = {"memory_budget": memory_budget, "progress": False, "estimate": False}
         with self._change("capture()"):
             self._none_was_worth = False
-            before, self._again = self._again, partial(
-                self.capture,
-                sizes,
-                memory_budget=memory_budget,
-                progress=False,
-                estimate=False,
-                **options,
-            )
+            before, self._again = self._again, partial(self.capture, sizes, **quiet, **options)
             try:
                 rest = None if sizes is None else list(sizes)
                 single = self._trace_of_one(rest, wish)
@@ -126,7 +115,7 @@ class Captures:
         return self._again is not None
 
     def sleep(self) -> None:
-        """Give the static graphs and their memory back, until `wake_up`; calls run uncaptured meanwhile."""
+        """Give the static graphs and their memory back, until `wake_up`; calls run uncaptured."""
         with self._change("sleep()"):
             for each in self.traces:
                 platform = each.static and each.static.graphs.platform
@@ -135,7 +124,7 @@ class Captures:
                     platform.release_cached_memory()
 
     def wake_up(self) -> None:
-        """Capture again what the last `capture` did, after `sleep` or a `rebind` that gave the graphs up."""
+        """Capture again what the last `capture` did, after `sleep` or a `rebind`."""
         if self._again is None:
             raise self._nothing()
         self._again()
@@ -144,10 +133,10 @@ class Captures:
     def measure(
         self, sizes: Iterable[int] | None = None, *, seconds: float = 0.3, **options: object
     ) -> Measurement:
-        """Capture, time each size eager, stitched and captured, and keep the graphs that were worth it.
+        """Capture, time each size eager, stitched and captured, and keep graphs that were worth it.
 
-        A graph that was slower than another way by more than 2% is given up. Calls are made with zeros,
-        and what they write is put back.
+        A graph that was slower than another way by more than 2% is given up. Calls are made with
+        zeros, and what they write is put back.
 
         Args:
             sizes, options: as for `capture`.
@@ -159,10 +148,9 @@ class Captures:
             raise ConfigError(f"seconds must be a positive number; got {seconds!r}")
         options.setdefault("progress", False)
         if not all(runs_alone(each.program, self.runtime_config) for each in self.traces):
-            raise RankError(
-                "a model that several processes run together is not measured: each would call it as often as its own clock says",
-                hint="measure one share of the model alone, and capture the sizes that are worth it on all ranks",
-            )
+            why = "a model that several processes run together is not measured, by as many clocks"
+            hint = "measure one share alone, and capture the sizes that are worth it on all ranks"
+            raise RankError(why, hint=hint)
         self.capture(sizes, **options)
         rows = [row for each in self.traces for row in each.measure(seconds=seconds)]
         device = self.static_graphs.graphs.platform.device.type
@@ -205,37 +193,30 @@ class Captures:
         """What a batch runs as now, for an engine that pads state of its own to the captured size.
 
         Args:
-            num_tokens: the batch's own size. The others are those of `CudagraphDispatcher.dispatch`.
+            num_tokens: the batch's own size; the rest as for `CudagraphDispatcher.dispatch`.
 
         Returns:
             Mode and descriptor; NONE and the batch's own size where nothing is captured.
         """
         require_whole_number(num_tokens)
         kind = (uniform_decode, has_lora, num_active_loras)
+        modes = {"valid_modes": valid_modes, "invalid_modes": invalid_modes}
         for each in self.traces:
             if each.static is not None and each.static.serves(num_tokens):
-                return each.static.dispatcher.dispatch(
-                    num_tokens,
-                    *kind,
-                    valid_modes=valid_modes,
-                    invalid_modes=invalid_modes,
-                    axes=axes,
-                    query_len=query_len,
-                )
+                dispatch = each.static.dispatcher.dispatch
+                return dispatch(num_tokens, *kind, **modes, axes=axes, query_len=query_len)
         return CUDAGraphMode.NONE, BatchDescriptor(num_tokens)
 
     def coverage(self, max_num_batched_tokens: int | None = None) -> Coverage:
-        """How each batch size runs: captured, padded or uncaptured, and why; rows that print as a table.
+        """How each batch size runs: captured, padded or uncaptured, and why; it prints as a table.
 
         Args:
-            max_num_batched_tokens: the largest batch to list; by default one more than the largest captured.
+            max_num_batched_tokens: the largest batch to list; by default one above what is captured.
         """
         largest = max_num_batched_tokens
         if largest is not None and not (isinstance(largest, int) and largest > 0):
-            raise ConfigError(
-                f"the largest batch to list must be a positive whole number; got {largest!r}",
-                where="max_num_batched_tokens",
-            )
+            why = f"the largest batch to list must be a positive whole number; got {largest!r}"
+            raise ConfigError(why, where="max_num_batched_tokens")
         from piecework.runtime.batch.coverage import Coverage
 
         captured = self._captured()
@@ -245,7 +226,7 @@ class Captures:
         return Coverage(sorted(rows, key=lambda row: row.first), note)
 
     def call_report(self) -> list[CallRow]:
-        """What the calls since `capture` ran as, how many, and why; all of them where nothing is captured."""
+        """What calls since `capture` ran as, how many, and why; all where nothing is captured."""
         if not self.traces:
             raise self._nothing()
         captured = [each for each in self.traces if each.static is not None]
@@ -263,12 +244,8 @@ class Captures:
 
     def _nothing(self) -> NotThereError:
         if self._none_was_worth:
-            return NotThereError(
-                "nothing is captured: of the sizes that were measured, each was slower from a graph",
-                hint="capture(sizes) captures them nevertheless",
-            )
-        return NotThereError(
-            "nothing is captured",
-            where=None if self.traces else torch_compat.compiler_off(),
-            hint="call capture(sizes) first" if self._again is None else "call wake_up()",
-        )
+            why = "nothing is captured: of the sizes measured, each was slower from a graph"
+            return NotThereError(why, hint="capture(sizes) captures them nevertheless")
+        where = None if self.traces else torch_compat.compiler_off()
+        hint = "call capture(sizes) first" if self._again is None else "call wake_up()"
+        return NotThereError("nothing is captured", where=where, hint=hint)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @short_methods
 class Observed:
-    """The part of a `StitchedModule` that looks at calls; they pay for it in the block alone."""
+    """The part of a `StitchedModule` that looks at calls."""
 
     traces: tuple[TracedModel, ...]
     backend: PieceworkBackend
@@ -72,15 +72,13 @@ class Observed:
         what = "piece to profile"
         stages = {label: code for e in self._require(what) for label, code in e.stages().items()}
         if type(profiled_calls) is not int or profiled_calls < 1:
-            raise ConfigError(
-                f"profiled_calls must be a positive number; got {profiled_calls!r}",
-                where="profiled_calls",
-            )
+            why = f"profiled_calls must be a positive number; got {profiled_calls!r}"
+            raise ConfigError(why, where="profiled_calls")
         named = self._named(what, by_layer=False)
         return profile_calls(lambda: self(*args, **kwargs), named, stages, profiled_calls)  # type: ignore[operator]
 
     def metrics(self, *, name: str | None = None, profile: Profile | None = None) -> Metrics:
-        """What calls ran as, what graphs hold, and the process's counters; ``prometheus()`` of it is the text.
+        """What calls ran as, what graphs hold, and the process's counters, with ``prometheus()``.
 
         Args:
             name: tells this model from others of the process; by default its class's.
@@ -114,16 +112,16 @@ class Observed:
 
     @contextmanager
     def shadow(self, *, every: int = 1) -> Iterator[Shadow]:
-        """Run the uncompiled graph of each piece beside it for the block, on the same inputs, and compare.
+        """Run the uncompiled graph of each piece beside it for the block, and compare.
 
-        Calls get what the pieces computed, and run uncaptured; the model can't be changed in the block.
+        Calls get what the pieces computed, and run uncaptured; the model can't be changed meanwhile.
 
         Args:
             every: compare each call of so many, the first one among them.
 
         Returns:
-            What is found so far: the ``first`` piece that differs, all ``differences``, how many ``calls``,
-            and pieces that are ``left_out`` since running them twice could show.
+            What is found so far: the ``first`` piece that differs, all ``differences``, how many
+            ``calls``, and pieces that are ``left_out`` since running them twice could show.
 
         Example:
             >>> with stitched.shadow() as found:

@@ -18,11 +18,7 @@ import torch.fx
 from piecework.codegen.graph.origin import value_of
 from piecework.codegen.split.splitting import SplittingOps
 from piecework.codegen.stitch.bind import filename_of
-from piecework.errors import (
-    CaptureError,
-    PieceCompileError,
-    StaticGraphError,
-)
+from piecework.errors import CaptureError, PieceCompileError, StaticGraphError
 from piecework.runtime import torch_compat
 from piecework.runtime.call.entry import Entry
 from piecework.runtime.call.example_call import example_call
@@ -72,7 +68,7 @@ class TracedModel:
         return self.entry.graphs  # type: ignore[return-value]
 
     def calls(self) -> list[CallRow]:
-        """What its calls ran as, since static graphs were captured or released."""
+        """What its calls ran as, since static graphs were captured or released last."""
         from piecework.runtime.graphs.serve.report import uncaptured_rows
 
         if self.static is not None:
@@ -80,7 +76,7 @@ class TracedModel:
         return uncaptured_rows(self.entry.uncaptured_calls, self.entry.careful_calls)
 
     def add_note(self, error: Exception) -> None:
-        """Note on an exception of a call which statement of the emitted source was running."""
+        """Note on an exception of a call which emitted statement ran, and the module it is of."""
         source = self.program.source
         frames = traceback.walk_tb(error.__traceback__)
         filename = filename_of(source.code)
@@ -94,16 +90,16 @@ class TracedModel:
         at = f" ({origin.source})" if origin is not None and origin.source else ""
         error.add_note(f"in {what}{of}{at}; stitched source, line {lines[-1]}: {text}")
 
-    # --- at work -----------------------------------------------------------------------------------
+    # --- at work ----------------------------------------------------------------------------------
 
     def _labels(self) -> dict[str, str]:
-        """What each piece is called in a profile, in ASCII, as the profiler writes no other name."""
+        """What each piece is called in a profile, which writes ASCII only: its name and modules."""
         pieces = self.program.pieces()
         return {e.name: f"{e.name} {e.modules.replace('…', '...')}".strip() for e in pieces}
 
     @contextmanager
     def named_pieces(self, *, by_layer: bool = True) -> Iterator[None]:
-        """Show pieces, replays and operators by name, and by layer, in ``torch.profiler``."""
+        """Show pieces, replays and operators by name in ``torch.profiler`` for the block."""
         source, labels = self.program.source, self._labels()
         operators = {alias.name: alias.name for alias in source.module.aliases}
         names = [labels[name] for name in source.submod_names]
@@ -115,7 +111,7 @@ class TracedModel:
             yield
 
     def stages(self) -> dict[str, tuple[str, ...]]:
-        """Name in a profile → the code that Inductor generated for it, for the last batch range."""
+        """What a profile calls pieces, replays and operators, and Inductor's code of each."""
         last, labels = self.program.compile_ranges[-1], self._labels()
         found = {
             label: generated_sources(self.program.backends[name].entries[last].compiled)
@@ -127,11 +123,11 @@ class TracedModel:
         return found | dict.fromkeys((*replays, *aliases), ())
 
     def shadowed(self, found: Shadow) -> AbstractContextManager[None]:
-        """Run the uncompiled graph of each piece beside it, in calls that ``found`` asks for."""
+        """Run the graph of each piece beside it for the block, in calls that ``found`` asks for."""
         splitting_ops = SplittingOps(self.backend.declared_ops or ())
         return self.entry.served_beside(found.beside(self.program, splitting_ops))
 
-    # --- captured ----------------------------------------------------------------------------------
+    # --- captured ---------------------------------------------------------------------------------
 
     def capture_graphs(
         self,
@@ -140,22 +136,17 @@ class TracedModel:
         fixed: FixedDims | None = None,
         **how: Any,
     ) -> CapturedModel:
-        """Capture static graphs, in place of those that there are; see `StitchedModule.capture`.
-
-        Args:
-            fixed: where a trace of a single row has its batch dimension, by argument.
-        """
+        """Capture static graphs, in place of those that there are; see `StitchedModule.capture`."""
         from piecework.runtime.graphs.serve.model import CapturedModel
 
         edited = self.entry.edited
         if edited is not None and edited.difference is not None:
-            raise StaticGraphError(
-                f"the edited source means something else than the graph, which replays follow: {edited.difference}",
-                hint="use_edited(stitched.source.code) goes back to the generated source",
-            )
+            why = "the edited source means something else than the graph, which replays follow"
+            hint = "use_edited(stitched.source.code) goes back to the generated source"
+            raise StaticGraphError(f"{why}: {edited.difference}", hint=hint)
         self.entry.capture(None)
         made = CapturedModel(self.entry, self.program, sizes, options, fixed)
-        # In a context of its own: whatever stops it, no forward context stays behind in this thread.
+        # In a context of its own: whatever stops it, no forward context stays behind.
         contextvars.copy_context().run(made.capture, **how)
         return made
 
@@ -166,7 +157,7 @@ class TracedModel:
         return batch_dims(self.entry.captured, self.program)
 
     def call_of(self, size: int, options: CaptureOptions) -> Call:
-        """A call with a batch of ``size`` of zeros, and the captured value of every other size."""
+        """A call with a batch of ``size``, zeros, and the captured value of every other size."""
         from piecework.runtime.graphs.plan.batch_shape import batch_shape
 
         shape = batch_shape(self.entry.captured, self.program, options.other_sizes)
@@ -178,7 +169,7 @@ class TracedModel:
         return example_call(captured.parameters, symbols | shape.sizes(size))
 
     def measure(self, *, seconds: float) -> Iterator[MeasuredSize]:
-        """Time each captured size eager, uncaptured, and as it was captured; see `StitchedModule.measure`."""
+        """Time each captured size eager, uncaptured, and as it was captured."""
         static = self.static
         if static is None:
             return
@@ -254,7 +245,7 @@ def trace_model(
 
 
 def _clearest(failures: Sequence[CaptureError | PieceCompileError]) -> Exception:
-    """The failure that says best why a model can't be compiled."""
+    """The failure that says best why: that of the first attempt that was made in any case."""
     plain = [each for each in failures if not isinstance(each, NotAdmitted)]
     last = [each for each in plain if not torch_compat.data_dependent(each)]
     return (last or plain or list(failures))[0]
@@ -263,7 +254,7 @@ def _clearest(failures: Sequence[CaptureError | PieceCompileError]) -> Exception
 def _tried(
     graph: torch.fx.GraphModule, weights: Mapping[str, Weight], sizes: SizePolicy | None
 ) -> EverySize | None:
-    """The try of a trace for every size; None where all sizes have numbers behind them."""
+    """The try of a trace that would serve every size; None where all sizes have numbers."""
     if sizes is None or isinstance(sizes, KeptMarks):
         return None
     placeholders = graph.graph.find_nodes(op="placeholder")

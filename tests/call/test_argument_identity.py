@@ -1,4 +1,4 @@
-"""An argument that is a tensor of the model, or shares its memory: served as the model does it, or refused; never as if it were another."""
+"""An argument that is a tensor of the model, or shares its memory, is never taken for another."""
 
 from __future__ import annotations
 
@@ -100,9 +100,6 @@ def test_a_tensor_that_takes_the_place_of_a_weight() -> None:
         torch.testing.assert_close(stitched(X, {"t": tensor}), expected, rtol=0, atol=0)
 
 
-NOBODY = twos()
-
-
 def test_a_weight_that_was_replaced_is_let_go() -> None:
     model = asking_model(twos())
     stitched = piecework.compile(model, (X, {"t": twos()}), config={"backend": "eager"})
@@ -178,8 +175,7 @@ def test_a_weight_that_is_only_read_may_be_passed() -> None:
             return self.embedding(tokens) @ table.t()
 
     model, tokens = Tied(), torch.arange(5)
-    stitched = piecework.compile(
-        model, (tokens, torch.randn(8, WIDTH)), config={"backend": "eager"}
-    )
+    example = (tokens, torch.randn(8, WIDTH))
+    stitched = piecework.compile(model, example, config={"backend": "eager"})
     for table in (model.embedding.weight.detach(), model.embedding.weight, torch.randn(8, WIDTH)):
         torch.testing.assert_close(stitched(tokens, table), model(tokens, table))

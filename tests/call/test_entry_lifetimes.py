@@ -1,4 +1,4 @@
-"""What a call keeps alive: nothing afterwards, and during it never more than the interpreter (target B7)."""
+"""A call keeps nothing alive afterwards, and never more than the interpreter (target B7)."""
 
 from __future__ import annotations
 
@@ -43,17 +43,17 @@ def peaks(call: Callable[[], object]) -> list[int]:
     return list(alive)
 
 
+def stitch(x: torch.Tensor, backend: str = "eager", layers: int = 6) -> piecework.StitchedModule:
+    config = {"backend": backend}
+    return piecework.compile(Model(layers), (x,), splitting_ops=["lifetimes::mix"], config=config)
+
+
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.inductor)])
 def test_no_more_is_alive_than_under_the_interpreter(backend: str) -> None:
-    config = piecework.CompilationConfig(backend=backend)
-    stitched = piecework.compile(
-        Model(), (torch.randn(4, 8),), splitting_ops=["lifetimes::mix"], config=config
-    )
-    x = torch.randn(16, 8)
+    stitched, x = stitch(torch.randn(4, 8), backend), torch.randn(16, 8)
+    nodes = stitched.split_gm.graph.find_nodes(op="placeholder")
     inputs = []
-    for node, source in zip(
-        stitched.split_gm.graph.find_nodes(op="placeholder"), stitched.captured.inputs, strict=True
-    ):
+    for node, source in zip(nodes, stitched.captured.inputs, strict=True):
         tensor = getattr(source, "tensor", None)
         symbolic = isinstance(node.meta["example_value"], torch.SymInt)
         inputs.append(tensor if tensor is not None else 16 if symbolic else x)
@@ -61,19 +61,14 @@ def test_no_more_is_alive_than_under_the_interpreter(backend: str) -> None:
     reference = peaks(lambda: interpreter.run(*inputs))
     ours = peaks(lambda: stitched(x))
     assert len(ours) == len(reference) == 6
-    assert all(mine <= theirs for mine, theirs in zip(ours, reference, strict=True)), (
-        ours,
-        reference,
-    )
+    pairs = list(zip(ours, reference, strict=True))
+    assert all(mine <= theirs for mine, theirs in pairs), pairs
     assert max(ours) < 3 * min(ours), "activations pile up with depth"
 
 
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.inductor)])
 def test_nothing_is_alive_after_the_call(backend: str) -> None:
-    config = piecework.CompilationConfig(backend=backend)
-    stitched = piecework.compile(
-        Model(), (torch.randn(4, 8),), splitting_ops=["lifetimes::mix"], config=config
-    )
+    stitched = stitch(torch.randn(4, 8), backend)
     batch = [torch.randn(16, 8)]
     arrived = weakref.ref(batch[0])
     gc.disable()
@@ -89,8 +84,7 @@ def test_nothing_is_alive_after_the_call(backend: str) -> None:
 def test_the_trace_keeps_no_example_tensor() -> None:
     x = torch.randn(4, 8)
     arrived = weakref.ref(x)
-    config = piecework.CompilationConfig(backend="eager")
-    stitched = piecework.compile(Model(2), (x,), splitting_ops=["lifetimes::mix"], config=config)
+    stitched = stitch(x, layers=2)
     del x
     torch.compiler.reset()
     gc.collect()
@@ -104,8 +98,7 @@ class Choosing(torch.nn.Module):
 
 
 def test_a_call_that_another_trace_serves_keeps_nothing() -> None:
-    config = piecework.CompilationConfig(backend="eager")
-    stitched = piecework.compile(Choosing(), (torch.randn(8, 8),), config=config)
+    stitched = piecework.compile(Choosing(), (torch.randn(8, 8),), config={"backend": "eager"})
     stitched(torch.randn(2, 8))
     gc.collect()
     gc.disable()  # what a cycle keeps is not to be collected

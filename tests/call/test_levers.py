@@ -1,10 +1,11 @@
-"""The levers of the stitched function: each one off gives the same results, and where a lever's condition does not hold, the safe path is taken or a typed error raised."""
+"""Levers of the stitched function: off they change nothing, and where they don't hold, nothing."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -17,24 +18,18 @@ import piecework
 from piecework.errors import InputError
 
 LEVERS = (
-    "bind_weights",
-    "direct_splitting_ops",
-    "direct_artifact_entry",
-    "check_inputs",
+    *("bind_weights", "direct_splitting_ops", "direct_artifact_entry", "check_inputs"),
     "emit_del",
 )
-calls: list[str] = []
 
 
 @piecework.splitting_op("levers::mix", mutates_args=("out",))
 def mix(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor, scale: float) -> None:
-    calls.append("mix")
     torch.add(left, right, alpha=scale, out=out)
 
 
 @torch.library.custom_op("levers::custom_mix", mutates_args=("out",))
 def custom_mix(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor, scale: float) -> None:
-    calls.append("custom_mix")
     torch.add(left, right, alpha=scale, out=out)
 
 
@@ -91,26 +86,18 @@ def test_a_lever_off_changes_nothing(op: Callable[..., None], off: tuple[str, ..
 @pytest.mark.parametrize("off", [(), ("direct_artifact_entry",), LEVERS])
 def test_a_lever_off_changes_nothing_compiled(off: tuple[str, ...]) -> None:
     model = Model()
-    stitched = stitch(model, "inductor", **dict.fromkeys(off, False))
-    with torch.no_grad():
-        check(model, stitched)
+    check(model, stitch(model, "inductor", **dict.fromkeys(off, False)))
 
 
 def test_each_lever_shows_in_the_source() -> None:
-    model = Model()
-    everything = stitch(model)
+    everything, nothing = stitch(Model()), stitch(Model(), **dict.fromkeys(LEVERS, False))
     assert "def execution_fn(s0, x, *, __vllm_submods__)" in everything.source.code
-    assert "past the dispatcher" in everything.source.code
-    assert "explain_inputs" in everything.entry_source.code
-    assert "    del " in everything.source.code
-    nothing = stitch(model, **dict.fromkeys(LEVERS, False))
-    assert (
-        "layers_0_enter_weight"
-        in nothing.source.code.partition("def execution_fn(")[2].partition(")")[0]
-    )
-    assert "past the dispatcher" not in nothing.source.code
-    assert "explain_inputs" not in nothing.entry_source.code
-    assert "    del " not in nothing.source.code
+    parameters = nothing.source.code.partition("def execution_fn(")[2].partition(")")[0]
+    assert "layers_0_enter_weight" in parameters
+    for made, there in ((everything, True), (nothing, False)):
+        assert ("past the dispatcher" in made.source.code) == there
+        assert ("explain_inputs" in made.entry_source.code) == there
+        assert ("    del " in made.source.code) == there
 
 
 @pytest.mark.parametrize("op", [mix, custom_mix], ids=["splitting_op", "custom_op"])
@@ -134,17 +121,10 @@ def test_pieces_are_entered_directly_only_where_nothing_is_left_out() -> None:
             mix(x * 2, x + state, out, 0.5)
             return out + 1
 
-    config = piecework.CompilationConfig(backend="inductor")
-    stitched = piecework.compile(
-        Mutating(),
-        (torch.randn(4, 8), torch.zeros(4, 8)),
-        splitting_ops=["levers::mix"],
-        config=config,
-    )
-    compiled = {
-        name: piece.entries[None].compiled for name, piece in stitched.program.backends.items()
-    }
-    first, last = compiled["submod_0"], compiled["submod_2"]
+    example = (torch.randn(4, 8), torch.zeros(4, 8))
+    stitched = piecework.compile(Mutating(), example, splitting_ops=["levers::mix"])
+    backends = stitched.program.backends
+    first, last = (backends[f"submod_{n}"].entries[None].compiled for n in (0, 2))
     assert first.direct is None and first.indirect_because
     assert last.direct is not None and not last.indirect_because
     state, expected = torch.zeros(5, 8), torch.zeros(5, 8)
@@ -160,20 +140,11 @@ def test_a_direct_piece_returns_what_the_artifact_returns() -> None:
     stitched = stitch(Model(), "inductor")
     piece = stitched.program.backends["submod_0"].entries[None].compiled
     assert piece.direct is not None
-    weights = dict(
-        zip(
-            [w.path for w in stitched.captured.weights.traced],
-            stitched.captured.weights.tensors,
-            strict=True,
-        )
-    )
+    held = stitched.captured.weights
+    paths = [each.path.replace(".", "_") for each in held.traced]
+    known = dict(zip(paths, held.tensors, strict=True)) | {"x": torch.randn(3, 8)}
     node = next(n for n in stitched.split_gm.graph.nodes if n.target == "submod_0")
-    x = torch.randn(3, 8)
-    inputs = []
-    for arg in node.args:
-        value = arg.meta["example_value"]
-        by_name = {path.replace(".", "_"): tensor for path, tensor in weights.items()}
-        inputs.append(by_name.get(arg.name, x if isinstance(value, torch.Tensor) else 3))
+    inputs = [known.get(arg.name, 3) for arg in node.args]
     with torch.no_grad():
         direct, public = piece.direct(*inputs), piece.runnable(*inputs)
     assert len(direct) == len(public)
@@ -185,13 +156,9 @@ def test_a_direct_piece_returns_what_the_artifact_returns() -> None:
 @pytest.mark.inductor
 @pytest.mark.nightly
 def test_cpp_wrappers_inside_the_pieces_are_entered_directly_too() -> None:
-    model = Model()
-    config = piecework.CompilationConfig(
-        backend="inductor", inductor_compile_config={"cpp_wrapper": True}
-    )
-    stitched = piecework.compile(
-        model, (torch.randn(4, 8),), splitting_ops=["levers::mix"], config=config
-    )
+    model, config = Model(), {"inductor_compile_config": {"cpp_wrapper": True}}
+    example = (torch.randn(4, 8),)
+    stitched = piecework.compile(model, example, splitting_ops=["levers::mix"], config=config)
     for each in stitched.program.backends.values():
         assert each.entries[None].compiled.direct is not None
     with torch.no_grad():
@@ -229,35 +196,25 @@ def test_grad_mode_is_turned_off_for_the_call(
 
 
 class Recording(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[str] = []
+    seen: ClassVar[list[object]] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        self.seen.append(str(func))
-        return func(*args, **(kwargs or {}))
-
-
-def test_a_dispatch_mode_sees_the_operators(model: Model, stitched: Callable[..., object]) -> None:
-    with torch.no_grad(), Recording() as mode:
-        check(model, stitched)
-        mode.seen.clear()
-        stitched(torch.randn(3, 8))
-    assert mode.seen.count("levers.mix.default") == 2
-
-
-class CountingFunctions(TorchFunctionMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[object] = []
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         self.seen.append(func)
         return func(*args, **(kwargs or {}))
 
 
-def test_a_function_mode_sees_the_operators(stitched: Callable[..., object]) -> None:
-    with torch.no_grad(), CountingFunctions() as mode:
+class RecordingFunctions(TorchFunctionMode):
+    seen = Recording.seen
+    __torch_function__ = Recording.__torch_dispatch__
+
+
+@pytest.mark.parametrize("mode", [Recording, RecordingFunctions])
+def test_a_mode_sees_the_operators(
+    mode: type, model: Model, stitched: Callable[..., object]
+) -> None:
+    with torch.no_grad(), mode():
+        check(model, stitched)
+        mode.seen.clear()
         stitched(torch.randn(3, 8))
     assert mode.seen.count(torch.ops.levers.mix.default) == 2
 
@@ -309,29 +266,24 @@ def test_a_default_device_costs_no_shortcut(stitched: piecework.StitchedModule) 
     try:
         stitched(torch.randn(3, 8))
         assert "under a default device" in stitched.traces[0].entry._now.variants
-        with Recording() as mode:
+        Recording.seen.clear()
+        with Recording():
             stitched(torch.randn(3, 8))
-        assert "levers.mix.default" in mode.seen
+        assert torch.ops.levers.mix.default in Recording.seen
     finally:
         torch.set_default_device(None)
 
 
 def test_autocast_must_be_as_it_was(model: Model, stitched: Callable[..., object]) -> None:
-    with (
-        torch.autocast("cpu", dtype=torch.bfloat16),
-        pytest.raises(
-            InputError,
-            match=r"autocast is on for cpu \(torch.bfloat16\), and was not so",
-        ),
-    ):
+    match = r"autocast is on for cpu \(torch.bfloat16\), and was not so"
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(InputError, match=match):
         stitched(torch.randn(3, 8))
 
 
 def test_autocast_in_the_trace_is_kept() -> None:
     model = nn.Linear(8, 8)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        config = piecework.CompilationConfig(backend="eager")
-        stitched = piecework.compile(model, (torch.randn(4, 8),), splitting_ops=[], config=config)
+        stitched = piecework.compile(model, (torch.randn(4, 8),), config={"backend": "eager"})
         x = torch.randn(3, 8)
         result = stitched(x)
         assert result.dtype is torch.bfloat16
@@ -339,20 +291,12 @@ def test_autocast_in_the_trace_is_kept() -> None:
 
 
 def test_a_function_transform_is_refused(stitched: Callable[..., torch.Tensor]) -> None:
-    for transform in (torch.func.vmap(stitched), torch.func.grad(lambda x: stitched(x).sum())):
-        with pytest.raises(InputError, match=r"torch\.func transform, .* is active"):
-            transform(torch.randn(3, 8))
-
-
-def test_forward_mode_differentiation_is_refused(
-    stitched: Callable[..., torch.Tensor],
-) -> None:
-    """Compiled pieces would drop the tangent without a word."""
     x = torch.randn(3, 8)
-    with (
-        torch.autograd.forward_ad.dual_level(),
-        pytest.raises(InputError, match=r"forward-mode differentiation .* is active"),
-    ):
+    match = r"torch\.func transform, forward-mode differentiation .* is active"
+    for transform in (torch.func.vmap(stitched), torch.func.grad(lambda x: stitched(x).sum())):
+        with pytest.raises(InputError, match=match):
+            transform(x)
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(InputError, match=match):
         stitched(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))
     stitched(x)
 
@@ -360,52 +304,25 @@ def test_forward_mode_differentiation_is_refused(
 # --- an operator overridden later ------------------------------------------------------------------------
 
 
-@pytest.fixture
-def fresh() -> Iterator[Callable[..., None]]:
-    """A splitting op of its own, so that overriding it disturbs nothing else."""
-
-    def double(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor, scale: float) -> None:
-        torch.add(left, right, out=out)
-
-    op = piecework.splitting_op("levers::fresh", mutates_args=("out",))(double)
-    yield op
-    op._library._destroy()
+def added(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor, scale: float) -> None:
+    torch.add(left, right, out=out)
 
 
 def other(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor, scale: float) -> None:
     torch.sub(left, right, out=out)
 
 
-def compiled_with(op: Callable[..., None], name: str) -> tuple[Model, piecework.StitchedModule]:
-    model = Model(op)
-    config = piecework.CompilationConfig(backend="eager")
-    return model, piecework.compile(
-        model, (torch.randn(4, 8),), splitting_ops=[name], config=config
-    )
-
-
-def test_a_kernel_registered_later_is_used(fresh) -> None:  # type: ignore[no-untyped-def]
-    model, stitched = compiled_with(fresh, "levers::fresh")
-    check(model, stitched)
-    x = torch.randn(3, 8)
-    before = stitched(x)
-    fresh.register_kernel("cpu")(other)
-    check(model, stitched)
-    assert not torch.allclose(stitched(x), before)
-
-
-def test_a_kernel_of_a_custom_op_registered_later_is_used() -> None:
-    @torch.library.custom_op("levers::custom_fresh", mutates_args=("out",))
-    def custom_fresh(
-        left: torch.Tensor, right: torch.Tensor, out: torch.Tensor, scale: float
-    ) -> None:
-        torch.add(left, right, out=out)
-
-    model, stitched = compiled_with(custom_fresh, "levers::custom_fresh")
+@pytest.mark.parametrize("register", [piecework.splitting_op, torch.library.custom_op])
+def test_a_kernel_registered_later_is_used(register: Callable[..., Any]) -> None:
+    name = f"levers::{register.__name__}"  # one of its own: overriding it disturbs nothing else
+    op = register(name, mutates_args=("out",))(added)
+    model, example = Model(op), (torch.randn(4, 8),)
+    config = {"backend": "eager"}
+    stitched = piecework.compile(model, example, splitting_ops=[name], config=config)
     assert stitched.program.direct_ops.implementations
     check(model, stitched)
     x = torch.randn(3, 8)
     before = stitched(x)
-    custom_fresh.register_kernel("cpu")(other)
+    op.register_kernel("cpu")(other)
     check(model, stitched)
     assert not torch.allclose(stitched(x), before)

@@ -1,4 +1,4 @@
-"""Shadow mode: a deliberately wrong piece is found and named, callers get what the stitched pieces computed, and nothing stays behind."""
+"""Shadow mode: a wrong piece is found and named, callers get what the pieces computed, and nothing stays behind."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Change = Callable[[list[object]], object]
 
 
 class Spoiling(EagerAdaptor):
-    """Leaves pieces as they are, but for those of a number in `changes`, counted as they are compiled: what these return is changed."""
+    """Changes what pieces of a number in `changes` return, counted as they are compiled."""
 
     name = "spoiling"
     changes: ClassVar[dict[int, Change]] = {}
@@ -215,10 +215,7 @@ def to_nan(outputs: list[object]) -> object:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (
-            lambda outputs: [outputs[0][:1]],
-            "is float32[1, 8] on cpu, and the graph gives float32[4",
-        ),
+        (lambda outputs: [outputs[0][:1]], "float32[1, 8] on cpu, and the graph gives float32[4"),
         (lambda outputs: [outputs[0].double()], "is float64[4, 8] on cpu"),
         (lambda outputs: [None], "is None, and the graph gives tensor"),
         (lambda outputs: [3], "is 3, and the graph gives tensor"),
@@ -232,8 +229,7 @@ def test_other_kinds_of_difference(change: Change, says: str, spoil) -> None:  #
             return out.cos()
 
     stitched = piecework.compile(Model(), (X,), config=spoil({0: change}))
-    with torch.no_grad(), stitched.shadow() as found:
-        stitched(X)
+    found = shadowed(stitched, (X,))
     assert found.first is not None and says in str(found.first), str(found)
     assert found.first.piece == "submod_0" and found.first.error == float("inf")
 
@@ -264,9 +260,7 @@ def test_each_batch_range_is_compared(spoil) -> None:  # type: ignore[no-untyped
     assert first is not None and first.piece == stitched.pieces[1].name
 
 
-def test_a_trace_that_is_made_meanwhile_is_compared_too(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_trace_that_is_made_meanwhile_is_compared_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(every_size, "ROWS", ("not in this test",))
     stitched = piecework.compile(layers(1), (X,), config={"backend": "eager"})
     with torch.no_grad(), stitched.shadow() as found:
@@ -286,9 +280,7 @@ def test_what_was_loaded_is_compared(tmp_path: Path) -> None:
     assert found.compared == 3 and found.first is None, str(found)
 
 
-def test_a_graph_that_can_t_be_run_leaves_the_call_alone(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_graph_that_can_t_be_run_leaves_the_call_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     stitched = piecework.compile(layers(1), (X,), config={"backend": "eager"})
     right = stitched(X)
 
