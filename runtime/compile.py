@@ -202,7 +202,7 @@ def compile_with_mode(
     named = example_kwargs is None or isinstance(example_kwargs, Mapping)
     if not isinstance(example_args, (tuple, list)) or not named:
         raise errors.ConfigError(
-            "example_args is a tuple with one item per argument, and example_kwargs a dict by name",
+            "example_args is a tuple, one item an argument, and example_kwargs a dict of arguments",
             where="example_args",
             hint="a single argument x is passed as (x,)",
         )
