@@ -1,6 +1,6 @@
-"""The runtime: from a model to what runs, under the field's names, each loaded on first use.
+"""The runtime, from a model to what runs; each of the field's names is loaded on first use.
 
-Importing this package loads nothing else: a command line reads configurations without torch.
+Importing it loads nothing else, so that a command line reads configurations without torch.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ if TYPE_CHECKING:
     from piecework.runtime.config.compilation import CompilationConfig as CompilationConfig
     from piecework.runtime.config.compilation import CompilationMode as CompilationMode
     from piecework.runtime.config.compilation import DynamicShapesConfig as DynamicShapesConfig
-    from piecework.runtime.config.compilation import DynamicShapesType as DynamicShapesType
     from piecework.runtime.config.compilation import PassConfig as PassConfig
     from piecework.runtime.config.compilation import RuntimeConfig as RuntimeConfig
     from piecework.runtime.config.compilation import StitchingConfig as StitchingConfig
+    from piecework.runtime.config.groups import DynamicShapesType as DynamicShapesType
     from piecework.runtime.counters import CompilationCounter as CompilationCounter
     from piecework.runtime.decorators import ignore_torch_compile as ignore_torch_compile
     from piecework.runtime.decorators import stitched_of as stitched_of
