@@ -15,7 +15,7 @@ import re
 import shutil
 import stat
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -58,7 +58,6 @@ class Identity(NamedTuple):
     tag: str
 
     def __str__(self) -> str:
-        """The three directories below the root."""
         return f"{self.key}/rank_{self.rank}_{self.dp_rank}/{self.tag}"
 
 
@@ -89,17 +88,10 @@ class CacheEntry:
     """The artifacts and texts of one key, rank and tag. Made by `open_entry`."""
 
     def __init__(
-        self,
-        root: Path,
-        identity: Identity,
-        factors_json: bytes = b"",
-        hmac_key: bytes | None = None,
+        self, root: Path, identity: Identity, factors: bytes = b"", hmac_key: bytes | None = None
     ) -> None:
-        self.root = root
-        self.identity = identity
-        self.directory = root / str(identity)
-        self._factors_json = factors_json
-        self._hmac_key = hmac_key
+        self.root, self.identity, self.directory = root, identity, root / str(identity)
+        self._factors_json, self._hmac_key = factors, hmac_key
         self._warned: set[str] = set()
 
     # --- reading -------------------------------------------------------------------------------------
@@ -126,10 +118,8 @@ class CacheEntry:
             return self.read(name)
         except FileNotFoundError:
             return None
-        except OSError as error:
-            self._warn("unreadable", f"it cannot be read ({error}); compiling instead")
-        except files.Damaged as damage:
-            self.reject(name, damage.message)
+        except _TROUBLE as error:
+            self.reject(name, str(error))
         return None
 
     def reject(self, name: str, reason: str) -> None:
@@ -147,21 +137,15 @@ class CacheEntry:
 
     def put(self, name: str, data: bytes) -> bool:
         """Save ``data`` under ``name``, in place of what was there; whether it is saved."""
-        return self._write(
-            {_place(name): packed({"": data}, self._facts(name), self._hmac_key, KIND)}
-        )
+        sealed = packed({"": data}, self._facts(name), self._hmac_key, KIND)
+        return self._write({_place(name): sealed})
 
     def write_texts(self, texts: Mapping[str, str]) -> bool:
         """Save texts for people, which nothing reads; whether they are saved."""
         return self._write({name: text.encode() for name, text in texts.items()})
 
     def get_or_compile(self, name: str, compile_fn: Callable[[], bytes]) -> CacheResult:
-        """The bytes of ``name``; if there are none, one of all processes and threads compiles them.
-
-        The others wait for it and load. An exception of ``compile_fn`` goes to its caller, nothing
-        is saved, and the next in the line tries. Where saving is impossible each one compiles for
-        itself.
-        """
+        """The bytes of ``name``; where there are none, one of all processes compiles, others wait."""
         data = self.get(name)
         with contextlib.ExitStack() as stack:
             if data is None:
@@ -189,9 +173,8 @@ class CacheEntry:
                     written = {FACTORS_NAME: self._factors_json, **written}
                 for name, data in written.items():
                     files.write_atomic(self.directory / name, data)
-                sizes = {
-                    name: (self.directory / _place(name)).lstat().st_size for name in self.names()
-                }
+                places = {name: self.directory / _place(name) for name in self.names()}
+                sizes = {name: place.lstat().st_size for name, place in places.items()}
                 index = json.dumps({"artifacts": sizes}, indent=1) + "\n"
                 files.write_atomic(self.directory / INDEX_NAME, index.encode())
                 return True
@@ -272,37 +255,24 @@ class CollectionReport(NamedTuple):
 
 
 def list_entries(root: str | os.PathLike[str]) -> tuple[EntrySummary, ...]:
-    """All entries, the one used last first."""
+    """All entries, the one used last first; one with no index was never finished, or is removed."""
+    real = files.resolve_root(root)
     found = []
-    for identity, directory in _directories(files.resolve_root(root)):
-        sizes = _file_sizes(directory)
-        artifacts = sum(path.parent.name == ARTIFACTS_DIRECTORY for path in sizes)
-        try:
-            last_used = os.lstat(directory / INDEX_NAME).st_mtime
-        except OSError:
-            last_used = 0.0
-        found.append(EntrySummary(identity, sum(sizes.values()), artifacts, last_used))
-    return tuple(sorted(found, key=lambda entry: (-entry.last_used, str(entry.identity))))
-
-
-def _directories(real: Path) -> Iterator[tuple[Identity, Path]]:
-    """The entries below a resolved root, by the names of their directories."""
-    for path in sorted(real.glob("*/rank_*/*")):
+    for path in real.glob("*/rank_*/*"):
         named = _ENTRY.fullmatch(path.relative_to(real).as_posix())
         linked = any(each.is_symlink() for each in (path, *path.parents[:2]))
-        if named and path.is_dir() and not linked:
-            yield Identity(named[1], int(named[2]), int(named[3]), named[4]), path
-
-
-def _file_sizes(directory: Path) -> dict[Path, int]:
-    """Every plain file below ``directory`` with its size."""
-    sizes: dict[Path, int] = {}
-    for path in directory.rglob("*"):
-        with contextlib.suppress(OSError):
-            info = path.lstat()
-            if stat.S_ISREG(info.st_mode):
-                sizes[path] = info.st_size
-    return sizes
+        if not named or linked or not path.is_dir():
+            continue
+        size, artifacts, last_used = 0, 0, 0.0
+        for each in path.rglob("*"):
+            with contextlib.suppress(OSError):
+                info = each.lstat()
+                size += info.st_size if stat.S_ISREG(info.st_mode) else 0
+                artifacts += each.name.endswith(_END)
+                last_used = info.st_mtime if each.name == INDEX_NAME else last_used
+        identity = Identity(named[1], int(named[2]), int(named[3]), named[4])
+        found.append(EntrySummary(identity, size, artifacts, last_used))
+    return tuple(sorted(found, key=lambda entry: (-entry.last_used, str(entry.identity))))
 
 
 # --- why a key misses --------------------------------------------------------------------------------
@@ -350,10 +320,8 @@ def verify(root: str | os.PathLike[str], hmac_key: bytes | None = None) -> Verif
             findings.append(Finding(str(identity), file, str(error)))
             return None
 
-    entries = list(_directories(real))
-    for identity, directory in entries:
-        if not (directory / INDEX_NAME).exists():
-            continue  # a writer was killed before it kept anything
+    entries = [each.identity for each in list_entries(real) if each.last_used]
+    for identity in entries:
         factors = checked(identity, FACTORS_NAME, partial(_factors, real, identity))
         signed = factors is not None and "signing" in factors.groups
         entry = CacheEntry(real, identity, hmac_key=hmac_key if signed else None)
@@ -395,11 +363,8 @@ def collect(
         if not dry_run:
             _sweep_aside(real, now, max_age_s)
     except OSError as error:
-        raise CacheError(
-            f"the cache cannot be cleaned up: {error}",
-            where=os.fspath(root),
-            hint="is it read-only, or full of what another user wrote?",
-        ) from error
+        hint = "is it read-only, or full of what another user wrote?"
+        raise CacheError(f"the cache cannot be cleaned up: {error}", hint=hint) from error
     kept = [each.bytes for each in entries if each not in removed]
     return CollectionReport(
         removed=tuple(str(each.identity) for each in removed),

@@ -1,13 +1,12 @@
 """One digest of Python values and of code: equal in any process where they are equal.
 
-Values are written with their exact types, so that ``True``, ``1``, ``1.0`` and ``"1"`` differ. Code
-counts by what it runs and by the values, functions and classes that it reaches by name; what an
-installed library brings, by the library's version; an object by what it gives for pickling, or by
-its method ``uuid()``. What has no stable form is an error.
+Values count with their exact types; code by what it runs and reaches by name; what a library brings,
+by its version; an object by its ``uuid()``, or what it gives for pickling. All else is an error.
 """
 
 from __future__ import annotations
 
+import collections
 import copyreg
 import dis
 import enum
@@ -28,9 +27,7 @@ _HINT = "give it a method uuid() that returns a string"
 
 
 def canonical(value: Any, where: str) -> Any:
-    """``value`` as plain JSON data: equal for equal content in any process, different for any other
-    type or content.
-    """
+    """``value`` as plain JSON data, which differs for any other type or content."""
     try:
         return _Reader(where).read(value)
     except RecursionError:
@@ -57,7 +54,6 @@ class _Reader:
         self._alive: list[object] = []  # so that no address is used twice while this reads
 
     def read(self, value: Any) -> Any:
-        """``value`` as plain JSON data; an object in it has one key."""
         kind = type(value)
         if value is None or kind in (bool, float, int, str):
             return value
@@ -133,12 +129,8 @@ class _Reader:
         """A function's code, defaults, closure, and what it reads of its globals and imports."""
         code = list(with_inner_code([function.__code__]))
         scopes = (function.__globals__, function.__builtins__)
-        reached = {
-            name: next(
-                (scope[name] for scope in scopes if name in scope), "a name that is not there"
-            )
-            for name in sorted(set().union(*map(global_names, code)))
-        }
+        names = sorted(set().union(*map(global_names, code)))
+        known = collections.ChainMap(*scopes)
         for step in (step for each in code for step in dis.get_instructions(each)):
             if step.opname == "IMPORT_NAME":
                 self._required(step.argval, f"module {step.argval}")
@@ -146,7 +138,7 @@ class _Reader:
             [function.__module__, function.__qualname__, self.read(function.__code__)],
             self.read((function.__defaults__, function.__kwdefaults__, vars(function))),
             self.read(function.__closure__),
-            [[name, self.read(value)] for name, value in reached.items()],
+            [[name, self.read(known.get(name, "a name that is not there"))] for name in names],
         ]
 
     def _class(self, kind: type) -> list[Any]:
@@ -202,10 +194,7 @@ _PARTS: dict[type, Callable[[Any], tuple[Any, ...]]] = {
 
 
 def _operator(op: Any) -> list[Any]:
-    """What code that calls ``op`` depends on: it calls it by its name, so that it stays right when
-    the body changes, and was compiled for its schema, its tags (they decide layouts and folding)
-    and what its fake implementation says.
-    """
+    """What code that calls ``op`` by its name was compiled for: schema, tags, fake implementation."""
     # torch is imported where such a thing exists; nothing else here needs it.
     from torch._ops import HigherOrderOperator, OpOverload
 
@@ -222,7 +211,7 @@ def _operator(op: Any) -> list[Any]:
     fake = torch_compat.fake_of(op)
     if op._schema.returns and fake is None:
         why = f"the fake implementation of {op} can't be read"
-        hint = "register it with torch.library.custom_op and register_fake, or with piecework.splitting_op"
+        hint = "register it with torch.library.custom_op and register_fake"
         raise Unidentifiable(why, where=str(op), hint=hint)
     return [name, str(op._schema), sorted(map(str, op.tags)), fake]
 
@@ -247,28 +236,21 @@ def name_of(value: Any) -> str | None:
 
 
 def library_of(module: object) -> str | None:
-    """Whose module it is, as ``torch 2.13.0``; None for one that counts by its content."""
+    """Whose module it is, as ``numpy 2.1.0``; None for one that counts by its content."""
     if not isinstance(module, str):
         return None
-    if module == "piecework" or module.startswith(_OWN):
-        return "piecework"  # its sources are in the key
     top = module.partition(".")[0]
-    loaded = sys.modules.get(module) or sys.modules.get(top)
-    file = getattr(loaded, "__file__", None)
-    return _library(top, file if isinstance(file, str) else "")
+    if module == "piecework" or module.startswith(_OWN) or top in _TORCH:
+        return top  # its version or sources are in the key
+    file = getattr(sys.modules.get(module) or sys.modules.get(top), "__file__", None) or ""
+    installed = _is_installed(file)
+    if top in sys.stdlib_module_names:
+        return "python" if installed or not file else None
+    version = getattr(sys.modules.get(top), "__version__", None)
+    return f"{top} {version}" if installed and isinstance(version, str) and version else None
 
 
 @functools.cache
-def _library(top: str, file: str) -> str | None:
-    if top in _TORCH:
-        return top  # its version is in the key
-    places = ("stdlib", "platstdlib", "purelib", "platlib")
-    paths, real = sysconfig.get_paths(), os.path.realpath(file)
-    if top in sys.stdlib_module_names and not file:
-        return "python"
-    if not any(real.startswith(os.path.realpath(paths[each]) + os.sep) for each in places):
-        return None
-    if top in sys.stdlib_module_names:
-        return "python"
-    version = getattr(sys.modules.get(top), "__version__", None)
-    return f"{top} {version}" if isinstance(version, str) and version else None
+def _is_installed(file: str) -> bool:
+    places = map(sysconfig.get_path, ("stdlib", "platstdlib", "purelib", "platlib"))
+    return os.path.realpath(file).startswith(tuple(os.path.realpath(p) + os.sep for p in places))

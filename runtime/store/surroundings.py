@@ -1,5 +1,6 @@
-"""What decides compiled code besides its graph, as texts by group and name; what can't be told is an
-error. `surroundings` is what the compile cache asks on top of `machine`.
+"""What decides compiled code besides its graph, as texts by group and name.
+
+`surroundings` is what the compile cache asks on top of `machine`. What can't be told is an error.
 """
 
 from __future__ import annotations
@@ -40,10 +41,9 @@ def machine(*graphs: torch.fx.GraphModule) -> Factors:
 def surroundings(*graphs: torch.fx.GraphModule) -> Factors:
     """Everything of this process that decides what is compiled for ``graphs``."""
     found = machine(*graphs)
-    threads = {"threads": str(torch.get_num_threads())}
     return {
         **found,
-        "device": {**found["device"], **threads},
+        "device": {**found["device"], "threads": str(torch.get_num_threads())},
         "environment": {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
         "torch": settings_factors(),
     }
@@ -107,8 +107,7 @@ def host_factors(cpuinfo: Path = Path("/proc/cpuinfo")) -> dict[str, str]:
     factors = {"system": platform.system(), "machine": platform.machine()}
     try:
         text = cpuinfo.read_text(errors="replace")
-    except OSError:
-        # No list of features: the processor's name is coarser but safe.
+    except OSError:  # the processor's name is coarser but safe
         return {**factors, "cpu": platform.processor() or "unknown"}
     line = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
     features = {each for each in line[1].split() if _CPU_FEATURE.fullmatch(each)} if line else ()
@@ -238,11 +237,9 @@ def _source(file: str) -> bytes:
     try:
         return "".join(lines).encode() if lines else Path(file).read_bytes()
     except OSError as error:
-        raise CacheError(
-            f"a traced function has no source, so that its changes would go unseen: {error.strerror}",
-            where=file,
-            hint="put it into a file, or switch the cache off for this model",
-        ) from error
+        why = f"a traced function has no source, and its changes would go unseen: {error.strerror}"
+        hint = "put it into a file, or switch the cache off for this model"
+        raise CacheError(why, where=file, hint=hint) from error
 
 
 def require_same_sources(saved: Mapping[str, str]) -> None:
