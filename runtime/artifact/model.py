@@ -1,7 +1,7 @@
 """Stitched models as files, and bound to the weights of a model of another process.
 
-What another process can't tell is refused when a model is saved; what is not as it was then, when it
-is loaded. No weight is written, and loading traces, compiles and runs nothing.
+What another process can't tell is refused when a model is saved; what is not as it was then, when
+it is loaded. No weight is written, and loading traces, compiles and runs nothing.
 """
 
 from __future__ import annotations
@@ -30,16 +30,10 @@ from piecework.runtime.call.entry import Entry
 from piecework.runtime.compilers.inductor import InductorStandaloneAdaptor
 from piecework.runtime.compilers.interface import EagerAdaptor
 from piecework.runtime.config.compilation import CompilationConfig, RuntimeConfig
-from piecework.runtime.pieces.program import timed
+from piecework.runtime.pieces.program import Program, timed
+from piecework.runtime.store import surroundings
 from piecework.runtime.store.files import signing_key
 from piecework.runtime.store.package import PARTS, Package, Place, part_folder, write_package
-from piecework.runtime.store.surroundings import (
-    is_foreign,
-    machine,
-    require_same_machine,
-    require_same_sources,
-    source_factors,
-)
 from piecework.runtime.trace.assumptions import Assumptions
 from piecework.runtime.trace.one_trace import ModelTrace
 from piecework.runtime.trace.sizes import SizePolicy
@@ -70,11 +64,8 @@ def made_with(
     except Exception as error:  # noqa: BLE001 - pydantic and codecs raise anything
         problem = str(error)
     if problem:
-        raise ArtifactError(
-            f"the configuration can't be written down: {problem}",
-            where="config",
-            hint="leave passes and other objects out of it, or name them as text",
-        )
+        hint = "leave passes and other objects out of it, or name them as text"
+        raise ArtifactError(f"the configuration can't be written down: {problem}", hint=hint)
     ops = None if splitting_ops is None else list(SplittingOps(splitting_ops).declared)
     return {
         "config": data,
@@ -92,11 +83,8 @@ def require_made_so(saved: Mapping[str, Any], wanted: Mapping[str, Any], among: 
         if isinstance(before, dict) and isinstance(now, dict):
             require_made_so(before, now, full)
         elif before != now and name not in _NO_EFFECT:
-            raise ArtifactError(
-                f"the artifact was made with {full} {before!r}, and {now!r} is wanted",
-                where=full,
-                hint="give it a file of its own, or leave it as it was",
-            )
+            why = f"the artifact was made with {full} {before!r}, and {now!r} is wanted"
+            raise ArtifactError(why, hint="give it a file of its own, or leave it as it was")
 
 
 def _processes() -> dict[str, int]:
@@ -118,9 +106,6 @@ def _partition(tensors: Sequence[torch.Tensor]) -> tuple[int, ...]:
     """A number per tensor, equal for those in one memory."""
     stores = [torch_compat.storage_id(each) for each in tensors]
     return tuple(map(stores.index, stores))
-
-
-# --- saving ------------------------------------------------------------------------------------------
 
 
 class Part(NamedTuple):
@@ -147,7 +132,7 @@ def write_models(
     else:
         rows = [_facts(each, files, part_folder(i), graphs) for i, each in enumerate(parts)]
         facts = {**settings, PARTS: rows}
-    whole = {**facts, "machine": machine(*graphs), "processes": _processes()}
+    whole = {**facts, "machine": surroundings.machine(*graphs), "processes": _processes()}
     write_package(place, files, json.loads(json.dumps(whole)), signing_key(key_file))
 
 
@@ -164,22 +149,20 @@ def _facts(
         why = edited and edited.difference
         mark = f"differs from the graph: {why}" if why else "proved to mean the graph"
         edits.append(mark if edited else "")
-        files[f"{folder}{programs.STATE}"] = to_bytes(
-            _saved(trace, files), "what the trace took for given"
-        )
+        state = to_bytes(_saved(trace, files), "what the trace took for given")
+        files[f"{folder}{programs.STATE}"] = state
         items = tuple((i.submod_name, i.graph_id, i.is_splitting_graph) for i in program.items)
         pickled = torch_compat.graphs_to_bytes(program.graph, program.split_gm, items)
         if pickled is not None:  # else captures must compile again
             files[f"{folder}{programs.GRAPHS}"] = pickled
         own += [program.graph, *(item.graph for item in program.items)]
         own += [backend.graph for backend in program.backends.values() if backend.graph]
-        state = trace.entry.weights.state
-        traced |= {each.co_filename for each in state.code}
-        classes |= set(state.classes)
+        traced |= {each.co_filename for each in trace.entry.weights.state.code}
+        classes |= set(trace.entry.weights.state.classes)
     graphs += own
     return {
         **part.settings,
-        "sources": source_factors(filter(os.path.isfile, traced | files_of(classes))),
+        "sources": surroundings.source_factors(filter(os.path.isfile, traced | files_of(classes))),
         "operators": programs.operators(own),
         "edits": edits,
     }
@@ -202,7 +185,7 @@ def _require_savable(trace: TracedModel) -> None:
     state = weights.state
     compared = {each.text.split()[-1] for each in state.saved().values if each.text}
     for each in state.code:
-        in_file = os.path.isfile(each.co_filename) or not is_foreign(each.co_filename)
+        in_file = os.path.isfile(each.co_filename) or not surroundings.is_foreign(each.co_filename)
         of_python = "__create_fn__" in each.co_qualname or "_tuple_new" in each.co_names
         if not (in_file or of_python or code_digest(each) in compared):
             why = f"the trace went through {each.co_qualname}, whose source is in no file"
@@ -257,9 +240,6 @@ def _memory(trace: TracedModel) -> tuple[int, ...] | None:
     return _partition(trace.entry.weights.tensors) if mutations_in(split_gm, every, held) else None
 
 
-# --- loading -----------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True)
 class Artifact:
     """A file's content that fits this process, and the seconds that opening it took."""
@@ -274,11 +254,9 @@ class Artifact:
         package = Package.read(place, signing_key(key_file))
         made_by = package.facts.get("processes")
         if made_by != _processes():
-            raise ArtifactError(
-                f"the artifact was made by process {made_by}, and this is {_processes()}",
-                hint="save an artifact on each rank, in a file of its own",
-            )
-        require_same_machine(package.table("machine"))  # type: ignore[arg-type]
+            why = f"the artifact was made by process {made_by}, and this is {_processes()}"
+            raise ArtifactError(why, hint="save an artifact on each rank, in a file of its own")
+        surroundings.require_same_machine(package.table("machine"))  # type: ignore[arg-type]
         return cls(package, time.perf_counter() - start)
 
     def parts(self) -> tuple[Artifact, ...]:
@@ -295,51 +273,46 @@ class Artifact:
     ) -> tuple[TracedModel, ...]:
         """The traces, bound to ``model``; `ArtifactError` unless it is the model that was saved."""
         programs.require_same_operators(self.package.table("operators"))
-        require_same_sources(self.package.table("sources"))
-        loader = PieceLoader(self.package.file)
+        surroundings.require_same_sources(self.package.table("sources"))
+        package, loader = self.package, PieceLoader(self.package.file)
+        found: list[TracedModel] = []
         with collector_paused():
-            return tuple(
-                self._trace(f"trace_{n}/", loader, model, config, new_backend(), as_it_is)
-                for n, _ in enumerate(self.package.facts["edits"])  # type: ignore[arg-type]
-            )
+            for number, _ in enumerate(package.facts["edits"]):  # type: ignore[arg-type]
+                state, graphs = (f"trace_{number}/{n}" for n in (programs.STATE, programs.GRAPHS))
+                phases = {"read": self.seconds}
+                with timed(phases, "read"):
+                    saved: Any = from_bytes(package.file(state), state)
+                with timed(phases, "check"):
+                    weights = _found(saved, model)
+                    bound = _bound(saved, model, weights)
+                with timed(phases, "pieces"):
+                    program = programs.loaded_program(
+                        saved["program"], package, graphs, loader, config, phases
+                    )
+                captured = _captured(saved, weights, bound, program)
+                entry = Entry(captured, program, as_it_is, saved["made"])
+                if saved["edited"] is not None:
+                    entry.edit(saved["edited"])
+                backend = new_backend()()
+                backend.adopt(program)
+                found.append(TracedModel(model, as_it_is, backend, program, entry))
+        return tuple(found)
 
-    def _trace(
-        self,
-        place: str,
-        loader: PieceLoader,
-        model: Callable[..., object],
-        config: CompilationConfig,
-        new_backend: NewBackend,
-        as_it_is: Callable[..., object],
-    ) -> TracedModel:
-        package, phases = self.package, {"read": self.seconds}
-        state, graphs = f"{place}{programs.STATE}", f"{place}{programs.GRAPHS}"
-        with timed(phases, "read"):
-            saved: Any = from_bytes(package.file(state), state)
-        with timed(phases, "check"):
-            found = _found(saved, model)
-            weights = _bound(saved, model, found)
-        with timed(phases, "pieces"):
-            program = programs.loaded_program(
-                saved["program"], package, graphs, loader, config, phases
-            )
-        made = saved["made"]
-        inputs = (found[each] if isinstance(each, int) else each for each in saved["inputs"])
-        captured = ModelTrace(
-            traced=lambda: program.graph,
-            inputs=tuple(inputs),
-            parameters=made.plan.parameters,
-            assumptions=_Assumptions(made.plan.symbols, made.plan.guards, saved["symbols"]),
-            weights=weights,
-            out_spec=pytree.tree_structure(None),
-            result=(),
-        )
-        entry = Entry(captured, program, as_it_is, made)
-        if saved["edited"] is not None:
-            entry.edit(saved["edited"])
-        backend = new_backend()
-        backend.adopt(program)
-        return TracedModel(model, as_it_is, backend, program, entry)
+
+def _captured(
+    saved: Mapping[str, Any], weights: Sequence[Weight], bound: BoundWeights, program: Program
+) -> ModelTrace:
+    """What the entry asks of a trace that was made in another process."""
+    plan = saved["made"].plan
+    return ModelTrace(
+        traced=lambda: program.graph,
+        inputs=tuple(weights[i] if isinstance(i, int) else i for i in saved["inputs"]),
+        parameters=plan.parameters,
+        assumptions=_Assumptions(plan.symbols, plan.guards, saved["symbols"]),
+        weights=bound,
+        out_spec=pytree.tree_structure(None),
+        result=(),
+    )
 
 
 class _Assumptions(Assumptions):
@@ -370,11 +343,8 @@ def _found(saved: Mapping[str, Any], model: Callable[..., object]) -> list[Weigh
             tensor = now.at(way)
         here = isinstance(tensor, torch.Tensor)
         if difference := was.difference(tensor) if here else "is not in the model":
-            raise ArtifactError(
-                f"weight {was.path} {difference}",
-                where="the weights' signature",
-                hint="load the weights as they were when the model was saved, or compile the model again",
-            )
+            hint = "load the weights as they were when the model was saved, or compile it again"
+            raise ArtifactError(f"weight {was.path} {difference}", hint=hint)
         found.append(Weight(was.path, tensor, way))
     return found
 

@@ -89,9 +89,6 @@ def _refused(
     return ArtifactError(f"{name} can't be saved: {why}", where=name, hint=hint)
 
 
-# --- saving ------------------------------------------------------------------------------------------
-
-
 def _generated(
     graph: torch.fx.GraphModule, compiled: CompiledPiece, name: str
 ) -> tuple[str, dict[str, bytes]]:
@@ -166,9 +163,6 @@ def _uncompiled(graph: torch.fx.GraphModule, name: str) -> tuple[str, dict[str, 
     if source.submod_names:
         raise _refused(name, "it calls modules of its own", "compile it with Inductor")
     return source.code, {"pieces/{piece}.consts": to_bytes(source.consts, name)}
-
-
-# --- loading -----------------------------------------------------------------------------------------
 
 
 @dataclass(slots=True)

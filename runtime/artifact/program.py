@@ -1,6 +1,6 @@
-"""A compiled program, without a model, for another process: what is kept of a `Program`, and one again.
+"""A compiled program, without a model, for another process: what is kept of it, and one again.
 
-`program_to_bytes` is for those who keep what was compiled themselves; it has no weight and no graph.
+`program_to_bytes` is for those who keep what was compiled themselves: without weights and graphs.
 """
 
 from __future__ import annotations
@@ -32,15 +32,10 @@ from piecework.runtime.pieces.manager import RangeEntry
 from piecework.runtime.pieces.piecewise import PiecewiseBackend
 from piecework.runtime.pieces.program import Graphs, Kept, Program
 from piecework.runtime.pieces.report import Piece
+from piecework.runtime.store import surroundings
 from piecework.runtime.store.digest import digest_of
 from piecework.runtime.store.files import signing_key
 from piecework.runtime.store.package import KIND, Package, packed
-from piecework.runtime.store.surroundings import (
-    AGAIN,
-    machine,
-    operator_facts,
-    require_same_machine,
-)
 from piecework.runtime.watch.direct_ops import DirectOps
 
 STATE, GRAPHS = "state.pickle", "graphs.pickle"
@@ -53,9 +48,6 @@ class DirectConst:
     """A constant that is the implementation of an operator, whichever it is in a process."""
 
     op: object
-
-
-# --- saving ------------------------------------------------------------------------------------------
 
 
 def saved_program(program: Program, files: dict[str, bytes]) -> Saved:
@@ -97,7 +89,7 @@ def _forms(program: Program, files: dict[str, bytes]) -> dict[str, tuple[object,
 
 def _require_portable(graph: torch.fx.GraphModule, structure: Structure | None, name: str) -> None:
     """Raise `ArtifactError` for a piece that is another in another process, or holds a tensor."""
-    reason = operator_facts(graph)[1] or ("" if structure is None else structure.local)
+    reason = surroundings.operator_facts(graph)[1] or ("" if structure is None else structure.local)
     hint = _OPERATOR
     for node in graph.graph.find_nodes(op="get_attr"):
         if not isinstance(getattr(graph, str(node.target), None), torch.fx.GraphModule):
@@ -108,7 +100,7 @@ def _require_portable(graph: torch.fx.GraphModule, structure: Structure | None, 
 
 
 def operators(graphs: Iterable[torch.fx.GraphModule]) -> dict[str, str]:
-    """Operator that torch does not bring → what code depends on of it; no Python function is one."""
+    """Operator that torch does not bring → what code depends on of it; `ArtifactError` for others."""
     found: dict[str, str] = {}
     nodes = (each for graph in graphs for each in every_node(graph) if each.op == "call_function")
     for target in dict.fromkeys(each.target for each in nodes):
@@ -135,16 +127,13 @@ def _identity(op: OpOverload) -> str:
         raise ArtifactError(error.message, where=str(op), hint=error.hint) from error
 
 
-# --- loading -----------------------------------------------------------------------------------------
-
-
 def require_same_operators(saved: Mapping[str, str]) -> None:
     """Raise `ArtifactError` for an operator that is missing, or has another schema or fake."""
     for name, digest in saved.items():
         op = operator_named(name)
         if not isinstance(op, OpOverload) or _identity(op) != digest:
             why = f"operator {name} has another schema or fake implementation than when the model was saved"
-            raise ArtifactError(why, where=name, hint=AGAIN)
+            raise ArtifactError(why, where=name, hint=surroundings.AGAIN)
 
 
 def loaded_program(
@@ -225,15 +214,12 @@ def _graphs_reader(
     return read
 
 
-# --- alone, as bytes ---------------------------------------------------------------------------------
-
-
 def program_to_bytes(program: Program) -> bytes:
     """``program`` with its kernels, signed where ``PIECEWORK_CACHE_KEY_FILE`` names a key."""
     files: dict[str, bytes] = {}
     files[STATE] = to_bytes(saved_program(program, files), "what was compiled")
     graphs = [program.graph, *(item.graph for item in program.items)]
-    facts = {"machine": machine(*graphs), "operators": operators(graphs)}
+    facts = {"machine": surroundings.machine(*graphs), "operators": operators(graphs)}
     return packed(files, facts, signing_key(), KIND)
 
 
@@ -241,7 +227,7 @@ def program_from_bytes(data: bytes, config: CompilationConfig) -> Program:
     """What `program_to_bytes` made, without its graphs."""
     start = time.perf_counter()
     found = Package.of(data, signing_key())
-    require_same_machine(found.table("machine"))  # type: ignore[arg-type]
+    surroundings.require_same_machine(found.table("machine"))  # type: ignore[arg-type]
     require_same_operators(found.table("operators"))
     saved: Any = from_bytes(found.file(STATE), STATE)
     phases = {"read": time.perf_counter() - start}

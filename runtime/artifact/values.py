@@ -50,7 +50,7 @@ class _Pickler(pickle.Pickler):
         if by_name or plan or kind in _KINDS or isinstance(value, (enum.Enum, pytree.TreeSpec)):
             return NotImplemented  # as pickle does; parts are asked in turn
         raise TypeError(
-            f"nothing says that a {kind.__module__}.{kind.__qualname__} means the same in another process"
+            f"a {kind.__module__}.{kind.__qualname__} may mean another in another process"
         )
 
 
@@ -103,11 +103,8 @@ def _tensor_parts(tensor: torch.Tensor) -> tuple[Any, ...]:
     if not here or tensor.requires_grad or tensor.nbytes > MAX_TENSOR:
         what = f"{tuple(tensor.shape)}, {tensor.dtype}"
         raise TypeError(f"the graph holds a tensor of its own ({what}), and no weight is saved")
-    raw = bytes(tensor.reshape(-1).view(torch.uint8).tolist()) if tensor.numel() else b""
-    return raw, tensor.dtype, tuple(tensor.shape)
+    return tensor.reshape(-1).tolist(), tensor.dtype, tuple(tensor.shape)
 
 
-def _tensor_of(data: bytes, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
-    if not data:
-        return torch.empty(shape, dtype=dtype)
-    return torch.frombuffer(bytearray(data), dtype=dtype).reshape(shape)
+def _tensor_of(values: list[Any], dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+    return torch.tensor(values, dtype=dtype).reshape(shape)

@@ -135,7 +135,7 @@ class InductorAdaptor:
         self, graph: GraphModule, inputs: Sequence[object], single: bool, options: Options
     ) -> Callable[..., object]:
         """What Inductor makes of ``graph``, for one batch size or for several."""
-        return torch_compat.compile_fx(graph, inputs, own_shapes=single, config_patches=options)
+        return torch_compat.compile_fx(graph, inputs, own_shapes=single, options=options)
 
     def _piece(self, made: Callable[..., object], graph: GraphModule) -> CompiledPiece:
         return CompiledPiece(made, indirect_because="compile_fx gives no artifact")
@@ -156,7 +156,7 @@ class InductorStandaloneAdaptor(InductorAdaptor):
             traced = torch_compat.tracing_context() is not None
             shapes = "from_tracing_context" if traced else "from_graph"
         return torch_compat.standalone_compile(
-            graph, inputs, dynamic_shapes=shapes, config_patches=options
+            graph, inputs, dynamic_shapes=shapes, options=options
         )
 
     def _piece(

@@ -43,9 +43,8 @@ class StandaloneCompiledArtifacts:
         """What `load_all` made of the bytes; `ArtifactError` before it ran."""
         digest = self._digest(submod_name, range_name)
         if digest not in self._loaded:
-            raise ArtifactError(
-                "the artifact is not loaded yet", hint="call load_all(loader) first"
-            )
+            hint = "call load_all(loader) first"
+            raise ArtifactError("the artifact is not loaded yet", hint=hint)
         return self._loaded[digest]
 
     def load_all(self, loader: Callable[[bytes], object], max_workers: int | None = None) -> None:
@@ -56,9 +55,7 @@ class StandaloneCompiledArtifacts:
         with ThreadPoolExecutor(max_workers, thread_name_prefix="piecework-load") as pool:
             waiting = self._data.keys() - self._loaded.keys()
             made = {digest: pool.submit(loader, self._data[digest]) for digest in waiting}
-        self._loaded |= {
-            digest: each.result() for digest, each in made.items() if not each.exception()
-        }
+        self._loaded |= {d: each.result() for d, each in made.items() if not each.exception()}
         for (submod_name, range_name), digest in self._digests.items():
             if digest not in self._loaded and (error := made[digest].exception()):
                 why = f"an artifact could not be loaded: {type(error).__name__}: {error}"

@@ -1,8 +1,8 @@
 """Compiled pieces on disk, each compiled once by all processes; and looking after a whole cache.
 
-An entry is ``<root>/<hash>/rank_<rank>_<dp_rank>/<tag>/`` with ``artifacts/<name>.bin``, each sealed
-by itself, and texts for people. Trouble with the disk costs a warning and a compilation. Only
-`collect` removes anything, and no link is followed. Nothing here imports torch.
+An entry is ``<root>/<hash>/rank_<rank>_<dp_rank>/<tag>/`` with ``artifacts/<name>.bin``, each
+sealed by itself, and texts for people. Trouble with the disk costs a warning and a compilation.
+Only `collect` removes anything, and no link is followed. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import NamedTuple, TypeVar
 from piecework.errors import CacheError
 from piecework.runtime.store import files
 from piecework.runtime.store.factors import FACTORS_NAME, Difference, KeyFactors
-from piecework.runtime.store.package import packed, unpacked
+from piecework.runtime.store.package import Place, packed, unpacked
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ class Identity(NamedTuple):
 
 
 def open_entry(
-    root: str | os.PathLike[str] | None,
+    root: Place | None,
     factors: KeyFactors,
     rank: int = 0,
     dp_rank: int = 0,
@@ -93,8 +93,6 @@ class CacheEntry:
         self.root, self.identity, self.directory = root, identity, root / str(identity)
         self._factors_json, self._hmac_key = factors, hmac_key
         self._warned: set[str] = set()
-
-    # --- reading -------------------------------------------------------------------------------------
 
     def names(self) -> tuple[str, ...]:
         """The artifacts that there are now, sound or not, sorted."""
@@ -133,8 +131,6 @@ class CacheEntry:
             where = f"it stays ({error})"
         self._warn("damage", f"{_place(name)}: {reason}; {where}, compiling again")
 
-    # --- writing -------------------------------------------------------------------------------------
-
     def put(self, name: str, data: bytes) -> bool:
         """Save ``data`` under ``name``, in place of what was there; whether it is saved."""
         sealed = packed({"": data}, self._facts(name), self._hmac_key, KIND)
@@ -145,7 +141,7 @@ class CacheEntry:
         return self._write({name: text.encode() for name, text in texts.items()})
 
     def get_or_compile(self, name: str, compile_fn: Callable[[], bytes]) -> CacheResult:
-        """The bytes of ``name``; where there are none, one of all processes compiles, others wait."""
+        """The bytes of ``name``; if there are none, one of all processes compiles, others wait."""
         data = self.get(name)
         with contextlib.ExitStack() as stack:
             if data is None:
@@ -182,8 +178,6 @@ class CacheEntry:
             self._cannot_save(error)
             return False
 
-    # --- locks, checks and warnings ------------------------------------------------------------------
-
     def changing(self, timeout_s: float = 60.0) -> contextlib.AbstractContextManager[None]:
         """Hold the right to change the entry's files. Short: no compiler runs inside."""
         return files.locked(self.root, f"{self.identity}\nfiles", timeout_s)
@@ -213,9 +207,6 @@ class CacheEntry:
 def _place(name: str) -> str:
     """Where an artifact lies in its entry."""
     return f"{ARTIFACTS_DIRECTORY}/{name}{_END}"
-
-
-# --- what there is ---------------------------------------------------------------------------------
 
 
 class EntrySummary(NamedTuple):
@@ -254,7 +245,7 @@ class CollectionReport(NamedTuple):
     kept_bytes: int
 
 
-def list_entries(root: str | os.PathLike[str]) -> tuple[EntrySummary, ...]:
+def list_entries(root: Place) -> tuple[EntrySummary, ...]:
     """All entries, the one used last first; one with no index was never finished, or is removed."""
     real = files.resolve_root(root)
     found = []
@@ -275,10 +266,7 @@ def list_entries(root: str | os.PathLike[str]) -> tuple[EntrySummary, ...]:
     return tuple(sorted(found, key=lambda entry: (-entry.last_used, str(entry.identity))))
 
 
-# --- why a key misses --------------------------------------------------------------------------------
-
-
-def saved_keys(root: str | os.PathLike[str]) -> dict[str, KeyFactors]:
+def saved_keys(root: Place) -> dict[str, KeyFactors]:
     """Every readable key in the cache by its hash, the one used last first."""
     real = files.resolve_root(root)
     found: dict[str, KeyFactors] = {}
@@ -304,10 +292,7 @@ def nearest(
     return min(compared, key=lambda pair: len(pair[1]), default=None)
 
 
-# --- what is damaged ---------------------------------------------------------------------------------
-
-
-def verify(root: str | os.PathLike[str], hmac_key: bytes | None = None) -> Verification:
+def verify(root: Place, hmac_key: bytes | None = None) -> Verification:
     """Check every byte of every artifact, and with a key the signatures of signed entries."""
     real = files.resolve_root(root)
     findings: list[Finding] = []
@@ -333,15 +318,8 @@ def verify(root: str | os.PathLike[str], hmac_key: bytes | None = None) -> Verif
     return Verification(len(entries), len(sizes), sum(sizes), tuple(findings))
 
 
-# --- less of it --------------------------------------------------------------------------------------
-
-
 def collect(
-    root: str | os.PathLike[str],
-    *,
-    max_bytes: int | None = None,
-    max_age_s: float | None = None,
-    dry_run: bool = False,
+    root: Place, max_bytes: int | None = None, max_age_s: float | None = None, dry_run: bool = False
 ) -> CollectionReport:
     """Remove entries by age, then the longest unused down to ``max_bytes``; unused locks; and what
     was quarantined before ``max_age_s``, or ever.

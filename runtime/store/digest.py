@@ -1,7 +1,7 @@
 """One digest of Python values and of code: equal in any process where they are equal.
 
-Values count with their exact types; code by what it runs and reaches by name; what a library brings,
-by its version; an object by its ``uuid()``, or what it gives for pickling. All else is an error.
+Values count with their exact types; code by what it runs and reaches by name; what a library
+brings, by its version; an object by its ``uuid()``, or what it gives for pickling.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class _Reader:
 
     def __init__(self, where: str) -> None:
         self.where = where
-        self._numbers: dict[int, int] = {}
-        self._alive: list[object] = []  # so that no address is used twice while this reads
+        # With the values, so that no address is used twice while this reads.
+        self._numbers: dict[int, tuple[int, object]] = {}
 
     def read(self, value: Any) -> Any:
         kind = type(value)
@@ -85,11 +85,9 @@ class _Reader:
 
     def _once(self, value: object, tag: str, content: Callable[[], Any]) -> Any:
         """``{tag: content()}`` where ``value`` is met first, its number after that."""
-        known = self._numbers.get(id(value))
-        if known is not None:
-            return {"seen": known}
-        self._numbers[id(value)] = len(self._numbers)
-        self._alive.append(value)
+        if id(value) in self._numbers:
+            return {"seen": self._numbers[id(value)][0]}
+        self._numbers[id(value)] = len(self._numbers), value
         return {tag: content()}
 
     def _unknown(self, what: str) -> Unidentifiable:
@@ -122,8 +120,6 @@ class _Reader:
             return {"name": self._required(kind.__module__, made)}
         parts = (list(each) if hasattr(each, "__next__") else each for each in made)
         return self._once(value, "made", lambda: [self.read(each) for each in parts])
-
-    # --- code ----------------------------------------------------------------------------------------
 
     def _function(self, function: types.FunctionType) -> list[Any]:
         """A function's code, defaults, closure, and what it reads of its globals and imports."""
@@ -194,7 +190,7 @@ _PARTS: dict[type, Callable[[Any], tuple[Any, ...]]] = {
 
 
 def _operator(op: Any) -> list[Any]:
-    """What code that calls ``op`` by its name was compiled for: schema, tags, fake implementation."""
+    """What code that calls ``op`` was compiled for: its schema, tags, fake implementation."""
     # torch is imported where such a thing exists; nothing else here needs it.
     from torch._ops import HigherOrderOperator, OpOverload
 

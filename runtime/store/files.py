@@ -68,9 +68,6 @@ def signing_key(file: str | os.PathLike[str] | None = None) -> bytes | None:
     return key
 
 
-# --- directories -------------------------------------------------------------------------------------
-
-
 def resolve_root(root: str | os.PathLike[str]) -> Path:
     """The real, absolute path of ``root``, once it is checked; it need not exist yet."""
     try:
@@ -116,9 +113,6 @@ def _who_else_writes(info: os.stat_result) -> str:
     if info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         return f"others can write it (mode {stat.S_IMODE(info.st_mode):04o}), and it is executed"
     return ""
-
-
-# --- files -------------------------------------------------------------------------------------------
 
 
 def read_regular(path: Path) -> bytes:

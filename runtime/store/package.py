@@ -76,9 +76,6 @@ def _signature(key: bytes | None, seal: str) -> str:
     return "-" if key is None else hmac.digest(key, seal.encode(), "sha256").hex()
 
 
-# --- a saved program ---------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True)
 class Package:
     """An artifact that was verified."""
@@ -160,16 +157,12 @@ def write_package(
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, packed(files, facts, key, KIND), 0o644)
     except OSError as error:
-        raise ArtifactError(
-            f"the artifact can't be written: {error.strerror}",
-            where=str(path),
-            hint="free some space, or name a file that this user can make, or replace",
-        ) from error
+        hint = "free some space, or name a file that this user can make, or replace"
+        why = f"the artifact can't be written: {error.strerror}"
+        raise ArtifactError(why, where=str(path), hint=hint) from error
 
 
 def _damaged(where: str, reason: str) -> ArtifactError:
-    return ArtifactError(
-        f"the artifact is damaged or not to be trusted: {reason}",
-        where=where,
-        hint="copy the file again, or save the model again, with the same key; it belongs to this user or root alone",
-    )
+    why = f"the artifact is damaged or not to be trusted: {reason}"
+    hint = "copy the file, or save the model, again, with the same key and as its only owner"
+    return ArtifactError(why, where=where, hint=hint)

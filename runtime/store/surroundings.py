@@ -50,7 +50,7 @@ def surroundings(*graphs: torch.fx.GraphModule) -> Factors:
 
 
 def require_same_machine(saved: Factors) -> None:
-    """Raise `ArtifactError` for a program compiled elsewhere; more instructions and GPUs are fine."""
+    """Raise `ArtifactError` for a program that was compiled for what is not here."""
     here = {**machine()}
     if "cuda" in saved.get("device", {}) and torch.cuda.is_available():
         each = map(torch.cuda.get_device_capability, range(torch.cuda.device_count()))
@@ -65,9 +65,6 @@ def require_same_machine(saved: Factors) -> None:
                 continue
         why = f"the artifact was made with {difference.name} {was}, {what}"
         raise ArtifactError(why, where=difference.group, hint=AGAIN)
-
-
-# --- versions and machine ----------------------------------------------------------------------------
 
 
 def versions() -> dict[str, str]:
@@ -131,8 +128,6 @@ def _cuda(capabilities: Iterable[tuple[int, int]]) -> str:
     return " ".join([str(torch.version.cuda), *names])
 
 
-# --- the environment and torch's settings ------------------------------------------------------------
-
 # Variables that change what is emitted and that no configuration of torch shows.
 _ENVIRONMENT = (
     *("ATEN_CPU_CAPABILITY", "DISABLE_PTXAS_OPT", "PTXAS_OPTIONS", "TORCH_CUDA_ARCH_LIST"),
@@ -151,8 +146,6 @@ def settings_factors() -> dict[str, str]:
         name: digest_of(each, f"torch.{name}") for name, each in global_passes().items()
     }
 
-
-# --- operators ---------------------------------------------------------------------------------------
 
 # Higher-order operators that hold all they do as subgraphs and literals. Others look things up in
 # tables of the process, as those for Triton kernels do.
@@ -194,8 +187,6 @@ def _signature(value: object) -> str:
         return f"{value.dtype} {value.device} {tuple(value.shape)} {value.stride()}"
     return str(value)
 
-
-# --- sources -----------------------------------------------------------------------------------------
 
 _FRAME_FILE = re.compile(r'^\s*File "([^"\n]+)", line \d+', re.MULTILINE)
 _TORCH = os.path.dirname(os.path.realpath(torch.__file__)) + os.sep

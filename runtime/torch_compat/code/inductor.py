@@ -12,42 +12,34 @@ from unittest import mock
 
 import torch
 
+Options = dict[str, object]
+
 
 def standalone_compile(
-    graph: torch.fx.GraphModule,
-    example_inputs: list[object],
-    *,
-    dynamic_shapes: str,
-    config_patches: dict[str, object],
+    graph: torch.fx.GraphModule, inputs: list[object], *, dynamic_shapes: str, options: Options
 ) -> Callable[..., object]:
     """Compile a flat graph into an artifact by ``torch._inductor.standalone_compile``."""
     from torch._inductor import standalone_compile as compile_one
 
-    options = {"config_patches": config_patches}
-    return compile_one(graph, example_inputs, dynamic_shapes=dynamic_shapes, options=options)
+    patches = {"config_patches": options}
+    return compile_one(graph, inputs, dynamic_shapes=dynamic_shapes, options=patches)
 
 
 def compile_fx(
-    graph: torch.fx.GraphModule,
-    example_inputs: list[object],
-    *,
-    own_shapes: bool,
-    config_patches: dict[str, object],
+    graph: torch.fx.GraphModule, inputs: list[object], *, own_shapes: bool, options: Options
 ) -> Callable[..., object]:
     """Compile a flat graph through ``torch._inductor.compile_fx``, on a copy of it."""
     from torch._inductor.compile_fx import compile_fx as compile_one
 
     graph = copy.deepcopy(graph)
     if not own_shapes:
-        return compile_one(graph, example_inputs, config_patches=config_patches)
+        return compile_one(graph, inputs, config_patches=options)
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
     context = torch._guards.TracingContext(FakeTensorMode(shape_env=ShapeEnv()))
     with torch._guards.tracing(context):
-        return compile_one(
-            graph, example_inputs, config_patches=config_patches, ignore_shape_env=True
-        )
+        return compile_one(graph, inputs, config_patches=options, ignore_shape_env=True)
 
 
 def has_inductor_option(name: str) -> bool:

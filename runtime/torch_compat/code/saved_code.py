@@ -1,4 +1,4 @@
-"""Compiled code that leaves the process: Inductor's text, kernels, and graphs with their fake values.
+"""Compiled code that leaves the process: Inductor's text, kernels, and graphs with fake values.
 
 Loading imports no Inductor and compiles nothing.
 """
@@ -12,7 +12,6 @@ import sys
 import tempfile
 import types
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,8 +24,7 @@ from piecework.runtime.torch_compat.tensors import storage_id
 _ADDRESS = "_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR"
 
 
-@dataclass(frozen=True, slots=True)
-class Generated:
+class Generated(NamedTuple):
     """The code that Inductor generated for a piece."""
 
     text: str  # the module's
