@@ -25,7 +25,7 @@ from piecework.runtime.batch.forward_context import set_forward_context
 from piecework.runtime.batch.mode import CUDAGraphMode
 from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.graphs.memory.owner import StaticGraphs
-from piecework.runtime.graphs.memory.wrapper import CapturedCall, wrap_with_cudagraph_if_needed
+from piecework.runtime.graphs.memory.wrapper import CUDAGraphEntry, wrap_with_cudagraph_if_needed
 from piecework.runtime.graphs.plan.phase import capture_graphs
 from piecework.runtime.pieces.backend import PieceworkBackend
 from piecework.runtime.stitched import StitchedModule
@@ -154,7 +154,7 @@ def _bound(stitched: StitchedModule, batch: int, ids: torch.Tensor) -> tuple[lis
     return work, result
 
 
-def _work(stitched: StitchedModule, calls: Sequence[CapturedCall]) -> Iterator:  # type: ignore[type-arg]
+def _work(stitched: StitchedModule, calls: Sequence[CUDAGraphEntry]) -> Iterator:  # type: ignore[type-arg]
     """Replays with the operands of the attention between them, and at the end the result."""
     names = stitched.source.submod_names
     values: dict[torch.fx.Node, object] = {}
@@ -180,9 +180,9 @@ def _overload() -> object:
     return getattr(getattr(torch.ops, namespace), name).default
 
 
-def _call(wrapper: object, descriptor: BatchDescriptor) -> CapturedCall:
-    call = wrapper.concrete_cudagraph_entries[descriptor].call  # type: ignore[attr-defined]
-    if call is None:
+def _call(wrapper: object, descriptor: BatchDescriptor) -> CUDAGraphEntry:
+    call = wrapper.concrete_cudagraph_entries[descriptor]  # type: ignore[attr-defined]
+    if call.graph is None:
         raise PieceworkError(f"a piece was not captured for {descriptor.describe()}")
     return call  # type: ignore[no-any-return]
 

@@ -35,7 +35,7 @@ def buffers(stitched: piecework.StitchedModule) -> dict[str, set[int]]:
     found: dict[str, set[int]] = {}
     for wrapper in stitched.static_graphs.pieces_for(1):
         for entry in wrapper.concrete_cudagraph_entries.values():
-            for copy in entry.call.copies:
+            for copy in entry.copies:
                 storage = copy.static.untyped_storage()
                 found.setdefault(wrapper.name, set()).add(storage.data_ptr())
     return found

@@ -7,25 +7,29 @@ import torch
 
 from piecework.errors import StaticGraphError
 from piecework.runtime.batch.descriptor import BatchDescriptor
+from piecework.runtime.batch.forward_context import set_forward_context
 from piecework.runtime.batch.mode import CUDAGraphMode
 from piecework.runtime.graphs.device.contract import view_of_storage
 from piecework.runtime.graphs.memory.addresses import AddressBook, ValueOrigin
-from piecework.runtime.graphs.memory.owner import CaptureRecord, StaticGraphs
-from piecework.runtime.graphs.memory.wrapper import CapturedCall, CUDAGraphOptions
+from piecework.runtime.graphs.memory.owner import StaticGraphs
+from piecework.runtime.graphs.memory.wrapper import CUDAGraphOptions, CUDAGraphWrapper
 
 PIECEWISE = CUDAGraphMode.PIECEWISE
 DESCRIPTOR = BatchDescriptor(4)
 
 
-RECORD = CaptureRecord("submod_2", PIECEWISE, DESCRIPTOR)
-
-
-def captured(runnable, *args, graphs=None, policy="copy", **options):
-    """A captured call with nothing vouched for, and the owner."""
+def captured(runnable, *args, graphs=None, policy="copy", given=(), **options):
+    """What replays ``runnable`` as it was captured for ``args``, with nothing vouched for."""
     graphs = graphs or StaticGraphs("cpu", address_policy=policy)
-    graphs.is_open = True
-    call, _ = CapturedCall.make(runnable, args, {}, RECORD, CUDAGraphOptions(**options), graphs)
-    graphs.is_open = False
+    options = CUDAGraphOptions(**options)
+    wrapper = CUDAGraphWrapper(runnable, None, PIECEWISE, options, graphs, "submod_2")
+
+    def call(*args, **kwargs):
+        with set_forward_context(cudagraph_runtime_mode=PIECEWISE, batch_descriptor=DESCRIPTOR):
+            return wrapper(*args, **kwargs)
+
+    with graphs.capturing():
+        call(*args, **dict(given))
     return call
 
 
@@ -99,7 +103,7 @@ def test_a_buffer_seen_differently_is_caught(change, message):
     x = torch.zeros(8)
     call = captured(lambda x: x + 1, x, graphs=vouched(x))
     with pytest.raises(StaticGraphError, match=message):
-        call(None, (change(x),), {})
+        call(change(x))
 
 
 @pytest.mark.parametrize(
@@ -117,10 +121,10 @@ def test_python_values_are_part_of_the_capture(first, second, same):
     x = torch.zeros(2)
     call = captured(lambda x, n: x + 1, x, first, graphs=vouched(x))
     if same:
-        assert call(None, (x, second), {}).tolist() == [1.0, 1.0]
+        assert call(x, second).tolist() == [1.0, 1.0]
     else:
         with pytest.raises(StaticGraphError, match=r"argument 1 was .*, is"):
-            call(None, (x, second), {})
+            call(x, second)
 
 
 def test_only_the_first_replay_checks_unless_told_otherwise():
@@ -130,13 +134,13 @@ def test_only_the_first_replay_checks_unless_told_otherwise():
         graphs.addresses.register_persistent("x", x)
         graphs.addresses.register_persistent("other", other)
         call = captured(lambda x: x + 1, x, graphs=graphs)
-        call(None, (x,), {})
+        call(x)
         if always:
             with pytest.raises(StaticGraphError, match="is at another address"):
-                call(None, (other,), {})
+                call(other)
         else:
             # As on CUDA: stale, not an error.
-            assert call(None, (other,), {}).tolist() == [1.0, 1.0]
+            assert call(other).tolist() == [1.0, 1.0]
 
 
 # --- weights ---------------------------------------------------------------------------------------
@@ -146,9 +150,8 @@ def test_a_parameter_nobody_registered_is_a_weight():
     graphs = StaticGraphs("cpu", address_policy="refuse")
     weight = torch.nn.Parameter(torch.ones(2))
     call = captured(lambda w: w * 2, weight, graphs=graphs)
-    assert call.slots[0].origin is ValueOrigin.WEIGHT
     with pytest.raises(StaticGraphError, match=r"weight 'parameter 0'.*is at another address"):
-        call(None, (torch.nn.Parameter(torch.ones(2)),), {})
+        call(torch.nn.Parameter(torch.ones(2)))
 
 
 # --- what is staged --------------------------------------------------------------------------------
@@ -189,7 +192,7 @@ def test_staged_inputs_are_seen_as_they_are(layout):
         for storage in {t.untyped_storage() for t in now}:
             new = torch.arange(storage.nbytes() // 4).add(step).float()
             storage.copy_(new.untyped_storage())
-        values, strides = call(None, now, {})
+        values, strides = call(*now)
         for value, tensor in zip(values, now, strict=True):
             assert torch.equal(value, tensor * 2)
         assert strides == [t.stride() for t in now]
@@ -206,35 +209,31 @@ def test_what_can_not_have_a_buffer_of_its_own_is_refused():
 
 def test_a_staged_input_of_another_shape_is_caught_at_every_replay():
     call = captured(lambda x: x + 1, torch.zeros(4, 2))
-    call(None, (torch.zeros(4, 2),), {})
-    call(None, (torch.zeros(4, 2),), {})
+    call(torch.zeros(4, 2))
+    call(torch.zeros(4, 2))
     for wrong in (torch.zeros(1, 2), torch.zeros(4, 2, dtype=torch.float64), torch.zeros(2, 4).t()):
         with pytest.raises(StaticGraphError, match=r"argument 0.*\[4, 2\]"):
-            call(None, (wrong,), {})
+            call(wrong)
 
 
 def test_changes_of_a_staged_input_are_brought_back_where_declared():
     call = captured(lambda x: x.add_(1), torch.zeros(3), mutated_args=frozenset({0}))
     x = torch.full((3,), 5.0)
-    call(None, (x,), {})
+    call(x)
     assert x.tolist() == [6.0] * 3
     call = captured(lambda x: x.add_(1), torch.zeros(8)[::2], mutated_args=frozenset({0}))
     y = torch.full((8,), 5.0)
-    call(None, (y[::2],), {})
+    call(y[::2])
     assert y.tolist() == [6.0, 5.0] * 4
 
 
 def test_none_and_nested_arguments():
     x, y = torch.ones(2), torch.ones(2)
-    graphs = StaticGraphs("cpu", lazy=True)
-    call, _ = CapturedCall.make(
-        lambda pair, mask, *, extra: pair["x"] + extra[0],
-        ({"x": x}, None),
-        {"extra": [y, 3]},
-        RECORD,
-        CUDAGraphOptions(),
-        graphs,
-    )
+
+    def piece(pair, mask, *, extra):
+        return pair["x"] + extra[0]
+
+    call = captured(piece, {"x": x}, None, given={"extra": [y, 3]})
     with pytest.raises(StaticGraphError, match="argument 1 was None, is a tensor"):
-        call(None, ({"x": x}, y), {"extra": [y, 3]})
-    assert call(None, ({"x": x * 4}, None), {"extra": [y * 2, 3]}).tolist() == [6.0, 6.0]
+        call({"x": x}, y, extra=[y, 3])
+    assert call({"x": x * 4}, None, extra=[y * 2, 3]).tolist() == [6.0, 6.0]

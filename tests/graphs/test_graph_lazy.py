@@ -123,9 +123,9 @@ def test_clearing_starts_the_captures_over(make):
         case.run(n)
     case.graphs.discard(CUDAGraphMode.PIECEWISE, BatchDescriptor(4, has_lora=True))
     case.graphs.discard(CUDAGraphMode.FULL, BatchDescriptor(4))
-    assert case.piece.concrete_size_entries[4].call is not None
+    assert case.piece.concrete_size_entries[4].cudagraph is not None
     case.graphs.clear_all_graphs()
-    assert all(entry.call is None for entry in case.piece.concrete_size_entries.values())
+    assert all(entry.cudagraph is None for entry in case.piece.concrete_size_entries.values())
     assert case.run(4).tolist() == case.run(4).tolist()
     assert len(case.graphs.records) == 1
 

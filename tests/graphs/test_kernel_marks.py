@@ -85,10 +85,10 @@ class Stitched:
         """The graphs that are replayed, by piece and size."""
         captures = self.stitched.static_graphs
         return {
-            (wrapper.name, descriptor.num_tokens): entry.call.graph.require_captured()
+            (wrapper.name, descriptor.num_tokens): entry.graph.require_captured()
             for wrapper in (*captures._wrapped[0], captures._whole[0])
             for descriptor, entry in wrapper.concrete_cudagraph_entries.items()
-            if entry.call is not None
+            if entry.graph is not None
         }
 
     def marks(self, graph) -> list[dict]:

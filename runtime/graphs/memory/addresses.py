@@ -42,30 +42,23 @@ class Policy(enum.Enum):
 
 
 class AddressPolicy(Policy):
-    """What becomes of a fresh tensor that enters a captured piece.
+    """What becomes of a fresh tensor that enters a captured piece."""
 
-    COPY stages it into a static buffer, REFUSE makes the capture an error, EAGER runs that piece
-    uncaptured.
-    """
-
-    COPY = "copy"
-    REFUSE = "refuse"
-    EAGER = "eager"
+    COPY = "copy"  # it is staged into a static buffer
+    REFUSE = "refuse"  # the capture is an error
+    EAGER = "eager"  # that piece runs uncaptured
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where one tensor is and how it is laid out; equal ones mean a replay reads the right memory.
-
-    ``turned`` is lazy conjugation and negation, ``parts`` are the tensors that a subclass holds.
-    """
+    """Where one tensor is and how it is laid out; equal ones mean a replay reads the right memory."""
 
     address: int
     dtype: torch.dtype
     shape: tuple[int, ...]
     stride: tuple[int, ...]
-    turned: tuple[bool, bool] = (False, False)
-    parts: tuple[Placement, ...] = ()
+    turned: tuple[bool, bool] = (False, False)  # lazily conjugated, negated
+    parts: tuple[Placement, ...] = ()  # the tensors that a subclass holds
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> Placement:
@@ -117,18 +110,15 @@ class AddressBook:
     """
 
     def __init__(self) -> None:
-        self._weights: dict[str, tuple[Placement, torch.Tensor]] = {}
-        self._weight_regions: dict[int, _Region] = {}
-        self._buffers: dict[int, _Region] = {}
+        self._weights: dict[str, Placement] = {}
+        self._regions: dict[int, _Region] = {}
         self._captured: dict[BatchDescriptor, dict[int, _Region]] = {}
 
     def register_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
-        """Vouch for named weights; a later call with the same names replaces them."""
+        """Vouch for named weights."""
         for name, weight in weights.items():
-            self._weights[name] = Placement.of(weight), weight.detach()
-        self._weight_regions = {}
-        for name, (_, tensor) in self._weights.items():
-            _enter(self._weight_regions, name, tensor, ValueOrigin.WEIGHT)
+            self._weights[name] = Placement.of(weight)
+            _enter(self._regions, name, weight, ValueOrigin.WEIGHT)
 
     def register_persistent(
         self, name: str, tensor: torch.Tensor, origin: ValueOrigin = ValueOrigin.PERSISTENT
@@ -136,10 +126,9 @@ class AddressBook:
         """Vouch for a buffer that is allocated once (``OUT_BUFFER``: splitting ops write to it)."""
         if not plain_parts(tensor):
             kind = f"{tensor.layout} {type(tensor).__name__}"
-            raise StaticGraphError(
-                f"a persistent buffer must be dense memory, not {kind}", where=name
-            )
-        _enter(self._buffers, name, tensor, origin)
+            text = f"a persistent buffer must be dense memory, not {kind}"
+            raise StaticGraphError(text, where=name)
+        _enter(self._regions, name, tensor, origin)
 
     def register_captured(
         self, name: str, tensors: list[torch.Tensor], descriptor: BatchDescriptor
@@ -147,7 +136,7 @@ class AddressBook:
         """Vouch for the outputs of a piece captured for ``descriptor``, until it is forgotten."""
         regions = self._captured.setdefault(descriptor, {})
         for tensor in tensors:
-            _enter(regions, name, tensor, ValueOrigin.CAPTURED, keep=False)
+            _enter(regions, name, tensor, ValueOrigin.CAPTURED)
 
     def forget_captured(self, descriptor: BatchDescriptor | None = None) -> None:
         """Vouch no longer for the outputs captured for ``descriptor``, or for any."""
@@ -172,17 +161,15 @@ class AddressBook:
         storage = tensor.untyped_storage()
         start = storage.data_ptr()
         captured = self._captured.get(descriptor, {}) if descriptor is not None else {}
-        for regions in (self._weight_regions, self._buffers, captured):
-            region = regions.get(start)
-            if region is not None:
-                fits = start + storage.nbytes() <= region.end
-                return (region.origin, region.name) if fits else unknown
-        return unknown
+        region = self._regions.get(start) or captured.get(start)
+        if region is None or start + storage.nbytes() > region.end:
+            return unknown
+        return region.origin, region.name
 
     def changed_weights(self, weights: Mapping[str, torch.Tensor]) -> dict[str, str]:
         """Which registered weights are missing, moved or laid out differently: name → how."""
         changes = {}
-        for name, (before, _) in self._weights.items():
+        for name, before in self._weights.items():
             held = weights.get(name)
             difference = "is gone" if held is None else before.differs(Placement.of(held))
             if difference is not None:
@@ -191,12 +178,7 @@ class AddressBook:
 
 
 def _enter(
-    regions: dict[int, _Region],
-    name: str,
-    tensor: torch.Tensor,
-    origin: ValueOrigin,
-    *,
-    keep: bool = True,
+    regions: dict[int, _Region], name: str, tensor: torch.Tensor, origin: ValueOrigin
 ) -> None:
     """Note where ``tensor`` lies; of tensors that share memory the first name stands for it."""
     for part in plain_parts(tensor):
@@ -204,4 +186,5 @@ def _enter(
         start, end = storage.data_ptr(), storage.data_ptr() + storage.nbytes()
         known = regions.get(start)
         if start < end and (known is None or known.end < end):
-            regions[start] = _Region(name, origin, end, storage if keep else None)
+            keep = None if origin is ValueOrigin.CAPTURED else storage
+            regions[start] = _Region(name, origin, end, keep)

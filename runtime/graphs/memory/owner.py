@@ -41,19 +41,19 @@ def platform_for(device: torch.device | str) -> GraphPlatform:
 
 @dataclass(frozen=True, slots=True)
 class CaptureRecord:
-    """One capture that happened: what it added to the pool, and outside of it for fresh inputs.
-
-    ``eager_reason``: why this piece runs uncaptured in this shape, if the address policy said so;
-    ``driver_bytes``: how much of ``nbytes`` the driver took, for the graph itself.
-    """
+    """One capture that happened."""
 
     name: str
     mode: CUDAGraphMode
     descriptor: BatchDescriptor
-    nbytes: int = 0
-    staged_bytes: int = 0
-    eager_reason: str | None = None
-    driver_bytes: int = 0
+    nbytes: int = 0  # what it added to the pool
+    staged_bytes: int = 0  # and outside of it, for fresh inputs
+    eager_reason: str | None = None  # why the address policy lets the piece run uncaptured
+    driver_bytes: int = 0  # how much of ``nbytes`` the driver took, for the graph itself
+
+    @property
+    def key(self) -> tuple[CUDAGraphMode, BatchDescriptor]:
+        return self.mode, self.descriptor
 
     @property
     def where(self) -> str:
@@ -84,13 +84,6 @@ class StaticGraphs:
         memory_of: another owner on this device, whose pool this one uses; one of them captures or
             runs at a time, and what one returned may be overwritten by the other.
 
-    Attributes:
-        users: who is running graphs of this memory, under 0; empty if nobody is.
-        call_order: see `GraphPlatform.call_order`; one for all who use this memory.
-        unmarked: why kernels inside graphs don't carry what they stand for; "" where they do.
-        in_phase: a capture phase is on, which says itself what it captured.
-        staging_bytes: what was allocated for fresh inputs since the graphs were last given up.
-
     Example:
         >>> graphs = StaticGraphs("cpu")
         >>> with graphs.capturing():
@@ -120,19 +113,22 @@ class StaticGraphs:
         shared = _SharedPool(self.platform) if memory_of is None else memory_of._shared
         shared.owners.add(self)
         self._shared, self.pool = shared, shared.pool
-        self.users, self.capture_lock = shared.users, shared.lock
-        self.call_order = shared.call_order
+        self.users = shared.users  # who is running graphs of this memory, under 0
+        self.call_order = shared.call_order  # see `GraphPlatform.call_order`
         self.addresses = AddressBook()
         self.address_policy = AddressPolicy.parse(address_policy)
         self.check_addresses = check_addresses
+        # why kernels inside graphs don't carry what they stand for; "" where they do
         self.unmarked = self.platform.unmarked if mark_kernels else "mark_kernels is off"
         self.records: list[CaptureRecord] = []
-        self.is_open, self.in_phase = lazy, False
-        self.staging_bytes = 0
+        self.is_open = lazy
+        self.in_phase = False  # a capture phase is on, which says itself what it captured
+        self.staging_bytes = 0  # allocated for fresh inputs since the graphs were last given up
+        # Shapes of which a piece was replayed, so that the forward that captured them is over.
         self._in_use: set[tuple[CUDAGraphMode, BatchDescriptor]] = set()
         self._busy_with: str | None = None
         self._holders: weakref.WeakSet[Any] = weakref.WeakSet()
-        self._staging: dict[tuple[object, int], torch.Tensor] = {}
+        self._staging: dict[object, torch.Tensor] = {}
 
     @contextmanager
     def capturing(self) -> Iterator[None]:
@@ -147,10 +143,7 @@ class StaticGraphs:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Have this memory to oneself: calls that come meanwhile, of any model, run uncaptured.
-
-        A call that has the memory and does not return (the block is part of it, say) is an error.
-        """
+        """Have this memory to oneself: calls that come meanwhile, of any model, run uncaptured."""
         shared, me, mine = self._shared, threading.get_ident(), object()
         if shared.alone == me:
             yield
@@ -166,7 +159,7 @@ class StaticGraphs:
                     )
                 time.sleep(0.001)
             shared.alone = me
-            with self.capture_lock:
+            with shared.lock:
                 yield
         finally:
             if self.users.get(0) is mine:
@@ -187,22 +180,19 @@ class StaticGraphs:
                 "or to NONE",
             )
 
-    def mark_in_use(self, mode: CUDAGraphMode, descriptor: BatchDescriptor) -> None:
+    def mark_in_use(self, record: CaptureRecord) -> None:
         """A piece captured for this shape was replayed, so its capturing forward is over."""
-        self._in_use.add((mode, descriptor))
+        self._in_use.add(record.key)
 
-    def require_unused(self, mode: CUDAGraphMode, descriptor: BatchDescriptor, where: str) -> None:
-        """Refuse, and forget, a shape whose pieces are not all captured in the same forward.
-
-        Later the pool counts the outputs of the earlier pieces as free, and would let a new capture
-        write over what this forward still reads.
-        """
-        if (mode, descriptor) in self._in_use:
+    def require_unused(self, record: CaptureRecord) -> None:
+        """Refuse, and forget, a shape whose pieces are not all captured in the same forward."""
+        # Later the pool counts outputs of earlier pieces as free, though this forward reads them.
+        if record.key in self._in_use:
             self.platform.synchronize()
-            self.discard(mode, descriptor)
+            self.discard(*record.key)
             raise StaticGraphError(
                 "earlier pieces of this batch shape were captured in another forward",
-                where=where,
+                where=record.where,
                 hint="capture all pieces of a shape in one forward; the next one may",
             )
 
@@ -213,7 +203,7 @@ class StaticGraphs:
     @contextmanager
     def one_capture(self, record: CaptureRecord) -> Iterator[StaticGraph]:
         """A new graph to capture into, measured and recorded; captures never nest or overlap."""
-        with self.capture_lock:
+        with self._shared.lock:
             self.require_open(record.where)
             if self._busy_with is not None:
                 raise StaticGraphError(
@@ -230,20 +220,14 @@ class StaticGraphs:
             took, driver = self.pool.nbytes - before, self.pool.driver_bytes - driver
             self.records.append(replace(record, nbytes=took, driver_bytes=driver))
 
-    def staging_memory(
-        self, piece: object, number: int, nbytes: int, device: torch.device
-    ) -> torch.Tensor:
-        """Bytes for static buffer ``number`` of a piece.
-
-        All batch shapes of a piece share them: one of them runs at a time, and its buffers are
-        filled right before. The largest is captured first, so the others take the head of it.
-        """
-        known = self._staging.get((piece, number))
+    def staging_memory(self, buffer: object, nbytes: int, device: torch.device) -> torch.Tensor:
+        """The bytes of one static buffer of a piece, which all its batch shapes share."""
+        # One shape runs at a time, and fills it right before; the largest is captured first.
+        known = self._staging.get(buffer)
         if known is not None and known.nbytes >= nbytes and known.device == device:
             return known
         with torch.inference_mode(False):
-            found = torch.empty(nbytes, dtype=torch.uint8, device=device)
-        self._staging[piece, number] = found
+            found = self._staging[buffer] = torch.empty(nbytes, dtype=torch.uint8, device=device)
         self.staging_bytes += nbytes
         return found
 
@@ -256,7 +240,7 @@ class StaticGraphs:
         """What each descriptor added when it was captured, all its pieces together."""
         totals: Counter[tuple[CUDAGraphMode, BatchDescriptor]] = Counter()
         for record in self.records:
-            totals[record.mode, record.descriptor] += record.nbytes + record.staged_bytes
+            totals[record.key] += record.nbytes + record.staged_bytes
         return totals
 
     def discard(self, mode: CUDAGraphMode, descriptor: BatchDescriptor) -> None:
@@ -265,13 +249,13 @@ class StaticGraphs:
             holder.discard(mode, descriptor)
         self._in_use.discard((mode, descriptor))
         self.addresses.forget_captured(descriptor)
-        self.records = [r for r in self.records if (r.mode, r.descriptor) != (mode, descriptor)]
+        self.records = [each for each in self.records if each.key != (mode, descriptor)]
 
     def clear_all_graphs(self) -> None:
         """Forget every capture and give the pool's memory back, unless others use it."""
         self.platform.synchronize()
         # A graph that can't be reset keeps no other one, and is told at the end.
-        with self.capture_lock, ExitStack() as every:
+        with self._shared.lock, ExitStack() as every:
             every.callback(self._forget)
             for holder in list(self._holders):
                 every.callback(holder.clear_graphs)

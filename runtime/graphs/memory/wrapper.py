@@ -1,7 +1,4 @@
-"""A callable that is captured per batch shape, and replayed safely.
-
-The forward context's mode and descriptor decide when. No address is trusted that nobody vouched for.
-"""
+"""A callable that is captured per batch shape, and replayed from addresses that are vouched for."""
 
 from __future__ import annotations
 
@@ -11,7 +8,6 @@ import operator
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from functools import partial
 
 import torch
 
@@ -41,30 +37,22 @@ class CUDAGraphOptions:
     """How one wrapper captures."""
 
     debug_log_enable: bool = True  # log each capture of this wrapper
-    # don't collect garbage first; only the first piece of a forward needs to
-    gc_disable: bool = False
-    # let go of the output inside the capture; right for the last piece, whose output no other piece
-    # reads
-    weak_ref_output: bool = False
-    # leaves of the arguments that the callable changes in place
-    mutated_args: frozenset[int] = frozenset()
+    gc_disable: bool = False  # don't collect garbage first; only the first piece needs to
+    weak_ref_output: bool = False  # let go of the output inside the capture, as no piece reads it
+    mutated_args: frozenset[int] = frozenset()  # leaves that the callable changes in place
 
 
 @dataclass(frozen=True, slots=True)
 class InputSlot:
-    """One leaf of the captured arguments: a tensor at its ``placement``, or a Python ``value``.
-
-    ``static`` is the buffer that a fresh tensor is copied into before each replay, and from where
-    it is updated afterwards if the piece changes it (``writes_back``).
-    """
+    """One leaf of the captured arguments: a tensor at its ``placement``, or a Python ``value``."""
 
     index: int
     origin: ValueOrigin | None = None
     name: str | None = None
     placement: Placement | None = None
     value: object = None
-    static: torch.Tensor | None = None
-    writes_back: bool = False
+    static: torch.Tensor | None = None  # what a fresh tensor is copied into before each replay
+    writes_back: bool = False  # it is updated from there afterwards, as the piece changes it
 
     def describe(self) -> str:
         if self.origin is None:
@@ -105,64 +93,51 @@ def _nothing_captured() -> None:
     raise StaticGraphError("nothing is captured here", hint="look at eager_reason")
 
 
-@dataclass(slots=True)
-class CapturedCall:
-    """A captured callable with its inputs' slots, or the reason why it runs uncaptured.
+@dataclass(eq=False, slots=True)
+class CUDAGraphEntry:
+    """One batch shape of a callable: its graph with the slots of its inputs, once it is captured."""
 
-    ``output`` is weakly referenced, ``copies`` are the slots that are staged, and ``flat`` tells that
-    the arguments are their own leaves. Once the arguments of a replay were ``checked`` and nothing
-    has to be copied, a call is ``trusted``: ``replay``, the graph's own, is all there is to do.
-    """
+    batch_descriptor: BatchDescriptor
+    num_finished_warmup: int = 0
+    record: CaptureRecord | None = None  # None before the capture
+    graph: StaticGraph | None = None  # None also where the address policy lets it run eagerly
+    output: object = None  # static, weakly referenced
+    slots: tuple[InputSlot, ...] = ()
+    copies: tuple[InputSlot, ...] = ()  # those that are staged
+    replay: Callable[[], None] = _nothing_captured  # the graph's own
+    flat: bool = False  # the arguments are their own leaves
+    checked: bool = False  # a replay's arguments were
+    trusted: bool = False  # checked, and nothing has to be copied: ``replay`` is all there is to do
 
-    where: str
-    graph: StaticGraph | None
-    output: object
-    slots: tuple[InputSlot, ...]
-    eager_reason: str | None = None
-    checked: bool = False
-    trusted: bool = False
-    always_check: bool = False
-    replay: Callable[[], None] = _nothing_captured
-    on_first_replay: Callable[[], None] = _nothing_captured
-    flat: bool = False
-    copies: tuple[InputSlot, ...] = ()
-
-    @classmethod
-    def make(
-        cls,
+    def capture(
+        self,
         runnable: Callable[..., object],
         args: Args,
         kwargs: Kwargs,
         record: CaptureRecord,
         options: CUDAGraphOptions,
         graphs: StaticGraphs,
-    ) -> tuple[CapturedCall, object]:
-        """Capture, replay once, and return the call with its output held strongly.
-
-        The replay makes the output right, so that what follows in the same forward computes on real
-        values. It is a `StaticGraphError` where capturing is closed, the callable failed, an input
-        is on another device, or a fresh one is refused.
-        """
-        key, where = (record.mode, record.descriptor), record.where
-        graphs.require_open(where)
-        graphs.require_unused(*key, where)
+    ) -> object:
+        """Capture, replay once so that what follows computes on real values, and return the output."""
+        graphs.require_open(record.where)
+        graphs.require_unused(record)
         leaves, spec = flatten_tree((args, dict(kwargs)))
         slots = [_slot(n, leaf, record, graphs) for n, leaf in enumerate(leaves)]
         fresh = [i for i, slot in enumerate(slots) if slot.origin is ValueOrigin.FRESH]
         if fresh and graphs.address_policy is AddressPolicy.REFUSE:
             raise StaticGraphError(
                 f"{slots[fresh[0]].describe()} enters a captured piece, and nothing keeps its address",
-                where=where,
+                where=record.where,
                 hint="let the splitting op write into an out-buffer, or use address policy "
                 "'copy' or 'eager'",
             )
         if fresh and graphs.address_policy is AddressPolicy.EAGER:
-            reason = f"{slots[fresh[0]].describe()} enters it"
-            graphs.records.append(replace(record, eager_reason=reason))
-            return cls(where, None, None, tuple(slots), reason), runnable(*args, **kwargs)
+            self.record = replace(record, eager_reason=f"{slots[fresh[0]].describe()} enters it")
+            graphs.records.append(self.record)
+            return runnable(*args, **kwargs)
         before = graphs.staging_bytes
-        memory = partial(graphs.staging_memory, (record.name, id(runnable)))
-        buffers = _buffers_for(leaves, fresh, options.mutated_args, memory)
+        piece = (record.name, id(runnable))
+        buffers = _buffers_for(leaves, fresh, options.mutated_args, graphs, piece)
         for n, buffer in buffers.items():
             slots[n] = replace(slots[n], static=buffer, writes_back=n in options.mutated_args)
             buffer.copy_(slots[n].source(leaves))
@@ -170,32 +145,28 @@ class CapturedCall:
         static_args, static_kwargs = unflatten_tree(held, spec)
         record = replace(record, staged_bytes=graphs.staging_bytes - before)
         graph, output = _record(runnable, static_args, static_kwargs, record, options, graphs)
-        call = cls(
-            where,
-            graph,
-            weak_ref_tensors(output),
-            tuple(slots),
-            always_check=graphs.check_addresses,
-            replay=graph.replay_function(),
-            on_first_replay=partial(graphs.mark_in_use, *key),
-            flat=not kwargs and len(leaves) == len(args) and all(map(operator.is_, leaves, args)),
-            copies=tuple(slots[n] for n in buffers),
-        )
-        call._replay(leaves)
-        tensors = [leaf for leaf in flatten_tree(call.output)[0] if isinstance(leaf, torch.Tensor)]
+        self.graph, self.output = graph, weak_ref_tensors(output)
+        self.slots, self.copies = tuple(slots), tuple(slots[n] for n in buffers)
+        self.replay = graph.replay_function()
+        self.flat = not kwargs and len(leaves) == len(args) and all(map(operator.is_, leaves, args))
+        self._replay(leaves)
+        tensors = [leaf for leaf in flatten_tree(self.output)[0] if isinstance(leaf, torch.Tensor)]
         graphs.addresses.register_captured(record.name, tensors, record.descriptor)
-        return call, output
+        self.record = record  # now it serves
+        return output
 
-    def __call__(self, runnable: Callable[..., object], args: Args, kwargs: Kwargs) -> object:
+    def run(
+        self, runnable: Callable[..., object], args: Args, kwargs: Kwargs, graphs: StaticGraphs
+    ) -> object:
         """Replay for these arguments, or run ``runnable`` where the policy said so."""
         if self.graph is None:
             return runnable(*args, **kwargs)
         leaves = args if self.flat and self.checked else flatten_tree((args, dict(kwargs)))[0]
-        if self.always_check or not self.checked:
+        if graphs.check_addresses or not self.checked:
             self._check(leaves)
             self.checked = True
-            self.on_first_replay()
-            self.trusted = not self.copies and not self.always_check
+            graphs.mark_in_use(self.record)  # type: ignore[arg-type]
+            self.trusted = not self.copies and not graphs.check_addresses
         self._replay(leaves)
         return self.output
 
@@ -208,27 +179,26 @@ class CapturedCall:
                 slot.source(leaves).copy_(slot.static)  # type: ignore[arg-type]
 
     def _check(self, leaves: Sequence[object]) -> None:
+        where = self.record.where  # type: ignore[union-attr]
         if len(leaves) != len(self.slots):
-            raise StaticGraphError(
-                f"captured with {len(self.slots)} arguments, called with {len(leaves)}",
-                where=self.where,
-            )
+            text = f"captured with {len(self.slots)} arguments, called with {len(leaves)}"
+            raise StaticGraphError(text, where=where)
         for slot, leaf in zip(self.slots, leaves, strict=True):
             difference = slot.mismatch(leaf)
             if difference is not None:
                 raise StaticGraphError(
                     f"{slot.describe()} {difference}; a replay would read stale memory",
-                    where=self.where,
+                    where=where,
                     hint="write new values in place, register the buffer, or capture again",
                 )
 
     def reset(self) -> None:
-        """Give the graph up."""
-        if self.graph is not None:
-            self.graph.reset()
-        self.graph, self.output, self.trusted = None, None, False
-        self.replay = _nothing_captured
-        self.eager_reason = "the graph was reset"
+        """Give up what was captured."""
+        graph, self.graph, self.record, self.output = self.graph, None, None, None
+        self.checked = self.trusted = False
+        self.replay, self.num_finished_warmup = _nothing_captured, 0
+        if graph is not None:
+            graph.reset()
 
 
 def _slot(index: int, leaf: object, record: CaptureRecord, graphs: StaticGraphs) -> InputSlot:
@@ -256,12 +226,10 @@ def _buffers_for(
     leaves: list[object],
     fresh: Sequence[int],
     mutated: frozenset[int],
-    memory: Callable[[int, int, torch.device], torch.Tensor],
+    graphs: StaticGraphs,
+    piece: object,
 ) -> dict[int, torch.Tensor]:
-    """A static buffer for each leaf at ``fresh``, in bytes of ``memory``.
-
-    Refused are leaves that are no dense memory, or are changed and share memory with another.
-    """
+    """A static buffer for each leaf at ``fresh``, which is to be dense and, if changed, alone."""
     buffers: dict[int, torch.Tensor] = {}
     owners: dict[int, list[int]] = {}
     for number, index in enumerate(fresh):
@@ -281,9 +249,9 @@ def _buffers_for(
             )
         size = leaf.element_size()
         last = sum((n - 1) * step for n, step in zip(leaf.shape, leaf.stride(), strict=True))
-        held = memory(number, (last + 1) * size, leaf.device).untyped_storage()
+        held = graphs.staging_memory((piece, number), (last + 1) * size, leaf.device)
         before = int(leaf.storage_offset()) * size
-        buffers[index] = view_of_storage(held, like=leaf, byte_shift=before)
+        buffers[index] = view_of_storage(held.untyped_storage(), like=leaf, byte_shift=before)
     return buffers
 
 
@@ -323,26 +291,11 @@ def _record(
     return graph, output
 
 
-@dataclass(slots=True)
-class CUDAGraphEntry:
-    """What a wrapper knows about one descriptor."""
-
-    batch_descriptor: BatchDescriptor
-    num_finished_warmup: int = 0
-    call: CapturedCall | None = None
-
-    @property
-    def output(self) -> object:
-        """The static output, weakly referenced; None before the capture."""
-        return None if self.call is None else self.call.output
-
-
 @dataclass(eq=False)
 class CUDAGraphWrapper:
     """Runs ``runnable`` as a static graph whenever the context's mode is this wrapper's mode.
 
-    Without a context, on another mode, when the context skips graphs, or while somebody else
-    captures, it runs ``runnable``. Wrappers nest: a FULL one around pieces with PIECEWISE ones.
+    Else it runs ``runnable``. Wrappers nest: a FULL one around pieces with PIECEWISE ones.
 
     Args:
         runnable: any callable over tensors; its output may be any pytree.
@@ -399,15 +352,14 @@ class CUDAGraphWrapper:
                 self._entry(shape).num_finished_warmup += 1
             return self.runnable(*args, **kwargs)
         entry = self.concrete_cudagraph_entries.get(context.batch_descriptor)
-        call = None if entry is None else entry.call
         if self.graphs is not None and self.graphs.others_capture():
             return self.runnable(*args, **kwargs)
-        if call is None:
+        if self.graphs is None or entry is None or entry.record is None:
             return self._warm_up_or_capture(context, args, kwargs)
-        if call.trusted:
-            call.replay()
-            return call.output
-        return call(self.runnable, args, kwargs)
+        if entry.trusted:
+            entry.replay()
+            return entry.output
+        return entry.run(self.runnable, args, kwargs, self.graphs)
 
     def unwrap(self) -> Callable[..., object]:
         """What is wrapped."""
@@ -436,7 +388,7 @@ class CUDAGraphWrapper:
             entry.num_finished_warmup += 1
             return self.runnable(*args, **kwargs)
         record = CaptureRecord(self.name, self.runtime_mode, descriptor)
-        entry.call, output = CapturedCall.make(self.runnable, args, kwargs, record, options, graphs)
+        output = entry.capture(self.runnable, args, kwargs, record, options, graphs)
         if options.debug_log_enable and not graphs.in_phase:
             _log.debug("captured %s", record.where)
         return output
@@ -444,8 +396,8 @@ class CUDAGraphWrapper:
     def discard(self, mode: CUDAGraphMode, descriptor: BatchDescriptor) -> None:
         if mode is self.runtime_mode:
             entry = self.concrete_cudagraph_entries.pop(descriptor, None)
-            if entry is not None and entry.call is not None:
-                entry.call.reset()
+            if entry is not None:
+                entry.reset()
 
     def clear_graphs(self) -> None:
         with ExitStack() as every:

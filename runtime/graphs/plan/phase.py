@@ -1,7 +1,4 @@
-"""The capture phase: every descriptor captured, largest first, what that will take, and a report.
-
-It never leaves half of a descriptor behind: a failed one is forgotten, and no longer dispatched to.
-"""
+"""The capture phase: every descriptor captured, largest first, what that will take, and a report."""
 
 from __future__ import annotations
 
@@ -51,18 +48,15 @@ class CaptureWatcher(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class CaptureOutcome:
-    """What became of one descriptor: seconds of warm-ups and capture, and bytes that it added.
-
-    ``eager`` are pieces that run uncaptured, with the reason; ``error`` says why nothing was captured.
-    """
+    """What became of one descriptor."""
 
     mode: CUDAGraphMode
     descriptor: BatchDescriptor
-    seconds: float
-    nbytes: int
+    seconds: float  # of warm-ups and capture
+    nbytes: int  # that it added
     pieces: int
-    eager: tuple[str, ...] = ()
-    error: PieceworkError | None = None
+    eager: tuple[str, ...] = ()  # pieces that run uncaptured, with the reason
+    error: PieceworkError | None = None  # why nothing was captured
 
     @property
     def captured(self) -> bool:
@@ -77,14 +71,11 @@ class CaptureOutcome:
 
 @dataclass(frozen=True, slots=True)
 class CaptureReport:
-    """The whole capture phase; ``str`` of it is a line for each descriptor.
-
-    ``unmarked``: why kernels inside the graphs don't carry what they stand for; "" if they do.
-    """
+    """The whole capture phase; ``str`` of it is a line for each descriptor."""
 
     outcomes: tuple[CaptureOutcome, ...]
     nbytes: int
-    unmarked: str = ""
+    unmarked: str = ""  # why kernels inside the graphs don't carry what they stand for, if so
 
     @property
     def captured(self) -> tuple[Key, ...]:
@@ -116,7 +107,6 @@ def capture_graphs(
     """Capture every descriptor, largest first, and close capturing.
 
     Each is run ``warmups`` times uncaptured and then once in its mode; the wrappers inside capture.
-    Garbage is collected once, and before each capture what became garbage since.
 
     Args:
         forward: runs the model once on (dummy) inputs of the descriptor's shape.
@@ -128,19 +118,6 @@ def capture_graphs(
     Raises:
         StaticGraphError: a capture failed under ``FailurePolicy.RAISE``; what was captured before
             it stays usable, as after Ctrl-C.
-
-    Example:
-        >>> from piecework.runtime.graphs.memory.wrapper import CUDAGraphWrapper
-        >>> import torch
-        >>> graphs = StaticGraphs("cpu")
-        >>> x = torch.ones(4)
-        >>> graphs.addresses.register_persistent("x", x)
-        >>> model = CUDAGraphWrapper(lambda x: x + 1, None, CUDAGraphMode.FULL, graphs=graphs)
-        >>> sizes = [BatchDescriptor(4), BatchDescriptor(2)]
-        >>> todo = [(CUDAGraphMode.FULL, sizes)]
-        >>> report = capture_graphs(lambda d: model(x[: d.num_tokens]), todo, graphs)
-        >>> len(report.captured)
-        2
     """
     on_failure = FailurePolicy.parse(on_failure)
     context_for = context_for or plain_context
@@ -163,10 +140,10 @@ def capture_graphs(
                     outcomes.append(outcome)
                     if watcher is not None:
                         watcher.finished(outcome, graphs.nbytes)
-                    if outcome.captured:
+                    if outcome.error is None:
                         left.pop(0)
                         continue
-                    if outcome.error is not None and on_failure is FailurePolicy.RAISE:
+                    if on_failure is FailurePolicy.RAISE:
                         raise outcome.error
                 give_up([left.pop(0)])
     finally:
@@ -259,41 +236,13 @@ class CaptureProgress:
 
 
 @dataclass(frozen=True, slots=True)
-class MemoryModel:
-    """What capturing sizes of one kind of batch takes, largest first, into an empty pool.
-
-    ``pool`` and ``step`` are (fixed, per token): of the largest size, and of each size beside it.
-    """
-
-    pool: tuple[float, float]
-    step: tuple[float, float] = (0.0, 0.0)
-
-    def step_of(self, size: int) -> int:
-        """What ``size`` adds where a larger one is captured."""
-        return max(0, round(self.step[0] + self.step[1] * size))
-
-    def pool_of(self, size: int) -> float:
-        """What the pool takes of ``size`` where it is the largest."""
-        return self.pool[0] + self.pool[1] * size
-
-
-def cost_of(keys: Iterable[Key], models: Mapping[Key, MemoryModel]) -> int:
-    """What these take together: the kinds share one pool, which the most demanding pays."""
-    pairs = [(models[kind_of(*key)], key[1].num_tokens) for key in keys]
-    pool = max((model.pool_of(size) for model, size in pairs), default=0)
-    return round(pool) + sum(model.step_of(size) for model, size in pairs)
-
-
-@dataclass(frozen=True, slots=True)
 class MemoryEstimate:
-    """What a planned capture will take: bytes by descriptor, in the order of capture.
+    """What a planned capture will take."""
 
-    ``measured`` were captured to find out; ``models`` are by kind: a mode, and no sizes.
-    """
-
-    rows: tuple[tuple[Key, int], ...]
-    measured: frozenset[Key]
-    models: Mapping[Key, MemoryModel]
+    rows: tuple[tuple[Key, int], ...]  # bytes by descriptor, in the order of capture
+    measured: frozenset[Key]  # captured to find out
+    # by kind (see `kind_of`): what its largest size takes per token, and what each graph adds
+    models: Mapping[Key, tuple[float, float]]
 
     @property
     def total(self) -> int:
@@ -304,6 +253,12 @@ class MemoryEstimate:
         return f"captures will take {format_bytes(self.total)} ({measured})"
 
 
+def cost_of(keys: Sequence[Key], models: Mapping[Key, tuple[float, float]]) -> int:
+    """What these take together: the kinds share one pool, which the most demanding pays."""
+    pools = (models[kind_of(key)][0] * key[1].num_tokens for key in keys)
+    return round(max(pools, default=0) + sum(models[kind_of(key)][1] for key in keys))
+
+
 def estimate_memory(
     forward: Forward,
     descs: Sequence[tuple[CUDAGraphMode, Sequence[BatchDescriptor]]],
@@ -312,9 +267,9 @@ def estimate_memory(
     warmups: int = 0,
     context_for: ContextFor | None = None,
 ) -> MemoryEstimate:
-    """Capture the smallest size of each kind alone, then its largest, middle and smallest, and tell.
+    """Capture the largest and the smallest size of each kind, tell what all take, and forget them.
 
-    What was captured is forgotten again. A `StaticGraphError` where there are captures already.
+    A `StaticGraphError` where there are captures already.
     """
     if graphs.records:
         raise StaticGraphError(
@@ -323,54 +278,33 @@ def estimate_memory(
             hint="estimate first, or call clear_all_graphs()",
         )
     was_open = graphs.is_open
+    models: dict[Key, tuple[float, float]] = {}
     measured: set[Key] = set()
-    models: dict[Key, MemoryModel] = {}
-    planned: dict[Key, list[BatchDescriptor]] = {}
-    for mode, group in descs:
-        for descriptor in sorted(group, key=lambda d: -d.num_tokens):
-            planned.setdefault(kind_of(mode, descriptor), []).append(descriptor)
+    planned: dict[Key, list[Key]] = {}
+    for mode, descriptors in descs:
+        for each in sorted(descriptors, key=lambda d: -d.num_tokens):
+            planned.setdefault(kind_of((mode, each)), []).append((mode, each))
     for kind, group in planned.items():
-        probes = [group[at] for at in sorted({0, len(group) // 2, len(group) - 1})]
-        found: list[dict[int, int]] = []
-        driver = 0  # it is told in coarse steps, so it is averaged over all that is captured
-        for plan in ([probes[-1]], probes):
-            try:
-                todo = [(kind[0], plan)]
-                capture_graphs(forward, todo, graphs, warmups=warmups, context_for=context_for)
-                found.append(dict.fromkeys((each.num_tokens for each in plan), 0))
-                for record in graphs.records:
-                    driver += record.driver_bytes
-                    own = record.nbytes - record.driver_bytes + record.staged_bytes
-                    found[-1][record.descriptor.num_tokens] += own
-            finally:
-                graphs.clear_all_graphs()
-                graphs.is_open = was_open
-        measured.update((kind[0], each) for each in probes)
-        models[kind] = _model(found[0], found[1], driver / (1 + len(probes)))
-    keys = [(kind[0], descriptor) for kind, group in planned.items() for descriptor in group]
+        probes = list(dict.fromkeys((group[0], group[-1])))
+        took = dict.fromkeys(probes, 0)
+        driver = 0  # it is told in coarse steps, so it is averaged
+        try:
+            todo = [(kind[0], [descriptor for _, descriptor in probes])]
+            capture_graphs(forward, todo, graphs, warmups=warmups, context_for=context_for)
+            for record in graphs.records:
+                driver += record.driver_bytes
+                took[record.key] += record.nbytes - record.driver_bytes + record.staged_bytes
+        finally:
+            graphs.clear_all_graphs()
+            graphs.is_open = was_open
+        measured.update(probes)
+        step = took[probes[1]] if len(probes) > 1 else 0
+        pool = max(0, took[probes[0]] - step) / probes[0][1].num_tokens
+        models[kind] = (pool, step + driver / len(probes))
+    keys = [key for group in planned.values() for key in group]
     costs = [cost_of(keys[:count], models) for count in range(len(keys) + 1)]
     more = (after - before for before, after in pairwise(costs))
     return MemoryEstimate(tuple(zip(keys, more, strict=True)), frozenset(measured), models)
-
-
-def _model(alone: Mapping[int, int], together: Mapping[int, int], driver: float) -> MemoryModel:
-    """The model of bytes by size: of the smallest alone, and of several captured largest first."""
-    [(small, alone_bytes)], large = alone.items(), max(together)
-    steps = sorted((size, nbytes) for size, nbytes in together.items() if size != large)
-    fixed, slope = _line(*steps) if steps else (0.0, 0.0)
-    pool = max(0.0, together[large] - max(0.0, fixed + slope * large))
-    least = min(pool, max(0.0, alone_bytes - max(0.0, fixed + slope * small)))
-    line = _line((small, least), (large, pool)) if small != large else (0.0, pool / large)
-    if line[0] < 0:
-        line = (0.0, pool / large)
-    return MemoryModel(line, (fixed + driver, slope))
-
-
-def _line(first: tuple[float, float], *more: tuple[float, float]) -> tuple[float, float]:
-    """What the line through one or two points is at zero, and its slope."""
-    last = more[-1] if more else first
-    slope = 0.0 if last[0] == first[0] else (last[1] - first[1]) / (last[0] - first[0])
-    return first[1] - slope * first[0], slope
 
 
 def fit_budget(
@@ -386,6 +320,6 @@ def fit_budget(
     return tuple(dropped)
 
 
-def kind_of(mode: CUDAGraphMode, descriptor: BatchDescriptor) -> Key:
+def kind_of(key: Key) -> Key:
     """The kind of a descriptor: what it is besides its size."""
-    return mode, replace(descriptor, num_tokens=0, num_reqs=None)
+    return key[0], replace(key[1], num_tokens=0, num_reqs=None)

@@ -10,17 +10,13 @@ from piecework.errors import BindError
 from piecework.runtime import torch_compat
 from piecework.runtime.graphs.plan.batch_shape import BatchShape
 from piecework.runtime.graphs.plan.options import CaptureOptions
-from piecework.runtime.graphs.stage.inputs import InputSpec, StaticInputs
+from piecework.runtime.graphs.stage.inputs import InputSpec, StaticInputs, new_buffer
 
 Tensors = Sequence[torch.Tensor]
 
 
 class CapturedInputs(StaticInputs):
-    """Persistent buffers for every tensor argument, with and without a batch dimension.
-
-    ``copies``: a call's tensors are copied; else they must be views of the buffers. A `BindError`
-    where ``pads`` name what is no such argument.
-    """
+    """Persistent buffers for every tensor argument, which calls copy to unless they pass views of them."""
 
     def __init__(
         self, shape: BatchShape, maximum: int, options: CaptureOptions, copies: bool
@@ -28,18 +24,13 @@ class CapturedInputs(StaticInputs):
         for unknown in sorted(set(options.pads) - {each.name for each in shape.dynamic}):
             hint = f"inputs: {', '.join(each.name for each in shape.dynamic)}"
             raise BindError(f"no padded input {unknown!r}", where="pads", hint=hint)
-        self.staged, self._copies = shape.staged, copies
-        with torch.inference_mode(False):
-            rows = {
-                each.name: torch.zeros(each.row, dtype=each.fake.dtype, device=each.fake.device)
-                for each in shape.staged
-            }
+        self.staged, self._copies, pads = shape.staged, copies, options.pads
         specs = [
-            InputSpec(each.name, each.dim, options.pads.get(each.name, 0), each.written, not copies)
+            InputSpec(each.name, each.dim, pads.get(each.name, 0), each.written, not copies)
             for each in shape.staged
         ]
-        made = StaticInputs.allocate(rows, maximum, specs)
-        super().__init__(specs, made.buffers, poison=options.poison, keeps_tails=copies)
+        buffers = [new_buffer(e.name, e.sizes(maximum), e.fake) for e in shape.staged]
+        super().__init__(specs, buffers, poison=options.poison, keeps_tails=copies)
         self._written = [n for n, each in enumerate(shape.staged) if each.written]
         self._batch_at = next((n, e.dim) for n, e in enumerate(shape.staged) if e.dim is not None)
 

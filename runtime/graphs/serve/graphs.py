@@ -33,7 +33,11 @@ from piecework.runtime.compilers.inductor import Partition, partitions_taken_by
 from piecework.runtime.graphs.device.cuda import kernels_of
 from piecework.runtime.graphs.memory.addresses import Placement, ValueOrigin
 from piecework.runtime.graphs.memory.owner import StaticGraphs
-from piecework.runtime.graphs.memory.wrapper import CapturedCall, CUDAGraphOptions, CUDAGraphWrapper
+from piecework.runtime.graphs.memory.wrapper import (
+    CUDAGraphEntry,
+    CUDAGraphOptions,
+    CUDAGraphWrapper,
+)
 from piecework.runtime.graphs.plan.batch_shape import FixedDims, batch_shape, passed_inputs
 from piecework.runtime.graphs.plan.captured_values import (
     capture_device,
@@ -384,9 +388,9 @@ def _statement(
     return kernels_of(pieces.get(called, called), layer, line, graph)
 
 
-def _captured(wrapper: Callable[..., object], descriptor: BatchDescriptor) -> CapturedCall:
+def _captured(wrapper: Callable[..., object], descriptor: BatchDescriptor) -> CUDAGraphEntry:
     assert isinstance(wrapper, CUDAGraphWrapper)
-    call = wrapper.concrete_cudagraph_entries[descriptor].call
-    if call is None:
+    entry = wrapper.concrete_cudagraph_entries[descriptor]
+    if entry.record is None:
         raise StaticGraphError("was not captured", where=wrapper.name)
-    return call
+    return entry

@@ -43,19 +43,18 @@ class ConcreteSizeEntry(CUDAGraphEntry):
 
     @property
     def cudagraph(self) -> StaticGraph | None:
-        return self.call and self.call.graph
+        return self.graph
 
     @property
     def input_addresses(self) -> tuple[int, ...] | None:
-        return self.call and tuple(s.placement.address for s in self.call.slots if s.placement)
+        return self.graph and tuple(s.placement.address for s in self.slots if s.placement)
 
 
 class CUDAPiecewiseBackend(CUDAGraphWrapper):
-    """The field's lazy policy of one piece.
+    """The field's lazy policy of one piece: listed sizes are compiled and captured as they come.
 
-    The first call, and any size that nobody listed, runs the general graph; a compile size is
-    compiled at its first hit; a capture size warms up, is captured, and is replayed from then on.
-    The batch size is the argument at the first of ``sym_shape_indices``.
+    The first call runs the general graph, as do sizes that nobody listed. The batch size is the
+    argument at the first of ``sym_shape_indices``.
     """
 
     def __init__(
@@ -83,9 +82,10 @@ class CUDAPiecewiseBackend(CUDAGraphWrapper):
             n: ConcreteSizeEntry(n, n in compiled, n in captured, compiled_graph_for_general_shape)
             for n in sorted(compiled | captured)
         }
-        self.concrete_cudagraph_entries |= {
-            each.batch_descriptor: each for each in self.concrete_size_entries.values()
-        }
+        self.concrete_cudagraph_entries |= self._listed_entries()
+
+    def _listed_entries(self) -> dict[BatchDescriptor, ConcreteSizeEntry]:
+        return {each.batch_descriptor: each for each in self.concrete_size_entries.values()}
 
     def __call__(self, *args: object) -> object:  # type: ignore[override]
         entry = self._listed(args) if self.first_run_finished else None
@@ -127,7 +127,4 @@ class CUDAPiecewiseBackend(CUDAGraphWrapper):
 
     def discard(self, mode: CUDAGraphMode, descriptor: BatchDescriptor) -> None:
         super().discard(mode, descriptor)
-        entry = self.concrete_size_entries.get(descriptor.num_tokens)
-        if entry is not None and entry.batch_descriptor not in self.concrete_cudagraph_entries:
-            entry.call, entry.num_finished_warmup = None, 0
-            self.concrete_cudagraph_entries[entry.batch_descriptor] = entry
+        self.concrete_cudagraph_entries |= self._listed_entries()

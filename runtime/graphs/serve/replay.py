@@ -17,7 +17,7 @@ from piecework.codegen.stitch.bind import execute_source
 from piecework.codegen.stitch.source import StitchedSource
 from piecework.runtime.call.profile_names import layer_by_line, named_globals
 from piecework.runtime.graphs.memory.addresses import Placement
-from piecework.runtime.graphs.memory.wrapper import CapturedCall
+from piecework.runtime.graphs.memory.wrapper import CUDAGraphEntry
 
 Stage = Callable[[Sequence[torch.Tensor]], object]
 #: What staging is called in a profile.
@@ -52,25 +52,40 @@ def make_replay(
     split_gm: torch.fx.GraphModule,
     source: StitchedSource,
     facts: plan.ReplayFacts,
-    calls: Sequence[CapturedCall],
+    calls: Sequence[CUDAGraphEntry],
     uncaptured: Sequence[Callable[..., object]],
     stage: Stage,
     held: Mapping[str, torch.Tensor],
 ) -> Replay:
-    """Emit, prove and bind the replay of captured ``calls``; an `EmitError` if it does not prove.
-
-    ``uncaptured`` are the pieces, for those that the address policy left so; ``held`` is the memory
-    behind parameters and bound weights, by name.
-    """
+    """Emit, prove and bind the replay of captured ``calls``, over the memory ``held`` by name."""
     emitted = generate_replay(source, split_gm, facts)
-    namespace = {n: _bound(e, calls, uncaptured, stage, held) for n, e in emitted.held.items()}
+
+    def bound(what: plan.Held) -> object:
+        match what:
+            case plan.Held("stage"):
+                return stage
+            case plan.Held("input", name=known):
+                return held[known]
+            case plan.Held("replay", piece):
+                return uncaptured[piece] if calls[piece].graph is None else calls[piece].replay
+            case plan.Held("output", piece, element):
+                output = calls[piece].output
+                return output if element is None else output[element]  # type: ignore[index]
+            case plan.Held("buffer", piece, int(leaf)):
+                return calls[piece].slots[leaf].static
+            case _:
+                raise AssertionError(f"nothing is bound to {what}")
+
+    namespace = {name: bound(what) for name, what in emitted.held.items()}
     namespace["__vllm_consts__"] = list(emitted.consts)
     return Replay(emitted, execute_source(emitted.code, namespace, REPLAY_NAME))
 
 
-def facts_of(call: CapturedCall) -> plan.PieceFacts:
+def facts_of(call: CUDAGraphEntry) -> plan.PieceFacts:
+    """What the emitter is told of one piece's capture."""
     if call.graph is None:
-        return plan.PieceFacts(eager_reason=call.eager_reason or "it was not captured")
+        reason = call.record and call.record.eager_reason
+        return plan.PieceFacts(eager_reason=reason or "it was not captured")
     reads: list[plan.Read] = []
     for slot in call.slots:
         if slot.static is not None:
@@ -86,27 +101,3 @@ def _places_of(output: object) -> Hashable:
     if isinstance(output, (tuple, list)):
         return tuple(map(_places_of, output))
     return Placement.of(output) if isinstance(output, torch.Tensor) else plan.Frozen(output)
-
-
-def _bound(
-    what: plan.Held,
-    calls: Sequence[CapturedCall],
-    uncaptured: Sequence[Callable[..., object]],
-    stage: Stage,
-    held: Mapping[str, torch.Tensor],
-) -> object:
-    """What a name of the emitted text is bound to."""
-    match what:
-        case plan.Held("stage"):
-            return stage
-        case plan.Held("input", name=known):
-            return held[known]
-        case plan.Held("replay", piece):
-            return uncaptured[piece] if calls[piece].graph is None else calls[piece].replay
-        case plan.Held("output", piece, element):
-            output = calls[piece].output
-            return output if element is None else output[element]  # type: ignore[index]
-        case plan.Held("buffer", piece, int(leaf)):
-            return calls[piece].slots[leaf].static
-        case _:
-            raise AssertionError(f"nothing is bound to {what}")

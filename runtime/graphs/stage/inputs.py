@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -15,8 +16,7 @@ from piecework.runtime import torch_compat
 from piecework.runtime.graphs.memory.addresses import AddressBook
 
 Number = bool | int | float | complex
-Kernel = Literal["auto", "grouped", "reference", "triton"]
-_Fill = tuple[torch.Tensor, Number]
+Kernel = Literal["grouped", "reference", "triton"]
 #: Plans that are kept; an engine that stages tokens and requests meets very many sizes.
 _MOST_PLANS = 4096
 _TRAITS = ("shape", "dtype", "device")
@@ -29,18 +29,13 @@ class InputSpec:
     name: str  # for errors, and in the address book
     dim: int | None = 0  # its dynamic dimension; may be negative; None where it has none
     pad: Number = 0  # what fills the tail
-    # what reads the buffer writes to it too, so that its tail is filled each time
-    written: bool = False
+    written: bool = False  # what reads it writes to it too, so its tail is filled each time
     in_place: bool = False  # it lies in the buffer already, and nothing is copied
 
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """One persistent buffer, seen as (outer, padded, inner) for each padded size.
-
-    A padded size uses the head of the memory densely, so that strides are those of a plain tensor
-    of that shape and the address is the same for every size.
-    """
+    """One persistent buffer, of which each padded size uses the head, dense as (outer, padded, inner)."""
 
     spec: InputSpec
     buffer: torch.Tensor
@@ -67,9 +62,8 @@ class Slot:
                 where=f"input {spec.name}",
                 hint="declare a padding value of the input's own type",
             )
-        return cls(
-            spec, buffer, dim, math.nan if poison and buffer.is_floating_point() else spec.pad
-        )
+        poisoned = poison and buffer.is_floating_point()
+        return cls(spec, buffer, dim, math.nan if poisoned else spec.pad)
 
     @property
     def outer(self) -> int:
@@ -78,6 +72,11 @@ class Slot:
     @property
     def inner(self) -> int:
         return math.prod(self.buffer.shape[self.dim + 1 :])  # type: ignore[operator]
+
+    @property
+    def keeps(self) -> bool:
+        """Whether what was padded may stay so: a row has one place, and nobody writes there."""
+        return self.dim is not None and self.outer == 1 and not self.spec.written
 
     def view(self, padded: int) -> torch.Tensor:
         """The static tensor that a graph captured for ``padded`` reads."""
@@ -133,22 +132,16 @@ def _dimension_of(spec: InputSpec, tensor: torch.Tensor) -> int | None:
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """How batches of one size reach one padded size: views that are made once and used every step.
-
-    ``groups`` are inputs that are copied together with their heads, ``kept_tails`` what is filled
-    unless it holds its padding already. ``waits``: batches come from another device, so copies are
-    done when they are staged, and pinned memory may be written again at once.
-    """
+    """How batches of one size reach one padded size, in views that are made once."""
 
     counts: tuple[int, ...]
-    count: int | None
+    count: int | None  # the size of all inputs with a dynamic dimension, if it is one
     padded: int
     static: tuple[torch.Tensor, ...]
     in_place: tuple[tuple[int, torch.Tensor], ...]
-    groups: tuple[tuple[tuple[int, ...], list[torch.Tensor]], ...]
-    tails: tuple[_Fill, ...]
-    kept_tails: tuple[_Fill, ...]
-    waits: bool
+    groups: tuple[tuple[tuple[int, ...], list[torch.Tensor]], ...]  # copied together
+    tails: tuple[tuple[torch.Tensor, Number], ...]
+    waits: bool  # a batch on another device (pinned memory, say) may be written again at once
 
 
 @dataclass(eq=False)
@@ -160,10 +153,10 @@ class StaticInputs:
         buffers: one per input, contiguous, as large as the largest batch.
         kernel: "grouped" copies inputs of one dtype together, in one launch on a GPU; "reference"
             one by one; "triton" copies and pads everything in one launch of our own, which costs
-            the host more than several copies. "auto" is "grouped".
+            the host more than several copies.
         poison: pad floating inputs with NaN, to find out what reads beyond the batch (debugging).
-        keeps_tails: nobody but ``stage`` writes to the buffers, so what was padded stays so, and
-            only rows that hold a batch's values are padded again, but for inputs that are written.
+        keeps_tails: nobody but ``stage`` writes to the buffers, so only rows that held a batch's
+            values are padded again, but for inputs that are written.
 
     Example:
         >>> inputs = StaticInputs.allocate({"ids": torch.zeros(1, dtype=torch.long)}, maximum=8)
@@ -173,7 +166,7 @@ class StaticInputs:
 
     specs: Sequence[InputSpec]
     buffers: Sequence[torch.Tensor]
-    kernel: Kernel = "auto"
+    kernel: Kernel = "grouped"
     poison: bool = False
     keeps_tails: bool = False
     _slots: tuple[Slot, ...] = field(init=False)
@@ -181,8 +174,7 @@ class StaticInputs:
     _views: dict[int, tuple[torch.Tensor, ...]] = field(init=False, default_factory=dict)
     _plans: dict[tuple[object, ...], _Plan] = field(init=False, default_factory=dict)
     _launcher: Any = field(init=False, default=None)
-    # Rows from the first of these to the second hold their padding, where a buffer keeps it.
-    _clean: tuple[int, int] = field(init=False, default=(0, 0))
+    _filled: int = field(init=False, default=sys.maxsize)  # most rows in front of kept padding
 
     def __post_init__(self) -> None:
         pairs = zip(self.specs, self.buffers, strict=True)
@@ -190,7 +182,7 @@ class StaticInputs:
         if self._slots and self.kernel == "triton":
             # Triton takes a while to import and is of no use without a GPU (or its interpreter).
             kernel = importlib.import_module("piecework.runtime.graphs.stage.kernel")
-            self._launcher = kernel.OneLaunch(self._slots)
+            self._launcher, self.keeps_tails = kernel.OneLaunch(self._slots), False
 
     @classmethod
     def allocate(
@@ -199,16 +191,15 @@ class StaticInputs:
         maximum: int,
         specs: Sequence[InputSpec] | None = None,
         *,
-        device: torch.device | str | None = None,
-        kernel: Kernel = "auto",
+        kernel: Kernel = "grouped",
         poison: bool = False,
         keeps_tails: bool = False,
     ) -> StaticInputs:
         """Buffers shaped like ``examples``, with ``maximum`` in each dynamic dimension.
 
-        Of the examples dtype, device and other dimensions are read; ``specs`` say the dynamic dimension
-        and the padding by name, 0 and 0 where they don't. Without a dynamic dimension the example
-        is the buffer.
+        Of the examples dtype, device and other dimensions are read; ``specs`` say the dynamic
+        dimension and the padding by name, 0 and 0 where they don't. Without a dynamic dimension
+        the example is the buffer.
         """
         declared = {spec.name: spec for spec in specs or ()}
         unknown = sorted(set(declared) - set(examples))
@@ -222,22 +213,8 @@ class StaticInputs:
         buffers = []
         for spec, example in zip(chosen, examples.values(), strict=True):
             dim = _dimension_of(spec, example)
-            if dim is None:
-                buffers.append(example)
-                continue
-            shape = list(example.shape)
-            shape[dim] = maximum
-            where = example.device if device is None else device
-            try:
-                # Replays write to buffers, also outside of the inference mode they were made in.
-                with torch.inference_mode(False):
-                    buffers.append(torch.zeros(shape, dtype=example.dtype, device=where))
-            except RuntimeError as error:
-                raise StaticGraphError(
-                    f"there is no memory for its static buffer, {shape} of {example.dtype}",
-                    where=f"input {spec.name}",
-                    hint="capture smaller sizes",
-                ) from error
+            shape = [maximum if n == dim else size for n, size in enumerate(example.shape)]
+            buffers.append(example if dim is None else new_buffer(spec.name, shape, example))
         return cls(chosen, buffers, kernel, poison, keeps_tails)
 
     def register(self, book: AddressBook) -> None:
@@ -251,23 +228,6 @@ class StaticInputs:
         if found is None:
             found = self._views[padded] = tuple(slot.view(padded) for slot in self._slots)
         return found
-
-    def batch_size(self, tensors: Sequence[torch.Tensor]) -> int:
-        """The size that ``tensors`` have in their dynamic dimensions; an `InputError` if none."""
-        sizes = {
-            slot.spec.name: (
-                tensor.shape[slot.dim]
-                if getattr(tensor, "ndim", None) == slot.buffer.ndim
-                else "not a tensor of that rank"
-            )
-            for slot, tensor in zip(self._slots, tensors, strict=True)
-        }
-        first, *others = {*sizes.values()} or {None}
-        if others or not isinstance(first, int):
-            found = ", ".join(f"{name}: {size}" for name, size in sizes.items())
-            text = f"the inputs have no common batch size ({found})"
-            raise InputError(text, where="batch_size")
-        return first
 
     def stage(self, tensors: Sequence[torch.Tensor], padded: int) -> tuple[torch.Tensor, ...]:
         """Copy ``tensors`` into the buffers, pad to ``padded``, and return the static tensors.
@@ -310,22 +270,19 @@ class StaticInputs:
                 torch_compat.copy_each(heads, [tensors[n] for n in positions], not plan.waits)
         for tail, pad in plan.tails:
             tail.fill_(pad)
-        if self.keeps_tails:
-            self._pad(plan)
+        if self.keeps_tails and plan.count != self._filled:
+            self._pad_kept(sys.maxsize if plan.count is None else plan.count)
         return plan.static
 
-    def _pad(self, plan: _Plan) -> None:
-        """Fill what keeps its padding, where it holds other values or was never filled."""
-        padded, (first, last) = plan.padded, self._clean
-        if plan.count is None:
-            self._clean = (0, 0)
-            return
-        first = max(first, plan.count)  # the batch lies in front of it now
-        if plan.count < padded and (first > plan.count or last < padded):
-            for tail, pad in plan.kept_tails:
-                tail.fill_(pad)
-            first, last = plan.count, max(last, padded) if first <= padded else padded
-        self._clean = (first, last)
+    def _pad_kept(self, count: int) -> None:
+        """Pad the rows of earlier batches beyond ``count``, where they are not filled each time."""
+        for slot in self._slots:
+            if slot.keeps:
+                dim: int = slot.dim  # type: ignore[assignment]
+                rows = min(self._filled, slot.buffer.shape[dim]) - count
+                if rows > 0:
+                    slot.buffer.narrow(dim, count, rows).fill_(slot.pad)
+        self._filled = count
 
     def let_write(self) -> None:
         """Somebody else may write to the buffers from now on: pad in every step."""
@@ -340,8 +297,7 @@ class StaticInputs:
         static = self.views(padded)
         groups: dict[tuple[object, ...], list[tuple[int, torch.Tensor]]] = {}
         in_place: list[tuple[int, torch.Tensor]] = []
-        tails: list[_Fill] = []
-        kept: list[_Fill] = []
+        tails: list[tuple[torch.Tensor, Number]] = []
         sizes = {n for slot, n in zip(self._slots, counts, strict=True) if slot.dim is not None}
         count = sizes.pop() if len(sizes) == 1 else None
         for number, (slot, view, own) in enumerate(zip(self._slots, static, counts, strict=True)):
@@ -349,22 +305,30 @@ class StaticInputs:
             if slot.spec.in_place:
                 in_place.append((number, head))
             else:
-                single = (
-                    self.kernel == "reference" or view.dtype not in torch_compat.COPIED_TOGETHER
-                )
-                group = (view.dtype, view.device, number if single else None)
+                together = view.dtype in torch_compat.COPIED_TOGETHER and self.kernel != "reference"
+                group = (view.dtype, view.device, None if together else number)
                 groups.setdefault(group, []).append((number, head))
-            if slot.dim is not None and padded > own:
-                # Only where nothing lies before the dynamic dimension is a row at one place.
-                keeps = self.keeps_tails and count is not None and slot.outer == 1
-                rest = view.narrow(slot.dim, own, padded - own)
-                (kept if keeps and not slot.spec.written else tails).append((rest, slot.pad))
-        together = tuple((tuple(n for n, _ in g), [head for _, head in g]) for g in groups.values())
-        fills = (tuple(tails), tuple(kept))
-        self._plans[key] = plan = _Plan(
-            counts, count, padded, static, tuple(in_place), together, *fills, waits
-        )
+            kept = self.keeps_tails and count is not None and slot.keeps
+            if slot.dim is not None and padded > own and not kept:
+                tails.append((view.narrow(slot.dim, own, padded - own), slot.pad))
+        copied = tuple((tuple(n for n, _ in g), [head for _, head in g]) for g in groups.values())
+        plan = _Plan(counts, count, padded, static, tuple(in_place), copied, tuple(tails), waits)
+        self._plans[key] = plan
         return plan
+
+
+def new_buffer(name: str, shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
+    """Zeros of the dtype and on the device of ``like``."""
+    try:
+        # Replays write to buffers, also outside of the inference mode they were made in.
+        with torch.inference_mode(False):
+            return torch.zeros(shape, dtype=like.dtype, device=like.device)
+    except RuntimeError as error:
+        raise StaticGraphError(
+            f"there is no memory for its static buffer, {list(shape)} of {like.dtype}",
+            where=f"input {name}",
+            hint="capture smaller sizes",
+        ) from error
 
 
 def _require_in_place(name: str, tensor: torch.Tensor, static: torch.Tensor) -> None:
@@ -387,10 +351,9 @@ def make_copy_and_call(
     padded_size: Callable[[int], int] = lambda size: size,
     size_indices: Sequence[int] = (),
 ) -> Callable[..., object]:
-    """A callable that copies its arguments into buffers and calls ``callable_fn`` with those.
+    """A callable that copies arguments into buffers and calls ``callable_fn`` with those.
 
-    Arguments at ``sym_tensor_indices`` are copied; those at ``size_indices`` are the batch size, and
-    become the padded one, which ``padded_size`` tells.
+    Arguments at ``size_indices`` are the batch size, and become the padded one.
     """
     indices, count = tuple(sym_tensor_indices), len(sym_tensor_indices)
     dims, pads = dims or (0,) * count, pads or (0,) * count
@@ -406,9 +369,14 @@ def make_copy_and_call(
     def copy_and_call(*args: object) -> object:
         if not indices:
             return callable_fn(*args)
-        tensors = [args[n] if n < len(args) else None for n in indices]
-        padded = padded_size(inputs.batch_size(tensors))  # type: ignore[arg-type]
-        staged = dict(zip(indices, inputs.stage(tensors, padded), strict=True))  # type: ignore[arg-type]
+        tensors: list[Any] = [args[n] if n < len(args) else None for n in indices]
+        shapes = [getattr(each, "shape", ()) for each in tensors]
+        sizes = {s[d] if -len(s) <= d < len(s) else None for s, d in zip(shapes, dims, strict=True)}
+        if len(sizes) > 1 or None in sizes:
+            text = f"the arguments {list(indices)} have no common batch size: {sizes}"
+            raise InputError(text, where="make_copy_and_call")
+        padded = padded_size(sizes.pop())  # type: ignore[arg-type]
+        staged: dict[int, object] = dict(zip(indices, inputs.stage(tensors, padded), strict=True))
         staged.update(dict.fromkeys(size_indices, padded))
         return callable_fn(*(staged.get(n, each) for n, each in enumerate(args)))
 
