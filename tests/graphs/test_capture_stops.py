@@ -163,7 +163,7 @@ def test_what_turns_out_too_expensive_is_given_up_while_capturing(
 
     def far_too_low(*args, **kwargs):
         found = real(*args, **kwargs)
-        models = {kind: replace(model, pool=(0.0, 0.0)) for kind, model in found.models.items()}
+        models = {kind: replace(model, pool=0.0) for kind, model in found.models.items()}
         return replace(found, models=models)
 
     monkeypatch.setattr(phase, "estimate_memory", far_too_low)

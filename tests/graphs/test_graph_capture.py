@@ -15,6 +15,7 @@ from piecework.runtime.batch.descriptor import BatchDescriptor
 from piecework.runtime.batch.mode import CUDAGraphMode
 from piecework.runtime.graphs.plan.phase import (
     CaptureProgress,
+    MemoryModel,
     cost_of,
     estimate_memory,
 )
@@ -102,12 +103,12 @@ def test_the_estimate_is_within_a_tenth(mode, policy):
     estimate = estimate_memory(model.dummy, descs, model.graphs)
     assert (model.graphs.records, model.graphs.nbytes, model.graphs.is_open) == ([], 0, False)
     assert len(estimate.rows) == sum(len(group) for _, group in descs)
-    assert len(estimate.measured) == 2 * len(descs)
+    assert len(estimate.measured) == 4 * len(descs)
     actual = model.capture().nbytes
     assert actual > 0
     assert estimate.total == pytest.approx(actual, rel=0.1)
     assert str(estimate).startswith("captures will take ")
-    assert f"({2 * len(descs)} of {len(estimate.rows)} sizes were measured)" in str(estimate)
+    assert f"({4 * len(descs)} of {len(estimate.rows)} sizes were measured)" in str(estimate)
     model.check(model.largest + 1)
 
 
@@ -120,9 +121,9 @@ def test_estimating_after_capturing_is_an_error():
 
 def test_kinds_share_the_pool_and_a_smaller_size_adds_its_step():
     kinds = [(mode, BatchDescriptor(0)) for mode in (PIECEWISE, FULL)]
-    known = (30.0, 13.0), (20.0, 0.0)
+    known = MemoryModel(30.0, 5.0, 1.0), MemoryModel(20.0, 0.0)
     models = dict(zip(kinds, known, strict=True))
     pieces, whole = ((mode, BatchDescriptor(8)) for mode in (PIECEWISE, FULL))
     assert cost_of([pieces], models) == 240 + 13
-    assert cost_of([pieces, (PIECEWISE, BatchDescriptor(2)), whole], models) == 240 + 13 + 13
+    assert cost_of([pieces, (PIECEWISE, BatchDescriptor(2)), whole], models) == 240 + 13 + 7
     assert cost_of([], models) == 0

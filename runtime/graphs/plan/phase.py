@@ -236,13 +236,25 @@ class CaptureProgress:
 
 
 @dataclass(frozen=True, slots=True)
+class MemoryModel:
+    """What sizes of one kind of batch take, captured largest first into an empty pool."""
+
+    pool: float  # of the largest, per token
+    graph: float  # of each graph
+    token: float = 0.0  # and of each of its tokens, as a segment holds but some sizes
+
+    def step_of(self, size: int) -> float:
+        """What ``size`` adds where a larger one is captured."""
+        return max(0.0, self.graph + self.token * size)
+
+
+@dataclass(frozen=True, slots=True)
 class MemoryEstimate:
     """What a planned capture will take."""
 
     rows: tuple[tuple[Key, int], ...]  # bytes by descriptor, in the order of capture
     measured: frozenset[Key]  # captured to find out
-    # by kind (see `kind_of`): what its largest size takes per token, and what each graph adds
-    models: Mapping[Key, tuple[float, float]]
+    models: Mapping[Key, MemoryModel]  # by kind: a mode, and no sizes
 
     @property
     def total(self) -> int:
@@ -253,10 +265,11 @@ class MemoryEstimate:
         return f"captures will take {format_bytes(self.total)} ({measured})"
 
 
-def cost_of(keys: Sequence[Key], models: Mapping[Key, tuple[float, float]]) -> int:
+def cost_of(keys: Sequence[Key], models: Mapping[Key, MemoryModel]) -> int:
     """What these take together: the kinds share one pool, which the most demanding pays."""
-    pools = (models[kind_of(key)][0] * key[1].num_tokens for key in keys)
-    return round(max(pools, default=0) + sum(models[kind_of(key)][1] for key in keys))
+    pairs = [(models[kind_of(key)], key[1].num_tokens) for key in keys]
+    pool = max((model.pool * size for model, size in pairs), default=0)
+    return round(pool + sum(model.step_of(size) for model, size in pairs))
 
 
 def estimate_memory(
@@ -267,7 +280,7 @@ def estimate_memory(
     warmups: int = 0,
     context_for: ContextFor | None = None,
 ) -> MemoryEstimate:
-    """Capture the largest and the smallest size of each kind, tell what all take, and forget them.
+    """Capture four sizes of each kind, the largest among them, tell, and forget them.
 
     A `StaticGraphError` where there are captures already.
     """
@@ -278,14 +291,15 @@ def estimate_memory(
             hint="estimate first, or call clear_all_graphs()",
         )
     was_open = graphs.is_open
-    models: dict[Key, tuple[float, float]] = {}
+    models: dict[Key, MemoryModel] = {}
     measured: set[Key] = set()
     planned: dict[Key, list[Key]] = {}
     for mode, descriptors in descs:
         for each in sorted(descriptors, key=lambda d: -d.num_tokens):
             planned.setdefault(kind_of((mode, each)), []).append((mode, each))
     for kind, group in planned.items():
-        probes = list(dict.fromkeys((group[0], group[-1])))
+        last = len(group) - 1
+        probes = [group[at] for at in sorted({0, last // 2, 3 * last // 4, last})]
         took = dict.fromkeys(probes, 0)
         driver = 0  # it is told in coarse steps, so it is averaged
         try:
@@ -298,9 +312,12 @@ def estimate_memory(
             graphs.clear_all_graphs()
             graphs.is_open = was_open
         measured.update(probes)
-        step = took[probes[1]] if len(probes) > 1 else 0
-        pool = max(0, took[probes[0]] - step) / probes[0][1].num_tokens
-        models[kind] = (pool, step + driver / len(probes))
+        (largest, first), *others = ((key[1].num_tokens, took[key]) for key in probes)
+        (size, more), (small, least) = (others[0], others[-1]) if others else ((0, 0), (0, 0))
+        token = (more - least) / (size - small) if size > small else 0.0
+        pool = max(0.0, first - max(0.0, least + token * (largest - small))) / largest
+        graph = least - token * small + driver / len(probes)
+        models[kind] = MemoryModel(pool, graph, token)
     keys = [key for group in planned.values() for key in group]
     costs = [cost_of(keys[:count], models) for count in range(len(keys) + 1)]
     more = (after - before for before, after in pairwise(costs))

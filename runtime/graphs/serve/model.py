@@ -249,7 +249,7 @@ class CapturedModel(CapturedGraphs):
         if budget is None or self.estimate is None:
             return True
         held, text = self.graphs.nbytes, text_of(key)
-        step = self.estimate.models[phase.kind_of(key)][1]
+        step = self.estimate.models[phase.kind_of(key)].step_of(key[1].num_tokens)
         if self._in_common([text] if held == 0 or held + step <= budget else []) >= {text}:
             return True
         self.dropped = (*self.dropped, key)
