@@ -1,7 +1,4 @@
-"""What is captured of one stitched model: its pieces, its whole forward, its static inputs.
-
-When captures happen, and which of them serves a call, is decided in `model`.
-"""
+"""What is captured of one stitched model: its pieces, its whole forward, its static inputs."""
 
 from __future__ import annotations
 
@@ -58,19 +55,13 @@ _FULL, _PIECES = CUDAGraphMode.FULL, CUDAGraphMode.PIECEWISE
 _WHOLE = "the whole forward"
 
 
-class CapturedGraphs:
-    """The static graphs of one stitched model.
+def _of(number: int) -> str:
+    """Which batch range, where it isn't the first."""
+    return f" of range {number}" if number else ""
 
-    Attributes:
-        shape: how the graph depends on the batch size.
-        sizes: the batch sizes that were to be captured.
-        lowered: why less is captured than the mode that was asked for; "" if it isn't.
-        inputs: the persistent buffers.
-        replays: mode and descriptor → its replay.
-        weights, forward: of the execution that was captured; a change retires these graphs.
-        dry_writes: puts back what runs on dummy inputs write.
-        partitions: those that Inductor cut itself and ran so far, with what captures each; or None.
-    """
+
+class CapturedGraphs:
+    """The static graphs of one stitched model; which of them serves a call is decided in `model`."""
 
     def __init__(
         self,
@@ -81,41 +72,45 @@ class CapturedGraphs:
         fixed: FixedDims | None = None,
     ) -> None:
         self._entry, self._program, self.options = entry, program, options
-        self.shape = batch_shape(entry.captured, program, options.other_sizes, fixed)
+        config, split_gm = program.config, program.split_gm
+        self.shape = shape = batch_shape(entry.captured, program, options.other_sizes, fixed)
         self._between = [item.submod_name for item in program.items if item.is_splitting_graph]
-        declared = full_graphs_of(program.split_gm, self._between)
-        self.dispatcher, self.lowered = plan_capture(
-            self.shape, program.config, sizes, options, declared
-        )
+        declared = full_graphs_of(split_gm, self._between)
+        # ``lowered``: why less is captured than the mode that was asked for; "" if it isn't.
+        self.dispatcher, self.lowered = plan_capture(shape, config, sizes, options, declared)
         self.sizes = self.dispatcher.capture_sizes
         # What is captured: the pieces, and all where a whole forward is.
-        self._every = [item.submod_name for item in program.items]
-        captured = self._every if self.dispatcher.cudagraph_keys[_FULL] else []
+        every = [item.submod_name for item in program.items]
+        captured = every if self.dispatcher.cudagraph_keys[_FULL] else []
         captured = captured or list(program.source.submod_names)
-        require_sizes_only(program.split_gm, captured)
+        require_sizes_only(split_gm, captured)
         self._parameters = [node for node, _ in passed_inputs(entry.captured, program)]
         # Of one execution; a change retires these graphs instead of reaching them.
-        self.forward = entry.execution_fn
+        self.forward, self.weights = entry.execution_fn, by_path_of(entry.weights)
         self._telling: FunctionType | None = None
-        copies = program.config.cudagraph_copy_inputs
-        self.inputs = CapturedInputs(self.shape, max(self.sizes), options, copies)
-        cut_inside = program.config.use_inductor_graph_partition
+        self.inputs = CapturedInputs(shape, max(self.sizes), options, config.cudagraph_copy_inputs)
+        cut_inside = config.use_inductor_graph_partition
         # Inductor's own partitions leave out what is elsewhere.
         inside = () if cut_inside else captured
-        device = capture_device(program.split_gm, inside, self.shape.dynamic[0].fake.device)
         self.graphs = StaticGraphs(
-            device,
+            capture_device(split_gm, inside, shape.dynamic[0].fake.device),
             address_policy=options.address_policy,
             check_addresses=options.check_addresses,
             mark_kernels=options.mark_kernels,
             memory_of=options.memory_of,
         )
+        # Those that Inductor cut itself and ran so far, with what captures each.
         self.partitions: dict[Partition, CUDAGraphWrapper] | None = {} if cut_inside else None
         self.inputs.register(self.graphs.addresses)
-        self.weights = by_path_of(entry.weights)
         self.graphs.addresses.register_weights(self.weights)
         self._whole_source: tuple[torch.fx.GraphModule, StitchedSource] | None = None
-        self.written_weights = self._written_weights()
+        # The model's tensors that the graph writes, by the schemas of its operators.
+        nodes = split_gm.graph.find_nodes(op="placeholder")
+        pairs = zip(nodes, entry.captured.inputs, strict=True)
+        held = {node.name: each.path for node, each in pairs if isinstance(each, Weight)}
+        self.written_weights = list(
+            dict.fromkeys(each.path for each in mutations_in(split_gm, every, held))
+        )
         known = [self.weights[path] for path in self.written_weights]
         self.dry_writes = DryWrites(self._is_own, list(self.weights.values()), known)
         self._wrapped = [self._wrap(submods, n) for n, submods in enumerate(program.submod_lists)]
@@ -135,10 +130,7 @@ class CapturedGraphs:
                 )
 
     def static_inputs(self, size: int) -> dict[str, torch.Tensor]:
-        """The buffers that graphs of a captured size read, by parameter.
-
-        A batch of fewer rows is the head of a buffer.
-        """
+        """The buffers that graphs of a captured size read, by parameter; fewer rows are the head."""
         if not 0 < size <= max(self.sizes):
             raise StaticGraphError(
                 "no graph has inputs of this size",
@@ -158,8 +150,7 @@ class CapturedGraphs:
         names, made = self._program.source.submod_names, []
         for index, (submod, name) in enumerate(zip(submods, names, strict=True)):
             written = written_inputs(self._program.backends[name].compiled_of()[0])
-            name += f" of range {number}" if number else ""
-            made.append(self._piece(submod, index, len(submods), name, written))
+            made.append(self._piece(submod, index, len(submods), name + _of(number), written))
         return made
 
     def _piece(
@@ -179,18 +170,16 @@ class CapturedGraphs:
         wrapper = self.partitions.get(partition)
         if wrapper is None:
             index, count = partition.index, partition.count
-            name = f"partition {index} of {count}"
-            wrapper = self._piece(partition.run, index, count, name)
+            wrapper = self._piece(partition.run, index, count, f"partition {index} of {count}")
             self.partitions[partition] = wrapper
         return wrapper(*values)
 
     def _wrap_whole(self, number: int) -> CUDAGraphWrapper:
         """The whole forward of one batch range; the pieces' own wrappers stand aside in it."""
-        name = _WHOLE + (f" of range {number}" if number else "")
-        pieces = self._as_called(self._wrapped[number])
+        pieces = tuple(map(self.dry_writes.unwatched, self._wrapped[number]))
         run = partial(self._to_capture, __vllm_submods__=pieces)
         options = CUDAGraphOptions(weak_ref_output=True)
-        return CUDAGraphWrapper(run, None, _FULL, options, self.graphs, name)
+        return CUDAGraphWrapper(run, None, _FULL, options, self.graphs, _WHOLE + _of(number))
 
     def _to_capture(self, *flat: object, **submods: object) -> object:
         """The forward; while it is captured, its statements tell what kernels stand for."""
@@ -202,20 +191,6 @@ class CapturedGraphs:
             names = {f"__vllm_submods__[{n}]": name for n, name in enumerate(source.submod_names)}
             self._telling = by_statement(self.forward, partial(_statement, lines, names))
         return self._telling(*flat, **submods)
-
-    def _written_weights(self) -> tuple[str, ...]:
-        """The model's tensors that the graph writes, by the schemas of its operators."""
-        split_gm = self._program.split_gm
-        nodes = split_gm.graph.find_nodes(op="placeholder")
-        pairs = zip(nodes, self._entry.captured.inputs, strict=True)
-        held = {node.name: each.path for node, each in pairs if isinstance(each, Weight)}
-        return tuple(dict.fromkeys(w.path for w in mutations_in(split_gm, self._every, held)))
-
-    def _as_called(
-        self, pieces: Sequence[Callable[..., object]]
-    ) -> tuple[Callable[..., object], ...]:
-        """The pieces as the stitching source calls them in runs on dummy inputs."""
-        return tuple(map(self.dry_writes.unwatched, pieces))
 
     def _is_own(self, tensor: torch.Tensor) -> bool:
         """Whether ``tensor`` lies in a static input or a captured result."""
@@ -248,36 +223,28 @@ class CapturedGraphs:
             self.options.join()
         flat, context = self._flat(self.inputs.views(size), size), current_forward_context()
         with torch.no_grad():
-            if self._is_blind(context) and self.graphs.is_open:
+            if context is not None and self._is_blind(context) and self.graphs.is_open:
                 # As it will be captured: what an operator does for the first time (load a kernel,
                 # tune it) would make the capture invalid, and what it writes is seen here, to be
                 # put back after the capture's own replay.
-                assert context is not None
-                real = replace(context, cudagraph_runtime_mode=CUDAGraphMode.NONE, dry=False)
-                with self._without_traces(real):
+                real = replace(context, cudagraph_runtime_mode=CUDAGraphMode.NONE)
+                with self.harmless(real, dry=False):
                     self._run(flat, size)
-            with self._harmless():
+            with self.harmless(context):
                 return self._run(flat, size)
 
-    def _is_blind(self, context: ForwardContext | None) -> bool:
+    def _is_blind(self, context: ForwardContext) -> bool:
         """Whether nothing can be copied: while a GPU captures, and its replays run no Python."""
-        full = context is not None and context.cudagraph_runtime_mode is _FULL
-        return full and not self.graphs.platform.stand_in
-
-    def _harmless(self) -> AbstractContextManager[None]:
-        """A run on dummy inputs in the current context; what it writes is put back."""
-        context = current_forward_context()
-        full = context is not None and context.cudagraph_runtime_mode is _FULL
-        watched = not self._is_blind(context)
-        return self._without_traces(context if full else _dry(context), watched=watched)
+        return context.cudagraph_runtime_mode is _FULL and not self.graphs.platform.stand_in
 
     @contextmanager
-    def _without_traces(
-        self, context: ForwardContext | None, *, watched: bool = True
-    ) -> Iterator[None]:
+    def harmless(self, context: ForwardContext | None, *, dry: bool = True) -> Iterator[None]:
+        """A run on dummy inputs; what it writes is put back, and but in full graphs ops are told."""
+        if context is not None and context.cudagraph_runtime_mode is not _FULL:
+            context = replace(context, dry=dry)
         # Splitting ops that run inside Inductor's code can't be looked at.
-        watched = watched and self.partitions is None
-        writes = self.dry_writes.put_back(watched=watched)
+        blind = self.partitions is not None or (context is not None and self._is_blind(context))
+        writes = self.dry_writes.put_back(watched=not blind)
         with writes if self.options.put_back else nullcontext(), override_forward_context(context):
             yield
 
@@ -291,9 +258,10 @@ class CapturedGraphs:
     ) -> Sequence[object]:
         """One forward on tensors of a batch of ``size``, otherwise ``like`` a captured one."""
         descriptor = replace(like, num_tokens=size)
-        submods = self._as_called(self._program.submod_lists[self._range_of(size)])
+        pieces = self._program.submod_lists[self._range_of(size)]
+        submods = tuple(map(self.dry_writes.unwatched, pieces))
         scope = self.context_for(CUDAGraphMode.NONE, descriptor)
-        with scope, torch.no_grad(), self._without_traces(_dry(current_forward_context())):
+        with scope, torch.no_grad(), self.harmless(current_forward_context()):
             results = self.forward(*self._flat(tensors, size), __vllm_submods__=submods)
             found = results if isinstance(results, (tuple, list)) else (results,)
             # Copies: a result may lie in memory that is put back.
@@ -370,11 +338,6 @@ class CapturedGraphs:
         made = make_replay(split_gm, source, facts, calls, pieces, stage, held)
         self.replays[mode, descriptor] = made
         return made.call
-
-
-def _dry(context: ForwardContext | None) -> ForwardContext | None:
-    """``context``, telling splitting operators that they run on dummy inputs."""
-    return context and replace(context, dry=True)
 
 
 def _statement(

@@ -1,7 +1,4 @@
-"""A stitched model with static graphs: captured here, then served from replays where they cover.
-
-It never captures while serving; a batch that no graph covers runs as it ran before.
-"""
+"""A stitched model with static graphs: captured here, then served from replays where they cover."""
 
 from __future__ import annotations
 
@@ -53,19 +50,16 @@ _ALWAYS = {
 
 @dataclass(eq=False, slots=True)
 class Step:
-    """How calls of one kind are served: ``call`` takes the tensor arguments; None runs uncaptured.
+    """How calls of one kind are served."""
 
-    ``bring_back`` copies written arguments back; ``calls`` counts, of a batch of ``count``.
-    """
-
-    call: Callable[..., object] | None
+    call: Callable[..., object] | None  # takes the tensor arguments; None: uncaptured
     padded: int
     mode: CUDAGraphMode
     descriptor: BatchDescriptor
     reason: str = ""
-    bring_back: Callable[..., None] | None = None
+    bring_back: Callable[..., None] | None = None  # copies written arguments back
     calls: int = 0
-    count: int = 0
+    count: int = 0  # rows of each
 
     @classmethod
     def uncaptured(cls, reason: str) -> Step:
@@ -73,13 +67,7 @@ class Step:
 
 
 class CapturedModel(CapturedGraphs):
-    """A stitched model with static graphs; stands where its entry calls ``execution_fn``.
-
-    Attributes:
-        unpadded: why no batch is padded to a captured size; None if batches are.
-        report: what the last capture phase did; None if it was stopped.
-        failures: descriptors whose checked replay failed, with the reason.
-    """
+    """A stitched model with static graphs; stands where its entry calls ``execution_fn``."""
 
     def __init__(
         self,
@@ -90,11 +78,11 @@ class CapturedModel(CapturedGraphs):
         fixed: FixedDims | None = None,
     ) -> None:
         super().__init__(entry, program, sizes, options, fixed)
-        self.unpadded: str | None = None
+        self.unpadded: str | None = None  # why no batch is padded, if so
         self.report: phase.CaptureReport | None = None
         self.estimate: phase.MemoryEstimate | None = None
         self.dropped: tuple[Key, ...] = ()
-        self.failures: dict[Key, PieceworkError] = {}
+        self.failures: dict[Key, PieceworkError] = {}  # whose checked replay failed
         self._ready: dict[Key, Step] = {}
         # Inputs, results and what lies between have one place each: one call at a time, of all
         # models that share the memory. Who is in them stands under 0: taking and leaving are
@@ -128,55 +116,56 @@ class CapturedModel(CapturedGraphs):
                     "at get_forward_context().dry",
                     name,
                 )
+            warmups = self.options.warmups
+            if warmups is None:
+                least = int(not self.graphs.platform.stand_in)
+                warmups = max(self._program.config.cudagraph_num_of_warmups, least)
+            how = {"warmups": warmups, "context_for": self.context_for}
             with self.graphs.alone():
                 try:
-                    how = self._prepare(memory_budget, progress, estimate)
+                    measures = estimate or memory_budget is not None
+                    self._prepare(memory_budget, measures, progress is True, how)
                 except BaseException:
                     self.release()
                     raise
-                self._capture(how)
+                self._capture(memory_budget, progress, how)
         finally:
             self.dry_writes.forget()
             if self._retired:
                 self._free()
 
     def _prepare(
-        self, budget: int | None, progress: bool | phase.CaptureWatcher, estimate: bool
-    ) -> dict[str, object]:
-        """Agree with other ranks, settle padding and the sizes that fit; what a phase is given."""
-        console = phase.Console(stderr=True)
-        warmups = self.options.warmups
-        if warmups is None:
-            least = int(not self.graphs.platform.stand_in)
-            warmups = max(self._program.config.cudagraph_num_of_warmups, least)
-        around = self.options.around or nullcontext
-        measures = estimate or budget is not None
-        how = {"warmups": warmups, "context_for": self.context_for}
-        planned = [
-            f"{warmups} warm-ups" + ", an estimate" * measures,
-            *map(text_of, self._planned()),
-        ]
+        self, budget: int | None, measures: bool, shows: bool, how: dict[str, object]
+    ) -> None:
+        """Agree with other ranks, and settle padding and the sizes that fit."""
+        planned = [str(how["warmups"]), str(measures), *map(text_of, self._planned())]
         require_agreement(self._program, self.options.runtime, planned)
         self._settle_padding()
-        if measures:
-            try:
-                with around():
-                    descs = self.dispatcher.get_capture_descs()
-                    self.estimate = phase.estimate_memory(self.dummy, descs, self.graphs, **how)  # type: ignore[arg-type]
-            except PieceworkError:
-                if self._raises or budget is not None:
-                    raise
-        if progress is True and self.estimate is not None:
+        if not measures:
+            return
+        descs = self.dispatcher.get_capture_descs()
+        try:
+            with (self.options.around or nullcontext)():
+                self.estimate = phase.estimate_memory(self.dummy, descs, self.graphs, **how)  # type: ignore[arg-type]
+        except PieceworkError:
+            if self._raises or budget is not None:
+                raise
+            return
+        if shows:
+            console = phase.Console(stderr=True)
             console.print(str(self.estimate), markup=False, highlight=False)
-        if budget is not None and self.estimate is not None:
+        if budget is not None:
             self.dropped = phase.fit_budget(self.estimate, self.dispatcher, budget)
             self.dropped += self._keep_in_common()
-        watcher = phase.CaptureProgress(console) if progress is True else progress or None
-        return {**how, "watcher": watcher, "affordable": partial(self._affordable, budget)}
 
-    def _capture(self, how: dict[str, object]) -> None:
-        descs = self.dispatcher.get_capture_descs()
+    def _capture(
+        self, budget: int | None, progress: bool | phase.CaptureWatcher, how: dict[str, object]
+    ) -> None:
+        if progress is True:
+            progress = phase.CaptureProgress(phase.Console(stderr=True))
         how |= {"dispatcher": self.dispatcher, "on_failure": self.options.on_failure}
+        how |= {"watcher": progress or None, "affordable": partial(self._affordable, budget)}
+        descs = self.dispatcher.get_capture_descs()
         try:
             with (self.options.around or nullcontext)():
                 self.report = phase.capture_graphs(self.dummy, descs, self.graphs, **how)  # type: ignore[arg-type]
@@ -282,7 +271,8 @@ class CapturedModel(CapturedGraphs):
         step.bring_back = self.inputs.bringer(padded)
         if not self.graphs.platform.stand_in:
             given, count = self.inputs.short_batch(padded)
-            with torch.no_grad(), self.context_for(mode, descriptor), self._harmless():
+            scope = self.context_for(mode, descriptor)
+            with torch.no_grad(), scope, self.harmless(current_forward_context()):
                 self._serve(step, given, self._flat(given, count), count)
         return step
 
@@ -315,11 +305,8 @@ class CapturedModel(CapturedGraphs):
         return not self.graphs.addresses.changed_weights(by_path_of(weights))
 
     def _watch_weights(self) -> Callable[[], bool] | None:
-        """Whether the weights are where the graphs read them, for every call; None if not needed.
-
-        Graphs on the CPU run on the tensors themselves, so there it is looked at only with
-        ``check_addresses``, or where torch does it quickly.
-        """
+        """Whether the weights are where the graphs read them, for every call; None if not needed."""
+        # Graphs on the CPU run on the tensors themselves.
         tensors = [part for each in self.weights.values() for part in plain_parts(each)]
         in_place, quick = torch_compat.places_guard(tensors)
         needed = not self.graphs.platform.stand_in or self.options.check_addresses
