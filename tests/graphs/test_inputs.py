@@ -171,7 +171,7 @@ def test_copy_and_call_errors():
         ConfigError, match="2 staged arguments, 1 buffers, 2 dimensions, 2 paddings"
     ):
         make_copy_and_call([0, 1], [torch.zeros(8)], print)
-    with pytest.raises(InputError, match="have no common batch size: {None}"):
+    with pytest.raises(InputError, match=r"have no common batch size: \{None\}"):
         make_copy_and_call([0], [torch.zeros(8)], print)("x")
     with pytest.raises(InputError, match=r"can't be padded to 9; its buffer holds 8.*argument 0"):
         make_copy_and_call([0], [torch.zeros(8)], print)(torch.zeros(9))
