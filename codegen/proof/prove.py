@@ -67,14 +67,14 @@ def prove(code: str, split_gm: torch.fx.GraphModule, linked: Linkage) -> Proof:
     """Prove that ``code`` computes what ``split_gm`` computes, in the same order."""
     graph = run_graph(split_gm, linked)
     try:
-        text = _Reporting(code, graph.held)
-        return _TextRun(code, graph, linked).prove(text)
+        text = Reporting(code, graph.held)
+        return TextRun(code, graph, linked).prove(text)
     except RecursionError as error:
         why = "functions of the text call each other, or are nested, too deeply"
         raise EmitError(why) from error
 
 
-def _refuse(code: str, line: int, why: str) -> NoReturn:
+def refuse(code: str, line: int, why: str) -> NoReturn:
     raise EmitError(why, where=_line_of(code, line) if line else None)
 
 
@@ -83,11 +83,11 @@ def _line_of(code: str, line: int) -> str:
     return f"line {line}: {lines[line - 1].strip() if 0 < line <= len(lines) else ''}"
 
 
-class _Reporting(ast.NodeTransformer):
+class Reporting(ast.NodeTransformer):
     """A text as a syntax tree in which calls, signs, attributes and items are reports."""
 
-    def __init__(self, code: str, held: Mapping[str, object]) -> None:
-        self.code = code
+    def __init__(self, code: str, held: Mapping[str, object], entry: str = ENTRY_NAME) -> None:
+        self.code, self.entry = code, entry
         self.statements = 0
         self.stars: list[str] | None = None  # the kinds of the entry's parameters
         self.takes_submods = False
@@ -122,10 +122,10 @@ class _Reporting(ast.NodeTransformer):
         self._paths = {*imports, *dir(builtins)} - bound
         self.tree = ast.fix_missing_locations(self.visit(tree))
         if self.stars is None:
-            raise EmitError(f"the text defines no function {ENTRY_NAME}")
+            raise EmitError(f"the text defines no function {entry}")
 
     def refuse(self, at: ast.AST, why: str) -> NoReturn:
-        _refuse(self.code, getattr(at, "lineno", 0), why)
+        refuse(self.code, getattr(at, "lineno", 0), why)
 
     def _no_part(self, node: ast.AST) -> NoReturn:
         self.refuse(node, f"{type(node).__name__} is not part of emitted text there")
@@ -172,7 +172,7 @@ class _Reporting(ast.NodeTransformer):
                     self._no_part(stmt)
 
     def _function(self, function: ast.FunctionDef) -> list[ast.stmt]:
-        given, is_entry = function.args, function.name == ENTRY_NAME
+        given, is_entry = function.args, function.name == self.entry
         names = [each for each in ast.walk(given) if isinstance(each, ast.arg)]
         noted = [each.annotation for each in names] + [function.returns, *function.decorator_list]
         if any(noted) or getattr(function, "type_params", None):
@@ -255,7 +255,7 @@ def _is_entry(node: ast.expr, *tables: str) -> bool:
     return False
 
 
-class _TextRun:
+class TextRun:
     """Runs a text beside what its graph did: what the text reports has to be the next event."""
 
     def __init__(self, code: str, graph: GraphRun, linked: Linkage) -> None:
@@ -268,25 +268,29 @@ class _TextRun:
             **graph.held,
         }
 
-    def prove(self, text: _Reporting) -> Proof:
-        submods = {SUBMODS: self.submods} if text.takes_submods else {}
-        tokens = [token for _, token in self.graph.parameters]
+    def prove(self, text: Reporting) -> Proof:
         try:
             exec(compile(text.tree, _FILE, "exec", dont_inherit=True), self.scope)
-            self._check_signature(text.stars or [])
-            returned = self.scope[ENTRY_NAME](*tokens, **submods)
+            returned = self.run_entry(text)
         except (EmitError, RecursionError):
             raise
         except Exception as error:  # noqa: BLE001 - whatever a text does wrong
             frames = traceback.walk_tb(error.__traceback__)
             lines = [line for frame, line in frames if frame.f_code.co_filename == _FILE]
-            _refuse(self.code, [0, *lines][-1], f"the text fails where it runs: {error}")
+            refuse(self.code, [0, *lines][-1], f"the text fails where it runs: {error}")
         if self.next < len(self.graph.events):
             node = self.graph.events[self.next].node
             raise EmitError("the text ends before this node", where=node_where(node))
         if not self.same(self.graph.returned, returned):
             raise EmitError("the text returns something else than the graph")
         return Proof(len(self.graph.events), text.statements)
+
+    def run_entry(self, text: Reporting) -> object:
+        """What the entry returns of the graph's inputs."""
+        self._check_signature(text.stars or [])
+        tokens = [token for _, token in self.graph.parameters]
+        submods = {SUBMODS: self.submods} if text.takes_submods else {}
+        return self.scope[ENTRY_NAME](*tokens, **submods)
 
     def _check_signature(self, kinds: Sequence[str]) -> None:
         """Check that the entry's parameters are the placeholders, in kind and default."""
@@ -315,15 +319,15 @@ class _TextRun:
                 return found[0]
         elif builds(target, kwargs):
             return target(*args)  # type: ignore[operator]
-        return self._event(at, target, *args, **kwargs)
+        return self.event(at, target, *args, **kwargs)
 
     def method(
         self, at: At, value: object, name: str, /, *args: object, **kwargs: object
     ) -> object:
-        return self._event(at, Named("method", name), value, *args, **kwargs)
+        return self.event(at, Named("method", name), value, *args, **kwargs)
 
     def attribute(self, at: At, value: object, name: str) -> object:
-        return self._event(at, getattr, value, name)
+        return self.event(at, getattr, value, name)
 
     def item(self, at: At, value: object, index: object) -> object:
         return self.called(at, operator.getitem, value, index)
@@ -332,12 +336,12 @@ class _TextRun:
         return slice(*parts)
 
     def sign(self, at: At, name: str, *operands: object) -> object:
-        return self._event(at, _SIGNS[name], *operands)
+        return self.event(at, _SIGNS[name], *operands)
 
-    def _event(self, at: At, target: object, /, *args: object, **kwargs: object) -> object:
+    def event(self, at: At, target: object, /, *args: object, **kwargs: object) -> object:
         """The result of the graph's next call, which has to be this one."""
         if self.next >= len(self.graph.events):
-            _refuse(self.code, at[0], "the text does something that the graph does not")
+            refuse(self.code, at[0], "the text does something that the graph does not")
         event = self.graph.events[self.next]
         self.next += 1
         if event.target is not target and not self._is_target(event.target, target):

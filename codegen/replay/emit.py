@@ -17,6 +17,7 @@ from piecework.codegen.plan.names import CONSTS, NameTable, is_identifier
 from piecework.codegen.plan.render import const_rows, render, table_rows
 from piecework.codegen.proof.graph_run import same_constant
 from piecework.codegen.replay import plan
+from piecework.codegen.replay.proof import prove_replay
 from piecework.codegen.stitch.lower import LowerOptions
 from piecework.codegen.stitch.source import StitchedSource, generate_source
 from piecework.errors import EmitError
@@ -48,7 +49,9 @@ def generate_replay(
     planner = _Planner(source, split_gm, facts)
     module = planner.module()
     text = planner.text(module)
-    return plan.ReplaySource(text, planner.held, source.consts, module)
+    replay = plan.ReplaySource(text, planner.held, planner.numbers, source.consts, module)
+    prove_replay(replay, source, split_gm, facts)
+    return replay
 
 
 class _Planner:
@@ -74,7 +77,8 @@ class _Planner:
         self.returned: dict[str, list[str]] = {}  # what each submodule's static outputs are called
         self.stage = self.names.claim("stage")
         self.inputs = self.names.claim("inputs")
-        self.numbers: dict[str, object] = {}  # results of pieces that follow from the sizes
+        # results of pieces that follow from the sizes
+        self.numbers: dict[str, tuple[plan.Held, object]] = {}
         self.calls = {str(n.target): n for n in split_gm.graph.find_nodes(op="call_module")}
         self.places = {**facts.places}  # by name in the text
         self.known: dict[str, object] = {**facts.numbers, **facts.sizes}
@@ -99,7 +103,7 @@ class _Planner:
         graphs = f"graphs: {self.facts.title}, address policy: {self.facts.policy}"
         held = table_rows("Held by this module; each is the same memory at every replay", rows)
         header = ["", *self.facts.banner, graphs, *held, *const_rows(module)]
-        numbers = {**self.facts.sizes, **self.numbers}
+        numbers = {**self.facts.sizes, **{name: value for name, (_, value) in self.numbers.items()}}
         sizes = [f"{name} = {literal_text(value)}" for name, value in numbers.items()]
         return render(module, "replay source", header, sizes)
 
@@ -173,7 +177,7 @@ class _Planner:
                     why = f"{target} was {output.value!r} at the capture, and is {number!r} by the graph"
                     raise _differs(submod, why)
                 if is_inline_literal(output.value):
-                    self.numbers[target] = self.known[target] = output.value
+                    self.numbers[target], self.known[target] = (held, output.value), output.value
                     continue
             self.held[target] = held
             self.returned.setdefault(submod, []).append(target)

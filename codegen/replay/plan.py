@@ -98,6 +98,8 @@ class ReplaySource:
 
     code: str  # the Python text, exactly what is executed
     held: Mapping[str, Held]  # name in the text → what it must be bound to
+    # name of a number → the piece's result that it is, and its value
+    numbers: Mapping[str, tuple[Held, object]]
     consts: tuple[object, ...] = field(repr=False)  # the values of ``__vllm_consts__``
     # the plan that the text was rendered from; its entry is the replay function
     module: ir.Module = field(repr=False)

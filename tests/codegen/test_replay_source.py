@@ -1,4 +1,4 @@
-"""Replay source: it serves as the uncaptured run, and a capture that reads other memory is refused."""
+"""Replay source: it serves as the uncaptured run, and a text or a capture that differs is refused."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import piecework
 from piecework.codegen.plan.render import format_source
 from piecework.codegen.replay.emit import generate_replay
 from piecework.codegen.replay.plan import Frozen, InPlace, ReplayFacts
+from piecework.codegen.replay.proof import prove_replay
 from piecework.errors import EmitError
 from piecework.golden.cases import Case, import_graph
 from piecework.runtime.batch.forward_context import set_forward_context
@@ -95,6 +96,46 @@ def test_the_address_decision_is_visible(compiled) -> None:
     eager = stitched.static_graphs.source_for(4).code
     assert "runs uncaptured: argument 1 (fresh tensor) enters it" in eager
     assert "submod_2(" in eager and ".copy_(" not in eager and "replay_0()" in eager
+
+
+# --- the proof -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "why"),
+    [
+        ("    replay_1()\n", "", "stages or brings back an operand|differs from the graph"),
+        ("    replay_0()\n", "    replay_0()\n    replay_0()\n", "differs from the graph"),
+        ("    submod_2_in_1.copy_(fresh_default)\n", "", "operand 1 is not staged before it"),
+        ("_in_1.copy_(fresh_default)", "_in_1.copy_(left)", "is not staged before it"),
+        ("submod_2_in_1.copy_(fresh_default)", "submod_4_in_1.copy_(submod_1_1)", "not staged|fails"),
+        ('submod_1(left, right, out, "', 'submod_1(right, left, out, "', "another argument 0"),
+        ('"layers.0")', '"layers.1")', "another argument"),
+        ("    stage(inputs)\n", "", "not staged first"),
+        ("s0 = 4\n", "s0 = 8\n", "s0 is 4 in this capture"),
+        ("s0 = 4\n", "s0 = True\n", "s0 is 4 in this capture"),
+        ("s0 = 4\n", "s0 = 4\nstage = torch.sin\n", "differs from the graph"),
+        ("s0 = 4\n", "s0 = 4\n__builtins__ = torch\n", "no text may bind"),
+        ("replay_0()", "replay_0(left)", "takes no arguments"),
+        ("return (x_1,)", "return (x_2,)", "returns something else"),
+        ("    replay_1()\n", "    replay_2()\n", "a call of something else"),
+        ("    replay_1()\n", "    replay_0 = replay_1\n    replay_1()\n", "fails where it runs"),
+        ("    replay_2()\n", "    replay_2()\n    submod_4_in_1.copy_(submod_3)\n", "brings|fails"),
+        ("def replay(inputs):", "def replay(inputs) -> print():", "annotations are"),
+        ("def replay(inputs):", "def replay(inputs, *more):", "fails where it runs"),
+        ("stage(inputs)", "stage(inputs, more=1)", "something else than the inputs"),
+        ("_default)\n", "_default, more=print())\n", "a call of something else"),
+    ],
+)  # fmt: skip
+def test_a_text_that_differs_is_refused(compiled, before: str, after: str, why: str) -> None:
+    _, stitched = compiled
+    facts = facts_of(stitched, 4)
+    replay = stitched.static_graphs.source_for(4)
+    prove_replay(replay, stitched.source, stitched.split_gm, facts)
+    assert before in replay.code
+    wrong = replace(replay, code=replay.code.replace(before, after, 1))
+    with pytest.raises(EmitError, match=why):
+        prove_replay(wrong, stitched.source, stitched.split_gm, facts)
 
 
 # --- what is captured ------------------------------------------------------------------------------
