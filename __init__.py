@@ -1,6 +1,7 @@
 """piecework: a stitching compiler and runtime for PyTorch inference.
 
-Capture a model once, cut it at the operators that stay outside, compile the pieces, and read the one function that runs them.
+Capture a model once, cut it at the operators that stay outside, compile the pieces, and read the
+one function that runs them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Compiled Python code as a tree: the code in it, the globals it reads, what functions close over."""
+"""Compiled Python code as a tree: code in it, globals it reads, what functions close over."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ class InputError(PieceworkError):
 
 
 class StaticGraphError(PieceworkError):
-    """A static graph could not be captured, or would replay on memory that is no longer its input."""
+    """A static graph could not be captured, or would replay on memory that is not its input."""
 
 
 class PieceCompileError(PieceworkError):

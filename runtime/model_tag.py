@@ -18,7 +18,7 @@ TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 
 @dataclass(frozen=True, slots=True)
 class ModelTag:
-    """A name that keeps the models of one program apart: in reports, in folders and in the cache."""
+    """A name that keeps the models of one program apart in reports, folders and the cache."""
 
     tag: str = DEFAULT_TAG  # ``backbone`` unless said otherwise
     is_encoder: bool = False  # the model is an encoder: its last batch range is open-ended

@@ -106,7 +106,7 @@ def _written(captured: ModelTrace, program: Program) -> _Written:
 
 
 def _given_tensors(captured: ModelTrace, written: _Written) -> Iterator[GivenTensor]:
-    """The arguments of a trace that could be tensors of the model, or wrongly share their memory."""
+    """The arguments that could be tensors of the model, or wrongly share their memory."""
     weights = captured.weights
     plain = [n for n, each in enumerate(weights.tensors) if each.layout is torch.strided]
     numbers = {weights.traced[n].path: n for n in plain}

@@ -175,7 +175,7 @@ class _Reference:
         args: Sequence[object],
         call: int,
     ) -> PieceDifference | None:
-        """The first difference between what a piece did and what its graph did, and wrote to copies."""
+        """The first difference between what a piece did and what its graph did, on copies."""
         right, given = (x if isinstance(x, (tuple, list)) else (x,) for x in (expected, results))
         pairs: list[tuple[str, object, object]] = [("number of outputs", len(right), len(given))]
         for number, pair in enumerate(zip(right, given, strict=False)):
@@ -215,7 +215,7 @@ def _why_once(graph: torch.fx.GraphModule, splitting_ops: SplittingOps) -> str:
 
 
 def _different(right: object, given: object, tolerance: float) -> tuple[str, float, float] | None:
-    """How ``given`` differs, its largest error, and the one that is allowed; None if it is alike."""
+    """How ``given`` differs, its largest error, and what is allowed; None if it is alike."""
     if not isinstance(right, torch.Tensor) or not isinstance(given, torch.Tensor):
         same = type(right) is type(given) and right == given
         return None if same else (f"is {given!r}, and the graph gives {right!r}", math.inf, 0.0)

@@ -50,8 +50,8 @@ class Captures:
     ) -> Self:
         """Capture the pieces, the whole forward, or both as static graphs, per batch size.
 
-        A call is padded to the next captured size where that is declared (``pad=True``), replayed by
-        emitted source (``static_graphs.source_for``), and trimmed; other batches run as before.
+        A call is padded to the next captured size where that is declared (``pad=True``), replayed
+        by emitted source (``static_graphs.source_for``), and trimmed; others run as before.
 
         Args:
             sizes: batch sizes; by default the configuration's, or the usual steps.
@@ -211,7 +211,7 @@ class Captures:
         """How each batch size runs: captured, padded or uncaptured, and why; it prints as a table.
 
         Args:
-            max_num_batched_tokens: the largest batch to list; by default one above what is captured.
+            max_num_batched_tokens: the largest batch to list; by default one above the captured.
         """
         largest = max_num_batched_tokens
         if largest is not None and not (isinstance(largest, int) and largest > 0):

@@ -61,7 +61,7 @@ class Observed:
             yield
 
     def profile(self, *args: object, profiled_calls: int = 20, **kwargs: object) -> Profile:
-        """Where a forward spends its time: a row for each piece and each operator, by torch's profiler.
+        """Where a forward spends its time: a row for each piece and operator, by torch's profiler.
 
         Args:
             args, kwargs: the model's.
@@ -114,7 +114,7 @@ class Observed:
     def shadow(self, *, every: int = 1) -> Iterator[Shadow]:
         """Run the uncompiled graph of each piece beside it for the block, and compare.
 
-        Calls get what the pieces computed, and run uncaptured; the model can't be changed meanwhile.
+        Calls get what the pieces computed, and run uncaptured; nothing can be changed meanwhile.
 
         Args:
             every: compare each call of so many, the first one among them.
