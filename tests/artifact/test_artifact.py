@@ -751,3 +751,26 @@ def test_a_path_that_can_not_be_written_is_said_and_the_model_is_compiled(
     stitched = piecework.compile(model, (x,), config=EAGER, artifact=tmp_path / "a")
     assert torch.equal(stitched(x), model(x))
     assert "not saved" in warned[0] and "can't be written" in warned[0]
+
+
+@pytest.mark.inductor
+def test_a_piece_is_saved_only_as_it_runs_and_compiled_though_nobody_can_keep_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warned: list[str]
+) -> None:
+    from piecework.runtime import torch_compat
+
+    def full(_: object) -> bytes:
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(torch_compat, "artifact_to_bytes", full)
+    model, x = nn.Sequential(nn.Linear(8, 7), nn.Tanh()).eval(), torch.randn(3, 8)
+    stitched = piecework.compile(model, (x,), config={"cache_dir": str(tmp_path / "cache")})
+    assert torch.allclose(stitched(x), model(x)) and "can't be made: OSError" in warned[0]
+    made = torch_compat.generated_code
+    monkeypatch.setattr(torch_compat, "kernel_file", lambda _: tmp_path / "gone")
+    with pytest.raises(ArtifactError, match="a kernel of it is gone"):
+        stitched.save(tmp_path / "a")
+    moved = lambda *args: made(*args)._replace(text="\n" + made(*args).text)  # noqa: E731
+    monkeypatch.setattr(torch_compat, "generated_code", moved)
+    with pytest.raises(ArtifactError, match="not what Inductor's text says"):
+        stitched.save(tmp_path / "a")
