@@ -102,11 +102,9 @@ def require_coverage(rows: Iterable[CoverageRow]) -> None:
     if gaps:
         shown = "; ".join(f"{row.kind} {_span(row)}: {row.reason.value}" for row in gaps[:5])
         more = f"; and {len(gaps) - 5} more" if len(gaps) > 5 else ""
-        raise StaticGraphError(
-            f"batches would silently run uncaptured: {shown}{more}",
-            where="coverage",
-            hint="capture these sizes, or choose a mode that does not promise them",
-        )
+        why = f"batches would silently run uncaptured: {shown}{more}"
+        hint = "capture these sizes, or choose a mode that does not promise them"
+        raise StaticGraphError(why, where="coverage", hint=hint)
 
 
 def _cells(row: CoverageRow) -> tuple[str, ...]:

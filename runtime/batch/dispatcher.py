@@ -68,10 +68,8 @@ class LoraCases:
 
     def __post_init__(self) -> None:
         if list(self.counts) != sorted(set(self.counts)) or any(n < 1 for n in self.counts):
-            raise ConfigError(
-                f"numbers of active adapters must ascend from 1, not {list(self.counts)}",
-                where="LoraCases.counts",
-            )
+            why = f"numbers of active adapters must ascend from 1, not {list(self.counts)}"
+            raise ConfigError(why, where="LoraCases.counts")
 
     def captured(self) -> tuple[tuple[bool, int], ...]:
         """The (has_lora, num_active_loras) pairs that get graphs."""
@@ -152,10 +150,8 @@ class CudagraphDispatcher:
         lens = uniform_decode_query_len
         lens = [lens] if isinstance(lens, int) else list(lens)
         if not lens or min(lens) < 1:
-            raise ConfigError(
-                f"a decode batch has {', '.join(map(str, lens)) or 'no'} tokens a request",
-                where="uniform_decode_query_len",
-            )
+            why = f"a decode batch has {', '.join(map(str, lens)) or 'no'} tokens a request"
+            raise ConfigError(why, where="uniform_decode_query_len")
         self.cudagraph_mode = cudagraph_mode
         self.uniform_decode_query_len = max(lens)
         limits = {"max_num_seqs": self.max_num_seqs, "multiple_of": self._decode_multiple_of}
@@ -291,30 +287,23 @@ class CudagraphDispatcher:
         own = BatchDescriptor(num_tokens, None, False, *(lora or adapters), extra)
         where = f"{'decode' if uniform else 'mixed'} batch, {own.describe()}"
         if CUDAGraphMode.NONE in kind.invalid_modes:
-            raise InputError(
-                f"no captured graph fits, and mode NONE is left out: {reason.value}",
-                where=where,
-                hint="allow NONE, or capture this shape",
-            )
+            why = f"no captured graph fits, and mode NONE is left out: {reason.value}"
+            raise InputError(why, where=where, hint="allow NONE, or capture this shape")
         # Decode batches are bounded by max_num_seqs: one that is too large is a size nobody listed.
         fallback = promised and (reason in _FALLBACKS or (uniform and reason is Reason.TOO_LARGE))
         if fallback and (self.strict if strict is None else strict):
-            raise StaticGraphError(
-                f"the batch would silently run uncaptured: {reason.value}",
-                where=where,
-                hint="capture this shape, or dispatch without strict",
-            )
+            why = f"the batch would silently run uncaptured: {reason.value}"
+            hint = "capture this shape, or dispatch without strict"
+            raise StaticGraphError(why, where=where, hint=hint)
         return Dispatch(CUDAGraphMode.NONE, own, 0, reason, fallback)
 
     def _extra(self, given: Mapping[str, Hashable]) -> Axes:
         """The value of each axis in the descriptor of a batch; its own where nothing fits."""
         unknown = sorted(set(given) - set(self.axes))
         if unknown:
-            raise InputError(
-                f"no descriptor axis {', '.join(unknown)}",
-                where="dispatch",
-                hint=f"declared axes: {', '.join(self.axes) or 'none'}",
-            )
+            why = f"no descriptor axis {', '.join(unknown)}"
+            hint = f"declared axes: {', '.join(self.axes) or 'none'}"
+            raise InputError(why, where="dispatch", hint=hint)
         found: list[tuple[str, Hashable]] = []
         for name, captured in self.axes.items():
             value = given.get(name, max(captured) if name in BOUNDS else captured[0])  # type: ignore[type-var]

@@ -100,11 +100,9 @@ def get_forward_context() -> ForwardContext:
     """The current context; an `InputError` outside of a forward."""
     context = _CURRENT.get()
     if context is None:
-        raise InputError(
-            "no forward context is set",
-            where="get_forward_context",
-            hint="call the model inside `with set_forward_context(...)`",
-        )
+        why = "no forward context is set"
+        hint = "call the model inside `with set_forward_context(...)`"
+        raise InputError(why, where="get_forward_context", hint=hint)
     return context
 
 

@@ -33,11 +33,9 @@ class CUDAGraphMode(enum.Enum):
             return cls[value.upper()]
         if isinstance(value, int) and not isinstance(value, bool) and value in (0, 1, 2):
             return cls(value)
-        raise ConfigError(
-            f"no CUDA graph mode {value!r}",
-            where="cudagraph_mode",
-            hint="use one of " + ", ".join(cls.__members__),
-        )
+        why = f"no CUDA graph mode {value!r}"
+        hint = "use one of " + ", ".join(cls.__members__)
+        raise ConfigError(why, where="cudagraph_mode", hint=hint)
 
     def separate_routine(self) -> bool:
         """Whether decode batches and mixed batches run in different modes."""
@@ -54,11 +52,9 @@ class CUDAGraphMode(enum.Enum):
     def has_mode(self, mode: CUDAGraphMode) -> bool:
         """Whether some batch runs in the single mode ``mode``; of a pair a `ConfigError`."""
         if mode.separate_routine():
-            raise ConfigError(
-                f"{mode.name} is a pair of modes, so no batch runs in it",
-                where="CUDAGraphMode.has_mode",
-                hint="ask for NONE, PIECEWISE or FULL",
-            )
+            why = f"{mode.name} is a pair of modes, so no batch runs in it"
+            hint = "ask for NONE, PIECEWISE or FULL"
+            raise ConfigError(why, where="CUDAGraphMode.has_mode", hint=hint)
         return mode in (self.decode_mode(), self.mixed_mode())
 
     def max_cudagraph_mode(self) -> CUDAGraphMode:

@@ -28,11 +28,9 @@ class Range:
 
     def __post_init__(self) -> None:
         if not 1 <= self.start <= self.end:
-            raise ConfigError(
-                f"no batch size lies between {self.start} and {self.end}",
-                where="Range",
-                hint="a range is inclusive and starts at 1 or above",
-            )
+            why = f"no batch size lies between {self.start} and {self.end}"
+            hint = "a range is inclusive and starts at 1 or above"
+            raise ConfigError(why, where="Range", hint=hint)
 
     def __contains__(self, size: int) -> bool:
         return self.start <= size <= self.end

@@ -72,11 +72,8 @@ def require_positive_sizes(sizes: Iterable[int]) -> tuple[int, ...]:
     given = [_plain(size) for size in sizes]
     wrong = [n for n in given if type(n) is not int or not 0 < n <= LARGEST]
     if wrong:
-        raise ConfigError(
-            f"capture sizes must be positive whole numbers, not {', '.join(map(repr, wrong))}",
-            where="cudagraph_capture_sizes",
-            hint=f"they go up to {LARGEST:,}",
-        )
+        why = f"capture sizes must be positive whole numbers, not {', '.join(map(repr, wrong))}"
+        raise ConfigError(why, where="cudagraph_capture_sizes", hint=f"they go up to {LARGEST:,}")
     return tuple(sorted(set(given)))
 
 
@@ -142,11 +139,8 @@ def require_whole_number(num_tokens: object) -> None:
     """Raise `InputError` if no batch has so many tokens."""
     whole = hasattr(type(num_tokens), "__index__") and not isinstance(num_tokens, bool)
     if not (whole and num_tokens > 0):  # type: ignore[operator]
-        raise InputError(
-            f"a batch has a positive whole number of tokens; got {num_tokens!r}",
-            where="dispatch",
-            hint="pass the size of the batch, unpadded",
-        )
+        why = f"a batch has a positive whole number of tokens; got {num_tokens!r}"
+        raise InputError(why, where="dispatch", hint="pass the size of the batch, unpadded")
 
 
 def sizes_to_capture(sizes: object) -> tuple[int, ...] | None:
@@ -154,11 +148,8 @@ def sizes_to_capture(sizes: object) -> tuple[int, ...] | None:
     if sizes is None:
         return None
     if isinstance(sizes, (str, bytes)) or not isinstance(sizes, Iterable):
-        raise ConfigError(
-            f"capture takes a list of batch sizes; got {sizes!r}",
-            where="sizes",
-            hint="write capture([1, 2, 4])",
-        )
+        why = f"capture takes a list of batch sizes; got {sizes!r}"
+        raise ConfigError(why, where="sizes", hint="write capture([1, 2, 4])")
     found = require_positive_sizes(sizes)
     if not found:
         raise ConfigError("there is no batch size to capture", where="sizes")

@@ -1,8 +1,4 @@
-"""What a static graph is on every device: captured once, then replayed on the same memory.
-
-``cuda`` and ``cpu`` keep this contract; results are handed on as weak references where the pool
-owns them.
-"""
+"""What a static graph is on every device: captured once, then replayed on the same memory."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""Static graphs without a GPU: the contract of a CUDA graph, kept by running the callable again.
-
-It fails in the ways a CUDA graph fails (moved inputs, changed contexts, memory that was let go of),
-so that tests find them.
-"""
+"""Static graphs without a GPU: the contract of a CUDA graph, kept by running the callable again."""
 
 from __future__ import annotations
 

@@ -27,10 +27,8 @@ _STATEMENT: contextvars.ContextVar[Mapping[str, object]] = contextvars.ContextVa
 
 @contextmanager
 def kernels_of(what: str, layer: str, line: int, graph: str) -> Iterator[None]:
-    """Mark what is captured in the block as the work of one statement.
-
-    ``layer``: its module; inside a statement that calls a shared function, that statement's counts.
-    """
+    """Mark what is captured in the block as the work of one statement of a module ``layer``."""
+    # Inside a statement that calls a shared function, that statement's layer counts.
     layer = str(_STATEMENT.get().get("layer") or layer)
     name = f"{what} {layer}".strip()
     statement = {"name": name, "layer": layer, "line": line, "graph": graph}
@@ -43,18 +41,14 @@ class CudaGraphPlatform(GraphPlatform):
 
     def __init__(self, device: torch.device) -> None:
         if not torch.cuda.is_available():
-            raise StaticGraphError(
-                "CUDA is not available, so nothing can be captured on it",
-                where=str(device),
-                hint="use cudagraph_mode NONE, or capture on the CPU",
-            )
+            why = "CUDA is not available, so nothing can be captured on it"
+            hint = "use cudagraph_mode NONE, or capture on the CPU"
+            raise StaticGraphError(why, where=str(device), hint=hint)
         backend = torch.cuda.get_allocator_backend()
         if backend != "native":
-            raise StaticGraphError(
-                f"torch's allocator is {backend}, whose freed memory becomes a part of the graph",
-                where=str(device),
-                hint="leave backend:cudaMallocAsync out of PYTORCH_ALLOC_CONF",
-            )
+            why = f"torch's allocator is {backend}, whose freed memory becomes a part of the graph"
+            hint = "leave backend:cudaMallocAsync out of PYTORCH_ALLOC_CONF"
+            raise StaticGraphError(why, where=str(device), hint=hint)
         index = torch.cuda.current_device() if device.index is None else device.index
         self.device = torch.device("cuda", index)
 

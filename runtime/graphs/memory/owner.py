@@ -32,11 +32,9 @@ def platform_for(device: torch.device | str) -> GraphPlatform:
         return CpuGraphPlatform()
     if device.type == "cuda":
         return CudaGraphPlatform(device)
-    raise StaticGraphError(
-        f"no static graphs on {device.type!r} devices",
-        where=str(device),
-        hint="use cudagraph_mode NONE, or a CPU or CUDA device",
-    )
+    why = f"no static graphs on {device.type!r} devices"
+    hint = "use cudagraph_mode NONE, or a CPU or CUDA device"
+    raise StaticGraphError(why, where=str(device), hint=hint)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,11 +103,8 @@ class StaticGraphs:
             platform_for(platform) if isinstance(platform, (str, torch.device)) else platform
         )
         if memory_of is not None and memory_of.platform.device != self.platform.device:
-            raise StaticGraphError(
-                f"the graphs whose memory is to be used are on {memory_of.platform.device}",
-                where=str(self.platform.device),
-                hint="leave memory_of out",
-            )
+            why = f"the graphs whose memory is to be used are on {memory_of.platform.device}"
+            raise StaticGraphError(why, where=str(self.platform.device), hint="leave memory_of out")
         shared = _SharedPool(self.platform) if memory_of is None else memory_of._shared
         shared.owners.add(self)
         self._shared, self.pool = shared, shared.pool
@@ -152,11 +147,9 @@ class StaticGraphs:
         try:
             while self.users.setdefault(0, mine) is not mine:
                 if time.monotonic() > give_up:
-                    raise StaticGraphError(
-                        "a call uses the memory that is to be captured into, and does not return",
-                        where=str(self.platform.device),
-                        hint="capture outside of calls of the model",
-                    )
+                    why = "a call uses the memory that is to be captured into, and does not return"
+                    hint = "capture outside of calls of the model"
+                    raise StaticGraphError(why, where=str(self.platform.device), hint=hint)
                 time.sleep(0.001)
             shared.alone = me
             with shared.lock:
@@ -190,11 +183,9 @@ class StaticGraphs:
         if record.key in self._in_use:
             self.platform.synchronize()
             self.discard(*record.key)
-            raise StaticGraphError(
-                "earlier pieces of this batch shape were captured in another forward",
-                where=record.where,
-                hint="capture all pieces of a shape in one forward; the next one may",
-            )
+            why = "earlier pieces of this batch shape were captured in another forward"
+            hint = "capture all pieces of a shape in one forward; the next one may"
+            raise StaticGraphError(why, where=record.where, hint=hint)
 
     def register(self, holder: Any) -> None:
         """Remember (weakly) who holds captures and has ``discard`` and ``clear_graphs``."""
@@ -206,11 +197,9 @@ class StaticGraphs:
         with self._shared.lock:
             self.require_open(record.where)
             if self._busy_with is not None:
-                raise StaticGraphError(
-                    f"a capture inside the capture of {self._busy_with}",
-                    where=record.where,
-                    hint="nest FULL outside PIECEWISE, and let the context's mode pick one",
-                )
+                why = f"a capture inside the capture of {self._busy_with}"
+                hint = "nest FULL outside PIECEWISE, and let the context's mode pick one"
+                raise StaticGraphError(why, where=record.where, hint=hint)
             self._busy_with = record.name
             before, driver = self.pool.nbytes, self.pool.driver_bytes
             try:

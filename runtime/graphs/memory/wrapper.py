@@ -186,11 +186,9 @@ class CUDAGraphEntry:
         for slot, leaf in zip(self.slots, leaves, strict=True):
             difference = slot.mismatch(leaf)
             if difference is not None:
-                raise StaticGraphError(
-                    f"{slot.describe()} {difference}; a replay would read stale memory",
-                    where=where,
-                    hint="write new values in place, register the buffer, or capture again",
-                )
+                why = f"{slot.describe()} {difference}; a replay would read stale memory"
+                hint = "write new values in place, register the buffer, or capture again"
+                raise StaticGraphError(why, where=where, hint=hint)
 
     def reset(self) -> None:
         """Give up what was captured."""
@@ -283,11 +281,9 @@ def _record(
         except StaticGraphError as error:
             raise StaticGraphError(error.message, where=record.where, hint=error.hint) from error
         except Exception as error:
-            raise StaticGraphError(
-                f"the capture failed: {type(error).__name__}: {error}",
-                where=record.where,
-                hint="run this batch shape uncaptured to see whether the piece itself fails",
-            ) from error
+            why = f"the capture failed: {type(error).__name__}: {error}"
+            hint = "run this batch shape uncaptured to see whether the piece itself fails"
+            raise StaticGraphError(why, where=record.where, hint=hint) from error
     return graph, output
 
 
@@ -332,11 +328,8 @@ class CUDAGraphWrapper:
 
     def __post_init__(self) -> None:
         if self.runtime_mode not in (CUDAGraphMode.PIECEWISE, CUDAGraphMode.FULL):
-            raise ConfigError(
-                f"a wrapper captures in mode PIECEWISE or FULL, not {self.runtime_mode}",
-                where=self.name,
-                hint="don't wrap what is never captured",
-            )
+            why = f"a wrapper captures in mode PIECEWISE or FULL, not {self.runtime_mode}"
+            raise ConfigError(why, where=self.name, hint="don't wrap what is never captured")
         if self.graphs is not None:
             self.graphs.register(self)
 

@@ -1,7 +1,4 @@
-"""How a stitched graph depends on its batch size: what is staged, frozen, trimmed and served.
-
-The batch size is the first dynamic dimension of the inputs, and every other one that has its symbol.
-"""
+"""How a stitched graph depends on its batch size: what is staged, frozen, trimmed and served."""
 
 from __future__ import annotations
 
@@ -29,16 +26,13 @@ FixedDims = Mapping[int, int]
 
 @dataclass(frozen=True, slots=True)
 class StagedInput:
-    """A tensor argument: its position among the parameters of ``execution_fn``, and that one's name.
+    """A tensor argument."""
 
-    ``dim`` is its batch dimension, if it has one; ``row`` its shape in a batch of one.
-    """
-
-    position: int
-    name: str
+    position: int  # among the parameters of ``execution_fn``
+    name: str  # of that parameter
     fake: torch.Tensor
-    dim: int | None
-    row: tuple[int, ...]
+    dim: int | None  # its batch dimension
+    row: tuple[int, ...]  # its shape in a batch of one
     written: bool = False
 
     def sizes(self, count: int) -> list[int]:
@@ -157,11 +151,9 @@ def batch_shape(
 ) -> BatchShape:
     """Read ``captured`` for capturing static graphs."""
     if fixed is None and program.batch.symbol is None:
-        raise StaticGraphError(
-            "no input has a dynamic batch dimension, so there is nothing to capture sizes of",
-            where="capture",
-            hint="mark the batch dimension with torch._dynamo.mark_dynamic and compile again",
-        )
+        why = "no input has a dynamic batch dimension, so there is nothing to capture sizes of"
+        hint = "mark the batch dimension with torch._dynamo.mark_dynamic and compile again"
+        raise StaticGraphError(why, where="capture", hint=hint)
     symbol = program.batch.symbol if fixed is None else None
     passed = list(passed_inputs(captured, program))
     others = _other_sizes(captured, passed, symbol, given, fixed)
@@ -192,17 +184,13 @@ def batch_shape(
         elif torch_compat.symbols_in(fake):
             numbers[position] = _fixed_size(fake, others)
         else:
-            raise StaticGraphError(
-                f"is a {type(fake).__name__} that is passed per call, which a graph freezes",
-                where=f"input {name}",
-                hint="make it a constant of the model, or a tensor",
-            )
+            why = f"is a {type(fake).__name__} that is passed per call, which a graph freezes"
+            hint = "make it a constant of the model, or a tensor"
+            raise StaticGraphError(why, where=f"input {name}", hint=hint)
     if all(each.dim is None for each in staged):
-        raise StaticGraphError(
-            "the graph reads the batch size alone, and no tensor of the batch",
-            where="capture",
-            hint="there is nothing to replay; don't capture this model",
-        )
+        why = "the graph reads the batch size alone, and no tensor of the batch"
+        hint = "there is nothing to replay; don't capture this model"
+        raise StaticGraphError(why, where="capture", hint=hint)
     rows = {each.name: each for each in captured.assumptions.symbols()}
     batch = rows.get(captured.assumptions.name_of(symbol or ""))
     if fixed is not None:
@@ -255,11 +243,9 @@ def _other_sizes(
     known = dynamic.keys() if fixed is None else {label for label, *_ in places}
     known = known - {label for label in of_batch if given.get(label) != "batch"}
     for label in sorted(given.keys() - known):
-        raise ConfigError(
-            f"no dynamic size {label!r}",
-            where="other_sizes",
-            hint=f"there are: {', '.join(sorted(dynamic.keys() & known)) or 'none'}",
-        )
+        why = f"no dynamic size {label!r}"
+        hint = f"there are: {', '.join(sorted(dynamic.keys() & known)) or 'none'}"
+        raise ConfigError(why, where="other_sizes", hint=hint)
     rows = {each.name: each for each in captured.assumptions.symbols()}
     found: dict[str, OtherSize] = {}
     for label, size, position, dim in places:
@@ -280,11 +266,9 @@ def _other_sizes(
         name = captured.assumptions.name_of(symbol or "")
         row = rows.get(name)
         if symbol is None or (row is None and value is not None):
-            raise StaticGraphError(
-                "has a size that is computed from several, which can't be staged",
-                where=f"input {label}",
-                hint="pass sizes that don't depend on each other",
-            )
+            why = "has a size that is computed from several, which can't be staged"
+            hint = "pass sizes that don't depend on each other"
+            raise StaticGraphError(why, where=f"input {label}", hint=hint)
         bounds = (None, None) if row is None else (row.low, row.high)
         if symbol not in found or label in given:
             found[symbol] = OtherSize(label, name, position, dim, value, *bounds)  # type: ignore[arg-type]
@@ -296,19 +280,15 @@ def _require_stageable(name: str, fake: torch.Tensor, batch_dims: Sequence[int])
     if not (empty or torch_compat.is_traced_contiguous(fake)):
         raise _not_dense(name)
     if len(batch_dims) > 1:
-        raise StaticGraphError(
-            f"has the batch size in dimensions {batch_dims}; one can be padded",
-            where=f"input {name}",
-            hint="compute the larger tensor inside a splitting op",
-        )
+        why = f"has the batch size in dimensions {batch_dims}; one can be padded"
+        hint = "compute the larger tensor inside a splitting op"
+        raise StaticGraphError(why, where=f"input {name}", hint=hint)
 
 
 def _not_dense(name: str) -> StaticGraphError:
-    return StaticGraphError(
-        "was traced strided or inside a larger tensor, and its static buffer is dense",
-        where=f"input {name}",
-        hint="trace with contiguous example arguments",
-    )
+    why = "was traced strided or inside a larger tensor, and its static buffer is dense"
+    hint = "trace with contiguous example arguments"
+    return StaticGraphError(why, where=f"input {name}", hint=hint)
 
 
 def _argument_of(captured: ModelTrace, each: Size | Layout) -> str:

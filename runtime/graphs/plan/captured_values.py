@@ -24,10 +24,7 @@ Numbers = Mapping[str, bool | int | float]
 def capture_device(
     split_gm: torch.fx.GraphModule, captured: Iterable[str], default: torch.device
 ) -> torch.device:
-    """The device of every tensor in the submodules ``captured``; ``default`` if they have none.
-
-    Several are refused: what is elsewhere would be read at the capture, and be a part of the graph.
-    """
+    """The one device of all tensors in the submodules ``captured``; ``default`` without any."""
     found: dict[torch.device, str] = {}
     for name, node in nodes_of(split_gm, captured):
         for value in torch_compat.flatten_tree(value_of(node))[0]:
@@ -37,11 +34,9 @@ def capture_device(
     if len(found) < 2:
         return next(iter(found), default)
     (one, here), (other, there) = list(found.items())[:2]
-    raise StaticGraphError(
-        f"{here} is on {one}, and {there} is on {other}; a static graph has one device",
-        where="capture",
-        hint="move it to the model's device before the forward, or behind a splitting op",
-    )
+    why = f"{here} is on {one}, and {there} is on {other}; a static graph has one device"
+    hint = "move it to the model's device before the forward, or behind a splitting op"
+    raise StaticGraphError(why, where="capture", hint=hint)
 
 
 def require_sizes_only(split_gm: torch.fx.GraphModule, captured: Iterable[str]) -> None:

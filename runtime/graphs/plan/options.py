@@ -109,11 +109,9 @@ def plan_capture(
         wanted = CUDAGraphMode.PIECEWISE
     mode, able, lowered = negotiated(wanted, declared, lens)
     if lowered and (options.strict or mode is CUDAGraphMode.NONE):
-        raise StaticGraphError(
-            f"mode {wanted.name} can't be: {lowered}",
-            where="capture",
-            hint="capture in mode PIECEWISE, or say splitting_op(..., full_graphs=...)",
-        )
+        why = f"mode {wanted.name} can't be: {lowered}"
+        hint = "capture in mode PIECEWISE, or say splitting_op(..., full_graphs=...)"
+        raise StaticGraphError(why, where="capture", hint=hint)
     chosen = _sizes(shape, config, mode, sizes, runtime)
     adapters = (runtime is not None and runtime.enable_lora) or bool(options.lora_counts)
     parallel = runtime is not None and config.pass_config.enable_sp
@@ -192,11 +190,9 @@ def _sizes(
                 "for size 1 too, mark the batch dimension with "
                 "torch._dynamo.decorators.mark_unbacked and compile again"
             )
-            raise ConfigError(
-                f"size {size} can't be captured: {why}",
-                where="capture sizes",
-                hint=one if size == 1 else "capture sizes that the trace allows",
-            )
+            why = f"size {size} can't be captured: {why}"
+            hint = one if size == 1 else "capture sizes that the trace allows"
+            raise ConfigError(why, where="capture sizes", hint=hint)
     found = tuple(size for size, why in refusals.items() if why is None)
     if not found:
         raise StaticGraphError("there is no size to capture", where="capture sizes")

@@ -114,11 +114,8 @@ def _loses_rows(node: torch.fx.Node, symbols: Collection[str]) -> bool:
 
 
 def _may_point_beyond(nodes: Collection[torch.fx.Node]) -> str | None:
-    """The operator for which made-up data may point beyond a table; None if there is none.
-
-    Whole numbers that are drawn are 0 and 1, so a table of two rows is safe; those that are made of
-    floats can be any.
-    """
+    """The operator for which made-up data may point beyond a table; None if there is none."""
+    # Whole numbers that are drawn are 0 and 1; those that are made of floats can be any.
     for node in nodes:
         name = _name(node)
         taken = _tensors([value_of(each) for each in node.all_input_nodes])

@@ -166,11 +166,9 @@ def _capture(
                 forward(descriptor)
         graphs.platform.synchronize()
         if not graphs.records[first:]:
-            raise StaticGraphError(
-                "the forward captured nothing",
-                where=text_of(key),
-                hint="wrap the model or its pieces for this mode, and warm up as they expect",
-            )
+            why = "the forward captured nothing"
+            hint = "wrap the model or its pieces for this mode, and warm up as they expect"
+            raise StaticGraphError(why, where=text_of(key), hint=hint)
     except BaseException as failure:
         graphs.discard(*key)
         if not isinstance(failure, Exception):
@@ -285,11 +283,9 @@ def estimate_memory(
     A `StaticGraphError` where there are captures already.
     """
     if graphs.records:
-        raise StaticGraphError(
-            "memory can't be estimated once graphs are captured",
-            where=f"{len(graphs.records)} captures",
-            hint="estimate first, or call clear_all_graphs()",
-        )
+        why = "memory can't be estimated once graphs are captured"
+        hint = "estimate first, or call clear_all_graphs()"
+        raise StaticGraphError(why, where=f"{len(graphs.records)} captures", hint=hint)
     was_open = graphs.is_open
     models: dict[Key, MemoryModel] = {}
     measured: set[Key] = set()

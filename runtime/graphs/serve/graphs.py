@@ -123,20 +123,16 @@ class CapturedGraphs:
             with self.context_for(CUDAGraphMode.NONE, smallest):
                 self.dummy(smallest)
             if not self.partitions:
-                raise StaticGraphError(
-                    "Inductor made no partitions of this model's code",
-                    where="use_inductor_graph_partition",
-                    hint="it makes them for GPUs only; without that option the graph is cut before",
-                )
+                why = "Inductor made no partitions of this model's code"
+                hint = "it makes them for GPUs only; without that option the graph is cut before"
+                raise StaticGraphError(why, where="use_inductor_graph_partition", hint=hint)
 
     def static_inputs(self, size: int) -> dict[str, torch.Tensor]:
         """The buffers that graphs of a captured size read, by parameter; fewer rows are the head."""
         if not 0 < size <= max(self.sizes):
-            raise StaticGraphError(
-                "no graph has inputs of this size",
-                where=f"static_inputs({size})",
-                hint=f"captured sizes: {', '.join(map(str, self.sizes))}",
-            )
+            why = "no graph has inputs of this size"
+            hint = f"captured sizes: {', '.join(map(str, self.sizes))}"
+            raise StaticGraphError(why, where=f"static_inputs({size})", hint=hint)
         return self.inputs.by_name(size)
 
     # --- what is captured --------------------------------------------------------------------------

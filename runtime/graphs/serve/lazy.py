@@ -112,11 +112,9 @@ class CUDAPiecewiseBackend(CUDAGraphWrapper):
         index = self.sym_shape_indices[0]
         size = args[index] if index < len(args) else None
         if not isinstance(size, int):
-            raise InputError(
-                f"argument {index} should be the batch size and is a {type(size).__name__}",
-                where=self.name,
-                hint="pass sym_shape_indices as the piece's placeholders have them",
-            )
+            why = f"argument {index} should be the batch size and is a {type(size).__name__}"
+            hint = "pass sym_shape_indices as the piece's placeholders have them"
+            raise InputError(why, where=self.name, hint=hint)
         return self.concrete_size_entries.get(size)
 
     def _compile(self, backend: PieceCompiler, size: int) -> Code:

@@ -215,11 +215,9 @@ class CapturedModel(CapturedGraphs):
         if why is None:
             return
         if pad:
-            raise StaticGraphError(
-                f"pad=True, and rows are not independent: {why}",
-                where="capture",
-                hint="leave pad out, and only batches of a captured size are replayed",
-            )
+            why = f"pad=True, and rows are not independent: {why}"
+            hint = "leave pad out, and only batches of a captured size are replayed"
+            raise StaticGraphError(why, where="capture", hint=hint)
         self.unpadded = why
         self.dispatcher.exact = Reason.UNPADDED if pad is False else Reason.NOT_EXACT
         if pad is None:
@@ -433,11 +431,9 @@ class CapturedModel(CapturedGraphs):
         exact = self.dispatcher.exact and count != descriptor.num_tokens
         if ready is None or count > descriptor.num_tokens or exact:
             what = "is not captured" if ready is None else f"can't serve a batch of {count}"
-            raise StaticGraphError(
-                f"the forward context asks for {mode.name} {descriptor.describe()}, which {what}",
-                where="forward context",
-                hint="take mode and descriptor from stitched.dispatch(size), or set neither",
-            )
+            why = f"the forward context asks for {mode.name} {descriptor.describe()}, which {what}"
+            hint = "take mode and descriptor from stitched.dispatch(size), or set neither"
+            raise StaticGraphError(why, where="forward context", hint=hint)
         self._steps[key] = step = replace(ready, reason="the forward context chose it", count=count)
         return step
 
@@ -512,19 +508,15 @@ class CapturedModel(CapturedGraphs):
         found = self.dispatcher.explain(size, kind or BatchKind(), strict=False)
         replay = self.replays.get((found.mode, found.descriptor))
         if replay is None:
-            raise StaticGraphError(
-                f"size {size} runs uncaptured: {found.reason.value}",
-                hint="coverage() says of each size what it runs as",
-            )
+            why = f"size {size} runs uncaptured: {found.reason.value}"
+            raise StaticGraphError(why, hint="coverage() says of each size what it runs as")
         return replay.source
 
 
 def _stale(path: str, how: str) -> StaticGraphError:
-    return StaticGraphError(
-        f"weight {path} was {how} after the capture, which reads its old place",
-        where="weights",
-        hint="load new values in place (param.copy_), or rebind and capture again",
-    )
+    why = f"weight {path} was {how} after the capture, which reads its old place"
+    hint = "load new values in place (param.copy_), or rebind and capture again"
+    return StaticGraphError(why, where="weights", hint=hint)
 
 
 def _replay_names(key: Key, labels: Sequence[str]) -> list[str]:

@@ -50,11 +50,7 @@ class DryWrites:
 
     @contextmanager
     def put_back(self, *, watched: bool) -> Iterator[None]:
-        """Leave everything as it was after the block.
-
-        ``watched`` looks at each operator; otherwise, as captures and replays run no Python or must
-        not copy, what runs before were seen to write is put back.
-        """
+        """Put back after the block what was seen written: in it, if ``watched``, or in runs before."""
         self._kept, self._born = {}, {}
         try:
             for tensor in () if watched else (*self._known, *self._learned.values()):

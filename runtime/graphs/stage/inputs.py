@@ -46,10 +46,8 @@ class Slot:
     def make(cls, spec: InputSpec, buffer: torch.Tensor, *, poison: bool) -> Slot:
         dim = _dimension_of(spec, buffer)
         if not buffer.is_contiguous():
-            raise ConfigError(
-                f"a buffer must be contiguous; this one has strides {list(buffer.stride())}",
-                where=f"input {spec.name}",
-            )
+            why = f"a buffer must be contiguous; this one has strides {list(buffer.stride())}"
+            raise ConfigError(why, where=f"input {spec.name}")
         floats = buffer.is_floating_point() or buffer.is_complex()
         try:
             held = torch.tensor([spec.pad], dtype=buffer.dtype).item()
@@ -57,11 +55,9 @@ class Slot:
         except (RuntimeError, TypeError, OverflowError):
             fits = False
         if not fits:
-            raise ConfigError(
-                f"{spec.pad!r} can't be held by {buffer.dtype}",
-                where=f"input {spec.name}",
-                hint="declare a padding value of the input's own type",
-            )
+            why = f"{spec.pad!r} can't be held by {buffer.dtype}"
+            hint = "declare a padding value of the input's own type"
+            raise ConfigError(why, where=f"input {spec.name}", hint=hint)
         poisoned = poison and buffer.is_floating_point()
         return cls(spec, buffer, dim, math.nan if poisoned else spec.pad)
 
@@ -84,11 +80,9 @@ class Slot:
             return self.buffer
         maximum = self.buffer.shape[self.dim]
         if padded > maximum:
-            raise InputError(
-                f"can't be padded to {padded}; its buffer holds {maximum} in dimension {self.dim}",
-                where=f"input {self.spec.name}",
-                hint="allocate the buffers for the largest captured size",
-            )
+            why = f"can't be padded to {padded}; its buffer holds {maximum} in dimension {self.dim}"
+            hint = "allocate the buffers for the largest captured size"
+            raise InputError(why, where=f"input {self.spec.name}", hint=hint)
         shape = (*self.buffer.shape[: self.dim], padded, *self.buffer.shape[self.dim + 1 :])
         return self.buffer.view(-1)[: math.prod(shape)].view(shape)
 
@@ -122,11 +116,9 @@ def _dimension_of(spec: InputSpec, tensor: torch.Tensor) -> int | None:
     if spec.dim is None:
         return None
     if not -tensor.dim() <= spec.dim < tensor.dim():
-        raise ConfigError(
-            f"dimension {spec.dim} of a tensor with {tensor.dim()} dimensions",
-            where=f"input {spec.name}",
-            hint="a staged input needs a dynamic dimension",
-        )
+        why = f"dimension {spec.dim} of a tensor with {tensor.dim()} dimensions"
+        hint = "a staged input needs a dynamic dimension"
+        raise ConfigError(why, where=f"input {spec.name}", hint=hint)
     return spec.dim % tensor.dim()
 
 
@@ -204,11 +196,9 @@ class StaticInputs:
         declared = {spec.name: spec for spec in specs or ()}
         unknown = sorted(set(declared) - set(examples))
         if unknown:
-            raise ConfigError(
-                f"no input {', '.join(unknown)}",
-                where="StaticInputs.allocate",
-                hint=f"inputs: {', '.join(examples) or 'none'}",
-            )
+            why = f"no input {', '.join(unknown)}"
+            hint = f"inputs: {', '.join(examples) or 'none'}"
+            raise ConfigError(why, where="StaticInputs.allocate", hint=hint)
         chosen = [declared.get(name, InputSpec(name)) for name in examples]
         buffers = []
         for spec, example in zip(chosen, examples.values(), strict=True):
@@ -324,21 +314,16 @@ def new_buffer(name: str, shape: Sequence[int], like: torch.Tensor) -> torch.Ten
         with torch.inference_mode(False):
             return torch.zeros(shape, dtype=like.dtype, device=like.device)
     except RuntimeError as error:
-        raise StaticGraphError(
-            f"there is no memory for its static buffer, {list(shape)} of {like.dtype}",
-            where=f"input {name}",
-            hint="capture smaller sizes",
-        ) from error
+        why = f"there is no memory for its static buffer, {list(shape)} of {like.dtype}"
+        raise StaticGraphError(why, where=f"input {name}", hint="capture smaller sizes") from error
 
 
 def _require_in_place(name: str, tensor: torch.Tensor, static: torch.Tensor) -> None:
     """Refuse an input that is not ``static``, where nothing is copied."""
     if tensor.data_ptr() != static.data_ptr() or tensor.stride() != static.stride():
-        raise InputError(
-            "does not lie in its static buffer, and is not copied",
-            where=f"input {name}",
-            hint="pass views of static_graphs.static_inputs(size), or set cudagraph_copy_inputs",
-        )
+        why = "does not lie in its static buffer, and is not copied"
+        hint = "pass views of static_graphs.static_inputs(size), or set cudagraph_copy_inputs"
+        raise InputError(why, where=f"input {name}", hint=hint)
 
 
 def make_copy_and_call(

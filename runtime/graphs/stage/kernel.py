@@ -1,7 +1,4 @@
-"""Staging on a GPU: all inputs copied and padded by one kernel launch.
-
-It never looks at dtypes: elements are copied as integers of their width, padding is a bit pattern.
-"""
+"""Staging on a GPU: all inputs copied and padded, as integers of their width, by one launch."""
 
 from __future__ import annotations
 
