@@ -98,7 +98,7 @@ def test_an_argument_on_another_device_is_refused_where_one_callable_is_captured
 @pytest.mark.parametrize("field", ["inductor_compile_config", "single_size_inductor_config"])
 def test_graphs_of_inductors_own_inside_pieces_are_refused(field):
     config = piecework.CompilationConfig(**{field: {"triton.cudagraphs": True}})
-    with pytest.raises(piecework.PieceworkError, match="how code is cut and captured"):
+    with pytest.raises(piecework.PieceworkError, match="decide about cuts and captures"):
         piecework.compile(torch.nn.ReLU(), (torch.randn(3, 4),), config=config)
 
 
