@@ -173,7 +173,7 @@ class CudaGraphPool:
         self._open()
 
     def abandon(self, graph: torch.cuda.CUDAGraph, *, begun: bool) -> None:
-        """End a capture that failed, and go on in new memory; earlier graphs keep the old one alive.
+        """End a capture that failed, and go on in new memory; earlier graphs keep the old.
 
         The empty capture there also tells torch's random generators that capturing is over.
         """

@@ -51,7 +51,7 @@ class AddressPolicy(Policy):
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where one tensor is and how it is laid out; equal ones mean a replay reads the right memory."""
+    """Where one tensor is and how it is laid out; a replay reads right where it is equal."""
 
     address: int
     dtype: torch.dtype

@@ -95,7 +95,7 @@ def _nothing_captured() -> None:
 
 @dataclass(eq=False, slots=True)
 class CUDAGraphEntry:
-    """One batch shape of a callable: its graph with the slots of its inputs, once it is captured."""
+    """One batch shape of a callable: its graph and input slots, once it is captured."""
 
     batch_descriptor: BatchDescriptor
     num_finished_warmup: int = 0
@@ -118,7 +118,7 @@ class CUDAGraphEntry:
         options: CUDAGraphOptions,
         graphs: StaticGraphs,
     ) -> object:
-        """Capture, replay once so that what follows computes on real values, and return the output."""
+        """Capture, replay once for what follows in the forward, and return the output."""
         graphs.require_open(record.where)
         graphs.require_unused(record)
         leaves, spec = flatten_tree((args, dict(kwargs)))

@@ -1,4 +1,4 @@
-"""The capture phase: every descriptor captured, largest first, what that will take, and a report."""
+"""The capture phase: every descriptor captured, largest first, and what that will take."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ Tensors = Sequence[torch.Tensor]
 
 
 class CapturedInputs(StaticInputs):
-    """Persistent buffers for every tensor argument, which calls copy to unless they pass views of them."""
+    """Persistent buffers for all tensor arguments; calls copy to them or pass their views."""
 
     def __init__(
         self, shape: BatchShape, maximum: int, options: CaptureOptions, copies: bool

@@ -61,7 +61,7 @@ def _of(number: int) -> str:
 
 
 class CapturedGraphs:
-    """The static graphs of one stitched model; which of them serves a call is decided in `model`."""
+    """The static graphs of one stitched model; `model` decides which serves a call."""
 
     def __init__(
         self,
@@ -128,7 +128,7 @@ class CapturedGraphs:
                 raise StaticGraphError(why, where="use_inductor_graph_partition", hint=hint)
 
     def static_inputs(self, size: int) -> dict[str, torch.Tensor]:
-        """The buffers that graphs of a captured size read, by parameter; fewer rows are the head."""
+        """The buffers that graphs of a size read, by parameter; fewer rows are the head."""
         if not 0 < size <= max(self.sizes):
             why = "no graph has inputs of this size"
             hint = f"captured sizes: {', '.join(map(str, self.sizes))}"
@@ -235,7 +235,7 @@ class CapturedGraphs:
 
     @contextmanager
     def harmless(self, context: ForwardContext | None, *, dry: bool = True) -> Iterator[None]:
-        """A run on dummy inputs; what it writes is put back, and but in full graphs ops are told."""
+        """A run on dummy inputs, of which ops are told but in full graphs, and is undone."""
         if context is not None and context.cudagraph_runtime_mode is not _FULL:
             context = replace(context, dry=dry)
         # Splitting ops that run inside Inductor's code can't be looked at.

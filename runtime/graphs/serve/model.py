@@ -303,7 +303,7 @@ class CapturedModel(CapturedGraphs):
         return not self.graphs.addresses.changed_weights(by_path_of(weights))
 
     def _watch_weights(self) -> Callable[[], bool] | None:
-        """Whether the weights are where the graphs read them, for every call; None if not needed."""
+        """Whether the weights are where the graphs read them; None if not needed."""
         # Graphs on the CPU run on the tensors themselves.
         tensors = [part for each in self.weights.values() for part in plain_parts(each)]
         in_place, quick = torch_compat.places_guard(tensors)

@@ -62,7 +62,7 @@ class CallRow:
 
 
 def uncaptured_rows(calls: int, careful: Mapping[str, int]) -> list[CallRow]:
-    """Rows of calls without a graph: plain ones, and those past every shortcut by what made them."""
+    """Rows of calls without a graph: plain ones, and careful ones by their reason."""
     counts = {**({"nothing is captured": calls} if calls else {}), **careful}
     return [CallRow("NONE", "", why, calls) for why, calls in counts.items()]
 

@@ -50,7 +50,7 @@ class DryWrites:
 
     @contextmanager
     def put_back(self, *, watched: bool) -> Iterator[None]:
-        """Put back after the block what was seen written: in it, if ``watched``, or in runs before."""
+        """Put back after the block what was seen written in it (``watched``) or before."""
         self._kept, self._born = {}, {}
         try:
             for tensor in () if watched else (*self._known, *self._learned.values()):

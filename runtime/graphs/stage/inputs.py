@@ -35,7 +35,7 @@ class InputSpec:
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """One persistent buffer, of which each padded size uses the head, dense as (outer, padded, inner)."""
+    """One persistent buffer; a padded size uses its head, as (outer, padded, inner)."""
 
     spec: InputSpec
     buffer: torch.Tensor
