@@ -14,14 +14,7 @@ from piecework.runtime.batch.mode import CUDAGraphMode
 
 @dataclass(frozen=True, slots=True)
 class CoverageRow:
-    """Consecutive batch sizes of one kind that run alike.
-
-    Attributes:
-        first, last: the smallest and the largest size, in tokens.
-        descriptor: the graph they share; None when they run uncaptured.
-        padding: most tokens that any of them is padded by.
-        is_fallback: they run uncaptured although the mode promises a graph.
-    """
+    """Consecutive sizes that run alike; ``padding`` is the most; no descriptor: uncaptured."""
 
     first: int
     last: int
@@ -34,7 +27,6 @@ class CoverageRow:
 
     @property
     def kind(self) -> str:
-        """The kind of batch, in words."""
         batch = self.batch
         parts = ["decode" if batch.uniform_decode else "mixed"]
         if (batch.query_len or 0) > 1:
@@ -65,13 +57,7 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
 
 
 def coverage(dispatcher: CudagraphDispatcher, max_num_batched_tokens: int) -> list[CoverageRow]:
-    """One row per run of batch sizes that are treated alike, for every kind of batch.
-
-    Example:
-        >>> d = CudagraphDispatcher(CUDAGraphMode.PIECEWISE, [1, 4], max_num_seqs=4)
-        >>> [(row.first, row.last, row.mode.name, row.padding) for row in coverage(d, 6)]
-        [(1, 1, 'PIECEWISE', 0), (2, 4, 'PIECEWISE', 2), (5, 6, 'NONE', 0)]
-    """
+    """One row per run of batch sizes that are treated alike, for every kind of batch."""
     rows: list[CoverageRow] = []
     separate = dispatcher.cudagraph_mode.separate_routine()
     decodes = (0, *dispatcher.decode_sizes) if separate else (0,)
@@ -114,7 +100,6 @@ def _cells(row: CoverageRow) -> tuple[str, ...]:
 
 
 def coverage_json(rows: Sequence[CoverageRow]) -> list[Mapping[str, object]]:
-    """The rows as plain values."""
     return [
         {
             "kind": row.kind,

@@ -45,10 +45,7 @@ _FALLBACKS = (Reason.NO_LORA, Reason.NOT_CAPTURED, Reason.NOT_EXACT, Reason.AXIS
 
 @dataclass(frozen=True, slots=True)
 class Dispatch:
-    """How one batch runs: its mode, and the captured shape, or for NONE the batch's own.
-
-    ``is_fallback``: it runs uncaptured although its mode promises a graph.
-    """
+    """How one batch runs; ``is_fallback``: uncaptured although its mode promises a graph."""
 
     mode: CUDAGraphMode
     descriptor: BatchDescriptor
@@ -107,7 +104,7 @@ class CudagraphDispatcher:
 
     Attributes:
         cudagraph_keys: what is captured, by mode.
-        decode_sizes: query length of a decode batch → the sizes that such batches are captured in.
+        decode_sizes: query length of a decode batch → the sizes captured for it.
 
     Example:
         >>> d = CudagraphDispatcher(CUDAGraphMode.PIECEWISE, [1, 8], max_num_seqs=8)
@@ -146,7 +143,7 @@ class CudagraphDispatcher:
     def initialize_cudagraph_keys(
         self, cudagraph_mode: CUDAGraphMode, uniform_decode_query_len: int | Sequence[int] = 1
     ) -> None:
-        """Start over with another mode, for an attention backend that can't do what was configured."""
+        """Start over with another mode, where attention can't do what was configured."""
         lens = uniform_decode_query_len
         lens = [lens] if isinstance(lens, int) else list(lens)
         if not lens or min(lens) < 1:
@@ -176,11 +173,7 @@ class CudagraphDispatcher:
     def _keys(
         self, query_len: int, lora: tuple[bool, int], axes: Axes, fits: int | None = None
     ) -> Iterator[tuple[CUDAGraphMode, BatchDescriptor]]:
-        """The keys of one case, best first: decode graphs, unless ``query_len`` is 0, and others.
-
-        ``fits`` leaves those that a batch of so many tokens may run in. A full graph holds
-        attention, which is captured for as many requests as there can be.
-        """
+        """The keys of one case, best first, or those that a batch of ``fits`` tokens may run in."""
         mode, full = self.cudagraph_mode, CUDAGraphMode.FULL
         if query_len and mode.separate_routine() and mode.decode_mode() is full:
             for size in self._fitting(self.decode_sizes.get(query_len, ()), fits):
@@ -198,7 +191,7 @@ class CudagraphDispatcher:
         return [size for size in sizes if fits <= size <= largest]
 
     def get_capture_descs(self) -> list[tuple[CUDAGraphMode, list[BatchDescriptor]]]:
-        """What to capture, PIECEWISE before FULL, largest first: smaller ones reuse their memory."""
+        """What to capture, PIECEWISE before FULL, largest first, to reuse memory."""
 
         def order(key: BatchDescriptor) -> tuple[object, ...]:
             sizes = (-key.num_tokens, -(key.num_reqs or 0), -key.num_active_loras)
@@ -225,10 +218,7 @@ class CudagraphDispatcher:
         axes: Mapping[str, Hashable] | None = None,
         query_len: int | None = None,
     ) -> tuple[CUDAGraphMode, BatchDescriptor]:
-        """The mode and descriptor that a batch runs as: `explain` for the `BatchKind` of these parts.
-
-        Plain questions are answered from memory, so that a serving step pays for one look-up.
-        """
+        """The mode and descriptor of a batch, as `explain` tells; plain ones cost one look-up."""
         plain = valid_modes is invalid_modes is axes is query_len is None
         question = (num_tokens, uniform_decode, has_lora, num_active_loras)
         if plain and question in self._known:

@@ -10,8 +10,7 @@ from piecework.errors import ConfigError
 class CUDAGraphMode(enum.Enum):
     """Which static graphs a model uses; the first three are also what one forward can run in.
 
-    The two composite modes name a pair: what a uniform decode batch uses, and what any other
-    (mixed) batch uses. The name is the field's; the CPU static graph obeys the same modes.
+    The composite modes name a pair: of a uniform decode batch, and of any other (mixed) batch.
 
     Example:
         >>> CUDAGraphMode.parse("full_and_piecewise").mixed_mode()
@@ -26,7 +25,7 @@ class CUDAGraphMode(enum.Enum):
 
     @classmethod
     def parse(cls, value: CUDAGraphMode | str | int) -> CUDAGraphMode:
-        """The mode meant by ``value``: a mode, a name in any case, or the number of a single mode."""
+        """The mode for ``value``: a mode, a name in any case, or a single mode's number."""
         if isinstance(value, cls):
             return value
         if isinstance(value, str) and value.upper() in cls.__members__:

@@ -16,12 +16,7 @@ OPEN_END = sys.maxsize
 
 @dataclass(frozen=True, slots=True, order=True)
 class Range:
-    """Batch sizes from ``start`` to ``end``, both included; ordered by start.
-
-    Example:
-        >>> 16 in Range(1, 16), str(Range(17, OPEN_END))
-        (True, '[17, …]')
-    """
+    """Batch sizes from ``start`` to ``end``, both included; ordered by start."""
 
     start: int
     end: int
@@ -36,7 +31,6 @@ class Range:
         return self.start <= size <= self.end
 
     def is_single_size(self) -> bool:
-        """Whether exactly one size falls in it."""
         return self.start == self.end
 
     def overlaps(self, low: int | None, high: int | None) -> bool:
@@ -48,7 +42,7 @@ class Range:
 
 
 def file_name(stem: str, served: Range | None) -> str:
-    """A piece, or what belongs to one, with its batch range as a name for files, such as ``submod_4_1_16``."""
+    """A piece, or what belongs to one, and its batch range for file names: ``submod_4_1_16``."""
     if served is None:
         return stem
     return f"{stem}_{served.start}_{'up' if served.end == OPEN_END else served.end}"
@@ -57,11 +51,7 @@ def file_name(stem: str, served: Range | None) -> str:
 def derive_ranges(
     endpoints: Iterable[int], max_size: int | None, *, open_ended: bool = False
 ) -> tuple[Range, ...]:
-    """Cut 1 to ``max_size`` after each endpoint: ``[1, e0] [e0+1, e1] … [en+1, max_size]``.
-
-    Without ``max_size``, or ``open_ended`` (encoders), the last range has no upper limit. Endpoints
-    beyond the largest batch are a `ConfigError`: their ranges would be empty.
-    """
+    """Cut 1 to ``max_size`` after each endpoint; without it, or ``open_ended``, to no limit."""
     given = list(endpoints)
     if max_size is not None and not open_ended:
         beyond = [end for end in given if end > max_size]
@@ -79,12 +69,7 @@ def derive_ranges(
 
 
 class RangeTable:
-    """Compile sizes and ranges with one look-up: a single size wins over the range around it.
-
-    ``entries`` are what must be compiled, each once: the single sizes ascending, then the ranges.
-    A range that is itself a single size and a compile size of the same value are one entry.
-    Ranges that overlap are a `ConfigError`.
-    """
+    """``entries``, sizes before ranges, each once; a single size wins over the range around it."""
 
     __slots__ = ("_starts", "_wide", "entries", "single_sizes")
 
@@ -103,7 +88,6 @@ class RangeTable:
 
     @classmethod
     def of(cls, entries: Iterable[Range]) -> RangeTable:
-        """The table of some table's ``entries``."""
         kept = tuple(entries)
         single = (each.start for each in kept if each.is_single_size())
         return cls((each for each in kept if not each.is_single_size()), single)
@@ -123,7 +107,6 @@ class RangeTable:
         )
 
     def find(self, size: int) -> Range:
-        """The entry that serves ``size``."""
         return self.entries[self.index(size)]
 
     def within(self, low: int | None, high: int | None) -> RangeTable:

@@ -19,11 +19,7 @@ LARGEST = 1 << 24
 def default_capture_sizes(
     maximum: int, *, max_num_seqs: int | None = None, decode_query_lens: Iterable[int] = ()
 ) -> tuple[int, ...]:
-    """1, 2, 4, then by 8 to 256, then by 16 up to ``maximum``, and ``maximum`` itself.
-
-    The same steps are taken in requests, up to ``max_num_seqs`` and with it, for each length of a
-    request in ``decode_query_lens``: the decode batch of a busy program is met exactly.
-    """
+    """1, 2, 4, by 8 to 256, by 16 to ``maximum``; the same in requests, for each decode length."""
     sizes = set(_steps(maximum))
     if max_num_seqs is not None:
         sizes |= {n * each for each in decode_query_lens or (1,) for n in _steps(max_num_seqs)}
@@ -45,11 +41,7 @@ def resolve_capture_sizes(
     max_num_batched_tokens: int,
     decode_query_lens: Sequence[int] = (1,),
 ) -> tuple[int, ...]:
-    """The sizes to capture, ascending, from what the user gave and what the engine can reach.
-
-    ``sizes`` is the user's list (None: the default steps; an empty list captures nothing), and
-    ``max_size`` alone truncates the default steps. A `ConfigError` names all that no batch reaches.
-    """
+    """The sizes to capture, ascending: the user's, or the default steps up to ``max_size``."""
     if sizes is not None:
         if beyond := [size for size in sizes if size > max_num_batched_tokens]:
             raise ConfigError(
@@ -93,13 +85,7 @@ def _multiples(sizes: Iterable[int], step: int, largest: int) -> tuple[int, ...]
 def adjust_sizes_for_spec_decode(
     sizes: Sequence[int], query_len: int, *, max_size: int, tensor_parallel_size: int = 1
 ) -> tuple[int, ...]:
-    """Round sizes up to what a speculative decode batch can be; beyond ``max_size``, down.
-
-    A uniform batch holds ``query_len`` tokens per request, so only multiples of it are ever run.
-    Where the tokens are cut over ranks the multiple must suit both.
-
-    A `ConfigError` where ``query_len`` is not positive, or not even one multiple fits.
-    """
+    """Round sizes up to whole requests (and ranks' shares); beyond ``max_size``, down."""
     if query_len < 1 or tensor_parallel_size < 1:
         raise ConfigError(
             f"query length {query_len} and tensor parallel size {tensor_parallel_size} must be positive",

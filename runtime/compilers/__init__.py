@@ -13,12 +13,7 @@ from piecework.runtime.config.model import import_qualified
 
 
 def make_compiler(config: CompilationConfig) -> CompilerInterface:
-    """The compiler that ``config.backend`` names.
-
-    ``inductor``, ``inductor_compile_fx``, ``eager``, or ``module:Class`` / ``module.Class``, which
-    is called without arguments; in mode ``DYNAMO_TRACE_ONCE`` also a backend of Dynamo's. A
-    `ConfigError` where there is none, or it lacks a method of `CompilerInterface`.
-    """
+    """The compiler that ``config.backend`` names, which has all methods of `CompilerInterface`."""
     name = config.backend
     match name:
         case "inductor":

@@ -30,8 +30,8 @@ from piecework.runtime.store.surroundings import operator_facts, settings_factor
 from piecework.runtime.trace.writes import written_inputs
 from piecework.scope import set_for
 
-# Stands beside the real names where partitions are wrapped, which Inductor's partitioning depends on
-# and its cache key does not show; this name is in the key and matches no operator.
+# Stands beside the real names where partitions are wrapped, which Inductor's partitioning
+# depends on and its cache key does not show; this name is in the key and matches no operator.
 _WRAPPED = "piecework::partitions_are_wrapped"
 # Whether an artifact's wrappers have work to do, which it no longer tells once it is loaded.
 _DIRECT, _PUBLIC = b"direct\n", b"public\n"
@@ -40,10 +40,7 @@ _log = logging.getLogger(__name__)
 
 
 class InductorAdaptor:
-    """Compiles through ``torch._inductor.compile_fx``; nothing can be kept.
-
-    It needs the tracing context of the capture, as a Dynamo backend has it.
-    """
+    """Compiles through ``compile_fx``, in the capture's tracing context; nothing can be kept."""
 
     name = "inductor_compile_fx"
     calls_custom_ops_as_they_are = True
@@ -82,11 +79,7 @@ class InductorAdaptor:
         return options
 
     def _facts_for(self, graph: GraphModule) -> str | None:
-        """What code for ``graph`` depends on besides it, for Inductor's own caches to tell apart.
-
-        The example sizes count: which guards a compilation adds depends on them. None where
-        something has no stable form.
-        """
+        """What code for ``graph`` depends on besides it, example sizes too; None: unstable."""
         operators, reason = operator_facts(graph)
         try:
             settings = None if reason else settings_factors()
@@ -134,7 +127,6 @@ class InductorAdaptor:
     def _made(
         self, graph: GraphModule, inputs: Sequence[object], single: bool, options: Options
     ) -> Callable[..., object]:
-        """What Inductor makes of ``graph``, for one batch size or for several."""
         return torch_compat.compile_fx(graph, inputs, own_shapes=single, options=options)
 
     def _piece(self, made: Callable[..., object], graph: GraphModule) -> CompiledPiece:
@@ -238,10 +230,7 @@ _TAKER: ContextVar[Any] = ContextVar("piecework_partition_taker", default=None)
 
 
 class Partition:
-    """One of ``count`` partitions; Inductor's code calls it with one list, which it empties.
-
-    Models may share it (Inductor keeps one module per text), so the one that runs holds its graphs.
-    """
+    """One of ``count``. Models may share it, so the one that runs holds its graphs."""
 
     __slots__ = ("count", "function", "index")
 

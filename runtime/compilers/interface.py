@@ -21,8 +21,6 @@ from piecework.runtime.store.digest import digest_of
 
 @dataclass(frozen=True, slots=True)
 class CompiledPiece:
-    """What a compiler returns."""
-
     # takes the piece's inputs positionally and returns a tuple or list of its outputs
     runnable: Callable[..., object]
     # the compiler's own object, for serialisation; None if there is nothing to keep

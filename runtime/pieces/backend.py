@@ -109,10 +109,7 @@ class PieceworkBackend:
     def __call__(
         self, graph: GraphModule, example_inputs: Sequence[object]
     ) -> Callable[..., object]:
-        """Compile ``graph`` for Dynamo: the result takes the graph's inputs, weights included.
-
-        The weights are bound by the first call, and let go when the model that they belong to dies.
-        """
+        """Compile for Dynamo; the first call binds the weights, let go when their model dies."""
         counters.num_graphs_seen += 1
         paths, models = name_inputs(graph), modules_traced(graph)
         program = self.prepare(graph, bound_names(graph, paths) if models else None)
@@ -127,13 +124,7 @@ class PieceworkBackend:
         bound: Mapping[str, str] | None = None,
         tried: EverySize | None = None,
     ) -> Program:
-        """Split ``graph``, compile its pieces and emit the source, in its open tracing context.
-
-        Args:
-            graph: flat placeholders with fake values, and a flat tuple of outputs.
-            bound: placeholder name → weight path, for weights to hold as module-level names.
-            tried: the try of a trace that would serve every size; `NotAdmitted` if it would not.
-        """
+        """Split, compile, emit, in the open tracing context; ``bound``: weight path by input."""
         self.used = True
         runtime = self.runtime_config
         place = {} if runtime is None else {"rank": runtime.rank, "dp_rank": runtime.dp_rank}

@@ -1,8 +1,4 @@
-"""A graph of Dynamo's by the names of the user's code, with the weights held ready.
-
-Dynamo hands the weights to each call; they are compared by identity, and other ones are bound
-first.
-"""
+"""A graph of Dynamo's by the user's names, its weights bound until a call brings other ones."""
 
 from __future__ import annotations
 
@@ -114,7 +110,6 @@ class BoundCall:
 
 
 def _picked(indices: Sequence[int]) -> Callable[[Sequence[object]], tuple[object, ...]]:
-    """What takes the values at ``indices``."""
     if len(indices) > 1:
         return itemgetter(*indices)
     return lambda values: tuple(values[i] for i in indices)

@@ -1,8 +1,4 @@
-"""Makes pieces that differ only in a layer's name one program, which takes the name as an input.
-
-An operator that is given a name is replaced by one that reads it from a tensor and calls the
-original, where a compiler calls it as it is and what tracing derived from the name is the same.
-"""
+"""Makes pieces that differ only in a layer's name one program, which takes it as an input."""
 
 from __future__ import annotations
 

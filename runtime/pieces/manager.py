@@ -1,8 +1,4 @@
-"""Compiles pieces through one compiler, equal ones once, and keeps them on disk, by content.
-
-What a compilation finds out about sizes (Inductor takes 16-bit indices below 32768 rows, and adds
-a guard) is kept with the code, so that the checks of a call are the same when it is loaded.
-"""
+"""Compiles pieces, equal ones once, and keeps them with the guards that compiling added."""
 
 from __future__ import annotations
 
@@ -144,11 +140,7 @@ class CompilerManager:
         tag: str = "backbone",
         runtime_config: RuntimeConfig | None = None,
     ) -> None:
-        """Open the on-disk cache for a captured graph, whose source files are part of the key.
-
-        All ranks share the pieces, and one compiles what the others wait for; each rank has its
-        own texts. Where something that decides the code has no stable form, nothing is kept.
-        """
+        """Open the cache: ranks share pieces, not texts. Without a stable form nothing is kept."""
         if not self.makes_bytes or cache_disabled():
             return
         try:
@@ -215,11 +207,7 @@ class CompilerManager:
             _log.warning("a piece is not kept in the compile cache: %s", reason)
 
     def compile(self, request: Request) -> RangeEntry:
-        """Compile a piece for a range, or reuse what an equal piece was compiled to.
-
-        Raises:
-            PieceCompileError: the compiler failed; names the piece and the modules that it holds.
-        """
+        """Compile a piece for a range, or reuse what an equal piece was compiled to."""
         key, name, graph = request.key, request.submod_name, request.graph
         if key in self._done:
             entry = self._done[key][0]

@@ -1,9 +1,4 @@
-"""Different pieces compiled at the same time in forked workers, for the cache to have them.
-
-A worker that fails, hangs or is killed costs time and nothing else. Inductor keeps its state in the
-process, so threads can't share it; a fresh process would not know the user's operators; CUDA does
-not survive a fork, so nothing is forked once it is in use.
-"""
+"""Pieces compiled in forks: Inductor's state is per process, a new one lacks the user's ops."""
 
 from __future__ import annotations
 
@@ -34,11 +29,7 @@ def different_pieces(
     batch_symbol: str | None,
     structures: dict[str, Structure],
 ) -> list[Request]:
-    """What must be compiled: each different piece once per range, in order of first use.
-
-    A piece whose inputs tracing did not record is compiled when it is reached. ``structures``
-    holds those of all pieces afterwards.
-    """
+    """Each different piece once per range, in order of first use; fills ``structures`` with all."""
     found: dict[tuple[str, Range | None], Request] = {}
     for name in submod_names:
         graph = graph_of(split_gm, name)
@@ -82,10 +73,7 @@ def compile_ahead(manager: CompilerManager, requests: Sequence[Request]) -> None
 def run_in_workers(
     jobs: Mapping[str, Callable[[], object]], workers: int, hangs_after_s: float = 600.0
 ) -> Iterator[tuple[str, float, bool]]:
-    """Run each job in a forked process, at most ``workers`` at a time: name, seconds, success.
-
-    One that takes ``hangs_after_s`` is killed, and all are if this is interrupted.
-    """
+    """Each job in a fork of its own: name, seconds, success. All are killed on an interrupt."""
     fork = multiprocessing.get_context("fork")
     waiting = list(reversed(jobs.items()))
     running: dict[BaseProcess, float] = {}

@@ -28,12 +28,7 @@ class PieceCompiler(Protocol):
 
 
 class PiecewiseBackend:
-    """One piece: its graph and its compiled form per range.
-
-    Two exclusive modes: *compile* (a graph is given; all ranges are compiled now) and *load*
-    (``compiled_runnables`` are given, by range); else a `BindError`. The first of
-    ``sym_shape_indices`` is the input that is the batch size.
-    """
+    """A piece, compiled from its graph or loaded; ``sym_shape_indices[0]`` is the batch size."""
 
     def __init__(
         self,
@@ -123,10 +118,7 @@ class PiecewiseBackend:
 
 
 class PiecewiseCompileInterpreter(torch.fx.Interpreter):
-    """Walks a stitching graph with fake values; `run` fills ``backends``: submodule name → piece.
-
-    Submodules that are not in ``compile_submod_names`` are only stepped over.
-    """
+    """Walks a stitching graph with fake values; `run` fills ``backends`` by submodule name."""
 
     def __init__(
         self,

@@ -63,8 +63,6 @@ class Kept:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Program:
-    """What a compilation made of one graph."""
-
     name: str
     config: CompilationConfig
     graphs: Callable[[], Graphs]  # gives the graphs; calls need none, captures, dumps and edits do

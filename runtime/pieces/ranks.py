@@ -1,8 +1,4 @@
-"""Compares what processes will do that run one model together, before anything runs.
-
-They compare through the store that they found each other by, in bounded time: processes that wait
-for each other in different orders would hang.
-"""
+"""Compares, in bounded time, what processes do that run one model, or else would hang."""
 
 from __future__ import annotations
 
@@ -77,11 +73,7 @@ def _written(value: object) -> str:
 def require_agreement(
     program: Runs, runtime: RuntimeConfig | None, before: Sequence[str] = ()
 ) -> None:
-    """Return once all processes that will run ``program`` together have come here with the same.
-
-    Compared are the collectives of each group that the graph names, everything among the ranks that
-    one layer is cut over, and what is done ``before``. Each must come here as often as the others.
-    """
+    """Return once all that run ``program`` together came with the same, all equally often."""
     rank = torch_compat.own_rank()
     for ranks, rows in _run_together(program, runtime):
         mine = [*before, *rows]

@@ -12,8 +12,6 @@ from piecework.runtime.compilers.passes import PassReport
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """One compiled piece."""
-
     name: str  # its submodule in ``split_gm``
     key: str  # equal for pieces that are the same program
     modules: str  # the module paths that it holds, ``first … last``

@@ -14,15 +14,7 @@ from piecework.runtime.torch_compat import negative_view, storage_at
 
 
 class StaticGraph:
-    """One captured callable, or none yet.
-
-    - ``capture`` runs the callable's Python once. Outputs and mutated inputs hold what they should
-      only after the first ``replay``.
-    - ``replay`` reads the tensors given at capture at their addresses then, writes the outputs made
-      at capture, and changes inputs in place where the callable does. Python values are frozen.
-    - Outputs are overwritten by the next replay, and, once nobody holds them, by later captures
-      from the same pool.
-    """
+    """One captured callable, or none yet; outputs hold results only after the first ``replay``."""
 
     def __init__(self, pool: Any) -> None:
         self._pool = pool
@@ -36,12 +28,7 @@ class StaticGraph:
         *,
         weak_output: bool = False,
     ) -> object:
-        """Capture ``runnable(*args, **kwargs)`` and return its output, any pytree.
-
-        With ``weak_output`` the output is let go of inside the capture, so that the next one may
-        reuse its memory; what is returned then owns nothing. Where the output can't be static
-        memory, or this graph is captured already, it is a `StaticGraphError`.
-        """
+        """Capture, and return the output, which owns nothing with ``weak_output``."""
         if self._held is not None:
             raise StaticGraphError("this static graph is captured already", hint="reset() it first")
         self._held, output = self._record(runnable, args, kwargs, weak_output)
@@ -76,15 +63,7 @@ class StaticGraph:
 
 
 class GraphPlatform:
-    """How graphs are made on one device; by default work is done there when a call returns.
-
-    A pool is the memory that the graphs of one owner share: ``nbytes`` is what it holds, and
-    ``driver_bytes`` how much of that the driver took for graphs; ``clear()`` gives it back.
-
-    Attributes:
-        unmarked: why kernels inside graphs can't carry what they stand for; "" where they can.
-        stand_in: a replay runs Python, as the CPU's does; elsewhere it is one launch.
-    """
+    """How graphs are made on one device; ``stand_in``: a replay runs Python, as the CPU's does."""
 
     device: torch.device
     unmarked: str
@@ -117,16 +96,7 @@ class GraphPlatform:
 
 
 def weak_ref_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """The same memory in a tensor that does not keep it alive; who reads it answers for it.
-
-    A tensor without plain memory (sparse, a subclass, on the meta device) is returned as it is; one
-    without elements becomes a new one.
-
-    Example:
-        >>> t = torch.arange(3)
-        >>> weak_ref_tensor(t).data_ptr() == t.data_ptr()
-        True
-    """
+    """The same memory in a tensor that does not keep it alive; without plain memory, itself."""
     if not owns_plain_memory(tensor):
         return tensor
     if tensor.numel() == 0:
@@ -166,11 +136,7 @@ def plain_parts(tensor: torch.Tensor) -> list[torch.Tensor]:
 def view_of_storage(
     storage: torch.UntypedStorage, *, like: torch.Tensor, byte_shift: int = 0
 ) -> torch.Tensor:
-    """A tensor like ``like`` over ``storage``, ``byte_shift`` bytes earlier in it.
-
-    It is never an inference tensor: graphs that were captured under ``torch.inference_mode`` are
-    replayed outside of it too, and operators write into their results there.
-    """
+    """Like ``like``, never an inference tensor: graphs are replayed outside of that mode too."""
     offset = like.storage_offset() - byte_shift // like.element_size()
     with torch.inference_mode(False):
         base = torch.empty(0, dtype=like.dtype, device=like.device)

@@ -34,8 +34,6 @@ _CAPTURING: contextvars.ContextVar[bool] = contextvars.ContextVar("capturing", d
 
 
 class CpuGraphPlatform(GraphPlatform):
-    """Static graphs on the CPU."""
-
     device = torch.device("cpu")
     unmarked = "graphs on the CPU hold no kernels"
     stand_in = True
@@ -97,12 +95,7 @@ class CpuGraphPool:
 
 
 class CpuStaticGraph(StaticGraph):
-    """A callable re-run on the inputs of its capture, its results copied to the outputs of then.
-
-    Inputs outside the pool are held, where a CUDA graph would read freed memory: the error is the
-    same (stale values), the process survives it. Inputs in the pool are not: their memory goes to
-    later captures. The forward context is frozen, as what Python read from it is on CUDA.
-    """
+    """Runs again on the inputs of its capture, and copies the results to the outputs of then."""
 
     def _record(
         self,
@@ -205,6 +198,5 @@ def _contents_kept(storages: Mapping[int, torch.UntypedStorage]) -> Iterator[Non
 
 
 def _bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:
-    """Every byte of ``storage`` as a tensor over the same memory."""
     with torch.inference_mode(False):
         return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)

@@ -97,17 +97,10 @@ class _CallOrder:
 
 
 class CudaGraphPool:
-    """A private memory pool with one stream, which all captures into it use, and nothing else does.
+    """A private memory pool with one stream, which only captures into it use."""
 
-    Blocks of the caching allocator belong to a stream, so captures share memory only on the same
-    one. An empty graph belongs to the pool from the start: the allocator gives a pool up for good
-    once its last graph is gone, and a discarded first capture must not end it.
-
-    cuBLAS keeps a workspace for each stream, taken at the first product there. It must lie in the
-    pool, or who clears workspaces or the cache would free it under the graphs; and nobody else may
-    use it. Both hold because torch hands this stream to nobody and nothing runs on it uncaptured.
-    Clearing workspaces instead would be for the whole process, graphs of others included.
-    """
+    # cuBLAS's workspace of that stream so lies in the pool, where nobody frees it under the graphs.
+    # An empty graph keeps the pool: the allocator gives it up once its last graph is gone.
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -173,10 +166,7 @@ class CudaGraphPool:
         self._open()
 
     def abandon(self, graph: torch.cuda.CUDAGraph, *, begun: bool) -> None:
-        """End a capture that failed, and go on in new memory; earlier graphs keep the old.
-
-        The empty capture there also tells torch's random generators that capturing is over.
-        """
+        """End a failed capture, go on in new memory, and tell torch's generators it is over."""
         with torch.cuda.stream(self.stream):  # what failed may have left another one
             torch_compat.abandon_capture(graph, self.device, self.handle, begun=begun)
         self._drop_probe()

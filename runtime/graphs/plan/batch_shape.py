@@ -26,8 +26,6 @@ FixedDims = Mapping[int, int]
 
 @dataclass(frozen=True, slots=True)
 class StagedInput:
-    """A tensor argument."""
-
     position: int  # among the parameters of ``execution_fn``
     name: str  # of that parameter
     fake: torch.Tensor
@@ -42,11 +40,7 @@ class StagedInput:
 
 @dataclass(frozen=True, slots=True)
 class OtherSize:
-    """A dynamic size or an integer argument beside the batch size, which a captured graph fixes.
-
-    ``label`` is ``x.1`` for dimension 1 of argument ``x``, ``n`` for an integer; ``symbol`` what
-    guards call it; ``dim`` is None for a number, and ``value`` None if it equals the batch size.
-    """
+    """Another size (``x.1``, ``n``), fixed; a None ``value`` equals the batch size."""
 
     label: str
     symbol: str
@@ -65,11 +59,7 @@ class OtherSize:
 
 @dataclass(frozen=True, slots=True)
 class ResultRule:
-    """How one result of a padded replay becomes the result of the batch: trimmed in ``dims``.
-
-    It may be the batch size itself, an ``argument`` (by position) or an ``earlier`` result; one
-    whose size is ``computed`` from the batch size is right for the captured size alone.
-    """
+    """What to make of a padded replay's result; ``computed``: right for that size alone."""
 
     dims: tuple[int, ...] = ()
     is_count: bool = False
@@ -80,12 +70,7 @@ class ResultRule:
 
 @dataclass(frozen=True, slots=True)
 class BatchShape:
-    """Arguments of ``execution_fn`` and its results, as far as the batch size matters.
-
-    ``numbers`` are integer arguments by position (None is the batch size), ``weights`` the paths of
-    those that are passed per call, ``others`` the sizes beside the batch size, whose ``symbols`` are
-    none where the trace has it as a number; ``guards`` are further conditions as Python text.
-    """
+    """Arguments and results; in ``numbers``, by position, None is the batch size."""
 
     names: tuple[str, ...]
     staged: tuple[StagedInput, ...]
@@ -125,7 +110,6 @@ class BatchShape:
 
 
 def batch_dims(captured: ModelTrace, program: Program) -> dict[int, int]:
-    """The batch dimension of each flattened argument that has one."""
     found = {}
     nodes = captured.graph.graph.find_nodes(op="placeholder")
     for node, each in zip(nodes, captured.inputs, strict=True):
@@ -149,7 +133,6 @@ def passed_inputs(
 def batch_shape(
     captured: ModelTrace, program: Program, given: OtherSizes, fixed: FixedDims | None = None
 ) -> BatchShape:
-    """Read ``captured`` for capturing static graphs."""
     if fixed is None and program.batch.symbol is None:
         why = "no input has a dynamic batch dimension, so there is nothing to capture sizes of"
         hint = "mark the batch dimension with torch._dynamo.mark_dynamic and compile again"

@@ -39,8 +39,6 @@ _OnFailure = Annotated[FailurePolicy, parsed_by(FailurePolicy.parse)]
 
 
 class CaptureOptions(FrozenModel):
-    """How a stitched model is captured."""
-
     explained_by: ClassVar[str] = "help(piecework.runtime.CaptureOptions) says what each option is"
 
     # the pieces, the whole forward, or both; by default the configuration's ``cudagraph_mode``, and
@@ -98,7 +96,6 @@ def plan_capture(
     options: CaptureOptions,
     declared: Mapping[str, GraphsOf] = MappingProxyType({}),
 ) -> tuple[CudagraphDispatcher, str]:
-    """Settle what ``capture(sizes, …)`` means for one model."""
     runtime = options.runtime
     lens = (1,) if runtime is None else tuple(runtime.query_lens)
     wanted = config.cudagraph_mode if options.mode is None else options.mode

@@ -1,10 +1,4 @@
-"""Whether batches may be padded to the next captured size, as declared and tried.
-
-A padded batch computes on rows that are not there, so each row must be computed from its own alone.
-The caller says so with ``pad=True``; without a word, operators of others must say so, none of
-torch's may make one value of all rows, and nothing without rows may be written to. Either way, a
-small batch of random data is run alone and with tails that spread (NaN, huge numbers), and compared.
-"""
+"""Whether batches may be padded: declared, or tried with random data and tails that spread."""
 
 from __future__ import annotations
 
@@ -23,13 +17,13 @@ from piecework.runtime.graphs.stage.inputs import Number
 from piecework.runtime.splitting_op import HOW_TO_DECLARE, registry
 
 Run = Callable[[Sequence[torch.Tensor], int], Sequence[object]]
-# What takes a tensor for its shape, dtype and device alone, also as ``zeros_like`` or ``new_zeros``.
+# What takes a tensor for its shape, dtype and device alone, also as ``zeros_like``, ``new_zeros``.
 _OF_SHAPE = ("empty", "zeros", "ones", "full")
 _INDEXING = ("index", "gather", "scatter", "take", "getitem", "setitem", "embedding", "one_hot")
 # Whole numbers that point at something whatever the floats are, or that do not come from them.
 _POINT_INSIDE = (*_OF_SHAPE, "arg", "topk", "sort", "max", "min", "searchsorted", "bucketize")
 # What a try is made of, None being random: whole numbers of the batch (0 and 1 where they are
-# random); floating values behind it; whole numbers behind it. The first try pads as calls are padded.
+# random); floating values behind it; whole numbers behind it. The first try pads as calls do.
 _TRIES = ((None, 0, 0), (0, math.nan, 1), (1, 1e4, 0), (None, -1e4, None))
 
 
@@ -140,7 +134,7 @@ def _tensors(value: object) -> list[torch.Tensor]:
 
 
 def _name(node: torch.fx.Node) -> str:
-    """``sum`` for ``torch.sum`` and ``Tensor.sum``; ``embedding`` for ``aten.embedding.default``."""
+    """``sum`` for ``torch.sum`` and ``Tensor.sum``; without an overload's name."""
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     return str(name).partition(".")[0]
 
@@ -150,7 +144,7 @@ def _described(node: torch.fx.Node) -> str:
     return f"{_name(node)} ({line})" if line else _name(node)
 
 
-# --- the try -------------------------------------------------------------------------------------------
+# --- the try --------------------------------------------------------------------------------------
 
 
 def padded_difference(
@@ -159,11 +153,7 @@ def padded_difference(
     pads: Mapping[str, Number],
     run: Run,
 ) -> str | None:
-    """Which result of a small batch is another one where the batch is padded, if one is.
-
-    ``run`` runs the model uncaptured on tensors of a batch of a size, and what it raises goes on;
-    ``pads`` fills tails, by the input's name, and 0 others.
-    """
+    """Which result of ``run`` changes where a small batch is padded, by ``pads``, if any."""
     chosen = _sizes_to_try(shape, sizes)
     if chosen is None:
         return None

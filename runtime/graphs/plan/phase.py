@@ -1,4 +1,4 @@
-"""The capture phase: every descriptor captured, largest first, and what that will take."""
+"""The capture phase: every descriptor, largest first, what that will take, and a report."""
 
 from __future__ import annotations
 
@@ -48,8 +48,6 @@ class CaptureWatcher(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class CaptureOutcome:
-    """What became of one descriptor."""
-
     mode: CUDAGraphMode
     descriptor: BatchDescriptor
     seconds: float  # of warm-ups and capture
@@ -104,21 +102,7 @@ def capture_graphs(
     watcher: CaptureWatcher | None = None,
     affordable: Callable[[Key], bool] | None = None,
 ) -> CaptureReport:
-    """Capture every descriptor, largest first, and close capturing.
-
-    Each is run ``warmups`` times uncaptured and then once in its mode; the wrappers inside capture.
-
-    Args:
-        forward: runs the model once on (dummy) inputs of the descriptor's shape.
-        descs: what to capture, as ``CudagraphDispatcher.get_capture_descs()`` returns it.
-        context_for: makes the forward context of a run; by default one with no metadata.
-        dispatcher: told which keys will never be captured.
-        affordable: asked before each capture; what it refuses is given up.
-
-    Raises:
-        StaticGraphError: a capture failed under ``FailurePolicy.RAISE``; what was captured before
-            it stays usable, as after Ctrl-C.
-    """
+    """Capture all, largest first, and close capturing; ``context_for`` makes a run's context."""
     on_failure = FailurePolicy.parse(on_failure)
     context_for = context_for or plain_context
     left = [(mode, d) for mode, group in descs for d in sorted(group, key=lambda d: -d.num_tokens)]
@@ -197,12 +181,10 @@ def _capture(
 def plain_context(
     mode: CUDAGraphMode, descriptor: BatchDescriptor
 ) -> AbstractContextManager[object]:
-    """A forward context that says no more than mode and descriptor."""
     return set_forward_context(cudagraph_runtime_mode=mode, batch_descriptor=descriptor)
 
 
 def format_bytes(nbytes: int) -> str:
-    """A size for people."""
     amount = float(nbytes)
     for unit in ("B", "KiB", "MiB"):
         if amount < 1024:
@@ -248,8 +230,6 @@ class MemoryModel:
 
 @dataclass(frozen=True, slots=True)
 class MemoryEstimate:
-    """What a planned capture will take."""
-
     rows: tuple[tuple[Key, int], ...]  # bytes by descriptor, in the order of capture
     measured: frozenset[Key]  # captured to find out
     models: Mapping[Key, MemoryModel]  # by kind: a mode, and no sizes
@@ -278,10 +258,7 @@ def estimate_memory(
     warmups: int = 0,
     context_for: ContextFor | None = None,
 ) -> MemoryEstimate:
-    """Capture four sizes of each kind, the largest among them, tell, and forget them.
-
-    A `StaticGraphError` where there are captures already.
-    """
+    """Capture four sizes of each kind, the largest among them, tell, and forget them."""
     if graphs.records:
         why = "memory can't be estimated once graphs are captured"
         hint = "estimate first, or call clear_all_graphs()"

@@ -24,8 +24,6 @@ _TRAITS = ("shape", "dtype", "device")
 
 @dataclass(frozen=True, slots=True)
 class InputSpec:
-    """What is declared about one staged input."""
-
     name: str  # for errors, and in the address book
     dim: int | None = 0  # its dynamic dimension; may be negative; None where it has none
     pad: Number = 0  # what fills the tail
@@ -35,7 +33,7 @@ class InputSpec:
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """One persistent buffer; a padded size uses its head, as (outer, padded, inner)."""
+    """One buffer, of which each padded size uses the head, dense as (outer, padded, inner)."""
 
     spec: InputSpec
     buffer: torch.Tensor
@@ -143,12 +141,10 @@ class StaticInputs:
     Args:
         specs: one per input.
         buffers: one per input, contiguous, as large as the largest batch.
-        kernel: "grouped" copies inputs of one dtype together, in one launch on a GPU; "reference"
-            one by one; "triton" copies and pads everything in one launch of our own, which costs
-            the host more than several copies.
-        poison: pad floating inputs with NaN, to find out what reads beyond the batch (debugging).
-        keeps_tails: nobody but ``stage`` writes to the buffers, so only rows that held a batch's
-            values are padded again, but for inputs that are written.
+        kernel: "grouped" copies inputs of one dtype together, "reference" one by one, "triton" all
+            in one launch of our own, which costs the host more.
+        poison: pad floating inputs with NaN, to find out what reads beyond the batch.
+        keeps_tails: only ``stage`` writes to the buffers, so rows once padded stay so.
 
     Example:
         >>> inputs = StaticInputs.allocate({"ids": torch.zeros(1, dtype=torch.long)}, maximum=8)
@@ -187,12 +183,7 @@ class StaticInputs:
         poison: bool = False,
         keeps_tails: bool = False,
     ) -> StaticInputs:
-        """Buffers shaped like ``examples``, with ``maximum`` in each dynamic dimension.
-
-        Of the examples dtype, device and other dimensions are read; ``specs`` say the dynamic
-        dimension and the padding by name, 0 and 0 where they don't. Without a dynamic dimension
-        the example is the buffer.
-        """
+        """Buffers shaped like ``examples``, with ``maximum`` in each dynamic dimension."""
         declared = {spec.name: spec for spec in specs or ()}
         unknown = sorted(set(declared) - set(examples))
         if unknown:
@@ -220,11 +211,7 @@ class StaticInputs:
         return found
 
     def stage(self, tensors: Sequence[torch.Tensor], padded: int) -> tuple[torch.Tensor, ...]:
-        """Copy ``tensors`` into the buffers, pad to ``padded``, and return the static tensors.
-
-        Raises:
-            InputError: an input has another dtype or shape, or does not fit; nothing is copied.
-        """
+        """Copy and pad, and return the static tensors; `InputError` where one does not fit."""
         traits = [tuple(getattr(t, each, None) for each in _TRAITS) for t in tensors]
         plan = self._plans.get((padded, *traits))
         if plan is None:
@@ -336,10 +323,7 @@ def make_copy_and_call(
     padded_size: Callable[[int], int] = lambda size: size,
     size_indices: Sequence[int] = (),
 ) -> Callable[..., object]:
-    """A callable that copies arguments into buffers and calls ``callable_fn`` with those.
-
-    Arguments at ``size_indices`` are the batch size, and become the padded one.
-    """
+    """``callable_fn`` on filled buffers; those at ``size_indices`` become the padded batch size."""
     indices, count = tuple(sym_tensor_indices), len(sym_tensor_indices)
     dims, pads = dims or (0,) * count, pads or (0,) * count
     if not count == len(dims) == len(pads) == len(input_buffers):

@@ -78,7 +78,6 @@ class OneLaunch:
         )
 
     def launch(self, tensors: Sequence[torch.Tensor], count: int, padded: int) -> None:
-        """Copy the tensors, and pad what is beyond ``count``."""
         for first, group in self._groups:
             blocks = -(-max(each.outer * each.inner for each in group) * padded // _BLOCK)
             if not blocks:
