@@ -219,7 +219,7 @@ class Reporting(ast.NodeTransformer):
         self, node: ast.expr, kind: str, *parts: ast.expr, keywords: Sequence[ast.keyword] = ()
     ) -> ast.expr:
         method = ast.Attribute(ast.Name(_PROOF, ast.Load()), kind, ast.Load())
-        at = ast.Constant((node.lineno, self._region))
+        at = ast.Constant((node.lineno, self._region))  # type: ignore[arg-type]
         return ast.copy_location(ast.Call(method, [at, *parts], [*keywords]), node)
 
     def _call(self, node: ast.Call) -> ast.expr:

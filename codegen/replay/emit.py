@@ -190,7 +190,7 @@ class _Planner:
             for user in call.users
             if user.target is operator.getitem
         }
-        return {None: numbers.get(call.name), **picked}  # type: ignore[dict-item]
+        return {None: numbers.get(call.name), **picked}
 
     def _check_operands(self, submod: str, leaves: tuple[str, ...], facts: plan.PieceFacts) -> None:
         """Check that a captured piece reads the memory and has the numbers that its call passes."""
