@@ -187,7 +187,7 @@ class StitchedModule(Captures, Observed, SharedModule):
 
     def _prepare_and_call(self, *args: object, **kwargs: object) -> object:
         """The first call."""
-        if _under_a_mode() or self._switched_off():
+        if torch_compat.watching_mode() or self._switched_off():
             return self.as_it_is(*args, **kwargs)
         with self._lock:
             if not self.traces:  # another thread may have been first
@@ -213,7 +213,7 @@ class StitchedModule(Captures, Observed, SharedModule):
                 )
             if self._switched_off():
                 return
-            if _under_a_mode():
+            if torch_compat.watching_mode():
                 raise errors.CaptureError(
                     "a torch mode is active, and what it does would be traced into the model",
                     hint="compile outside of it; a call under a mode runs the model itself",
@@ -633,11 +633,6 @@ def _tracing_shapes(kind: DynamicShapesType, arguments: object) -> Iterator[None
                 for dim in torch_compat.unmark_dynamic(tensor) if marked else first:
                     torch_compat.unbacked_mark(tensor, dim).put_on(tensor)
         yield
-
-
-def _under_a_mode() -> bool:
-    """Whether a mode is active that a trace would build into its graph; a default device is none."""
-    return torch_compat.dispatch_modes() or not torch_compat.only_default_device_modes()
 
 
 def _inside(

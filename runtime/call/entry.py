@@ -332,10 +332,8 @@ class Entry:
         """What the pieces don't know and would have to; "" if nothing."""
         if not self._program.direct_ops.unchanged():
             return "an operator was given another kernel"
-        if torch_compat.dispatch_modes():
-            return "a torch dispatch mode is active"
-        if not torch_compat.only_default_device_modes():
-            return "a torch function mode is active"
+        if mode := torch_compat.watching_mode():
+            return f"{mode} is active"
         if not torch_compat.function_modes() or torch.get_default_device().type == "cpu":
             return ""
         # Where the trace had no default device, tensors are made on the CPU.

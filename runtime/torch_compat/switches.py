@@ -116,6 +116,10 @@ def makes_tensors_where_told(function: object) -> bool:
     return function in _device_constructors()
 
 
-def only_default_device_modes() -> bool:
-    """True if every active ``TorchFunctionMode`` is the one behind ``torch.set_default_device``."""
-    return all(isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack())
+def watching_mode() -> str:
+    """The active mode that sees what a model does, but for a default device; "" if there is none."""
+    if dispatch_modes():
+        return "a torch dispatch mode"
+    modes = _get_current_function_mode_stack()
+    only_default_devices = all(isinstance(mode, DeviceContext) for mode in modes)
+    return "" if only_default_devices else "a torch function mode"

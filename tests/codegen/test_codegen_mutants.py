@@ -26,9 +26,6 @@ def loaded_cases() -> tuple[LoadedCase, ...]:
     return tuple(each for each in loaded if each is not None)
 
 
-Edit = Callable[[ast.AST], None]
-
-
 def _functions(tree: ast.Module) -> Iterator[ast.FunctionDef]:
     for stmt in tree.body:
         if isinstance(stmt, ast.FunctionDef):
