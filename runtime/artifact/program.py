@@ -157,7 +157,7 @@ def loaded_program(
     )
     options = replace(kept.options, direct=direct.implementations)
     source = replace(kept, consts=tuple(consts), options=options)
-    table = None if saved["ranges"] is None else RangeTable.of(saved["ranges"])
+    table = None if saved["ranges"] is None else RangeTable(saved["ranges"])
     backends: dict[str, PiecewiseBackend] = {}
     for name, (sizes, forms) in saved["forms"].items():
         made = {each: loader.piece(form) for each, form in forms.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Mapping
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 from piecework.runtime.batch.mode import CUDAGraphMode
@@ -58,24 +58,7 @@ class BatchKind:
     invalid_modes: frozenset[CUDAGraphMode] = frozenset()  # modes that this batch can't run in
     query_len: int | None = None  # tokens of each request of a uniform batch; the widest by default
 
-    @classmethod
-    def of(
-        cls,
-        uniform_decode: bool = False,
-        has_lora: bool = False,
-        num_active_loras: int = 0,
-        *,
-        valid_modes: Collection[CUDAGraphMode] | None = None,
-        invalid_modes: Collection[CUDAGraphMode] | None = None,
-        axes: Mapping[str, Hashable] | None = None,
-        query_len: int | None = None,
-    ) -> BatchKind:
-        """The kind with these parts, ``valid_modes`` being all that it may run in."""
-        left_out = set(() if valid_modes is None else CUDAGraphMode).difference(valid_modes or ())
-        invalid = frozenset(left_out.union(invalid_modes or ()))
-        extra = tuple((axes or {}).items())
-        return cls(uniform_decode, has_lora, num_active_loras, extra, invalid, query_len)
 
-
+Key = tuple[CUDAGraphMode, BatchDescriptor]
 PLAIN = BatchKind()
 """A batch of which nothing is known but its size."""

@@ -9,7 +9,7 @@ from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass
 
 from piecework.errors import ConfigError, InputError, StaticGraphError
-from piecework.runtime.batch.descriptor import PLAIN, Axes, BatchDescriptor, BatchKind
+from piecework.runtime.batch.descriptor import PLAIN, Axes, BatchDescriptor, BatchKind, Key
 from piecework.runtime.batch.mode import CUDAGraphMode
 from piecework.runtime.batch.sizes import (
     decode_sizes,
@@ -163,7 +163,7 @@ class CudagraphDispatcher:
             for query_len in (0, *self.decode_sizes):
                 for mode, key in self._keys(query_len, lora, axes):
                     self.cudagraph_keys[mode].add(key)
-        self._known: dict[tuple[int | bool, ...], tuple[CUDAGraphMode, BatchDescriptor]] = {}
+        self._known: dict[tuple[int | bool, ...], Key] = {}
 
     def every_axes(self) -> list[Axes]:
         """Every combination of values of the axes."""
@@ -172,7 +172,7 @@ class CudagraphDispatcher:
 
     def _keys(
         self, query_len: int, lora: tuple[bool, int], axes: Axes, fits: int | None = None
-    ) -> Iterator[tuple[CUDAGraphMode, BatchDescriptor]]:
+    ) -> Iterator[Key]:
         """The keys of one case, best first, or those that a batch of ``fits`` tokens may run in."""
         mode, full = self.cudagraph_mode, CUDAGraphMode.FULL
         if query_len and mode.separate_routine() and mode.decode_mode() is full:
@@ -217,15 +217,16 @@ class CudagraphDispatcher:
         invalid_modes: Collection[CUDAGraphMode] | None = None,
         axes: Mapping[str, Hashable] | None = None,
         query_len: int | None = None,
-    ) -> tuple[CUDAGraphMode, BatchDescriptor]:
+    ) -> Key:
         """The mode and descriptor of a batch, as `explain` tells; plain ones cost one look-up."""
         plain = valid_modes is invalid_modes is axes is query_len is None
         question = (num_tokens, uniform_decode, has_lora, num_active_loras)
         if plain and question in self._known:
             return self._known[question]
-        how = {"valid_modes": valid_modes, "invalid_modes": invalid_modes, "axes": axes}
-        kind = BatchKind.of(*question[1:], query_len=query_len, **how)  # type: ignore[arg-type]
-        found = self.explain(num_tokens, kind)
+        left_out = set(() if valid_modes is None else CUDAGraphMode).difference(valid_modes or ())
+        invalid = frozenset(left_out.union(invalid_modes or ()))
+        extra = tuple((axes or {}).items())
+        found = self.explain(num_tokens, BatchKind(*question[1:], extra, invalid, query_len))
         answer = (found.mode, found.descriptor)
         if plain:
             self._known[question] = answer

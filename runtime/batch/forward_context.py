@@ -35,7 +35,7 @@ class ForwardContext:
     dry: bool = False
 
     def __post_init__(self) -> None:
-        if not self.cudagraph_runtime_mode.is_runtime_mode():
+        if self.cudagraph_runtime_mode.separate_routine():
             raise InputError(
                 f"{self.cudagraph_runtime_mode.name} is a pair of modes; one forward runs in a single one",
                 where="cudagraph_runtime_mode",

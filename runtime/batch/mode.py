@@ -72,9 +72,5 @@ class CUDAGraphMode(enum.Enum):
         """Whether the graph must be split for this mode to be possible."""
         return self.has_mode(CUDAGraphMode.PIECEWISE)
 
-    def is_runtime_mode(self) -> bool:
-        """Whether one forward can run in it (NONE, PIECEWISE and FULL can)."""
-        return not self.separate_routine()
-
     def __str__(self) -> str:
         return self.name

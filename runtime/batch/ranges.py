@@ -71,35 +71,25 @@ def derive_ranges(
 class RangeTable:
     """``entries``, sizes before ranges, each once; a single size wins over the range around it."""
 
-    __slots__ = ("_starts", "_wide", "entries", "single_sizes")
+    __slots__ = ("_exact", "_starts", "entries")
 
-    def __init__(self, ranges: Iterable[Range], sizes: Iterable[int] = ()) -> None:
-        ordered = sorted(ranges)
-        for left, right in pairwise(ordered):
+    def __init__(self, entries: Iterable[Range]) -> None:
+        ordered = sorted(set(entries))
+        exact = [each for each in ordered if each.is_single_size()]
+        wide = [each for each in ordered if not each.is_single_size()]
+        for left, right in pairwise(wide):
             if right.start <= left.end:
                 raise ConfigError(f"the ranges {left} and {right} overlap", where="RangeTable")
-        singles = set(sizes) | {each.start for each in ordered if each.is_single_size()}
-        exact = [Range(size, size) for size in sorted(singles)]
-        wide = [each for each in ordered if not each.is_single_size()]
-        self.entries: tuple[Range, ...] = (*exact, *wide)
-        self.single_sizes: dict[int, int] = {each.start: at for at, each in enumerate(exact)}
+        self.entries = (*exact, *wide)
+        self._exact = {each.start: at for at, each in enumerate(exact)}
         self._starts = [each.start for each in wide]
-        self._wide = len(exact)
-
-    @classmethod
-    def of(cls, entries: Iterable[Range]) -> RangeTable:
-        kept = tuple(entries)
-        single = (each.start for each in kept if each.is_single_size())
-        return cls((each for each in kept if not each.is_single_size()), single)
 
     def index(self, size: int) -> int:
         """The position in ``entries`` of what serves ``size``; an `InputError` that lists them."""
-        exact = self.single_sizes.get(size)
-        if exact is not None:
-            return exact
-        at = bisect_right(self._starts, size) - 1
-        if at >= 0 and size in self.entries[self._wide + at]:
-            return self._wide + at
+        before = bisect_right(self._starts, size)
+        at = self._exact.get(size, len(self._exact) + before - 1 if before else None)
+        if at is not None and size in self.entries[at]:
+            return at
         raise InputError(
             f"a batch of {size} is outside every compiled range: "
             + (", ".join(map(str, self.entries)) or "there is none"),
@@ -111,7 +101,7 @@ class RangeTable:
 
     def within(self, low: int | None, high: int | None) -> RangeTable:
         """The entries that serve some batch from ``low`` to ``high``; None is no bound."""
-        return RangeTable.of(each for each in self.entries if each.overlaps(low, high))
+        return RangeTable(each for each in self.entries if each.overlaps(low, high))
 
     def require_reachable(self, low: int | None, high: int | None) -> None:
         """Refuse entries that serve no batch from ``low`` to ``high``; all of them are named."""

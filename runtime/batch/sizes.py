@@ -123,8 +123,8 @@ def _plain(size: Any) -> Any:
 
 def require_whole_number(num_tokens: object) -> None:
     """Raise `InputError` if no batch has so many tokens."""
-    whole = hasattr(type(num_tokens), "__index__") and not isinstance(num_tokens, bool)
-    if not (whole and num_tokens > 0):  # type: ignore[operator]
+    count = _plain(num_tokens)
+    if type(count) is not int or count < 1:
         why = f"a batch has a positive whole number of tokens; got {num_tokens!r}"
         raise InputError(why, where="dispatch", hint="pass the size of the batch, unpadded")
 

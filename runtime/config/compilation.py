@@ -349,7 +349,8 @@ class CompilationConfig(model.FrozenModel):
         """Ranges and single sizes with one look-up; arguments as ``get_compile_ranges``."""
         ranges = self.get_compile_ranges(max_size, is_encoder=is_encoder)
         sizes = self._with_compile_sizes().compile_sizes
-        return RangeTable(ranges, (size for size in sizes if isinstance(size, int)))
+        singles = (Range(size, size) for size in sizes if isinstance(size, int))
+        return RangeTable([*ranges, *singles])
 
     def custom_op_base(self) -> Literal["all", "none"]:
         """What holds for an op without a rule: the base given, or the one of mode and backend."""

@@ -114,7 +114,7 @@ class PiecewiseBackend:
             (entry,) = self.entries.values()
             return entry.runnable(*args)
         size: int = args[self.sym_shape_indices[0]]  # type: ignore[assignment]
-        return self.entries[RangeTable.of(ranges).find(size)].runnable(*args)
+        return self.entries[RangeTable(ranges).find(size)].runnable(*args)
 
 
 class PiecewiseCompileInterpreter(torch.fx.Interpreter):

@@ -110,6 +110,12 @@ def test_decode_sizes_of_a_sequence_that_is_cut():
     assert {key.num_tokens for key in d.cudagraph_keys[FULL]} == {6, 12}
 
 
+def excluded(valid, invalid) -> frozenset[CUDAGraphMode]:
+    """The modes that a batch can't run in, where these are all that it can and what it can't."""
+    left_out = () if valid is None else set(CUDAGraphMode) - set(valid)
+    return frozenset(left_out) | frozenset(invalid or ())
+
+
 @pytest.mark.parametrize(
     ("valid", "invalid", "expected"),
     [
@@ -126,9 +132,11 @@ def test_decode_sizes_of_a_sequence_that_is_cut():
 def test_valid_and_invalid_modes(valid, invalid, expected):
     before = copy.deepcopy((valid, invalid))
     d = dispatcher(BOTH)
-    found = d.explain(3, BatchKind.of(True, valid_modes=valid, invalid_modes=invalid))
+    found = d.explain(3, BatchKind(True, invalid_modes=excluded(valid, invalid)))
     assert found.mode is expected
     assert found.reason is (Reason.EXCLUDED if expected is NONE else Reason.PADDED)
+    modes = {"valid_modes": valid, "invalid_modes": invalid}
+    assert d.dispatch(3, True, **modes) == (found.mode, found.descriptor)
     assert (valid, invalid) == before
 
 
@@ -182,7 +190,7 @@ def test_extra_axes():
     assert len(d.cudagraph_keys[PIECEWISE]) == 2
     assert d.dispatch(1)[1] == BatchDescriptor(2, extra=(("image", False),))
     assert d.dispatch(1, axes={"image": True})[1] == BatchDescriptor(2, extra=(("image", True),))
-    assert d.explain(1, BatchKind.of(axes={"image": "both"})).reason is Reason.AXIS
+    assert d.explain(1, BatchKind(axes=(("image", "both"),))).reason is Reason.AXIS
     with pytest.raises(InputError, match=r"no descriptor axis sound.*declared axes: image"):
         d.dispatch(1, axes={"sound": True})
     with pytest.raises(ConfigError, match="at least one value"):
@@ -244,7 +252,7 @@ def test_every_batch_gets_a_large_enough_captured_key_or_a_reason(
             if key.num_tokens in dropped:
                 d.give_up(mode, key)
     before = copy.deepcopy((d.cudagraph_keys, valid, invalid))
-    kind = BatchKind.of(uniform, has_lora, active, valid_modes=valid, invalid_modes=invalid)
+    kind = BatchKind(uniform, has_lora, active, invalid_modes=excluded(valid, invalid))
     found = d.explain(tokens, kind)
     again = d.dispatch(tokens, uniform, has_lora, active, valid_modes=valid, invalid_modes=invalid)
     assert again == (found.mode, found.descriptor)
@@ -308,7 +316,7 @@ def test_no_batch_is_padded_by_more_than_the_factor(mode: CUDAGraphMode, factor:
     sizes = (1, 4, 16)
     d = dispatcher(mode, sizes=sizes, max_padding_factor=factor)
     for tokens in range(1, 18):
-        found = d.explain(tokens, BatchKind.of(False))
+        found = d.explain(tokens, BatchKind())
         next_size = next((size for size in sizes if size >= tokens), None)
         if next_size is None:
             assert (found.mode, found.reason) == (NONE, Reason.TOO_LARGE)
@@ -327,7 +335,7 @@ BOUNDED = {"max_query_len": [4, 1, 16], "num_ubatches": [1, 2]}
 )
 def test_the_longest_query_is_a_bound_and_other_axes_are_values(asked, captured):
     axes = {"num_ubatches": 2} | ({} if asked is None else {"max_query_len": asked})
-    found = dispatcher(PIECEWISE, axes=BOUNDED).explain(7, BatchKind.of(axes=axes))
+    found = dispatcher(PIECEWISE, axes=BOUNDED).explain(7, BatchKind(axes=tuple(axes.items())))
     assert dict(found.descriptor.extra) == {"max_query_len": captured or asked, "num_ubatches": 2}
     assert (found.mode is PIECEWISE) == (captured is not None) == (found.reason is Reason.PADDED)
     assert captured or found.reason is Reason.AXIS

@@ -33,7 +33,6 @@ def test_mode(row):
     assert mode.without_piecewise() is without
     assert mode.requires_piecewise_compilation() is requires
     assert mode.has_mode(FULL) is full
-    assert mode.is_runtime_mode() is not separate
     for single in (NONE, PIECEWISE, FULL):
         assert mode.has_mode(single) is (single in (decode, mixed))
 

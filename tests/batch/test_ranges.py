@@ -60,8 +60,12 @@ def test_every_endpoint_beyond_the_largest_batch_is_named():
         derive_ranges([], 0)
 
 
+def single(size: int) -> Range:
+    return Range(size, size)
+
+
 def test_a_single_size_wins_and_entries_are_listed_once():
-    table = RangeTable(derive_ranges([1, 16], 64), sizes=[8, 1, 8])
+    table = RangeTable([*derive_ranges([1, 16], 64), *map(single, [8, 1, 8])])
     assert pairs(table.entries) == [(1, 1), (8, 8), (2, 16), (17, 64)]
     assert table.find(8) == Range(8, 8)
     assert table.find(9) == Range(2, 16)
@@ -70,7 +74,7 @@ def test_a_single_size_wins_and_entries_are_listed_once():
 
 @pytest.mark.parametrize("size", [0, -1, 65])
 def test_a_size_outside_every_range_lists_them(size):
-    table = RangeTable(derive_ranges([16], 64), sizes=[8])
+    table = RangeTable([*derive_ranges([16], 64), single(8)])
     with pytest.raises(InputError) as caught:
         table.find(size)
     assert f"batch of {size} " in str(caught.value)
@@ -89,7 +93,7 @@ def test_lookup_agrees_with_a_scan_and_ranges_cover_every_size(data):
     endpoints = data.draw(st.sets(st.integers(1, largest), max_size=8))
     sizes = data.draw(st.sets(st.integers(1, largest), max_size=5))
     ranges = derive_ranges(endpoints, largest)
-    table = RangeTable(ranges, sizes)
+    table = RangeTable([*ranges, *map(single, sizes)])
     for size in range(1, largest + 1):
         (around,) = [each for each in ranges if size in each]
         assert table.find(size) == (Range(size, size) if size in sizes else around)
@@ -102,7 +106,7 @@ def test_lookup_agrees_with_a_scan_and_ranges_cover_every_size(data):
 def test_entries_that_no_batch_reaches_are_named(
     low: int | None, high: int | None, named: str
 ) -> None:
-    table = RangeTable(derive_ranges([16], None, open_ended=True), [8])
+    table = RangeTable([*derive_ranges([16], None, open_ended=True), single(8)])
     with pytest.raises(ConfigError) as caught:
         table.require_reachable(low, high)
     assert f"none of them is in [{named}]" in str(caught.value)

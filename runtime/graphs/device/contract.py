@@ -12,6 +12,8 @@ from piecework.codegen.graph.structure import taken_apart
 from piecework.errors import StaticGraphError
 from piecework.runtime.torch_compat import negative_view, storage_at
 
+Run, Args, Kwargs = Callable[..., object], tuple[object, ...], Mapping[str, object]
+
 
 class StaticGraph:
     """One captured callable, or none yet; outputs hold results only after the first ``replay``."""
@@ -21,12 +23,7 @@ class StaticGraph:
         self._held: Any = None
 
     def capture(
-        self,
-        runnable: Callable[..., object],
-        args: tuple[object, ...],
-        kwargs: Mapping[str, object],
-        *,
-        weak_output: bool = False,
+        self, runnable: Run, args: Args, kwargs: Kwargs, *, weak_output: bool = False
     ) -> object:
         """Capture, and return the output, which owns nothing with ``weak_output``."""
         if self._held is not None:
@@ -35,11 +32,7 @@ class StaticGraph:
         return output
 
     def _record(
-        self,
-        runnable: Callable[..., object],
-        args: tuple[object, ...],
-        kwargs: Mapping[str, object],
-        weak: bool,
+        self, runnable: Run, args: Args, kwargs: Kwargs, weak: bool
     ) -> tuple[object, object]:
         """What a replay needs, and the output."""
         raise NotImplementedError

@@ -16,7 +16,10 @@ from piecework.runtime.batch.forward_context import (
     override_forward_context,
 )
 from piecework.runtime.graphs.device.contract import (
+    Args,
     GraphPlatform,
+    Kwargs,
+    Run,
     StaticGraph,
     owns_plain_memory,
     plain_parts,
@@ -98,11 +101,7 @@ class CpuStaticGraph(StaticGraph):
     """Runs again on the inputs of its capture, and copies the results to the outputs of then."""
 
     def _record(
-        self,
-        runnable: Callable[..., object],
-        args: tuple[object, ...],
-        kwargs: Mapping[str, object],
-        weak: bool,
+        self, runnable: Run, args: Args, kwargs: Kwargs, weak: bool
     ) -> tuple[Callable[[], None], object]:
         given, spec = flatten_tree((args, kwargs))
         inputs = _storages(given)

@@ -14,7 +14,14 @@ import torch
 from piecework.collector import collector_paused
 from piecework.errors import StaticGraphError
 from piecework.runtime import torch_compat
-from piecework.runtime.graphs.device.contract import GraphPlatform, StaticGraph, weak_ref_tensors
+from piecework.runtime.graphs.device.contract import (
+    Args,
+    GraphPlatform,
+    Kwargs,
+    Run,
+    StaticGraph,
+    weak_ref_tensors,
+)
 from piecework.scope import set_for
 
 # torch takes one capture in a process, and who waits for a device meanwhile makes it invalid.
@@ -197,11 +204,7 @@ class CudaStaticGraph(StaticGraph):
         self._marked = marked
 
     def _record(
-        self,
-        runnable: Callable[..., object],
-        args: tuple[object, ...],
-        kwargs: Mapping[str, object],
-        weak: bool,
+        self, runnable: Run, args: Args, kwargs: Kwargs, weak: bool
     ) -> tuple[torch.cuda.CUDAGraph, object]:
         graph, begun = torch.cuda.CUDAGraph(), False
         with (

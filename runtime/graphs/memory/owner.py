@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
 import weakref
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 
 from piecework.errors import StaticGraphError
-from piecework.runtime.batch.descriptor import BatchDescriptor
+from piecework.runtime.batch.descriptor import BatchDescriptor, Key
 from piecework.runtime.batch.mode import CUDAGraphMode
 from piecework.runtime.graphs.device.contract import GraphPlatform, StaticGraph
 from piecework.runtime.graphs.device.cpu import CpuGraphPlatform
@@ -50,7 +51,7 @@ class CaptureRecord:
     driver_bytes: int = 0  # how much of ``nbytes`` the driver took, for the graph itself
 
     @property
-    def key(self) -> tuple[CUDAGraphMode, BatchDescriptor]:
+    def key(self) -> Key:
         return self.mode, self.descriptor
 
     @property
@@ -120,7 +121,7 @@ class StaticGraphs:
         self.in_phase = False  # a capture phase is on, which says itself what it captured
         self.staging_bytes = 0  # allocated for fresh inputs since the graphs were last given up
         # Shapes of which a piece was replayed, so that the forward that captured them is over.
-        self._in_use: set[tuple[CUDAGraphMode, BatchDescriptor]] = set()
+        self.in_use: set[Key] = set()
         self._busy_with: str | None = None
         self._holders: weakref.WeakSet[Any] = weakref.WeakSet()
         self._staging: dict[object, torch.Tensor] = {}
@@ -163,24 +164,17 @@ class StaticGraphs:
         """Whether somebody else captures what this thread does: it can't replay or capture here."""
         return self._busy_with is None and self.platform.is_capturing()
 
-    def require_open(self, where: str) -> None:
-        """Refuse to capture where the capture phase is closed."""
+    def require_open(self, record: CaptureRecord) -> None:
+        """Refuse to capture outside the phase, or pieces of one shape in several forwards."""
         if not self.is_open:
             raise StaticGraphError(
                 "capture outside the capture phase",
-                where=where,
+                where=record.where,
                 hint="capture this batch shape before serving, or dispatch it to a captured one "
                 "or to NONE",
             )
-
-    def mark_in_use(self, record: CaptureRecord) -> None:
-        """A piece captured for this shape was replayed, so its capturing forward is over."""
-        self._in_use.add(record.key)
-
-    def require_unused(self, record: CaptureRecord) -> None:
-        """Refuse, and forget, a shape whose pieces are not all captured in the same forward."""
         # Later the pool counts outputs of earlier pieces as free, though this forward reads them.
-        if record.key in self._in_use:
+        if record.key in self.in_use:
             self.platform.synchronize()
             self.discard(*record.key)
             why = "earlier pieces of this batch shape were captured in another forward"
@@ -192,10 +186,10 @@ class StaticGraphs:
         self._holders.add(holder)
 
     @contextmanager
-    def one_capture(self, record: CaptureRecord) -> Iterator[StaticGraph]:
+    def one_capture(self, record: CaptureRecord, *, collects: bool = True) -> Iterator[StaticGraph]:
         """A new graph to capture into, measured and recorded; captures never nest or overlap."""
-        with self._shared.lock:
-            self.require_open(record.where)
+        with self._shared.lock, torch.profiler.record_function(f"capture {record.where}"):
+            self.require_open(record)
             if self._busy_with is not None:
                 why = f"a capture inside the capture of {self._busy_with}"
                 hint = "nest FULL outside PIECEWISE, and let the context's mode pick one"
@@ -203,7 +197,18 @@ class StaticGraphs:
             self._busy_with = record.name
             before, driver = self.pool.nbytes, self.pool.driver_bytes
             try:
+                if collects:
+                    gc.collect(1 if self.in_phase else 2)  # a phase begins with a full collection
+                    self.platform.release_cached_memory()
                 yield self.platform.new_graph(self.pool, marked=not self.unmarked)
+            except StaticGraphError as error:
+                raise StaticGraphError(
+                    error.message, where=record.where, hint=error.hint
+                ) from error
+            except Exception as error:
+                why = f"the capture failed: {type(error).__name__}: {error}"
+                hint = "run this batch shape uncaptured to see whether the piece itself fails"
+                raise StaticGraphError(why, where=record.where, hint=hint) from error
             finally:
                 self._busy_with = None
             took, driver = self.pool.nbytes - before, self.pool.driver_bytes - driver
@@ -225,9 +230,9 @@ class StaticGraphs:
         """What the captures hold now: the pool, and the static buffers of fresh inputs."""
         return self.pool.nbytes + sum(record.staged_bytes for record in self.records)
 
-    def bytes_by_descriptor(self) -> Mapping[tuple[CUDAGraphMode, BatchDescriptor], int]:
+    def bytes_by_descriptor(self) -> Mapping[Key, int]:
         """What each descriptor added when it was captured, all its pieces together."""
-        totals: Counter[tuple[CUDAGraphMode, BatchDescriptor]] = Counter()
+        totals: Counter[Key] = Counter()
         for record in self.records:
             totals[record.key] += record.nbytes + record.staged_bytes
         return totals
@@ -236,7 +241,7 @@ class StaticGraphs:
         """Forget what was captured for one descriptor, in every piece: part of it is of no use."""
         for holder in list(self._holders):
             holder.discard(mode, descriptor)
-        self._in_use.discard((mode, descriptor))
+        self.in_use.discard((mode, descriptor))
         self.addresses.forget_captured(descriptor)
         self.records = [each for each in self.records if each.key != (mode, descriptor)]
 
@@ -250,7 +255,7 @@ class StaticGraphs:
                 every.callback(holder.clear_graphs)
 
     def _forget(self) -> None:
-        self._in_use.clear()
+        self.in_use.clear()
         self._staging.clear()
         self.staging_bytes = 0
         self.addresses.forget_captured()

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 
@@ -17,6 +16,9 @@ from piecework.runtime.batch.forward_context import ForwardContext, current_forw
 from piecework.runtime.batch.mode import CUDAGraphMode
 from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.graphs.device.contract import (
+    Args,
+    Kwargs,
+    Run,
     StaticGraph,
     owns_plain_memory,
     view_of_storage,
@@ -29,7 +31,6 @@ from piecework.runtime.torch_compat import flatten_tree, unflatten_tree
 _log = logging.getLogger(__name__)
 # Python values that are the same when they are equal; any other object must be the very same one.
 _SCALARS = (bool, int, float, complex, str, bytes)
-Args, Kwargs = tuple[object, ...], Mapping[str, object]
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +112,7 @@ class CUDAGraphEntry:
 
     def capture(
         self,
-        runnable: Callable[..., object],
+        runnable: Run,
         args: Args,
         kwargs: Kwargs,
         record: CaptureRecord,
@@ -119,8 +120,7 @@ class CUDAGraphEntry:
         graphs: StaticGraphs,
     ) -> object:
         """Capture, replay once for what follows in the forward, and return the output."""
-        graphs.require_open(record.where)
-        graphs.require_unused(record)
+        graphs.require_open(record)
         leaves, spec = flatten_tree((args, dict(kwargs)))
         slots = [_slot(n, leaf, record, graphs) for n, leaf in enumerate(leaves)]
         fresh = [i for i, slot in enumerate(slots) if slot.origin is ValueOrigin.FRESH]
@@ -144,7 +144,9 @@ class CUDAGraphEntry:
         held = [buffers.get(n, leaf) for n, leaf in enumerate(leaves)]
         static_args, static_kwargs = unflatten_tree(held, spec)
         record = replace(record, staged_bytes=graphs.staging_bytes - before)
-        graph, output = _record(runnable, static_args, static_kwargs, record, options, graphs)
+        weak = options.weak_ref_output
+        with graphs.one_capture(record, collects=not options.gc_disable) as graph:
+            output = graph.capture(runnable, static_args, static_kwargs, weak_output=weak)
         self.graph, self.output = graph, weak_ref_tensors(output)
         self.slots, self.copies = tuple(slots), tuple(slots[n] for n in buffers)
         self.replay = graph.replay_function()
@@ -155,9 +157,7 @@ class CUDAGraphEntry:
         self.record = record  # now it serves
         return output
 
-    def run(
-        self, runnable: Callable[..., object], args: Args, kwargs: Kwargs, graphs: StaticGraphs
-    ) -> object:
+    def run(self, runnable: Run, args: Args, kwargs: Kwargs, graphs: StaticGraphs) -> object:
         """Replay for these arguments, or run ``runnable`` where the policy said so."""
         if self.graph is None:
             return runnable(*args, **kwargs)
@@ -165,7 +165,7 @@ class CUDAGraphEntry:
         if graphs.check_addresses or not self.checked:
             self._check(leaves)
             self.checked = True
-            graphs.mark_in_use(self.record)  # type: ignore[arg-type]
+            graphs.in_use.add(self.record.key)  # type: ignore[union-attr]
             self.trusted = not self.copies and not graphs.check_addresses
         self._replay(leaves)
         return self.output
@@ -263,30 +263,6 @@ def _overlaps(tensor: torch.Tensor) -> bool:
     return False
 
 
-def _record(
-    runnable: Callable[..., object],
-    args: Args,
-    kwargs: Kwargs,
-    record: CaptureRecord,
-    options: CUDAGraphOptions,
-    graphs: StaticGraphs,
-) -> tuple[StaticGraph, object]:
-    named = torch.profiler.record_function(f"capture {record.where}")
-    with named, graphs.one_capture(record) as graph:
-        if not options.gc_disable:
-            gc.collect(1 if graphs.in_phase else 2)  # a phase begins with a full collection
-            graphs.platform.release_cached_memory()
-        try:
-            output = graph.capture(runnable, args, kwargs, weak_output=options.weak_ref_output)
-        except StaticGraphError as error:
-            raise StaticGraphError(error.message, where=record.where, hint=error.hint) from error
-        except Exception as error:
-            why = f"the capture failed: {type(error).__name__}: {error}"
-            hint = "run this batch shape uncaptured to see whether the piece itself fails"
-            raise StaticGraphError(why, where=record.where, hint=hint) from error
-    return graph, output
-
-
 @dataclass(eq=False)
 class CUDAGraphWrapper:
     """Runs ``runnable`` as a static graph whenever the context's mode is this wrapper's mode.
@@ -316,7 +292,7 @@ class CUDAGraphWrapper:
         [6.0, 6.0]
     """
 
-    runnable: Callable[..., object]
+    runnable: Run
     config: CompilationConfig | None
     runtime_mode: CUDAGraphMode
     cudagraph_options: CUDAGraphOptions = field(default_factory=CUDAGraphOptions)
@@ -354,8 +330,7 @@ class CUDAGraphWrapper:
             return entry.output
         return entry.run(self.runnable, args, kwargs, self.graphs)
 
-    def unwrap(self) -> Callable[..., object]:
-        """What is wrapped."""
+    def unwrap(self) -> Run:
         return self.runnable
 
     def _entry(self, descriptor: BatchDescriptor) -> CUDAGraphEntry:

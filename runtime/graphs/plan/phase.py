@@ -11,7 +11,7 @@ from itertools import pairwise
 from typing import Protocol
 
 from piecework.errors import PieceworkError, StaticGraphError
-from piecework.runtime.batch.descriptor import BatchDescriptor
+from piecework.runtime.batch.descriptor import BatchDescriptor, Key
 from piecework.runtime.batch.dispatcher import CudagraphDispatcher
 from piecework.runtime.batch.forward_context import set_forward_context
 from piecework.runtime.batch.mode import CUDAGraphMode
@@ -24,7 +24,6 @@ with own_random_numbers():
     from rich.console import Console
     from rich.progress import TextColumn, TimeRemainingColumn
 
-Key = tuple[CUDAGraphMode, BatchDescriptor]
 Forward = Callable[[BatchDescriptor], object]
 ContextFor = Callable[[CUDAGraphMode, BatchDescriptor], AbstractContextManager[object]]
 

@@ -17,7 +17,7 @@ from piecework.codegen.replay.plan import ReplayFacts
 from piecework.codegen.stitch.bind import filename_of
 from piecework.codegen.stitch.source import StitchedSource
 from piecework.errors import StaticGraphError
-from piecework.runtime.batch.descriptor import BatchDescriptor
+from piecework.runtime.batch.descriptor import BatchDescriptor, Key
 from piecework.runtime.batch.forward_context import (
     ForwardContext,
     current_forward_context,
@@ -43,7 +43,7 @@ from piecework.runtime.graphs.plan.captured_values import (
     sizes_of,
 )
 from piecework.runtime.graphs.plan.options import CaptureOptions, full_graphs_of, plan_capture
-from piecework.runtime.graphs.plan.phase import Key, plain_context
+from piecework.runtime.graphs.plan.phase import plain_context
 from piecework.runtime.graphs.serve.arguments import CapturedInputs
 from piecework.runtime.graphs.serve.replay import Replay, facts_of, make_replay
 from piecework.runtime.graphs.serve.writes import DryWrites

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import TypeVar
 
 import torch
 
@@ -15,7 +16,7 @@ from piecework.codegen.replay.plan import ReplaySource
 from piecework.errors import PieceworkError, StaticGraphError, short_errors
 from piecework.runtime import torch_compat
 from piecework.runtime.batch.coverage import CoverageRow, coverage
-from piecework.runtime.batch.descriptor import PLAIN, BatchDescriptor, BatchKind
+from piecework.runtime.batch.descriptor import PLAIN, BatchDescriptor, BatchKind, Key
 from piecework.runtime.batch.dispatcher import Reason
 from piecework.runtime.batch.forward_context import ForwardContext, current_forward_context
 from piecework.runtime.batch.mode import CUDAGraphMode
@@ -26,7 +27,7 @@ from piecework.runtime.graphs.plan import phase
 from piecework.runtime.graphs.plan.batch_shape import FixedDims
 from piecework.runtime.graphs.plan.options import CaptureOptions
 from piecework.runtime.graphs.plan.padding import padded_difference, why_not_padded
-from piecework.runtime.graphs.plan.phase import Key, text_of
+from piecework.runtime.graphs.plan.phase import text_of
 from piecework.runtime.graphs.serve.graphs import CapturedGraphs
 from piecework.runtime.graphs.serve.replay import STAGE
 from piecework.runtime.graphs.serve.report import CallRow, MemoryReport, uncaptured_rows
@@ -36,6 +37,7 @@ from piecework.runtime.pieces.ranks import in_common, require_agreement
 from piecework.runtime.watch.weights import BoundWeights
 
 _log = logging.getLogger(__name__)
+Found = TypeVar("Found")
 # Why calls run uncaptured whatever their size.
 _ALWAYS = {
     "shared": "an argument that is written to shares memory with another",
@@ -52,18 +54,14 @@ _ALWAYS = {
 class Step:
     """How calls of one kind are served."""
 
-    call: Callable[..., object] | None  # takes the tensor arguments; None: uncaptured
-    padded: int
-    mode: CUDAGraphMode
-    descriptor: BatchDescriptor
     reason: str = ""
+    call: Callable[..., object] | None = None  # takes the tensor arguments; None: uncaptured
+    mode: CUDAGraphMode = CUDAGraphMode.NONE
+    graph: str = ""  # in words
+    padded: int = 0
     bring_back: Callable[..., None] | None = None  # copies written arguments back
     calls: int = 0
-    count: int = 0  # rows of each
-
-    @classmethod
-    def uncaptured(cls, reason: str) -> Step:
-        return cls(None, 0, CUDAGraphMode.NONE, BatchDescriptor(0), reason)
+    padding: int = 0  # rows that each is padded by
 
 
 class CapturedModel(CapturedGraphs):
@@ -94,6 +92,9 @@ class CapturedModel(CapturedGraphs):
         rules = enumerate(self.shape.results)
         self._same = [(n, e) for n, e in rules if (e.argument, e.earlier) != (None, None)]
         self._order, self._join = self.graphs.call_order, options.join
+        least = int(not self.graphs.platform.stand_in)
+        warmups = max(program.config.cudagraph_num_of_warmups, least)
+        self._warmups = warmups if options.warmups is None else options.warmups
         self._raises = options.on_failure is phase.FailurePolicy.RAISE
         first = self.shape.dynamic[0]
         self._batch_at = (first.position, first.dim)
@@ -116,37 +117,28 @@ class CapturedModel(CapturedGraphs):
                     "at get_forward_context().dry",
                     name,
                 )
-            warmups = self.options.warmups
-            if warmups is None:
-                least = int(not self.graphs.platform.stand_in)
-                warmups = max(self._program.config.cudagraph_num_of_warmups, least)
-            how = {"warmups": warmups, "context_for": self.context_for}
             with self.graphs.alone():
                 try:
-                    measures = estimate or memory_budget is not None
-                    self._prepare(memory_budget, measures, progress is True, how)
+                    self._prepare(memory_budget, estimate, shows=progress is True)
                 except BaseException:
                     self.release()
                     raise
-                self._capture(memory_budget, progress, how)
+                self._capture(memory_budget, progress)
         finally:
             self.dry_writes.forget()
             if self._retired:
                 self._free()
 
-    def _prepare(
-        self, budget: int | None, measures: bool, shows: bool, how: dict[str, object]
-    ) -> None:
+    def _prepare(self, budget: int | None, estimate: bool, *, shows: bool) -> None:
         """Agree with other ranks, and settle padding and the sizes that fit."""
-        planned = [str(how["warmups"]), str(measures), *map(text_of, self._planned())]
+        measures = estimate or budget is not None
+        planned = [str(self._warmups), str(measures), *map(text_of, self._planned())]
         require_agreement(self._program, self.options.runtime, planned)
         self._settle_padding()
         if not measures:
             return
-        descs = self.dispatcher.get_capture_descs()
         try:
-            with (self.options.around or nullcontext)():
-                self.estimate = phase.estimate_memory(self.dummy, descs, self.graphs, **how)  # type: ignore[arg-type]
+            self.estimate = self._in_phase(phase.estimate_memory)
         except PieceworkError:
             if self._raises or budget is not None:
                 raise
@@ -158,17 +150,17 @@ class CapturedModel(CapturedGraphs):
             self.dropped = phase.fit_budget(self.estimate, self.dispatcher, budget)
             self.dropped += self._keep_in_common()
 
-    def _capture(
-        self, budget: int | None, progress: bool | phase.CaptureWatcher, how: dict[str, object]
-    ) -> None:
+    def _capture(self, budget: int | None, progress: bool | phase.CaptureWatcher) -> None:
         if progress is True:
             progress = phase.CaptureProgress(phase.Console(stderr=True))
-        how |= {"dispatcher": self.dispatcher, "on_failure": self.options.on_failure}
-        how |= {"watcher": progress or None, "affordable": partial(self._affordable, budget)}
-        descs = self.dispatcher.get_capture_descs()
         try:
-            with (self.options.around or nullcontext)():
-                self.report = phase.capture_graphs(self.dummy, descs, self.graphs, **how)  # type: ignore[arg-type]
+            self.report = self._in_phase(
+                phase.capture_graphs,
+                dispatcher=self.dispatcher,
+                on_failure=self.options.on_failure,
+                watcher=progress or None,
+                affordable=None if budget is None else partial(self._affordable, budget),
+            )
         finally:
             captured = sum(not record.eager_reason for record in self.graphs.records)
             counters.num_cudagraph_captured += captured
@@ -176,6 +168,13 @@ class CapturedModel(CapturedGraphs):
         for each in self.report.outcomes:
             _log.info("capture: %s", each.text)
         self._keep_in_common()
+
+    def _in_phase(self, act: Callable[..., Found], **how: object) -> Found:
+        """Run a part of the capture phase for all that is planned."""
+        descs = self.dispatcher.get_capture_descs()
+        how |= {"warmups": self._warmups, "context_for": self.context_for}
+        with (self.options.around or nullcontext)():
+            return act(self.dummy, descs, self.graphs, **how)
 
     # Processes that run a model together must pad a batch to the same size, as collectives see it.
 
@@ -191,7 +190,7 @@ class CapturedModel(CapturedGraphs):
             self._ready.pop(key, None)
             self._give_up(key)
         if alone:
-            self._forget_steps()
+            self._steps.clear()
             _log.warning("capture: other ranks do not have %s", ", ".join(map(text_of, alone)))
         return alone
 
@@ -231,10 +230,9 @@ class CapturedModel(CapturedGraphs):
         run = partial(self.run_uncaptured, smallest)
         return padded_difference(self.shape, self.sizes, self.options.pads, run)
 
-    def _affordable(self, budget: int | None, key: Key) -> bool:
+    def _affordable(self, budget: int, key: Key) -> bool:
         """Whether a capture still fits the budget, in view of what the captures before it took."""
-        if budget is None or self.estimate is None:
-            return True
+        assert self.estimate is not None
         held, text = self.graphs.nbytes, text_of(key)
         step = self.estimate.models[phase.kind_of(key)].step_of(key[1].num_tokens)
         if self._in_common([text] if held == 0 or held + step <= budget else []) >= {text}:
@@ -259,14 +257,14 @@ class CapturedModel(CapturedGraphs):
         finally:
             for key in waiting:
                 self._give_up(key)
-            self._forget_steps()
+            self._steps.clear()
             self._entry.capture(self)
 
     def _step_of(self, mode: CUDAGraphMode, descriptor: BatchDescriptor) -> Step:
         """What serves a captured descriptor, after a call that loads the kernels of serving it."""
-        padded = descriptor.num_tokens
-        step = Step(self.replay_of(mode, descriptor), padded, mode, descriptor)
-        step.bring_back = self.inputs.bringer(padded)
+        padded, serve = descriptor.num_tokens, self.replay_of(mode, descriptor)
+        bring_back = self.inputs.bringer(padded)
+        step = Step("", serve, mode, descriptor.describe(), padded, bring_back)
         if not self.graphs.platform.stand_in:
             given, count = self.inputs.short_batch(padded)
             scope = self.context_for(mode, descriptor)
@@ -281,11 +279,10 @@ class CapturedModel(CapturedGraphs):
     def release(self) -> None:
         """Give all graphs up, once no call is in them: the model runs uncaptured again."""
         self._retired = True
-        for mode, group in self.dispatcher.get_capture_descs():
-            for descriptor in group:
-                self.dispatcher.give_up(mode, descriptor)
+        for key in self._planned():
+            self.dispatcher.give_up(*key)
         self._ready.clear()
-        self._forget_steps()
+        self._steps.clear()
         self._free()
 
     def _free(self) -> None:
@@ -410,14 +407,8 @@ class CapturedModel(CapturedGraphs):
         if count < 1:
             return self._always["empty"]
         found = self.dispatcher.explain(count, kind)
-        ready = self._ready.get((found.mode, found.descriptor))
-        step = (
-            Step.uncaptured(found.reason.value)
-            if ready is None
-            else replace(ready, reason=found.reason.value, count=count)
-        )
-        self._steps[key] = step
-        return step
+        ready = self._ready.get((found.mode, found.descriptor), Step())
+        return self._keep(key, replace(ready, reason=found.reason.value, padding=found.padding))
 
     def _chosen(self, count: int, mode: CUDAGraphMode, descriptor: BatchDescriptor) -> Step:
         """The step that the caller chose by itself, if it is captured and large enough."""
@@ -434,13 +425,13 @@ class CapturedModel(CapturedGraphs):
             why = f"the forward context asks for {mode.name} {descriptor.describe()}, which {what}"
             hint = "take mode and descriptor from stitched.dispatch(size), or set neither"
             raise StaticGraphError(why, where="forward context", hint=hint)
-        self._steps[key] = step = replace(ready, reason="the forward context chose it", count=count)
-        return step
+        padding, reason = descriptor.num_tokens - count, "the forward context chose it"
+        return self._keep(key, replace(ready, reason=reason, padding=padding))
 
-    def _forget_steps(self) -> None:
-        """Ask again from now on: what is captured has changed. Counts stay."""
-        self._finished += [step for step in tuple(self._steps.values()) if step.calls]
-        self._steps.clear()
+    def _keep(self, key: object, step: Step) -> Step:
+        self._steps[key] = step
+        self._counted.append(step)
+        return step
 
     # --- what it says ------------------------------------------------------------------------------
 
@@ -464,20 +455,19 @@ class CapturedModel(CapturedGraphs):
         """What the calls since the capture ran as, and why, most frequent first."""
         calls: Counter[tuple[str, str, str]] = Counter()
         padding: Counter[tuple[str, str, str]] = Counter()
-        for step in (*self._finished, *self._steps.values(), *self._always.values()):
-            graph = "" if step.call is None else step.descriptor.describe()
-            key = (step.mode.name, graph, step.reason)
+        for step in tuple(self._counted):
+            key = (step.mode.name, step.graph, step.reason)
             calls[key] += step.calls
-            padding[key] += 0 if step.call is None else step.calls * (step.padded - step.count)
+            padding[key] += step.calls * step.padding
         rows = [CallRow(*key, n, padding[key]) for key, n in calls.items() if n]
         rows += uncaptured_rows(0, self._entry.careful_calls)
         return sorted(rows, key=lambda row: (-row.calls, row.mode, row.graph, row.reason))
 
     def count_anew(self) -> None:
         """Leave what ran so far out of `calls`: it was no call of the user's."""
-        self._steps: dict[object, Step] = {}
-        self._finished: list[Step] = []
-        self._always = {name: Step.uncaptured(reason) for name, reason in _ALWAYS.items()}
+        self._steps: dict[object, Step] = {}  # that were asked for since something was captured
+        self._always = {name: Step(reason) for name, reason in _ALWAYS.items()}
+        self._counted = list(self._always.values())  # all of which calls were made
 
     def memory_report(self) -> MemoryReport:
         """What the captures were expected to take, and take."""

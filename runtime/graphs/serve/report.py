@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass
 
 from piecework.collector import collector_paused
 from piecework.runtime.batch.coverage import aligned
-from piecework.runtime.graphs.plan.phase import Key, MemoryEstimate, format_bytes
+from piecework.runtime.batch.descriptor import Key
+from piecework.runtime.graphs.plan.phase import MemoryEstimate, format_bytes
 
 
 @dataclass(frozen=True, slots=True, repr=False)
