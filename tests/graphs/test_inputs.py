@@ -289,7 +289,7 @@ INTERPRETED = """
             tensors.append((torch.rand(shape) * 9).to(dtype))
         examples = {{s.name: t for s, t in zip(specs, tensors)}}
         both = [StaticInputs.allocate(examples, maximum, specs, kernel=k) for k in ("triton", "reference")]
-        assert both[0]._launcher.fits(tensors, (count,) * len(tensors))
+        assert both[0]._launcher.fits(tensors)
         for inputs in both:
             for buffer in inputs.buffers:
                 buffer.view(torch.uint8).fill_(1)
@@ -338,11 +338,12 @@ def test_what_the_kernel_can_not_take_goes_the_other_way():
     )
     fits = inputs._launcher.fits
     dense = torch.zeros(4, 2)
-    assert fits([dense, dense], (4, 4))
-    assert not fits([dense, dense[:3]], (4, 3))
-    assert not fits([dense, torch.zeros(2, 4).t()], (4, 4))
+    assert fits([dense, dense])
+    assert not fits([dense, torch.zeros(2, 4).t()])
+    staged = inputs.stage([dense + 1, dense[:3] + 1], 4)  # two sizes
+    assert [each.sum(1).tolist() for each in staged] == [[2, 2, 2, 2], [2, 2, 2, 0]]
     wide = StaticInputs.allocate({"a": torch.zeros(1, dtype=torch.complex128)}, 8, kernel="triton")
-    assert not wide._launcher.fits([torch.zeros(4, dtype=torch.complex128)], (4,))
+    assert not wide._launcher.fits([torch.zeros(4, dtype=torch.complex128)])
     staged = wide.stage([torch.ones(2, dtype=torch.complex128)], 3)
     assert staged[0].tolist() == [1, 1, 0]
 

@@ -26,7 +26,7 @@ from piecework.runtime.graphs.device.contract import (
 )
 from piecework.runtime.graphs.memory.addresses import AddressPolicy, Placement, ValueOrigin
 from piecework.runtime.graphs.memory.owner import CaptureRecord, StaticGraphs
-from piecework.runtime.torch_compat import flatten_tree, unflatten_tree
+from piecework.runtime.torch_compat import flatten_tree, tensors_in, unflatten_tree
 
 _log = logging.getLogger(__name__)
 # Python values that are the same when they are equal; any other object must be the very same one.
@@ -152,7 +152,7 @@ class CUDAGraphEntry:
         self.replay = graph.replay_function()
         self.flat = not kwargs and len(leaves) == len(args) and all(map(operator.is_, leaves, args))
         self._replay(leaves)
-        tensors = [leaf for leaf in flatten_tree(self.output)[0] if isinstance(leaf, torch.Tensor)]
+        tensors = tensors_in(self.output)
         graphs.addresses.register_captured(record.name, tensors, record.descriptor)
         self.record = record  # now it serves
         return output
@@ -345,8 +345,7 @@ class CUDAGraphWrapper:
                 hint="pass batch_descriptor to set_forward_context, as the dispatcher returned it",
             )
         if self.graphs is None:
-            leaves, _ = flatten_tree((args, kwargs))
-            devices = (leaf.device for leaf in leaves if isinstance(leaf, torch.Tensor))
+            devices = (each.device for each in tensors_in((args, kwargs)))
             self.graphs = StaticGraphs(next(devices, torch.device("cpu")), lazy=True)
             self.graphs.register(self)
         graphs, options = self.graphs, self.cudagraph_options

@@ -83,6 +83,7 @@ class BatchShape:
     high: int | None
     guards: tuple[str, ...]
     symbol: str
+    written_weights: Sequence[str] = ()
 
     @property
     def dynamic(self) -> tuple[StagedInput, ...]:
@@ -142,7 +143,7 @@ def batch_shape(
     others = _other_sizes(captured, passed, symbol, given, fixed)
     symbols = {s for s, each in others.items() if each.value is None} | ({symbol} - {None})
     names = tuple(each.name for each in program.source.module.entry.parameters)
-    written = _written(captured, program)
+    written, written_weights = _written(captured, program)
     staged: list[StagedInput] = []
     numbers: dict[int, int | None] = {}
     weights: dict[int, str] = {}
@@ -184,6 +185,7 @@ def batch_shape(
         numbers=numbers,
         others=tuple(others.values()),
         weights=weights,
+        written_weights=written_weights,
         results=tuple(_results(program.split_gm, passed, symbols)),
         symbols=frozenset(symbols),
         low=max(1, (batch.low if batch is not None else None) or 1),
@@ -304,13 +306,15 @@ def _results(
         yield ResultRule(dims, argument=arguments.get(id(value)), earlier=before)
 
 
-def _written(captured: ModelTrace, program: Program) -> frozenset[str]:
-    """The arguments that the graph writes to; a piece that writes to weights is refused."""
+def _written(captured: ModelTrace, program: Program) -> tuple[list[str], list[str]]:
+    """The arguments and the weights that the graph writes to; in a piece, weights are refused."""
     split_gm, pieces = program.split_gm, program.source.submod_names
     nodes = split_gm.graph.find_nodes(op="placeholder")
     pairs = list(zip(nodes, captured.inputs, strict=True))
-    held = {node.name: each.path for node, each in pairs if isinstance(each, Weight)}
-    refuse_mutations(mutations_in(split_gm, pieces, held or held_by_source(split_gm)))
+    weights = {node.name: each.path for node, each in pairs if isinstance(each, Weight)}
+    refuse_mutations(mutations_in(split_gm, pieces, weights or held_by_source(split_gm)))
     every = [item.submod_name for item in program.items]
     arguments = {n.name: n.name for n, each in pairs if isinstance(each, Argument)}
-    return frozenset(each.path for each in mutations_in(split_gm, every, arguments))
+    found = (mutations_in(split_gm, every, held) for held in (arguments, weights))
+    in_arguments, in_weights = (list(dict.fromkeys(e.path for e in each)) for each in found)
+    return in_arguments, in_weights

@@ -27,9 +27,9 @@ def capture_device(
     """The one device of all tensors in the submodules ``captured``; ``default`` without any."""
     found: dict[torch.device, str] = {}
     for name, node in nodes_of(split_gm, captured):
-        for value in torch_compat.flatten_tree(value_of(node))[0]:
+        for value in torch_compat.tensors_in(value_of(node)):
             # A number written in the model is taken by value, on any device.
-            if isinstance(value, torch.Tensor) and not (node.op == "get_attr" and value.dim() == 0):
+            if not (node.op == "get_attr" and value.dim() == 0):
                 found.setdefault(value.device, f"{node.name} of {name}")
     if len(found) < 2:
         return next(iter(found), default)
@@ -58,14 +58,13 @@ def require_sizes_only(split_gm: torch.fx.GraphModule, captured: Iterable[str]) 
 
 
 def _symbols(value: object) -> Iterator[str]:
-    if isinstance(value, (tuple, list)):
-        for each in value:
-            yield from _symbols(each)
-    elif isinstance(value, torch.Tensor):
-        for size in (*value.shape, *(value.stride() if value.layout is torch.strided else ())):
+    for leaf in torch_compat.flatten_tree(value)[0]:
+        sizes = [leaf]
+        if isinstance(leaf, torch.Tensor):
+            strides = leaf.stride() if leaf.layout is torch.strided else ()
+            sizes = [*leaf.shape, *strides]
+        for size in sizes:
             yield from torch_compat.symbols_in(size)
-    else:
-        yield from torch_compat.symbols_in(value)
 
 
 def sizes_of(inputs: Sequence[torch.fx.Node], values: Sequence[object]) -> dict[str, int]:

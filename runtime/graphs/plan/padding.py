@@ -15,6 +15,7 @@ from piecework.runtime import torch_compat
 from piecework.runtime.graphs.plan.batch_shape import BatchShape, StagedInput
 from piecework.runtime.graphs.stage.inputs import Number
 from piecework.runtime.splitting_op import HOW_TO_DECLARE, registry
+from piecework.runtime.torch_compat import tensors_in
 
 Run = Callable[[Sequence[torch.Tensor], int], Sequence[object]]
 # What takes a tensor for its shape, dtype and device alone, also as ``zeros_like``, ``new_zeros``.
@@ -31,7 +32,6 @@ def why_not_padded(
     split_gm: torch.fx.GraphModule,
     shape: BatchShape,
     pad: bool | None,
-    state: Collection[str],
     attempt: Callable[[], str | None],
     *,
     survives: bool,
@@ -42,7 +42,7 @@ def why_not_padded(
             return f"result {number}: its size is computed from the batch size"
     declared = {node: _declared(node) for node in _calls(split_gm)}
     if pad is None:
-        shown = _mixing(declared, shape, state)
+        shown = _mixing(declared, shape)
         if shown is not None:
             return shown
     elif "context" in declared.values():
@@ -59,9 +59,7 @@ def why_not_padded(
     return None if pad else text
 
 
-def _mixing(
-    declared: Mapping[torch.fx.Node, str | None], shape: BatchShape, state: Collection[str]
-) -> str | None:
+def _mixing(declared: Mapping[torch.fx.Node, str | None], shape: BatchShape) -> str | None:
     """What forbids to pad where nobody said that rows are independent, as a try may miss it."""
     for node, rows in declared.items():
         if rows is None:
@@ -70,8 +68,8 @@ def _mixing(
             return f"{_described(node)} makes one value of all rows"
     if "context" in declared.values():
         return "an operator reads the batch's real size from the forward context: say pad=True"
-    written = [*state, *(each.name for each in shape.staged if each.written and each.dim is None)]
-    if written:
+    whole = (each.name for each in shape.staged if each.written and each.dim is None)
+    if written := [*shape.written_weights, *whole]:
         return f"{written[0]} is written to, and would keep rows beyond the batch"
     return None
 
@@ -104,7 +102,9 @@ def _loses_rows(node: torch.fx.Node, symbols: Collection[str]) -> bool:
     def has_rows(tensor: torch.Tensor) -> bool:
         return any(not set(torch_compat.symbols_in(n)).isdisjoint(symbols) for n in tensor.shape)
 
-    return any(map(has_rows, _tensors(taken))) and not all(map(has_rows, _tensors(value_of(node))))
+    return any(map(has_rows, tensors_in(taken))) and not all(
+        map(has_rows, tensors_in(value_of(node)))
+    )
 
 
 def _may_point_beyond(nodes: Collection[torch.fx.Node]) -> str | None:
@@ -112,10 +112,10 @@ def _may_point_beyond(nodes: Collection[torch.fx.Node]) -> str | None:
     # Whole numbers that are drawn are 0 and 1; those that are made of floats can be any.
     for node in nodes:
         name = _name(node)
-        taken = _tensors([value_of(each) for each in node.all_input_nodes])
+        taken = tensors_in([value_of(each) for each in node.all_input_nodes])
         floats = [each for each in taken if each.is_floating_point()]
         indexes = any(each in name for each in _INDEXING)
-        makes = any(map(_is_whole, _tensors(value_of(node)))) and not indexes
+        makes = any(map(_is_whole, tensors_in(value_of(node)))) and not indexes
         if floats and makes and not name.removeprefix("new_").startswith(_POINT_INSIDE):
             return f"{_described(node)} makes whole numbers of floats"
         single = any(type(n) is int and n < 2 for each in floats for n in each.shape)
@@ -127,10 +127,6 @@ def _may_point_beyond(nodes: Collection[torch.fx.Node]) -> str | None:
 def _is_whole(tensor: torch.Tensor) -> bool:
     inexact = tensor.is_floating_point() or tensor.is_complex()
     return not inexact and tensor.dtype is not torch.bool
-
-
-def _tensors(value: object) -> list[torch.Tensor]:
-    return [t for t in torch_compat.flatten_tree(value)[0] if isinstance(t, torch.Tensor)]
 
 
 def _name(node: torch.fx.Node) -> str:

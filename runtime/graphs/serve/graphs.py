@@ -31,7 +31,6 @@ from piecework.runtime.graphs.device.cuda import kernels_of
 from piecework.runtime.graphs.memory.addresses import Placement, ValueOrigin
 from piecework.runtime.graphs.memory.owner import StaticGraphs
 from piecework.runtime.graphs.memory.wrapper import (
-    CUDAGraphEntry,
     CUDAGraphOptions,
     CUDAGraphWrapper,
 )
@@ -48,8 +47,7 @@ from piecework.runtime.graphs.serve.arguments import CapturedInputs
 from piecework.runtime.graphs.serve.replay import Replay, facts_of, make_replay
 from piecework.runtime.graphs.serve.writes import DryWrites
 from piecework.runtime.pieces.program import Program
-from piecework.runtime.trace.writes import mutations_in, written_inputs
-from piecework.runtime.watch.weights import Weight
+from piecework.runtime.trace.writes import written_inputs
 
 _FULL, _PIECES = CUDAGraphMode.FULL, CUDAGraphMode.PIECEWISE
 _WHOLE = "the whole forward"
@@ -104,14 +102,7 @@ class CapturedGraphs:
         self.inputs.register(self.graphs.addresses)
         self.graphs.addresses.register_weights(self.weights)
         self._whole_source: tuple[torch.fx.GraphModule, StitchedSource] | None = None
-        # The model's tensors that the graph writes, by the schemas of its operators.
-        nodes = split_gm.graph.find_nodes(op="placeholder")
-        pairs = zip(nodes, entry.captured.inputs, strict=True)
-        held = {node.name: each.path for node, each in pairs if isinstance(each, Weight)}
-        self.written_weights = list(
-            dict.fromkeys(each.path for each in mutations_in(split_gm, every, held))
-        )
-        known = [self.weights[path] for path in self.written_weights]
+        known = [self.weights[path] for path in shape.written_weights]
         self.dry_writes = DryWrites(self._is_own, list(self.weights.values()), known)
         self._wrapped = [self._wrap(submods, n) for n, submods in enumerate(program.submod_lists)]
         self._whole = [self._wrap_whole(number) for number in range(len(program.submod_lists))]
@@ -312,7 +303,7 @@ class CapturedGraphs:
         if mode is _FULL:
             self._whole_source = self._whole_source or whole_forward(split_gm, source)
             (split_gm, source), wrapped, pieces = self._whole_source, [self._whole[number]], []
-        calls = [_captured(each, descriptor) for each in wrapped]
+        calls = [each.concrete_cudagraph_entries[descriptor] for each in wrapped]  # type: ignore[attr-defined]
         names = [parameter.name for parameter in source.module.entry.parameters]
         held = {row.name: self.weights[row.path] for row in source.module.bound}
         held |= {names[at]: self.weights[path] for at, path in shape.weights.items()}
@@ -345,11 +336,3 @@ def _statement(
     batch, mode = context.batch_descriptor, context.cudagraph_runtime_mode
     graph = f"{mode.name} {batch.describe()}" if batch is not None else mode.name
     return kernels_of(pieces.get(called, called), layer, line, graph)
-
-
-def _captured(wrapper: Callable[..., object], descriptor: BatchDescriptor) -> CUDAGraphEntry:
-    assert isinstance(wrapper, CUDAGraphWrapper)
-    entry = wrapper.concrete_cudagraph_entries[descriptor]
-    if entry.record is None:
-        raise StaticGraphError("was not captured", where=wrapper.name)
-    return entry

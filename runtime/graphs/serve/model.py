@@ -205,9 +205,8 @@ class CapturedModel(CapturedGraphs):
         why: str | None = Reason.UNPADDED.value
         if pad is not False:
             survives = self.graphs.platform.stand_in
-            split_gm, state = self._program.split_gm, self.written_weights
-            how = (pad, state, self._try_padding)
-            why = why_not_padded(split_gm, self.shape, *how, survives=survives)
+            split_gm, attempt = self._program.split_gm, self._try_padding
+            why = why_not_padded(split_gm, self.shape, pad, attempt, survives=survives)
         agreed = self._in_common([] if why else ["rows are independent"])
         if why is None and not agreed:
             why = "on another rank a padded run gave other rows"

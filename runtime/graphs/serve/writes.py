@@ -115,8 +115,7 @@ class DryWrites:
 
 
 def _tensors(tree: object) -> list[torch.Tensor]:
-    leaves = torch_compat.flatten_tree(tree)[0]
-    return [each for each in leaves if isinstance(each, torch.Tensor) and owns_plain_memory(each)]
+    return list(filter(owns_plain_memory, torch_compat.tensors_in(tree)))
 
 
 def _address(tensor: torch.Tensor) -> int:

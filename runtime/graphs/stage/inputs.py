@@ -124,7 +124,6 @@ def _dimension_of(spec: InputSpec, tensor: torch.Tensor) -> int | None:
 class _Plan:
     """How batches of one size reach one padded size, in views that are made once."""
 
-    counts: tuple[int, ...]
     count: int | None  # the size of all inputs with a dynamic dimension, if it is one
     padded: int
     static: tuple[torch.Tensor, ...]
@@ -237,8 +236,8 @@ class StaticInputs:
     def _run(self, plan: _Plan, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         for number, head in plan.in_place:
             _require_in_place(self._slots[number].spec.name, tensors[number], head)
-        if self._launcher is not None and self._launcher.fits(tensors, plan.counts):
-            self._launcher.launch(tensors, plan.counts[0], plan.padded)
+        if self._launcher and plan.count is not None and self._launcher.fits(tensors):
+            self._launcher.launch(tensors, plan.count, plan.padded)
             return plan.static
         for positions, heads in plan.groups:
             if len(positions) == 1:
@@ -289,7 +288,7 @@ class StaticInputs:
             if slot.dim is not None and padded > own and not kept:
                 tails.append((view.narrow(slot.dim, own, padded - own), slot.pad))
         copied = tuple((tuple(n for n, _ in g), [head for _, head in g]) for g in groups.values())
-        plan = _Plan(counts, count, padded, static, tuple(in_place), copied, tuple(tails), waits)
+        plan = _Plan(count, padded, static, tuple(in_place), copied, tuple(tails), waits)
         self._plans[key] = plan
         return plan
 

@@ -66,15 +66,11 @@ class OneLaunch:
         firsts = range(0, len(slots), SLOTS) if self._able else ()
         self._groups = [(n, [_Words(slot) for slot in slots[n : n + SLOTS]]) for n in firsts]
 
-    def fits(self, tensors: Sequence[torch.Tensor], counts: tuple[int, ...]) -> bool:
-        """Whether these are of one batch size, dense, on that device, of 64 bits at most."""
-        return (
-            self._able
-            and len(set(counts)) == 1
-            and all(
-                tensor.is_contiguous() and tensor.device == slot.buffer.device
-                for tensor, slot in zip(tensors, self._slots, strict=True)
-            )
+    def fits(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Whether these, of one batch size, are dense, on that device, of 64 bits at most."""
+        return self._able and all(
+            tensor.is_contiguous() and tensor.device == slot.buffer.device
+            for tensor, slot in zip(tensors, self._slots, strict=True)
         )
 
     def launch(self, tensors: Sequence[torch.Tensor], count: int, padded: int) -> None:
