@@ -10,7 +10,7 @@ from typing import assert_never
 from piecework.codegen.entry import plan as entry
 from piecework.codegen.entry.checks import Bind, EntryTable, Names
 from piecework.codegen.plan.ir import Function, Module, Origin, Parameter, Statement
-from piecework.codegen.plan.literals import targets_text, tuple_text
+from piecework.codegen.plan.literals import KINDS, targets_text, tuple_text
 from piecework.codegen.plan.names import BUILTINS, SUBMODS
 from piecework.codegen.plan.render import render
 from piecework.codegen.plan.size_text import MODULES, RESERVED
@@ -22,7 +22,7 @@ HELD = ("execution_fn", "weights_as_bound", "fetch_weights", "count_call")
 _MODES = "autocast_enabled() or dispatch_modes() or function_modes() or transforms() or not same_kernels()"
 
 #: Builtins that checks call or name, which no parameter may hide.
-_USED = ("bytes", "complex", "dict", "id", "len", "list", "repr", "str", "tuple", "type")
+_USED = ("dict", "id", "len", "list", "repr", "tuple", "type", *(kind.__name__ for kind in KINDS))
 
 #: What the runtime puts into the entry's module, beside its constants.
 PROVIDED = (

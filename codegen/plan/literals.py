@@ -1,10 +1,11 @@
-"""Literals of emitted source, written, read and compared, and other Python on one line."""
+"""Literals of emitted source, written, recognized and compared, and other Python on one line."""
 
 from __future__ import annotations
 
 import ast
 import math
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import EllipsisType, NoneType
 from typing import Any, NamedTuple
 
@@ -12,49 +13,53 @@ from piecework.codegen.plan.names import is_identifier
 
 # int -> str conversion is limited by CPython (4300 digits by default); larger integers go to consts.
 _MAX_INLINE_BITS = 4096
-_KINDS = (NoneType, bool, int, float, complex, str, bytes, EllipsisType)
 
 
-class Read(NamedTuple):
-    """A literal that was read from a text."""
+class Kind(NamedTuple):
+    """How values of one exact type are written; those that do not fit go to consts."""
 
-    value: object
+    text: Callable[[Any], str] = ascii  # in black's spelling
+    fits: Callable[[Any], bool] = lambda value: True
+
+
+def _quoted(value: str | bytes) -> str:
+    text, prefix = ascii(value), "b" if isinstance(value, bytes) else ""
+    single = text.startswith(f"{prefix}'") and '"' not in text
+    return f'{prefix}"{text[len(prefix) + 1 : -1]}"' if single else text
+
+
+def _number(value: float | complex) -> str:
+    """The sign between two parts has spaces around it; those at a beginning or exponent do not."""
+    return re.sub(r"(?<=[^(e])([+-])", r" \1 ", ascii(value).replace("e+", "e"))
+
+
+def _reads_back(value: complex) -> bool:
+    # repr() drops the sign of a zero part; 1j - 0.0 and 0.0 - 1j are other numbers than they read.
+    parts = (value.real, value.imag)
+    zeros = all(part != 0 or math.copysign(1.0, part) > 0 for part in parts)
+    return all(map(math.isfinite, parts)) and zeros and bool(value.real or value.imag >= 0)
+
+
+#: Every type whose values are written into emitted source.
+KINDS: Mapping[type, Kind] = {
+    **dict.fromkeys((NoneType, bool), Kind()),
+    **dict.fromkeys((str, bytes), Kind(_quoted)),
+    EllipsisType: Kind(lambda value: "..."),
+    int: Kind(fits=lambda value: value.bit_length() <= _MAX_INLINE_BITS),
+    float: Kind(_number, math.isfinite),
+    complex: Kind(_number, _reads_back),
+}
 
 
 def is_inline_literal(value: object) -> bool:
     """Whether ``value``, of just this type, has a literal that evaluates back to it."""
-    match value:
-        case float() if type(value) is float:
-            return math.isfinite(value)
-        case complex() if type(value) is complex:
-            # repr() drops the sign of a zero part; 1j - 0.0 and 0.0 - 1j are other numbers than they read.
-            parts = (value.real, value.imag)
-            zeros = all(part != 0 or math.copysign(1.0, part) > 0 for part in parts)
-            return all(map(math.isfinite, parts)) and zeros and bool(value.real or value.imag >= 0)
-        case int() if type(value) is int:
-            return value.bit_length() <= _MAX_INLINE_BITS
-    return type(value) in _KINDS
+    kind = KINDS.get(type(value))
+    return kind is not None and kind.fits(value)
 
 
 def literal_text(value: object) -> str:
-    """A literal as ASCII source in black's spelling; ``...`` for Ellipsis."""
-    text = ascii(value)
-    match value:
-        case EllipsisType():
-            return "..."
-        case str() | bytes():
-            prefix = "b" if isinstance(value, bytes) else ""
-            single = text.startswith(f"{prefix}'") and '"' not in text
-            return f'{prefix}"{text[len(prefix) + 1 : -1]}"' if single else text
-        case float() | complex():
-            text = text.replace("e+", "e")
-            if isinstance(value, complex):
-                signs = [
-                    i for i, c in enumerate(text) if c in "+-" and i > 1 and text[i - 1] != "e"
-                ]
-                for at in signs[-1:]:
-                    return f"{text[:at]} {text[at]} {text[at + 1:]}"
-    return text
+    """A literal as ASCII source."""
+    return KINDS[type(value)].text(value)
 
 
 def same_literal(left: object, right: object) -> bool:
@@ -64,24 +69,20 @@ def same_literal(left: object, right: object) -> bool:
     for base in (float, complex):
         if isinstance(left, base):
             return left == right and base.__repr__(left) == base.__repr__(right)
-    return type(left) in _KINDS and left == right
+    return type(left) in KINDS and left == right
 
 
-def read_literal(node: ast.expr) -> Read | None:
-    """The literal that an expression is, with its sign and both parts of a complex number."""
+def is_literal(node: ast.expr) -> bool:
+    """Whether an expression is a literal, with its sign and both parts of a complex number."""
     match node:
-        case ast.Constant(value=value):
-            return Read(value)
-        case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=number)):
-            # bool has a minus too, and what comes out is no bool
-            return Read(-number) if type(number) in (int, float, complex) else None  # type: ignore[operator]
-        case ast.BinOp(left=left, op=ast.Add() | ast.Sub() as sign, right=ast.Constant(value=part)):
-            real = read_literal(left)
-            if real is None or type(real.value) not in (int, float) or type(part) is not complex:
-                return None
-            whole: Any = real.value
-            return Read(whole + part if isinstance(sign, ast.Add) else whole - part)
-    return None
+        case ast.Constant():
+            return True
+        case ast.UnaryOp(ast.USub(), ast.Constant(number)):
+            return type(number) in (int, float, complex)  # bool has a minus too, and gives no bool
+        case ast.BinOp(left, ast.Add() | ast.Sub(), ast.Constant(complex())):
+            real = left.operand if isinstance(left, ast.UnaryOp) and is_literal(left) else left
+            return isinstance(real, ast.Constant) and type(real.value) in (int, float)
+    return False
 
 
 # --- pieces of Python ----------------------------------------------------------------------------

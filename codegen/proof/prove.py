@@ -19,7 +19,7 @@ import torch.fx
 
 from piecework.codegen.graph.origin import node_where
 from piecework.codegen.graph.targets import ENTRY_NAME
-from piecework.codegen.plan.literals import read_literal
+from piecework.codegen.plan.literals import is_literal
 from piecework.codegen.plan.names import CONSTS, SUBMODS
 from piecework.codegen.proof.graph_run import (
     Event,
@@ -132,6 +132,8 @@ class Reporting(ast.NodeTransformer):
 
     def visit(self, node: Any) -> Any:
         match node:
+            case ast.expr() if is_literal(node):
+                return node
             case ast.Module():
                 self._check_module(node)
             case ast.FunctionDef():
@@ -165,7 +167,7 @@ class Reporting(ast.NodeTransformer):
                 case ast.Import() | ast.FunctionDef():
                     pass
                 case ast.Assign([ast.Name()], value) if (
-                    read_literal(value) or self._is_path(value) or _is_entry(value, CONSTS)
+                    is_literal(value) or self._is_path(value) or _is_entry(value, CONSTS)
                 ):
                     pass
                 case _:
@@ -234,8 +236,6 @@ class Reporting(ast.NodeTransformer):
         return self._report(node, kind, *head, *map(self.visit, node.args), keywords=keywords)
 
     def _sign(self, node: ast.expr, sign: ast.AST, *operands: ast.expr) -> ast.expr:
-        if read_literal(node) is not None:
-            return node
         name = type(sign).__name__
         if name not in _SIGNS:
             self._no_part(node)
