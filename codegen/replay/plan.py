@@ -11,9 +11,6 @@ from typing import Literal
 
 from piecework.codegen.plan import ir
 
-Policy = Literal["copy", "refuse", "eager"]
-"""What becomes of a fresh tensor that enters a captured piece; only ``copy`` stages it."""
-
 # --- how a captured piece reads one leaf of its arguments --------------------------------------------
 
 
@@ -66,7 +63,7 @@ class ReplayFacts:
 
     title: str  # mode and descriptor, such as ``PIECEWISE 8 tokens``
     tokens: int  # the captured size
-    policy: Policy  # the address policy
+    policy: str  # the address policy
     # parameters of the stitching function that are copied into persistent buffers
     staged: tuple[str, ...]
     sizes: Mapping[str, int]  # parameters that are numbers, frozen at the captured size

@@ -313,7 +313,7 @@ class CapturedGraphs:
         facts = ReplayFacts(
             title=f"{mode.name} {descriptor.describe()}",
             tokens=size,
-            policy=self.graphs.address_policy.value,  # type: ignore[arg-type]
+            policy=self.graphs.address_policy.value,
             staged=staged,
             sizes=numbers,
             places={name: Placement.of(tensor) for name, tensor in held.items()},

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import triton
@@ -82,7 +81,8 @@ class OneLaunch:
             words = [tensor.detach().view(each.dtype) for tensor, each in pairs]
             words += [words[0]] * (SLOTS - len(group))
             targets = tuple(each.target for each in group)
-            with _device_of(targets[0]):
+            # Triton launches on the current device, and the CPU's tensors have no index.
+            with torch.accelerator.device_index(targets[0].device.index):
                 _stage[blocks, len(group)](
                     *words,
                     targets,
@@ -104,10 +104,3 @@ class _Words:
         self.outer, self.inner = slot.outer, slot.inner
         pad = torch.tensor([slot.pad], dtype=slot.buffer.dtype)
         self.pad = int(pad.view(self.dtype).item())
-
-
-def _device_of(tensor: torch.Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current device; make it the tensor's where it isn't."""
-    if tensor.device.type != "cuda" or tensor.device.index == torch.cuda.current_device():
-        return nullcontext()
-    return torch.cuda.device(tensor.device)
