@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from piecework.codegen.plan.literals import (
     arguments_text,
+    is_literal,
     literal_text,
     operand,
     targets_text,
@@ -111,7 +112,7 @@ def test_statements_are_laid_out_as_black_would(statements: list[str], depth: in
 @settings(max_examples=300, deadline=None)
 def test_literals_read_back_as_they_are(value: object) -> None:
     text = literal_text(value)
-    assert text.isascii() and "\n" not in text
+    assert text.isascii() and "\n" not in text and is_literal(ast.parse(text).body[0].value)
     if isinstance(value, complex) and value.real == 0:
         return  # which complex numbers are literals is for `consts` to say
     back = eval(text)

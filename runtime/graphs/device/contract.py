@@ -63,6 +63,7 @@ class GraphPlatform:
     stand_in = False
 
     def new_pool(self) -> Any:
+        """Memory for outputs, with ``nbytes`` and ``driver_bytes`` of them, and ``clear``."""
         raise NotImplementedError
 
     def new_graph(self, pool: Any, *, marked: bool = False) -> StaticGraph:
