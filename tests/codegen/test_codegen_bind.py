@@ -14,6 +14,7 @@ import traceback
 import pytest
 import torch
 import torch.fx
+from fx_graphs import callable_graph_of
 
 from piecework.codegen import (
     LowerOptions,
@@ -24,14 +25,12 @@ from piecework.codegen import (
 
 
 def model() -> torch.fx.GraphModule:
-    root = torch.nn.Module()
-    root.first, root.second = torch.nn.ReLU(), torch.nn.Tanh()
-    graph = torch.fx.Graph()
-    x = graph.placeholder("x")
-    w = graph.placeholder("w")
-    y = graph.call_module("first", (graph.call_function(torch.matmul, (x, w)),))
-    graph.output((graph.call_module("second", (y,)),))
-    return torch.fx.GraphModule(root, graph)
+    def build(g: torch.fx.Graph, x: torch.fx.Node, w: torch.fx.Node) -> object:
+        y = g.call_module("first", (g.call_function(torch.matmul, (x, w)),))
+        return (g.call_module("second", (y,)),)
+
+    root = torch.nn.ModuleDict({"first": torch.nn.ReLU(), "second": torch.nn.Tanh()})
+    return callable_graph_of(build, "x", "w", root=root)
 
 
 def test_the_emitted_contract() -> None:

@@ -7,21 +7,19 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.fx
+from fx_graphs import graph_of
 
-from piecework.codegen import compile_execution_fn, generate_execution_code, generate_source, verify
+from piecework.codegen import (
+    StitchedSource,
+    compile_execution_fn,
+    generate_execution_code,
+    generate_source,
+    verify,
+)
 from piecework.codegen.plan.render import format_source
 from piecework.errors import BindError, EmitError, UnsupportedNode
 
 TRACE = '  File "/somewhere/else/model.py", line 41, in forward\n    return f(x)\n'
-
-
-def raw(build: Callable[[torch.fx.Graph, torch.fx.Node], object]) -> torch.fx.GraphModule:
-    graph = torch.fx.Graph()
-    x = graph.placeholder("x")
-    graph.output(build(graph, x))  # type: ignore[arg-type]
-    gm = torch.fx.GraphModule(torch.nn.Module(), torch.fx.Graph())
-    gm._graph = graph
-    return gm
 
 
 def traced(node: torch.fx.Node) -> torch.fx.Node:
@@ -35,67 +33,53 @@ def nested(depth: int, leaf: object) -> object:
     return leaf
 
 
-def test_an_attribute_that_is_missing() -> None:
-    gm = raw(lambda g, x: traced(g.create_node("get_attr", "gone.away")))
-    with pytest.raises(
-        UnsupportedNode, match=r"get_attr reads 'gone.away'.*\(node %gone_away, model.py:41\)"
-    ):
-        generate_source(gm)
+def used_before(g: torch.fx.Graph, x: torch.fx.Node) -> torch.fx.Node:
+    late = g.call_function(torch.cos, (x,))
+    with g.inserting_before(late):
+        early = g.call_function(torch.sin, (x,))
+    early.args = (late,)
+    return early
 
 
-def test_a_module_that_is_missing() -> None:
-    gm = raw(lambda g, x: traced(g.create_node("call_module", "gone", (x,))))
-    with pytest.raises(
-        UnsupportedNode, match=r"call_module of 'gone'.*\(node %gone, model.py:41\)"
-    ):
-        generate_source(gm)
+@pytest.mark.parametrize(
+    ("build", "why"),
+    [
+        (
+            lambda g, x: g.create_node("get_attr", "gone.away"),
+            r"get_attr reads 'gone.away'.*\(node %gone_away, model.py:41\)",
+        ),
+        (
+            lambda g, x: g.create_node("call_module", "gone", (x,)),
+            r"call_module of 'gone'.*\(node %gone, model.py:41\)",
+        ),
+        (
+            lambda g, x: g.call_function(len, (nested(61, x),)),
+            r"more than 60 levels deep.*model.py:41.*Hint: flatten",
+        ),
+        (used_before, r"used before it is defined \(node %"),
+    ],
+    ids=["a missing attribute", "a missing module", "nested too deep", "used before defined"],
+)
+def test_a_node_without_a_source_form(build: Callable[..., torch.fx.Node], why: str) -> None:
+    with pytest.raises(UnsupportedNode, match=why):
+        generate_source(graph_of(lambda g, x: traced(build(g, x))))
 
 
-def test_an_argument_that_is_nested_too_deep() -> None:
-    gm = raw(lambda g, x: traced(g.call_function(len, (nested(61, x),))))
-    with pytest.raises(
-        UnsupportedNode, match=r"more than 60 levels deep.*model.py:41.*Hint: flatten"
-    ):
-        generate_source(gm)
-    assert (
-        generate_source(raw(lambda g, x: g.call_function(len, (nested(58, x),)))).proof is not None
-    )
-
-
-def test_a_node_that_is_used_before_it_is_defined() -> None:
-    def build(g: torch.fx.Graph, x: torch.fx.Node) -> object:
-        late = g.call_function(torch.cos, (x,))
-        with g.inserting_before(late):
-            early = g.call_function(torch.sin, (x,))
-        early.args = (late,)
-        return traced(early)
-
-    with pytest.raises(UnsupportedNode, match=r"used before it is defined \(node %"):
-        generate_source(raw(build))
+def test_an_argument_may_be_nested_as_deep_as_python_reads_it() -> None:
+    gm = graph_of(lambda g, x: g.call_function(len, (nested(58, x),)))
+    assert generate_source(gm).proof is not None
 
 
 @pytest.mark.parametrize("names", [("*args", "y"), ("**kwargs", "y"), ("*args", "*more")])
 def test_placeholders_in_an_order_that_python_does_not_have(names: tuple[str, ...]) -> None:
-    graph = torch.fx.Graph()
-    for name in names:
-        graph.placeholder(name)
-    graph.output(None)
-    gm = torch.fx.GraphModule(torch.nn.Module(), torch.fx.Graph())
-    gm._graph = graph
     with pytest.raises(EmitError):
-        generate_source(gm)
+        generate_source(graph_of(lambda g, *nodes: None, *names))
 
 
 @pytest.mark.parametrize("args", [(), (1, 2, 3)])
 def test_a_graph_that_is_called_with_other_arguments(args: tuple[object, ...]) -> None:
-    inner = torch.fx.Graph()
-    a, b = inner.placeholder("a"), inner.placeholder("b")
-    inner.output((a, b))
-    root = torch.nn.Module()
-    root.inner = torch.fx.GraphModule(torch.nn.Module(), inner)
-    graph = torch.fx.Graph()
-    graph.output(graph.call_module("inner", args))
-    gm = torch.fx.GraphModule(root, graph)
+    root = torch.nn.ModuleDict({"inner": graph_of(lambda g, a, b: (a, b), "a", "b")})
+    gm = graph_of(lambda g, x: g.call_module("inner", args), root=root)
     with pytest.raises(UnsupportedNode, match=r"'inner' takes 2 arguments and is called with"):
         generate_source(gm)
 
@@ -104,7 +88,7 @@ def test_a_graph_with_a_pytree_signature() -> None:
     class Other(torch.fx.graph.CodeGen):
         pass
 
-    gm = raw(lambda g, x: x)
+    gm = graph_of(lambda g, x: x)
     gm.graph.set_codegen(Other())
     with pytest.raises(UnsupportedNode, match=r"pytree.*Hint: flatten"):
         generate_source(gm)
@@ -114,11 +98,8 @@ def test_a_graph_with_a_pytree_signature() -> None:
 
 
 def with_leaf() -> torch.fx.GraphModule:
-    root = torch.nn.Module()
-    root.act = torch.nn.ReLU()
-    graph = torch.fx.Graph()
-    graph.output(graph.call_module("act", (graph.placeholder("x"),)))
-    return torch.fx.GraphModule(root, graph)
+    root = torch.nn.ModuleDict({"act": torch.nn.ReLU()})
+    return graph_of(lambda g, x: g.call_module("act", (x,)), root=root)
 
 
 def test_a_submodule_without_a_callable() -> None:
@@ -151,17 +132,17 @@ def test_an_import_that_is_not_here() -> None:
 # --- proof ---------------------------------------------------------------------------------------
 
 
-def sample() -> torch.fx.GraphModule:
+def sample() -> tuple[torch.fx.GraphModule, StitchedSource]:
     def build(g: torch.fx.Graph, x: torch.fx.Node) -> object:
         a = traced(g.call_function(torch.sin, (x,)))
         return g.call_function(torch.add, (a, x), {"alpha": 2})
 
-    return raw(build)
+    gm = graph_of(build)
+    return gm, generate_source(gm)
 
 
 def test_a_difference_names_the_line_and_the_node() -> None:
-    gm = sample()
-    source = generate_source(gm)
+    gm, source = sample()
     edited = source.code.replace("torch.sin(x)", "torch.cos(x)")
     with pytest.raises(
         EmitError,
@@ -177,8 +158,7 @@ def test_a_difference_names_the_line_and_the_node() -> None:
 
 def test_an_edit_that_changes_nothing_is_proved() -> None:
     """Comments, names, the moment of a ``del`` and the order of definition are the reader's to change."""
-    gm = sample()
-    source = generate_source(gm)
+    gm, source = sample()
     edited = (
         source.code.replace("sin =", "sine =")
         .replace("(sin,", "(sine,")
@@ -204,8 +184,7 @@ def test_an_edit_that_changes_nothing_is_proved() -> None:
     ],
 )  # fmt: skip
 def test_text_outside_of_the_language_is_refused(text: str) -> None:
-    gm = sample()
-    source = generate_source(gm)
+    gm, source = sample()
     edited = source.code.replace("    sin = torch", f"    {text}\n    sin = torch")
     with pytest.raises(EmitError, match="line "):
         verify(source, gm, edited=edited)
@@ -222,16 +201,14 @@ def test_text_outside_of_the_language_is_refused(text: str) -> None:
     ],
 )  # fmt: skip
 def test_modules_outside_of_the_language_are_refused(text: str) -> None:
-    gm = sample()
-    source = generate_source(gm)
+    gm, source = sample()
     edited = source.code.replace("\ndef execution", f"\n{text}\n\ndef execution")
     with pytest.raises(EmitError):
         verify(source, gm, edited=edited)
 
 
 def test_text_that_is_not_python_or_has_no_entry_is_refused() -> None:
-    gm = sample()
-    source = generate_source(gm)
+    gm, source = sample()
     with pytest.raises(EmitError, match="is not Python"):
         verify(source, gm, edited="def (")
     with pytest.raises(EmitError, match="defines no function execution_fn"):
@@ -239,15 +216,14 @@ def test_text_that_is_not_python_or_has_no_entry_is_refused() -> None:
 
 
 def test_a_function_that_calls_itself_is_refused() -> None:
-    gm = sample()
+    gm, source = sample()
     code = "import torch\ndef f(x):\n    return f(x)\ndef execution_fn(x, *, __vllm_submods__):\n    return f(x)\n"
     with pytest.raises(EmitError, match="call each other, or are nested, too deeply"):
-        verify(generate_source(gm), gm, edited=code)
+        verify(source, gm, edited=code)
 
 
 def test_another_number_of_inputs_or_results_is_refused() -> None:
-    gm = sample()
-    source = generate_source(gm)
+    gm, source = sample()
     with pytest.raises(EmitError, match="takes 2 inputs and the graph 1"):
         verify(source, gm, edited=source.code.replace("execution_fn(x,", "execution_fn(x, y,"))
     with pytest.raises(EmitError, match="returns something else"):
@@ -257,9 +233,6 @@ def test_another_number_of_inputs_or_results_is_refused() -> None:
 
 
 def test_the_graph_of_another_model_is_not_proved() -> None:
-    source = generate_source(sample())
+    other = graph_of(lambda g, x: g.call_function(torch.add, (g.call_function(torch.cos, (x,)), x)))
     with pytest.raises(EmitError, match=r"differs from the graph|text ends"):
-        verify(
-            source,
-            raw(lambda g, x: g.call_function(torch.add, (g.call_function(torch.cos, (x,)), x))),
-        )
+        verify(sample()[1], other)

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import ast
-from pathlib import Path
 
 import torch
 import torch.fx
+from fx_graphs import graph_of, module_of, problems
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from piecework.codegen import LowerOptions, compile_execution_fn, generate_source
 from piecework.codegen.plan.render import format_source
-from piecework.golden.cases import Case, LoadedCase
-from piecework.golden.execute import differences
 
 CORPUS = [
     *("", " ", "'", '"', '"""', "\\", "\\'", "\n", "\x00", "\x0c", "\ud800", "é", "сору", "ｔｏｒｃｈ"),
@@ -34,13 +32,11 @@ def returned(*args: object, **kwargs: object) -> tuple[object, ...]:
 def hostile_graph(texts: list[str]) -> tuple[torch.fx.GraphModule, LowerOptions]:
     """A graph with ``texts`` in every place where text can be."""
     graph = torch.fx.Graph()
-    gm = torch.fx.GraphModule(torch.nn.Module(), torch.fx.Graph())
+    gm = module_of(graph)
     placeholders = [graph.placeholder(f"p{i}") for i in range(len(texts))]
-    inner = torch.fx.Graph()
-    a = inner.placeholder("a")
-    b = inner.call_function(torch.sin, (a,))
-    inner.output((b, inner.call_function(torch.cos, (a,))))
-    submod = torch.fx.GraphModule(torch.nn.Module(), inner)
+    submod = graph_of(
+        lambda g, a: (g.call_function(torch.sin, (a,)), g.call_function(torch.cos, (a,))), "a"
+    )
     results: list[object] = []
     for i, text in enumerate(texts):
         placeholders[i].name = text
@@ -62,23 +58,20 @@ def hostile_graph(texts: list[str]) -> tuple[torch.fx.GraphModule, LowerOptions]
         method.meta["example_value"] = torch.ones(1)
         results.append(method)
     graph.output({texts[0]: results})
-    gm._graph = graph
     bound = {placeholders[0].name: f"path {texts[0]}"}
     return gm, LowerOptions(banner=tuple(texts), bound=bound)
 
 
 def check(texts: list[str], *, formatted: bool = True) -> None:
     gm, options = hostile_graph(texts)
-    bound = tuple(options.bound)
     source = generate_source(gm, options)  # proves the text equal to the graph
     assert source.code.isascii() or source.code.replace("…", "").isascii()
     tree = ast.parse(source.code)
     kinds = {type(stmt).__name__ for stmt in tree.body}
     assert kinds <= {"Import", "Assign", "FunctionDef"}
     assert not formatted or format_source(source.code) == source.code
-    inputs = [tuple(torch.full((2,), float(i)) for i in range(len(texts)))]
-    loaded = LoadedCase(Case("hostile", Path(".")), gm, source, source.code, bound, inputs)
-    assert differences(loaded) == []
+    inputs = tuple(torch.full((2,), float(i)) for i in range(len(texts)))
+    assert problems(gm, source, inputs) == []
     # Saved to a file, the first two lines may not declare an encoding.
     assert not any("coding" in line for line in source.code.splitlines()[:2])
 
@@ -98,11 +91,7 @@ def test_any_text_everywhere(texts: list[str]) -> None:
 @given(st.text(max_size=40))
 @settings(max_examples=150, deadline=None)
 def test_a_string_arrives_as_it_is(text: str) -> None:
-    graph = torch.fx.Graph()
-    x = graph.placeholder("x")
-    graph.output((text, [text, x], {text: text.encode("utf-8", "surrogatepass")}))
-    gm = torch.fx.GraphModule(torch.nn.Module(), torch.fx.Graph())
-    gm._graph = graph
-    source = generate_source(gm)
+    bytes_of_it = text.encode("utf-8", "surrogatepass")
+    source = generate_source(graph_of(lambda g, x: (text, [text, x], {text: bytes_of_it})))
     result = compile_execution_fn(source.code, {}, [], source.consts)(1)
-    assert result == (text, [text, 1], {text: text.encode("utf-8", "surrogatepass")})
+    assert result == (text, [text, 1], {text: bytes_of_it})

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 import torch.fx
+from fx_graphs import module_of
 
 import piecework
 from piecework.codegen import compile_execution_fn, generate_source, verify
@@ -28,8 +29,7 @@ def emit_and_run(number: int) -> None:
     left = graph.call_function(torch.add, (parts, number), name=f"value_{number}")
     graph.output((left, torch.device("cpu"), lambda: number))
     left.args = (x, number)
-    gm = torch.fx.GraphModule(torch.nn.Module(), torch.fx.Graph())
-    gm._graph = graph
+    gm = module_of(graph)
     source = generate_source(gm)
     verify(source, gm)
     function = compile_execution_fn(source.code, {}, (), source.consts)

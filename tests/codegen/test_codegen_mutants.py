@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import ast
 import copy
+import random
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
+import torch.fx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from random_graphs import SETTINGS, programs, surprises
 
-from piecework.codegen import verify
+from piecework.codegen import LowerOptions, generate_source, verify
 from piecework.errors import EmitError
 from piecework.golden.cases import LoadedCase, discover
 
+T = TypeVar("T")
+Node = TypeVar("Node", bound=ast.AST)
 CASES = Path(__file__).parents[2] / "golden" / "cases"
 
 
@@ -27,92 +35,80 @@ def loaded_cases() -> tuple[LoadedCase, ...]:
 
 
 def _functions(tree: ast.Module) -> Iterator[ast.FunctionDef]:
-    for stmt in tree.body:
-        if isinstance(stmt, ast.FunctionDef):
-            yield stmt
+    return (each for each in tree.body if isinstance(each, ast.FunctionDef))
 
 
-def _bodies(tree: ast.Module) -> Iterator[list[ast.stmt]]:
+def _nodes(tree: ast.Module, kind: type[Node]) -> Iterator[Node]:
     for function in _functions(tree):
-        yield function.body
+        yield from (node for node in ast.walk(function) if isinstance(node, kind))
 
 
-def _calls(tree: ast.Module) -> Iterator[ast.Call]:
-    for function in _functions(tree):
-        for node in ast.walk(function):
-            if isinstance(node, ast.Call):
-                yield node
+def _with(what: str, owner: ast.AST, **fields: object) -> Iterator[str]:
+    """One mutant: ``owner`` with other fields, for as long as it is looked at."""
+    saved = {name: getattr(owner, name) for name in fields}
+    vars(owner).update(fields)
+    yield what
+    vars(owner).update(saved)
 
 
-def _text(node: ast.AST) -> str:
-    return ast.dump(node)
+def _same(left: ast.AST, right: ast.AST) -> bool:
+    return ast.dump(left) == ast.dump(right)
+
+
+def _exchanged(items: list[T], i: int) -> list[T]:
+    return [*items[:i], items[i + 1], items[i], *items[i + 2 :]]
+
+
+def _without(items: list[T], i: int) -> list[T]:
+    return items[:i] + items[i + 1 :]
 
 
 def swapped_arguments(tree: ast.Module) -> Iterator[str]:
-    for call in _calls(tree):
+    for call in _nodes(tree, ast.Call):
         for i in range(len(call.args) - 1):
-            if _text(call.args[i]) != _text(call.args[i + 1]):
-                call.args[i], call.args[i + 1] = call.args[i + 1], call.args[i]
-                yield f"arguments {i} and {i + 1} swapped"
-                call.args[i], call.args[i + 1] = call.args[i + 1], call.args[i]
+            if not _same(call.args[i], call.args[i + 1]):
+                yield from _with(f"argument {i} swapped", call, args=_exchanged(call.args, i))
 
 
 def dropped_arguments(tree: ast.Module) -> Iterator[str]:
-    for call in _calls(tree):
+    for call in _nodes(tree, ast.Call):
         if isinstance(call.func, ast.Name) and call.func.id == "slice":
             continue  # slice(1, n) is slice(1, n, None)
         for i in range(len(call.args)):
-            saved = call.args.pop(i)
-            yield f"argument {i} dropped"
-            call.args.insert(i, saved)
-        for i in range(len(call.keywords)):
-            keyword = call.keywords.pop(i)
-            yield f"keyword {keyword.arg} dropped"
-            call.keywords.insert(i, keyword)
+            yield from _with(f"argument {i} dropped", call, args=_without(call.args, i))
+        for i, each in enumerate(call.keywords):
+            yield from _with(f"{each.arg} dropped", call, keywords=_without(call.keywords, i))
 
 
 def dropped_statements(tree: ast.Module) -> Iterator[str]:
-    for body in _bodies(tree):
-        for i, stmt in enumerate(body):
-            del body[i]
-            if body and not isinstance(stmt, ast.Delete):  # a value may live longer
-                yield f"dropped: {ast.unparse(stmt)[:60]}"
-            body.insert(i, stmt)
+    for function in _functions(tree):
+        for i, stmt in enumerate(function.body):
+            if len(function.body) > 1 and not isinstance(stmt, ast.Delete):  # it may live longer
+                what = f"dropped: {ast.unparse(stmt)[:60]}"
+                yield from _with(what, function, body=_without(function.body, i))
 
 
 def duplicated_statements(tree: ast.Module) -> Iterator[str]:
-    for body in _bodies(tree):
-        for i, stmt in enumerate(body):
-            body.insert(i, copy.deepcopy(stmt))
-            yield f"twice: {ast.unparse(stmt)[:60]}"
-            del body[i]
+    for function in _functions(tree):
+        for i, stmt in enumerate(function.body):
+            twice = [*function.body[:i], copy.deepcopy(stmt), *function.body[i:]]
+            yield from _with(f"twice: {ast.unparse(stmt)[:60]}", function, body=twice)
 
 
 def exchanged_statements(tree: ast.Module) -> Iterator[str]:
-    for body in _bodies(tree):
-        for i in range(len(body) - 1):
-            if isinstance(body[i], ast.Delete):
-                continue
-            body[i], body[i + 1] = body[i + 1], body[i]
-            yield f"exchanged: {ast.unparse(body[i])[:60]}"
-            body[i], body[i + 1] = body[i + 1], body[i]
+    for function in _functions(tree):
+        for i, stmt in enumerate(function.body[:-1]):
+            if not isinstance(stmt, ast.Delete):
+                what = f"exchanged: {ast.unparse(function.body[i + 1])[:60]}"
+                yield from _with(what, function, body=_exchanged(function.body, i))
 
 
 def changed_constants(tree: ast.Module) -> Iterator[str]:
-    parts: set[ast.expr] = set()
-    for function in _functions(tree):
-        for node in ast.walk(function):
-            if isinstance(node, ast.BinOp) and isinstance(node.left, ast.Constant):
-                parts.add(node.left)  # 2.0 - 3j is 2 - 3j
-            if not isinstance(node, ast.Constant):
-                continue
-            value = node.value
-            for other in _near(value):
-                if node in parts and other == value:
-                    continue
-                node.value = other
-                yield f"{value!a} becomes {other!a}"
-                node.value = value
+    parts = {each.left for each in _nodes(tree, ast.BinOp)}
+    for node in _nodes(tree, ast.Constant):
+        for other in _near(node.value):
+            if node not in parts or other != node.value:  # 2.0 - 3j is 2 - 3j
+                yield from _with(f"{node.value!a} becomes {other!a}", node, value=other)
 
 
 def _near(value: object) -> list[object]:
@@ -135,170 +131,110 @@ def _near(value: object) -> list[object]:
 def other_operands(tree: ast.Module) -> Iterator[str]:
     """Each use of a value becomes a use of another one that lives there."""
     for function in _functions(tree):
-        parameters = [each.arg for each in function.args.args]
-        live = list(parameters)
+        live = [each.arg for each in function.args.args]
         for stmt in function.body:
+            names = [each for each in ast.walk(stmt) if isinstance(each, ast.Name)]
             if isinstance(stmt, ast.Delete):
-                gone = {each.id for each in stmt.targets if isinstance(each, ast.Name)}
-                live = [name for name in live if name not in gone]
+                live = [name for name in live if name not in {each.id for each in names}]
                 continue
-            for node in ast.walk(stmt):
-                if (
-                    isinstance(node, ast.Name)
-                    and isinstance(node.ctx, ast.Load)
-                    and node.id in live
-                ):
-                    saved = node.id
-                    others = [name for name in live if name != saved]
-                    for other in others[-2:]:
-                        node.id = other
-                        yield f"{saved} becomes {other} in {ast.unparse(stmt)[:60]}"
-                    node.id = saved
-            live += [
-                node.id
-                for node in ast.walk(stmt)
-                if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
-            ]
+            for node in names:
+                if isinstance(node.ctx, ast.Load) and node.id in live:
+                    for other in [name for name in live if name != node.id][-2:]:
+                        what = f"{node.id} becomes {other} in {ast.unparse(stmt)[:60]}"
+                        yield from _with(what, node, id=other)
+            live += [each.id for each in names if isinstance(each.ctx, ast.Store)]
 
 
 def other_callables(tree: ast.Module) -> Iterator[str]:
-    for call in _calls(tree):
+    for call in _nodes(tree, ast.Call):
         match call.func:
             case ast.Attribute(attr=name):
-                call.func.attr = "sin" if name != "sin" else "cos"
-                yield f"{name} becomes {call.func.attr}"
-                call.func.attr = name
+                other = "sin" if name != "sin" else "cos"
+                yield from _with(f"{name} becomes {other}", call.func, attr=other)
             case ast.Subscript(slice=ast.Constant(value=int(index))):
-                call.func.slice = ast.Constant(value=index + 1)
-                yield f"index {index} becomes {index + 1}"
-                call.func.slice = ast.Constant(value=index)
+                following = ast.Constant(value=index + 1)
+                yield from _with(f"index {index} becomes the next", call.func, slice=following)
             case ast.Name(id=name):
-                call.func.id = "repr"
-                yield f"{name} becomes repr"
-                call.func.id = name
+                yield from _with(f"{name} becomes repr", call.func, id="repr")
 
 
 def other_operators(tree: ast.Module) -> Iterator[str]:
-    for function in _functions(tree):
-        for node in ast.walk(function):
-            if isinstance(node, ast.BinOp):
-                saved = node.op
-                node.op = ast.Sub() if not isinstance(saved, ast.Sub) else ast.Add()
-                yield f"operator {type(saved).__name__} changed"
-                node.op = saved
-                node.left, node.right = node.right, node.left
-                if _text(node.left) != _text(node.right):
-                    yield "operands exchanged"
-                node.left, node.right = node.right, node.left
-            elif isinstance(node, ast.Compare):
-                operators = node.ops
-                node.ops = [ast.Lt() if not isinstance(operators[0], ast.Lt) else ast.Gt()]
-                yield "comparison changed"
-                node.ops = operators
+    for node in _nodes(tree, ast.BinOp):
+        other = ast.Sub() if not isinstance(node.op, ast.Sub) else ast.Add()
+        yield from _with(f"operator {type(node.op).__name__} changed", node, op=other)
+        if not _same(node.left, node.right):
+            yield from _with("operands exchanged", node, left=node.right, right=node.left)
+    for node in _nodes(tree, ast.Compare):
+        less = ast.Lt() if not isinstance(node.ops[0], ast.Lt) else ast.Gt()
+        yield from _with("comparison changed", node, ops=[less])
 
 
 def changed_results(tree: ast.Module) -> Iterator[str]:
     for function in _functions(tree):
         last = function.body[-1]
-        if not isinstance(last, ast.Return):
+        if not isinstance(last, ast.Return) or last.value is None:
             continue
         saved = last.value
-        if saved is not None and _text(saved) != _text(ast.Constant(value=None)):
-            last.value = ast.Constant(value=None)
-            yield "returns None"
-            last.value = ast.Tuple(elts=[saved], ctx=ast.Load())
-            yield "returns a tuple of it"
-            last.value = saved
+        if not _same(saved, ast.Constant(value=None)):
+            yield from _with("returns None", last, value=ast.Constant(value=None))
+            yield from _with("returns a tuple of it", last, value=ast.Tuple([saved], ast.Load()))
         if isinstance(saved, (ast.Tuple, ast.List)) and len(saved.elts) > 1:
-            if _text(saved.elts[0]) != _text(saved.elts[-1]):
-                saved.elts.reverse()
-                yield "returns in reverse"
-                saved.elts.reverse()
+            if not _same(saved.elts[0], saved.elts[-1]):
+                yield from _with("returns in reverse", saved, elts=saved.elts[::-1])
             if function.name != "execution_fn":
                 continue  # it is unpacked where it is called, so that list and tuple are one
             kind = ast.List if isinstance(saved, ast.Tuple) else ast.Tuple
-            last.value = kind(elts=saved.elts, ctx=ast.Load())
-            yield f"returns a {kind.__name__}"
-            last.value = saved
+            yield from _with(f"returns a {kind.__name__}", last, value=kind(saved.elts, ast.Load()))
 
 
 def changed_unpacking(tree: ast.Module) -> Iterator[str]:
-    for body in _bodies(tree):
-        for stmt in body:
-            if isinstance(stmt, ast.Assign) and isinstance(stmt.targets[0], ast.Tuple):
-                names = stmt.targets[0].elts
-                if len(names) > 1:
-                    names.append(names.pop(0))
-                    yield "unpacks in another order"
-                    names.insert(0, names.pop())
-                names.append(ast.Name(id="another", ctx=ast.Store()))
-                yield "unpacks to one more"
-                names.pop()
-                if isinstance(names[0], ast.Name):
-                    saved, stmt.targets[0] = stmt.targets[0], names[0]
-                    yield "does not unpack"
-                    stmt.targets[0] = saved
+    for stmt in _nodes(tree, ast.Assign):
+        target = stmt.targets[0]
+        if isinstance(target, ast.Tuple):
+            first, *others = target.elts
+            if others:
+                yield from _with("unpacks in another order", target, elts=[*others, first])
+            more = [*target.elts, ast.Name("another", ast.Store())]
+            yield from _with("unpacks to one more", target, elts=more)
+            yield from _with("does not unpack", stmt, targets=[first])
 
 
 def changed_parameters(tree: ast.Module) -> Iterator[str]:
     for function in _functions(tree):
-        args = function.args.args
-        for i in range(len(args) - 1):
-            args[i], args[i + 1] = args[i + 1], args[i]
-            yield f"parameters {args[i].arg} and {args[i + 1].arg} exchanged"
-            args[i], args[i + 1] = args[i + 1], args[i]
-        if function.args.defaults:
-            saved = function.args.defaults[-1]
-            function.args.defaults[-1] = ast.Constant(value=99)
-            yield "another default"
-            function.args.defaults[-1] = saved
-            first = function.args.defaults.pop(0)
-            yield "a default less"
-            function.args.defaults.insert(0, first)
+        given = function.args
+        for i in range(len(given.args) - 1):
+            yield from _with(f"parameter {i} exchanged", given, args=_exchanged(given.args, i))
+        if given.defaults:
+            other = [*given.defaults[:-1], ast.Constant(value=99)]
+            yield from _with("another default", given, defaults=other)
+            yield from _with("a default less", given, defaults=given.defaults[1:])
 
 
 def changed_module_level(tree: ast.Module) -> Iterator[str]:
     for i, stmt in enumerate(tree.body):
         if isinstance(stmt, ast.Assign):
-            saved = stmt.value
-            stmt.value = ast.Name(id="print", ctx=ast.Load())
-            yield f"alias {ast.unparse(stmt.targets[0])} is print"
-            stmt.value = saved
+            what = f"alias {ast.unparse(stmt.targets[0])} is print"
+            yield from _with(what, stmt, value=ast.Name("print", ast.Load()))
         if isinstance(stmt, ast.FunctionDef):
-            del tree.body[i]
-            yield f"function {stmt.name} dropped"
-            tree.body.insert(i, stmt)
+            yield from _with(f"function {stmt.name} dropped", tree, body=_without(tree.body, i))
+
+
+INJECTED = (
+    *("print('x')", "import os", "__vllm_consts__[0] = 1", "x = [y for y in ()]", "global torch"),
+)
 
 
 def injected_calls(tree: ast.Module) -> Iterator[str]:
-    for body in _bodies(tree):
-        for text in (
-            "print('x')",
-            "import os",
-            "__vllm_consts__[0] = 1",
-            "x = [y for y in ()]",
-            "global torch",
-        ):
-            body.insert(0, ast.parse(text).body[0])
-            yield f"injected: {text}"
-            del body[0]
+    for function in _functions(tree):
+        for text in INJECTED:
+            more = [*ast.parse(text).body, *function.body]
+            yield from _with(f"injected: {text}", function, body=more)
 
 
 KINDS = (
-    swapped_arguments,
-    dropped_arguments,
-    dropped_statements,
-    duplicated_statements,
-    exchanged_statements,
-    changed_constants,
-    other_operands,
-    other_callables,
-    other_operators,
-    changed_results,
-    changed_unpacking,
-    changed_parameters,
-    changed_module_level,
-    injected_calls,
+    *(swapped_arguments, dropped_arguments, dropped_statements, duplicated_statements),
+    *(exchanged_statements, changed_constants, other_operands, other_callables, other_operators),
+    *(changed_results, changed_unpacking, changed_parameters, changed_module_level, injected_calls),
 )
 
 
@@ -322,6 +258,39 @@ def test_no_mutant_survives(kind: Callable[[ast.Module], Iterator[str]]) -> None
         assert ast.unparse(tree) == original, "a mutation was not undone"
     assert count >= 4
     assert not survivors, f"{len(survivors)} of {count} survive:\n" + "\n\n".join(survivors[:5])
+
+
+COUNTS = {"refused": 0, "ran": 0}
+
+
+@given(programs(), st.randoms(use_true_random=False))
+@settings(max_examples=80, **SETTINGS)
+def check_mutants(
+    program: tuple[torch.fx.GraphModule, LowerOptions], chance: random.Random
+) -> None:
+    source = generate_source(*program)
+    tree = ast.parse(source.code)
+    texts = [
+        ast.unparse(ast.fix_missing_locations(tree))
+        for kind in KINDS
+        for _ in kind(tree)
+        if chance.random() < 0.15
+    ]
+    chance.shuffle(texts)
+    for text in texts[:8]:
+        try:
+            verify(source, program[0], edited=text)
+        except EmitError:
+            COUNTS["refused"] += 1
+            continue
+        COUNTS["ran"] += 1
+        found = surprises(program[0], source, text)
+        assert not found, f"{found}\n{text}\nwas made from\n{source.code}"
+
+
+def test_a_proved_mutant_of_a_random_graph_runs_as_the_graph() -> None:
+    check_mutants()
+    assert COUNTS["refused"] > 100 and COUNTS["ran"] > 0
 
 
 @pytest.mark.parametrize("index", range(3))

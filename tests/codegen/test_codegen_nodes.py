@@ -8,12 +8,12 @@ import functools
 import math
 import operator
 from collections import namedtuple
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.fx
+from fx_graphs import callable_graph_of, dynamo_graph_of, graph_of, module_of, problems
 
 from piecework.codegen import (
     LowerOptions,
@@ -24,25 +24,9 @@ from piecework.codegen import (
 )
 from piecework.codegen.plan.render import format_source
 from piecework.errors import EmitError, UnsupportedNode
-from piecework.golden.cases import Case, LoadedCase
-from piecework.golden.execute import differences
 
 Args = tuple[object, ...]
 Pair = namedtuple("Pair", ["left", "right"])
-
-
-def graph_of(
-    build: Callable[..., object], *names: str, root: torch.nn.Module | None = None
-) -> torch.fx.GraphModule:
-    """A graph with the placeholders ``names``; ``build(graph, *placeholders)`` returns the output."""
-    graph = torch.fx.Graph()
-    placeholders = [graph.placeholder(name) for name in names]
-    graph.output(build(graph, *placeholders))  # type: ignore[arg-type]
-    gm = torch.fx.GraphModule(root or torch.nn.Module(), torch.fx.Graph())
-    for name, module in (root or torch.nn.Module())._modules.items():  # the same one twice, too
-        gm.add_module(name, module)
-    gm._graph = graph  # FX can interpret more than it can write
-    return gm
 
 
 def same(
@@ -51,8 +35,7 @@ def same(
     """Emit ``gm`` and require what the interpreter does."""
     source = generate_source(gm, options)
     assert format_source(source.code) == source.code
-    loaded = LoadedCase(Case("node", Path(".")), gm, source, source.code, (), inputs)
-    assert differences(loaded) == [], source.code
+    assert problems(gm, source, *inputs) == [], source.code
     return source
 
 
@@ -63,9 +46,8 @@ X = torch.arange(12.0).reshape(4, 3)
 
 
 def test_a_function_of_an_importable_module_is_imported() -> None:
-    source = same(
-        graph_of(lambda g, x: g.call_function(functools.reduce, (operator.add, [x, x])), "x"), (X,)
-    )
+    build = lambda g, x: g.call_function(functools.reduce, (operator.add, [x, x]))  # noqa: E731
+    source = same(graph_of(build), (X,))
     assert "import functools" in source.code and "import operator" not in source.code
 
 
@@ -82,7 +64,7 @@ def test_a_function_of_an_importable_module_is_imported() -> None:
     ],
 )
 def test_torch_functions_of_every_namespace(target: Callable[..., object]) -> None:
-    same(graph_of(lambda g, x: g.call_function(target, (x,)), "x"), (X,))
+    same(graph_of(lambda g, x: g.call_function(target, (x,))), (X,))
 
 
 # --- arguments -----------------------------------------------------------------------------------
@@ -145,34 +127,10 @@ def test_a_returned_list_that_somebody_keeps_is_not_unpacked_early() -> None:
         g.call_function(change, (x,))
         return (g.call_function(operator.getitem, (made, 0)),)
 
-    same(graph_of(build, "x"), (X,))
+    same(graph_of(build), (X,))
 
 
 # --- calls of graph modules ----------------------------------------------------------------------
-
-
-def inner_graph(
-    build: Callable[..., object], *placeholders: tuple[str, object] | str
-) -> torch.fx.GraphModule:
-    graph = torch.fx.Graph()
-    nodes = []
-    for each in placeholders:
-        if isinstance(each, str):
-            nodes.append(graph.placeholder(each))
-        else:
-            nodes.append(graph.placeholder(each[0], default_value=each[1]))
-    graph.output(build(graph, *nodes))  # type: ignore[arg-type]
-    return torch.fx.GraphModule(torch.nn.Module(), graph)
-
-
-def calling(
-    inner: torch.nn.Module,
-    args: Callable[[torch.fx.Node], Args],
-    kwargs: Callable[[torch.fx.Node], dict[str, object]] = lambda x: {},
-) -> torch.fx.GraphModule:
-    root = torch.nn.Module()
-    root.inner = inner
-    return graph_of(lambda g, x: (g.call_module("inner", args(x), kwargs(x)), x), "x", root=root)
 
 
 def two_calls(g: torch.fx.Graph, a: torch.fx.Node, b: torch.fx.Node) -> object:
@@ -189,38 +147,47 @@ def test_an_attribute_that_is_computed_at_each_reading_is_refused() -> None:
         generate_source(gm)
 
 
-def test_a_graph_called_with_keywords_in_any_order() -> None:
-    gm = calling(inner_graph(two_calls, "a", "b"), lambda x: (), lambda x: {"b": 2, "a": x})
-    assert "inner(x, 2)" in same(gm, (X,)).code
+def lengths(g: torch.fx.Graph, a: torch.fx.Node, *more: torch.fx.Node) -> object:
+    return (*(g.call_function(len, (each,)) for each in more), a)
 
 
-def test_a_graph_whose_default_is_a_container_is_called_as_it_is() -> None:
-    def build(g: torch.fx.Graph, a: torch.fx.Node, b: torch.fx.Node) -> object:
-        return (g.call_function(len, (b,)), a)
-
-    gm = calling(inner_graph(build, "a", ("b", [1, 2])), lambda x: (x,))
-    assert "__vllm_submods__[0](x)" in same(gm, (X,)).code
+def hooked() -> torch.fx.GraphModule:
+    gm = callable_graph_of(two_calls, "a", "b")
+    gm.register_forward_hook(lambda module, args, output: (output[1], output[0]))
+    return gm
 
 
-def test_a_graph_with_star_arguments_is_called_as_it_is() -> None:
-    def build(
-        g: torch.fx.Graph, a: torch.fx.Node, rest: torch.fx.Node, options: torch.fx.Node
-    ) -> object:
-        return (g.call_function(len, (rest,)), g.call_function(len, (options,)), a)
-
-    gm = calling(
-        inner_graph(build, "a", "*rest", "**options"), lambda x: (x, 1, 2), lambda x: {"k": 3}
-    )
-    assert "__vllm_submods__[0](x, 1, 2, k=3)" in same(gm, (X,)).code
+def with_its_own_forward() -> torch.fx.GraphModule:
+    gm = callable_graph_of(two_calls, "a", "b")
+    gm.forward = lambda a, b: (a, a)
+    return gm
 
 
-def test_a_graph_with_hooks_or_its_own_forward_is_called_as_it_is() -> None:
-    hooked = inner_graph(two_calls, "a", "b")
-    hooked.register_forward_hook(lambda module, args, output: (output[1], output[0]))
-    assert "__vllm_submods__[0](x, 1)" in same(calling(hooked, lambda x: (x, 1)), (X,)).code
-    replaced = inner_graph(two_calls, "a", "b")
-    replaced.forward = lambda a, b: (a, a)
-    assert "__vllm_submods__[0](x, 1)" in same(calling(replaced, lambda x: (x, 1)), (X,)).code
+@pytest.mark.parametrize(
+    ("inner", "args", "kwargs", "text"),
+    [
+        (callable_graph_of(two_calls, "a", "b"), (), {"b": 2, "a": "x"}, "inner(x, 2)"),
+        # What follows is called as it is.
+        (callable_graph_of(lengths, "a", ("b", [1, 2])), ("x",), {}, "__vllm_submods__[0](x)"),
+        (
+            callable_graph_of(lengths, "a", "*rest", "**options"),
+            *(("x", 1, 2), {"k": 3}, "__vllm_submods__[0](x, 1, 2, k=3)"),
+        ),
+        (hooked(), ("x", 1), {}, "__vllm_submods__[0](x, 1)"),
+        (with_its_own_forward(), ("x", 1), {}, "__vllm_submods__[0](x, 1)"),
+    ],
+    ids=["keywords in any order", "a default container", "stars", "hooks", "its own forward"],
+)
+def test_how_a_graph_is_called(
+    inner: torch.fx.GraphModule, args: Args, kwargs: dict[str, object], text: str
+) -> None:
+    def build(g: torch.fx.Graph, x: torch.fx.Node) -> object:
+        given = tuple(x if each == "x" else each for each in args)
+        named = {key: x if each == "x" else each for key, each in kwargs.items()}
+        return (g.call_module("inner", given, named), x)
+
+    gm = graph_of(build, root=torch.nn.ModuleDict({"inner": inner}))
+    assert text in same(gm, (X,)).code
 
 
 def test_a_container_passed_to_a_single_call_stays_one_object() -> None:
@@ -228,16 +195,15 @@ def test_a_container_passed_to_a_single_call_stays_one_object() -> None:
         items.append(len(same_items))
         return [items, same_items]
 
-    inner = inner_graph(lambda g, a: g.call_function(add_to, (a, a)), "a")
+    inner = callable_graph_of(lambda g, a: g.call_function(add_to, (a, a)), "a")
 
     def build(g: torch.fx.Graph, x: torch.fx.Node) -> object:
         made = g.call_function(list, ((x,),))
         return g.call_module("inner", (made,))
 
-    root = torch.nn.Module()
-    root.inner = inner
-    same(graph_of(build, "x", root=root), (X,))
-    literal = graph_of(lambda g, x: g.call_module("inner", ({"k": x},)), "x", root=root)
+    root = torch.nn.ModuleDict({"inner": inner})
+    same(graph_of(build, root=root), (X,))
+    literal = graph_of(lambda g, x: g.call_module("inner", ({"k": x},)), root=root)
     with pytest.raises(AttributeError):  # a dict has no append; but it is one dict, not two
         torch.fx.Interpreter(literal).run(X)
     assert "inner({" in generate_source(literal).code
@@ -251,16 +217,15 @@ def test_literals_that_differ_become_parameters_and_equal_ones_stay() -> None:
             g.call_function(setattr, (scaled, "layer_name", name))
             return (scaled, shown)
 
-        return inner_graph(build, "a")
+        return callable_graph_of(build, "a")
 
-    root = torch.nn.Module()
-    for number, scale in enumerate((1, 2, 2.0, True)):
-        root.add_module(f"layer_{number}", layer(scale, f"layers.{number}"))
+    scales = enumerate((1, 2, 2.0, True))
+    layers = {f"layer_{number}": layer(scale, f"layers.{number}") for number, scale in scales}
 
     def build(g: torch.fx.Graph, x: torch.fx.Node) -> object:
-        return [g.call_module(f"layer_{number}", (x,)) for number in range(4)]
+        return [g.call_module(name, (x,)) for name in layers]
 
-    source = same(graph_of(build, "x", root=root), (X,))
+    source = same(graph_of(build, root=torch.nn.ModuleDict(layers)), (X,))
     assert source.code.count("def layer_") == 3  # int, float and bool are not one program
     assert "7, None" in source.code
 
@@ -273,40 +238,24 @@ def test_a_result_that_a_graph_hands_on_is_unpacked_by_its_caller(meta_inside: b
             parts.meta["example_value"] = (X, X)
         return parts
 
-    middle = torch.nn.Module()
-    middle.inner = inner_graph(build, "a", "b")
-    passing = torch.fx.Graph()
-    call = passing.call_module("inner", (passing.placeholder("a"), 1))
-    call.meta["example_value"] = (X, X)
-    passing.output(call)
-    root = torch.nn.Module()
-    root.middle = torch.fx.GraphModule(middle, passing)
+    def passing(g: torch.fx.Graph, a: torch.fx.Node) -> object:
+        call = g.call_module("inner", (a, 1))
+        call.meta["example_value"] = (X, X)
+        return call
+
+    inner = torch.nn.ModuleDict({"inner": graph_of(build, "a", "b")})
+    middle = graph_of(passing, "a", root=inner)
 
     def outer(g: torch.fx.Graph, x: torch.fx.Node) -> object:
         made = g.call_module("middle", (x,))
         picked = [g.call_function(operator.getitem, (made, index)) for index in (1, 0)]
         return (picked, g.call_function(torch.neg, (picked[0],)))
 
-    source = same(graph_of(outer, "x", root=root), (X,))
+    source = same(graph_of(outer, root=torch.nn.ModuleDict({"middle": middle})), (X,))
     assert "getitem_1, getitem = middle(x)" in source.code
 
 
 # --- higher-order operators and regions, as Dynamo captures them ---------------------------------
-
-
-def captured(
-    function: Callable[..., object], *inputs: torch.Tensor
-) -> tuple[torch.fx.GraphModule, Args]:
-    found: list[tuple[torch.fx.GraphModule, Args]] = []
-
-    def backend(gm: torch.fx.GraphModule, examples: Sequence[object]) -> torch.fx.GraphModule:
-        found.append((gm, tuple(examples)))
-        return gm
-
-    torch._dynamo.reset()
-    torch.compile(function, backend=backend, fullgraph=True, dynamic=False)(*inputs)
-    gm, _ = found[0]
-    return gm, inputs
 
 
 def _cond(x: torch.Tensor) -> torch.Tensor:
@@ -349,8 +298,7 @@ def _no_grad(x: torch.Tensor) -> torch.Tensor:
 def test_higher_order_operators_and_regions(
     function: Callable[[torch.Tensor], torch.Tensor],
 ) -> None:
-    gm, inputs = captured(function, X.clone())
-    same(gm, inputs, (-X,))
+    same(dynamo_graph_of(function, X.clone()), (X,), (-X,))
 
 
 # --- signatures and outputs ----------------------------------------------------------------------
@@ -359,9 +307,7 @@ def test_higher_order_operators_and_regions(
 def test_a_graph_without_an_output_returns_none() -> None:
     graph = torch.fx.Graph()
     graph.call_method("add_", (graph.placeholder("x"), 1))
-    gm = torch.fx.GraphModule(torch.nn.Module(), torch.fx.Graph())
-    gm._graph = graph
-    source = generate_source(gm)
+    source = generate_source(module_of(graph))
     x = X.clone()
     assert compile_execution_fn(source.code, {}, [], source.consts)(x) is None
     assert x[0, 0] == 1
@@ -373,9 +319,7 @@ def test_nodes_after_the_output_do_not_run() -> None:
     out = graph.output(x)
     with graph.inserting_after(out):
         graph.call_method("add_", (x, 1))
-    gm = torch.fx.GraphModule(torch.nn.Module(), torch.fx.Graph())
-    gm._graph = graph
-    assert "add_" not in same(gm, (X,)).code
+    assert "add_" not in same(module_of(graph), (X,)).code
 
 
 @dataclasses.dataclass(frozen=True)
@@ -390,31 +334,20 @@ class Plain:
      lambda x: Plain(3), lambda x: torch.float16, lambda x: math.inf, lambda x: b"'\"", lambda x: "'\"", lambda x: (x, x)],
 )  # fmt: skip
 def test_every_form_of_output(output: Callable[[torch.fx.Node], object]) -> None:
-    same(graph_of(lambda g, x: output(x), "x"), (X,))
+    same(graph_of(lambda g, x: output(x)), (X,))
 
 
 def test_defaults_stay_defaults() -> None:
-    graph = torch.fx.Graph()
-    a = graph.placeholder("a")
-    rest = [
-        graph.placeholder(name, default_value=value)
-        for name, value in (("b", None), ("c", -1.5), ("d", math.inf), ("e", "'"), ("f", (1, [2])))
-    ]
-    graph.output((a, rest))
-    gm = torch.fx.GraphModule(torch.nn.Module(), torch.fx.Graph())
-    gm._graph = graph
+    given = (("b", None), ("c", -1.5), ("d", math.inf), ("e", "'"), ("f", (1, [2])))
+    gm = graph_of(lambda g, a, *rest: (a, list(rest)), "a", *given)
     same(gm, (X,), (X, 1), (X, 1, 2, 3, 4, 5))
 
 
 def test_star_arguments_arrive_as_python_gives_them() -> None:
-    graph = torch.fx.Graph()
-    a, rest, options = (
-        graph.placeholder("a"),
-        graph.placeholder("*rest"),
-        graph.placeholder("**options"),
-    )
-    graph.output((a, graph.call_function(types_of, (rest, options))))
-    gm = torch.fx.GraphModule(torch.nn.Module(), graph)
+    def build(g: torch.fx.Graph, a: torch.fx.Node, *more: torch.fx.Node) -> object:
+        return (a, g.call_function(types_of, more))
+
+    gm = callable_graph_of(build, "a", "*rest", "**options")
     source = generate_source(gm)
     function = compile_execution_fn(source.code, {}, [], source.consts)
     assert function(1, 2, 3, k=4) == gm(1, 2, 3, k=4)
@@ -424,47 +357,37 @@ def test_equal_layers_with_subgraphs_of_their_own_share_a_function() -> None:
     """A branch is a constant; two branches that are the same program are the same constant."""
 
     def branch(function: Callable[..., object]) -> torch.fx.GraphModule:
-        return inner_graph(lambda g, a: (g.call_function(function, (a,)),), "a")
+        return callable_graph_of(lambda g, a: (g.call_function(function, (a,)),), "a")
+
+    def build(g: torch.fx.Graph, x: torch.fx.Node) -> object:
+        positive = g.call_method("gt", (g.call_method("sum", (x,)), 0))
+        branches = g.create_node("get_attr", "yes"), g.create_node("get_attr", "no")
+        chosen = g.call_function(torch.ops.higher_order.cond, (positive, *branches, (x,)))
+        return (g.call_function(operator.getitem, (chosen, 0)), chosen)
 
     def layer(first: Callable[..., object]) -> torch.fx.GraphModule:
-        root = torch.nn.Module()
-        root.yes, root.no = branch(first), branch(torch.cos)
-        graph = torch.fx.Graph()
-        x = graph.placeholder("x")
-        positive = graph.call_method("gt", (graph.call_method("sum", (x,)), 0))
-        chosen = graph.call_function(
-            torch.ops.higher_order.cond,
-            (positive, graph.get_attr("yes"), graph.get_attr("no"), (x,)),
-        )
-        graph.output((graph.call_function(operator.getitem, (chosen, 0)), chosen))
-        return torch.fx.GraphModule(root, graph)
+        branches = {"yes": branch(first), "no": branch(torch.cos)}
+        return graph_of(build, root=torch.nn.ModuleDict(branches))
 
-    root = torch.nn.Module()
-    root.one, root.two, root.other = layer(torch.sin), layer(torch.sin), layer(torch.tanh)
-    gm = graph_of(
-        lambda g, x: [g.call_module(name, (x,)) for name in ("one", "two", "other")], "x", root=root
-    )
+    layers = {"one": layer(torch.sin), "two": layer(torch.sin), "other": layer(torch.tanh)}
+    root = torch.nn.ModuleDict(layers)
+    gm = graph_of(lambda g, x: [g.call_module(name, (x,)) for name in layers], root=root)
     source = same(gm, (X,), (-X,))
     assert source.code.count("def ") == 3 and "shared by 2 submodules" in source.code
     # What a branch does is part of the proof.
     consts = list(source.consts)
-    at = next(i for i, value in enumerate(consts) if value is root.one.yes)
+    at = next(i for i, value in enumerate(consts) if value is layers["one"].yes)
     consts[at] = branch(torch.tan)
     with pytest.raises(EmitError, match="differs from the graph"):
         verify(dataclasses.replace(source, consts=tuple(consts)), gm)
 
 
 def test_a_value_that_a_written_out_submodule_does_not_read_dies_before_it() -> None:
-    inner = torch.fx.Graph()
-    x = inner.placeholder("x")
-    inner.placeholder("unused")
-    inner.output(inner.call_function(torch.sin, (x,)))
-    graph = torch.fx.Graph()
-    x = graph.placeholder("x")
-    first = graph.call_function(torch.relu, (x,))
-    graph.output(graph.call_module("inner", (x, first)))
-    called = torch.fx.GraphModule(torch.nn.Module(), inner)
-    gm = torch.fx.GraphModule({"inner": called}, graph)
+    inner = graph_of(lambda g, x, unused: g.call_function(torch.sin, (x,)), "x", "unused")
+    gm = graph_of(
+        lambda g, x: g.call_module("inner", (x, g.call_function(torch.relu, (x,)))),
+        root=torch.nn.ModuleDict({"inner": inner}),
+    )
     lines = [each.strip() for each in generate_source(gm).code.splitlines()]
     (died,) = (n for n, line in enumerate(lines) if line == "del relu")
     (called_at,) = (n for n, line in enumerate(lines) if "= sin(x)" in line)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
+from fx_graphs import problems
 from torch.fx.experimental.proxy_tensor import make_fx
 
 triton = pytest.importorskip("triton")
@@ -15,8 +15,6 @@ from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table  # noqa
 from triton.runtime.interpreter import InterpretedFunction  # noqa: E402
 
 from piecework.codegen import generate_source  # noqa: E402
-from piecework.golden.cases import Case, LoadedCase  # noqa: E402
-from piecework.golden.execute import differences  # noqa: E402
 
 
 @triton.jit
@@ -59,7 +57,6 @@ def test_a_users_kernel_runs_as_in_the_interpreter(
     source = generate_source(gm)
     assert source.code.count(f"torch.ops.higher_order.{operator}(") == 2
     inputs = [(torch.arange(10.0),), (torch.randn(10),)]
-    loaded = LoadedCase(Case("triton", Path(".")), gm, source, source.code, (), inputs)
-    assert differences(loaded) == [], source.code
+    assert problems(gm, source, *inputs) == [], source.code
     expected = inputs[0][0] * 2.5 * torch.tensor([-1.0] * 8 + [1.0] * 2)
     assert torch.equal(torch.fx.Interpreter(gm).run(inputs[0][0])[1], expected)

@@ -7,19 +7,13 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.fx
+from fx_graphs import graph_of
 
 from piecework.codegen.graph.structure import Structure, input_signature, structure_of
 
 
-def graph(build: Callable[..., object], *names: str) -> torch.fx.GraphModule:
-    made = torch.fx.Graph()
-    nodes = [made.placeholder(name) for name in names]
-    made.output(build(made, *nodes))  # type: ignore[arg-type]
-    return torch.fx.GraphModule(torch.nn.Module(), made)
-
-
 def of(build: Callable[..., object], *names: str, open_literals: bool = False) -> Structure:
-    return structure_of(graph(build, *(names or ("x",))), open_literals=open_literals)
+    return structure_of(graph_of(build, *names), open_literals=open_literals)
 
 
 def test_names_do_not_count() -> None:
@@ -86,7 +80,7 @@ def test_the_number_of_results_counts() -> None:
 
 
 def test_inputs_count_as_they_are_described() -> None:
-    one, two = graph(lambda g, x: x, "x"), graph(lambda g, x: x, "x")
+    one, two = graph_of(lambda g, x: x), graph_of(lambda g, x: x)
     for gm, dtype in ((one, torch.float32), (two, torch.float16)):
         next(iter(gm.graph.nodes)).meta["example_value"] = torch.empty(2, 3, dtype=dtype)
     assert structure_of(one).key == structure_of(two).key
@@ -98,14 +92,13 @@ def test_inputs_count_as_they_are_described() -> None:
 
 def test_tensors_that_a_graph_reads_are_told_apart_by_identity() -> None:
     def reading(weight: torch.Tensor) -> torch.fx.GraphModule:
-        root = torch.nn.Module()
-        root.weight = torch.nn.Parameter(weight)
-        made = torch.fx.Graph()
-        made.output(made.call_function(torch.add, (made.placeholder("x"), made.get_attr("weight"))))
-        gm = torch.fx.GraphModule(root, made)
-        return gm
+        def build(g: torch.fx.Graph, x: torch.fx.Node) -> object:
+            return g.call_function(torch.add, (x, g.create_node("get_attr", "weight")))
+
+        root = torch.nn.ParameterDict({"weight": weight})
+        return graph_of(build, root=root)
 
     one, two = reading(torch.ones(2)), reading(torch.ones(2))
     assert structure_of(one).key == structure_of(one).key
     assert structure_of(one).key != structure_of(two).key
-    assert structure_of(one).local and not structure_of(graph(lambda g, x: x, "x")).local
+    assert structure_of(one).local and not structure_of(graph_of(lambda g, x: x)).local
