@@ -54,13 +54,8 @@ def test_a_function_of_an_importable_module_is_imported() -> None:
 @pytest.mark.parametrize(
     "target",
     [
-        torch.nn.functional.gelu,
-        torch._C._nn.gelu,
-        torch.ops.aten.gelu,
-        torch.ops.aten.gelu.default,
-        torch.Tensor.relu,
-        torch.special.expit,
-        torch.fft.fft,
+        *(torch.nn.functional.gelu, torch._C._nn.gelu, torch.ops.aten.gelu),
+        *(torch.ops.aten.gelu.default, torch.Tensor.relu, torch.special.expit, torch.fft.fft),
     ],
 )
 def test_torch_functions_of_every_namespace(target: Callable[..., object]) -> None:

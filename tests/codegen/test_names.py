@@ -42,21 +42,11 @@ def test_names_stay_close_to_the_wish(wish: str, name: str) -> None:
 
 def test_a_taken_name_gets_the_next_number() -> None:
     table = NameTable()
-    assert [table.claim(name) for name in ("x", "x_1", "x", "x", "x_1")] == [
-        "x",
-        "x_1",
-        "x_2",
-        "x_3",
-        "x_1_1",
-    ]
+    names = [table.claim(name) for name in ("x", "x_1", "x", "x", "x_1")]
+    assert names == ["x", "x_1", "x_2", "x_3", "x_1_1"]
 
 
 def test_an_identifier_is_ascii_and_no_keyword() -> None:
     assert is_identifier("x_1") and not any(map(is_identifier, keyword.kwlist))
     assert not is_identifier("__debug__"), "f(__debug__=1) is no Python"
-    assert (
-        not is_identifier("é")
-        and not is_identifier("")
-        and not is_identifier(3)
-        and not is_identifier("a b")
-    )
+    assert not any(map(is_identifier, ("é", "", 3, "a b")))

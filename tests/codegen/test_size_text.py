@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import operator
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import sympy
@@ -16,14 +19,17 @@ from piecework.errors import EmitError
 
 SYMBOLS = sympy.symbols("s0 s1 s2", integer=True, positive=True)
 NAMES = {"s0": "s0", "s1": "batch", "s2": "s50"}
+BITWISE = (F.BitwiseFn_bitwise_and, F.BitwiseFn_bitwise_or, F.BitwiseFn_bitwise_xor)
 UNARY = ("sqrt", "exp", "log", "log2")
 
 
-def _of_comparable(function: type[sympy.Expr], left: sympy.Expr, right: sympy.Expr) -> sympy.Expr:
+def _of(function: Callable[..., sympy.Expr], operands: tuple[sympy.Expr, sympy.Expr]) -> sympy.Expr:
     try:
-        return function(left, right)
+        return function(*operands)
     except ValueError:  # sympy can't tell which of two numbers is larger where one is wrapped
-        return left
+        if function not in (F.Max, F.Min):
+            raise
+        return operands[0]
 
 
 def integers() -> st.SearchStrategy[sympy.Expr]:
@@ -36,28 +42,16 @@ def integers() -> st.SearchStrategy[sympy.Expr]:
         quotient = st.tuples(inner, divisors)
         small = st.tuples(inner, st.integers(0, 3).map(sympy.Integer))
         reals = quotient.map(lambda p: F.IntTrueDiv(*p))
+        made = {
+            two: (operator.add, operator.sub, operator.mul, F.Max, F.Min, *BITWISE),
+            quotient: (F.FloorDiv, F.PythonMod, F.CeilDiv),
+            small: (F.PowByNatural, F.LShift, F.RShift),
+        }
         return st.one_of(
-            two.map(lambda p: p[0] + p[1]),
-            two.map(lambda p: p[0] - p[1]),
-            two.map(lambda p: p[0] * p[1]),
-            two.map(lambda p: _of_comparable(F.Max, *p)),
-            two.map(lambda p: _of_comparable(F.Min, *p)),
-            quotient.map(lambda p: F.FloorDiv(*p)),
-            quotient.map(lambda p: F.PythonMod(*p)),
-            quotient.map(lambda p: F.CeilDiv(*p)),
-            small.map(lambda p: F.PowByNatural(*p)),
-            small.map(lambda p: F.LShift(*p)),
-            small.map(lambda p: F.RShift(*p)),
-            two.map(lambda p: F.BitwiseFn_bitwise_and(*p)),
-            two.map(lambda p: F.BitwiseFn_bitwise_or(*p)),
-            two.map(lambda p: F.BitwiseFn_bitwise_xor(*p)),
-            inner.map(F.Identity),
-            inner.map(abs),
-            reals.map(F.FloorToInt),
-            reals.map(F.CeilToInt),
-            reals.map(F.TruncToInt),
-            reals.map(F.RoundToInt),
-        )  # fmt: skip
+            *(given.map(partial(_of, f)) for given, each in made.items() for f in each),
+            *map(inner.map, (F.Identity, abs)),
+            *map(reals.map, (F.FloorToInt, F.CeilToInt, F.TruncToInt, F.RoundToInt)),
+        )
 
     return st.recursive(leaves, extended, max_leaves=5)
 

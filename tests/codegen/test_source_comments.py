@@ -7,6 +7,7 @@ import textwrap
 
 import pytest
 import torch
+from fx_graphs import graph_of
 from models import EAGER, mix
 from torch import nn
 
@@ -54,19 +55,16 @@ def test_a_size_has_no_name_of_an_argument_a_parameter_or_a_buffer() -> None:
 
 def many_outputs(count: int) -> torch.fx.GraphModule:
     """A stitching graph whose piece returns ``count`` tensors."""
-    piece, outer = torch.fx.Graph(), torch.fx.Graph()
-    x = piece.placeholder("x")
-    x.meta["example_value"] = torch.empty(3, 4)
-    parts = [piece.call_function(torch.neg, (x,)) for _ in range(count)]
-    for part in parts:
-        part.meta["example_value"] = torch.empty(3, 4)
-        part.meta["nn_module_stack"] = {"k": ("L['self'].layers[0].attention", nn.Module)}
-    piece.output(tuple(parts))
-    call = outer.call_module("submod_0", (outer.placeholder("x"),))
-    outer.output(call)
-    root = nn.Module()
-    root.add_module("submod_0", torch.fx.GraphModule(nn.Module(), piece))
-    return torch.fx.GraphModule(root, outer)
+
+    def build(g: torch.fx.Graph, x: torch.fx.Node) -> object:
+        parts = [g.call_function(torch.neg, (x,)) for _ in range(count)]
+        for part in parts:
+            part.meta["example_value"] = torch.empty(3, 4)
+            part.meta["nn_module_stack"] = {"k": ("L['self'].layers[0].attention", nn.Module)}
+        return tuple(parts)
+
+    root = nn.ModuleDict({"submod_0": graph_of(build)})
+    return graph_of(lambda g, x: g.call_module("submod_0", (x,)), root=root)
 
 
 @pytest.mark.parametrize("count", [1, 5, 6, 7, 40])

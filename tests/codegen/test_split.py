@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 import torch.fx
+from fx_graphs import callable_graph_of, dynamo_graph_of, graph_of
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from piecework.codegen import (
@@ -22,64 +23,62 @@ from piecework.codegen import (
 )
 from piecework.errors import SplitError
 
-if not hasattr(torch.ops, "test_split") or not hasattr(torch.ops.test_split, "cut"):
-    torch.library.define("test_split::cut", "(Tensor x) -> Tensor")
-    torch.library.impl("test_split::cut", "CPU", lambda x: x * 2)
-    torch.library.register_fake("test_split::cut", lambda x: torch.empty_like(x))
-    torch.library.define("test_split::fill", "(Tensor x, Tensor(a!) out) -> ()")
-    torch.library.impl("test_split::fill", "CPU", lambda x, out: (out.copy_(x + 1), None)[1])
-    torch.library.register_fake("test_split::fill", lambda x, out: None)
-    torch.library.define("test_split::pair", "(Tensor x) -> (Tensor, Tensor)")
-    torch.library.impl("test_split::pair", "CPU", lambda x: (x + 1, x - 1))
-    torch.library.register_fake(
-        "test_split::pair", lambda x: (torch.empty_like(x), torch.empty_like(x))
+OPERATORS = {
+    "cut": ("(Tensor x) -> Tensor", lambda x: x * 2, torch.empty_like),
+    "fill": (
+        "(Tensor x, Tensor(a!) out) -> ()",
+        lambda x, out: (out.copy_(x + 1), None)[1],
+        lambda x, out: None,
+    ),
+    "pair": (
+        "(Tensor x) -> (Tensor, Tensor)",
+        lambda x: (x + 1, x - 1),
+        lambda x: (torch.empty_like(x), torch.empty_like(x)),
+    ),
+    "unfaked": ("(Tensor x) -> Tensor", lambda x: x * 2, None),
+}
+for name, (schema, body, fake) in OPERATORS.items():
+    torch.library.define(f"test_split::{name}", schema)
+    torch.library.impl(f"test_split::{name}", "CPU", body)
+    if fake is not None:
+        torch.library.register_fake(f"test_split::{name}", fake)
+# Operators whose schema or fake implementation does not say what they do.
+for name, body in {
+    "hides": lambda x: (x.add_(1), x.clone())[1],
+    "returns": lambda x: x,
+    "shrinks": lambda x: x[:1].clone(),
+}.items():
+    made = torch.library.custom_op(
+        f"test_split::{name}", body, mutates_args=(), schema="(Tensor x) -> Tensor"
     )
-    torch.library.define("test_split::unfaked", "(Tensor x) -> Tensor")
-    torch.library.impl("test_split::unfaked", "CPU", lambda x: x * 2)
-    # Operators whose schema or fake implementation does not say what they do.
-    for name, body in {
-        "hides": lambda x: (x.add_(1), x.clone())[1],
-        "returns": lambda x: x,
-        "shrinks": lambda x: x[:1].clone(),
-    }.items():
-        made = torch.library.custom_op(
-            f"test_split::{name}", body, mutates_args=(), schema="(Tensor x) -> Tensor"
-        )
-        made.register_fake(torch.empty_like)
+    made.register_fake(torch.empty_like)
 
 CUT = torch.ops.test_split.cut.default
 FILL = torch.ops.test_split.fill.default
 PAIR = torch.ops.test_split.pair.default
 
 
-def graph_of(
-    build: Callable[[torch.fx.Graph, torch.fx.Node], object], *, rows: int = 4
-) -> torch.fx.GraphModule:
-    """A graph of one input ``x`` with shapes recorded, as Dynamo would leave it."""
-    graph = torch.fx.Graph()
-    x = graph.placeholder("x")
-    graph.output(build(graph, x))  # type: ignore[arg-type]
-    gm = torch.fx.GraphModule(torch.nn.Module(), graph)
-    FakeTensorProp(gm).propagate(torch.empty(rows, 6))
-    for node in gm.graph.nodes:
-        if "val" not in node.meta and node.op == "call_function" and node.target is getattr:
-            node.meta["val"] = torch.Size((rows, 6))
+def with_values(gm: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    """A graph of one input with shapes recorded, as Dynamo would leave it."""
+    FakeTensorProp(gm).propagate(torch.empty(4, 6))
     return gm
+
+
+def traced(function: Callable[[torch.Tensor], object]) -> torch.fx.GraphModule:
+    return with_values(torch.fx.symbolic_trace(function))
 
 
 def symbolic_graph_of(function: Callable[[torch.Tensor], object]) -> torch.fx.GraphModule:
     """``function`` as Dynamo captures it with a dynamic first dimension."""
-    captured: list[torch.fx.GraphModule] = []
-
-    def backend(gm: torch.fx.GraphModule, _: Sequence[object]) -> torch.fx.GraphModule:
-        captured.append(gm)
-        return gm
-
-    torch._dynamo.reset()
     x = torch.arange(24.0).reshape(4, 6)
     torch._dynamo.mark_dynamic(x, 0)
-    torch.compile(function, backend=backend, fullgraph=True)(x)
-    return captured[0]
+    return dynamo_graph_of(function, x)
+
+
+def inputs_of(gm: torch.fx.GraphModule, x: torch.Tensor) -> list[object]:
+    """``x`` and its number of rows, as ``gm`` takes them."""
+    values = [node.meta["example_value"] for node in gm.graph.find_nodes(op="placeholder")]
+    return [x if isinstance(value, torch.Tensor) else x.shape[0] for value in values]
 
 
 def pieces(items: list[SplitItem]) -> list[str]:
@@ -118,28 +117,23 @@ def crossing(split_gm: torch.fx.GraphModule) -> list[object]:
 
 
 def test_each_cut_has_its_own_submodule_and_ids_follow_the_order() -> None:
-    def build(g: torch.fx.Graph, x: torch.fx.Node) -> object:
+    def model(x: torch.Tensor) -> object:
         for _ in range(3):
-            x = g.call_function(torch.sin, (g.call_function(CUT, (x,)),))
+            x = torch.sin(CUT(x))
         return (x,)
 
-    gm = graph_of(build)
+    gm = traced(model)
     split_gm, items = split_graph(gm, ["test_split::cut"])
     assert pieces(items) == ["cut", "piece"] * 3
     assert [item.graph_id for item in items] == list(range(6))
-    assert [item.submod_name for item in items] == [f"submod_{i}" for i in range(6)]
-    assert [n.target for n in split_gm.graph.nodes if n.op == "call_module"] == [
-        item.submod_name for item in items
-    ]
+    names = [f"submod_{i}" for i in range(6)]
+    assert [item.submod_name for item in items] == names
+    assert [n.target for n in split_gm.graph.nodes if n.op == "call_module"] == names
     run_all_ways(gm, split_gm, torch.randn(4, 6))
 
 
 def test_the_given_graph_is_not_changed() -> None:
-    gm = graph_of(
-        lambda g, x: (
-            g.call_function(CUT, (g.call_method("view", (x, g.call_method("size", (x,)))),)),
-        )
-    )
+    gm = traced(lambda x: (CUT(x.view(x.size())),))
     before = str(gm.graph)
     split_graph(gm, [CUT])
     assert str(gm.graph) == before
@@ -155,7 +149,7 @@ def test_mutations_keep_their_order_around_a_cut() -> None:
         g.call_function(operator.setitem, (buffer, 0, -1.0))
         return (buffer, again)
 
-    gm = graph_of(build)
+    gm = with_values(callable_graph_of(build))
     split_gm, items = split_graph(gm, ["test_split::fill", "test_split::cut"])
     assert pieces(items) == ["piece", "cut", "piece", "cut", "piece"]
     order = [n.target for item in items for n in item.graph.graph.nodes if n.op.startswith("call")]
@@ -165,15 +159,12 @@ def test_mutations_keep_their_order_around_a_cut() -> None:
 
 
 def test_a_getitem_follows_a_tuple_and_not_a_tensor() -> None:
-    def build(g: torch.fx.Graph, x: torch.fx.Node) -> object:
-        pair = g.call_function(PAIR, (x,))
-        other = g.call_function(torch.sin, (x,))
-        left = g.call_function(operator.getitem, (pair, 0))
-        cut = g.call_function(CUT, (left,))
-        row = g.call_function(operator.getitem, (g.call_function(torch.sin, (cut,)), 0))
-        return (other, row, g.call_function(operator.getitem, (pair, 1)))
+    def model(x: torch.Tensor) -> object:
+        pair = PAIR(x)
+        other = torch.sin(x)
+        return other, torch.sin(CUT(pair[0]))[0], pair[1]
 
-    gm = graph_of(build)
+    gm = traced(model)
     split_gm, items = split_graph(gm, ["test_split::cut", "test_split::pair"])
     assert pieces(items) == ["cut", "piece", "cut", "piece"]
     assert not any(isinstance(value, (tuple, list)) for value in crossing(split_gm))
@@ -201,24 +192,18 @@ COLLECTIVES = _functional_collectives() if torch.distributed.is_available() else
 def test_a_collective_is_waited_for_where_it_was_begun(name: str, cut: bool) -> None:
     collective = getattr(torch.ops._c10d_functional, name).default
     lists = "Tensor[]" in str(collective._schema).rpartition("->")[2]
-    graph = torch.fx.Graph()
-    x = graph.placeholder("x")
-    begun = graph.call_function(collective, (graph.call_function(torch.relu, (x,)), "0"))
-    one = graph.call_function(operator.getitem, (begun, 0)) if lists else begun
-    between = graph.call_function(CUT, (x,))
-    waited = graph.call_function(torch.ops._c10d_functional.wait_tensor.default, (one,))
-    graph.output((graph.call_function(torch.add, (waited, between)),))
-    gm = torch.fx.GraphModule(torch.nn.Module(), graph)
+    wait = torch.ops._c10d_functional.wait_tensor.default
+
+    def build(g: torch.fx.Graph, x: torch.fx.Node) -> object:
+        begun = g.call_function(collective, (g.call_function(torch.relu, (x,)), "0"))
+        one = g.call_function(operator.getitem, (begun, 0)) if lists else begun
+        between = g.call_function(CUT, (x,))
+        return (g.call_function(torch.add, (g.call_function(wait, (one,)), between)),)
+
     ops = ["test_split::cut", *([f"_c10d_functional::{name}"] if cut else [])]
-    _, items = split_graph(gm, ops)
-    home = {
-        node.target: item
-        for item in items
-        for node in item.graph.graph.find_nodes(op="call_function", target=collective)
-        + item.graph.graph.find_nodes(op="call_function", target=waited.target)
-    }
-    assert len(home) == 2
-    assert home[collective] is home[waited.target]
+    _, items = split_graph(graph_of(build), ops)
+    home = {node.target: item for item in items for node in item.graph.graph.nodes}
+    assert home[collective] is home[wait]
     assert home[collective].is_splitting_graph == cut
 
 
@@ -230,10 +215,7 @@ def test_a_computed_index_does_not_pull_a_getitem_back() -> None:
         last = g.call_function(operator.sub, (index, 1))
         return (g.call_function(operator.getitem, (rows, last)),)
 
-    graph = torch.fx.Graph()
-    x = graph.placeholder("x")
-    graph.output(build(graph, x))
-    gm = torch.fx.GraphModule(torch.nn.Module(), graph)
+    gm = callable_graph_of(build)
     split_gm, _ = split_graph(gm, [CUT])
     run_all_ways(gm, split_gm, torch.randn(4, 6))
 
@@ -291,25 +273,18 @@ def test_sizes_cross_a_cut_one_by_one(function: Callable[[torch.Tensor], torch.T
         assert value is None or isinstance(value, (torch.Tensor, int, torch.SymInt)), value
     for rows in (4, 7):
         x = torch.arange(6.0 * rows).reshape(rows, 6)
-        inputs = [
-            rows if n.meta["example_value"].__class__ is torch.SymInt else x
-            for n in gm.graph.find_nodes(op="placeholder")
-        ]
-        result = run_all_ways(gm, split_gm, *inputs)
+        result = run_all_ways(gm, split_gm, *inputs_of(gm, x))
         torch.testing.assert_close(result[0], function(x))  # type: ignore[index]
 
 
 def test_a_consumer_that_needs_the_whole_shape_reads_it_again() -> None:
     def build(g: torch.fx.Graph, x: torch.fx.Node) -> object:
+        x.meta["example_value"] = torch.empty(4, 6, device="meta")
         shape = g.call_method("size", (x,))
         y = g.call_function(CUT, (x,))
         return (g.call_method("numel", (shape,)), y)
 
-    graph = torch.fx.Graph()
-    x = graph.placeholder("x")
-    x.meta["example_value"] = torch.empty(4, 6, device="meta")
-    graph.output(build(graph, x))
-    gm = torch.fx.GraphModule(torch.nn.Module(), graph)
+    gm = callable_graph_of(build)
     split_gm, _ = split_graph(gm, [CUT])
     assert run_all_ways(gm, split_gm, torch.randn(4, 6))[0] == 24  # type: ignore[index]
 
@@ -340,10 +315,7 @@ def test_views_alone_are_no_piece(where: str) -> None:
     assert pieces(items) == expected[where]
     for rows in (4, 6):
         x = torch.arange(rows * 6.0).reshape(rows, 6)
-        given = [
-            rows if n.name.startswith("s") else x for n in gm.graph.find_nodes(op="placeholder")
-        ]
-        run_all_ways(gm, split_gm, *given)
+        run_all_ways(gm, split_gm, *inputs_of(gm, x))
 
 
 @pytest.mark.parametrize(
@@ -360,16 +332,15 @@ def test_a_reshape_that_copies_is_a_piece(copies: Callable[[torch.Tensor], torch
 def test_a_view_that_is_written_through_stays_a_view() -> None:
     """Of a piece's result: the piece could give a copy."""
 
-    def build(g: torch.fx.Graph, x: torch.fx.Node) -> object:
-        base = g.call_function(torch.neg, (x,))
-        other = g.call_function(CUT, (x,))
-        rows = g.call_function(operator.getitem, (base, slice(1, 3)))
-        g.call_function(FILL, (other, base))
-        again = g.call_function(CUT, (rows,))
-        g.call_function(FILL, (g.call_function(operator.getitem, (other, slice(0, 2))), rows))
+    def model(x: torch.Tensor) -> object:
+        base, other = torch.neg(x), CUT(x)
+        rows = base[1:3]
+        FILL(other, base)
+        again = CUT(rows)
+        FILL(other[0:2], rows)
         return (base, again)
 
-    gm = graph_of(build)
+    gm = traced(model)
     split_gm, items = split_graph(gm, ["test_split::cut", "test_split::fill"])
     assert pieces(items).count("piece") == 1
     base, again = run_all_ways(gm, split_gm, torch.randn(4, 6))  # type: ignore[misc]
@@ -433,25 +404,23 @@ def test_what_replays_memory_around_pieces_reads_what_was_written(
     source = generate_source(split_gm, LowerOptions(submods=list(wrapped)))
     forward = compile_execution_fn(source.code, wrapped, source.submod_names)
     x = torch.zeros(4, 6)
-    sizes = gm.graph.find_nodes(op="placeholder")
-    given = [x if isinstance(n.meta["example_value"], torch.Tensor) else 4 for n in sizes]
     for seed in range(3):
         x.copy_(torch.randn(4, 6, generator=torch.Generator().manual_seed(seed)))
-        torch.testing.assert_close(forward(*given)[0], function(x))
+        torch.testing.assert_close(forward(*inputs_of(gm, x))[0], function(x))
 
 
 def test_no_call_of_a_splitting_op_is_dropped_merged_or_moved() -> None:
     """Also of one that is registered as pure, and writes all the same: only its order, and a result that nobody reads, tell of it."""
 
-    def build(g: torch.fx.Graph, x: torch.fx.Node) -> object:
-        y = g.call_function(torch.sin, (x,))
-        first = g.call_function(CUT, (y,))
-        g.call_function(CUT, (y,))  # the same once more, for what it does
-        z = g.call_function(torch.cos, (y,))
-        g.call_function(CUT, (y,))
-        return (g.call_function(torch.add, (z, first)),)
+    def model(x: torch.Tensor) -> object:
+        y = torch.sin(x)
+        first = CUT(y)
+        CUT(y)  # the same once more, for what it does
+        z = torch.cos(y)
+        CUT(y)
+        return (z + first,)
 
-    gm = graph_of(build)
+    gm = traced(model)
     split_gm, items = split_graph(gm, [CUT])
     assert pieces(items) == ["piece", "cut", "piece", "cut", "piece"]
     for options in (LowerOptions(), LowerOptions(submods=["submod_0", "submod_2", "submod_4"])):
@@ -474,27 +443,23 @@ def _called(calls: list[str], name: str, function: Callable[..., object], *args:
     return function(*args)
 
 
-SEEN: list[int] = []
-
-
 # --- naming the operators ------------------------------------------------------------------------
 
 
+NAMED = ("test_split::cut", "test_split::cut.default", CUT, torch.ops.test_split.cut)
+
+
 @pytest.mark.parametrize(
-    "op", ["test_split::cut", "test_split::cut.default", CUT, torch.ops.test_split.cut]
+    ("target", "op"),
+    [
+        *((target, op) for target in (CUT, torch.ops.test_split.cut) for op in NAMED),
+        (torch.relu, torch.relu),
+    ],
 )
-def test_an_operator_can_be_named_in_every_way(op: object) -> None:
-    for target in (CUT, torch.ops.test_split.cut):
-        gm = graph_of(
-            lambda g, x, t=target: (g.call_function(torch.sin, (g.call_function(t, (x,)),)),)
-        )
-        _, items = split_graph(gm, [op])  # type: ignore[list-item]
-        assert pieces(items) == ["cut", "piece"]
-
-
-def test_a_plain_function_can_be_a_splitting_op() -> None:
-    gm = graph_of(lambda g, x: (g.call_function(torch.sin, (g.call_function(torch.relu, (x,)),)),))
-    _, items = split_graph(gm, [torch.relu])
+def test_an_operator_can_be_named_in_every_way(target: Callable[..., object], op: object) -> None:
+    gm = traced(lambda x: (torch.sin(target(x)),))
+    assert next(n for n in gm.graph.nodes if n.op == "call_function").target is target
+    _, items = split_graph(gm, [op])  # type: ignore[list-item]
     assert pieces(items) == ["cut", "piece"]
 
 
@@ -509,14 +474,16 @@ def test_fit_operators_and_what_is_known_of_them() -> None:
     assert fresh.name == "test_split::pair.default" and "Tensor x" in fresh.schema
 
 
-def test_an_operator_without_a_fake_is_not_fit() -> None:
-    report = check_op("test_split::unfaked")
-    assert not report.fit and "no fake implementation" in report.problems[0]
-
-
-def test_an_operator_that_returns_an_alias_is_not_fit() -> None:
-    report = check_op(torch.ops.aten.add_.Tensor)
-    assert not report.fit and "alias" in report.problems[0] and report.style == "both"
+@pytest.mark.parametrize(
+    ("op", "style", "problem"),
+    [
+        ("test_split::unfaked", "fresh outputs", "no fake implementation"),
+        (torch.ops.aten.add_.Tensor, "both", "alias"),
+    ],
+)
+def test_an_operator_that_is_not_fit(op: object, style: str, problem: str) -> None:
+    report = check_op(op)  # type: ignore[arg-type]
+    assert not report.fit and problem in report.problems[0] and report.style == style
 
 
 @pytest.mark.parametrize(
@@ -535,28 +502,25 @@ def test_a_run_tells_what_a_schema_hides(name: str, text: str) -> None:
     assert torch.equal(kept, torch.ones(3))
 
 
-@pytest.mark.parametrize("op", ["test_split::nothing", "nowhere::nothing", "nothing"])
-def test_an_operator_that_does_not_exist_is_an_error(op: str) -> None:
-    with pytest.raises(SplitError, match="there is no operator"):
+@pytest.mark.parametrize(
+    ("op", "why"),
+    [
+        *((op, "there is no operator") for op in ("test_split::nothing", "no::op", "nothing")),
+        ("aten::add", r"several overloads.*Tensor"),
+    ],
+)
+def test_a_name_of_none_or_several_operators_is_an_error(op: str, why: str) -> None:
+    with pytest.raises(SplitError, match=why):
         check_op(op)
-
-
-def test_an_ambiguous_operator_is_an_error() -> None:
-    with pytest.raises(SplitError, match=r"several overloads.*Tensor"):
-        check_op("aten::add")
 
 
 # --- size (S7) -----------------------------------------------------------------------------------
 
 
-def chain(length: int) -> torch.fx.GraphModule:
-    graph = torch.fx.Graph()
-    x = graph.placeholder("x")
+def chain(length: int, g: torch.fx.Graph, x: torch.fx.Node) -> object:
     for number in range(length):
-        target = CUT if number % 50 == 25 else torch.sin
-        x = graph.call_function(target, (x,))
-    graph.output((x,))
-    return torch.fx.GraphModule(torch.nn.Module(), graph)
+        x = g.call_function(CUT if number % 50 == 25 else torch.sin, (x,))
+    return (x,)
 
 
 def test_work_grows_with_the_number_of_nodes_and_not_faster(
@@ -574,8 +538,9 @@ def test_work_grows_with_the_number_of_nodes_and_not_faster(
     monkeypatch.setattr(torch.fx.Graph, "node_copy", counting)
     counts = []
     for length in (1_000, 4_000):
+        gm = graph_of(partial(chain, length))
         looked = 0
-        split_graph(chain(length), [CUT])
+        split_graph(gm, [CUT])
         counts.append(looked)
     assert counts[1] < 4.2 * counts[0]
 
@@ -589,12 +554,12 @@ CALLED_ALIKE = [
 @pytest.mark.parametrize("names", CALLED_ALIKE)
 def test_a_piece_computes_the_same_by_its_code_as_node_by_node(names: tuple[str, ...]) -> None:
     """fx writes a node of `X` as `x`, and its code for a graph begins with `x = X` then, over a parameter `x`."""
-    graph = torch.fx.Graph()
-    inputs = [graph.create_node("placeholder", f"L_{name}_", name=name) for name in names]
-    cut = graph.call_function(CUT, (inputs[0],))
-    read = [graph.call_function(torch.mul, (each, cut)) for each in inputs]
-    graph.output(tuple(read))
-    gm = torch.fx.GraphModule(torch.nn.Module(), graph)
+
+    def build(g: torch.fx.Graph, *inputs: torch.fx.Node) -> object:
+        cut = g.call_function(CUT, (inputs[0],))
+        return tuple(g.call_function(torch.mul, (each, cut)) for each in inputs)
+
+    gm = graph_of(build, *names)
     values = [torch.full((2, 6), float(number)) for number in range(2, 2 + len(names))]
     FakeTensorProp(gm).propagate(*values)
     split_gm, items = split_graph(gm, [CUT])

@@ -16,39 +16,25 @@ def of(build: Callable[..., object], *names: str, open_literals: bool = False) -
     return structure_of(graph_of(build, *names), open_literals=open_literals)
 
 
+def call(target: Callable[..., object], *more: object, **kwargs: object) -> Callable[..., object]:
+    return lambda g, x: g.call_function(target, (x, *more), kwargs)
+
+
 def test_names_do_not_count() -> None:
-    assert (
-        of(lambda g, a: g.call_function(torch.sin, (a,)), "a").key
-        == of(lambda g, b: g.call_function(torch.sin, (b,)), "b").key
-    )
+    assert of(call(torch.sin), "a").key == of(call(torch.sin), "b").key
 
 
 @pytest.mark.parametrize(
     ("one", "two"),
     [
-        (
-            lambda g, x: g.call_function(torch.sin, (x,)),
-            lambda g, x: g.call_function(torch.cos, (x,)),
-        ),
-        (
-            lambda g, x: g.call_function(torch.add, (x, 1)),
-            lambda g, x: g.call_function(torch.add, (x, True)),
-        ),
-        (
-            lambda g, x: g.call_function(torch.add, (x, 0.0)),
-            lambda g, x: g.call_function(torch.add, (x, -0.0)),
-        ),
-        (
-            lambda g, x: g.call_function(torch.add, (x, 1)),
-            lambda g, x: g.call_function(torch.add, (x, 1.0)),
-        ),
-        (lambda g, x: g.call_function(len, ("%0",)), lambda g, x: g.call_function(len, (x,))),
+        (call(torch.sin), call(torch.cos)),
+        (call(torch.add, 1), call(torch.add, True)),
+        (call(torch.add, 0.0), call(torch.add, -0.0)),
+        (call(torch.add, 1), call(torch.add, 1.0)),
+        (call(torch.sum, dim=0, keepdim=True), call(torch.sum, keepdim=True, dim=0)),
+        (call(torch.sin), lambda g, x: g.call_method("sin", (x,))),
+        (call(len), lambda g, x: g.call_function(len, ("%0",))),
         (lambda g, x: g.call_function(len, ([x],)), lambda g, x: g.call_function(len, ((x,),))),
-        (lambda g, x: g.call_method("sin", (x,)), lambda g, x: g.call_function(torch.sin, (x,))),
-        (
-            lambda g, x: g.call_function(torch.sum, (x,), {"dim": 0, "keepdim": True}),
-            lambda g, x: g.call_function(torch.sum, (x,), {"keepdim": True, "dim": 0}),
-        ),
         (lambda g, x: (x, x), lambda g, x: [x, x]),
         (lambda g, x: x, lambda g, x: None),
     ],
@@ -59,11 +45,11 @@ def test_what_runs_counts(one: Callable[..., object], two: Callable[..., object]
 
 
 def test_open_literals_are_holes_and_their_types_are_not() -> None:
-    one = of(lambda g, x: g.call_function(torch.add, (x, 1), {"alpha": 2}), open_literals=True)
-    two = of(lambda g, x: g.call_function(torch.add, (x, 3), {"alpha": 4}), open_literals=True)
+    one = of(call(torch.add, 1, alpha=2), open_literals=True)
+    two = of(call(torch.add, 3, alpha=4), open_literals=True)
     assert one.key == two.key and [hole.value for hole in two.holes] == [3, 4]
     assert [(hole.argument, hole.ordinal) for hole in one.holes] == [("1", 0), ("alpha", 1)]
-    other = of(lambda g, x: g.call_function(torch.add, (x, 3.0), {"alpha": 4}), open_literals=True)
+    other = of(call(torch.add, 3.0, alpha=4), open_literals=True)
     assert other.key != one.key
 
 
