@@ -62,7 +62,7 @@ def coverage(dispatcher: CudagraphDispatcher, max_num_batched_tokens: int) -> li
     separate = dispatcher.cudagraph_mode.separate_routine()
     decodes = (0, *dispatcher.decode_sizes) if separate else (0,)
     # Every distinct question about adapters: none, and each captured number.
-    loras = [(False, 0), *(key for key in dispatcher.lora.captured() if key[0])]
+    loras = dict.fromkeys([(False, 0), *dispatcher.lora])
     for step, lora, axes in itertools.product(decodes, loras, dispatcher.every_axes()):
         largest = min(max_num_batched_tokens, dispatcher.max_num_seqs * step)
         sizes = range(step, largest + 1, step) if step else range(1, max_num_batched_tokens + 1)

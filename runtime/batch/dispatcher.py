@@ -54,34 +54,24 @@ class Dispatch:
     is_fallback: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class LoraCases:
-    """What is captured for adapters."""
+Adapters = tuple[bool, int]
+"""Whether adapters are active, and how many; of a graph, how many at most, and 0 is any number."""
 
-    enabled: bool = False  # adapters may be active
-    specialize: bool = True  # batches without adapters have graphs of their own
-    # numbers of active adapters to capture for, ascending; none: one graph for any
-    counts: tuple[int, ...] = ()
 
-    def __post_init__(self) -> None:
-        if list(self.counts) != sorted(set(self.counts)) or any(n < 1 for n in self.counts):
-            why = f"numbers of active adapters must ascend from 1, not {list(self.counts)}"
-            raise ConfigError(why, where="LoraCases.counts")
+def lora_cases(
+    enabled: bool = False, specialize: bool = True, counts: tuple[int, ...] = ()
+) -> tuple[Adapters, ...]:
+    """What gets graphs of its own: no adapters (``specialize``), and each of ``counts``, or any."""
+    if list(counts) != sorted(set(counts)) or any(n < 1 for n in counts):
+        why = f"numbers of active adapters must ascend from 1, not {list(counts)}"
+        raise ConfigError(why, where="lora_counts")
+    active = tuple((True, count) for count in counts or (0,)) if enabled else ()
+    return active if enabled and not specialize else ((False, 0), *active)
 
-    def captured(self) -> tuple[tuple[bool, int], ...]:
-        """The (has_lora, num_active_loras) pairs that get graphs."""
-        if not self.enabled:
-            return ((False, 0),)
-        active = tuple((True, count) for count in self.counts) or ((True, 0),)
-        return ((False, 0), *active) if self.specialize else active
 
-    def key(self, has_lora: bool, num_active_loras: int) -> tuple[bool, int] | None:
-        """The captured pair that a batch runs in, or None."""
-        for pair in self.captured():
-            covers = pair[0] and (not self.counts or num_active_loras <= pair[1])
-            if covers or not (has_lora or pair[0]):
-                return pair
-        return None
+def _covers(case: Adapters, has_lora: bool, num_active_loras: int) -> bool:
+    with_lora, most = case
+    return (not most or num_active_loras <= most) if with_lora else not has_lora
 
 
 class CudagraphDispatcher:
@@ -94,7 +84,7 @@ class CudagraphDispatcher:
         uniform_decode_query_len: tokens of each request in a decode batch; several where drafts
             differ in width, and the widest is meant where a batch does not say which.
         decode_multiple_of: ranks that the tokens of a decode batch are cut over.
-        lora: which cases are captured for adapters.
+        lora: what is captured for adapters, as `lora_cases` tells.
         axes: further axes of the descriptor, each with the values to capture; the first is the
             default. A batch runs in a graph of its own value; in ``max_query_len``, in one of the
             next larger value, and of the largest where it doesn't say.
@@ -121,7 +111,7 @@ class CudagraphDispatcher:
         max_num_seqs: int,
         uniform_decode_query_len: int | Sequence[int] = 1,
         decode_multiple_of: int = 1,
-        lora: LoraCases | None = None,
+        lora: Sequence[Adapters] = lora_cases(),
         axes: Mapping[str, Sequence[Hashable]] | None = None,
         strict: bool = False,
         exact: Reason | None = None,
@@ -130,7 +120,7 @@ class CudagraphDispatcher:
         self.capture_sizes = require_positive_sizes(capture_sizes)
         self.bs_to_padded_graph_size = padded_sizes(self.capture_sizes)
         self.axes = {name: tuple(each) for name, each in sorted((axes or {}).items())}
-        self.lora, self.max_num_seqs = lora or LoraCases(), max_num_seqs
+        self.lora, self.max_num_seqs = lora, max_num_seqs
         if max_num_seqs < 1:
             raise ConfigError(f"a batch of {max_num_seqs} requests", where="max_num_seqs")
         if not all(self.axes.values()):
@@ -159,7 +149,7 @@ class CudagraphDispatcher:
         self.cudagraph_keys: dict[CUDAGraphMode, set[BatchDescriptor]] = {
             each: set() for each in _CAPTURING
         }
-        for lora, axes in itertools.product(self.lora.captured(), self.every_axes()):
+        for lora, axes in itertools.product(self.lora, self.every_axes()):
             for query_len in (0, *self.decode_sizes):
                 for mode, key in self._keys(query_len, lora, axes):
                     self.cudagraph_keys[mode].add(key)
@@ -171,7 +161,7 @@ class CudagraphDispatcher:
         return [tuple(zip(self.axes, each, strict=True)) for each in values]
 
     def _keys(
-        self, query_len: int, lora: tuple[bool, int], axes: Axes, fits: int | None = None
+        self, query_len: int, lora: Adapters, axes: Axes, fits: int | None = None
     ) -> Iterator[Key]:
         """The keys of one case, best first, or those that a batch of ``fits`` tokens may run in."""
         mode, full = self.cudagraph_mode, CUDAGraphMode.FULL
@@ -252,7 +242,7 @@ class CudagraphDispatcher:
         # What is no whole number of requests can't be a decode batch, whatever the caller says.
         uniform = kind.uniform_decode and num_tokens % query_len == 0
         adapters = (kind.has_lora, kind.num_active_loras)
-        lora = self.lora.key(*adapters)
+        lora = next((case for case in self.lora if _covers(case, *adapters)), None)
         # Larger sizes follow the nearest one, for the case that it was given up.
         fitting = lora and list(self._keys(query_len * uniform, lora, extra, num_tokens))
         captured = [(m, key) for m, key in fitting or () if key in self.cudagraph_keys[m]]

@@ -16,7 +16,7 @@ from piecework.runtime.batch.coverage import (
     require_coverage,
 )
 from piecework.runtime.batch.descriptor import BatchDescriptor, BatchKind
-from piecework.runtime.batch.dispatcher import CudagraphDispatcher, LoraCases, Reason
+from piecework.runtime.batch.dispatcher import CudagraphDispatcher, Reason, lora_cases
 from piecework.runtime.batch.mode import CUDAGraphMode
 
 NONE, PIECEWISE, FULL = CUDAGraphMode.NONE, CUDAGraphMode.PIECEWISE, CUDAGraphMode.FULL
@@ -147,16 +147,16 @@ def test_leaving_none_out_is_an_error_when_nothing_fits():
 
 # enabled, specialize, counts; has_lora, active -> captured pair or None
 LORA = [
-    (LoraCases(), False, 0, (False, 0)),
-    (LoraCases(), True, 1, None),
-    (LoraCases(True, True), False, 0, (False, 0)),
-    (LoraCases(True, True), True, 3, (True, 0)),
-    (LoraCases(True, False), False, 0, (True, 0)),
-    (LoraCases(True, False), True, 1, (True, 0)),
-    (LoraCases(True, True, (1, 4)), True, 1, (True, 1)),
-    (LoraCases(True, True, (1, 4)), True, 2, (True, 4)),
-    (LoraCases(True, True, (1, 4)), True, 5, None),
-    (LoraCases(True, False, (1, 4)), False, 0, (True, 1)),
+    (lora_cases(), False, 0, (False, 0)),
+    (lora_cases(), True, 1, None),
+    (lora_cases(True, True), False, 0, (False, 0)),
+    (lora_cases(True, True), True, 3, (True, 0)),
+    (lora_cases(True, False), False, 0, (True, 0)),
+    (lora_cases(True, False), True, 1, (True, 0)),
+    (lora_cases(True, True, (1, 4)), True, 1, (True, 1)),
+    (lora_cases(True, True, (1, 4)), True, 2, (True, 4)),
+    (lora_cases(True, True, (1, 4)), True, 5, None),
+    (lora_cases(True, False, (1, 4)), False, 0, (True, 1)),
 ]
 
 
@@ -228,7 +228,7 @@ dispatchers = st.builds(
     sizes=st.sets(st.integers(1, 40), max_size=8),
     max_num_seqs=st.integers(1, 40),
     uniform_decode_query_len=st.integers(1, 4),
-    lora=st.sampled_from([LoraCases(), LoraCases(True), LoraCases(True, False, (1, 3))]),
+    lora=st.sampled_from([lora_cases(), lora_cases(True), lora_cases(True, False, (1, 3))]),
     axes=st.sampled_from([None, {"image": (False, True)}]),
 )
 

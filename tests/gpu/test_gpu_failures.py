@@ -29,7 +29,7 @@ def test_a_size_that_fails_leaves_the_others_captured(mode, monkeypatch):
     told = {"mode": mode, "on_failure": "uncaptured", "progress": False, "estimate": False}
     stitched.capture([1, 2, 4, 8], **told)
     outcomes = stitched.static_graphs.report.outcomes
-    failed = {(each.mode.name, each.descriptor.num_tokens) for each in outcomes if each.error}
+    failed = {(o.key[0].name, o.key[1].num_tokens) for o in outcomes if o.error}
     assert failed == {("FULL", 4)}
     assert_alike(stitched, model, range(1, 9))
     torch.randn(3, device="cuda")  # the generators know that capturing is over

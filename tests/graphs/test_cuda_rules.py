@@ -224,7 +224,7 @@ def test_a_size_that_fails_leaves_the_others_captured(on_cuda, monkeypatch, mode
         [1, 2, 4, 8], mode=mode, on_failure="uncaptured", progress=False, estimate=False
     )
     report = stitched.static_graphs.report
-    failed = {(o.mode.name, o.descriptor.num_tokens) for o in report.outcomes if o.error}
+    failed = {(o.key[0].name, o.key[1].num_tokens) for o in report.outcomes if o.error}
     assert failed == {("FULL", 4)}
     assert FORBIDDEN in str(next(o.error for o in report.outcomes if o.error))
     for n in (1, 2, 4, 8):

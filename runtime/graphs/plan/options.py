@@ -15,7 +15,7 @@ from pydantic import Field, InstanceOf
 
 from piecework.codegen.graph.origin import nodes_of
 from piecework.errors import ConfigError, StaticGraphError
-from piecework.runtime.batch.dispatcher import CudagraphDispatcher, LoraCases
+from piecework.runtime.batch.dispatcher import CudagraphDispatcher, lora_cases
 from piecework.runtime.batch.mode import CUDAGraphMode
 from piecework.runtime.batch.sizes import (
     WORTH_CAPTURING,
@@ -118,7 +118,7 @@ def plan_capture(
         max_num_seqs=max(chosen) if runtime is None else runtime.max_num_seqs,
         uniform_decode_query_len=lens,
         decode_multiple_of=runtime.tensor_parallel_size if parallel else 1,
-        lora=LoraCases(adapters, config.cudagraph_specialize_lora, options.lora_counts),
+        lora=lora_cases(adapters, config.cudagraph_specialize_lora, options.lora_counts),
         axes=options.axes,
         strict=options.strict,
         max_padding_factor=options.max_padding_factor,

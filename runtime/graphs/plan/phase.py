@@ -47,8 +47,7 @@ class CaptureWatcher(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class CaptureOutcome:
-    mode: CUDAGraphMode
-    descriptor: BatchDescriptor
+    key: Key
     seconds: float  # of warm-ups and capture
     nbytes: int  # that it added
     pieces: int
@@ -63,7 +62,7 @@ class CaptureOutcome:
     def text(self) -> str:
         """``PIECEWISE tokens=4: captured, 0.03 s``, or why it was not."""
         result = "captured" if self.captured else f"not captured: {self.error}"
-        return f"{text_of((self.mode, self.descriptor))}: {result}, {self.seconds:.2f} s"
+        return f"{text_of(self.key)}: {result}, {self.seconds:.2f} s"
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +75,7 @@ class CaptureReport:
 
     @property
     def captured(self) -> tuple[Key, ...]:
-        return tuple((o.mode, o.descriptor) for o in self.outcomes if o.captured)
+        return tuple(each.key for each in self.outcomes if each.captured)
 
     def __str__(self) -> str:
         lines = ["; ".join((each.text, *each.eager)) for each in self.outcomes]
@@ -89,13 +88,19 @@ def text_of(key: Key) -> str:
     return f"{key[0].name} {key[1].describe()}"
 
 
+def plain_context(
+    mode: CUDAGraphMode, descriptor: BatchDescriptor
+) -> AbstractContextManager[object]:
+    return set_forward_context(cudagraph_runtime_mode=mode, batch_descriptor=descriptor)
+
+
 def capture_graphs(
     forward: Forward,
     descs: Iterable[tuple[CUDAGraphMode, Sequence[BatchDescriptor]]],
     graphs: StaticGraphs,
     *,
     warmups: int = 0,
-    context_for: ContextFor | None = None,
+    context_for: ContextFor = plain_context,
     dispatcher: CudagraphDispatcher | None = None,
     on_failure: FailurePolicy | str = FailurePolicy.RAISE,
     watcher: CaptureWatcher | None = None,
@@ -103,34 +108,27 @@ def capture_graphs(
 ) -> CaptureReport:
     """Capture all, largest first, and close capturing; ``context_for`` makes a run's context."""
     on_failure = FailurePolicy.parse(on_failure)
-    context_for = context_for or plain_context
-    left = [(mode, d) for mode, group in descs for d in sorted(group, key=lambda d: -d.num_tokens)]
+    keys = [(mode, d) for mode, group in descs for d in sorted(group, key=lambda d: -d.num_tokens)]
     outcomes: list[CaptureOutcome] = []
     if watcher is not None:
-        watcher.started(len(left))
-
-    def give_up(keys: Iterable[Key]) -> None:
-        for key in keys if dispatcher is not None else ():
-            dispatcher.give_up(*key)  # type: ignore[union-attr]
-
+        watcher.started(len(keys))
     try:
         with graphs.capturing():
             gc.collect()
-            while left:
-                key = left[0]
-                if affordable is None or affordable(key):
-                    outcome = _capture(key, forward, graphs, warmups, context_for)
-                    outcomes.append(outcome)
-                    if watcher is not None:
-                        watcher.finished(outcome, graphs.nbytes)
-                    if outcome.error is None:
-                        left.pop(0)
-                        continue
-                    if on_failure is FailurePolicy.RAISE:
-                        raise outcome.error
-                give_up([left.pop(0)])
+            for key in keys:
+                if affordable is not None and not affordable(key):
+                    continue
+                outcome = _capture(key, forward, graphs, warmups, context_for)
+                outcomes.append(outcome)
+                if watcher is not None:
+                    watcher.finished(outcome, graphs.nbytes)
+                if outcome.error is not None and on_failure is FailurePolicy.RAISE:
+                    raise outcome.error
     finally:
-        give_up(left)
+        captured = {each.key for each in outcomes if each.captured}
+        for key in keys if dispatcher is not None else ():
+            if key not in captured:
+                dispatcher.give_up(*key)  # type: ignore[union-attr]
         if watcher is not None:
             watcher.ended()
     return CaptureReport(tuple(outcomes), graphs.nbytes, graphs.unmarked)
@@ -140,13 +138,12 @@ def _capture(
     key: Key, forward: Forward, graphs: StaticGraphs, warmups: int, context_for: ContextFor
 ) -> CaptureOutcome:
     """Warm up and capture; on any failure forget what was captured of this descriptor."""
-    mode, descriptor = key
     start, first = time.perf_counter(), len(graphs.records)
     error: PieceworkError | None = None
     try:
-        for run_mode in (CUDAGraphMode.NONE,) * warmups + (mode,):
-            with context_for(run_mode, descriptor):
-                forward(descriptor)
+        for mode in (CUDAGraphMode.NONE,) * warmups + key[:1]:
+            with context_for(mode, key[1]):
+                forward(key[1])
         graphs.platform.synchronize()
         if not graphs.records[first:]:
             why = "the forward captured nothing"
@@ -167,20 +164,13 @@ def _capture(
             error.__cause__ = failure
     records = graphs.records[first:] if error is None else []
     return CaptureOutcome(
-        mode,
-        descriptor,
+        key,
         time.perf_counter() - start,
         sum(record.nbytes + record.staged_bytes for record in records),
         sum(record.eager_reason is None for record in records),
         tuple(f"{r.name}: {r.eager_reason}" for r in records if r.eager_reason is not None),
         error,
     )
-
-
-def plain_context(
-    mode: CUDAGraphMode, descriptor: BatchDescriptor
-) -> AbstractContextManager[object]:
-    return set_forward_context(cudagraph_runtime_mode=mode, batch_descriptor=descriptor)
 
 
 def format_bytes(nbytes: int) -> str:
@@ -204,8 +194,7 @@ class CaptureProgress:
 
     def finished(self, outcome: CaptureOutcome, held_bytes: int) -> None:
         memory = format_bytes(held_bytes)
-        what = text_of((outcome.mode, outcome.descriptor))
-        self._bar.finished(what, f"{outcome.text}, {memory} held", memory=memory)
+        self._bar.finished(text_of(outcome.key), f"{outcome.text}, {memory} held", memory=memory)
 
     def ended(self) -> None:
         self._bar.ended()
@@ -255,7 +244,7 @@ def estimate_memory(
     graphs: StaticGraphs,
     *,
     warmups: int = 0,
-    context_for: ContextFor | None = None,
+    context_for: ContextFor = plain_context,
 ) -> MemoryEstimate:
     """Capture four sizes of each kind, the largest among them, tell, and forget them."""
     if graphs.records:

@@ -79,8 +79,8 @@ class CapturedGraphs:
         self.sizes = self.dispatcher.capture_sizes
         # What is captured: the pieces, and all where a whole forward is.
         every = [item.submod_name for item in program.items]
-        captured = every if self.dispatcher.cudagraph_keys[_FULL] else []
-        captured = captured or list(program.source.submod_names)
+        whole = self.dispatcher.cudagraph_keys[_FULL]
+        captured = every if whole else list(program.source.submod_names)
         require_sizes_only(split_gm, captured)
         self._parameters = [node for node, _ in passed_inputs(entry.captured, program)]
         # Of one execution; a change retires these graphs instead of reaching them.
@@ -244,12 +244,9 @@ class CapturedGraphs:
         self, like: BatchDescriptor, tensors: Sequence[torch.Tensor], size: int
     ) -> Sequence[object]:
         """One forward on tensors of a batch of ``size``, otherwise ``like`` a captured one."""
-        descriptor = replace(like, num_tokens=size)
-        pieces = self._program.submod_lists[self._range_of(size)]
-        submods = tuple(map(self.dry_writes.unwatched, pieces))
-        scope = self.context_for(CUDAGraphMode.NONE, descriptor)
+        scope = self.context_for(CUDAGraphMode.NONE, replace(like, num_tokens=size))
         with scope, torch.no_grad(), self.harmless(current_forward_context()):
-            results = self.forward(*self._flat(tensors, size), __vllm_submods__=submods)
+            results = self._run(self._flat(tensors, size), size)
             found = results if isinstance(results, (tuple, list)) else (results,)
             # Copies: a result may lie in memory that is put back.
             return [each.clone() if isinstance(each, torch.Tensor) else each for each in found]

@@ -201,17 +201,15 @@ class CapturedModel(CapturedGraphs):
 
     def _settle_padding(self) -> None:
         """Have the dispatcher pad no batch where that isn't declared, or a try says otherwise."""
-        pad = self.options.pad
-        why: str | None = Reason.UNPADDED.value
+        pad, why = self.options.pad, Reason.UNPADDED.value
         if pad is not False:
             survives = self.graphs.platform.stand_in
             split_gm, attempt = self._program.split_gm, self._try_padding
-            why = why_not_padded(split_gm, self.shape, pad, attempt, survives=survives)
+            why = why_not_padded(split_gm, self.shape, pad, attempt, survives=survives) or ""
         agreed = self._in_common([] if why else ["rows are independent"])
-        if why is None and not agreed:
-            why = "on another rank a padded run gave other rows"
-        if why is None:
+        if agreed:
             return
+        why = why or "on another rank a padded run gave other rows"
         if pad:
             why = f"pad=True, and rows are not independent: {why}"
             hint = "leave pad out, and only batches of a captured size are replayed"
@@ -241,21 +239,18 @@ class CapturedModel(CapturedGraphs):
 
     def _make_ready(self, captured: Sequence[Key]) -> None:
         """Check and bind what was captured; what a stop or a failure leaves undone is given up."""
-        waiting = list(captured)
         try:
-            while waiting:
-                key = waiting[0]
+            for key in captured:
                 try:
                     self._ready[key] = self._step_of(*key)
                 except PieceworkError as error:
                     self.failures[key] = error
-                    self._give_up(key)
                     if self._raises:
                         raise
-                waiting.pop(0)
         finally:
-            for key in waiting:
-                self._give_up(key)
+            for key in captured:
+                if key not in self._ready:
+                    self._give_up(key)
             self._steps.clear()
             self._entry.capture(self)
 
@@ -335,11 +330,8 @@ class CapturedModel(CapturedGraphs):
                 step.calls += 1
                 return self._serve(step, inputs, flat, count)
         finally:
-            try:
-                if user[0] is mine:
-                    del user[0]
-            except KeyError:  # another call left meanwhile
-                pass
+            if user.get(0) is mine:
+                del user[0]
             if self._retired:
                 self._free()
         self._always["busy"].calls += 1
