@@ -13,6 +13,7 @@ from gpu_models import (
     HIDDEN,
     INDUCTOR,
     ON_CUDA,
+    Unsigned,
     assert_alike,
     batch_of,
     decoder,
@@ -78,12 +79,6 @@ def test_models_that_share_memory_stay_right():
         assert_alike(two, draft, (size,))
     one.static_graphs.release()
     assert_alike(two, draft, SIZES)
-
-
-class Unsigned(torch.nn.Module):
-    def forward(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        z = x.to(torch.float32) + y.to(torch.float32)
-        return z, z + 1, (z > 3).to(torch.uint32), (z > 4).to(torch.uint32)
 
 
 @torch.no_grad()

@@ -12,6 +12,8 @@ from typing import ClassVar
 import pytest
 import torch
 from fake_cuda import FORBIDDEN, GRAPH, LOST, SEGMENT, STEP, FakeCuda, Watch
+from gpu_models import Unsigned
+from models import EAGER, Layers
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchs_graph import RealGraphs, newer
@@ -36,7 +38,6 @@ from piecework.runtime.graphs.plan.phase import capture_graphs
 from piecework.runtime.graphs.serve import model as served
 
 DEVICE = torch.device("cuda", 0)
-EAGER = piecework.CompilationConfig(backend="eager")
 
 
 @pytest.fixture(params=["2.11", "2.13", "2.15", pytest.param("2.15 as it is", marks=newer)])
@@ -58,6 +59,13 @@ class Capturing:
         return graph, graph.capture(runnable, (self.x,), {})
 
 
+# --- failed captures ---------------------------------------------------------------------------------
+
+
+def plus_one(x: torch.Tensor) -> torch.Tensor:
+    return x + 1
+
+
 def reads_on_the_host(x: torch.Tensor) -> torch.Tensor:
     return x * x.sum().item()
 
@@ -73,27 +81,51 @@ def hides_its_error(x: torch.Tensor) -> torch.Tensor:
     return x + 1
 
 
-def raises(x: torch.Tensor) -> torch.Tensor:
-    raise ValueError("no such layer")
-
-
-# --- failed captures ---------------------------------------------------------------------------------
-
-
 def leaves_another_stream(x: torch.Tensor) -> torch.Tensor:
     cuda = torch.cuda.current_stream().cuda  # the fake's
     cuda.current = cuda.default
     raise RuntimeError("CUDA error: out of memory")
 
 
-@pytest.mark.parametrize(
-    "failing", [reads_on_the_host, synchronises, hides_its_error, leaves_another_stream]
-)
-def test_after_an_invalid_capture_the_next_one_works_and_nothing_leaks(cuda, failing):
+def raises(x: torch.Tensor) -> torch.Tensor:
+    raise ValueError("no such layer")
+
+
+def refused_by_the_driver(cuda: FakeCuda, made: Capturing, here: pytest.MonkeyPatch) -> None:
+    def refused(self, pool, capture_error_mode="global"):
+        cuda.begin_allocate(pool, self)
+        here.undo()
+        raise RuntimeError("CUDA error: operation would make the legacy stream depend on a capture")
+
+    here.setattr(torch.cuda.CUDAGraph, "capture_begin", refused)
+
+
+# What is captured, what is wrong beside it, what is said.
+WAYS_TO_FAIL: list[tuple[Callable[..., object], Callable[..., object] | None, str]] = [
+    (reads_on_the_host, None, "CUDA error"),
+    (synchronises, None, "CUDA error"),
+    (hides_its_error, None, "CUDA error"),
+    (leaves_another_stream, None, "CUDA error"),
+    (raises, None, "no such layer"),
+    # torch has ended that one, so it gives the pool back itself: once more would free others' memory.
+    (plus_one, lambda cuda, _, here: here.setattr(cuda, "cannot_instantiate", True), "of memory"),
+    (plus_one, refused_by_the_driver, "legacy stream"),
+    # A capture that did not begin has no reference to give back.
+    (plus_one, lambda cuda, made, here: here.setattr(made.pool, "stream", cuda.default), "default"),
+]
+
+
+@pytest.mark.parametrize(("runnable", "wrong", "said"), WAYS_TO_FAIL)
+def test_after_a_failed_capture_the_next_one_works_and_nothing_leaks(
+    cuda, monkeypatch, runnable, wrong, said
+):
     made = Capturing()
-    before, first = made.capture(lambda x: x + 1)
-    with pytest.raises(RuntimeError, match="CUDA error"):
-        made.capture(failing)
+    before, first = made.capture(plus_one)
+    with monkeypatch.context() as here:
+        if wrong is not None:
+            wrong(cuda, made, here)
+        with pytest.raises((RuntimeError, ValueError), match=said):
+            made.capture(runnable)
     assert cuda.capturing is None and not cuda.recording
     gc.collect()  # the graph that failed may go now
     after, second = made.capture(lambda x: x * 5)
@@ -102,26 +134,6 @@ def test_after_an_invalid_capture_the_next_one_works_and_nothing_leaks(cuda, fai
     # One reference for each graph, and one for the empty one that opens a pool.
     assert sum(cuda.references.values()) == 3 and not cuda.probes
     cuda.random_number()
-
-
-def test_what_cannot_be_instantiated_gives_its_reference_back_once(cuda):
-    """torch has ended that capture, so it releases the pool by itself; once more would free the other graphs' memory."""
-    made = Capturing()
-    before, first = made.capture(lambda x: x + 1)
-    cuda.cannot_instantiate = True
-    with pytest.raises(RuntimeError, match="out of memory"):
-        made.capture(lambda x: x * 3)
-    before.replay()
-    assert first.tolist() == [2.0] * 4 and sum(cuda.references.values()) == 2
-    assert made.capture(lambda x: x + 1)[0].replay() is None
-
-
-def test_what_the_callable_raises_is_what_is_reported(cuda):
-    made = Capturing()
-    with pytest.raises(ValueError, match="no such layer"):
-        made.capture(raises)
-    assert made.capture(lambda x: x + 1)[0].replay() is None
-    assert sum(cuda.references.values()) == 2 and not cuda.probes
 
 
 def test_a_device_that_is_lost_does_not_hide_what_lost_it(cuda):
@@ -136,51 +148,15 @@ def test_a_device_that_is_lost_does_not_hide_what_lost_it(cuda):
     assert [LOST in note for note in caught.value.__notes__] == [True, True]
 
 
-def test_a_capture_that_cannot_begin_leaves_the_pool_usable(cuda, monkeypatch):
-    made = Capturing()
-    begin = torch.cuda.CUDAGraph.capture_begin
-
-    def refused_by_the_driver(self, pool, capture_error_mode="global"):
-        cuda.begin_allocate(pool, self)
-        monkeypatch.setattr(torch.cuda.CUDAGraph, "capture_begin", begin)
-        raise RuntimeError("CUDA error: operation would make the legacy stream depend on a capture")
-
-    monkeypatch.setattr(torch.cuda.CUDAGraph, "capture_begin", refused_by_the_driver)
-    with pytest.raises(RuntimeError, match="legacy stream"):
-        made.capture(lambda x: x)
-    assert made.capture(lambda x: x + 1)[0].replay() is None and not cuda.recording
-
-
-def test_a_capture_that_did_not_begin_gives_no_reference_back(cuda):
-    made = Capturing()
-    before, first = made.capture(lambda x: x + 1)
-    made.pool.stream, stream = cuda.default, made.pool.stream
-    with pytest.raises(RuntimeError, match="non-default stream"):
-        made.capture(lambda x: x)
-    made.pool.stream = stream
-    before.replay()
-    assert first.tolist() == [2.0] * 4 and sum(cuda.references.values()) == 2
-
-
 def test_clearing_a_pool_gives_every_reference_back(cuda):
     made = Capturing()
-    graph, _ = made.capture(lambda x: x + 1)
+    graph, _ = made.capture(plus_one)
     with pytest.raises(RuntimeError):
         made.capture(synchronises)
     graph.reset()
     made.pool.clear()
     assert sum(cuda.references.values()) == 1  # the empty graph of the new memory
-    assert made.capture(lambda x: x + 1)[0].replay() is None
-
-
-class Blocks(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.first(x)
-        return x + self.second(torch.ops.cuda_rules.mix(x))
+    assert made.capture(plus_one)[0].replay() is None
 
 
 @piecework.splitting_op("cuda_rules::mix", rows="independent")
@@ -197,11 +173,21 @@ class Failing:
     size = 0
 
 
+class Blocks(nn.Module):
+    def __init__(self, op: Callable[[torch.Tensor], torch.Tensor] = mix) -> None:
+        super().__init__()
+        self.first, self.second, self.op = nn.Linear(4, 4), nn.Linear(4, 4), op
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        return x + self.second(self.op(x))
+
+
 class OnCuda(FakeCuda):
     """The fake, once a model is compiled: Dynamo would ask a real device."""
 
-    def stitch(self, model: nn.Module) -> piecework.StitchedModule:
-        stitched = piecework.compile(model, (torch.randn(8, 4),), config=EAGER)
+    def stitch(self, model: nn.Module, *args: torch.Tensor) -> piecework.StitchedModule:
+        stitched = piecework.compile(model, args or (torch.randn(8, 4),), config=EAGER)
         self.install(self.monkeypatch)
         return stitched
 
@@ -255,22 +241,12 @@ def keep(x: torch.Tensor) -> torch.Tensor:
 keep.register_fake(torch.empty_like)
 
 
-class Keeps(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.second(torch.ops.cuda_rules.keep(self.first(x)))
-
-
 @torch.no_grad()
 def test_before_a_whole_forward_is_captured_it_runs_as_it_will_be_and_leaves_no_trace(on_cuda):
     Cache.seen.clear()
     before = Cache.rows.fill_(5).clone()
-    model, x = Keeps(), torch.randn(8, 4)
-    stitched = piecework.compile(model, (x,), config=EAGER)
-    on_cuda.install(on_cuda.monkeypatch)
+    model, x = Blocks(keep), torch.randn(8, 4)
+    stitched = on_cuda.stitch(model, x)
     stitched.capture([4], mode="FULL", progress=False, estimate=False)
     assert Cache.seen == [(True, False), (False, False), (False, True)]
     assert torch.equal(Cache.rows, before)
@@ -282,30 +258,19 @@ def test_before_a_whole_forward_is_captured_it_runs_as_it_will_be_and_leaves_no_
 @torch.no_grad()
 @pytest.mark.parametrize("mode", ["PIECEWISE", "FULL"])
 def test_calls_on_several_streams_come_one_after_the_other(on_cuda, mode):
-    model = Blocks()
-    stitched = on_cuda.stitch(model)
-    stitched.capture([2, 4], mode=mode, progress=False)
+    """Also those of models that share memory."""
+    models = Blocks(), Blocks()
+    first, second = piecework.compile(
+        models[0], (torch.randn(8, 4),), config=EAGER
+    ), on_cuda.stitch(models[1])
+    first.capture([2, 4], mode=mode, progress=False)
+    second.capture([2, 4], mode=mode, progress=False, memory_of=first.static_graphs.graphs)
     for stream in (*on_cuda.streams, on_cuda.default, on_cuda.streams[0]):
-        with on_cuda.on(stream):
-            for n in (2, 3):
-                x = torch.randn(n, 4)
-                torch.testing.assert_close(stitched(x), model(x))
-
-
-@torch.no_grad()
-def test_so_do_calls_of_models_that_share_memory(on_cuda):
-    one, two = Blocks(), Blocks()
-    first = piecework.compile(one, (torch.randn(8, 4),), config=EAGER)
-    second = on_cuda.stitch(two)
-    first.capture([4], progress=False)
-    second.capture([4], memory_of=first.static_graphs.graphs, progress=False)
-    x = torch.randn(4, 4)
-    for stream, stitched, model in (
-        (on_cuda.streams[0], first, one),
-        (on_cuda.streams[1], second, two),
-    ):
-        with on_cuda.on(stream):
-            torch.testing.assert_close(stitched(x), model(x))
+        for stitched, model in zip((first, second), models, strict=True):
+            with on_cuda.on(stream):
+                for n in (2, 3):
+                    x = torch.randn(n, 4)
+                    torch.testing.assert_close(stitched(x), model(x))
 
 
 class Meanwhile:
@@ -326,18 +291,13 @@ def wait(x: torch.Tensor) -> torch.Tensor:
 wait.register_fake(torch.empty_like)
 
 
-class Waits(Blocks):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.second(torch.ops.cuda_rules.wait(self.first(x)))
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("mode", ["PIECEWISE", "FULL"])
 def test_while_one_model_is_captured_the_others_of_its_memory_run_uncaptured(
     on_cuda, monkeypatch, mode
 ):
     """In the estimate, in the phase, and in the replay of each that follows."""
-    target, draft, x, results = Blocks(), Waits(), torch.randn(4, 4), []
+    target, draft, x, results = Blocks(), Blocks(wait), torch.randn(4, 4), []
     first = piecework.compile(target, (torch.randn(8, 4),), config=EAGER)
     second = on_cuda.stitch(draft)
     first.capture([4], progress=False)
@@ -451,8 +411,7 @@ class Launched(TorchDispatchMode):
 @pytest.mark.parametrize("outputs", [1, 2])
 def test_the_first_served_call_launches_nothing_for_the_first_time(on_cuda, outputs):
     model = Looks(5, of_floats=False, how="embedding", outputs=outputs)
-    stitched = piecework.compile(model, (torch.zeros(8, dtype=torch.int64),), config=EAGER)
-    on_cuda.install(on_cuda.monkeypatch)
+    stitched = on_cuda.stitch(model, torch.zeros(8, dtype=torch.int64))
     with Launched() as before:
         stitched.capture([4], progress=False, estimate=False)
     served, launched = stitched.static_graphs, Launched()
@@ -478,28 +437,18 @@ def test_a_gpu_is_not_given_made_up_data_that_may_point_beyond_a_table(
     monkeypatch.setattr(served, "padded_difference", lambda *given: tried.append(given))
     model = Looks(rows, of_floats=of_floats, how=how)
     x = torch.zeros(8) if of_floats else torch.zeros(8, dtype=torch.int64)
-    stitched = piecework.compile(model, (x,), config=EAGER)
-    on_cuda.install(on_cuda.monkeypatch)
+    stitched = on_cuda.stitch(model, x)
     stitched.capture([2, 4], progress=False)
     assert bool(tried) == (rows > 1 and not of_floats)
     torch.testing.assert_close(stitched(x[:3]), model(x[:3]))
-
-
-class Unsigned(nn.Module):
-    """Takes and returns what a GPU copies only one by one, beside what it copies together."""
-
-    def forward(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        z = torch.ops.cuda_rules.mix(x.to(torch.float32) + y.to(torch.float32))
-        return z, z + 1, (z > 3).to(torch.uint32), (z > 4).to(torch.uint32)
 
 
 @torch.no_grad()
 def test_what_a_gpu_copies_only_one_by_one_is_served(on_cuda):
     model = Unsigned()
     given = [torch.arange(8).to(torch.uint16) for _ in range(2)]
-    stitched = piecework.compile(model, tuple(given), config=EAGER)
-    on_cuda.install(on_cuda.monkeypatch)
-    stitched.capture([2, 4], pad=True, progress=False)
+    stitched = on_cuda.stitch(model, *given)
+    stitched.capture([2, 4], progress=False)
     for n in (2, 3, 4):
         batch = [each[:n].clone() for each in given]
         assert all(map(torch.equal, stitched(*batch), model(*batch)))
@@ -578,22 +527,11 @@ def test_without_a_driver_there_is_no_stream_to_capture_on(monkeypatch):
 # --- what captures take --------------------------------------------------------------------------------
 
 
-class Deep(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(8))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for layer in self.layers:
-            x = layer(torch.ops.cuda_rules.mix(x + 1))
-        return x
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("mode", ["PIECEWISE", "FULL_AND_PIECEWISE"])
 def test_the_estimate_is_near_though_the_device_tells_in_coarse_steps(on_cuda, mode):
     """A segment holds some sizes, and a step of what is free some graphs."""
-    stitched = on_cuda.stitch(Deep())
+    stitched = on_cuda.stitch(Layers(Blocks() for _ in range(8)))
     sizes = [*range(1, 9), *range(16, 129, 8)]
     stitched.capture(sizes, mode=mode, progress=False)
     graphs = stitched.static_graphs.graphs
@@ -672,12 +610,12 @@ def test_an_allocator_without_private_pools_is_refused(cuda, monkeypatch):
 
 def test_a_pool_of_the_callers_that_takes_the_memory_of_captures_is_refused(cuda, monkeypatch):
     """Outputs are held weakly: what a capture lets go of must not become somebody else's."""
-    monkeypatch.setattr(cuda, "users_pool", (7, 0))
     made = Capturing()
+    monkeypatch.setattr(cuda, "users_pool", (7, 0))
     with pytest.raises(StaticGraphError, match="captures would lie in another pool"):
-        made.capture(lambda x: x + 1)
+        made.capture(plus_one)
     monkeypatch.setattr(cuda, "users_pool", None)
-    assert made.capture(lambda x: x + 1)[0].replay() is None
+    assert made.capture(plus_one)[0].replay() is None
     assert sum(cuda.references.values()) == 2 and not cuda.recording and not cuda.probes
 
 
@@ -719,4 +657,4 @@ def test_captures_do_not_nest(cuda):
     made = Capturing()
     with pytest.raises(StaticGraphError, match="is being captured already"):
         made.capture(lambda x: Capturing.capture(made, lambda y: y))
-    assert made.capture(lambda x: x + 1)[0].replay() is None
+    assert made.capture(plus_one)[0].replay() is None

@@ -67,6 +67,14 @@ class Decoder(nn.Module):
         return self.head(x)
 
 
+class Unsigned(nn.Module):
+    """Takes and returns what a GPU copies only one by one, beside what it copies together."""
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        z = x.to(torch.float32) + y.to(torch.float32)
+        return z, z + 1, (z > 3).to(torch.uint32), (z > 4).to(torch.uint32)
+
+
 def decoder(layers: int = 3) -> Decoder:
     torch.manual_seed(0)
     return Decoder(layers).to(DEVICE).requires_grad_(False).eval()
