@@ -8,7 +8,6 @@ from gpu_models import (
     DEVICE,
     EAGER,
     INDUCTOR,
-    Told,
     assert_alike,
     needs_cuda,
     needs_device,
@@ -19,23 +18,6 @@ import piecework
 from piecework.errors import StaticGraphError
 
 pytestmark = [pytest.mark.gpu, needs_device]
-
-
-@needs_cuda
-@pytest.mark.parametrize("mode", ["FULL", "FULL_AND_PIECEWISE"])
-def test_a_size_that_fails_leaves_the_others_captured(mode, monkeypatch):
-    monkeypatch.setattr(Told, "fails_at", 4)
-    model, stitched = stitched_decoder(EAGER)
-    told = {"mode": mode, "on_failure": "uncaptured", "progress": False, "estimate": False}
-    stitched.capture([1, 2, 4, 8], **told)
-    outcomes = stitched.static_graphs.report.outcomes
-    failed = {(o.key[0].name, o.key[1].num_tokens) for o in outcomes if o.error}
-    assert failed == {("FULL", 4)}
-    assert_alike(stitched, model, range(1, 9))
-    torch.randn(3, device="cuda")  # the generators know that capturing is over
-    monkeypatch.setattr(Told, "fails_at", 0)
-    stitched.capture([1, 2, 4, 8], mode=mode, progress=False)
-    assert_alike(stitched, model, range(1, 9))
 
 
 @needs_cuda

@@ -45,18 +45,6 @@ def test_the_memory_estimate():
     assert estimate.total == pytest.approx(actual, rel=0.1)
 
 
-@torch.no_grad()
-def test_clearing_gives_memory_back():
-    model = by_hand(CUDAGraphMode.PIECEWISE, "refuse", layers=8)
-    model.capture(warmups=1)
-    held = torch.cuda.memory_reserved()
-    model.graphs.clear_all_graphs()
-    assert torch.cuda.memory_reserved() <= held
-    model.capture(warmups=1)
-    rows = torch.randn(5, HIDDEN, device="cuda")
-    torch.testing.assert_close(model.serve(rows, False)[1], model.eager(rows), rtol=1e-3, atol=1e-3)
-
-
 @pytest.mark.parametrize(
     "dtype", [torch.float32, torch.bfloat16, torch.int64, torch.int32, torch.bool]
 )
@@ -76,7 +64,7 @@ def test_the_kernel_equals_the_reference(dtype):
             size = list(shape)
             size[spec.dim] = count
             tensors.append((torch.rand(size, device="cuda") * 9).to(dtype))
-        assert kernel._launcher.fits(tensors, (count,) * 3)
+        assert kernel._launcher.fits(tensors)
         for one, other in zip(
             kernel.stage(tensors, padded), reference.stage(tensors, padded), strict=True
         ):

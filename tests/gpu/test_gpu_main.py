@@ -34,15 +34,6 @@ pytestmark = [pytest.mark.gpu, needs_device]
 SIZES = [1, 2, 4, 8]
 
 
-@pytest.mark.parametrize("mode", ["PIECEWISE", "FULL_AND_PIECEWISE"])
-def test_every_size_equals_eager_with_the_eager_compiler(mode):
-    model, stitched = stitched_decoder(EAGER)
-    stitched.capture(SIZES, mode=mode, progress=False)
-    assert_alike(stitched, model, range(1, 11))
-    modes = {row.mode for row in stitched.call_report()}
-    assert modes == {"PIECEWISE", "NONE"}, "sizes to 8 are replayed, larger ones run uncaptured"
-
-
 def test_the_first_served_call_is_not_slower_than_a_compilation():
     _, stitched = stitched_decoder(EAGER)
     stitched.capture(SIZES, progress=False)
@@ -68,17 +59,6 @@ def test_weights_are_replaced_bound_again_and_captured_again():
     assert_alike(stitched, model, (2, 3))
     stitched.capture(SIZES, progress=False)
     assert_alike(stitched, model, (2, 3))
-
-
-def test_models_that_share_memory_stay_right():
-    (target, one), (draft, two) = stitched_decoder(EAGER), stitched_decoder(EAGER, layers=2)
-    one.capture(SIZES, progress=False, estimate=False)
-    two.capture(SIZES, memory_of=one.static_graphs.graphs, progress=False, estimate=False)
-    for size in (8, 1, 3):
-        assert_alike(one, target, (size,))
-        assert_alike(two, draft, (size,))
-    one.static_graphs.release()
-    assert_alike(two, draft, SIZES)
 
 
 @torch.no_grad()

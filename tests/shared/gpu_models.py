@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import piecework
+from piecework.runtime.batch.forward_context import current_forward_context
 
 DEVICE = os.environ.get("PIECEWORK_TEST_DEVICE", "cuda")
 ON_CUDA = DEVICE == "cuda"
@@ -36,7 +37,9 @@ class Told:
 def mix(x: torch.Tensor, out: torch.Tensor) -> None:
     if x.shape[0] == Told.fails_at and ON_CUDA and torch.cuda.is_current_stream_capturing():
         x.sum().item()
-    torch.mul(x, 2, out=out)
+    context = current_forward_context()
+    scale = None if context is None else context.attn_metadata
+    torch.mul(x, 2 if scale is None else scale, out=out)
 
 
 class Block(nn.Module):
