@@ -274,7 +274,7 @@ class StitchedModule(Captures, Observed, SharedModule):
             with use_model_tag(self._tag):
                 backend = shown.pop() if shown else self._new_backend()
             backend.trace = Trace.ONLY if self._sizes is None else one_of_several
-            backend.batch_of_first = self.traces[0].program.batch_place() if self.traces else None
+            backend.batch_of_first = self.traces[0].program.batch_place if self.traces else None
             return backend
 
         return make
@@ -591,7 +591,7 @@ class StitchedModule(Captures, Observed, SharedModule):
     @property
     def pieces(self) -> tuple[Piece, ...]:
         """The compiled pieces, in order of execution."""
-        return self._require("pieces")[0].program.pieces()
+        return self._require("pieces")[0].program.pieces
 
     def report(self) -> Report:
         """What the compilation did: pieces, unique pieces, seconds per phase."""

@@ -172,7 +172,7 @@ def _require_savable(trace: TracedModel) -> None:
     compiler, what = trace.backend.compiler_manager.compiler, ""
     weights = trace.entry.weights
     if type(compiler) not in (EagerAdaptor, InductorStandaloneAdaptor):
-        what = f"compiler {trace.program.compiler!r}, which is neither inductor nor eager,"
+        what = f"compiler {compiler.name!r}, which is neither inductor nor eager,"
     elif trace.program.config.use_inductor_graph_partition:
         what = "use_inductor_graph_partition"
     elif not trace.entry.made.plan.checks:

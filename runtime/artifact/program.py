@@ -30,8 +30,7 @@ from piecework.runtime.observe.dump import Dump
 from piecework.runtime.pieces.layer_names import NAMESPACE
 from piecework.runtime.pieces.manager import RangeEntry
 from piecework.runtime.pieces.piecewise import PiecewiseBackend
-from piecework.runtime.pieces.program import Graphs, Kept, Program
-from piecework.runtime.pieces.report import Piece
+from piecework.runtime.pieces.program import Graphs, Program
 from piecework.runtime.store import surroundings
 from piecework.runtime.store.digest import digest_of
 from piecework.runtime.store.files import signing_key
@@ -40,6 +39,8 @@ from piecework.runtime.watch.direct_ops import DirectOps
 
 STATE, GRAPHS = "state.pickle", "graphs.pickle"
 _OPERATOR = "make the function an operator with torch.library.custom_op and register_fake"
+#: What of a program means the same in every process.
+_AS_SAVED = ("name", "batch", "batch_place", "pieces", "together", "compiled")
 Saved = dict[str, Any]
 
 
@@ -56,16 +57,11 @@ def saved_program(program: Program, files: dict[str, bytes]) -> Saved:
     direct = {id(f): op for op, f in program.direct_ops.implementations.items()}
     consts = tuple(DirectConst(direct[id(c)]) if id(c) in direct else c for c in source.consts)
     return {
-        "name": program.name,
-        "compiler": program.compiler,
-        "batch": program.batch,
+        **{name: getattr(program, name) for name in _AS_SAVED},
         "ranges": None if program.range_table is None else program.range_table.entries,
         "source": replace(source, consts=consts, options=replace(source.options, direct={})),
         "direct": dict(program.direct_ops.calls),
         "forms": _forms(program, files),
-        "report": program.report(),
-        "pieces": [(p.name, p.key, p.modules, p.seconds, p.reused) for p in program.pieces()],
-        "together": program.together(),
     }
 
 
@@ -161,32 +157,22 @@ def loaded_program(
     backends: dict[str, PiecewiseBackend] = {}
     for name, (sizes, forms) in saved["forms"].items():
         made = {each: loader.piece(form) for each, form in forms.items()}
-        runnables = {each: piece.runnable for each, piece in made.items()}
         place = len(backends), len(saved["forms"])
         backends[name] = PiecewiseBackend(
-            None, config, *place, sizes, None, compiled_runnables=runnables, submod_name=name
+            None, config, *place, sizes, None, compiled_runnables={}, submod_name=name
         )
         for each, piece in made.items():
             backends[name].entries[each] = RangeEntry(each, piece, 0.0, reused=False, cached=True)
-    first = None if table is None else table.entries[0]
-    pieces = (
-        Piece(name, key, modules, seconds, backends[name].runnable_for(first), reused)
-        for name, key, modules, seconds, reused in saved["pieces"]
-    )
     return Program(
-        name=saved["name"],
+        **{name: saved[name] for name in _AS_SAVED},
         config=config,
         graphs=_graphs_reader(package, graphs, backends),
         backends=backends,
         source=source,
         range_table=table,
-        batch=saved["batch"],
         direct_ops=direct,
-        compiler=saved["compiler"],
         phases=phases,
-        passes=None,
         dump=Dump(None),
-        kept=Kept(tuple(pieces), saved["together"], saved["report"]),
     )
 
 

@@ -82,7 +82,7 @@ class Shadow:
         """What makes of a stitching function one that runs the graph of each piece beside it."""
         names = program.source.submod_names
         references: dict[str, _Reference] = {}
-        modules = {piece.name: piece.modules for piece in program.pieces()}
+        modules = {piece.name: piece.modules for piece in program.pieces}
         for name in names:
             graph = graph_of(program.split_gm, name)
             if program.config.use_inductor_graph_partition:

@@ -7,8 +7,7 @@ import functools
 import hashlib
 import logging
 import pprint
-from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Literal
 
@@ -16,7 +15,7 @@ import torch
 from torch.fx import GraphModule
 from torch.overrides import resolve_name
 
-from piecework.codegen import LowerOptions, SplitItem, StitchedSource, generate_source, split_graph
+from piecework.codegen import LowerOptions, SplitItem, generate_source, split_graph
 from piecework.codegen.graph.origin import SymbolNames, value_of
 from piecework.codegen.graph.structure import Structure
 from piecework.codegen.split.split import SplittingOp as SplittingOpLike
@@ -35,7 +34,7 @@ from piecework.runtime.pieces.parallel import compile_ahead, different_pieces
 from piecework.runtime.pieces.piecewise import PiecewiseBackend, PiecewiseCompileInterpreter
 from piecework.runtime.pieces.program import Batch, Graphs, Program, timed
 from piecework.runtime.pieces.ranks import require_agreement, together
-from piecework.runtime.pieces.report import counted
+from piecework.runtime.pieces.report import Piece, RangeRow, Report, counted, differences
 from piecework.runtime.splitting_op import registry
 from piecework.runtime.trace import writes
 from piecework.runtime.trace.every_size import EverySize
@@ -84,10 +83,10 @@ class Compilation:
         with timed(self.phases, "split"):
             split_gm, items = self._split(ops)
         names = [i.submod_name for i in items if not i.is_splitting_graph]
+        shared = together(split_gm, items, self.range_table)
         if tried is not None:  # which runs the pieces, and what waits for others in them
-            found = partial(together, split_gm, items, self.range_table)
-            require_agreement(SimpleNamespace(together=found), self._backend.runtime_config)
-        structures = {} if tried is None else tried.before(split_gm, names)
+            require_agreement(SimpleNamespace(together=shared), self._backend.runtime_config)
+        known = {} if tried is None else tried.before(split_gm, names)
         torch_compat.trace_artifact("config", lambda: config_text(self.config))
         torch_compat.trace_artifact(
             "split_graph", lambda: split_gm.print_readable(print_output=False)
@@ -98,9 +97,11 @@ class Compilation:
             held = bound or writes.held_by_source(graph)
             writes.refuse_mutations(writes.mutations_in(split_gm, names, held))
         with timed(self.phases, "compile"):
-            self._compile(split_gm, names, structures)
+            self._compile(split_gm, names, known)
         if tried is not None:
             tried.after(self.backends)
+        structures = {name: each.compiled_of()[1] for name, each in self.backends.items()}
+        report = self._report(items, structures)
         with timed(self.phases, "emit"):
             direct = _direct_ops(items, graph) if levers.direct_splitting_ops else DirectOps()
             options = LowerOptions(
@@ -108,16 +109,31 @@ class Compilation:
                 bound=bound if levers.bind_weights else {},
                 direct=direct.implementations,
                 emit_del=levers.emit_del,
-                banner=self._banner(items, SplittingOps(ops)),
-                digests=dict(self._digests()),
+                banner=self._banner(items, SplittingOps(ops), report),
+                digests=_digests(structures),
             )
             source = generate_source(split_gm, options)
         torch_compat.trace_artifact("stitched_source", lambda: str(source))
         self.dump.write("03_plan.txt", lambda: pprint.pformat(source.module, width=120))
         self.dump.write("04_stitched.py", lambda: source.code)
-        pieces = {name: each.compiled_of()[1] for name, each in self.backends.items()}
-        self.compiler_manager.write_texts(split_gm, pieces, source.code)
-        return self._program(Graphs(graph, split_gm, tuple(items)), direct, source)
+        self.compiler_manager.write_texts(split_gm, structures, source.code)
+        graphs = Graphs(graph, split_gm, tuple(items))
+        return Program(
+            name=self.name,
+            config=self.config,
+            graphs=lambda: graphs,
+            backends=self.backends,
+            source=source,
+            range_table=self.range_table,
+            batch=self.batch,
+            batch_place=_place_of(graph, self.batch.symbol),
+            direct_ops=direct,
+            pieces=tuple(Piece.of(name, each) for name, each in self.backends.items()),
+            together=shared,
+            compiled=report,
+            phases=self.phases,
+            dump=self.dump,
+        )
 
     def _split(self, ops: Sequence[SplittingOpLike]) -> tuple[GraphModule, list[SplitItem]]:
         inside, declared = self.config.use_inductor_graph_partition, self._backend.declared_ops
@@ -164,22 +180,19 @@ class Compilation:
         finally:
             progress.ended()
 
-    def _program(self, graphs: Graphs, direct: DirectOps, source: StitchedSource) -> Program:
-        manager, config = self.compiler_manager, self.config
-        passes = manager.passes if config.pass_config.report_matches else None
-        return Program(
-            name=self.name,
-            config=config,
-            graphs=lambda: graphs,
-            backends=self.backends,
-            source=source,
-            range_table=self.range_table,
-            batch=self.batch,
-            direct_ops=direct,
+    def _report(self, items: Sequence[SplitItem], structures: Mapping[str, Structure]) -> Report:
+        pieces, manager = self.backends.values(), self.compiler_manager
+        passes = manager.passes if self.config.pass_config.report_matches else None
+        return Report(
+            model=self.name,
             compiler=manager.compiler.name,
-            phases=self.phases,
+            pieces=len(pieces),
+            unique=len({each.key for each in structures.values()}),
+            splitting=sum(item.is_splitting_graph for item in items),
+            phases={},  # `Program.report` adds them
+            ranges=tuple(RangeRow.of(each, pieces) for each in self.compile_ranges),
+            differences=differences(structures),
             passes=None if passes is None else passes.report(),
-            dump=self.dump,
         )
 
     def _fitting_ranges(self) -> RangeTable | None:
@@ -226,30 +239,29 @@ class Compilation:
             )
         return () if inside else ops
 
-    def _banner(self, items: Sequence[SplitItem], is_cut: SplittingOps) -> tuple[str, ...]:
+    def _banner(
+        self, items: Sequence[SplitItem], is_cut: SplittingOps, report: Report
+    ) -> tuple[str, ...]:
         cuts = [each.graph.graph for each in items if each.is_splitting_graph]
         calling = [called for cut in cuts if (called := list(filter(is_cut, cut.nodes)))]
         ops = sorted({_op_name(node.target) for nodes in calling for node in nodes})
         where = f" ({counted(len(calling), 'submodule')})" if ops else ""
-        unique, compiler = programs.unique_pieces(self.backends), self.compiler_manager.compiler
         return (
             f"model: {self.name}",
-            f"pieces: {len(self.backends)}, unique: {unique}, compiler: {compiler.name}",
+            f"pieces: {report.pieces}, unique: {report.unique}, compiler: {report.compiler}",
             f"splitting ops: {', '.join(ops) or 'none'}{where}",
         )
 
-    def _digests(self) -> Iterator[tuple[str, str]]:
-        """What each piece computes, in eight digits that are the same in every process."""
-        known: dict[str, str] = {}  # equal pieces have one
-        for name, piece in self.backends.items():
-            structure = piece.compiled_of()[1]
-            if structure.local:
-                continue
-            if structure.key not in known:
-                # Torch numbers symbols as it likes; here they count in order of first sight.
-                text = SymbolNames()("\n".join(structure.lines)).encode("utf-8", "surrogatepass")
-                known[structure.key] = hashlib.sha256(text).hexdigest()[:8]
-            yield name, known[structure.key]
+
+def _digests(structures: Mapping[str, Structure]) -> dict[str, str]:
+    """What each piece computes, in eight digits that are the same in every process."""
+    known: dict[str, str] = {}  # equal pieces have one
+    for structure in structures.values():
+        if not structure.local and structure.key not in known:
+            # Torch numbers symbols as it likes; here they count in order of first sight.
+            text = SymbolNames()("\n".join(structure.lines)).encode("utf-8", "surrogatepass")
+            known[structure.key] = hashlib.sha256(text).hexdigest()[:8]
+    return {name: known[each.key] for name, each in structures.items() if each.key in known}
 
 
 def _direct_ops(items: Sequence[SplitItem], graph: GraphModule) -> DirectOps:
@@ -294,6 +306,14 @@ def _batch_of(graph: GraphModule, place: tuple[str, int] | None) -> Batch:
             if (node.name, here[1]) == place or (place is None and known is not None):
                 return Batch(known, here)
     return Batch() if place is None else _batch_of(graph, None)
+
+
+def _place_of(graph: GraphModule, symbol: str | None) -> tuple[str, int] | None:
+    for node in graph.graph.find_nodes(op="placeholder") if symbol is not None else ():
+        for dim, size in enumerate(getattr(value_of(node), "shape", ())):
+            if torch_compat.symbol_of(size) == symbol:
+                return node.name, dim
+    return None
 
 
 def _op_name(op: object) -> str:

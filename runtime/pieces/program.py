@@ -12,17 +12,15 @@ import torch
 from torch.fx import GraphModule
 
 from piecework.codegen import SplitItem, StitchedSource
-from piecework.codegen.graph.origin import SymbolNames, origin_of_piece, value_of
 from piecework.codegen.graph.schemas import every_node
 from piecework.codegen.stitch.bind import compile_execution_fn
 from piecework.runtime import torch_compat
 from piecework.runtime.batch.ranges import Range, RangeTable
-from piecework.runtime.compilers.passes import PassReport
 from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.observe.dump import Dump
 from piecework.runtime.pieces.piecewise import PiecewiseBackend
-from piecework.runtime.pieces.ranks import Together, together
-from piecework.runtime.pieces.report import Piece, RangeRow, Report, differences
+from piecework.runtime.pieces.ranks import Together
+from piecework.runtime.pieces.report import Piece, Report
 from piecework.runtime.watch.direct_ops import DirectOps
 
 Callables = Sequence[Callable[..., object]]
@@ -52,15 +50,6 @@ class Graphs:
     items: tuple[SplitItem, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Kept:
-    """What a program that was made in another process says without reading its graphs."""
-
-    pieces: tuple[Piece, ...]
-    together: Together
-    report: Report
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class Program:
     name: str
@@ -72,13 +61,14 @@ class Program:
     # batch ranges and single sizes; None when one compiled form serves every batch
     range_table: RangeTable | None
     batch: Batch
+    # the first tensor input with the batch size, and its dimension; None where none has it
+    batch_place: tuple[str, int] | None
     direct_ops: DirectOps  # the splitting ops that the source calls past the dispatcher
-    compiler: str  # the name of what compiled the pieces
+    pieces: tuple[Piece, ...]
+    together: Together  # what processes that run it together must agree on
+    compiled: Report  # what the compilation did
     phases: dict[str, float]  # seconds per phase; a stage that comes later adds its own
-    passes: PassReport | None  # what the graph passes did, where somebody asked
     dump: Dump
-    layers: str = ""  # what the trace did about repeated layers
-    kept: Kept | None = None  # what was kept of the compilation, if another process made it
     # ``__vllm_submods__`` for each of ``compile_ranges``
     submod_lists: tuple[list[Callable[..., object]], ...] = field(init=False)
 
@@ -104,17 +94,6 @@ class Program:
     @property
     def compile_ranges(self) -> tuple[Range | None, ...]:
         return ranges_of(self.range_table)
-
-    def batch_place(self) -> tuple[str, int] | None:
-        """The first tensor input with the batch size, and its dimension; None where none has it."""
-        if self.batch.symbol is None or self.kept is not None:
-            return None
-        for node in self.graph.graph.find_nodes(op="placeholder"):
-            sizes = getattr(value_of(node), "shape", ())
-            for dim, size in enumerate(sizes):
-                if torch_compat.symbol_of(size) == self.batch.symbol:
-                    return node.name, dim
-        return None
 
     def bind(
         self, weights: Mapping[str, object] | None = None, *, code: str | None = None
@@ -147,56 +126,13 @@ class Program:
         """The compiler's public form of each piece for one range of batch sizes, by name."""
         return {n: piece.runnable_for(compile_range) for n, piece in self.backends.items()}
 
-    def pieces(self) -> tuple[Piece, ...]:
-        if self.kept is not None:
-            return self.kept.pieces
-        found = []
-        for name, piece in self.backends.items():
-            graph, structure = piece.compiled_of()
-            modules = origin_of_piece(graph, SymbolNames()).module
-            runnable = piece.runnable_for(self.compile_ranges[0])
-            found.append(Piece(name, structure.key, modules, piece.seconds, runnable, piece.reused))
-        return tuple(found)
-
-    def together(self) -> Together:
-        """What processes that run it together must agree on."""
-        if self.kept is not None:
-            return self.kept.together
-        return together(self.split_gm, self.items, self.range_table)
-
     def report(self) -> Report:
         """What the compilation did, with the seconds that loading took where it was read."""
-        if self.kept is not None:
-            return replace(self.kept.report, phases=dict(self.phases))
-
-        def row(compile_range: Range | None) -> RangeRow:
-            entries = [piece.entries[compile_range] for piece in self.backends.values()]
-            return RangeRow(
-                batches="all" if compile_range is None else str(compile_range),
-                compiles=sum(not entry.reused for entry in entries),
-                seconds=sum(entry.seconds for entry in entries),
-            )
-
-        return Report(
-            model=self.name,
-            compiler=self.compiler,
-            pieces=len(self.backends),
-            unique=unique_pieces(self.backends),
-            splitting=sum(item.is_splitting_graph for item in self.items),
-            phases=dict(self.phases),
-            ranges=tuple(map(row, self.compile_ranges)),
-            differences=differences({n: p.compiled_of()[1] for n, p in self.backends.items()}),
-            passes=self.passes,
-            layers=self.layers,
-        )
+        return replace(self.compiled, phases=dict(self.phases))
 
 
 def ranges_of(table: RangeTable | None) -> tuple[Range | None, ...]:
     return (None,) if table is None else table.entries
-
-
-def unique_pieces(backends: Mapping[str, PiecewiseBackend]) -> int:
-    return len({each.structure.key for each in backends.values() if each.structure is not None})
 
 
 def publish_submods(function: Callable[..., object], submods: Callables) -> None:

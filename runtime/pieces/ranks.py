@@ -30,6 +30,7 @@ class Together:
 class Runs(Protocol):
     """Something that processes run together, such as a `Program`."""
 
+    @property
     def together(self) -> Together: ...
 
 
@@ -113,7 +114,7 @@ def _run_together(
     rank = torch_compat.own_rank()
     if rank is None:
         return
-    found = program.together()
+    found = program.together
     for name, rows in found.collectives:
         try:
             ranks = torch_compat.ranks_of_group(name)

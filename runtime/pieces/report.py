@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from piecework.codegen.graph.origin import SymbolNames, origin_of_piece
 from piecework.codegen.graph.structure import Structure
+from piecework.runtime.batch.ranges import Range
 from piecework.runtime.compilers.passes import PassReport
+from piecework.runtime.pieces.piecewise import PiecewiseBackend
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,8 +19,14 @@ class Piece:
     key: str  # equal for pieces that are the same program
     modules: str  # the module paths that it holds, ``first … last``
     seconds: float  # time in the compiler; 0 when an equal piece was compiled before (``reused``)
-    callable: Callable[..., object]  # what ``__vllm_submods__`` holds for it
     reused: bool
+
+    @classmethod
+    def of(cls, name: str, compiled: PiecewiseBackend) -> Piece:
+        """What a report says of a piece that was compiled."""
+        graph, structure = compiled.compiled_of()
+        modules = origin_of_piece(graph, SymbolNames()).module
+        return cls(name, structure.key, modules, compiled.seconds, compiled.reused)
 
 
 class RangeRow(NamedTuple):
@@ -26,6 +35,12 @@ class RangeRow(NamedTuple):
     batches: str
     compiles: int
     seconds: float
+
+    @classmethod
+    def of(cls, compile_range: Range | None, compiled: Iterable[PiecewiseBackend]) -> RangeRow:
+        entries = [piece.entries[compile_range] for piece in compiled]
+        made = sum(not entry.reused for entry in entries)
+        return cls(str(compile_range or "all"), made, sum(entry.seconds for entry in entries))
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from piecework.errors import ConfigError, short_methods
 from piecework.runtime.counters import counters
 from piecework.runtime.pieces.backend import PieceworkBackend
-from piecework.runtime.pieces.program import unique_pieces
+from piecework.runtime.pieces.report import counted
 from piecework.runtime.traces.traced_model import TracedModel
 
 if TYPE_CHECKING:
@@ -33,17 +33,15 @@ class Observed:
         """The model's name and what was made of it, in a line."""
         if not self.traces:
             return f"{self.backend.prefix}, not compiled yet"
-        program = self.traces[0].program
-        cuts = sum(item.is_splitting_graph for item in program.items)
+        report = self.traces[0].program.compiled
         graphs = [each.static.graphs for each in self.traces if each.static]
         captured = {shape.num_tokens for held in graphs for _, shape in held.bytes_by_descriptor()}
-        unique, pieces = unique_pieces(program.backends), len(program.backends)
+        different = f" ({report.unique} different)" if report.unique != report.pieces else ""
         parts = (
             self.backend.prefix,
-            f"{pieces} piece{'s' * (pieces != 1)}"
-            + (f" ({unique} different)" if unique != pieces else ""),
-            f"{cuts} cut{'s' * (cuts != 1)}" if cuts else "",
-            program.compiler,
+            f"{counted(report.pieces, 'piece')}{different}",
+            counted(report.splitting, "cut") if report.splitting else "",
+            report.compiler,
             f"{len(self.traces)} traces" if len(self.traces) > 1 else "",
             f"captured for {', '.join(map(str, sorted(captured)))}" if captured else "",
         )

@@ -94,7 +94,7 @@ class TracedModel:
 
     def _labels(self) -> dict[str, str]:
         """What each piece is called in a profile, which writes ASCII only: its name and modules."""
-        pieces = self.program.pieces()
+        pieces = self.program.pieces
         return {e.name: f"{e.name} {e.modules.replace('…', '...')}".strip() for e in pieces}
 
     @contextmanager
@@ -237,7 +237,9 @@ def trace_model(
             failures.append(error.with_traceback(None))
             continue
         tracing = time.perf_counter() - start - sum(made.phases.values())
-        program = replace(made, phases={"capture": tracing, **made.phases}, layers=layers.text)
+        phases = {"capture": tracing, **made.phases}
+        report = replace(made.compiled, layers=layers.text)
+        program = replace(made, phases=phases, compiled=report)
         entry = Entry(traced.closed(), program, as_it_is)
         backend.compiler_manager.write_entry(entry.source.code)
         return TracedModel(model, as_it_is, backend, program, entry)

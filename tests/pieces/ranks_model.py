@@ -158,7 +158,7 @@ def main(mode: str) -> object:
             model = build("inside")
             backend = f"{__name__}:Keeping"
             stitched = compiled(model, limits, backend=backend, splitting_ops=ALL_REDUCE)
-            pieces = sum(len(each.program.pieces()) for each in stitched.traces)
+            pieces = sum(len(each.program.pieces) for each in stitched.traces)
             return {"right": right(stitched, model), "pieces": pieces}
         case "save" | "load":
             model = build("inside")
