@@ -99,8 +99,6 @@ class CompilerManager:
     def __init__(self, config: CompilationConfig) -> None:
         self.config, self.progress = config, current_progress()
         self.entry: CacheEntry | None = None  # where the texts of a compilation are kept
-        # keys of what was compiled before its piece was reached, which then is no reuse
-        self.ahead: set[Key] = set()
         self.elsewhere: dict[Key, float] = {}  # seconds of what a worker has put into the cache
         self._pieces: Any = None
         self._sizes: object = None
@@ -210,9 +208,8 @@ class CompilerManager:
         """Compile a piece for a range, or reuse what an equal piece was compiled to."""
         key, name, graph = request.key, request.submod_name, request.graph
         if key in self._done:
-            entry = self._done[key][0]
-            if key in self.ahead:
-                self.ahead.remove(key)
+            entry, first = self._done[key]
+            if first is graph:  # compiled ahead, before it was reached
                 return entry
             _log.info("%s: the program of an earlier piece", name)
             return replace(entry, seconds=0.0, reused=True, cached=False)

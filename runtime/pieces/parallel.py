@@ -55,7 +55,6 @@ def compile_ahead(manager: CompilerManager, requests: Sequence[Request]) -> None
     # the workers are forked.
     first, *others = missing
     manager.compile(first)
-    manager.ahead.add(first.key)
     keys = {each.name: each.key for each in others}
 
     def compile_in_worker(request: Request) -> None:
