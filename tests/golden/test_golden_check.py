@@ -45,7 +45,6 @@ ADD = "operator.add, (x, 1)"
 MULTIPLY = "operator.mul, (x, 2)"
 
 MakeCase = Callable[[str, str], Path]
-CASES = Path(__file__).parents[2] / "golden" / "cases"
 
 
 @pytest.fixture(autouse=True)
@@ -189,18 +188,6 @@ def test_a_kind_that_can_not_be_a_files_name_is_refused(
         check(tmp_path)
 
 
-def test_an_entry_that_returns_something_else_is_found(make_case: MakeCase, tmp_path: Path) -> None:
-    graph = (CASES / "captured_module" / "graph.py").read_text()
-    make_case(
-        "golden_n",
-        graph.replace("golden_captured_module", "golden_n")
-        + "\n\ninner = stitched\n\ndef stitched():\n    module = inner()\n    scope = module.entry.__globals__\n    scope['bound'] = (lambda *a, **k: (torch.zeros(1),), *scope['bound'][1:])\n    return module\n",
-    )
-    broken = [result for result in check(tmp_path).results if result.problems]
-    assert [result.kind for result in broken] == ["entry"]
-    assert "is none of what the graph returns" in broken[0].problems[0]
-
-
 def test_unreferenced_goldens_fail(make_case: MakeCase, tmp_path: Path) -> None:
     directory = make_case("golden_g", GRAPH.format(operation=ADD))
     update(tmp_path)
@@ -281,6 +268,14 @@ def test_a_captured_case_runs_with_weights_sizes_and_arguments(
     make_case("golden_m", CAPTURED % ("1.0", "((torch.randn(5, 2), torch.randn(5, 2)),)"))
     with pytest.raises(UsageError, match=r"placeholder 's0' is neither .*golden_m/graph\.py"):
         check(tmp_path)
+
+
+def test_an_entry_that_returns_something_else_is_found(make_case: MakeCase, tmp_path: Path) -> None:
+    wrong = "\n\ninner = stitched\n\ndef stitched():\n    module = inner()\n    scope = module.entry.__globals__\n    scope['bound'] = (lambda *a, **k: (torch.zeros(1),), *scope['bound'][1:])\n    return module\n"
+    make_case("golden_n", CAPTURED % ("1.0", "(torch.randn(5, 2),)") + wrong)
+    broken = [result for result in check(tmp_path).results if result.problems]
+    assert [result.kind for result in broken] == ["entry"]
+    assert "is none of what the graph returns" in broken[0].problems[0]
 
 
 # --- the command line ----------------------------------------------------------------------------

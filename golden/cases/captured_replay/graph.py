@@ -1,4 +1,4 @@
-"""Captured, with static graphs: out-buffers and fresh tensors, an alias of memory, a passed-through input; replayed as one graph, and with copies and without."""
+"""Captured, with static graphs: two cut operators in a row, out-buffers and fresh tensors, an alias of memory, a passed-through input; replayed as one graph, and with copies and without."""
 
 import piecework
 import torch

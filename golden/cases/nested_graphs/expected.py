@@ -16,14 +16,14 @@ def outer_inner(a, b):
 
 def outer(x, *, __vllm_submods__):
     getitem, getitem_1 = outer_inner(x, 1)
-    act = __vllm_submods__[0](getitem_1)
+    act = __vllm_submods__[0](input=getitem_1)
     del getitem_1
     return [getitem, act]
 
 
 def other(x, *, __vllm_submods__):
     getitem, getitem_1 = outer_inner(x, 1)
-    act = __vllm_submods__[1](getitem_1)
+    act = __vllm_submods__[1](input=getitem_1)
     del getitem_1
     return [getitem, act]
 

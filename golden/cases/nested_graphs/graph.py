@@ -1,4 +1,4 @@
-"""Graph modules that call graph modules: each becomes a function, callees first."""
+"""Graph modules that call graph modules, each a function, callees first; leaves in them by dotted path, one called by keyword."""
 
 import operator
 
@@ -25,7 +25,7 @@ def _outer(inner: torch.fx.GraphModule) -> torch.fx.GraphModule:
     pair = graph.call_module("inner", (x,), {"b": 1})
     s = graph.call_function(operator.getitem, (pair, 0))
     d = graph.call_function(operator.getitem, (pair, 1))
-    active = graph.call_module("act", (d,))
+    active = graph.call_module("act", (), {"input": d})
     graph.output([s, active])
     return torch.fx.GraphModule(root, graph)
 
