@@ -90,8 +90,6 @@ class TraceGuards:
                 self._tensors.append((guard.place, value))
                 if not self._asks_tensors:  # a binding finds it again, and compares metadata
                     continue
-            if guard.other and value is not now.at(guard.other):
-                continue  # members of sets, which are compared as values
             (self._on_arguments if on_argument else self._on_model).append(guard)
             if not guard.other:
                 kept.add(id(guard))

@@ -77,7 +77,7 @@ class Looks:
                 return self.look(self._now.at(place[:-2]), key, "static")
             case "item":
                 return isinstance(base, (list, deque)) and self._contents(base)
-            case "key" | "at":
+            case "key" | "at" | "member":
                 return self._contents(base)
             case "type":
                 return self._class_of(base, place[:-1])

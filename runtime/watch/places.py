@@ -64,6 +64,8 @@ def look_up(base: Any, kind: str, key: Any) -> object:
                 return list(dict.keys(base))[key]
             case "at":
                 return list(dict.values(base))[key]
+            case "member":
+                return list(base)[key]
             case "type":
                 return type(base)
             case "class dict":
@@ -102,7 +104,7 @@ def place_text(place: Place, names: Mapping[str, str] | None = None) -> str:
             text = f"{text.rpartition('.')[0]}.{key}"
         elif kind in ("attribute", "static") or before[0] == "class dict":
             text = text if key == "cell_contents" else f"{text}.{key}"
-        elif kind in ("item", "key", "at"):
+        elif kind in ("item", "key", "at", "member"):
             text = f"{text}[{key!r}]"
         elif kind == "type":
             text = f"type({text or 'model'})"
@@ -144,7 +146,7 @@ def by_attributes(place: Place) -> Place:
 def portable(place: Place, now: LookUps) -> Place:
     """The place as another process can look it up; () if it can't."""
     (start, _), *steps = place
-    if any(kind == "unknown" or type(key) not in PLAIN_KEYS for kind, key in steps):
+    if any(kind in ("unknown", "member") or type(key) not in PLAIN_KEYS for kind, key in steps):
         return ()
     if start in ("local", "import", "object"):
         return place

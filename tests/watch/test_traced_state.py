@@ -125,7 +125,7 @@ class Model(nn.Module):
         self.pair = (1.0, (2.0, [3.0]))
         self.table = {"a": 2.0, "b": 3.0}
         self.members = {1, 2}
-        self.level = Level.LOW
+        self.level, self.levels = Level.LOW, {1, Level.LOW}
         self.slotted, self.space = Slotted(), types.SimpleNamespace(rate=2.0)
         self.computing = Computing(rate=2.0)
         self.aliased = Aliased()
@@ -154,6 +154,7 @@ READS = {
     "table": lambda m, x: iterated(m.table, x),
     "members": lambda m, x: x * 2 if 2 in m.members else x,
     "level": lambda m, x: x * 2 if m.level is Level.LOW else x,
+    "member's": lambda m, x: x * m.level.value if 1 in m.levels else x,
     "class": lambda m, x: x * m.common * Settings.rate,
     "slotted": lambda m, x: x * m.slotted.rate,
     "space": lambda m, x: x * m.space.rate,
@@ -180,6 +181,7 @@ CHANGES = {
     "a key": ("table", lambda m: m.table.update(c=5.0)),
     "a member": ("members", lambda m: m.members.discard(2)),
     "an enum": ("level", lambda m: setattr(m, "level", Level.HIGH)),
+    "an enum that a set holds too": ("member's", lambda m: setattr(m, "level", Level.HIGH)),
     "a class's attribute": ("class", lambda m: put(Model, "common", 5.0)),
     "a slot": ("slotted", lambda m: setattr(m.slotted, "rate", 5.0)),
     "a namespace's": ("space", lambda m: setattr(m.space, "rate", 5.0)),

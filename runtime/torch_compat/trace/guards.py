@@ -16,7 +16,7 @@ Place = tuple[tuple[str, object], ...]
 """Where something is: the look-ups that lead there, each a kind and a key.
 
 It starts with ``"local"`` or ``"global"`` (a variable of the traced function), ``"import"`` (a module by name), ``"object"`` (``module:qualified.name``)
-or ``"root"`` (a name and the object itself), and goes on with ``"attribute"``, ``"item"``, ``"key"`` (the key of a dictionary at a position), ``"at"`` (its value there),
+or ``"root"`` (a name and the object itself), and goes on with ``"attribute"``, ``"item"``, ``"key"`` (the key of a dictionary at a position), ``"at"`` (its value there), ``"member"`` (of a set, at a position),
 ``"type"``, ``"class dict"``, ``"static"`` (what a class and its bases hold under a name), ``"referent"`` (of a weak reference), or ``"unknown"``.
 """
 
@@ -98,6 +98,8 @@ class GuardReader:
             return (*held, ("attribute", source.field), ("item", source.idx_key))
         if kind == "ConstDictKeySource":
             return (*held, ("key", source.index))
+        if kind == "NonSerializableSetGetItemSource":
+            return (*held, ("member", source.index))
         return (*held, (_OTHERS.get(kind, "unknown"), None))
 
 
