@@ -69,15 +69,11 @@ class Placement:
         turned = (tensor.is_conj(), tensor.is_neg())
         return cls(tensor.data_ptr(), tensor.dtype, shape, tensor.stride(), turned)
 
-    def same_layout(self, other: Placement) -> bool:
-        """Whether only the address differs, if anything does."""
-        return self == replace(other, address=self.address)
-
     def differs(self, other: Placement) -> str | None:
         """What is different, in words, or None."""
         if self == other:
             return None
-        if self.same_layout(other):
+        if self == replace(other, address=self.address):
             return "is at another address"
         return f"was {self.describe()}, is {other.describe()}"
 

@@ -59,6 +59,15 @@ class CaptureRecord:
         return f"{self.name}, {self.mode.name} {self.descriptor.describe()}"
 
 
+def failed_capture(error: Exception, where: str) -> StaticGraphError:
+    """What is told of ``error``, which a capture ended with."""
+    if isinstance(error, StaticGraphError):
+        return StaticGraphError(error.message, where=where, hint=error.hint)
+    why = f"the capture failed: {type(error).__name__}: {error}"
+    hint = "run this batch shape uncaptured to see whether the model itself fails"
+    return StaticGraphError(why, where=where, hint=hint)
+
+
 class _SharedPool:
     """A pool, and who uses it."""
 
@@ -201,14 +210,8 @@ class StaticGraphs:
                     gc.collect(1 if self.in_phase else 2)  # a phase begins with a full collection
                     self.platform.release_cached_memory()
                 yield self.platform.new_graph(self.pool, marked=not self.unmarked)
-            except StaticGraphError as error:
-                raise StaticGraphError(
-                    error.message, where=record.where, hint=error.hint
-                ) from error
             except Exception as error:
-                why = f"the capture failed: {type(error).__name__}: {error}"
-                hint = "run this batch shape uncaptured to see whether the piece itself fails"
-                raise StaticGraphError(why, where=record.where, hint=hint) from error
+                raise failed_capture(error, record.where) from error
             finally:
                 self._busy_with = None
             took, driver = self.pool.nbytes - before, self.pool.driver_bytes - driver

@@ -62,7 +62,7 @@ class InputSlot:
         return f"argument {self.index} ({kind})"
 
     def mismatch(self, leaf: object) -> str | None:
-        """Why ``leaf`` can't take this slot, or None; what is staged may lie elsewhere."""
+        """Why ``leaf`` can't take this slot, or None."""
         if self.placement is None:
             alike = type(self.value) is type(leaf) and type(leaf) in _SCALARS
             if self.value is leaf or (alike and self.value == leaf):
@@ -71,9 +71,8 @@ class InputSlot:
             return f"was {self.value!r}, is {found}"
         if not isinstance(leaf, torch.Tensor):
             return f"was a tensor, is a {type(leaf).__name__}"
-        now = Placement.of(leaf)
-        staged = self.static is not None and self.placement.same_layout(now)
-        return None if staged else self.placement.differs(now)
+        # Whatever is staged may lie anywhere, and `source` looks at its layout.
+        return None if self.static is not None else self.placement.differs(Placement.of(leaf))
 
     def source(self, leaves: Sequence[object]) -> torch.Tensor:
         """A staged argument as it is now, laid out as at capture (``copy_`` would broadcast)."""

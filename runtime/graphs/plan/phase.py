@@ -16,7 +16,7 @@ from piecework.runtime.batch.dispatcher import CudagraphDispatcher
 from piecework.runtime.batch.forward_context import set_forward_context
 from piecework.runtime.batch.mode import CUDAGraphMode
 from piecework.runtime.graphs.memory.addresses import Policy
-from piecework.runtime.graphs.memory.owner import StaticGraphs
+from piecework.runtime.graphs.memory.owner import StaticGraphs, failed_capture
 from piecework.runtime.observe.progress import StepBar
 from piecework.scope import own_random_numbers
 
@@ -156,11 +156,7 @@ def _capture(
         if isinstance(failure, PieceworkError):
             error = failure
         else:
-            error = StaticGraphError(
-                f"the forward failed while it was captured: {type(failure).__name__}: {failure}",
-                where=text_of(key),
-                hint="run this batch shape uncaptured to see whether the model itself fails",
-            )
+            error = failed_capture(failure, text_of(key))
             error.__cause__ = failure
     records = graphs.records[first:] if error is None else []
     return CaptureOutcome(

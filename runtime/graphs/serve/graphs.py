@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from types import FunctionType
 
 import torch
@@ -71,6 +71,7 @@ class CapturedGraphs:
     ) -> None:
         self._entry, self._program, self.options = entry, program, options
         config, split_gm = program.config, program.split_gm
+        self.context_for = options.context_for or plain_context
         self.shape = shape = batch_shape(entry.captured, program, options.other_sizes, fixed)
         self._between = [item.submod_name for item in program.items if item.is_splitting_graph]
         declared = full_graphs_of(split_gm, self._between)
@@ -85,7 +86,6 @@ class CapturedGraphs:
         self._parameters = [node for node, _ in passed_inputs(entry.captured, program)]
         # Of one execution; a change retires these graphs instead of reaching them.
         self.forward, self.weights = entry.execution_fn, by_path_of(entry.weights)
-        self._telling: FunctionType | None = None
         self.inputs = CapturedInputs(shape, max(self.sizes), options, config.cudagraph_copy_inputs)
         cut_inside = config.use_inductor_graph_partition
         # Inductor's own partitions leave out what is elsewhere.
@@ -101,7 +101,6 @@ class CapturedGraphs:
         self.partitions: dict[Partition, CUDAGraphWrapper] | None = {} if cut_inside else None
         self.inputs.register(self.graphs.addresses)
         self.graphs.addresses.register_weights(self.weights)
-        self._whole_source: tuple[torch.fx.GraphModule, StitchedSource] | None = None
         known = [self.weights[path] for path in shape.written_weights]
         self.dry_writes = DryWrites(self._is_own, list(self.weights.values()), known)
         self._wrapped = [self._wrap(submods, n) for n, submods in enumerate(program.submod_lists)]
@@ -170,14 +169,15 @@ class CapturedGraphs:
 
     def _to_capture(self, *flat: object, **submods: object) -> object:
         """The forward; while it is captured, its statements tell what kernels stand for."""
-        if self.graphs.unmarked or not self.graphs.is_open:
-            return self.forward(*flat, **submods)
-        if self._telling is None:
-            source, filename = self._program.source, self.forward.__code__.co_filename
-            lines = source.lines if filename == filename_of(source.code) else {}
-            names = {f"__vllm_submods__[{n}]": name for n, name in enumerate(source.submod_names)}
-            self._telling = by_statement(self.forward, partial(_statement, lines, names))
-        return self._telling(*flat, **submods)
+        silent = self.graphs.unmarked or not self.graphs.is_open
+        return (self.forward if silent else self._telling)(*flat, **submods)
+
+    @cached_property
+    def _telling(self) -> FunctionType:
+        source, filename = self._program.source, self.forward.__code__.co_filename
+        lines = source.lines if filename == filename_of(source.code) else {}
+        names = {f"__vllm_submods__[{n}]": name for n, name in enumerate(source.submod_names)}
+        return by_statement(self.forward, partial(_statement, lines, names))
 
     def _is_own(self, tensor: torch.Tensor) -> bool:
         """Whether ``tensor`` lies in a static input or a captured result."""
@@ -193,11 +193,6 @@ class CapturedGraphs:
     def _range_of(self, size: int) -> int:
         table = self._program.range_table
         return 0 if table is None else table.index(size)
-
-    def context_for(
-        self, mode: CUDAGraphMode, descriptor: BatchDescriptor
-    ) -> AbstractContextManager[object]:
-        return (self.options.context_for or plain_context)(mode, descriptor)
 
     # --- runs on dummy inputs ----------------------------------------------------------------------
 
@@ -298,7 +293,6 @@ class CapturedGraphs:
         wrapped, pieces = self._wrapped[number], program.submod_lists[number]
         split_gm, source = program.split_gm, program.source
         if mode is _FULL:
-            self._whole_source = self._whole_source or whole_forward(split_gm, source)
             (split_gm, source), wrapped, pieces = self._whole_source, [self._whole[number]], []
         calls = [each.concrete_cudagraph_entries[descriptor] for each in wrapped]  # type: ignore[attr-defined]
         names = [parameter.name for parameter in source.module.entry.parameters]
@@ -322,6 +316,10 @@ class CapturedGraphs:
         made = make_replay(split_gm, source, facts, calls, pieces, stage, held)
         self.replays[mode, descriptor] = made
         return made.call
+
+    @cached_property
+    def _whole_source(self) -> tuple[torch.fx.GraphModule, StitchedSource]:
+        return whole_forward(self._program.split_gm, self._program.source)
 
 
 def _statement(

@@ -135,8 +135,5 @@ def _body_of(op: torch._ops.OpOverload, args: tuple[object, ...]) -> Callable[..
 
 def acting_unseen(split_gm: torch.fx.GraphModule, pieces: list[str]) -> tuple[str, ...]:
     """Operators between the pieces that return nothing and declare no write."""
-    found: dict[str, None] = {}
-    for _, node in nodes_of(split_gm, pieces):
-        if shows_nothing(node.target) and value_of(node) is None:
-            found[str(node.target)] = None
-    return tuple(found)
+    nodes = (node for _, node in nodes_of(split_gm, pieces) if value_of(node) is None)
+    return tuple(dict.fromkeys(str(n.target) for n in nodes if shows_nothing(n.target)))
