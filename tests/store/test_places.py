@@ -3,34 +3,29 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import store_child
+from processes import python
+from store_child import FACTORS
 
 from piecework.errors import CacheError
 from piecework.runtime.store.cache import open_entry, verify
-from piecework.runtime.store.factors import KeyFactors
 from piecework.runtime.store.files import default_root
 
-CHILD = Path(__file__).with_name("store_child.py")
-FACTORS = KeyFactors({"config": {"dtype": "bf16"}})
 IS_ROOT = os.geteuid() == 0
 COUNT = 3
 
 
-def run_child(*arguments: object) -> dict[str, object]:
-    done = subprocess.run(
-        [sys.executable, str(CHILD), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return json.loads(done.stdout)
+def run_child(*arguments: object) -> tuple[dict[str, object], list[str]]:
+    """What a process found, whose results were right, and what it warned of."""
+    done = python(store_child.__file__, *arguments)
+    outcome = json.loads(done.stdout)
+    assert outcome["right"] is True
+    return outcome, done.stderr.splitlines()
 
 
 # --- read-only ---------------------------------------------------------------------------------
@@ -53,10 +48,8 @@ def test_directory_of_root_is_read_by_others_without_saving(open_directory: Path
     run_child("use", root, COUNT - 1)
     for path in (root, *root.rglob("*")):
         path.chmod(0o755 if path.is_dir() else 0o644)
-    outcome = run_child("use_as_nobody", root, COUNT)
-    assert outcome["right"] is True
-    assert outcome["compiled"] == [False, False, True]
-    (warning,) = outcome["warnings"]  # type: ignore[misc]
+    outcome, (warning,) = run_child("use_as_nobody", root, COUNT)
+    assert outcome["compiled"] == ["piece 2"]
     assert "going on without saving" in warning
 
 
@@ -67,14 +60,12 @@ def test_directory_of_root_is_read_by_others_without_saving(open_directory: Path
 def test_files_may_not_grow(tmp_path: Path, limit: int) -> None:
     """The kernel refuses a write half-way through a file (EFBIG); what was written of it is gone again."""
     root = tmp_path / "cache"
-    outcome = run_child("use_with_small_files", root, COUNT, limit)
-    assert outcome["right"] is True
+    outcome, (warning,) = run_child("use_with_small_files", root, COUNT, limit)
     assert outcome["saved"] != [True] * COUNT
-    (warning,) = outcome["warnings"]  # type: ignore[misc]
     assert "going on without saving" in warning
     assert [path for path in root.rglob("*") if path.name.startswith(".tmp-")] == []
     assert verify(root).findings == ()
-    assert run_child("use", root, COUNT)["warnings"] == []
+    assert run_child("use", root, COUNT)[1] == []
 
 
 # --- directories that others control -----------------------------------------------------------
