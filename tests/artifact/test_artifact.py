@@ -7,9 +7,7 @@ import contextlib
 import dataclasses
 import errno
 import json
-import os
 import shutil
-import subprocess
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -17,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import python
 from python_state_cases import Run, alike, make_case, stock_is_stale
 from torch import nn
 
@@ -348,14 +347,7 @@ def run(what: str, tmp_path: Path, **environment: str) -> dict[str, object]:
     script = tmp_path / "artifact_model.py"
     if not script.exists():
         shutil.copy(SCRIPT, script)
-    done = subprocess.run(
-        [sys.executable, str(script), what, str(tmp_path / "model"), str(tmp_path / "weights")],
-        capture_output=True,
-        text=True,
-        env={**os.environ, **environment},
-        cwd=tmp_path,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    done = python(script, what, "model", "weights", cwd=tmp_path, **environment)
     return json.loads(done.stdout.splitlines()[-1])
 
 

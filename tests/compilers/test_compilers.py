@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
 import torch
+from processes import python
 from torch import nn
 
 import piecework
@@ -165,12 +164,13 @@ except piecework.errors.PieceCompileError as error:
 
 
 @pytest.mark.inductor
-def test_a_missing_compiler_of_the_system_is_named(tmp_path: Path) -> None:
-    (tmp_path / "bin").mkdir()
-    places = {"PATH": str(tmp_path / "bin"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "kept")}
-    without = {name: value for name, value in os.environ.items() if name not in ("CXX", "CC")}
-    command = [sys.executable, "-c", NO_COMPILER]
-    done = subprocess.run(command, env=without | places, capture_output=True, text=True, check=True)
+def test_a_missing_compiler_of_the_system_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("CXX", "CC"):
+        monkeypatch.delenv(name, raising=False)
+    places = {"PATH": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "kept")}
+    done = python("-c", NO_COMPILER, **places)
     assert "install g++" in done.stdout and "CXX" in done.stdout, done.stdout + done.stderr
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from processes import python
 
 from piecework.runtime.compilers import inductor
 from piecework.runtime.compilers.inductor import await_test, begin_test
@@ -38,12 +37,12 @@ def tested(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Test], list[st
 
 
 @pytest.mark.nightly
-def test_inductor_takes_what_it_would_find_itself(tmp_path) -> None:
+def test_inductor_takes_what_it_would_find_itself(tmp_path, monkeypatch) -> None:
+    monkeypatch.delenv("ATEN_CPU_CAPABILITY", raising=False)
+
     def printed(before: str, name: str) -> str:
-        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / name)}
-        environment.pop("ATEN_CPU_CAPABILITY", None)
-        command = [sys.executable, "-c", f"import torch\n{before}{PRINTED}"]
-        return subprocess.run(command, capture_output=True, check=True, env=environment).stdout
+        places = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / name)}
+        return python("-c", f"import torch\n{before}{PRINTED}", **places).stdout
 
     assert printed(f"{BEGUN}begin_test()\nawait_test()\n", "begun") == printed("", "alone")
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
+from processes import python
 
 from piecework.runtime.config.compilation import CompilationConfig, RuntimeConfig
 from piecework.runtime.config.model import digest, factors_of, group_of, is_keyed
@@ -123,10 +120,8 @@ print(CompilationConfig(
 def hash_in_process(folder, seed, factor=1):
     folder.mkdir(parents=True)
     (folder / "my_passes.py").write_text(PASS_MODULE.format(factor=factor))
-    places = {"PYTHONPATH": str(folder), "HOME": str(folder)}
-    environment = {**os.environ, "PYTHONHASHSEED": str(seed), **places}
-    command = [sys.executable, "-c", PRINT_HASH]
-    return subprocess.check_output(command, env=environment, cwd=folder, text=True).strip()
+    home = {"PYTHONHASHSEED": str(seed), "HOME": str(folder)}
+    return python("-c", PRINT_HASH, cwd=folder, **home).stdout.strip()
 
 
 def test_the_hash_is_the_same_in_every_process_and_place(tmp_path):

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import textwrap
-
 import pytest
 import torch
 
@@ -19,7 +16,6 @@ from piecework.runtime.compilers.passes import (
     pass_context,
 )
 from piecework.runtime.config.compilation import CompilationConfig
-from piecework.runtime.config.model import import_qualified
 
 aten = torch.ops.aten
 
@@ -48,39 +44,18 @@ def test_the_uuid_follows_state() -> None:
     assert changed.uuid() != before
 
 
-@pytest.mark.parametrize("kind", ["class", "function", "what it calls", "constant"])
-def test_the_uuid_follows_source(tmp_path, monkeypatch, kind: str) -> None:  # type: ignore[no-untyped-def]
-    text = """
-        from piecework.runtime.compilers.passes import InductorPass
-        LIMIT = 3
-        def count(graph):
-            return len(graph.nodes) + LIMIT
-        def as_function(graph):
-            return count(graph)
-        class AsClass(InductorPass):
-            def __call__(self, graph):
-                value = count(graph)
+def test_the_uuid_follows_code() -> None:
+    """Of a class or a function; `tests/store/test_digest.py` tells what of code counts."""
+
+    def made(value: object) -> tuple[InductorPass, InductorPass]:
+        class Made(InductorPass):
+            def __call__(self, graph: torch.fx.Graph) -> object:
                 return value
-    """
-    edits = {
-        "class": ("return value", "return value + 1"),
-        "function": ("return count(graph)", "return count(graph) * 2"),
-        "what it calls": ("len(graph.nodes) + LIMIT", "len(graph.nodes) - LIMIT"),
-        "constant": ("LIMIT = 3", "LIMIT = 4"),
-    }
-    name = "as_function" if kind == "function" else "AsClass"
-    ids = []
-    for version in ("one", "same", "other"):  # a module counts with its name
-        folder = tmp_path / version
-        folder.mkdir()
-        written = text.replace(*edits[kind]) if version == "other" else text
-        (folder / "a_module.py").write_text(textwrap.dedent(written))
-        with monkeypatch.context() as patch:
-            patch.syspath_prepend(str(folder))
-            patch.delitem(sys.modules, "a_module", raising=False)
-            found = import_qualified(f"a_module:{name}", where="")
-            ids.append(as_inductor_pass(found, where="").uuid())
-    assert ids[0] == ids[1] != ids[2]
+
+        return Made(), as_inductor_pass(lambda graph: value, where="")
+
+    for one, same, other in zip(made(1), made(1), made(2), strict=True):
+        assert one.uuid() == same.uuid() != other.uuid()
 
 
 def test_a_pass_without_a_stable_form_is_an_error() -> None:

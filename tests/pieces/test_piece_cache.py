@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import shutil
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -15,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import python
 
 import piecework
 from piecework.codegen.graph.structure import structure_of
@@ -31,12 +29,8 @@ def run(folder: Path, cache: Path, **config: object) -> dict[str, object]:
     script = folder / "model_of_the_cache_test.py"
     if not script.exists():
         script.write_text(MODEL)
-    places = {
-        "PIECEWORK_CACHE_DIR": str(cache),
-        "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
-    }
-    command, env = [sys.executable, str(script), json.dumps(config)], os.environ | places
-    done = subprocess.run(command, capture_output=True, text=True, env=env, check=True)
+    places = {"PIECEWORK_CACHE_DIR": str(cache), "TORCHINDUCTOR_CACHE_DIR": str(folder / "ind")}
+    done = python(script, json.dumps(config), **places)
     return json.loads(done.stdout.splitlines()[-1])
 
 

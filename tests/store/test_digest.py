@@ -7,15 +7,14 @@ import enum
 import importlib
 import json
 import math
-import os
 import re
-import subprocess
 import sys
 import threading
 import types
 from pathlib import Path
 
 import pytest
+from processes import python
 
 from piecework.errors import Unidentifiable
 from piecework.runtime.store.digest import canonical, text_of
@@ -155,12 +154,10 @@ def test_an_edit_changes_the_identity_of_what_reaches_it(
 
 
 IN_A_PROCESS = """
-import json, sys
-sys.path[:0] = json.loads(sys.argv[1])
 import template
 from piecework.runtime.store.digest import digest_of
 values = [template.Pass(template.Level.HIGH), template.helper, {"a", "b", (1, 2.5), frozenset({"x", "y"})}, template.Level]
-print(json.dumps([digest_of(each, "x") for each in values]))
+print([digest_of(each, "x") for each in values])
 """
 
 
@@ -169,14 +166,8 @@ def test_every_process_and_hash_seed_has_the_same_identity(tmp_path: Path) -> No
     for seed in ("0", "1"):
         folder = tmp_path / seed
         load(folder)
-        done = subprocess.run(
-            [sys.executable, "-c", IN_A_PROCESS, json.dumps([str(folder)])],
-            env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONDONTWRITEBYTECODE": seed},
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        found.append(json.loads(done.stdout))
+        seeds = {"PYTHONHASHSEED": seed, "PYTHONDONTWRITEBYTECODE": seed}
+        found.append(python("-c", IN_A_PROCESS, cwd=folder, **seeds).stdout)
         (folder / "template.py").touch()
     assert found[0] == found[1]
 
