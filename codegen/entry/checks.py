@@ -278,6 +278,14 @@ class EntryTable:
             self._check("apart", f"memory_apart({', '.join(every)})", others)
             about = "written, so no other argument may share its memory"
             self._require(f"{self._labels[written]}: {about}")
+        for number, each in enumerate(self.plan.not_held):
+            name, label = self.leaves[each.leaf], self._labels[each.leaf]
+            self._about = (each.leaf, name, label)
+            for weight in each.others:
+                self._check("held", f"{name} is not held_tensors[{weight}]", self.plan.held[weight])
+            if each.apart:
+                self._check("shared", f"memory_outside({name}, held_spans[{number}])", each)
+            self._require(f"{label}: apart from what the model holds")
         self._about = (None, "", "")
 
     # --- numbers ---------------------------------------------------------------------------------

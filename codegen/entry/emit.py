@@ -30,6 +30,7 @@ PROVIDED = (
     *("entry_in_stance", "entry_with_care", "explain_inputs", "explain_weights"),
     *("explain_grad_mode", "entry_without_gradients"),
     *("arguments_as_traced", "autocast_enabled", "dispatch_modes", "function_modes", "transforms"),
+    *("held_tensors", "held_spans", "memory_outside"),
 )
 
 

@@ -171,6 +171,15 @@ Packed = FromLeaf | FromOutput | FromWeights | FromConst | FromItems | FromCall
 
 
 @dataclass(frozen=True, slots=True)
+class NotHeld:
+    """A tensor argument that could be one of the model's: code may ask ``x is self.mask``."""
+
+    leaf: int
+    others: tuple[int, ...]  # weights, by number, that it must not be
+    apart: tuple[int, ...]  # weights, by number, that it must not share memory with
+
+
+@dataclass(frozen=True, slots=True)
 class EntryPlan:
     """Everything that the entry's source says."""
 
@@ -186,6 +195,8 @@ class EntryPlan:
     # flattened arguments that a piece writes, each with the other ones; compiled code assumes that
     # they share no memory
     apart: tuple[tuple[int, tuple[int, ...]], ...] = ()
+    held: tuple[str, ...] = ()  # paths of the model's tensors
+    not_held: tuple[NotHeld, ...] = ()
     binds: bool = False  # the stitching source holds weights, so they must be watched
     # the trace relied on more of the arguments than can be written down here
     watches_arguments: bool = False
@@ -193,6 +204,15 @@ class EntryPlan:
     # the model's code asks whether gradients are recorded, so only calls that record none are
     # served
     asks_grad_mode: bool = False
+
+
+def leaves_of(node: Node) -> Iterator[Leaf]:
+    """The flattened arguments of a parameter."""
+    if isinstance(node, Leaf):
+        yield node
+        return
+    for child in node.children:
+        yield from leaves_of(child)
 
 
 def parts_of(packed: Packed) -> Iterator[Packed]:

@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from types import FunctionType, SimpleNamespace
 from typing import Protocol
-from weakref import WeakKeyDictionary
 
 import torch
 
@@ -74,7 +73,6 @@ class Entry:
         self._program, self.as_it_is, self.captured = program, as_it_is, captured
         self.made = made_entry(captured, program) if made is None else made
         self._arguments = captured.weights.state.argument_check(captured.parameters)
-        self._spans = WeakKeyDictionary[BoundWeights, list[list[tuple[int, int]]]]()
         self.careful_calls: dict[str, int] = {}  # calls past every shortcut, by what made them
         self._makes_tensors: bool | None = None
         captured.weights.trust(self.made.strict)
@@ -156,7 +154,7 @@ class Entry:
         self._now = execution
         if serves is None:
             serves = execution.function if execution.graphs is None else execution.graphs
-        self.call.__globals__["bound"] = self._held(execution, serves)
+        self.call.__globals__.update(self._held(execution, serves))
 
     def _counter(self) -> itertools.count[int]:
         """What counts the calls after a change: on from where it was, unless graphs served."""
@@ -172,12 +170,17 @@ class Entry:
         function = self._program.bind(bound, code=code)
         return Execution(weights, function, edited, counter=counter)
 
-    def _held(self, execution: Execution, serves: Callable[..., object]) -> tuple[object, ...]:
-        """What emitted text unpacks; see `piecework.codegen.entry.emit.HELD`."""
-        weights = execution.weights
+    def _held(self, execution: Execution, serves: Callable[..., object]) -> dict[str, object]:
+        """What emitted text finds of an execution; see `piecework.codegen.entry.emit.HELD`."""
+        weights, span = execution.weights, torch_compat.memory_span
+        apart = [each.apart for each in self.made.plan.not_held]
         # Weights that are passed or returned are of the same binding as those that it holds.
         fetch = weights.held if self.made.plan.binds else weights.fetch
-        return serves, weights.unchanged, fetch, execution.counter.__next__
+        return {
+            "bound": (serves, weights.unchanged, fetch, execution.counter.__next__),
+            "held_tensors": weights.tensors,
+            "held_spans": [[span(weights.tensors[n]) for n in numbers] for numbers in apart],
+        }
 
     def _execute(
         self,
@@ -194,15 +197,16 @@ class Entry:
             "dynamo": _ONE_STANCE,
             "stance": _ONE_STANCE._stance,
             "entry_in_stance": self._in_stance,
-            "bound": self._held(execution, serves),
+            **self._held(execution, serves),
             "submods_for": submods_for,
             "entry_with_care": self._with_care,
             "explain_inputs": self._explain_inputs,
             "explain_weights": self._explain_weights,
             "explain_grad_mode": self._explain_grad_mode,
             "entry_without_gradients": self._without_gradients,
-            "arguments_as_traced": lambda *values: self._argument_refusal(values) is None,
+            "arguments_as_traced": lambda *values: self._arguments(values) is None,  # type: ignore[misc]
             "memory_apart": torch_compat.memory_apart,
+            "memory_outside": torch_compat.memory_outside,
             "flatten": torch_compat.flatten_tree,
             **probes,
         }
@@ -230,21 +234,9 @@ class Entry:
         return error
 
     def _explain_inputs(self, *values: object) -> None:
-        error = input_error(self.made.plan, values, lambda: self._argument_refusal(values))
-        raise self._refused(error)
-
-    def _argument_refusal(self, values: Sequence[object]) -> InputError | None:
-        """What of the arguments is not as traced, where all that the text compares is."""
-        refusal = None if self._arguments is None else self._arguments(values)
-        weights, given = self.weights, self.made.given
-        found = self._spans.get(weights)
-        if found is None:
-            held, span = weights.tensors, torch_compat.memory_span
-            found = [[span(held[n]) for n in each.apart] for each in given]
-            self._spans[weights] = found
-        for each, spans in zip(given, found, strict=True):
-            refusal = refusal or each.refusal(weights, spans, values)
-        return refusal
+        now = self.call.__globals__
+        held = {name: now[name] for name in ("held_tensors", "held_spans")}
+        raise self._refused(input_error(self.made.plan, values, self._arguments, **held))
 
     def _explain_weights(self) -> None:
         raise self._refused(self.weights.explain())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
@@ -12,14 +11,13 @@ from torch.utils import _pytree as pytree
 from piecework.codegen.entry import plan as ep
 from piecework.codegen.entry.emit import EntrySource, generate_entry
 from piecework.codegen.graph.origin import results_of, value_of
-from piecework.errors import InputError
 from piecework.runtime import torch_compat
 from piecework.runtime.pieces.program import Program
 from piecework.runtime.trace import results
 from piecework.runtime.trace.inputs import Argument, Layout, Size
 from piecework.runtime.trace.one_trace import ModelTrace
 from piecework.runtime.trace.writes import mutations_in
-from piecework.runtime.watch.weights import BoundWeights, Weight
+from piecework.runtime.watch.weights import Weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,54 +28,15 @@ class MadeEntry:
     source: EntrySource  # the emitted text
     strict: frozenset[str]  # weights that every reader compares by itself, by path
     autocast: tuple[tuple[str, torch.dtype], ...]  # where autocast was on in the trace
-    given: tuple[GivenTensor, ...]  # arguments that have to be apart from tensors of the model
 
 
 def made_entry(captured: ModelTrace, program: Program) -> MadeEntry:
-    written = _written(captured, program)
-    given = tuple(_given_tensors(captured, written))
-    watches = bool(given) or captured.weights.state.argument_check(captured.parameters) is not None
-    plan = _plan_entry(captured, program, written, watches)
+    plan = _plan_entry(captured, program)
     strict = _strict_weights(captured, program)
-    return MadeEntry(plan, generate_entry(plan), strict, torch_compat.autocast_state(), given)
+    return MadeEntry(plan, generate_entry(plan), strict, torch_compat.autocast_state())
 
 
 # --- arguments that are, or share written memory with, tensors of the model -----------------------
-
-
-@dataclass(frozen=True, slots=True)
-class GivenTensor:
-    """A tensor argument that must not be what the model holds: code may ask ``x is self.mask``."""
-
-    label: str
-    where: tuple[Any, ...]  # its parameter's number and the keys inside of that
-    flat: bool  # the last of them counts flattened leaves
-    others: tuple[int, ...]  # weights, by number, that it must not be
-    apart: tuple[int, ...]  # weights, by number, that it must not share memory with
-
-    def refusal(
-        self, weights: BoundWeights, spans: Sequence[tuple[int, int]], values: Sequence[object]
-    ) -> InputError | None:
-        """What is wrong about this argument of a call; None if nothing is."""
-        tensor: Any = values
-        for key in self.where[:-1] if self.flat else self.where:
-            tensor = tensor[key]
-        if self.flat:
-            tensor = torch_compat.flatten_tree(tensor)[0][self.where[-1]]
-        hint = f"pass {self.label}.clone(), or trace with it"
-        same = next((n for n in self.others if tensor is weights.tensors[n]), None)
-        if same is not None:
-            is_weight = f"argument {self.label} is the model's {weights.traced[same].path}"
-            error = InputError(f"{is_weight}, and was another tensor in the trace", hint=hint)
-            error.places = frozenset()
-            return error
-        start, end = torch_compat.memory_span(tensor) if spans else (0, 0)
-        for number, (first, last) in zip(self.apart, spans, strict=True):
-            if first < end and start < last:
-                path = weights.traced[number].path
-                why = f"argument {self.label} shares memory with the model's {path}"
-                return InputError(f"{why}, and the model writes to one of them", hint=hint)
-        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,37 +64,22 @@ def _written(captured: ModelTrace, program: Program) -> _Written:
     )
 
 
-def _given_tensors(captured: ModelTrace, written: _Written) -> Iterator[GivenTensor]:
+def _not_held(captured: ModelTrace, written: _Written) -> Iterator[ep.NotHeld]:
     """The arguments that could be tensors of the model, or wrongly share their memory."""
     weights = captured.weights
     plain = [n for n, each in enumerate(weights.tensors) if each.layout is torch.strided]
     numbers = {weights.traced[n].path: n for n in plain}
-    for number, parameter in enumerate(captured.parameters):
-        for leaf, where, flat in _leaves(parameter.node, (number,)):
-            if not isinstance(leaf.assumption, (ep.TensorInput, ep.UnusedTensor)):
-                continue
-            others: tuple[int, ...] = ()
-            if leaf.index not in captured.weights_given:  # else a fact says which one it has to be
-                others = tuple(n for n in plain if _could_be(leaf.assumption, weights.tensors[n]))
-            paths = written.weights if leaf.index in written.in_arguments else written.in_weights
-            is_read = leaf.index in written.arguments
-            apart = tuple(numbers[path] for path in paths if is_read and path in numbers)
-            if others or apart:
-                yield GivenTensor(leaf.label, where, flat, others, apart)
-
-
-def _leaves(
-    node: ep.Node, where: tuple[object, ...]
-) -> Iterator[tuple[ep.Leaf, tuple[object, ...], bool]]:
-    """The flattened arguments of a parameter, where a call has them, and whether that is flat."""
-    match node:
-        case ep.Leaf():
-            yield node, where, False
-        case ep.Items(keys=keys, children=children):
-            for key, child in zip(keys, children, strict=True):
-                yield from _leaves(child, (*where, key))
-        case ep.Tree(children=children):
-            yield from ((leaf, (*where, number), True) for number, leaf in enumerate(children))
+    for leaf in (leaf for each in captured.parameters for leaf in ep.leaves_of(each.node)):
+        if not isinstance(leaf.assumption, (ep.TensorInput, ep.UnusedTensor)):
+            continue
+        others: tuple[int, ...] = ()
+        if leaf.index not in captured.weights_given:  # else a fact says which one it has to be
+            others = tuple(n for n in plain if _could_be(leaf.assumption, weights.tensors[n]))
+        paths = written.weights if leaf.index in written.in_arguments else written.in_weights
+        is_read = leaf.index in written.arguments
+        apart = tuple(numbers[path] for path in paths if is_read and path in numbers)
+        if others or apart:
+            yield ep.NotHeld(leaf.index, others, apart)
 
 
 def _could_be(assumption: ep.TensorInput | ep.UnusedTensor, tensor: torch.Tensor) -> bool:
@@ -155,10 +99,9 @@ def _could_be(assumption: ep.TensorInput | ep.UnusedTensor, tensor: torch.Tensor
 # --- the plan --------------------------------------------------------------------------------------
 
 
-def _plan_entry(
-    captured: ModelTrace, program: Program, written: _Written, watches_arguments: bool
-) -> ep.EntryPlan:
+def _plan_entry(captured: ModelTrace, program: Program) -> ep.EntryPlan:
     """Say what the entry must check, pass and return."""
+    written = _written(captured, program)
     levers = program.config.stitching_config
     bound = {row.path for row in program.source.module.bound}
     weights = [each for each in captured.inputs if isinstance(each, Weight)]
@@ -189,7 +132,9 @@ def _plan_entry(
         ),
         # A model without weights has modes of its own to watch all the same.
         binds=bool(bound) or not weights,
-        watches_arguments=watches_arguments,
+        held=tuple(each.path for each in captured.weights.traced),
+        not_held=tuple(_not_held(captured, written)),
+        watches_arguments=captured.weights.state.argument_check(captured.parameters) is not None,
         checks=levers.check_inputs or program.config.dynamic_shapes_config.evaluate_guards,
         asks_grad_mode=captured.weights.state.asks_grad_mode,
     )

@@ -13,7 +13,7 @@ import torch
 
 from piecework.codegen.entry.checks import Bind, Check, EntryTable, is_object
 from piecework.codegen.entry.emit import entry_table
-from piecework.codegen.entry.plan import EntryPlan, Symbol
+from piecework.codegen.entry.plan import EntryPlan, NotHeld, Symbol
 from piecework.errors import InputError
 from piecework.runtime import torch_compat
 
@@ -25,7 +25,7 @@ _DYNAMIC = (
 _AS_EXAMPLE = "pass what the example had there, or compile the model with an example like this call"
 _SIZES = ("shape", "size", "stride", "item", "integer", "range", "relation")
 #: What another trace can serve.
-_ANOTHER_TRACE = (*_SIZES, "grad", "contiguous", "same", "distinct")
+_ANOTHER_TRACE = (*_SIZES, "grad", "contiguous", "same", "distinct", "held")
 #: How a value is looked at for a check of the kind; else it is shown itself.
 _READ: dict[str, Callable[[Any], object]] = {
     **dict.fromkeys(("kind", "class", "int"), type),
@@ -40,13 +40,17 @@ _CALLED = {"kind": "type", "class": "type", "grad": "requires_grad", "item": "va
 
 
 def input_error(
-    plan: EntryPlan, values: Sequence[object], otherwise: Callable[[], InputError | None]
+    plan: EntryPlan,
+    values: Sequence[object],
+    otherwise: Callable[[Sequence[object]], InputError | None] | None,
+    **held: object,
 ) -> InputError:
     """The first assumption that ``values`` (one per parameter) break, as an error."""
     table = entry_table(plan)
     namespace: dict[str, Any] = {
         **{"torch": torch, "math": math, "arguments_as_traced": lambda *_: True},
         **{"flatten": torch_compat.flatten_tree, "memory_apart": torch_compat.memory_apart},
+        **{"memory_outside": torch_compat.memory_outside, **held},
         **table.names.consts,
         **dict(zip(table.parameters, values, strict=True)),
     }
@@ -57,7 +61,7 @@ def input_error(
         for check in step.checks:
             if not eval(check.text, namespace):
                 return _error(table, namespace, step.about, check)
-    return otherwise() or InputError(
+    return (otherwise and otherwise(values)) or InputError(
         "the arguments break what the trace assumed of them",
         hint="compare them with the example arguments, or compile the model again",
     )
@@ -67,6 +71,7 @@ def _error(table: EntryTable, namespace: Mapping[str, Any], about: str, check: C
     """What to say of a check that a call fails, and what another trace would have to serve."""
     kind, label, expected, dim = check.kind, check.label, check.expected, check.dim
     now = eval(check.name, dict(namespace)) if check.name else None
+    hint = _DYNAMIC if kind in _SIZES else _AS_EXAMPLE
     places = {(-1 if check.leaf is None else check.leaf, dim)}
     known = ((s, namespace[name]) for s, name in table.symbols.items() if name in namespace)
     symbols = ", ".join(f"{symbol}={size}" for symbol, size in known)
@@ -87,6 +92,14 @@ def _error(table: EntryTable, namespace: Mapping[str, Any], about: str, check: C
     elif kind in ("same", "distinct", "apart"):
         places = set()
         text = f"the arguments break what the trace relied on: {about}; {check.text}"
+    elif kind == "held":
+        places, hint = set(), f"pass {label}.clone(), or trace with it"
+        text = f"argument {label} is the model's {expected}, and was another tensor in the trace"
+    elif isinstance(expected, NotHeld):
+        hint, held = f"pass {label}.clone(), or trace with it", namespace["held_tensors"]
+        shared = (n for n in expected.apart if not torch_compat.memory_apart(now, held[n]))
+        with_model = f"shares memory with the model's {table.plan.held[next(shared)]}"
+        text = f"argument {label} {with_model}, and the model writes to one of them"
     elif expected is None and kind != "value":
         text = f"argument {label} is not as traced, where {check.text}"
     else:
@@ -95,7 +108,7 @@ def _error(table: EntryTable, namespace: Mapping[str, Any], about: str, check: C
         more = f" with {symbols}" if kind in _SIZES and isinstance(expected, str) else ""
         came = f"{_CALLED.get(kind, kind)} {shown(read(now))}{there}"
         text = f"argument {label} has {came}; the model was traced with {shown(expected)}{more}"
-    error = InputError(text, hint=_DYNAMIC if check.kind in _SIZES else _AS_EXAMPLE)
+    error = InputError(text, hint=hint)
     if check.kind in _ANOTHER_TRACE or _is_special(check, now):
         error.places = frozenset(places)
     return error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -51,8 +51,13 @@ def storage_users(tensor: torch.Tensor) -> int:
 
 def memory_apart(written: torch.Tensor, *others: torch.Tensor) -> bool:
     """Whether no other tensor reaches into the memory that ``written`` spans."""
-    start, end = memory_span(written)
-    return not any(first < end and start < last for first, last in map(memory_span, others))
+    return memory_outside(written, map(memory_span, others))
+
+
+def memory_outside(tensor: torch.Tensor, spans: Iterable[tuple[int, int]]) -> bool:
+    """Whether the memory that ``tensor`` spans is in none of ``spans``."""
+    start, end = memory_span(tensor)
+    return not any(first < end and start < last for first, last in spans)
 
 
 def memory_span(tensor: torch.Tensor) -> tuple[int, int]:

@@ -75,7 +75,7 @@ def test_a_call_passes_if_and_only_if_it_is_what_the_plan_means(data: st.DataObj
             values[place] = data.draw(broken(value))
     meant = Meaning(plan, values).holds
     assert passes(plan, values) == meant
-    assert (input_error(plan, values, lambda: KEPT) is KEPT) == meant
+    assert (input_error(plan, values, lambda _: KEPT) is KEPT) == meant
 
 
 @SLOW
@@ -83,7 +83,7 @@ def test_a_call_passes_if_and_only_if_it_is_what_the_plan_means(data: st.DataObj
 def test_a_call_that_is_what_the_plan_says_passes(plan: EntryPlan) -> None:
     plan = dataclasses.replace(plan, checks=True, apart=())
     values = values_of(plan)
-    assert input_error(plan, values, lambda: KEPT) is KEPT
+    assert input_error(plan, values, lambda _: KEPT) is KEPT
     assert passes(plan, values)
 
 
@@ -166,7 +166,7 @@ def test_an_integer_that_is_computed_of_a_size_is_compared_with_it(text: str, ke
             assert passes(plan, values)  # type: ignore[arg-type]
         wrong = [torch.ones(5), kept + 1][::order]
         assert not passes(plan, wrong)  # type: ignore[arg-type]
-        refused = input_error(plan, wrong, lambda: KEPT)
+        refused = input_error(plan, wrong, lambda _: KEPT)
         assert refused is not KEPT
         assert refused.places
 
