@@ -35,7 +35,7 @@ LONG = (
     "tests/house/test_benchmarks.py::test_a_benchmark_runs[decode_step]",
     "tests/house/test_benchmarks.py::test_a_benchmark_runs[host_overhead]",
     "tests/house/test_site.py::test_every_snippet_runs_by_itself[transformers]",
-    "tests/integrations/test_diffusers.py::test_a_class[DiTTransformer2DModel]",
+    "tests/integrations/test_encoders.py::test_a_diffusion_transformer[DiT",
     "tests/integrations/test_transformers_whole.py::test_others[no cache at all]",
     "tests/integrations/test_transformers_whole.py::test_recurrent_prompts_run_as_they_are",
     "tests/pieces/test_layer_names.py::test_any_number_of_named_layers_costs",

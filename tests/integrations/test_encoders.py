@@ -1,4 +1,4 @@
-"""Encoders, vision and audio models of transformers from a config: which integration one is for, and that other rows, lengths and masks are answered as eager does."""
+"""Models called once, by a config: encoders, vision and audio of transformers, and diffusion transformers; other rows, lengths, resolutions and masks are answered as eager does."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from models import EAGER
 
 import piecework
 from piecework.errors import UsageError
+from piecework.integrations import protocol
 from piecework.integrations.encoders.arguments import SIZES
 from piecework.integrations.loading import load_model
 from piecework.integrations.protocol import LoadedModel, compare
-from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.stitched import StitchedModule
 
 transformers = pytest.importorskip("transformers")
@@ -53,6 +53,18 @@ FAMILIES: dict[str, dict[str, object]] = {
     "swin": {"image_size": 32, "patch_size": 4, "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4},
     "wav2vec2": {**TEXT, "conv_dim": [16, 16], "conv_kernel": [10, 3], "conv_stride": [5, 2], "num_feat_extract_layers": 2, "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4},
 }  # fmt: skip
+LATENTS = {
+    **{"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 5},
+    **{"in_channels": 4, "out_channels": 4, "sample_size": 8},
+}
+CLASSES: dict[str, dict[str, object]] = {
+    "DiTTransformer2DModel": {**LATENTS, "num_embeds_ada_norm": 10},
+    "PixArtTransformer2DModel": {**LATENTS, "cross_attention_dim": 32, "caption_channels": 24},
+    "SD3Transformer2DModel": {**LATENTS, "joint_attention_dim": 24, "caption_projection_dim": 32, "pooled_projection_dim": 16, "pos_embed_max_size": 16},
+    "FluxTransformer2DModel": {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 1, "num_single_layers": 5, "in_channels": 8, "joint_attention_dim": 24, "pooled_projection_dim": 16, "axes_dims_rope": [4, 6, 6], "guidance_embeds": True},
+    "SanaTransformer2DModel": {**LATENTS, "num_cross_attention_heads": 2, "cross_attention_head_dim": 16, "cross_attention_dim": 32, "caption_channels": 24},
+    "AuraFlowTransformer2DModel": {"sample_size": 8, "in_channels": 4, "out_channels": 4, "num_mmdit_layers": 1, "num_single_dit_layers": 5, "attention_head_dim": 16, "num_attention_heads": 2, "joint_attention_dim": 24, "caption_projection_dim": 32, "pos_embed_max_size": 64},
+}  # fmt: skip
 EVERY_MERGE = ("bert", "vit")
 # It makes a tensor of a length and slices by it, which torch can't trace for every length: one trace for each, none for a mask.
 A_TRACE_FOR_EACH_LENGTH = {"deberta": 4}
@@ -64,9 +76,9 @@ def loaded(folder: Path, fields: Mapping[str, object]) -> LoadedModel:
     return load_model(str(path))
 
 
-def stitched_like_eager(model: LoadedModel, config: CompilationConfig = EAGER) -> StitchedModule:
+def stitched_like_eager(model: LoadedModel) -> StitchedModule:
     eager = model.run(0)
-    stitched = model.stitch(config)
+    stitched = model.stitch(EAGER)
     result = compare(eager, model.run(0, stitched))
     assert result.agree, result.text(eager)
     return stitched
@@ -83,13 +95,20 @@ def test_a_family(family: str, tmp_path: Path) -> None:
         assert "cut between repeated blocks" in str(stitched.report())
 
 
+@pytest.mark.sample(len(CLASSES))
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_diffusion_transformer(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("diffusers")
+    model = loaded(tmp_path, {"_class_name": name, **CLASSES[name]})
+    shapes = {each[1]["hidden_states"].shape[1:] for each in model.more_calls}  # type: ignore[attr-defined]
+    assert len(model.more_calls) == 4 and len(shapes) == 2
+    assert all(bool(each.abs().max() > 0) for each in model.run(0).values)
+    assert len(stitched_like_eager(model).traces) <= 3
+
+
 MASKS = (
-    torch.ones(3, 9),
-    torch.ones(3, 9).tril(6),
-    torch.ones(2, 15).tril(10).flip(1),
-    torch.tensor([[1.0] * 5, [1.0, 0, 1, 0, 1]]),
-    torch.ones(6, 30),
-    torch.ones(4, 12),
+    *(torch.ones(3, 9), torch.ones(3, 9).tril(6), torch.ones(2, 15).tril(10).flip(1)),
+    *(torch.tensor([[1.0] * 5, [1.0, 0, 1, 0, 1]]), torch.ones(6, 30), torch.ones(4, 12)),
 )
 
 
@@ -154,6 +173,8 @@ REFUSED = [
     ({"model_type": "nope"}, "is no model config of transformers .*nope"),
     ({"model_type": "llava"}, "neither a causal LM nor called once"),
     ({"model_type": "bert", "hidden_size": 30, "num_attention_heads": 4}, "no model can be made"),
+    ({"_class_name": "FluxPipelineOfMine"}, "has no model 'FluxPipelineOfMine'"),
+    ({"_class_name": "DiTTransformer2DModel", **LATENTS, "norm_type": "none"}, "no model can be made"),
 ]  # fmt: skip
 
 
@@ -161,6 +182,8 @@ REFUSED = [
 def test_what_is_ambiguous_or_unknown_is_said(
     fields: dict[str, object], says: str, tmp_path: Path
 ) -> None:
+    if "_class_name" in fields:
+        pytest.importorskip("diffusers")
     with pytest.raises(UsageError, match=says):
         loaded(tmp_path, fields)
 
@@ -171,3 +194,10 @@ def test_a_model_with_unknown_arguments_is_said(
     monkeypatch.setattr(transformers.BertModel, "forward", lambda self, somewhat: somewhat)
     with pytest.raises(UsageError, match=r"no arguments are known that a BertModel takes.*"):
         loaded(tmp_path, {"model_type": "bert", **SMALL})
+
+
+def test_diffusers_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match="needs diffusers") as raised:
+        loaded(tmp_path, {"_class_name": "DiTTransformer2DModel", **LATENTS})
+    assert "pip install 'piecework[diffusers]'" in str(raised.value)
