@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from models import EAGER
-from small_llms import build
+from small_llms import build, generated
 
 from piecework.errors import BindError, InputError, UsageError
 from piecework.integrations.transformers import sleep, stitch, stitched_module, unstitch, wake_up
@@ -23,13 +22,6 @@ INDUCTOR = CompilationConfig()
 SIZES = [2, 4]
 
 
-def generated(model: Any, batch: int) -> torch.Tensor:
-    ids = torch.randint(1, 97, (batch, 6), generator=torch.Generator().manual_seed(batch))
-    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    with torch.no_grad():
-        return model.generate(**given, max_new_tokens=8, do_sample=False)
-
-
 def check(model: Any, eager: Any) -> None:
     for batch in (2, 3):
         assert torch.equal(generated(model, batch), generated(eager, batch)), batch
@@ -39,62 +31,42 @@ def replays(model: torch.nn.Module) -> int:
     return sum(row.calls for row in stitched_module(model).call_report() if row.graph)
 
 
-Saved = Callable[..., Path]
+class Adapters:
+    """Adapters with random weights in a folder, and models with one."""
 
+    def __init__(self, folder: Path) -> None:
+        self.hotswap = pytest.importorskip("peft.utils.hotswap")
+        self.peft, self.folder = pytest.importorskip("peft"), folder
 
-@pytest.fixture
-def peft() -> Any:
-    pytest.importorskip("peft.utils.hotswap")
-    return pytest.importorskip("peft")
-
-
-@pytest.fixture
-def saved(peft: Any, tmp_path: Path) -> Saved:
-    """Writes an adapter with random weights."""
-
-    def save(seed: int, rank: int = 4, alpha: int = 8, dtype: torch.dtype | None = None) -> Path:
+    def save(self, seed: int, rank: int = 4, alpha: int = 8) -> Path:
         targets = ["q_proj", "v_proj", "down_proj"]
-        config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets)
-        model = peft.get_peft_model(build(), config)
+        config = self.peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets)
+        model = self.peft.get_peft_model(build(), config)
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for name, weight in model.named_parameters():
                 if "lora_" in name:
                     weight.copy_(torch.randn(weight.shape, generator=generator) * 0.5)
-                    weight.data = weight.data.to(dtype or weight.dtype)
-        model.save_pretrained(tmp_path / f"{seed}")
-        return tmp_path / f"{seed}"
+        model.save_pretrained(self.folder / f"{seed}")
+        return self.folder / f"{seed}"
 
-    return save
+    def eager(self, path: Path) -> Any:
+        return self.peft.PeftModel.from_pretrained(build(), path).eval()
 
-
-@pytest.fixture
-def eager(peft: Any) -> Callable[[Path], Any]:
-    return lambda path: peft.PeftModel.from_pretrained(build(), path).eval()
-
-
-def swap(peft: Any, model: Any, path: Path) -> None:
-    peft.utils.hotswap.hotswap_adapter(model, str(path), "default", torch_device="cpu")
-
-
-@pytest.fixture
-def served(peft: Any, eager: Any) -> Callable[..., Any]:
-    """A stitched, captured model with an adapter, made ready for others of up to ``rank``."""
-
-    def serve(
-        path: Path,
-        rank: int | None = 8,
-        config: CompilationConfig = EAGER,
-        sizes: Sequence[int] = SIZES,
-    ) -> Any:
-        model = eager(path)
-        if rank is not None:
-            peft.utils.hotswap.prepare_model_for_compiled_hotswap(model, target_rank=rank)
-            model.eval()
-        stitch(model.get_base_model(), config=config, capture=sizes)
+    def served(self, path: Path, config: CompilationConfig = EAGER) -> Any:
+        """A stitched, captured model with an adapter, made ready for others of a rank up to 8."""
+        model = self.eager(path)
+        self.hotswap.prepare_model_for_compiled_hotswap(model, target_rank=8)
+        stitch(model.eval().get_base_model(), config=config, capture=SIZES)
         return model
 
-    return serve
+    def swap(self, model: Any, path: Path) -> None:
+        self.hotswap.hotswap_adapter(model, str(path), "default", torch_device="cpu")
+
+
+@pytest.fixture
+def adapters(tmp_path: Path) -> Adapters:
+    return Adapters(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -103,23 +75,23 @@ def served(peft: Any, eager: Any) -> Callable[..., Any]:
     ids=["eager", "inductor"],
 )
 def test_swapped_adapters_are_served_by_the_same_graphs(
-    peft: Any, saved: Saved, eager: Any, served: Any, config: CompilationConfig
+    adapters: Adapters, config: CompilationConfig
 ) -> None:
     # Other ranks and other scalings too.
-    paths = [saved(1), saved(2), saved(3, rank=2, alpha=3), saved(4, rank=8, alpha=40)]
-    model = served(paths[0], config=config)
-    texts = {str(generated(each, 2)) for each in (build(), *map(eager, paths))}
+    paths = [adapters.save(*each) for each in ((1,), (2,), (3, 2, 3), (4, 8, 40))]
+    model = adapters.served(paths[0], config)
+    texts = {str(generated(each, 2)) for each in (build(), *map(adapters.eager, paths))}
     assert len(texts) == 5  # each adapter says something else
     with counters.expect(num_graphs_seen=0, num_cudagraph_captured=0):
         for path in (*paths[1:], paths[0]):
-            swap(peft, model, path)
+            adapters.swap(model, path)
             before = replays(model.get_base_model())
-            check(model, eager(path))
+            check(model, adapters.eager(path))
             assert replays(model.get_base_model()) == before + 14  # every step behind a prefill
         caches = [transformers.DynamicCache() for _ in range(2)]
-        reference = eager(paths[0])  # in the middle of a request too
+        reference = adapters.eager(paths[0])  # in the middle of a request too
         for path in paths:
-            swap(peft, model, path)
+            adapters.swap(model, path)
             reference.load_adapter(str(path), path.name)
             reference.set_adapter(path.name)
             with torch.no_grad():
@@ -130,12 +102,10 @@ def test_swapped_adapters_are_served_by_the_same_graphs(
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
-def test_a_rank_above_the_prepared_one_is_refused(
-    peft: Any, saved: Saved, eager: Any, served: Any
-) -> None:
-    model = served(saved(1))
-    larger = saved(2, rank=16, alpha=8)
-    swap(peft, model, larger)  # PEFT gives the weights other memory and shapes
+def test_a_rank_above_the_prepared_one_is_refused(adapters: Adapters) -> None:
+    model = adapters.served(adapters.save(1))
+    larger = adapters.save(2, rank=16, alpha=8)
+    adapters.swap(model, larger)  # PEFT gives the weights other memory and shapes
     with pytest.raises(
         InputError, match=r"lora_A.default.weight has shape \(16, 32\); the trace had \(8, 32\)"
     ):
@@ -143,15 +113,15 @@ def test_a_rank_above_the_prepared_one_is_refused(
     with pytest.raises(BindError, match="compile the model again"):
         stitched_module(model.get_base_model()).rebind()
     unstitch(model.get_base_model())
-    check(model, eager(larger))
+    check(model, adapters.eager(larger))
     stitch(model.get_base_model(), config=EAGER, capture=SIZES)
-    check(model, eager(larger))
+    check(model, adapters.eager(larger))
 
 
-def test_an_adapter_put_on_a_stitched_model_is_noticed(peft: Any) -> None:
+def test_an_adapter_put_on_a_stitched_model_is_noticed(adapters: Adapters) -> None:
     model = stitch(build(), config=EAGER, capture=SIZES)
-    config = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
-    wrapped = peft.get_peft_model(model, config).eval()
+    config = adapters.peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
+    wrapped = adapters.peft.get_peft_model(model, config).eval()
     for _ in range(2):
         with pytest.raises(InputError, match=r"q_proj(\.weight)? was"):
             generated(wrapped, 2)

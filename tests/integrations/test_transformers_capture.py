@@ -8,7 +8,7 @@ import logging
 import pytest
 import torch
 from models import EAGER
-from small_llms import build
+from small_llms import build, generated, prompts
 
 from piecework.errors import BindError, ConfigError, StaticGraphError
 from piecework.integrations.transformers import stitch, stitched_module, unstitch
@@ -18,16 +18,6 @@ from piecework.runtime.graphs.serve.report import MeasuredSize
 from piecework.runtime.stitched import StitchedModule
 
 transformers = pytest.importorskip("transformers")
-
-
-def prompts(batch: int, length: int = 6) -> torch.Tensor:
-    return torch.randint(1, 97, (batch, length), generator=torch.Generator().manual_seed(batch))
-
-
-def generated(model: torch.nn.Module, batch: int, **how: object) -> torch.Tensor:
-    settings = {"max_new_tokens": 8, "do_sample": False, **how}
-    ids = prompts(batch)
-    return model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
 
 
 def served(module: StitchedModule) -> dict[str, tuple[int, int]]:

@@ -205,27 +205,3 @@ def test_a_mask_of_ones_hides_what_lies_behind_its_end(pair: Pair, length: int) 
     Caches(pair, transformers.DynamicCache).steps(
         1, attention_mask=torch.ones(3, length, dtype=torch.long)
     )
-
-
-@pytest.mark.sample(3)
-@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
-@pytest.mark.parametrize(
-    "how",
-    [
-        {},
-        {"do_sample": True, "top_k": 12, "temperature": 0.8},
-        {"num_beams": 3, "num_return_sequences": 2},
-        {"cache_implementation": "static"},
-        {"prompt_lookup_num_tokens": 2},
-        {"assistant_model": True},
-    ],
-    ids=["greedy", "sampled", "beams", "static", "lookup", "assisted"],
-)
-def test_generate_gives_the_model_s_own_tokens(family: str, how: dict[str, object]) -> None:
-    alone = {"prompt_lookup_num_tokens", "assistant_model"} & how.keys()
-    if "assistant_model" in how:
-        how = {"assistant_model": build(family)}
-    done = Pair(build(family)).generate(
-        IDS[: 1 if alone else 3], 0 if alone else 2, max_new_tokens=12, **how
-    )
-    assert done.sequences[:, 6:].unique().numel() > 1, "the model says the same always"

@@ -8,11 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from models import EAGER
-from small_llms import Pair, build
+from small_llms import GENERATIONS, Pair, build
 from torch import nn
 
-from piecework.bench.lists.generation import Family, encoder_decoders, try_family
-from piecework.bench.lists.trial import Options
 from piecework.errors import CaptureError, InputError
 from piecework.integrations.transformers import how_served, load, save, stitch, stitched_module
 from piecework.runtime.counters import counters
@@ -27,18 +25,15 @@ def pair(request: pytest.FixtureRequest) -> Pair:
     return Pair(build(request.param, norms=1.0))
 
 
-GENERATIONS = {
-    "sampled": {"do_sample": True, "top_k": 20},
-    "beams": {"num_beams": 3},
-    "several for each": {"num_return_sequences": 2, "do_sample": True},
-    "no cache": {"use_cache": False},
+WAYS = {
+    **GENERATIONS,
     "static": {"cache_implementation": "static"},
     "a prompt": {"decoder_input_ids": torch.tensor([[1, 5, 9], [1, 6, 7], [1, 4, 4]])},
 }
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("how", GENERATIONS.values(), ids=GENERATIONS.keys())
+@pytest.mark.parametrize("how", WAYS.values(), ids=WAYS.keys())
 def test_generation(pair: Pair, how: dict[str, object]) -> None:
     pair.generate(IDS, padded=2, **how)
     assert not how_served(pair.stitched).as_it_is
@@ -106,11 +101,3 @@ def test_what_is_refused(pair: Pair) -> None:
         stitch(build("t5"), config=EAGER, way="flat")
     with torch.no_grad(), pytest.raises(InputError, match="output_attentions"):
         pair.stitched(IDS, decoder_input_ids=IDS[:, :2], output_attentions=True)
-
-
-@pytest.mark.nightly
-@pytest.mark.parametrize("family", [row.name for row in encoder_decoders()])
-def test_families(family: str) -> None:
-    """Equal, or refused by name; which it is says the page of the documentation."""
-    found = try_family(Family(family, pair=True), Options("eager"))
-    assert found.skipped or found.verdicts["piecework"].status in ("equal", "refused"), found

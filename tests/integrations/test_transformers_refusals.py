@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from models import EAGER
-from small_llms import build
+from small_llms import Around, build
 from torch import nn
 
 from piecework.errors import CaptureError, UsageError
@@ -30,17 +30,6 @@ def refused(model: nn.Module, reason: str, way: str | None = None) -> CaptureErr
     return caught.value
 
 
-class Around(nn.Module):
-    """Has ``states`` say what another module is given."""
-
-    def __init__(self, inner: nn.Module, states: Callable[[Around, torch.Tensor], object]) -> None:
-        super().__init__()
-        self.inner, self.states = inner, states
-
-    def forward(self, states: torch.Tensor) -> torch.Tensor:
-        return self.inner(self.states(self, states))
-
-
 def shifted(_: Around, states: torch.Tensor) -> torch.Tensor:
     """Adds the previous token's state to each token, as RWKV and short convolutions do."""
     return states + nn.functional.pad(states, (0, 0, 1, 0))[:, :-1]
@@ -60,30 +49,42 @@ def branches(_: Around, states: torch.Tensor) -> torch.Tensor:
     return states if float(states.sum()) < 1e9 else states * 2
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_tokens_mixed_outside_attention(dtype: torch.dtype) -> None:
-    model = build()
-    model.model.layers[1].mlp = Around(model.model.layers[1].mlp, shifted)
-    refused(model.to(dtype), "mixes tokens outside attention", "flat")
+def doubled_compiled(_: Around, states: torch.Tensor) -> torch.Tensor:
+    return states * 2 if torch.compiler.is_compiling() else states
+
+
+def given(states: Callable[[Around, torch.Tensor], object], family: str = "llama") -> nn.Module:
+    """A model whose second block's layer is given other states."""
+    model = build(family)
+    block = (model.transformer.h if family == "bloom" else model.model.layers)[1]
+    block.mlp = Around(block.mlp, states)
+    return model
+
+
+def test_tokens_mixed_outside_attention() -> None:
+    for model in (given(shifted), given(shifted).to(torch.bfloat16)):
+        refused(model, "mixes tokens outside attention", "flat")
 
 
 def test_state_outside_the_cache() -> None:
-    model = build()
-    model.model.layers[0].mlp = Around(model.model.layers[0].mlp, remembers)
     with pytest.raises(CaptureError, match="keeps state outside the KV cache"):
-        stitch(model, config=EAGER)
+        stitch(given(remembers), config=EAGER)
+    model = build("bloom")
+    layer = model.transformer.h[0].mlp
+    own = layer.forward
+
+    def counts(*args: object) -> torch.Tensor:
+        layer.calls = getattr(layer, "calls", 0) + 1
+        return own(*args) * layer.calls
+
+    layer.forward = counts
+    with pytest.raises(CaptureError, match="differs from the model's own"):
+        stitch(model, config=EAGER, way="whole")
 
 
-def test_graph_break() -> None:
-    model = build()
-    model.model.layers[0].mlp = Around(model.model.layers[0].mlp, branches)
-    refused(model, "one graph|graph break|data-dependent")
-
-
-def test_shared_attention_module() -> None:
-    model = build()
-    model.model.layers[1].self_attn = model.model.layers[0].self_attn
-    assert refused(model, "twice", "flat").where == "layers.0.self_attn"
+def test_what_no_graph_holds_or_a_graph_would_do_otherwise() -> None:
+    refused(given(branches), "one graph|graph break|data-dependent")
+    refused(given(doubled_compiled, "bloom"), r"flattened: .* nor whole: .*")
 
 
 def test_experts_in_a_loop() -> None:
@@ -94,12 +95,15 @@ def test_experts_in_a_loop() -> None:
     stitch(model, config=EAGER)
 
 
-def test_attention_with_more_than_the_op_carries() -> None:
+def test_attention_that_is_shared_or_takes_more() -> None:
     model = build()
     attention = model.model.layers[0].self_attn
     own = attention.forward
     attention.forward = lambda *args, **kwargs: own(*args, head_bias=torch.zeros(4), **kwargs)
     assert refused(model, "head_bias", "flat").where == "layers.0.self_attn"
+    model = build()
+    model.model.layers[1].self_attn = model.model.layers[0].self_attn
+    assert refused(model, "twice", "flat").where == "layers.0.self_attn"
 
 
 def test_what_is_seen_at_sight_or_in_a_result() -> None:

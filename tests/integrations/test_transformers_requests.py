@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from models import EAGER
-from small_llms import GEMMA, Pair
+from small_llms import GEMMA, GENERATIONS, Pair
 from small_llms import build as built
 
 from piecework.errors import InputError, PieceworkError, UsageError
@@ -54,16 +54,20 @@ def pair() -> Iterator[Pair]:
     assert stitched_module(pair.stitched) is before
 
 
-GENERATIONS = (
-    *({"cache_implementation": "static"}, {"use_cache": False}, {"num_beams": 3}),
-    *({"num_return_sequences": 2, "num_beams": 2}, {"prefill_chunk_size": 4}),
-    {"attention_mask": None},
-)
+OTHERS = {
+    "static": {"cache_implementation": "static"},
+    "beams for each": {"num_return_sequences": 2, "num_beams": 2},
+    **{"chunks": {"prefill_chunk_size": 4}, "no mask": {"attention_mask": None}},
+    **{"lookup": {"prompt_lookup_num_tokens": 2}, "assisted": {"assistant_model": build()}},
+}
 
 
-@pytest.mark.parametrize("how", GENERATIONS, ids=lambda how: "-".join(how))
-def test_generation_equals_eager(pair: Pair, how: dict[str, object]) -> None:
-    pair.generate(IDS, **{"attention_mask": MASK, "max_new_tokens": 8, **how})
+@pytest.mark.parametrize("way", [*GENERATIONS, *OTHERS])
+def test_generation_equals_eager(pair: Pair, way: str) -> None:
+    alone = way in ("lookup", "assisted")  # which are for one sequence
+    how = {**({} if alone else {"attention_mask": MASK}), **(GENERATIONS | OTHERS)[way]}
+    done = pair.generate(IDS[:1] if alone else IDS, max_new_tokens=12, **how)
+    assert done.sequences[:, 9:].unique().numel() > 1, "the model says the same always"
 
 
 @pytest.mark.parametrize("cache", [None, "static"])

@@ -7,12 +7,12 @@ import logging
 import pytest
 import torch
 from models import EAGER
-from small_llms import Pair, build
+from small_llms import GENERATIONS, Around, Pair, build
 from torch import nn
 
-from piecework.bench.lists.generation import Family, causal_lms, try_family
+from piecework.bench.lists.generation import Family, causal_lms, encoder_decoders, try_family
 from piecework.bench.lists.trial import Options
-from piecework.errors import CaptureError, ConfigError, InputError, StaticGraphError, UsageError
+from piecework.errors import ConfigError, InputError, StaticGraphError, UsageError
 from piecework.integrations.transformers import how_served, stitch, stitched_module, unstitch
 from piecework.runtime.counters import counters
 
@@ -24,10 +24,10 @@ IDS = torch.randint(3, 97, (3, 6), generator=torch.Generator().manual_seed(5))
 def whole(
     family: str = "bloom", way: object = None, around: object = None, **fields: object
 ) -> Pair:
-    """A model twice, once stitched whole; ``around``: what its second block's layer is put inside of."""
+    """A model twice, once stitched whole; ``around``: what a layer of its second block is given."""
     model = build(family, norms=1.0, **fields)
     if around is not None:
-        model.transformer.h[1].mlp = around(model.transformer.h[1].mlp)
+        model.transformer.h[1].mlp = Around(model.transformer.h[1].mlp, around)
     pair = Pair(model, way=way)
     assert how_served(pair.stitched).way == "whole"
     return pair
@@ -38,17 +38,10 @@ def pair() -> Pair:
     return whole()
 
 
-GENERATIONS = {
-    "greedy": {},
-    "sampled": {"do_sample": True, "top_k": 20},
-    "beams": {"num_beams": 3},
-    "sampled beams": {"num_beams": 2, "do_sample": True},
-    "several for each": {"num_return_sequences": 2, "do_sample": True},
-    "no cache": {"use_cache": False},
-}
+WAYS = {**GENERATIONS, "greedy": {}, "sampled beams": {"num_beams": 2, "do_sample": True}}
 
 
-@pytest.mark.parametrize("how", GENERATIONS.values(), ids=GENERATIONS.keys())
+@pytest.mark.parametrize("how", WAYS.values(), ids=WAYS.keys())
 @pytest.mark.parametrize("batch", [1, 2, 3])
 def test_generation(pair: Pair, batch: int, how: dict[str, object]) -> None:
     pair.generate(IDS[:batch], **how)
@@ -186,21 +179,13 @@ def test_calls_that_are_refused(pair: Pair, given: dict[str, object], reason: st
         pair.stitched.transformer(**{"input_ids": IDS, **given})
 
 
-class NeedsData(nn.Module):
+def needs_data(_: Around, states: torch.Tensor) -> torch.Tensor:
     """Reads a number out of a tensor where there is a single sequence, which no graph can."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, states: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        if states.shape[0] == 1 and float(states.sum()) > 1e9:
-            return states
-        return self.inner(states, residual)
+    return states * 2 if states.shape[0] == 1 and float(states.sum()) > 1e9 else states
 
 
 def test_kinds_of_calls_that_no_graph_holds(caplog: pytest.LogCaptureFixture) -> None:
-    pair = whole(around=NeedsData)
+    pair = whole(around=needs_data)
     pair.generate(IDS[:2])
     assert not how_served(pair.stitched).as_it_is
     with caplog.at_level(logging.WARNING, "piecework"):
@@ -210,49 +195,15 @@ def test_kinds_of_calls_that_no_graph_holds(caplog: pytest.LogCaptureFixture) ->
     assert "as it is" in str(how_served(pair.stitched))
 
 
-class Differs(nn.Module):
-    """Computes something else while it is compiled."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, states: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        if torch.compiler.is_compiling() and states.shape[0] == 1:
-            states = states * 1.5
-        return self.inner(states, residual)
+def differs(_: Around, states: torch.Tensor) -> torch.Tensor:
+    """Something else while it is compiled for a single sequence."""
+    return states * 1.5 if torch.compiler.is_compiling() and states.shape[0] == 1 else states
 
 
 def test_kinds_of_calls_that_would_differ() -> None:
-    pair = whole(around=Differs)
+    pair = whole(around=differs)
     pair.generate(IDS[:1])
     assert all("differs" in why for why in how_served(pair.stitched).as_it_is)
-
-
-def test_a_decoder_that_would_differ_is_refused() -> None:
-    model = build("bloom")
-    inner = model.transformer.h[1].mlp
-    model.transformer.h[1].mlp = wrong = Differs(inner)
-    wrong.forward = lambda states, residual: inner(  # type: ignore[method-assign]
-        states * 2 if torch.compiler.is_compiling() else states, residual
-    )
-    with pytest.raises(CaptureError, match=r"flattened: .* nor whole: .*"):
-        stitch(model, config=EAGER)
-    assert "forward" not in vars(model.transformer)
-
-
-def test_state_in_modules_is_refused() -> None:
-    model = build("bloom")
-    layer = model.transformer.h[0].mlp
-    own = layer.forward
-
-    def remembers(*args: object) -> torch.Tensor:
-        layer.calls = getattr(layer, "calls", 0) + 1
-        return own(*args) * layer.calls
-
-    layer.forward = remembers
-    with pytest.raises(CaptureError, match="differs from the model's own"):
-        stitch(model, config=EAGER, way="whole")
 
 
 def test_no_static_graphs_and_no_such_way(pair: Pair) -> None:
@@ -303,11 +254,15 @@ def test_while_the_compiler_is_off() -> None:
     assert how_served(pair.stitched).modules
 
 
+FAMILIES = [Family(row.name) for row in causal_lms()]
+PAIRS = [Family(row.name, pair=True) for row in encoder_decoders()]
+
+
 @pytest.mark.sample(80)
-@pytest.mark.parametrize("family", [row.name for row in causal_lms()])
-def test_families(family: str) -> None:
+@pytest.mark.parametrize("family", [*FAMILIES, *PAIRS], ids=lambda family: family.name)
+def test_families(family: Family) -> None:
     """Equal, or refused by name; which it is says the page of the documentation."""
-    found = try_family(Family(family), Options("eager"))
+    found = try_family(family, Options("eager"))
     assert found.skipped or found.verdicts["piecework"].status in ("equal", "refused"), found
     equal = not found.skipped and found.verdicts["piecework"].status == "equal"
     assert found.way in (("flat", "whole") if equal else ("",))

@@ -9,6 +9,7 @@ import os
 
 import pytest
 import torch
+from small_llms import build
 from torch import nn
 
 import piecework
@@ -105,21 +106,10 @@ def assert_alike(stitched: piecework.StitchedModule, model: nn.Module, sizes) ->
 
 
 def small_llama(dtype: torch.dtype):  # type: ignore[no-untyped-def]
-    transformers = pytest.importorskip("transformers")
-    config = transformers.LlamaConfig(
-        vocab_size=512,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-    )
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(config).to(DEVICE, dtype).eval()
-    model.generation_config.pad_token_id = 0
-    model.generation_config.eos_token_id = None
-    return model
+    pytest.importorskip("transformers")
+    sizes = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 256}
+    model = build(scale=0.02, norms=1.0, max_position_embeddings=128, **sizes)
+    return model.to(DEVICE, dtype)
 
 
 @piecework.splitting_op("gpu_tests::remember", mutates_args=("cache", "out"))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from models import EAGER
+from torch import nn
 
 SHAPE = {
     **{"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2},
@@ -38,6 +40,14 @@ PAIRS = {
 }
 
 
+# Ways to generate, which every kind of model is asked for.
+GENERATIONS = {
+    **{"sampled": {"do_sample": True, "top_k": 20}, "beams": {"num_beams": 3}},
+    **{"several for each": {"num_return_sequences": 2, "do_sample": True}},
+    "no cache": {"use_cache": False},
+}
+
+
 def build(
     family: str = "llama",
     *,
@@ -61,6 +71,28 @@ def build(
             if weight.ndim == 1:
                 weight.add_(norms)
     return model
+
+
+def prompts(batch: int, length: int = 6) -> torch.Tensor:
+    return torch.randint(1, 97, (batch, length), generator=torch.Generator().manual_seed(batch))
+
+
+def generated(model: Any, batch: int, **how: object) -> torch.Tensor:
+    """What ``model`` makes of a batch of `prompts`, and the prompts."""
+    ids = prompts(batch)
+    how = {"max_new_tokens": 8, "do_sample": False, **how}
+    return model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **how)
+
+
+class Around(nn.Module):
+    """Has ``states`` say what another module is given."""
+
+    def __init__(self, inner: nn.Module, states: Callable[[Any, torch.Tensor], object]) -> None:
+        super().__init__()
+        self.inner, self.states = inner, states
+
+    def forward(self, states: torch.Tensor, *more: object) -> torch.Tensor:
+        return self.inner(self.states(self, states), *more)
 
 
 class Pair:
