@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 import torch
 from models import EAGER, Block, Layers, mix_pair
 from torch import nn
 
 import piecework
-from piecework.errors import CaptureError, InputError, PieceCompileError
-from piecework.runtime.config.compilation import CompilationConfig
+from piecework.errors import CaptureError, InputError
 
 
 class Stack(Layers):
@@ -168,25 +165,6 @@ def test_a_model_that_computes_nothing_returns_what_it_returns() -> None:
     longer = torch.randn(5)
     assert stitched(x, longer) is x
     assert stitched(longer, x) is x
-
-
-class Fails:
-    """A compiler that fails."""
-
-    name = "fails"
-
-    def compute_hash(self, config: object) -> str:
-        return "fails"
-
-    def compile(self, graph: object, *rest: object) -> object:
-        raise RuntimeError("no registers left")
-
-
-def test_a_compiler_of_ones_own_is_found_and_its_failure_names_the_piece() -> None:
-    sys.modules.setdefault("compile_api_fails", sys.modules[__name__])
-    config = CompilationConfig(backend="compile_api_fails:Fails")
-    with pytest.raises(PieceCompileError, match=r"submod_0.*no registers left.*layers\.0"):
-        piecework.compile(Stack(), (torch.randn(4, 8),), config=config)
 
 
 @pytest.mark.inductor

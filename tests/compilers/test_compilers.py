@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import ClassVar
 
 import pytest
 import torch
+from models import Told
 from processes import python
 from torch import nn
 
@@ -45,23 +45,14 @@ class Model(nn.Module):
         return (x + self.leave(out)).masked_fill(x > 3, float("-inf"))
 
 
-class Picky:
-    """Fails on a piece that holds what ``refuses`` names; else as eager, and keeps nothing."""
+class Picky(Told):
+    """Keeps nothing."""
 
     name = "picky"
-    refuses: ClassVar[str] = ""
-
-    def compute_hash(self, config: CompilationConfig) -> str:
-        return type(self).__name__
-
-    def compile(self, graph, example_inputs, config, compile_range):  # type: ignore[no-untyped-def]
-        if Picky.refuses and any(Picky.refuses in str(node.target) for node in graph.graph.nodes):
-            raise ValueError(f"no rule for {Picky.refuses}\nand a second line")
-        return CompiledPiece(graph.forward)
 
 
 class NoName(Picky):
-    name = None  # type: ignore[assignment]
+    name = None
 
 
 class OnlyToBytes(Picky):
@@ -116,7 +107,11 @@ def test_what_is_no_compiled_piece_is_an_error() -> None:
 
 
 def test_a_failure_names_the_piece(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Picky, "refuses", "masked_fill")
+    def refuse(graph: torch.fx.GraphModule, *_: object) -> None:
+        if any("masked_fill" in str(node.target) for node in graph.graph.nodes):
+            raise ValueError("no rule for masked_fill\nand a second line")
+
+    monkeypatch.setattr(Picky, "hear", refuse)
     with pytest.raises(PieceCompileError) as caught:
         compile_with("Picky")
     error = caught.value

@@ -3,30 +3,24 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import json
 import logging
-import sys
-from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import ClassVar
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import Block, Layers, mix_pair
+from models import Block, Layers, Told, mix_pair
 from torch import nn
 
 import piecework
 from piecework.errors import ConfigError, PieceCompileError
-from piecework.runtime.compilers import CompiledPiece
 from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.model_tag import set_model_tag
 from piecework.runtime.observe.dump import Dump, Step, render_page
-
-HERE = "dumps_under_test"
-sys.modules.setdefault(HERE, sys.modules[__name__])
 
 
 class Model(Layers):
@@ -34,27 +28,9 @@ class Model(Layers):
         super().__init__(Block(mix_pair) for _ in range(layers))
 
 
-class Saboteur:
-    """Compiles as eager; before that it runs ``before`` with the number of the call."""
-
-    name = "saboteur"
-    calls: ClassVar[int] = 0
-
-    before: ClassVar[Callable[[int], object]] = staticmethod(lambda call: None)
-
-    def compute_hash(self, config: CompilationConfig) -> str:
-        return "saboteur"
-
-    def compile(self, graph, example_inputs, config, compile_range):  # type: ignore[no-untyped-def]
-        Saboteur.calls += 1
-        type(self).before(Saboteur.calls)
-        return CompiledPiece(graph.forward)
-
-
 @pytest.fixture
-def sabotage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> CompilationConfig:
-    monkeypatch.setattr(Saboteur, "calls", 0)
-    return CompilationConfig(backend=f"{HERE}:Saboteur", debug_dump_path=tmp_path)
+def sabotage(tmp_path: Path) -> CompilationConfig:
+    return CompilationConfig(backend="models:Told", debug_dump_path=tmp_path)
 
 
 class PageText(HTMLParser):
@@ -168,11 +144,13 @@ def test_a_file_in_place_of_the_folder_is_an_error_before_compiling(tmp_path: Pa
 def test_a_failed_compile_leaves_readable_stages(
     sabotage: CompilationConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def second_fails(call: int) -> None:
-        if call % 2 == 0:  # in each trace that is tried
+    calls = itertools.count(1)
+
+    def second_fails(*_: object) -> None:
+        if next(calls) % 2 == 0:  # in each trace that is tried
             raise ValueError("<no rule> & nothing")
 
-    monkeypatch.setattr(Saboteur, "before", staticmethod(second_fails))
+    monkeypatch.setattr(Told, "hear", second_fails)
     with pytest.raises(PieceCompileError):
         piecework.compile(Model(), (torch.randn(4, 8),), config=sabotage)
     folder = tmp_path / "rank_0" / "Model"
@@ -192,7 +170,7 @@ def test_a_dump_that_can_not_go_on_does_not_stop_the_compilation(  # type: ignor
 ) -> None:
     folder = tmp_path / "rank_0" / "Model"
     blocked = folder / "03_plan.txt"
-    monkeypatch.setattr(Saboteur, "before", staticmethod(lambda call: blocked.mkdir(exist_ok=True)))
+    monkeypatch.setattr(Told, "hear", lambda *_: blocked.mkdir(exist_ok=True))
     model, x = Model(), torch.randn(4, 8)
     with caplog.at_level(logging.WARNING, logger="piecework"):
         stitched = piecework.compile(model, (x,), config=sabotage)

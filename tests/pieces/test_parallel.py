@@ -5,27 +5,21 @@ from __future__ import annotations
 import io
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import ClassVar
 
 import pytest
 import torch
-from models import mix
+from models import Kept, mix
 from rich.console import Console
 from torch import nn
 
 import piecework
 from piecework.errors import PieceCompileError
-from piecework.runtime.compilers import CompiledPiece
 from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.observe.progress import CompileProgress
 from piecework.runtime.pieces.parallel import run_in_workers
-
-HERE = "parallel_under_test"
-sys.modules.setdefault(HERE, sys.modules[__name__])
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
@@ -45,42 +39,35 @@ class Model(nn.Module):
         return self.layers[-1](x)
 
 
-class Logging:
-    """Compiles nothing, keeps a byte, and writes down which process compiled what."""
+class Log:
+    """Which process compiled what: number, width, range."""
 
-    name = "logging"
-    log: ClassVar[Path] = Path()
-    refuses: ClassVar[str] = ""
+    def __init__(self, path: Path) -> None:
+        self.path, self.refuses = path, ""
 
-    def compute_hash(self, config: object) -> str:
-        return "logging"
-
-    def compile(self, graph, example_inputs, config, compile_range):  # type: ignore[no-untyped-def]
-        first = next(each for each in example_inputs if isinstance(each, torch.Tensor))
+    def hear(self, graph: object, inputs: list[object], compile_range: object) -> None:
+        first = next(each for each in inputs if isinstance(each, torch.Tensor))
         width = str(first.shape[-1])
-        with Logging.log.open("a") as file:
+        with self.path.open("a") as file:
             file.write(f"{os.getpid()} {width} {compile_range}\n")
-        if width == Logging.refuses:
+        if width == self.refuses:
             raise ValueError(f"no width {width}")
-        return CompiledPiece(graph.forward)
 
-    def to_bytes(self, piece: CompiledPiece) -> bytes:
-        return b"."
-
-    def from_bytes(self, data: bytes, graph: torch.fx.GraphModule) -> CompiledPiece:
-        return CompiledPiece(graph.forward)
-
-    @staticmethod
-    def lines() -> list[list[str]]:
-        return [line.split(" ", 2) for line in Logging.log.read_text().splitlines()]
+    def lines(self) -> list[list[str]]:
+        return [line.split(" ", 2) for line in self.path.read_text().splitlines()]
 
 
 @pytest.fixture
-def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CompilationConfig:
-    monkeypatch.setattr(Logging, "log", tmp_path / "log")
-    monkeypatch.setattr(Logging, "refuses", "")
+def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Log:
+    found = Log(tmp_path / "log")
+    monkeypatch.setattr(Kept, "hear", found.hear)
+    return found
+
+
+@pytest.fixture
+def config(tmp_path: Path, log: Log) -> CompilationConfig:
     return CompilationConfig(
-        backend=f"{HERE}:Logging",
+        backend="models:Kept",
         cache_dir=tmp_path / "cache",
         debug_dump_path=tmp_path / "dump",
         compile_workers=2,
@@ -122,18 +109,18 @@ def test_a_failing_a_dying_and_a_hanging_worker_are_reported_and_the_rest_runs()
     assert seen == {name: name == "works" for name in jobs}
 
 
-def test_nothing_is_forked_once_cuda_is_in_use(config, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+def test_nothing_is_forked_once_cuda_is_in_use(config, log, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     piecework.compile(Model(), (torch.randn(4, 4),), config=config)
-    assert {pid for pid, _, _ in Logging.lines()} == {str(os.getpid())}
+    assert {pid for pid, _, _ in log.lines()} == {str(os.getpid())}
 
 
 def test_each_piece_is_compiled_once_and_all_but_the_first_in_workers(
-    config: CompilationConfig,
+    config: CompilationConfig, log: Log
 ) -> None:
     model = Model()
     stitched = piecework.compile(model, (torch.randn(4, 4),), config=config)
-    lines = Logging.lines()
+    lines = log.lines()
     assert len(lines) == 10 == len({(width, sizes) for _, width, sizes in lines})
     assert [pid for pid, _, _ in lines].count(str(os.getpid())) == 1
     assert sum(row.compiles for row in stitched.report().ranges) == 10
@@ -142,18 +129,18 @@ def test_each_piece_is_compiled_once_and_all_but_the_first_in_workers(
         torch.testing.assert_close(stitched(x), model(x))
     # Everything is in the cache now: nothing is forked and nothing compiled.
     again = piecework.compile(model, (torch.randn(4, 4),), config=config)
-    assert Logging.lines() == lines
+    assert log.lines() == lines
     torch.testing.assert_close(again(x), model(x))
 
 
 def test_a_piece_that_fails_in_a_worker_fails_as_it_does_without(
-    config: CompilationConfig, monkeypatch: pytest.MonkeyPatch
+    config: CompilationConfig, log: Log
 ) -> None:
-    monkeypatch.setattr(Logging, "refuses", "6")
+    log.refuses = "6"
     with pytest.raises(PieceCompileError, match="no width 6") as caught:
         piecework.compile(Model(), (torch.randn(4, 4),), config=config)
     assert "layers.2" in str(caught.value.where)
-    widths = [(pid, width) for pid, width, _ in Logging.lines() if width == "6"]
+    widths = [(pid, width) for pid, width, _ in log.lines() if width == "6"]
     assert str(os.getpid()) in dict(widths)  # the error is raised here, with its own traceback
 
 

@@ -2,44 +2,21 @@
 
 from __future__ import annotations
 
-import sys
-from typing import ClassVar
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from models import EAGER, mix
+from models import EAGER, Told, mix
 from torch import nn
 
 import piecework
 from piecework.errors import BindError, ConfigError, InputError
 from piecework.runtime.batch.ranges import Range
-from piecework.runtime.compilers import CompiledPiece
 from piecework.runtime.config.compilation import CompilationConfig, RuntimeConfig
 from piecework.runtime.pieces.backend import PieceworkBackend
 from piecework.runtime.pieces.manager import create_concrete_args
 from piecework.runtime.pieces.piecewise import PiecewiseBackend
-
-sys.modules.setdefault("piece_ranges_compilers", sys.modules[__name__])
-
-
-class Recording:
-    """An eager compiler that records what it was given and which form of a piece runs."""
-
-    name = "recording"
-    inputs: ClassVar[list[tuple[str, list[object]]]] = []
-    ran: ClassVar[list[str]] = []
-
-    def compute_hash(self, config: object) -> str:
-        return self.name
-
-    def compile(self, graph, example_inputs, config, compile_range):  # type: ignore[no-untyped-def]
-        Recording.inputs.append((str(compile_range), list(example_inputs)))
-
-        def run(*args: object) -> object:
-            Recording.ran.append(str(compile_range))
-            return graph.forward(*args)
-
-        return CompiledPiece(run)
 
 
 class Model(nn.Module):
@@ -55,35 +32,48 @@ class Model(nn.Module):
         return self.leave(out) + side.sum()
 
 
-def compile_model(**fields: object) -> tuple[Model, piecework.StitchedModule]:
-    Recording.inputs.clear()
-    Recording.ran.clear()
-    model = Model()
-    config = CompilationConfig(backend="piece_ranges_compilers:Recording", **fields)
-    made = piecework.compile(model, (torch.randn(4, 8), torch.randn(5)), config=config)
-    Recording.ran.clear()  # pieces are tried when they are compiled
-    return model, made
+GIVEN: list[tuple[str, list[object]]] = []  # to the compiler, by range
+RAN: list[str] = []  # the range of each form that ran
+
+
+@pytest.fixture
+def compile_model(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Model, Any]]:
+    """Compiles a model, and records what the compiler is given and which form of a piece runs."""
+
+    def hear(graph: Any, inputs: list[object], compile_range: Range) -> Callable[..., object]:
+        GIVEN.append((str(compile_range), list(inputs)))
+        return lambda *args: RAN.append(str(compile_range)) or graph.forward(*args)
+
+    def run(**fields: object) -> tuple[Model, piecework.StitchedModule]:
+        GIVEN.clear()
+        model, config = Model(), CompilationConfig(backend="models:Told", **fields)
+        made = piecework.compile(model, (torch.randn(4, 8), torch.randn(5)), config=config)
+        RAN.clear()  # pieces are tried when they are compiled
+        return model, made
+
+    monkeypatch.setattr(Told, "hear", hear)
+    return run
 
 
 @pytest.mark.parametrize(
     ("batch", "served_by"),
     [(2, "[1, 16]"), (8, "[8, 8]"), (16, "[1, 16]"), (17, "[17, 256]"), (999, "[257, …]")],
 )
-def test_each_batch_runs_its_form_in_every_piece(batch: int, served_by: str) -> None:
+def test_each_batch_runs_its_form_in_every_piece(compile_model, batch: int, served_by: str) -> None:  # type: ignore[no-untyped-def]
     model, stitched = compile_model(compile_ranges_endpoints=[16, 256], compile_sizes=[1, 8])
     x, side = torch.randn(batch, 8), torch.randn(3)
     torch.testing.assert_close(stitched(x, side), model(x, side))
-    assert Recording.ran == [served_by] * 2
+    assert [served_by] * 2 == RAN
 
 
-def test_a_single_size_is_concrete_and_other_symbols_stay() -> None:
+def test_a_single_size_is_concrete_and_other_symbols_stay(compile_model) -> None:  # type: ignore[no-untyped-def]
     compile_model(compile_ranges_endpoints=[16], compile_sizes=[8])
-    last_single = [inputs for name, inputs in Recording.inputs if name == "[8, 8]"][-1]
+    last_single = [inputs for name, inputs in GIVEN if name == "[8, 8]"][-1]
     shapes = [tuple(value.shape) for value in last_single if isinstance(value, torch.Tensor)]
     assert (8, 8) in shapes
     symbolic = [shape for shape in shapes if any(isinstance(s, torch.SymInt) for s in shape)]
     assert len(symbolic) == 1 and len(symbolic[0]) == 1  # `side` keeps its own symbol
-    general = [inputs for name, inputs in Recording.inputs if name == "[1, 16]"][-1]
+    general = [inputs for name, inputs in GIVEN if name == "[1, 16]"][-1]
     sizes = [size for each in general if isinstance(each, torch.Tensor) for size in each.shape]
     assert sum(isinstance(size, torch.SymInt) for size in sizes) > 1
 

@@ -1,13 +1,15 @@
-"""What many test files compile: a few splitting operators, layers around them, and a configuration without a compiler."""
+"""What many test files compile: a few splitting operators, layers around them, and compilers that leave pieces as they are."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 import piecework
+from piecework.runtime.compilers import CompiledPiece
 
 EAGER = piecework.CompilationConfig(backend="eager")
 
@@ -33,6 +35,30 @@ def fresh(x: torch.Tensor) -> torch.Tensor:
 
 
 fresh.register_fake(torch.empty_like)
+
+
+class Told:
+    """The compiler ``models:Told``: ``hear`` is told of each compilation, and may give what runs in the piece's place."""
+
+    name: str | None = "told"
+    hear: ClassVar[Callable[..., Any]] = staticmethod(lambda graph, inputs, compile_range: None)
+
+    def compute_hash(self, config: piecework.CompilationConfig) -> str:
+        return type(self).__name__
+
+    def compile(self, graph, example_inputs, config, compile_range):  # type: ignore[no-untyped-def]
+        found = type(self).hear(graph, example_inputs, compile_range)
+        return CompiledPiece(found or graph.forward)
+
+
+class Kept(Told):
+    """Keeps a byte of each piece."""
+
+    def to_bytes(self, piece: CompiledPiece) -> bytes:
+        return b"."
+
+    def from_bytes(self, data: bytes, graph: torch.fx.GraphModule) -> CompiledPiece:
+        return CompiledPiece(graph.forward)
 
 
 class Block(nn.Module):
