@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from processes import python
 
 PROGRAM = """
 import sys
@@ -63,15 +61,7 @@ def test_a_trace_log_holds_every_stage(tmp_path: Path, backend: str) -> None:
     program.write_text(PROGRAM)
     logs.mkdir()
     places = {"TORCH_TRACE": str(logs), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "ind")}
-    done = subprocess.run(
-        [sys.executable, str(program), backend, str(tmp_path / "cache")],
-        env={**os.environ, **places},
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    done = python(program, backend, tmp_path / "cache", **places)
     found = [each for log in sorted(logs.iterdir()) for each in artifacts_of(log.read_text())]
     ours = [(name, text) for name, text in found if name.startswith("piecework_")]
     assert [name.removeprefix("piecework_") for name, _ in ours] == [

@@ -207,15 +207,15 @@ if __name__ == "__main__":
     while not all(Path(FOLDER, f"rank_{each}_is_here").exists() for each in range(WORLD)):
         time.sleep(0.05)
     dist.init_process_group("gloo", timeout=TIMEOUT)
-    # A line is one write: two ranks may share one pipe.
     try:
         # Of several modes, what each found; of one, what that one found.
         modes = sys.argv[1].split(",")
         each = {mode: main(mode) for mode in modes}
-        line = json.dumps({"rank": RANK, "found": each if len(modes) > 1 else each[modes[0]]})
-        os.write(1, f"{line}\n".encode())
+        said = {"found": each if len(modes) > 1 else each[modes[0]]}
     except Exception as error:  # noqa: BLE001 - the test reads which
-        text = {"rank": RANK, "error": type(error).__name__, "says": str(error)}
-        os.write(1, f"{json.dumps(text)}\n".encode())
+        said = {"error": type(error).__name__, "says": str(error)}
+    # A line is one write: two ranks may share one pipe.
+    os.write(1, f"{json.dumps({'rank': RANK, **said})}\n".encode())
+    if "error" in said:
         os._exit(3)  # the group is not taken down: what torch does about that at exit is its own
     dist.destroy_process_group()

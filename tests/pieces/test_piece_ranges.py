@@ -13,7 +13,7 @@ from torch import nn
 import piecework
 from piecework.errors import BindError, ConfigError, InputError
 from piecework.runtime.batch.ranges import Range
-from piecework.runtime.config.compilation import CompilationConfig, RuntimeConfig
+from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.pieces.backend import PieceworkBackend
 from piecework.runtime.pieces.manager import create_concrete_args
 from piecework.runtime.pieces.piecewise import PiecewiseBackend
@@ -85,16 +85,6 @@ def test_concrete_arguments_keep_strides_and_offset() -> None:
     (tensor,) = [a for a in args if isinstance(a, torch.Tensor)]
     assert tensor.shape[0] == 7
     assert tensor.storage_offset() == base[1:5, 2:10].storage_offset()
-
-
-def test_a_batch_beyond_the_largest_is_refused_with_the_ranges() -> None:
-    x, side = torch.randn(4, 8), torch.randn(5)
-    config = CompilationConfig(backend="eager", compile_ranges_endpoints=[16])
-    limits = RuntimeConfig(max_num_batched_tokens=64, max_num_seqs=8)
-    backend = PieceworkBackend(config, runtime_config=limits)
-    torch.compile(Model(), backend=backend, dynamic=True, fullgraph=True)(x, side)
-    with pytest.raises(InputError, match=r"batch of 65 is outside .*\[1, 16\], \[17, 64\]"):
-        backend.program.submods_for(65)
 
 
 def test_ranges_without_a_batch_dimension_are_refused() -> None:

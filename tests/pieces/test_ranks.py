@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from processes import python
 
 pytestmark = pytest.mark.skipif(
     not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),
@@ -65,16 +66,12 @@ def ranks(mode: str, folder: Path, timeout: float = 60) -> list[dict[str, object
 def under_torchrun(tmp_path_factory: pytest.TempPathFactory) -> Found:
     """What both ranks found in each mode that ends well, one after the other in two processes, and their folder."""
     folder = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     place = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"{HOST}:0", "--local-addr", HOST]
-    done = subprocess.run(
-        [*command, *place, str(SCRIPT), "run,capture,once,save,load", str(folder)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PIECEWORK_CACHE_DIR": str(folder / "cache")},
-        timeout=BOUND,
+    done = python(
+        *("-m", "torch.distributed.run", "--nproc-per-node", 2, *place),
+        *(SCRIPT, "run,capture,once,save,load", folder),
+        PIECEWORK_CACHE_DIR=str(folder / "cache"),
     )
-    assert done.returncode == 0, done.stderr[-3000:]
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert sorted(row["rank"] for row in rows) == [0, 1]
     return folder, [row["found"] for row in rows]
