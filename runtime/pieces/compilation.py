@@ -94,8 +94,7 @@ class Compilation:
         self.dump.split(split_gm, items)
         counters.num_piecewise_graphs_seen += len(items)
         if self.config.cudagraph_mode is not CUDAGraphMode.NONE:
-            held = bound or writes.held_by_source(graph)
-            writes.refuse_mutations(writes.mutations_in(split_gm, names, held))
+            writes.refuse_mutations(split_gm, names, bound)
         with timed(self.phases, "compile"):
             self._compile(split_gm, names, known)
         if tried is not None:

@@ -106,17 +106,6 @@ def class_dict(kind: type) -> dict[str, object]:
 
 def global_state() -> dict[str, object]:
     """What Dynamo's guard on torch's global state compares, by name."""
-    told = getattr(GlobalStateGuard(), "__getstate__", None)
-    try:
-        found = json.loads(told()) if told is not None else None
-    except (TypeError, ValueError):
-        found = None
-    if not isinstance(found, dict):  # torch was built without it
-        found = {
-            "allow_bf16_reduce": torch._C._get_cublas_allow_bf16_reduced_precision_reduction(),
-            "allow_fp16_reduce": torch._C._get_cublas_allow_fp16_reduced_precision_reduction(),
-            "allow_tf32": torch._C._get_cublas_allow_tf32(),
-            "deterministic_algorithms": torch._C._get_deterministic_algorithms(),
-        }
+    found: dict[str, object] = json.loads(GlobalStateGuard().__getstate__())
     # torch numbers dtypes, from one version to another otherwise.
     return {**found, "default_dtype": str(torch.get_default_dtype())}

@@ -63,23 +63,19 @@ def custom_op_kernel(name: str, device_type: str) -> Callable[..., object] | Non
 
 def custom_op_function(kernel: Callable[..., object]) -> Callable[..., object]:
     """The user's function inside a result of `custom_op_kernel`."""
-    return inspect.unwrap(_innermost(kernel))
-
-
-def _innermost(function: Callable[..., object]) -> Callable[..., object]:
-    """The function that ``register_kernel`` wrapped: its wrappers close over it as ``fn``."""
-    seen = 0
-    while isinstance(function, types.FunctionType) and seen < 4:
-        inner = cells_of(function).get("fn")
+    # The wrappers of ``register_kernel`` close over what they wrap as ``fn``.
+    while isinstance(kernel, types.FunctionType) and kernel.__module__ in _WRAPPED_BY:
+        inner = cells_of(kernel).get("fn")
         if not callable(inner):
-            return function
-        if function.__module__ not in ("torch._library.custom_ops", *_DISABLED_BY):
-            return function
-        function, seen = inner, seen + 1
-    return function
+            break
+        kernel = inner
+    return inspect.unwrap(kernel)
 
 
-_DISABLED_BY = ("torch._compile", "torch._dynamo.eval_frame", "torch._dynamo.decorators")
+_WRAPPED_BY = (
+    *("torch._library.custom_ops", "torch._compile"),
+    *("torch._dynamo.eval_frame", "torch._dynamo.decorators"),
+)
 
 
 def shares_memory(args: tuple[object, ...], kwargs: dict[str, object], result: object) -> bool:

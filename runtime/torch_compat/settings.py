@@ -9,9 +9,10 @@ import importlib
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from types import ModuleType
 
 import torch
+
+from piecework.runtime.torch_compat.switches import autocast_state
 
 # Slots that hold code, which torch leaves out of what it can write down of a configuration.
 _PASS_SLOTS = {
@@ -50,7 +51,7 @@ def torch_settings() -> dict[str, object]:
     return {
         "default dtype": torch.get_default_dtype(),
         "default device": torch.get_default_device(),
-        "autocast": _autocast(),
+        "autocast": [*on, torch.is_autocast_cache_enabled()] if (on := autocast_state()) else [],
         "deterministic": [
             torch.are_deterministic_algorithms_enabled(),
             torch.is_deterministic_algorithms_warn_only_enabled(),
@@ -63,13 +64,6 @@ def torch_settings() -> dict[str, object]:
         **dict(_pairs()),
         **dict(_precisions()),
     }
-
-
-def _autocast() -> list[object]:
-    """The device types for which autocast is on, with dtypes, and whether it keeps what it cast."""
-    kinds = torch._C._autocast_supported_devices()
-    on = [[k, torch.get_autocast_dtype(k)] for k in sorted(kinds) if torch.is_autocast_enabled(k)]
-    return [*on, torch.is_autocast_cache_enabled()] if on else []
 
 
 def _attention_kernels() -> list[object]:
@@ -102,21 +96,13 @@ def _precisions() -> Iterator[tuple[str, object]]:
             yield f"fp32 precision {name}".strip(), "ieee" if found == "none" else found
 
 
-def _module(name: str) -> ModuleType | None:
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        return None
-
-
 def global_passes() -> dict[str, object]:
     """Code that was put into torch's configurations or registered with Inductor, by place."""
     found: dict[str, object] = {}
     for module, slots in _PASS_SLOTS.items():
-        config = _module(module)
-        entries = getattr(config, "_config", {})
+        config = importlib.import_module(module)
         for slot in slots:
-            value, entry = getattr(config, slot, None), entries.get(slot)
+            value, entry = getattr(config, slot, None), config._config.get(slot)
             if value is not None and not _same(value, getattr(entry, "default", None)):
                 found[f"{module.removeprefix('torch.')}.{slot}"] = value
     return found | dict(_registered())
@@ -155,13 +141,13 @@ def torch_options() -> tuple[dict[str, object], dict[str, object]]:
     found: dict[str, object] = {}
     changed: dict[str, object] = {}
     for name in _CONFIGURATIONS:
-        module = _module(name)
-        for option, value in ({} if module is None else _options_of(module)).items():
-            full = f"{name.removeprefix('torch.')}.{option}"
-            found[full] = value
-            entry = getattr(module, "_config", {}).get(option)
-            if entry is not None and value != entry.default:
-                changed[full] = value
+        module = importlib.import_module(name)
+        for option, value in module.save_config_portable(ignore_private_configs=False).items():
+            if not option.startswith(("_save_", "_cache_")):
+                full = f"{name.removeprefix('torch.')}.{option}"
+                found[full] = value
+                if value != module._config[option].default:
+                    changed[full] = value
     return found, changed
 
 
@@ -171,14 +157,6 @@ def aot_settings_unset() -> AbstractContextManager[None]:
 
     names = ("strict_autograd_cache", "bypass_autograd_cache_key", "bundled_autograd_cache")
     more = ("force_non_lazy_backward_lowering", "force_autograd_cache")
-    entries = getattr(config, "_config", {})
+    entries = config._config  # type: ignore[attr-defined]
     unset = {name: entries[name].default for name in (*names, *more) if name in entries}
-    return config.patch(unset)  # type: ignore[no-any-return]
-
-
-def _options_of(module: ModuleType) -> dict[str, object]:
-    portable = getattr(module, "save_config_portable", None)
-    if portable is None:
-        return {}
-    found = portable(ignore_private_configs=False)
-    return {key: value for key, value in found.items() if not key.startswith(("_save_", "_cache_"))}
+    return config.patch(unset)  # type: ignore[attr-defined, no-any-return]

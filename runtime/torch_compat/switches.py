@@ -90,7 +90,7 @@ set_grad_enabled = torch._C._set_grad_enabled
 
 def autocast_state() -> tuple[tuple[str, torch.dtype], ...]:
     """The device types for which autocast is on, with their dtypes."""
-    kinds = ("cpu", "cuda", "xpu")
+    kinds = sorted(torch._C._autocast_supported_devices())
     return tuple((k, torch.get_autocast_dtype(k)) for k in kinds if torch.is_autocast_enabled(k))
 
 

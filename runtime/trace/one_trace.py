@@ -215,7 +215,7 @@ class OpenTrace:
         self._fakes = _fakes(example)
         if "specialize_int" not in self._settings and int in map(type, example.leaves):
             refuse_texts_of_numbers(code)
-        self._asks_grad = bool(torch_compat.trace_names("requires_grad", *_IN_AUTOGRAD))
+        self._asks_grad = torch_compat.trace_has_name("requires_grad", *_IN_AUTOGRAD)
         self._asks_strides = says(code, "stride")
         rename(gm, self.inputs)
         self._context = torch_compat.TraceContext.running()

@@ -52,15 +52,17 @@ def mutations_in(
     return tuple(dict.fromkeys(found))
 
 
-def refuse_mutations(found: Sequence[Mutation]) -> None:
+def refuse_mutations(
+    split_gm: torch.fx.GraphModule, pieces: Sequence[str], held: Mapping[str, str]
+) -> None:
     """Raise for writes to the model's own tensors in captured pieces: warm-up would write too."""
-    for first in found:
+    for first in mutations_in(split_gm, pieces, held or _held_by_source(split_gm)):
         why = f"{first.op} writes to {first.path} inside captured piece {first.piece}; warm-up and capture would write too"
         hint = "move the write into a piecework.splitting_op, keep the state in the forward context, or set cudagraph_mode to NONE"
         raise StaticGraphError(why, where=first.where or f"node {first.node}", hint=hint)
 
 
-def held_by_source(graph: torch.fx.GraphModule) -> dict[str, str]:
+def _held_by_source(graph: torch.fx.GraphModule) -> dict[str, str]:
     """Placeholders that are parameters or buffers of a module, by what Dynamo calls them."""
     nodes = graph.graph.find_nodes(op="placeholder")
     sources = {node.name: torch_compat.placeholder_source(node) for node in nodes}

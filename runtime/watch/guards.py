@@ -62,7 +62,7 @@ class TraceGuards:
         """Note what only the running trace knows; for its backend to call."""
         self._code = frozenset(torch_compat.traced_code())
         self._ordered = torch_compat.ordered_places()
-        self._asks_tensors = bool(torch_compat.trace_names(*_ASKS_TENSORS))
+        self._asks_tensors = torch_compat.trace_has_name(*_ASKS_TENSORS)
         torch_compat.leave_guards_untimed()
 
     def place_of(self, node: torch.fx.Node, tensor: torch.Tensor) -> Place:

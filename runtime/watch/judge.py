@@ -74,27 +74,21 @@ class DynamoJudge:
 
     def less_failing(self, variables: Variables) -> DynamoJudge:
         """One that doesn't look at what fails now."""
-        dropped: set[str] = set()
-        found = self
+        found, names = copy.copy(self), set[str]()
         while text := found._failing(variables):
             failing = max((name for name in self.places.values() if name in text), key=len)
-            if failing in dropped:
+            if failing in names:
                 break
-            dropped.add(failing)
-            found = self._without(dropped)
-        return found
-
-    def _without(self, names: set[str]) -> DynamoJudge:
+            names.add(failing)
+            found.root = torch_compat.guards_where(self.root, lambda name: name not in names)
         dropped = {place for place, name in self.places.items() if name in names}
 
         def is_left(place: Place) -> bool:
             return not any(place[:n] in dropped for n in range(1, len(place) + 1))
 
-        other = copy.copy(self)
-        other.guards = [each for each in self.guards if all(map(is_left, each.places))]
-        other.root = torch_compat.guards_where(self.root, lambda name: name not in names)
-        other._alive = [(place, held) for place, held in self._alive if is_left(place)]
-        return other
+        found.guards = [each for each in self.guards if all(map(is_left, each.places))]
+        found._alive = [(place, held) for place, held in self._alive if is_left(place)]
+        return found
 
     def _failing(self, variables: Variables) -> str:
         """The text of the first guard that doesn't hold; "" if all do."""

@@ -67,6 +67,12 @@ class Computing:
             return self.__dict__["held"][name]
         except KeyError:
             raise AttributeError(name)
+class Aliased:
+    names = {"speed": "rate"}
+    def __init__(self):
+        self.rate = 2.0
+    def __getattribute__(self, name):
+        return super().__getattribute__(super().__getattribute__("names").get(name, name))
 class Table(dict):
     pass
 class Row(list):
@@ -348,16 +354,22 @@ def make_case(seed: int) -> Case:
         elif number >= first and chosen:
             passed[f"p{number}"] = made("$")
     source.shuffle(forward)
-    signature = ", ".join(["self", "x", *passed, *(["**kwargs"] if more else [])])
+    signature = ["self", "x", *passed, *(["**kwargs"] if more else [])]
+    text = model_source(top, init, signature, ["x = self.first(x)", *forward])
+    steps = [source.choice(changes) for _ in range(source.randint(1, 4))]
+    return Case(text, passed | more, steps)
+
+
+def model_source(top: list[str], init: list[str], signature: list[str], forward: list[str]) -> str:
+    """A module with a class ``Model`` of these statements."""
     lines = [
         *top,
         *("class Model(nn.Module):", "    def __init__(self):", "        super().__init__()"),
         *(f"        {line}" for line in init),
-        *(f"    def forward({signature}):", "        x = self.first(x)"),
+        f"    def forward({', '.join(signature)}):",
         *(f"        {line}" for line in (*forward, "return x")),
     ]
-    steps = [source.choice(changes) for _ in range(source.randint(1, 4))]
-    return Case(PRELUDE + "\n".join(lines), passed | more, steps)
+    return PRELUDE + "\n".join(lines)
 
 
 class Run:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
-import enum
 import types
-from typing import ClassVar
 
 import pytest
 import torch
 from models import EAGER
+from python_state_cases import Case, Run, model_source
 from torch import nn
 
 import piecework
@@ -18,370 +15,206 @@ from piecework.errors import BindError, InputError
 from piecework.runtime import torch_compat
 from piecework.runtime.watch.dict_watch import DictWatch, Look
 
-RATE = 2.0
-TABLE = {"rate": 2.0}
+# What a model holds and what its forward reads of that, and below what changes it, and puts it back.
+STATE = """
+self.a = None -> x = x if self.a is None else self.a(x)
+  m.a = nn.Linear(4, 4)
+pass -> x = x * getattr(self, 'extra', 2.0)
+  m.extra = 5.0
+pass -> x = x * 2 if hasattr(self, 'extra') else x
+  m.extra = None
+self.l = nn.ModuleList([nn.Linear(4, 4)]) -> for each in self.l: x = each(x)
+  m.l.append(nn.Linear(4, 4))
+self.i = [1.0, [2.0, {'k': [3.0]}]] -> x = x * self.i[0] * self.i[1][0] * self.i[1][1]['k'][0]
+  m.i[0] = 5.0
+  m.i[1][1]['k'][0] = 5.0
+self.p = (1.0, (2.0, [3.0])) -> x = x * self.p[1][0] * self.p[1][1][0]
+  m.p = (1.0, (5.0, [3.0]))
+self.d = {'a': 2.0, 'b': 3.0} -> for k, v in self.d.items(): x = x * v + len(k)
+  m.d.update(a=5.0)
+  m.d.update(c=5.0)
+self.m = {1, 2} -> x = x * 2 if 2 in self.m else x
+  m.m.discard(2)
+self.e = Level.LOW -> x = x * 2 if self.e is Level.LOW else x
+  m.e = Level.HIGH
+self.e, self.m = Level.LOW, {1, Level.LOW} -> x = x * self.e.value if 1 in self.m else x
+  m.e = Level.HIGH
+pass -> x = x * self.block.rate * Plain.common
+  Block.rate = 5.0 <> Block.rate = 2.0
+  Plain.common = 5.0
+self.o = Slotted() -> x = x * self.o.rate
+  m.o.rate = 5.0
+self.o = types.SimpleNamespace(rate=2.0) -> x = x * self.o.rate
+  m.o.rate = 5.0
+self.o = Computing(rate=2.0) -> x = x * self.o.rate
+  m.o.held.update(rate=5.0)
+self.o = Aliased() -> x = x * self.o.speed
+  m.o.rate = 5.0
+self.f = closing(3.0) -> x = self.f(x)
+  m.f.held[0] = 5.0
+  m.f.change(5.0)
+global RATE, TABLE; RATE, TABLE = 2.0, {'rate': 2.0} -> x = helper(x * RATE * TABLE['rate'])
+  globals().update(RATE=5.0)
+  TABLE.update(rate=5.0) <> TABLE.update(rate=2.0)
+  helper.__defaults__ = (5.0,) <> helper.__defaults__ = (2.0,)
+  helper.__code__ = (lambda x, by=2.0, *, plus=0.5: x * 21.0).__code__
+self.register_buffer('t', torch.ones(5)) -> x = x * self.t.shape[0]
+  m.register_buffer('t', torch.ones(7))
+self.register_buffer('t', torch.ones(4)) -> x = x * self.t + (100 if isinstance(self.t, nn.Parameter) else 0)
+  del m.t; m.t = nn.Parameter(torch.ones(4))
+pass -> x = x * 2 if self.block.linear.weight.requires_grad else x
+  m.requires_grad_(False)
+pass -> x = x * torch.ones(4)
+  torch.set_default_dtype(torch.float64) <> torch.set_default_dtype(torch.float32)
+pass -> pass
+  m.block.gain = 5.0
+  m.block.__class__ = Other
+  Model.forward = lambda self, x: x
+  Model.__call__ = lambda self, x: x <> del Model.__call__
+  was, Block.scaled = Block.scaled, lambda self, x: x * 9 <> Block.scaled = was
+  d = Block.scaled.__defaults__; Block.scaled.__defaults__ = (9.0,) <> Block.scaled.__defaults__ = d
+  Block.twice = property(lambda self: 9.0)
+  m.block.register_forward_hook(lambda *a: a[-1] * 2)
+  h = nn.modules.module.register_module_forward_hook(lambda *a: a[-1] * 2) <> h.remove()
+"""
+HARMLESS = """
+self.o = Slotted(); self.p = (1.0, (2.0, [3.0])) -> x = x * self.o.rate * self.p[1][0]
+  m.unread = 1
+  Block.unread = 1
+  was, nn.Module.forward = nn.Module.forward, None <> nn.Module.forward = was
+  nn.Module.extra = None <> del nn.Module.extra
+  m.p = (1.0, (2.0, [3.0]))
+  m.o = Slotted()
+  m.requires_grad_(False)
+  h = nn.Linear(1, 1).register_forward_hook(print)
+"""
+# The same of an argument.
+ARGUMENTS = """
+types.SimpleNamespace(rate=2.5) -> x = x * p.rate
+  args['p'].rate = 3.5
+Slotted() -> x = x * p.rate
+  args['p'].rate = 3.5
+{1, 2} -> x = x * 2 if 2 in p else x
+  args['p'].discard(2)
+closing(2.0) -> x = p(x)
+  args['p'].held[0] = 5.0
+{'a': 2.0, 'b': 3.0} -> for k, v in p.items(): x = x * v + len(k)
+  args['p']['a'] = args['p'].pop('a')
+"""
+# What a second trace of the same model serves.
+TRACED_AGAIN = """
+torch.ones(4) -> x = x * p * (2 if p.requires_grad else 3)
+  args['p'].requires_grad_()
+{'t': torch.ones(4)} -> x = x * p['t'] * (2 if isinstance(p['t'], nn.Parameter) else 3)
+  args['p'].update(t=nn.Parameter(torch.ones(4), requires_grad=False))
+"""
 
 
-class Level(enum.Enum):
-    LOW = 1
-    HIGH = 2
+def rows(text: str) -> list[tuple[str, str, str]]:
+    """What is held, what is read and what changes it, for each change."""
+    found, held, read = [], "", ""
+    for line in text.strip().splitlines():
+        if line.startswith(" "):
+            found.append((held, read, line.strip()))
+        else:
+            held, read = line.split(" -> ")
+    return found
 
 
-class Settings:
-    rate = 2.0
+class Changing(Run):
+    """A model that was compiled, and a change of what its trace read."""
+
+    def __init__(self, init: str, read: str, change: str, **args: str) -> None:
+        lines = ["self.block = Block()", init], ["self", "x", *args], ["x = self.block(x)", read]
+        super().__init__(Case(model_source([], *lines), args, []), 0)
+        self.do, _, self.undo = change.partition(" <> ")
+        given = (torch.randn(3, 4),), dict(self.space["args"])
+        self.stitched = piecework.compile(self.model, *given, config=EAGER)
+
+    def __enter__(self) -> Changing:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        exec(self.undo, self.space)
+        self.close()
+
+    def change(self) -> None:
+        exec(self.do, self.space)
+
+    def served(self) -> torch.Tensor:
+        return self.call(self.stitched, self.x)
+
+    def check(self) -> None:
+        torch.testing.assert_close(self.served(), self.call(self.model, self.x))
 
 
-@dataclasses.dataclass(slots=True)
-class Slotted:
-    rate: float = 2.0
-
-
-class Computing:
-    def __init__(self, **held: float) -> None:
-        self.held = held
-
-    def __getattr__(self, name: str) -> float:
-        try:
-            return self.__dict__["held"][name]
-        except KeyError:
-            raise AttributeError(name) from None
-
-
-class Aliased:
-    """Looks its attributes up in its own way, as configurations of transformers do."""
-
-    names: ClassVar = {"speed": "rate"}
-
-    def __init__(self) -> None:
-        self.rate = 2.0
-
-    def __getattribute__(self, name: str) -> object:
-        return super().__getattribute__(super().__getattribute__("names").get(name, name))
-
-
-class Block(nn.Linear):
-    rate = 3.0
-
-    def __init__(self) -> None:
-        super().__init__(3, 3)
-        self.gain = 2.0
-
-    @property
-    def doubled(self) -> float:
-        return self.gain * 2
-
-    def scaled(self, x, by=1.5):
-        return x * self.rate * by
-
-    def forward(self, x):
-        return self.scaled(super().forward(x)) * self.doubled
-
-
-class Louder(Block):
-    def scaled(self, x, by=1.5):
-        return x * 7
-
-
-def helper(x, by=2.0, *, plus=1.0):
-    return x * by + plus
-
-
-def closing():
-    held, rate = [2.0], 3.0
-
-    def apply(x):
-        return x * held[0] * rate
-
-    def change(value):
-        nonlocal rate
-        rate = value
-
-    apply.held, apply.change = held, change
-    return apply
-
-
-def applied(steps, x):
-    for step in steps:
-        x = step(x)
-    return x
-
-
-def iterated(held, x):
-    for key, value in held.items():
-        x = x * value + len(key)
-    return x
-
-
-class Model(nn.Module):
-    common = 2.0
-
-    def __init__(self, name: str) -> None:
-        super().__init__()
-        self.block = Block()
-        self.read = READS[name]
-        self.adapter = None
-        self.steps = nn.ModuleList([nn.Linear(3, 3)])
-        self.items = [1.0, [2.0, {"k": [3.0]}]]
-        self.pair = (1.0, (2.0, [3.0]))
-        self.table = {"a": 2.0, "b": 3.0}
-        self.members = {1, 2}
-        self.level, self.levels = Level.LOW, {1, Level.LOW}
-        self.slotted, self.space = Slotted(), types.SimpleNamespace(rate=2.0)
-        self.computing = Computing(rate=2.0)
-        self.aliased = Aliased()
-        self.function = closing()
-        self.register_buffer("shape_only", torch.ones(5))
-
-    def forward(self, x):
-        return self.read(self, self.block(x))
-
-
-def put(owner: object, name: str, value: object):
-    """Set an attribute of something that outlives the test; returns how to undo it."""
-    is_own = not isinstance(owner, type) or name in vars(owner)
-    before = getattr(owner, name) if is_own else None
-    setattr(owner, name, value)
-    return lambda: setattr(owner, name, before) if is_own else delattr(owner, name)
-
-
-READS = {
-    "missing": lambda m, x: x if m.adapter is None else m.adapter(x),
-    "default": lambda m, x: x * getattr(m, "extra", 2.0),
-    "hasattr": lambda m, x: x * 2 if hasattr(m, "extra") else x,
-    "steps": lambda m, x: applied(m.steps, x),
-    "items": lambda m, x: x * m.items[0] * m.items[1][0] * m.items[1][1]["k"][0],
-    "pair": lambda m, x: x * m.pair[1][0] * m.pair[1][1][0],
-    "table": lambda m, x: iterated(m.table, x),
-    "members": lambda m, x: x * 2 if 2 in m.members else x,
-    "level": lambda m, x: x * 2 if m.level is Level.LOW else x,
-    "member's": lambda m, x: x * m.level.value if 1 in m.levels else x,
-    "class": lambda m, x: x * m.common * Settings.rate,
-    "slotted": lambda m, x: x * m.slotted.rate,
-    "space": lambda m, x: x * m.space.rate,
-    "computing": lambda m, x: x * m.computing.rate,
-    "aliased": lambda m, x: x * m.aliased.speed,
-    "function": lambda m, x: m.function(x),
-    "globals": lambda m, x: helper(x * RATE * TABLE["rate"]),
-    "shape": lambda m, x: x * m.shape_only.shape[0],
-    "gradients": lambda m, x: x * 2 if m.block.weight.requires_grad else x,
-    "kind": lambda m, x: x * 2 if isinstance(m.shape_only, nn.Parameter) else x,
-    "made": lambda m, x: x * torch.ones(3),
-    "nothing": lambda m, x: x,
-}
-
-CHANGES = {
-    "an attribute that was None": ("missing", lambda m: setattr(m, "adapter", nn.Linear(3, 3))),
-    "an attribute that was missing": ("default", lambda m: setattr(m, "extra", 5.0)),
-    "an attribute that was asked for": ("hasattr", lambda m: setattr(m, "extra", None)),
-    "an appended module": ("steps", lambda m: m.steps.append(nn.Linear(3, 3)) and None),
-    "an item": ("items", lambda m: m.items.__setitem__(0, 5.0)),
-    "an item deep down": ("items", lambda m: m.items[1][1]["k"].__setitem__(0, 5.0)),
-    "another tuple": ("pair", lambda m: setattr(m, "pair", (1.0, (5.0, [3.0])))),
-    "a value": ("table", lambda m: m.table.update(a=5.0)),
-    "a key": ("table", lambda m: m.table.update(c=5.0)),
-    "a member": ("members", lambda m: m.members.discard(2)),
-    "an enum": ("level", lambda m: setattr(m, "level", Level.HIGH)),
-    "an enum that a set holds too": ("member's", lambda m: setattr(m, "level", Level.HIGH)),
-    "a class's attribute": ("class", lambda m: put(Model, "common", 5.0)),
-    "a slot": ("slotted", lambda m: setattr(m.slotted, "rate", 5.0)),
-    "a namespace's": ("space", lambda m: setattr(m.space, "rate", 5.0)),
-    "a computed attribute": ("computing", lambda m: m.computing.held.update(rate=5.0)),
-    "an attribute that its class looks up": ("aliased", lambda m: setattr(m.aliased, "rate", 5.0)),
-    "what a closure holds": ("function", lambda m: m.function.held.__setitem__(0, 5.0)),
-    "a closure's variable": ("function", lambda m: m.function.change(5.0)),
-    "a global's entry": (
-        "globals",
-        lambda m: TABLE.update(rate=5.0) or (lambda: TABLE.update(rate=2.0)),
-    ),
-    "a function's default": ("globals", lambda m: put(helper, "__defaults__", (5.0,))),
-    "a function's code": ("globals", lambda m: put(helper, "__code__", other_helper.__code__)),
-    "a tensor that only its shape was read of": (
-        "shape",
-        lambda m: m.register_buffer("shape_only", torch.ones(7)),
-    ),
-    "whether a weight has gradients": ("gradients", lambda m: m.requires_grad_(False) and None),
-    "a number of a submodule": ("nothing", lambda m: setattr(m.block, "gain", 5.0)),
-    "a submodule's class": ("nothing", lambda m: setattr(m.block, "__class__", Louder)),
-    "its forward": ("nothing", lambda m: put(Model, "forward", lambda self, x: x)),
-    "its call": ("nothing", lambda m: put(Model, "__call__", lambda self, x: x)),
-    "a method": ("nothing", lambda m: put(Block, "scaled", lambda self, x: x * 9)),
-    "a method's default": ("nothing", lambda m: put(Block.scaled, "__defaults__", (9.0,))),
-    "a property": ("nothing", lambda m: put(Block, "doubled", property(lambda self: 9.0))),
-    "a hook": ("nothing", lambda m: m.block.register_forward_hook(lambda *a: a[-1] * 2) and None),
-    "a hook for all modules": (
-        "nothing",
-        lambda m: nn.modules.module.register_module_forward_hook(lambda *a: a[-1] * 2).remove,
-    ),
-    "the default dtype": ("made", lambda m: set_dtype(torch.float64)),
-}
-
-
-def other_helper(x, by=2.0, *, plus=1.0):
-    return x * 21.0
-
-
-def set_dtype(dtype: torch.dtype):
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    return lambda: torch.set_default_dtype(before)
-
-
-def compiled(model: nn.Module) -> tuple[piecework.StitchedModule, torch.Tensor]:
-    return piecework.compile(model, (torch.randn(4, 3),), config=EAGER), torch.randn(5, 3)
-
-
-@pytest.mark.parametrize("name", CHANGES)
-def test_a_change_of_what_the_trace_read_is_refused(name: str) -> None:
-    read, change = CHANGES[name]
-    model = Model(read).eval()
-    stitched, x = compiled(model)
-    for _ in range(3):
-        torch.testing.assert_close(stitched(x), model(x).detach())
-    undo = change(model)
-    try:
-        for _ in range(12):  # also after what is watched counts as busy or as quiet
-            with pytest.raises(InputError):
-                stitched(x)
-        with pytest.raises(BindError):
-            stitched.rebind()
-    finally:
-        if callable(undo):
-            undo()
-    if callable(undo):
-        torch.testing.assert_close(stitched(x), model(x).detach())
-
-
-@pytest.mark.parametrize("name", READS)
-def test_calls_ask_no_guard_tree_while_nothing_is_written(
-    monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    stitched, x = compiled(Model(name).eval())
-    for _ in range(3):
-        stitched(x)
-    asked = []
-    monkeypatch.setattr(torch_compat, "failing_guard", lambda *a: asked.append(a) or "")
-    for _ in range(3):
-        stitched(x)
-    assert not asked
+CHANGES = rows(STATE)
 
 
 @pytest.mark.parametrize(
-    "name",
-    [
-        *("an attribute that was None", "an item", "a slot", "what a closure holds"),
-        *("a function's default", "a method", "a hook"),
-    ],
+    ("init", "read", "change", "calls"),
+    [*((*each, 3) for each in CHANGES), *((*each, 0) for each in CHANGES[1::4])],
 )
-def test_a_change_before_the_first_call_is_refused(name: str) -> None:
-    read, change = CHANGES[name]
-    model = Model(read).eval()
-    stitched, x = compiled(model)
-    bound = stitched.captured.weights.accepted()  # another one, which nobody has asked yet
-    undo = change(model)
-    try:
-        for _ in range(2):
+def test_a_change_of_what_the_trace_read_is_refused(
+    init: str, read: str, change: str, calls: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Changing(init, read, change) as run:
+        bound = run.stitched.captured.weights.accepted()  # another one, which nobody has asked yet
+        for _ in range(calls):
+            run.check()
+        with monkeypatch.context() as patched:  # no guard is asked while nothing is written
+            patched.setattr(torch_compat, "failing_guard", lambda *_: pytest.fail("asked"))
+            for _ in range(calls):
+                run.served()
+        run.change()
+        for _ in range(12):  # also after what is watched counts as busy or as quiet
             assert not bound.unchanged()
             with pytest.raises(InputError):
-                stitched(x)
-    finally:
-        if callable(undo):
-            undo()
-    if callable(undo):
-        assert bound.unchanged()
-        torch.testing.assert_close(stitched(x), model(x).detach())
+                run.served()
+        with pytest.raises(BindError):
+            run.stitched.rebind()
+        if run.undo:
+            exec(run.undo, run.space)
+            assert bound.unchanged()
+            run.check()
+            run.change()
+
+
+@pytest.mark.parametrize(("init", "read", "change"), rows(HARMLESS))
+def test_what_the_trace_did_not_read_may_change(init: str, read: str, change: str) -> None:
+    with Changing(init, read, change) as run:
+        run.change()
+        for _ in range(12):
+            run.check()
 
 
 def test_what_took_the_place_of_an_equal_object_is_watched() -> None:
-    model = Model("slotted").eval()
-    stitched, x = compiled(model)
-    for _ in range(3):
-        model.slotted = Slotted()
-        for _ in range(2):
-            torch.testing.assert_close(stitched(x), model(x).detach())
-    model.slotted.rate = 5.0
-    with pytest.raises(InputError, match="rate"):
-        stitched(x)
-
-
-HARMLESS = {
-    "an unread attribute": lambda m: setattr(m, "unread", 1),
-    "an unread attribute of a class": lambda m: put(Block, "unread", 1),
-    "a method that a subclass has": lambda m: put(nn.Module, "forward", None),
-    "a method that a library adds to every module": lambda m: put(nn.Module, "extra", None),
-    "an equal value": lambda m: setattr(m, "pair", copy.deepcopy(m.pair)),
-    "an equal object": lambda m: setattr(m, "slotted", Slotted()),
-    "gradients that nobody asks for": lambda m: m.requires_grad_(False) and None,
-    "a hook elsewhere": lambda m: nn.Linear(1, 1).register_forward_hook(print).remove,
-}
-
-
-@pytest.mark.parametrize("name", HARMLESS)
-def test_what_the_trace_did_not_read_may_change(name: str) -> None:
-    model = Model("items").eval()
-    model.read = lambda m, x: READS["pair"](m, READS["slotted"](m, x)) * m.items[0]
-    stitched, x = compiled(model)
-    undo = HARMLESS[name](model)
-    for _ in range(12):
-        torch.testing.assert_close(stitched(x), model(x).detach())
-    if callable(undo):
-        undo()
+    with Changing("self.o = Slotted()", "x = x * self.o.rate", "m.o = Slotted()") as run:
+        for _ in range(3):
+            run.change()
+            for _ in range(2):
+                run.check()
+        run.model.o.rate = 5.0
+        with pytest.raises(InputError, match="rate"):
+            run.served()
 
 
 # --- arguments ---------------------------------------------------------------------------------------
 
-ARGUMENTS = {
-    "a namespace": (
-        lambda: types.SimpleNamespace(rate=2.5),
-        lambda a, x: x * a.rate,
-        lambda a: setattr(a, "rate", 3.5),
-    ),
-    "slots": (Slotted, lambda a, x: x * a.rate, lambda a: setattr(a, "rate", 3.5)),
-    "a set": (lambda: {1, 2}, lambda a, x: x * 2 if 2 in a else x, lambda a: a.discard(2)),
-    "a closure": (closing, lambda a, x: a(x), lambda a: a.held.__setitem__(0, 5.0)),
-    "an order": (
-        lambda: {"a": 2.0, "b": 3.0},
-        lambda a, x: iterated(a, x),
-        lambda a: a.update(a=a.pop("a")),
-    ),
-    "gradients": (
-        lambda: torch.ones(3),
-        lambda a, x: x * a * (2 if a.requires_grad else 3),
-        lambda a: a.requires_grad_(),
-    ),
-    "a parameter in a dict": (
-        lambda: {"t": torch.ones(3)},
-        lambda a, x: x * a["t"] * (2 if isinstance(a["t"], nn.Parameter) else 3),
-        lambda a: a.update(t=nn.Parameter(torch.ones(3), requires_grad=False)),
-    ),
-}
 
-
-#: What a second trace of the same model serves.
-TRACED_AGAIN = {"gradients", "a parameter in a dict"}
-
-
-@pytest.mark.parametrize("name", ARGUMENTS)
-def test_an_argument_changed_in_place_is_refused_or_traced_again(name: str) -> None:
-    make, read, change = ARGUMENTS[name]
-
-    class Reading(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.linear = nn.Linear(3, 3)
-
-        def forward(self, x, argument):
-            return read(argument, self.linear(x))
-
-    model, x, argument = Reading().eval(), torch.randn(5, 3), make()
-    stitched = piecework.compile(model, (torch.randn(4, 3), argument), config=EAGER)
-    torch.testing.assert_close(stitched(x, argument), model(x, argument).detach())
-    change(argument)
-    for _ in range(2):
-        if name in TRACED_AGAIN:
-            torch.testing.assert_close(stitched(x, argument), model(x, argument).detach())
-            continue
-        with pytest.raises(InputError, match="argument"):
-            stitched(x, argument)
+@pytest.mark.parametrize(("argument", "read", "change"), rows(ARGUMENTS) + rows(TRACED_AGAIN))
+def test_an_argument_changed_in_place_is_refused_or_traced_again(
+    argument: str, read: str, change: str
+) -> None:
+    with Changing("pass", read, change, p=argument) as run:
+        run.check()
+        run.change()
+        for _ in range(2):
+            if change in TRACED_AGAIN:
+                run.check()
+                continue
+            with pytest.raises(InputError, match="argument"):
+                run.served()
 
 
 def test_an_equal_object_serves_as_well_and_unread_attributes_may_change() -> None:
@@ -399,7 +232,10 @@ def test_an_equal_object_serves_as_well_and_unread_attributes_may_change() -> No
 
 def test_the_order_of_keyword_arguments_that_are_gathered_is_compared() -> None:
     def gathered(x, **factors):
-        return iterated(factors, torch.relu(x))
+        x = torch.relu(x)
+        for name, factor in factors.items():
+            x = x * factor + len(name)
+        return x
 
     x = torch.randn(5, 3)
     stitched = piecework.compile(

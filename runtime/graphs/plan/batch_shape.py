@@ -17,7 +17,7 @@ from piecework.runtime import torch_compat
 from piecework.runtime.pieces.program import Program
 from piecework.runtime.trace.inputs import Argument, GraphInput, Layout, Size
 from piecework.runtime.trace.one_trace import ModelTrace
-from piecework.runtime.trace.writes import held_by_source, mutations_in, refuse_mutations
+from piecework.runtime.trace.writes import mutations_in, refuse_mutations
 from piecework.runtime.watch.weights import Weight
 
 OtherSizes = Mapping[str, int | str]
@@ -312,7 +312,7 @@ def _written(captured: ModelTrace, program: Program) -> tuple[list[str], list[st
     nodes = split_gm.graph.find_nodes(op="placeholder")
     pairs = list(zip(nodes, captured.inputs, strict=True))
     weights = {node.name: each.path for node, each in pairs if isinstance(each, Weight)}
-    refuse_mutations(mutations_in(split_gm, pieces, weights or held_by_source(split_gm)))
+    refuse_mutations(split_gm, pieces, weights)
     every = [item.submod_name for item in program.items]
     arguments = {n.name: n.name for n, each in pairs if isinstance(each, Argument)}
     found = (mutations_in(split_gm, every, held) for held in (arguments, weights))

@@ -169,17 +169,13 @@ def traced_code() -> list[types.CodeType]:
     return list(dict.fromkeys(getattr(context, "traced_code", None) or ()))
 
 
-def trace_names(*names: str) -> list[str]:
-    """Those of ``names`` that traced code has, or has as texts; all where torch hides the code."""
+def trace_has_name(*names: str) -> bool:
+    """Whether traced code has one of ``names``, as a text too; True where torch hides the code."""
     call_of_a_module = torch.nn.Module._call_impl.__code__
     code = (each for each in traced_code() if each is not call_of_a_module)
     traced = [each for each in code if each.co_filename != torch.utils._pytree.__file__]
-    if not traced:
-        return list(names)
-    found: set[object] = set()
-    for code in with_inner_code(traced):
-        found |= {*code.co_names, *(each for each in code.co_consts if type(each) is str)}
-    return [name for name in names if name in found]
+    every = ((*each.co_names, *each.co_consts) for each in with_inner_code(traced))
+    return not traced or any(type(n) is str and n in names for found in every for n in found)
 
 
 def ordered_places() -> frozenset[str] | None:

@@ -98,10 +98,11 @@ def number_at(value: object, sizes: Mapping[str, int]) -> bool | int | float | N
         return value
     if not isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
         return None
-    found: Any = _evaluated(value.node.expr, sizes)
+    expr: Any = value.node.expr
+    found = expr.subs({each: sizes.get(str(each), each) for each in expr.free_symbols})
     if isinstance(value, torch.SymBool):
         return {"True": True, "False": False}.get(str(found))
-    if not getattr(found, "is_number", False):
+    if not found.is_number:
         return None
     if isinstance(value, torch.SymFloat):
         return float(found)
@@ -212,11 +213,3 @@ def _follows_from_ranges(env: object, expr: object) -> bool:
     except (AttributeError, NotImplementedError, TypeError, ValueError):
         return False
     return bool(bounds.is_singleton() and bounds.lower)
-
-
-def _evaluated(expr: object, values: Mapping[str, int]) -> object:
-    """An expression with numbers for its symbols; None if one is missing."""
-    symbols = getattr(expr, "free_symbols", ())
-    if any(str(each) not in values for each in symbols):
-        return None
-    return expr.subs({each: values[str(each)] for each in symbols})  # type: ignore[attr-defined]
