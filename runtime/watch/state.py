@@ -141,8 +141,8 @@ class TracedState:
     def loaded(cls, saved: SavedState, model: object) -> TracedState:
         """``saved`` for a model of this process; `difference` says whether it holds."""
         now = LookUps.of(model)
-        given = tuple(each for each in saved.values if is_argument(each.guard.place))
-        values = [each for each in saved.values if not is_argument(each.guard.place)]
+        given = tuple(e for e in saved.values if any(map(is_argument, e.guard.places)))
+        values = [each for each in saved.values if each not in given]
         methods = (now.at(e.guard.place) for e in values if e.guard.kind == METHOD)
         found = cls(
             model=model,

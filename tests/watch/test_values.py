@@ -83,6 +83,20 @@ def test_a_global_that_the_trace_read_is_compared(saved, monkeypatch) -> None:
     assert "SCALE was 2.0 when the model was traced and is 3.0 now" in difference(saved, Model())
 
 
+def test_what_the_model_and_an_argument_share_is_compared_in_each_call() -> None:
+    class Sharing(Model):
+        def forward(self, x, *, level):
+            return x * level.value * self.level.value
+
+    model, given = Sharing().eval(), {"level": Level.LOW}
+    stitched = piecework.compile(model, (torch.randn(3, 4),), given, config=EAGER)
+    loaded = TracedState.loaded(stitched.captured.weights.state.saved(), model)
+    assert not loaded.difference()
+    check = loaded.argument_check(stitched.captured.parameters)
+    assert check((torch.randn(2, 4), Level.LOW)) is None
+    assert "level" in str(check((torch.randn(2, 4), Level.HIGH)))
+
+
 def test_what_another_process_could_not_look_up_is_said_to_be_untold() -> None:
     class Choosing(nn.Module):
         def __init__(self) -> None:
