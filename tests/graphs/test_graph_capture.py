@@ -37,7 +37,7 @@ def test_everything_is_captured_largest_first_and_serves_every_size():
     assert [o.pieces for o in report.outcomes] == [3] * 4 + [1] * 4
     assert len(report.captured) == 8
     assert not model.graphs.is_open
-    modes = model.check(model.largest + 1)
+    modes = model.check_all(model.largest + 1)
     assert {m for (n, uniform), m in modes.items() if n <= 8 and uniform} == {FULL}
     assert {m for (n, uniform), m in modes.items() if n <= 8 and not uniform} == {PIECEWISE}
     assert {m for (n, _), m in modes.items() if n > 8} == {NONE}
@@ -61,9 +61,9 @@ class Littering(HandCaptured):
         self.litter.append(weakref.ref(Cycle()))
         return super().dummy(descriptor)
 
-    def attention(self, x):
+    def split(self, *told):
         self.found += [each() for each in self.litter]
-        return super().attention(x)
+        return super().split(*told)
 
 
 def test_garbage_is_collected_before_each_capture():
@@ -109,7 +109,7 @@ def test_the_estimate_is_within_a_tenth(mode, policy):
     assert estimate.total == pytest.approx(actual, rel=0.1)
     assert str(estimate).startswith("captures will take ")
     assert f"({4 * len(descs)} of {len(estimate.rows)} sizes were measured)" in str(estimate)
-    model.check(model.largest + 1)
+    model.check_all(model.largest + 1)
 
 
 def test_estimating_after_capturing_is_an_error():

@@ -2,23 +2,12 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import torch
+from hand_captured import HandCaptured
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from piecework.runtime.batch.dispatcher import CudagraphDispatcher
-from piecework.runtime.batch.forward_context import set_forward_context
 from piecework.runtime.batch.mode import CUDAGraphMode
-from piecework.runtime.graphs.memory.owner import StaticGraphs
-from piecework.runtime.graphs.memory.wrapper import (
-    CUDAGraphOptions,
-    CUDAGraphWrapper,
-    wrap_with_cudagraph_if_needed,
-)
-from piecework.runtime.graphs.plan.phase import capture_graphs
-from piecework.runtime.graphs.stage.inputs import StaticInputs
 
 HIDDEN = 4
 
@@ -48,47 +37,23 @@ PROGRAMS = st.lists(
 )
 
 
-class Program:
+class Program(HandCaptured):
     """A list of (piece, splitting op) steps over two values."""
 
-    def __init__(self, steps, mode, policy, largest):
+    values = ("x", "y")
+
+    def __init__(self, steps, *told, **options):
         self.steps = steps
-        self.graphs = StaticGraphs("cpu", address_policy=policy)
-        self.weights = [torch.randn(HIDDEN, HIDDEN) for _ in steps]
-        self.graphs.addresses.register_weights({str(i): w for i, w in enumerate(self.weights)})
-        self.out = torch.empty(largest, HIDDEN)
-        self.graphs.addresses.register_persistent("out", self.out)
-        config = SimpleNamespace(cudagraph_mode=mode, cudagraph_num_of_warmups=0)
-        last = len(steps) - 1
-        self.pieces = [
-            wrap_with_cudagraph_if_needed(
-                PIECES[piece],
-                config,
-                False,  # no piece collects garbage: there is none, and it takes a while
-                i == last,
-                graphs=self.graphs,
-                name=f"submod_{i}",
-                mutated_args=frozenset({0} if piece == "in place" else ()),
-            )
-            for i, (piece, _) in enumerate(steps)
-        ]
-        options = CUDAGraphOptions(gc_disable=True)
-        self.full = CUDAGraphWrapper(
-            self.stitched, config, CUDAGraphMode.FULL, options, graphs=self.graphs
-        )
+        super().__init__(*told, **options, layers=len(steps), hidden=HIDDEN)
 
-    def stitched(self, x, y):
-        for piece, (_, split), w in zip(self.pieces, self.steps, self.weights, strict=True):
-            x, y = piece(x, y, w)
-            x, y = SPLITS[split](x, y, self.out)
-        return x, y
+    def piece(self, number):
+        return PIECES[self.steps[number][0]]
 
-    def plain(self, x, y):
-        out = torch.empty_like(self.out)
-        for (piece, split), w in zip(self.steps, self.weights, strict=True):
-            x, y = PIECES[piece](x, y, w)
-            x, y = SPLITS[split](x, y, out)
-        return x, y
+    def mutated(self, number):
+        return frozenset({0} if self.steps[number][0] == "in place" else ())
+
+    def split(self, number, values, out):
+        return SPLITS[self.steps[number][1]](*values, out)
 
 
 @settings(deadline=None, max_examples=12)
@@ -100,28 +65,8 @@ class Program:
     st.lists(st.tuples(st.integers(1, 6), st.booleans()), min_size=1, max_size=8),
 )
 def test_captured_equals_plain(steps, mode, policy, sizes, batches):
-    mode = CUDAGraphMode.parse(mode)
-    largest = max(sizes)
-    program = Program(steps, mode, policy, largest)
-    example = torch.zeros(1, HIDDEN)
-    inputs = StaticInputs.allocate({"x": example, "y": example}, largest, poison=True)
-    inputs.register(program.graphs.addresses)
-    dispatcher = CudagraphDispatcher(mode, sizes, max_num_seqs=largest)
-    capture_graphs(
-        lambda d: program.full(*inputs.views(d.num_tokens)),
-        dispatcher.get_capture_descs(),
-        program.graphs,
-        dispatcher=dispatcher,
-    )
+    program = Program(steps, CUDAGraphMode.parse(mode), tuple(sizes), policy=policy)
+    program.capture()
     for n, uniform in batches:
-        if n > largest:
-            continue
-        x, y = torch.randn(n, HIDDEN), torch.randn(n, HIDDEN)
-        want = program.plain(x.clone(), y.clone())
-        chosen, descriptor = dispatcher.dispatch(n, uniform)
-        assert chosen is not CUDAGraphMode.NONE
-        staged = inputs.stage([x, y], descriptor.num_tokens)
-        with set_forward_context(cudagraph_runtime_mode=chosen, batch_descriptor=descriptor):
-            got = program.full(*staged)
-        for one, other in zip(got, want, strict=True):
-            torch.testing.assert_close(one[:n], other)
+        if n <= program.largest:
+            assert program.check(n, uniform) is not CUDAGraphMode.NONE

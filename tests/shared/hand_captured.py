@@ -1,7 +1,9 @@
-"""Pieces that are wrapped by hand, as an engine captures its own model: a layer each, with a stand-in for attention between."""
+"""Pieces that are wrapped by hand, as an engine captures its own model, with splitting ops between them."""
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 
 import torch
@@ -16,10 +18,17 @@ from piecework.runtime.graphs.plan.phase import CaptureReport, capture_graphs
 from piecework.runtime.graphs.stage.inputs import StaticInputs
 
 FULL = CUDAGraphMode.FULL
+Values = tuple[torch.Tensor, ...]
+Run = Callable[..., Values]
 
 
 class HandCaptured:
-    """Serves batches of up to ``max(sizes)`` rows; ``fresh``: attention returns a tensor of its own."""
+    """Serves batches of up to ``max(sizes)`` rows; ``fresh``: attention returns a tensor of its own.
+
+    A piece is a layer, with a stand-in for attention between; subclasses have other pieces and splitting ops.
+    """
+
+    values: tuple[str, ...] = ("x",)  # that go in, from piece to piece, and out
 
     def __init__(
         self,
@@ -41,7 +50,9 @@ class HandCaptured:
         self.weights = (torch.randn(shape, device=device) / hidden**0.5).unbind()
         self.graphs.addresses.register_weights({str(i): w for i, w in enumerate(self.weights)})
         self.like = torch.zeros(1, hidden, device=device)
-        self.inputs = StaticInputs.allocate({"x": self.like}, self.largest, poison=True)
+        self.inputs = StaticInputs.allocate(
+            dict.fromkeys(self.values, self.like), self.largest, poison=True
+        )
         self.inputs.register(self.graphs.addresses)
         self.out = self.like.new_empty(self.largest, hidden)
         self.graphs.addresses.register_persistent("out", self.out, ValueOrigin.OUT_BUFFER)
@@ -49,37 +60,48 @@ class HandCaptured:
         self.runs: list[tuple[CUDAGraphMode, int]] = []
         self.pieces = [
             wrap_with_cudagraph_if_needed(
-                self.piece,
+                self.piece(i),
                 config,
                 i == 0,
                 i == layers - 1,
                 graphs=self.graphs,
                 name=f"submod_{2 * i}",
+                mutated_args=self.mutated(i),
             )
             for i in range(layers)
         ]
         self.full = CUDAGraphWrapper(self.stitched, config, FULL, graphs=self.graphs)
         self.kept: list[torch.Tensor] = []
 
-    @staticmethod
-    def piece(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-        return torch.tanh(x @ w) + x
+    def piece(self, number: int) -> Run:
+        return lambda x, w: (torch.tanh(x @ w) + x,)
 
-    def attention(self, x: torch.Tensor) -> torch.Tensor:
+    def mutated(self, number: int) -> frozenset[int]:
+        """Which arguments of a piece it writes to."""
+        return frozenset()
+
+    def split(self, number: int, values: Values, out: torch.Tensor) -> Values:
+        """What happens to the values after a piece; ``out`` is a buffer that may hold one."""
+        if number == len(self.weights) - 1:
+            return values
+        mixed = values[0].flip(-1) * 0.5
         if not self.fresh:
-            return self.out[: x.shape[0]].copy_(x.flip(-1) * 0.5)
-        self.kept = [*self.kept[-8:], x.flip(-1) * 0.5]  # each at a place of its own
-        return self.kept[-1]
+            return (out[: len(mixed)].copy_(mixed),)
+        self.kept = [*self.kept[-8:], mixed]  # each at a place of its own
+        return (mixed,)
 
-    def stitched(self, x: torch.Tensor) -> torch.Tensor:
-        for i, (piece, w) in enumerate(zip(self.pieces, self.weights, strict=True)):
-            x = piece(self.attention(x) if i else x, w)
-        return x
+    def run(self, pieces: Sequence[Run], values: Values, out: torch.Tensor) -> Values:
+        for number, (piece, weight) in enumerate(zip(pieces, self.weights, strict=True)):
+            values = self.split(number, piece(*values, weight), out)
+        return values
 
-    def eager(self, x: torch.Tensor) -> torch.Tensor:
-        for i, w in enumerate(self.weights):
-            x = self.piece(x.flip(-1) * 0.5 if i else x, w)
-        return x
+    def stitched(self, *values: torch.Tensor) -> Values:
+        return self.run(self.pieces, values, self.out)
+
+    def eager(self, *values: torch.Tensor) -> Values:
+        pieces = [self.piece(number) for number in range(len(self.pieces))]
+        own = tuple(each.clone() for each in values)
+        return self.run(pieces, own, torch.empty_like(self.out))
 
     def dummy(self, descriptor):
         mode = get_forward_context().cudagraph_runtime_mode
@@ -91,21 +113,24 @@ class HandCaptured:
         descs = self.dispatcher.get_capture_descs()
         return capture_graphs(self.dummy, descs, self.graphs, **options)
 
-    def serve(self, rows: torch.Tensor, uniform: bool = False):
-        n = rows.shape[0]
+    def serve(self, *values: torch.Tensor, uniform: bool = False) -> tuple[CUDAGraphMode, Values]:
+        n = len(values[0])
         mode, descriptor = self.dispatcher.dispatch(n, uniform)
         if n > self.largest:
-            return mode, self.stitched(rows)
-        staged = self.inputs.stage([rows], descriptor.num_tokens)
+            return mode, self.stitched(*values)
+        staged = self.inputs.stage(values, descriptor.num_tokens)
         with set_forward_context(cudagraph_runtime_mode=mode, batch_descriptor=descriptor):
-            return mode, self.full(*staged)[:n].clone()
+            return mode, tuple(each[:n].clone() for each in self.full(*staged))
 
-    def check(self, most: int, **tolerance: float) -> dict[tuple[int, bool], CUDAGraphMode]:
-        """Every size up to ``most``, of both kinds, equals the eager model; the modes that were used."""
-        modes = {}
-        for n in range(1, most + 1):
-            for uniform in (False, True):
-                rows = torch.randn(n, self.like.shape[1], device=self.like.device)
-                modes[n, uniform], out = self.serve(rows, uniform)
-                torch.testing.assert_close(out, self.eager(rows), **tolerance)
-        return modes
+    def check(self, n: int, uniform: bool, **tolerance: float) -> CUDAGraphMode:
+        """A batch of ``n`` rows equals the eager model's; the mode that it ran in."""
+        shape, device = (n, self.like.shape[1]), self.like.device
+        values = [torch.randn(shape, device=device) for _ in self.values]
+        mode, found = self.serve(*values, uniform=uniform)
+        torch.testing.assert_close(found, self.eager(*values), **tolerance)
+        return mode
+
+    def check_all(self, most: int, **tolerance: float) -> dict[tuple[int, bool], CUDAGraphMode]:
+        """Every size up to ``most``, of both kinds."""
+        batches = itertools.product(range(1, most + 1), (False, True))
+        return {batch: self.check(*batch, **tolerance) for batch in batches}
