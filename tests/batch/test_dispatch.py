@@ -59,31 +59,40 @@ def test_modes(row):
     assert found.padding == expected_key.num_tokens - tokens
 
 
-def test_decode_keys_stop_at_the_most_requests():
-    d = dispatcher(BOTH, max_num_seqs=3)
-    assert {key.num_tokens for key in d.cudagraph_keys[FULL]} == {1, 2}
-    assert {key.num_tokens for key in d.cudagraph_keys[PIECEWISE]} == set(SIZES)
-    assert d.dispatch(3, True) == (PIECEWISE, BatchDescriptor(4))
+# sizes, options → decode sizes that are captured; batches: what they run as
+DECODES = [
+    (SIZES, {"max_num_seqs": 3}, {1, 2}, [(3, True, PIECEWISE, BatchDescriptor(4))]),
+    (
+        (2, 3, 6, 9),
+        {"uniform_decode_query_len": 3},
+        {3, 6, 9},
+        [
+            (6, True, FULL, BatchDescriptor(6, 2, True)),
+            (5, True, PIECEWISE, BatchDescriptor(6)),  # no whole number of requests of three
+        ],
+    ),
+    (
+        (1, 2, 4, 8, 16),
+        {"max_num_seqs": 4, "uniform_decode_query_len": 3},
+        {3, 6, 9},  # decode batches alone are rounded
+        [
+            (1, False, PIECEWISE, BatchDescriptor(1)),  # a step without a draft is not padded
+            (12, True, PIECEWISE, BatchDescriptor(16)),
+        ],
+    ),
+    # Of a sequence that is cut, each rank has its share.
+    ((4, 8, 16), {"uniform_decode_query_len": 3, "decode_multiple_of": 2}, {6, 12}, []),
+]
 
 
-def test_query_length():
-    d = dispatcher(BOTH, sizes=(2, 3, 6, 9), uniform_decode_query_len=3)
-    assert d.cudagraph_keys[FULL] == {
-        BatchDescriptor(3, 1, True),
-        BatchDescriptor(6, 2, True),
-        BatchDescriptor(9, 3, True),
-    }
-    assert d.dispatch(6, True) == (FULL, BatchDescriptor(6, 2, True))
-    # Five tokens are no whole number of requests of three.
-    assert d.dispatch(5, True) == (PIECEWISE, BatchDescriptor(6))
-
-
-def test_speculation_rounds_the_sizes_of_decode_batches_alone():
-    d = dispatcher(BOTH, sizes=(1, 2, 4, 8, 16), max_num_seqs=4, uniform_decode_query_len=3)
-    assert {key.num_tokens for key in d.cudagraph_keys[PIECEWISE]} == {1, 2, 4, 8, 16}
-    assert {key.num_tokens for key in d.cudagraph_keys[FULL]} == {3, 6, 9}
-    assert d.dispatch(1) == (PIECEWISE, BatchDescriptor(1))  # a step without a draft is not padded
-    assert d.dispatch(12, True) == (PIECEWISE, BatchDescriptor(16))
+@pytest.mark.parametrize(("sizes", "options", "decode", "batches"), DECODES)
+def test_sizes_of_decode_batches(sizes, options, decode, batches):
+    d = dispatcher(BOTH, sizes, **options)
+    query = options.get("uniform_decode_query_len", 1)
+    assert d.cudagraph_keys[FULL] == {BatchDescriptor(n, n // query, True) for n in decode}
+    assert {key.num_tokens for key in d.cudagraph_keys[PIECEWISE]} == set(sizes)
+    for tokens, uniform, mode, key in batches:
+        assert d.dispatch(tokens, uniform) == (mode, key)
 
 
 def test_drafts_of_several_widths():
@@ -101,13 +110,6 @@ def test_drafts_of_several_widths():
     for wrong in ([], [0, 2], 0):
         with pytest.raises(ConfigError, match="tokens a request"):
             d.initialize_cudagraph_keys(BOTH, wrong)
-
-
-def test_decode_sizes_of_a_sequence_that_is_cut():
-    d = dispatcher(
-        BOTH, (4, 8, 16), uniform_decode_query_len=3, decode_multiple_of=2, max_num_seqs=8
-    )
-    assert {key.num_tokens for key in d.cudagraph_keys[FULL]} == {6, 12}
 
 
 def excluded(valid, invalid) -> frozenset[CUDAGraphMode]:

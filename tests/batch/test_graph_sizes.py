@@ -10,40 +10,9 @@ from piecework import CompilationConfig
 from piecework.errors import ConfigError
 from piecework.runtime.batch.sizes import (
     adjust_sizes_for_spec_decode,
-    default_capture_sizes,
     padded_sizes,
     resolve_capture_sizes,
 )
-
-LIMITS = {"max_num_seqs": 256, "max_num_batched_tokens": 8192}
-
-
-@pytest.mark.parametrize(
-    ("maximum", "expected"),
-    [
-        (0, ()),
-        (1, (1,)),
-        (3, (1, 2, 3)),
-        (4, (1, 2, 4)),
-        (20, (1, 2, 4, 8, 16, 20)),
-        (24, (1, 2, 4, 8, 16, 24)),
-    ],
-)
-def test_default_sizes(maximum, expected):
-    assert default_capture_sizes(maximum) == expected
-
-
-@pytest.mark.parametrize(
-    ("sizes", "maximum", "expected"),
-    [
-        ((1, 2, 8), None, (1, 2, 8)),
-        ((1, 8), 8, (1, 8)),
-        ([], None, ()),
-        (None, 6, (1, 2, 4, 6)),
-    ],
-)
-def test_users_choice(sizes, maximum, expected):
-    assert resolve_capture_sizes(sizes, maximum, **LIMITS) == expected
 
 
 @pytest.mark.parametrize("seqs", [1, 3, 100, 101, 250, 511, 700])
@@ -57,12 +26,6 @@ def test_the_largest_decode_batch_is_met_exactly_if_it_is_worth_it(seqs, lens):
     for query_len in lens:
         assert (seqs * query_len in found) == (seqs * query_len <= maximum)
     assert len(found) <= 51 + 35 * len(lens)
-
-
-def test_every_size_that_no_batch_reaches_is_named():
-    message = "no batch reaches 9000, 10000 tokens; a batch holds at most 8192"
-    with pytest.raises(ConfigError, match=message):
-        resolve_capture_sizes((1, 9000, 10000), None, **LIMITS)
 
 
 @pytest.mark.parametrize("mode", ["NONE", "FULL"])
