@@ -2,56 +2,47 @@
 
 from __future__ import annotations
 
-import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from models import EAGER, fresh
+from captured import calls, captured
+from models import fresh
+from ran import Ran
 from torch import nn
-from torch.overrides import TorchFunctionMode
+from torch.overrides import BaseTorchFunctionMode
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import piecework
 from piecework.runtime.batch.forward_context import set_forward_context
 
 
-class Dispatch(TorchDispatchMode):
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        return function(*args, **(kwargs or {}))
-
-
-class Function(TorchFunctionMode):
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        return function(*args, **(kwargs or {}))
-
-
 @pytest.fixture
 def stitched():
+    return around(fresh)
+
+
+def around(op):
     first, second = nn.Linear(4, 4), nn.Linear(4, 4)
-    model = piecework.compile(lambda x: second(fresh(first(x))), (torch.randn(5, 4),), config=EAGER)
-    return model.capture([2, 4], progress=False, estimate=False)
-
-
-def counted(stitched) -> dict[str, int]:
-    return {row.reason: row.calls for row in stitched.call_report()}
+    return captured(lambda x: second(op(first(x))), torch.randn(5, 4))
 
 
 @pytest.mark.parametrize(
     ("scope", "reason"),
     [
-        (Dispatch, "a torch dispatch mode is active"),
-        (Function, "a torch function mode is active"),
+        (Ran, "a torch dispatch mode is active"),
+        (BaseTorchFunctionMode, "a torch function mode is active"),
         (lambda: set_forward_context(skip_cuda_graphs=True), "the forward context skips graphs"),
     ],
 )
-def test_calls_that_a_mode_keeps_from_the_graphs_are_counted(stitched, scope, reason: str) -> None:
+def test_calls_that_a_mode_keeps_from_the_graphs_are_calls(stitched, scope, reason: str) -> None:
     x = torch.randn(4, 4)
     expected = stitched(x)
     with scope():
         for _ in range(3):
             torch.testing.assert_close(stitched(x), expected)
-    assert counted(stitched) == {reason: 3, "its size is captured": 1}
+    assert calls(stitched) == {reason: 3, "its size is captured": 1}
 
 
 def test_counts_survive_what_changes_the_answer(stitched) -> None:
@@ -61,67 +52,49 @@ def test_counts_survive_what_changes_the_answer(stitched) -> None:
     stitched.static_graphs.release()
     stitched(x)
     stitched(torch.randn(9, 4))
-    assert counted(stitched) == {
+    assert calls(stitched) == {
         "padded to the next captured size": 2,
         "its graph was not captured, or was given up": 1,
         "larger than every captured size": 1,
     }
 
 
-BUSY = "another call is using the graphs, in a thread or around this one"
-
-
 def test_threads_share_a_captured_model(stitched) -> None:
-    wrong: list[int] = []
-
     def work(number: int) -> None:
         x = torch.full((3, 4), float(number))
         expected = stitched.model(x)
         for _ in range(200):
-            if not torch.allclose(stitched(x), expected, atol=1e-5):
-                wrong.append(number)
+            torch.testing.assert_close(stitched(x), expected)
 
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert wrong == []
-    assert sum(row.calls for row in stitched.call_report()) == 800
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
+    assert sum(calls(stitched).values()) == 800
+
+
+class Inner:
+    call: Callable[[torch.Tensor], torch.Tensor] | None = None
 
 
 @piecework.splitting_op("capture_calls::again", rows="independent")
 def again(x: torch.Tensor) -> torch.Tensor:
-    return x + INNER["call"](x) if INNER else x + x
+    call, Inner.call = Inner.call, None  # the call inside runs the operator without one
+    try:
+        return x + (x if call is None else call(x))
+    finally:
+        Inner.call = call
 
 
 again.register_fake(torch.empty_like)
 
 
-INNER: dict[str, object] = {}
-
-
-def test_a_call_from_inside_a_splitting_op_leaves_the_graphs_alone() -> None:
-    first, second = nn.Linear(4, 4), nn.Linear(4, 4)
-    model = piecework.compile(lambda x: second(again(first(x))), (torch.randn(5, 4),), config=EAGER)
-    captured = model.capture([2], progress=False, estimate=False)
-    x = torch.randn(2, 4)
-
-    def inner(value: torch.Tensor) -> torch.Tensor:
-        call = INNER.pop("call")  # the call inside runs the operator without one
-        try:
-            return captured(value)
-        finally:
-            INNER["call"] = call
-
-    hidden = first(x)
-    expected = second(hidden + second(2 * first(hidden)))
-    INNER["call"] = inner
-    try:
-        torch.testing.assert_close(captured(x), expected)
-    finally:
-        INNER.clear()
-    assert counted(captured)[BUSY] == 1
+def test_a_call_from_inside_a_splitting_op_leaves_the_graphs_alone(monkeypatch) -> None:
+    stitched, x = around(again), torch.randn(2, 4)
+    results = []
+    for call in (stitched.model, stitched):
+        monkeypatch.setattr(Inner, "call", call)
+        results.append(call(x))
+    torch.testing.assert_close(*results)
+    assert calls(stitched)["another call is using the graphs, in a thread or around this one"] == 1
 
 
 LAYER = nn.Linear(4, 4)
@@ -156,8 +129,7 @@ def which(values) -> list[int]:
 @pytest.mark.parametrize("name", ITSELF)
 def test_results_that_are_one_tensor_or_an_argument_are_so_from_graphs(name: str, clone) -> None:
     model = ITSELF[name]
-    stitched = piecework.compile(model, (torch.randn(4, 4),), config=EAGER)
-    stitched.capture([2, 4], progress=False, estimate=False, clone_outputs=clone)
+    stitched = captured(model, torch.randn(4, 4), clone_outputs=clone)
     for count in (4, 3, 2, 1):
         x = torch.randn(count, 4)
         mine, theirs = x.clone(), x.clone()
@@ -168,4 +140,4 @@ def test_results_that_are_one_tensor_or_an_argument_are_so_from_graphs(name: str
         )
         assert which(found) == which(expected)
         torch.testing.assert_close(found, expected)
-    assert counted(stitched).keys() == {"its size is captured", "padded to the next captured size"}
+    assert calls(stitched).keys() == {"its size is captured", "padded to the next captured size"}

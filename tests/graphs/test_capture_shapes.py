@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable
-
 import pytest
 import torch
+from captured import assert_same, calls, captured
 from models import EAGER, fresh
 from torch import nn
 
@@ -19,34 +17,6 @@ MODES = ["PIECEWISE", "FULL"]
 @piecework.splitting_op("capture_shapes::add", mutates_args=("out",), rows="independent")
 def add(x: torch.Tensor, out: torch.Tensor) -> None:
     out.add_(x)
-
-
-def capture(
-    model: Callable[..., object], args: tuple[object, ...], sizes, unbacked=True, **options
-):
-    if unbacked:
-        for each in args:
-            if isinstance(each, torch.Tensor) and each.dim() and each.shape[0] == 5:
-                torch._dynamo.decorators.mark_unbacked(each, 0)
-    stitched = piecework.compile(model, args, config=EAGER)
-    return stitched.capture(
-        sizes, **{"progress": False, "estimate": False, "poison": True, **options}
-    )
-
-
-def same(stitched, model, *args: object) -> None:
-    mine = [a.clone() if isinstance(a, torch.Tensor) else a for a in args]
-    theirs = [a.clone() if isinstance(a, torch.Tensor) else a for a in args]
-    with torch.no_grad():
-        torch.testing.assert_close(stitched(*mine), model(*theirs))
-    torch.testing.assert_close(mine, theirs)
-
-
-def reasons(stitched) -> dict[str, int]:
-    found: Counter[str] = Counter()
-    for row in stitched.call_report():
-        found[row.reason] += row.calls
-    return dict(found)
 
 
 # --- results ---------------------------------------------------------------------------------------
@@ -69,12 +39,12 @@ def test_results_that_do_not_depend_on_the_batch_are_returned_as_they_are(mode: 
             "x": x,
         }
 
-    stitched = capture(model, (torch.randn(5, 8), torch.ones(3)), [2, 4], mode=mode)
+    stitched = captured(model, torch.randn(5, 8), torch.ones(3), unbacked=True, mode=mode)
     for n in range(1, 6):
-        same(stitched, model, torch.randn(n, 8), torch.randn(3))
+        assert_same(stitched, model, torch.randn(n, 8), torch.randn(3))
     assert stitched.static_graphs.unpadded is None
     served = {"its size is captured": 2, "padded to the next captured size": 2}
-    assert reasons(stitched).items() >= served.items()
+    assert calls(stitched).items() >= served.items()
 
 
 # --- several dynamic sizes, and numbers ------------------------------------------------------------
@@ -87,14 +57,13 @@ def test_other_sizes_are_those_of_the_example_or_those_that_are_named(mode: str,
         return fresh(x * mask) + n, x.shape[1]
 
     args = torch.randn(5, 6), torch.ones(6), 3
-    stitched = piecework.compile(model, args, config=EAGER)
-    stitched.capture([2, 4], mode=mode, other_sizes=others, progress=False, poison=True)
+    stitched = captured(model, *args, mode=mode, other_sizes=others)
     wide, number = others.get("x.1", 6), others.get("n", 3)
     for rows in (2, 3, 4):
         for columns in (6, 7, 9):
             for n in (3, 4):
-                same(stitched, model, torch.randn(rows, columns), torch.randn(columns), n)
-    assert reasons(stitched) == {
+                assert_same(stitched, model, torch.randn(rows, columns), torch.randn(columns), n)
+    assert calls(stitched) == {
         "its size is captured": 2,
         "padded to the next captured size": 1,
         "a size beside the batch size is not the captured one": 15,
@@ -127,13 +96,13 @@ def test_sizes_that_equal_the_batch_size_are_checked_at_every_call(declared: boo
 
     args = torch.randn(5, 8), torch.randn(5, 3)
     if declared:
-        stitched = capture(model, args, [2, 4], other_sizes={"y.0": "batch"})
+        stitched = captured(model, *args, unbacked=True, other_sizes={"y.0": "batch"})
     else:  # where each dimension has a size of its own, with the example's number behind it
         config = EAGER.replace(dynamic_shapes_config={"type": "backed"})
         stitched = piecework.compile(model, args, config=config).capture([2, 4], progress=False)
     for rows, others in ((3, 3), (4, 4), (3, 4), (2, 9)):
-        same(stitched, model, torch.randn(rows, 8), torch.randn(others, 3))
-    assert reasons(stitched) == {
+        assert_same(stitched, model, torch.randn(rows, 8), torch.randn(others, 3))
+    assert calls(stitched) == {
         "its size is captured": 1,
         "padded to the next captured size": 1,
         "a size beside the batch size is not the captured one": 2,
@@ -161,11 +130,11 @@ def test_writes_to_arguments_reach_the_caller(mode: str) -> None:
 
     args = torch.randn(5, 8), torch.zeros(5, 8), torch.zeros(5, 2), torch.zeros(3)
     same_size = {"cache.0": "batch", "total.0": "batch"}
-    stitched = capture(model, args, [2, 4], mode=mode, other_sizes=same_size)
+    stitched = captured(model, *args, unbacked=True, mode=mode, other_sizes=same_size)
     written = [each.name for each in stitched.static_graphs.shape.staged if each.written]
     assert sorted(written) == ["cache", "steps", "total"]
     for n in range(1, 6):
-        same(stitched, model, *(torch.randn(n, w) for w in (8, 8, 2)), torch.randn(3))
+        assert_same(stitched, model, *(torch.randn(n, w) for w in (8, 8, 2)), torch.randn(3))
     backing = torch.ones(6, 8)
     x, rest = torch.randn(3, 8), (torch.zeros(3, 2), torch.zeros(3))
     stitched(x, backing[:3], *rest)
@@ -179,7 +148,7 @@ def test_a_written_argument_that_shares_memory_with_another_runs_uncaptured() ->
         return fresh(x) + 1
 
     args = torch.randn(5, 8), torch.zeros(5, 8)
-    stitched = capture(model, args, [4], other_sizes={"cache.0": "batch"})
+    stitched = captured(model, *args, sizes=[4], unbacked=True, other_sizes={"cache.0": "batch"})
     one = torch.randn(8, 8)
     other = one.clone()
     for second in (slice(0, 4), slice(4, 8)):
@@ -187,7 +156,7 @@ def test_a_written_argument_that_shares_memory_with_another_runs_uncaptured() ->
             got = stitched(one[:4], one[second]), one
             want = model(other[:4], other[second]), other
         torch.testing.assert_close(got, want)
-    assert reasons(stitched) == {
+    assert calls(stitched) == {
         "an argument that is written to shares memory with another": 1,
         "its size is captured": 1,
     }
@@ -203,11 +172,11 @@ def test_what_a_piece_writes_to_a_fresh_tensor_is_brought_back() -> None:
         add(z, y)
         return y + 1
 
-    stitched = capture(model, (torch.randn(5, 8),), [2, 4])
+    stitched = captured(model, torch.randn(5, 8), unbacked=True)
     code = stitched.static_graphs.source_for(4).code
     assert "changed it in place" in code
     for n in range(1, 6):
-        same(stitched, model, torch.randn(n, 8))
+        assert_same(stitched, model, torch.randn(n, 8))
 
 
 # --- layouts and padding ---------------------------------------------------------------------------
@@ -215,14 +184,9 @@ def test_what_a_piece_writes_to_a_fresh_tensor_is_brought_back() -> None:
 
 def test_what_is_not_contiguous_is_refused() -> None:
     for x in (torch.randn(5, 1).expand(5, 8), torch.randn(8, 5).t()):
-        stitched = piecework.compile(lambda x: fresh(x) + 1, (_marked(x),), config=EAGER)
+        torch._dynamo.mark_dynamic(x, 0)
         with pytest.raises(StaticGraphError, match="traced strided"):
-            stitched.capture([4], progress=False)
-
-
-def _marked(x: torch.Tensor) -> torch.Tensor:
-    torch._dynamo.mark_dynamic(x, 0)
-    return x
+            captured(lambda x: fresh(x) + 1, x, sizes=[4])
 
 
 def test_tails_are_padded_with_what_was_declared() -> None:
@@ -239,7 +203,9 @@ def test_tails_are_padded_with_what_was_declared() -> None:
     def model(ids):
         return table[look(ids + 0) + 1]
 
-    stitched = capture(model, (torch.arange(5),), [4], pads={"ids": -1}, poison=False)
+    stitched = captured(
+        model, torch.arange(5), sizes=[4], unbacked=True, pads={"ids": -1}, poison=False
+    )
     seen.clear()
-    same(stitched, model, torch.tensor([3, 5]))
+    assert_same(stitched, model, torch.tensor([3, 5]))
     assert seen[0] == [3, 5, -1, -1]

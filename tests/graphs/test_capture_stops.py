@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from captured import sizes_of
 from models import EAGER
 
 import piecework
@@ -18,10 +19,6 @@ from piecework.runtime.graphs.serve import replay as captured_replay
 
 SIZES = [1, 2, 4, 8]
 FULL, PIECEWISE = CUDAGraphMode.FULL, CUDAGraphMode.PIECEWISE
-
-
-def sizes_of(stitched) -> list[int]:
-    return sorted(descriptor.num_tokens for _, descriptor in stitched.static_graphs.replays)
 
 
 @piecework.splitting_op("capture_stops::fresh", rows="independent")
@@ -99,42 +96,35 @@ def test_ctrl_c_in_the_estimate_leaves_the_model_as_it_was() -> None:
     served(stitched, model)
 
 
-def test_an_interrupt_while_replays_are_proved_leaves_the_rest_uncaptured(monkeypatch) -> None:
-    real, seen = captured_replay.generate_replay, []
-
-    def stops(source, split_gm, facts):
-        seen.append(facts.tokens)
-        if len(seen) == 3:
-            raise KeyboardInterrupt
-        return real(source, split_gm, facts)
-
-    monkeypatch.setattr(captured_replay, "generate_replay", stops)
-    model, stitched = small()
-    with pytest.raises(KeyboardInterrupt):
-        stitched.capture(SIZES, progress=False)
-    assert seen == [8, 4, 2] and sizes_of(stitched) == [4, 8]
-    held = {descriptor.num_tokens for _, descriptor in stitched.memory_report().held}
-    assert held == {4, 8}
-    served(stitched, model)
-
-
-@pytest.mark.parametrize("policy", list(FailurePolicy))
-def test_a_replay_that_does_not_prove_is_not_served(policy: FailurePolicy, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("error", "policy", "left"),
+    [
+        (KeyboardInterrupt, FailurePolicy.UNCAPTURED, [8]),
+        (EmitError("no proof", where="tokens=4"), FailurePolicy.RAISE, [8]),
+        (EmitError("no proof", where="tokens=4"), FailurePolicy.UNCAPTURED, [1, 2, 8]),
+    ],
+)
+def test_a_replay_that_is_not_proved_is_not_served(error, policy, left, monkeypatch) -> None:
+    """Interrupted, the rest is uncaptured too."""
     real = captured_replay.generate_replay
 
     def fails(source, split_gm, facts):
         if facts.tokens == 4:
-            raise EmitError("no proof", where="tokens=4")
+            raise error
         return real(source, split_gm, facts)
 
     monkeypatch.setattr(captured_replay, "generate_replay", fails)
     model, stitched = small()
-    raises = policy is FailurePolicy.RAISE
-    with pytest.raises(EmitError, match="no proof") if raises else nullcontext():
+    raises = pytest.raises((KeyboardInterrupt, EmitError)) if left == [8] else nullcontext()
+    with raises:
         stitched.capture(SIZES, on_failure=policy, progress=False)
-    assert sizes_of(stitched) == ([8] if raises else [1, 2, 8])
-    [(key, error)] = stitched.static_graphs.failures.items()
-    assert key[1].num_tokens == 4 and "no proof" in str(error)
+    assert sizes_of(stitched) == left
+    assert sorted(key[1].num_tokens for key in stitched.memory_report().held) == left
+    failures = {
+        key[1].num_tokens: str(each) for key, each in stitched.static_graphs.failures.items()
+    }
+    assert list(failures) == ([] if error is KeyboardInterrupt else [4])
+    assert all("no proof" in text for text in failures.values())
     served(stitched, model)
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
 import pytest
 import torch
+from captured import calls
 from models import EAGER, Block, mix_pair
 
 import piecework
@@ -73,11 +72,10 @@ def test_a_model_is_captured_as_its_operators_allow(says, warned, said, asked, s
     found = set()
     for uniform in (True, False):
         x = torch.randn(2, 8)
-        before = {(row.mode, row.graph): row.calls for row in stitched.call_report()}
+        stitched.static_graphs.count_anew()
         with set_forward_context(batch=BatchKind(uniform_decode=uniform)):
             torch.testing.assert_close(stitched(x), model(x))
-        after = {(row.mode, row.graph): row.calls for row in stitched.call_report()}
-        [(mode, _)] = [key for key in after if after[key] != before.get(key, 0)]
+        [mode] = calls(stitched, "mode")
         found.add((uniform, mode))
     assert found == served
     lowered = [text for text in warned if "less than a whole forward" in text]
@@ -110,8 +108,9 @@ def test_drafts_of_several_widths_have_graphs_where_they_can(says):
             x = torch.randn(8, 8)
             with set_forward_context(batch=BatchKind(uniform_decode=True, query_len=width)):
                 torch.testing.assert_close(stitched(x), model(x))
-        modes = Counter(row.mode for row in stitched.call_report() for _ in range(row.calls))
-        assert modes == ({"FULL": 3} if said is None else {"FULL": 1, "PIECEWISE": 2})
+        assert calls(stitched, "mode") == (
+            {"FULL": 3} if said is None else {"FULL": 1, "PIECEWISE": 2}
+        )
 
 
 # --- one pool for several models ------------------------------------------------------------------------

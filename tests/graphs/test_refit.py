@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from captured import calls
+from models import EAGER
 
 import piecework
 from piecework.errors import BindError
-from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.counters import counters
 
 
@@ -19,8 +20,7 @@ def build(seed: int) -> torch.nn.Module:
 
 
 def compiled(model: torch.nn.Module) -> piecework.StitchedModule:
-    example = (torch.randn(4, 8),)
-    return piecework.compile(model, example, config=CompilationConfig(backend="eager"))
+    return piecework.compile(model, (torch.randn(4, 8),), config=EAGER)
 
 
 @pytest.mark.parametrize("captured", [False, True])
@@ -35,7 +35,7 @@ def test_twenty_refits_serve_each_the_weights_of_now(captured: bool) -> None:
             stitched.refit(other.state_dict())
             torch.testing.assert_close(stitched(x), other(x))
     if captured:
-        assert {row.mode: row.calls for row in stitched.call_report()} == {"PIECEWISE": 20}
+        assert calls(stitched, "mode") == {"PIECEWISE": 20}
 
 
 @pytest.mark.parametrize(

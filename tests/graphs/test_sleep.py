@@ -5,11 +5,11 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from captured import calls
 from models import EAGER, Block, mix_pair
 
 import piecework
@@ -34,13 +34,6 @@ def check(model: torch.nn.Module, stitched: piecework.StitchedModule) -> None:
             torch.testing.assert_close(stitched(x), model(x))
 
 
-def modes(stitched: piecework.StitchedModule) -> dict[str, int]:
-    found: Counter[str] = Counter()
-    for row in stitched.call_report():
-        found[row.mode] += row.calls
-    return dict(found)
-
-
 def tensors() -> int:
     gc.collect()
     return sum(issubclass(type(each), torch.Tensor) for each in gc.get_objects())
@@ -57,7 +50,7 @@ def test_cycles_serve_the_same_and_keep_nothing(mode: str, cycles: int) -> None:
             graphs = weakref.ref(stitched.static_graphs)
             held.append(stitched.memory_report().held)
             check(model, stitched)
-            assert modes(stitched) == {mode: 3, "NONE": 1}
+            assert calls(stitched, "mode") == {mode: 3, "NONE": 1}
             stitched.sleep()
             gc.collect()
             assert graphs() is None, "something holds the graphs"
@@ -97,7 +90,7 @@ def test_a_rebind_gives_graphs_up_and_waking_up_captures_the_new_weights() -> No
     check(model, stitched)
     stitched.wake_up()
     check(model, stitched)
-    assert modes(stitched) == {"PIECEWISE": 3, "NONE": 1}
+    assert calls(stitched, "mode") == {"PIECEWISE": 3, "NONE": 1}
 
 
 def test_calls_of_other_threads_go_on_through_sleep_and_wake() -> None:
