@@ -133,15 +133,6 @@ def test_declared_maximum_is_kept() -> None:
     assert len(stitched.traces) == 1
 
 
-def test_an_unbacked_batch_serves_one_row_and_none() -> None:
-    x = torch.randn(4, 3)
-    torch._dynamo.decorators.mark_unbacked(x, 0)
-    stitched = compiled(lambda x: x * 2 + 1, x)
-    for rows in (0, 1, 2, 9):
-        now = torch.randn(rows, 3)
-        torch.testing.assert_close(stitched(now), now * 2 + 1)
-
-
 def test_a_relation_between_sizes_is_kept() -> None:
     def function(x: torch.Tensor) -> torch.Tensor:
         half = x.shape[0] // 2

@@ -1,4 +1,4 @@
-"""Stitched modules among others: nothing of theirs outlives them, Dynamo leaves their calls alone, and nobody copies them."""
+"""Stitched modules among others: nothing of theirs outlives them, and Dynamo leaves their calls alone."""
 
 from __future__ import annotations
 
@@ -32,9 +32,12 @@ def compiled(model=None):
 # --- lifetimes -------------------------------------------------------------------------------------
 
 
-def test_model_weights_and_example_die_with_the_stitched_module() -> None:
-    model, example = Model(), torch.randn(4, 8)
+@pytest.mark.parametrize("captured", [False, True])
+def test_model_weights_and_example_die_with_the_stitched_module(captured: bool) -> None:
+    model, example = Model().requires_grad_(False), torch.randn(4, 8)
     stitched = piecework.compile(model, (example,), config=EAGER)
+    if captured:
+        stitched.capture([2, 4], progress=False, estimate=False)
     stitched(torch.randn(3, 8))
     watched = {
         "model": weakref.ref(model),
@@ -47,16 +50,6 @@ def test_model_weights_and_example_die_with_the_stitched_module() -> None:
     del model, example, stitched
     gc.collect()
     assert {name for name, each in watched.items() if each() is not None} == set()
-
-
-def test_a_captured_model_dies_with_its_graphs() -> None:
-    model = Model().requires_grad_(False)
-    stitched = compiled(model).capture([2, 4], progress=False, estimate=False)
-    stitched(torch.randn(3, 8))
-    watched = weakref.ref(model.enter.weight), weakref.ref(stitched)
-    del model, stitched
-    gc.collect()
-    assert [each() for each in watched] == [None, None]
 
 
 def test_a_refused_model_dies_too() -> None:
@@ -101,6 +94,3 @@ def test_a_full_graph_with_a_stitched_call_is_refused_with_the_reason() -> None:
         torch.compile(outer, backend="eager", fullgraph=True)(torch.randn(4, 8))
     with pytest.raises(CaptureError, match=r"calls a stitched module.*in forward"):
         compiled(outer)
-
-
-# --- copies ----------------------------------------------------------------------------------------

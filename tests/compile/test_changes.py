@@ -255,32 +255,21 @@ def test_a_returned_weight_belongs_to_the_same_binding_as_the_rest() -> None:
 # --- from inside a splitting op ----------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("what", "factor"), [("rebind", NEW), ("edit to another meaning", 2)])
 @pytest.mark.parametrize("mode", MODES)
-def test_a_rebind_inside_an_op_is_for_the_next_call(mode: str | None) -> None:
+def test_a_change_inside_an_op_is_for_the_next_call(
+    mode: str | None, what: str, factor: int
+) -> None:
     model, stitched = made(mode)
 
-    def rebind() -> None:
-        model.set_weights(scaled(2))
-        stitched.rebind()
-
-    inside.append(rebind)
-    assert torch.equal(stitched(X), X)
-    assert not inside
-    assert torch.equal(stitched(X), X * NEW)
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_an_edit_inside_an_op_is_for_the_next_call(mode: str | None) -> None:
-    _, stitched = made(mode)
-    twice = doubled(stitched.source.code)
-
-    def edit() -> None:
-        stitched.use_edited(twice)
+    def inside_the_op() -> None:
+        change(what, model, stitched)
         stitched.accept_settings()
 
-    inside.append(edit)
+    inside.append(inside_the_op)
     assert torch.equal(stitched(X), X)
-    assert torch.equal(stitched(X), X * 2)
+    assert not inside
+    assert torch.equal(stitched(X), X * factor)
 
 
 @pytest.mark.sample(2)

@@ -45,76 +45,76 @@ class Model(nn.Module):
         return x * 2
 
 
-def stitch() -> tuple[Model, piecework.StitchedModule]:
-    model = Model()
-    example = (torch.randn(3, 8), torch.tensor([0, 1, 2]))
-    return model, piecework.compile(model, example, config=EAGER)
+INPUTS = (torch.randn(2, 8), torch.tensor([0, 1]))
 
 
-def test_a_failure_in_a_piece_names_it() -> None:
-    _, stitched = stitch()
-    with pytest.raises(IndexError) as failure:
-        stitched(torch.randn(2, 8), torch.tensor([0, 9]))
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return Model()
+
+
+@pytest.fixture(scope="module")
+def stitched(model: Model) -> piecework.StitchedModule:
+    return piecework.compile(model, (torch.randn(3, 8), torch.tensor([0, 1, 2])), config=EAGER)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "kind", "said"),
+    [
+        ((INPUTS[0], torch.tensor([0, 9])), IndexError, ("in submod_", "__vllm_submods__[")),
+        ((torch.full((2, 8), 200.0), INPUTS[1]), ValueError, ("in check", "test_debugging.py")),
+    ],
+)
+def test_a_failure_names_the_piece_or_operator_and_its_layer(
+    stitched: piecework.StitchedModule, inputs: object, kind: type, said: tuple[str, ...]
+) -> None:
+    with pytest.raises(kind) as failure:
+        stitched(*inputs)  # type: ignore[misc]
     (note,) = failure.value.__notes__
-    assert note.startswith("in submod_") and "of layers.0" in note and "__vllm_submods__[" in note
+    assert note.startswith(said[0]) and "of layers.0" in note and said[1] in note
     shown = "".join(traceback.format_exception(failure.value))
-    assert "<piecework:" in shown and "__vllm_submods__[" in shown
+    assert "<piecework:" in shown and said[0].removeprefix("in ") in shown
 
 
-def test_a_failure_in_a_splitting_op_names_the_layer() -> None:
-    _, stitched = stitch()
-    with pytest.raises(ValueError, match="too large") as failure:
-        stitched(torch.full((2, 8), 200.0), torch.tensor([0, 1]))
-    (note,) = failure.value.__notes__
-    assert "in check" in note and "of layers.0" in note and "test_debugging.py" in note
-
-
-def test_the_debugger_steps_through_the_emitted_file() -> None:
-    model, stitched = stitch()
-    inputs = (torch.randn(2, 8), torch.tensor([0, 1]))
+def test_the_debugger_steps_through_the_emitted_file(
+    model: Model, stitched: piecework.StitchedModule
+) -> None:
     shown = io.StringIO()
     typed = io.StringIO("step\n" * 400 + "continue\n")
     debugger = pdb.Pdb(stdin=typed, stdout=shown, nosigint=True, readrc=False)
     debugger.use_rawinput = False
-    result = debugger.runcall(stitched.entry, *inputs)
-    torch.testing.assert_close(result, model(*inputs))
+    result = debugger.runcall(stitched.entry, *INPUTS)
+    torch.testing.assert_close(result, model(*INPUTS))
     lines = shown.getvalue().splitlines()
     stops = [line for line in lines if line.startswith("> <piecework:") and "execution_fn" in line]
     assert stops, shown.getvalue()
     assert any("-> " in line and "__vllm_submods__[0](" in line for line in lines)
 
 
-def test_pieces_have_names_in_a_profile_when_asked() -> None:
-    model, stitched = stitch()
-    inputs = (torch.randn(2, 8), torch.tensor([0, 1]))
+def test_pieces_have_names_in_a_profile_when_asked(
+    model: Model, stitched: piecework.StitchedModule
+) -> None:
     with torch.profiler.profile() as named, stitched.named_pieces():
-        result = stitched(*inputs)
-    torch.testing.assert_close(result, model(*inputs))
+        result = stitched(*INPUTS)
+    torch.testing.assert_close(result, model(*INPUTS))
     keys = {event.key for event in named.key_averages()}
     assert any(key.startswith("submod_") and "layers.0" in key for key in keys)
     assert any(key.startswith("check") and key.endswith("layers.0") for key in keys)
     with torch.profiler.profile() as plain:
-        stitched(*inputs)
+        stitched(*INPUTS)
     assert not any(event.key.startswith("submod_") for event in plain.key_averages())
 
 
-def test_an_edit_that_keeps_the_meaning_is_proved_and_runs() -> None:
-    model, stitched = stitch()
-    edited = stitched.use_edited("# my own comment\n" + stitched.source.code)
-    assert edited.proof is not None and edited.difference is None
-    inputs = (torch.randn(2, 8), torch.tensor([0, 1]))
-    torch.testing.assert_close(stitched(*inputs), model(*inputs))
-
-
-def test_an_edit_that_changes_the_meaning_runs_and_says_so() -> None:
-    _, stitched = stitch()
-    inputs = (torch.randn(2, 8), torch.tensor([0, 1]))
-    before = stitched(*inputs)
-    changed = stitched.source.code.replace("return (mul,)", "return (mul + 1,)")
-    assert changed != stitched.source.code
-    edited = stitched.use_edited(changed)
-    assert edited.proof is None and edited.difference
-    torch.testing.assert_close(stitched(*inputs), before + 1)
+def test_an_edit_is_proved_or_runs_with_its_difference(
+    model: Model, stitched: piecework.StitchedModule
+) -> None:
+    code = stitched.source.code
+    changed = code.replace("return (mul,)", "return (mul + 1,)")
+    assert changed != code
+    for text, more in ((changed, 1), ("# my own comment\n" + code, 0)):
+        edited = stitched.use_edited(text)
+        assert (edited.proof is None) == bool(edited.difference) == bool(more)
+        torch.testing.assert_close(stitched(*INPUTS), model(*INPUTS) + more)
 
 
 @pytest.mark.parametrize(
@@ -130,12 +130,12 @@ def test_an_edit_that_changes_the_meaning_runs_and_says_so() -> None:
         (lambda code: f"{code}\nimport no_such_module_anywhere\n", "no_such_module_anywhere"),
     ],
 )
-def test_an_edit_that_breaks_the_contract_is_refused(change: object, says: str) -> None:
-    model, stitched = stitch()
+def test_an_edit_that_breaks_the_contract_is_refused(
+    model: Model, stitched: piecework.StitchedModule, change: object, says: str
+) -> None:
     with pytest.raises((EmitError, BindError), match=says):
         stitched.use_edited(change(stitched.source.code))  # type: ignore[operator]
-    inputs = (torch.randn(2, 8), torch.tensor([0, 1]))
-    torch.testing.assert_close(stitched(*inputs), model(*inputs))
+    torch.testing.assert_close(stitched(*INPUTS), model(*INPUTS))
 
 
 def test_the_log_says_what_was_traced_cut_compiled_and_shared(caplog) -> None:  # type: ignore[no-untyped-def]
@@ -146,8 +146,9 @@ def test_the_log_says_what_was_traced_cut_compiled_and_shared(caplog) -> None:  
     assert "submod_0 for batch all: compiled by eager" in caplog.text
 
 
-def test_a_profile_has_a_row_for_each_piece_and_operator_and_leaves_nothing_behind() -> None:
-    _, stitched = stitch()
+def test_a_profile_has_a_row_for_each_piece_and_operator_and_leaves_nothing_behind(
+    stitched: piecework.StitchedModule,
+) -> None:
     x, index = torch.randn(4, 8), torch.tensor([0, 1, 2, 3])
     before = stitched(x, index)
     profile = stitched.profile(x, index, profiled_calls=3)

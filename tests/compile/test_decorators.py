@@ -19,7 +19,7 @@ import piecework
 from piecework import CompilationConfig, counters, ignore_torch_compile, support_torch_compile
 from piecework.errors import CaptureError, ConfigError, InputError
 from piecework.runtime.decorators import stitched_of
-from piecework.runtime.model_tag import set_model_tag, set_on_compilation_complete
+from piecework.runtime.model_tag import set_model_tag
 
 NONE = CompilationConfig(mode="NONE")
 
@@ -217,17 +217,18 @@ def test_the_keyword_is_taken_whether_init_asks_for_it_or_not() -> None:
     loose = Adds(2, compilation_config=EAGER, other=3)
     assert loose.options == {"other": 3} and loose.compilation_config is EAGER
     assert TakesConfig(EAGER).seen is EAGER
+    through_super = Redecorated(width=16, compilation_config=NONE)
+    assert through_super.compilation_config is NONE and through_super.linear.out_features == 16
 
 
 def test_the_attribute_is_read_at_the_first_call() -> None:
     model = Model()
-    model.compilation_config = NONE
-    model(torch.randn(4, 8))
-    assert stitched_of(model) is None
-    model = Model()
     model.compilation_config = "eager"
     with pytest.raises(ConfigError, match="got 'eager'"):
         model(torch.randn(4, 8))
+    model.compilation_config = NONE
+    model(torch.randn(4, 8))
+    assert stitched_of(model) is None
 
 
 @pytest.mark.parametrize("enabled", [True, False])
@@ -291,11 +292,6 @@ def test_what_a_subclass_inherits(kind: type[Model], graphs: int) -> None:
         for batch in (4, 7):
             same(model, torch.randn(batch, 8))
     assert (stitched_of(model) is not None) is bool(graphs)
-
-
-def test_super_init_takes_the_keyword_through_every_class() -> None:
-    model = Redecorated(width=16, compilation_config=NONE)
-    assert model.compilation_config is NONE and model.linear.out_features == 16
 
 
 def test_a_decorated_module_inside_another_becomes_part_of_it() -> None:
@@ -374,15 +370,6 @@ def test_the_tag_at_construction_holds_at_the_first_call() -> None:
     same(outside, torch.randn(4, 8))
     names = [stitched(m).report().model for m in (made_inside, called_inside, outside)]
     assert names == ["drafter.Model", "target.Model", "Model"]
-
-
-def test_completion_is_told_once_per_instance() -> None:
-    heard: list[int] = []
-    model = Model()
-    with set_on_compilation_complete(lambda: heard.append(1)):
-        for batch in (4, 5):
-            same(model, torch.randn(batch, 8))
-    assert heard == [1]
 
 
 def test_a_failure_in_a_piece_carries_the_piece() -> None:

@@ -170,17 +170,6 @@ def test_an_argument_that_is_only_asked_about_counts(
         assert right_or_refused(stitched, model, x, other)
 
 
-def test_one_tensor_for_two_arguments_is_traced_by_itself() -> None:
-    def model(*tensors: torch.Tensor) -> torch.Tensor:
-        return tensors[0] + tensors[1]
-
-    x, y = torch.randn(4, 3), torch.randn(4, 3)
-    for first, second in ((x, x), (x, y)):
-        stitched = compiled(model, first, second)
-        same(stitched, model, x, x)
-        same(stitched, model, x, y)
-
-
 # --- numbers in results ------------------------------------------------------------------------------------
 
 
