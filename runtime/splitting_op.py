@@ -19,6 +19,7 @@ RowsOf = Literal["independent", "context"]
 #: Which whole forwards may be one static graph with an operator inside it: none; those in which every request decodes one token; those
 #: in which every request decodes as many; any. What it plans on the host for a batch is frozen in such a graph.
 GraphsOf = Literal["never", "single_token_decode", "uniform_decode", "always"]
+_WORDS = {"rows": get_args(RowsOf), "full_graphs": get_args(GraphsOf)}
 HOW_TO_DECLARE = "say splitting_op(..., rows=...), or piecework.declare_rows(op, ...)"
 
 
@@ -103,8 +104,7 @@ class SplittingOpRegistry:
 
     def __init__(self) -> None:
         self._ops: dict[str, SplittingOp[..., object]] = {}
-        self._rows: dict[str, RowsOf] = {}
-        self._graphs: dict[str, GraphsOf] = {}
+        self._said: dict[str, dict[str, Any]] = {"rows": {}, "full_graphs": {}}
         self.functions: dict[str, Callable[..., object]] = {}
 
     def add(
@@ -138,28 +138,21 @@ class SplittingOpRegistry:
 
     def rows_of(self, op: torch._ops.OpOverload) -> RowsOf | None:
         """What an operator says of its rows; None if it was not said."""
-        return self._rows.get(op._schema.name)
+        return self._said["rows"].get(op._schema.name)
 
     def graphs_of(self, op: torch._ops.OpOverload) -> GraphsOf:
         """Which whole forwards may be captured with ``op`` inside; any, if it was not said."""
-        return self._graphs.get(op._schema.name, "always")
+        return self._said["full_graphs"].get(op._schema.name) or "always"
 
-    def declare(self, name: str, rows: RowsOf | None, graphs: GraphsOf | None) -> None:
-        """Note what an operator says of its rows and of full graphs; None takes it back."""
-        for field, said, word, words in (
-            ("rows", self._rows, rows, RowsOf),
-            ("full_graphs", self._graphs, graphs, GraphsOf),
-        ):
-            known: dict[str, Any] = said  # type: ignore[assignment]
-            if word is None:
-                known.pop(name, None)
-            elif word in get_args(words):
-                known[name] = word
-            else:
+    def declare(self, name: str, **words: RowsOf | GraphsOf | None) -> None:
+        """Note what an operator says of its ``rows`` and of ``full_graphs``; None takes it back."""
+        for field, word in words.items():
+            if word not in (None, *_WORDS[field]):
                 raise SplitError(
                     f"{field}={word!r} of {name} is not known",
-                    hint=f"say one of {', '.join(map(repr, get_args(words)))}, or nothing",
+                    hint=f"say one of {', '.join(map(repr, _WORDS[field]))}, or nothing",
                 )
+            self._said[field][name] = word
 
 
 def qualified_name(op: object) -> str:
@@ -190,8 +183,7 @@ def declare_rows(op: AnyOp, rows: RowsOf | None) -> None:
         op: ``"namespace::name"``, the operator, or what ``torch.library.custom_op`` made.
         rows: ``"independent"``, ``"context"``, or None to take it back.
     """
-    name = _name_of(op)
-    registry.declare(name, rows, registry._graphs.get(name))
+    registry.declare(_name_of(op), rows=rows)
 
 
 @short_errors
@@ -202,8 +194,7 @@ def declare_full_graphs(op: AnyOp, graphs: GraphsOf | None) -> None:
         op: as for `declare_rows`.
         graphs: as ``full_graphs`` of `splitting_op`, or None to take it back.
     """
-    name = _name_of(op)
-    registry.declare(name, registry._rows.get(name), graphs)
+    registry.declare(_name_of(op), full_graphs=graphs)
 
 
 def _name_of(op: AnyOp) -> str:
@@ -262,7 +253,7 @@ def splitting_op(
 
     def register(function: Callable[P, R]) -> SplittingOp[P, R]:
         op = registry.add(name, function, tuple(mutates_args))
-        registry.declare(name, rows, full_graphs)
+        registry.declare(name, rows=rows, full_graphs=full_graphs)
         return op
 
     return register

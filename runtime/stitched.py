@@ -256,7 +256,7 @@ class StitchedModule(Captures, Observed, SharedModule):
                 self.model, args, kwargs, self._backends(), self._sizes, self.as_it_is
             )
         if self._around is nullcontext:
-            made.entry.weights.unchanged()  # calls find the check ready
+            made.entry.now.weights.unchanged()  # calls find the check ready
         else:
             made.entry.accept_settings()
         require_agreement(made.program, self.runtime_config)

@@ -145,7 +145,7 @@ def _facts(
     classes = {type(each) for _, root in modules_of(part.model) for each in root.modules()}
     for number, trace in enumerate(part.traces):
         _require_savable(trace)
-        program, edited, folder = trace.program, trace.entry.edited, f"{prefix}trace_{number}/"
+        program, edited, folder = trace.program, trace.entry.now.edited, f"{prefix}trace_{number}/"
         why = edited and edited.difference
         mark = f"differs from the graph: {why}" if why else "proved to mean the graph"
         edits.append(mark if edited else "")
@@ -157,8 +157,8 @@ def _facts(
             files[f"{folder}{programs.GRAPHS}"] = pickled
         own += [program.graph, *(item.graph for item in program.items)]
         own += [backend.graph for backend in program.backends.values() if backend.graph]
-        traced |= {each.co_filename for each in trace.entry.weights.state.code}
-        classes |= set(trace.entry.weights.state.classes)
+        traced |= {each.co_filename for each in trace.entry.now.weights.state.code}
+        classes |= set(trace.entry.now.weights.state.classes)
     graphs += own
     return {
         **part.settings,
@@ -170,7 +170,7 @@ def _facts(
 
 def _require_savable(trace: TracedModel) -> None:
     compiler, what = trace.backend.compiler_manager.compiler, ""
-    weights = trace.entry.weights
+    weights = trace.entry.now.weights
     if type(compiler) not in (EagerAdaptor, InductorStandaloneAdaptor):
         what = f"compiler {compiler.name!r}, which is neither inductor nor eager,"
     elif trace.program.config.use_inductor_graph_partition:
@@ -202,7 +202,7 @@ def _saved(trace: TracedModel, files: dict[str, bytes]) -> dict[str, object]:
     if any(torch_compat.storage_id(t) in held or t.nbytes > MAX_TENSOR for t in tensors):
         why = "the stitching source holds a weight as a constant, and an artifact holds none"
         raise ArtifactError(why, hint="register it as a parameter or a buffer of the model")
-    weights = entry.weights
+    weights = entry.now.weights
     indices = {each.path: i for i, each in enumerate(weights.traced)}
     return {
         "program": saved,
@@ -212,13 +212,13 @@ def _saved(trace: TracedModel, files: dict[str, bytes]) -> dict[str, object]:
         "memory": _memory(trace),
         "state": _state(trace),
         "symbols": captured.assumptions.names(),
-        "edited": entry.edited,
+        "edited": entry.now.edited,
     }
 
 
 def _state(trace: TracedModel) -> SavedState:
     """What the trace read, where it still holds and another process can compare it."""
-    weights, state = trace.entry.weights, trace.entry.weights.state
+    weights, state = trace.entry.now.weights, trace.entry.now.weights.state
     if changed := weights.change():  # of the weights or of what was traced
         why = f"the model is not as it is bound: {changed.message}"
         hint = changed.hint or "call rebind() first"
@@ -237,7 +237,9 @@ def _memory(trace: TracedModel) -> tuple[int, ...] | None:
     pairs = zip(nodes, inputs, strict=True)
     held = {node.name: each.path for node, each in pairs if isinstance(each, Weight)}
     every = [item.submod_name for item in trace.program.items]
-    return _partition(trace.entry.weights.tensors) if mutations_in(split_gm, every, held) else None
+    return (
+        _partition(trace.entry.now.weights.tensors) if mutations_in(split_gm, every, held) else None
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -78,40 +78,24 @@ class Entry:
         captured.weights.trust(self.made.strict)
         self.source: EntrySource = self.made.source
         self._stances = torch_compat.stance_holder()
-        self._now = self._made(captured.weights, None, itertools.count())
-        self.call = self._execute(self._now, self._now.function, program.submods_for)
+        self.now = self._made(captured.weights, None, itertools.count())
+        self.call = self._execute(self.now, self.now.function, program.submods_for)
         # Python names it when arguments don't fit.
         self.call.__qualname__ = f"{program.name}.forward"
         # None is known to change nothing until `_in_stance` has looked at the current one.
         self.call.__globals__.update(dynamo=self._stances, stance=None)
 
     @property
-    def execution_fn(self) -> FunctionType:
-        return self._now.function
-
-    @property
-    def weights(self) -> BoundWeights:
-        return self._now.weights
-
-    @property
-    def edited(self) -> EditedSource | None:
-        return self._now.edited
-
-    @property
-    def graphs(self) -> Graphs | None:
-        return self._now.graphs
-
-    @property
     def uncaptured_calls(self) -> int:
         """Calls of the stitching function since anything was captured or released last."""
         # A counter says what comes next, and to ask for that would count.
-        return 0 if self.graphs is not None else int(repr(self._now.counter)[len("count(") : -1])
+        return 0 if self.now.graphs is not None else int(repr(self.now.counter)[len("count(") : -1])
 
     # --- changes: each publishes another execution ------------------------------------------------
 
     def rebound(self) -> Execution:
         """An execution with the weights that the model has now; graphs of the very same go on."""
-        now = self._now
+        now = self.now
         weights = now.weights.rebound()
         same = all(map(operator.is_, weights.tensors, now.weights.tensors))
         if same and (now.graphs is None or now.graphs.still_reads(weights)):
@@ -120,19 +104,19 @@ class Entry:
 
     def accept_settings(self) -> None:
         """Take what the model holds in Python now for as good as what it held in the trace."""
-        self.publish(replace(self._now, weights=self._now.weights.accepted(), variants={}))
+        self.publish(replace(self.now, weights=self.now.weights.accepted(), variants={}))
 
     def edit(self, edited: EditedSource) -> None:
         """Run an edited text in place of the generated stitching source, and of static graphs."""
-        self.publish(self._made(self._now.weights, edited, self._counter()))
+        self.publish(self._made(self.now.weights, edited, self._counter()))
 
     def capture(self, graphs: Graphs | None) -> None:
         """Serve calls from static graphs of `execution_fn`; None serves them by that again."""
-        self.publish(replace(self._now, graphs=graphs, variants={}, counter=itertools.count()))
+        self.publish(replace(self.now, graphs=graphs, variants={}, counter=itertools.count()))
 
     def publish(self, execution: Execution) -> None:
         """Serve calls by ``execution`` from now on; those that run keep theirs."""
-        before = self._now
+        before = self.now
         self.captured = self.captured.with_weights(execution.weights)  # lets go of the old ones
         self._serve_by(execution)
         if before.graphs is not None and before.graphs is not execution.graphs:
@@ -143,7 +127,7 @@ class Entry:
         self, beside: Callable[[Callable[..., object]], Callable[..., object]]
     ) -> Iterator[None]:
         """For the block, serve calls by what ``beside`` makes of the stitching function."""
-        before = self._now
+        before = self.now
         self._serve_by(replace(before, variants={}), beside(before.function))
         try:
             yield
@@ -151,14 +135,14 @@ class Entry:
             self._serve_by(before)
 
     def _serve_by(self, execution: Execution, serves: Callable[..., object] | None = None) -> None:
-        self._now = execution
+        self.now = execution
         if serves is None:
             serves = execution.function if execution.graphs is None else execution.graphs
         self.call.__globals__.update(self._held(execution, serves))
 
     def _counter(self) -> itertools.count[int]:
         """What counts the calls after a change: on from where it was, unless graphs served."""
-        return itertools.count() if self.graphs is not None else self._now.counter
+        return itertools.count() if self.now.graphs is not None else self.now.counter
 
     def _made(
         self, weights: BoundWeights, edited: EditedSource | None, counter: itertools.count[int]
@@ -239,7 +223,7 @@ class Entry:
         raise self._refused(input_error(self.made.plan, values, self._arguments, **held))
 
     def _explain_weights(self) -> None:
-        raise self._refused(self.weights.explain())
+        raise self._refused(self.now.weights.explain())
 
     def _explain_grad_mode(self) -> None:
         why = "the model's code asks whether gradients are recorded, and was traced while none were"
@@ -294,7 +278,7 @@ class Entry:
             raise self._refused(InputError(why, hint=hint))
         if autocast:
             self._count("autocast is on")
-        now = self._now
+        now = self.now
         # torch.set_default_device is a mode for good.
         variant = "under autocast" if autocast else "under a default device"
         if variant not in now.variants:
@@ -303,8 +287,8 @@ class Entry:
             if autocast:
                 serves, submods_for = self._by_public_forms(now.function)
                 now = replace(now, counter=itertools.count())  # `careful_calls` counts these
-            self._now.variants[variant] = self._execute(now, serves, submods_for, **idle)
-        return self._now.variants[variant](*args, **kwargs)
+            self.now.variants[variant] = self._execute(now, serves, submods_for, **idle)
+        return self.now.variants[variant](*args, **kwargs)
 
     def _by_public_forms(
         self, function: FunctionType

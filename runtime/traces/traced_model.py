@@ -65,7 +65,7 @@ class TracedModel:
     @property
     def static(self) -> CapturedModel | None:
         """The static graphs that serve calls, if some were captured."""
-        return self.entry.graphs  # type: ignore[return-value]
+        return self.entry.now.graphs  # type: ignore[return-value]
 
     def calls(self) -> list[CallRow]:
         """What its calls ran as, since static graphs were captured or released last."""
@@ -104,7 +104,7 @@ class TracedModel:
         operators = {alias.name: alias.name for alias in source.module.aliases}
         names = [labels[name] for name in source.submod_names]
         layer = layer_by_line(source.code, source.lines) if by_layer else None
-        function, lists = self.entry.execution_fn, self.program.submod_lists
+        function, lists = self.entry.now.function, self.program.submod_lists
         with named_pieces(function, lists, names, operators, layer), ExitStack() as stack:
             if self.static is not None:
                 stack.enter_context(self.static.named_replays(names, by_layer=by_layer))
@@ -139,7 +139,7 @@ class TracedModel:
         """Capture static graphs, in place of those that there are; see `StitchedModule.capture`."""
         from piecework.runtime.graphs.serve.model import CapturedModel
 
-        edited = self.entry.edited
+        edited = self.entry.now.edited
         if edited is not None and edited.difference is not None:
             why = "the edited source means something else than the graph, which replays follow"
             hint = "use_edited(stitched.source.code) goes back to the generated source"

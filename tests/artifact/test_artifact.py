@@ -311,7 +311,7 @@ def test_an_edited_source_travels_marked_as_edited(tmp_path: Path) -> None:
         assert torch.equal(loaded(x), model(x))
         loaded.save(tmp_path / f"{name}_again")
         again = piecework.load(tmp_path / f"{name}_again", made(1))
-        assert again.traces[0].entry.edited == loaded.traces[0].entry.edited
+        assert again.traces[0].entry.now.edited == loaded.traces[0].entry.now.edited
 
 
 class Asking(nn.Module):

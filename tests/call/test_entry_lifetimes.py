@@ -92,13 +92,12 @@ def test_the_trace_keeps_no_example_tensor() -> None:
     stitched(torch.randn(5, 8))
 
 
-class Choosing(torch.nn.Module):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x * 2 if x.shape[0] > 4 else x - 1
+def choosing(x: torch.Tensor) -> torch.Tensor:
+    return x * 2 if x.shape[0] > 4 else x - 1
 
 
 def test_a_call_that_another_trace_serves_keeps_nothing() -> None:
-    stitched = piecework.compile(Choosing(), (torch.randn(8, 8),), config={"backend": "eager"})
+    stitched = piecework.compile(choosing, (torch.randn(8, 8),), config={"backend": "eager"})
     stitched(torch.randn(2, 8))
     gc.collect()
     gc.disable()  # what a cycle keeps is not to be collected

@@ -265,7 +265,7 @@ def test_a_default_device_costs_no_shortcut(stitched: piecework.StitchedModule) 
     torch.set_default_device("cpu")
     try:
         stitched(torch.randn(3, 8))
-        assert "under a default device" in stitched.traces[0].entry._now.variants
+        assert "under a default device" in stitched.traces[0].entry.now.variants
         Recording.seen.clear()
         with Recording():
             stitched(torch.randn(3, 8))

@@ -150,26 +150,24 @@ def test_memory_that_a_piece_hands_on_unwritten_is_not_compared(spoil) -> None: 
         outputs[0].fill_(torch.nan)  # type: ignore[attr-defined]
         return tuple(outputs)
 
-    class Model(nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            out = torch.empty_like(x)
-            mix(x.sin(), out)
-            return out.cos()
+    def model(x: torch.Tensor) -> torch.Tensor:
+        out = torch.empty_like(x)
+        mix(x.sin(), out)
+        return out.cos()
 
-    stitched = piecework.compile(Model(), (X,), config=spoil({0: fill}))
+    stitched = piecework.compile(model, (X,), config=spoil({0: fill}))
     found = shadowed(stitched, (X,))
     assert found.compared == 2 and found.first is None, str(found)
 
 
-class Random(nn.Module):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out = torch.empty_like(x)
-        mix(nn.functional.dropout(x, 0.5, training=True), out)
-        return out + 1
+def drops(x: torch.Tensor) -> torch.Tensor:
+    out = torch.empty_like(x)
+    mix(nn.functional.dropout(x, 0.5, training=True), out)
+    return out + 1
 
 
 def test_random_numbers_stay_the_caller_s() -> None:
-    stitched = piecework.compile(Random().eval(), (X,), config={"backend": "eager"})
+    stitched = piecework.compile(drops, (X,), config={"backend": "eager"})
     torch.manual_seed(3)
     plain = [stitched(X), stitched(X)]
     torch.manual_seed(3)
@@ -223,12 +221,7 @@ def to_nan(outputs: list[object]) -> object:
     ],
 )
 def test_other_kinds_of_difference(change: Change, says: str, spoil) -> None:  # type: ignore[no-untyped-def]
-    class Model(nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            out = mix_of(x.sin())
-            return out.cos()
-
-    stitched = piecework.compile(Model(), (X,), config=spoil({0: change}))
+    stitched = piecework.compile(lambda x: mix_of(x.sin()).cos(), (X,), config=spoil({0: change}))
     found = shadowed(stitched, (X,))
     assert found.first is not None and says in str(found.first), str(found)
     assert found.first.piece == "submod_0" and found.first.error == float("inf")
@@ -299,10 +292,10 @@ def plain() -> Iterator[StitchedModule]:
     stitched = piecework.compile(layers(1), (X,), config={"backend": "eager"})
     entry = stitched.traces[0].entry
     stitched(X)  # the first call looks at the stance of torch's compiler
-    before = dict(vars(stitched)), dict(entry.call.__globals__), entry._now
+    before = dict(vars(stitched)), dict(entry.call.__globals__), entry.now
     lists = [list(each) for each in stitched.program.submod_lists]
     yield stitched
-    assert (dict(vars(stitched)), dict(entry.call.__globals__), entry._now) == before
+    assert (dict(vars(stitched)), dict(entry.call.__globals__), entry.now) == before
     assert [list(each) for each in stitched.program.submod_lists] == lists
 
 

@@ -118,10 +118,10 @@ def test_a_refused_command_writes_nothing(
 def test_nothing_is_named_after_a_trace() -> None:
     model, args = layers()
     stitched = piecework.compile(model, args, config={"backend": "eager"})
-    before = dict(stitched.traces[0].entry.execution_fn.__globals__)
+    before = dict(stitched.traces[0].entry.now.function.__globals__)
     with torch.profiler.profile(), stitched.named_pieces():
         stitched(*args)
-    assert dict(stitched.traces[0].entry.execution_fn.__globals__) == before
+    assert dict(stitched.traces[0].entry.now.function.__globals__) == before
     with torch.profiler.profile() as plain:
         stitched(*args)
     assert not any("layers." in event.key for event in plain.key_averages())

@@ -411,8 +411,8 @@ def test_a_change_keeps_what_the_one_before_it_set(first: str, second: str) -> N
     edits = [each for each in both if each.startswith("edit")]
     expected = {"edit": stitched.source.code + "# edited\n"}
     expected["edit to another meaning"] = doubled(stitched.source.code)
-    assert trace.entry.edited is not None
-    assert trace.entry.edited.code == (expected[edits[-1]] if edits else stitched.source.code)
+    assert trace.entry.now.edited is not None
+    assert trace.entry.now.edited.code == (expected[edits[-1]] if edits else stitched.source.code)
     factor = (NEW if "rebind" in both else 1) * (2 if edits[-1:] == [CHANGES[1]] else 1)
     before = replays(stitched)
     assert torch.equal(stitched(X), X * factor)

@@ -1,8 +1,8 @@
 """Torch's switches for its compiler: in, a switch and an entry point; out, the model as it is, said once, and what was compiled as torch decides it."""
 
-import contextlib
 import logging
 import os
+from unittest import mock
 
 import pytest
 import torch
@@ -12,16 +12,6 @@ import piecework
 from piecework.errors import BindError, InputError
 from piecework.runtime.counters import counters
 from piecework.runtime.decorators import stitched_of
-
-
-@contextlib.contextmanager
-def variable(name):
-    before = os.environ.get(name)
-    os.environ[name] = "1"
-    try:
-        yield
-    finally:
-        os.environ.pop(name) if before is None else os.environ.update({name: before})
 
 
 def disabled():
@@ -34,7 +24,7 @@ def stance(name):
 
 SWITCHES = {
     "config": disabled,
-    "variable": lambda: variable("TORCHDYNAMO_DISABLE"),
+    "variable": lambda: mock.patch.dict(os.environ, TORCHDYNAMO_DISABLE="1"),
     "force_eager": stance("force_eager"),
     "eager_on_recompile": stance("eager_on_recompile"),
 }

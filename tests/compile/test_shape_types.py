@@ -190,21 +190,19 @@ def test_the_setting_ends_with_the_trace() -> None:
 # --- guards ------------------------------------------------------------------------------------------
 
 
-class Halves(nn.Module):
+def halves(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """The trace assumes more than 4 rows, an even number of them, and one size for both."""
-
-    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        if x.shape[0] > 4 and x.shape[0] % 2 == 0:
-            return (x + y).reshape(2, -1)
-        return x - y
+    if x.shape[0] > 4 and x.shape[0] % 2 == 0:
+        return (x + y).reshape(2, -1)
+    return x - y
 
 
 @pytest.mark.parametrize("sizes", [(4, 4), (7, 7), (1, 1), (8, 6)])
 def test_guards_are_evaluated_at_each_call(sizes: tuple[int, int]) -> None:
     made = config(guards=True, stitching_config={"check_inputs": False})
-    stitched = piecework.compile(Halves(), (torch.randn(6), torch.randn(6)), config=made)
+    stitched = piecework.compile(halves, (torch.randn(6), torch.randn(6)), config=made)
     for batch in (6, 8, 12):
         x, y = torch.randn(batch), torch.randn(batch)
-        torch.testing.assert_close(stitched(x, y), Halves()(x, y))
+        torch.testing.assert_close(stitched(x, y), halves(x, y))
     with pytest.raises(InputError):
         stitched(*map(torch.randn, sizes))

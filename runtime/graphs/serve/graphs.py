@@ -85,7 +85,7 @@ class CapturedGraphs:
         require_sizes_only(split_gm, captured)
         self._parameters = [node for node, _ in passed_inputs(entry.captured, program)]
         # Of one execution; a change retires these graphs instead of reaching them.
-        self.forward, self.weights = entry.execution_fn, by_path_of(entry.weights)
+        self.forward, self.weights = entry.now.function, by_path_of(entry.now.weights)
         self.inputs = CapturedInputs(shape, max(self.sizes), options, config.cudagraph_copy_inputs)
         cut_inside = config.use_inductor_graph_partition
         # Inductor's own partitions leave out what is elsewhere.
