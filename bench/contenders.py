@@ -50,7 +50,7 @@ def prepare(
     *,
     unbacked: bool,
     stock: bool = True,
-    conventional: bool = True,
+    with_conventional: bool = True,
     config: CompilationConfig | None = None,
 ) -> Ready:
     """Compile ``model`` for every contender.
@@ -61,7 +61,7 @@ def prepare(
         body: its raw Python function.
         unbacked: trace without assuming that the batch is not 1.
         stock: prepare ``torch.compile`` too, which takes longest.
-        conventional: prepare the conventional way too.
+        with_conventional: prepare the conventional way too.
     """
     stitched = piecework.compile(
         model,
@@ -80,8 +80,10 @@ def prepare(
         calls["stock"] = _traced_once(
             torch.compile(model, fullgraph=True, dynamic=True), example, unbacked
         )
-    if conventional:
-        calls["conventional"] = _conventional(model, example, operator, unbacked, config)
+    if with_conventional:
+        calls["conventional"] = conventional(
+            model, example, operator, unbacked=unbacked, config=config
+        )
     calls["piecework"] = stitched  # type: ignore[assignment]
     calls["limit"] = _limit(graph, operator, body)
     return Ready(calls, stitched)
@@ -116,7 +118,7 @@ class FlatGraph:
 
     def _module(self, name: str) -> torch.nn.Module:
         if name in self.pieces:
-            return _AsModule(self.public[name])
+            return PieceModule(self.public[name])
         return self.stitched.split_gm.get_submodule(name)
 
     def inputs(self, *arguments: torch.Tensor) -> list[object]:
@@ -134,7 +136,9 @@ class FlatGraph:
                 return arguments[leaf]
 
 
-class _AsModule(torch.nn.Module):
+class PieceModule(torch.nn.Module):
+    """A function as the graph calls it."""
+
     def __init__(self, function: Piece) -> None:
         super().__init__()
         self.function = function
@@ -146,41 +150,45 @@ class _AsModule(torch.nn.Module):
 # --- 5: conventional piecewise compilation ------------------------------------------------------------
 
 
-class PieceByRange:
+def by_range(runnable: Piece, size_at: int | None) -> Piece:
     """A piece that looks its range up in every call, as the field's piecewise backends do."""
+    runnables = {(0, 1 << 30): runnable}
 
-    def __init__(self, runnables: Mapping[tuple[int, int], Piece], size_at: int | None) -> None:
-        self.runnables = dict(runnables)
-        self.size_at = size_at
-
-    def __call__(self, *args: object) -> Sequence[object]:
-        size = 1 if self.size_at is None else args[self.size_at]
-        for (start, end), runnable in self.runnables.items():
+    def piece(*args: object) -> Sequence[object]:
+        size = 1 if size_at is None else args[size_at]
+        for (start, end), each in runnables.items():
             if start <= size <= end:  # type: ignore[operator]
-                return runnable(*args)
+                return each(*args)
         raise PieceworkError(f"no range holds {size}")
 
+    return piece
 
-def _conventional(
+
+def conventional(
     model: torch.nn.Module,
     example: torch.Tensor,
     operator: str,
+    *,
     unbacked: bool,
-    config: CompilationConfig | None,
+    config: CompilationConfig | None = None,
+    wrapped: Callable[[dict[str, Piece]], dict[str, Piece]] = lambda pieces: pieces,
 ) -> Call:
-    """Dynamo's guards, generated code, a look-up and public artifact per piece, the dispatcher."""
+    """Dynamo's guards, generated code, a look-up and public artifact per piece, the dispatcher.
+
+    Args:
+        wrapped: what becomes of the pieces before they are called.
+    """
 
     def backend(gm: torch.fx.GraphModule, inputs: Sequence[object]) -> Callable[..., object]:
-        compiled = PieceworkBackend(config, "conventional", splitting_ops=[operator]).prepare(gm)
-        source = generate_source(compiled.split_gm, LowerOptions(submods=list(compiled.backends)))
+        made = PieceworkBackend(config, "conventional", splitting_ops=[operator]).prepare(gm)
+        source = generate_source(made.split_gm, LowerOptions(submods=list(made.backends)))
         pieces = {
-            name: PieceByRange(
-                {(0, 1 << 30): piece.runnable_for(None)},
-                piece.sym_shape_indices[0] if piece.sym_shape_indices else None,
-            )
-            for name, piece in compiled.backends.items()
+            name: by_range(piece.runnable_for(None), next(iter(piece.sym_shape_indices), None))
+            for name, piece in made.backends.items()
         }
-        return compile_execution_fn(source.code, pieces, source.submod_names, source.consts)
+        return compile_execution_fn(
+            source.code, wrapped(pieces), source.submod_names, source.consts
+        )
 
     compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=True)
     return _traced_once(compiled, example, unbacked)
@@ -193,18 +201,22 @@ def _limit(graph: FlatGraph, operator: str, body: Callable[..., None]) -> Call:
     """The same kernels and the op's raw function in a straight line."""
 
     def call(node: torch.fx.Node, text: Mapping[torch.fx.Node, str]) -> list[str]:
-        return [f"op({', '.join(op_arguments(node, graph, operator, text))})"]
+        return [f"op({', '.join(op_texts(graph.split_gm, node, operator, text))})"]
 
     lines, values = straight_lines(graph, {"x": torch.zeros(2, dtype=torch.int64)}, call)
     return straight("x", ["s0 = x.size(0)", *lines], {"op": body, **values})  # type: ignore[return-value]
 
 
 def straight(
-    parameters: str, lines: Sequence[str], values: Mapping[str, object]
+    parameters: str,
+    lines: Sequence[str],
+    values: Mapping[str, object],
+    as_locals: bool | None = None,
 ) -> Callable[..., object]:
-    """A function of these lines; weights are its locals while CPython has short names for them."""
+    """A function of these lines; ``values`` are its locals while CPython has short names for them."""
     text = "".join(f"    {line}\n" for line in lines)
-    held = (f"{name}={name}" for name in values if len(values) < 250)
+    short = len(values) < 250 if as_locals is None else as_locals
+    held = [f"{name}={name}" for name in values if short]
     scope = dict(values)
     exec(f"def straight({', '.join([parameters, *held])}):\n{text}", scope)
     return scope["straight"]  # type: ignore[return-value]
@@ -278,19 +290,23 @@ def _piece_line(
     return f"{', '.join(targets)}{',' if outputs == 1 else ''} = call_{name}([{arguments}])"
 
 
-def op_arguments(
-    node: torch.fx.Node, graph: FlatGraph, operator: str, text: Mapping[torch.fx.Node, str]
-) -> list[str]:
-    """The operator's arguments, as its submodule passes them."""
-    submod = graph.stitched.split_gm.get_submodule(str(node.target))
+def op_operands(gm: torch.fx.GraphModule, node: torch.fx.Node, operator: str) -> list[object]:
+    """The operator's arguments, as its submodule passes them: nodes of ``gm``, and constants."""
+    submod = gm.get_submodule(str(node.target))
     inner = dict(zip(submod.graph.find_nodes(op="placeholder"), node.args, strict=True))  # type: ignore[union-attr]
-    (call,) = submod.graph.find_nodes(op="call_function", target=_overload(operator))  # type: ignore[union-attr]
-    values = [*call.args, *call.kwargs.values()]
-    return [
-        text[inner[value]] if isinstance(value, torch.fx.Node) else repr(value) for value in values
-    ]
-
-
-def _overload(operator: str) -> object:
     namespace, _, name = operator.partition("::")
-    return getattr(getattr(torch.ops, namespace), name).default
+    overload = getattr(getattr(torch.ops, namespace), name).default
+    (call,) = submod.graph.find_nodes(op="call_function", target=overload)  # type: ignore[union-attr]
+    values = [*call.args, *call.kwargs.values()]
+    return [inner[each] if isinstance(each, torch.fx.Node) else each for each in values]
+
+
+def op_texts(
+    gm: torch.fx.GraphModule,
+    node: torch.fx.Node,
+    operator: str,
+    text: Mapping[torch.fx.Node, str],
+) -> list[str]:
+    """The same, as they are written in a line."""
+    operands = op_operands(gm, node, operator)
+    return [text[each] if isinstance(each, torch.fx.Node) else repr(each) for each in operands]

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 import transformers
 
-from piecework.bench.contenders import FlatGraph, op_arguments, straight, straight_lines
+from piecework.bench.contenders import FlatGraph, op_texts, straight, straight_lines
 from piecework.bench.measure.line_up import Report, one_thread, options_of, run_line_ups
 from piecework.bench.measure.result import Result, Row, Target, machine
 from piecework.bench.measure.timing import Timing, measure, ratio
@@ -188,7 +188,8 @@ def limit(
 
     def call(node: torch.fx.Node, text: dict[torch.fx.Node, str]) -> list[str]:
         i = next(counter)
-        query, key, value, out, _layer, scaling = op_arguments(node, graph, SPLITTING_OP, text)
+        operands = op_texts(graph.split_gm, node, SPLITTING_OP, text)
+        query, key, value, out, _layer, scaling = operands
         out_node = next(arg for arg, name in text.items() if name == out)
         text[out_node] = f"attended_{i}"
         keys, values = f"keys_{i}", f"values_{i}"

@@ -147,7 +147,7 @@ def calls_for(
         attention_body,
         unbacked=unbacked,
         stock=stock,
-        conventional=config is None,
+        with_conventional=config is None,
         config=config,
     )
     return ready.calls

@@ -11,7 +11,7 @@ import argparse
 import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -22,11 +22,11 @@ from piecework.bench.lists.isolated import (
     Task,
     keep_results,
     kept_results,
+    run_row,
     run_rows,
-    run_together,
 )
-from piecework.bench.lists.page import CONTENDERS, behind, cell, markdown, summary
-from piecework.bench.lists.trial import Options
+from piecework.bench.lists.page import behind, cell, markdown
+from piecework.bench.lists.trial import CONTENDERS, Options
 from piecework.bench.measure.result import machine
 from piecework.errors import UsageError
 from piecework.runtime.store.files import write_atomic
@@ -45,17 +45,11 @@ def tasks_of(chosen: argparse.Namespace) -> list[Task]:
                 cut = kind.everywhere and (bool(chosen.only) or index % CUT_EVERY == 0)
                 backend = chosen.backend or kind.backend
                 options = Options(backend, cut and not chosen.no_cut, stock)  # type: ignore[arg-type]
-                found.append(Task(source, row.name, row.kind, chosen.samples, options))
+                found.append(Task(source, row.name, row.kind, options))
     part = re.fullmatch(r"(\d+)/(\d+)", chosen.part)
     if part is None or not 1 <= int(part[1]) <= int(part[2]):
         raise UsageError(f"{chosen.part!r} is no part", hint="write 2/4 for the second of four")
     return found[int(part[1]) - 1 :: int(part[2])]
-
-
-def _results(tasks: Sequence[Task], chosen: argparse.Namespace) -> Iterator[RowResult]:
-    if chosen.together:
-        return run_together(tasks)
-    return run_rows(tasks, jobs=chosen.jobs, limit=chosen.limit)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -66,7 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     kept = kept_results(chosen.out, tasks)
     results = list(kept.values())
     start = time.monotonic()
-    for result in _results([each for each in tasks if each not in kept], chosen):
+    left = [task for task in tasks if task not in kept]
+    apart = run_rows(left, jobs=chosen.jobs, limit=chosen.limit)
+    for result in map(run_row, left) if chosen.together else apart:
         results.append(result)
         console.print(f"{len(results)}/{len(tasks)} {_line(result)}", highlight=False, markup=False)
         keep_results(chosen.out, tasks, results)
@@ -85,9 +81,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _line(result: RowResult) -> str:
     cells = [f"{result.source}: {result.name}"]
-    verdicts = ((name, summary(result, name)) for name in CONTENDERS)
-    cells += [f"{name} {each.status}" for name, each in verdicts if each is not None]
-    cells += [f"no model: {cell(each.skipped)}" for each in result.outcomes if each.skipped]
+    verdicts, skipped = result.outcome.verdicts, result.outcome.skipped
+    cells += [f"{each} {verdicts[each].status}" for each in CONTENDERS if each in verdicts]
+    cells += [f"no model: {cell(skipped)}"] if skipped else []
     cells += [result.problem] if result.problem else []
     return ", ".join([*cells, f"{result.seconds:.0f} s"])
 
@@ -117,7 +113,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--page", type=Path, help="Markdown file to write")
     parser.add_argument("--title", default="Models", help="of the page")
-    parser.add_argument("--samples", type=int, default=1, help="of each model at most; 0 for all")
     parser.add_argument("--backend", help="what compiles; each list has a default of its own")
     parser.add_argument("--no-cut", action="store_true", help="don't cut or capture any")
     parser.add_argument("--part", default="1/1", help="every so-manieth model only, such as 2/4")

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.fx
 
+from piecework.bench.contenders import Piece, PieceModule, straight
 from piecework.bench.measure.line_up import options_of
 from piecework.bench.measure.result import Result, Row, Target, machine
 from piecework.bench.measure.timing import Timing, measure, ratio
@@ -29,36 +30,25 @@ Value = torch.Tensor
 Call = Callable[[Value], object]
 
 
-class _NoOp(torch.nn.Module):
-    """A piece as the graph sees it; stitched contenders call its function alone."""
-
-    def __init__(self, function: Callable[..., tuple[object]]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, *args: object) -> tuple[object]:
-        return self.function(*args)
-
-
-def _functions(pieces: int) -> list[Callable[..., tuple[object]]]:
+def _functions(pieces: int) -> list[Piece]:
     """One function object per piece: calls of a single shared one would be predicted too well."""
     parameters = ", ".join(["x", *(f"w{i}" for i in range(WEIGHTS))])
     functions = []
     for _ in range(pieces):
-        scope: dict[str, Callable[..., tuple[object]]] = {}
+        scope: dict[str, Piece] = {}
         exec(f"def no_op({parameters}): return (x,)", scope)
         functions.append(scope["no_op"])
     return functions
 
 
-def _stitching_graph(functions: Sequence[Callable[..., tuple[object]]]) -> torch.fx.GraphModule:
+def _stitching_graph(functions: Sequence[Piece]) -> torch.fx.GraphModule:
     """``x = submod_i(x, w0 … w7)[0]`` for each piece, weights as placeholders."""
     root = torch.nn.Module()
     graph = torch.fx.Graph()
     value = graph.placeholder("x")
     weights = [graph.placeholder(f"w{i}") for i in range(len(functions) * WEIGHTS)]
     for index, function in enumerate(functions):
-        root.add_module(f"submod_{index}", _NoOp(function))
+        root.add_module(f"submod_{index}", PieceModule(function))
         mine = weights[index * WEIGHTS : (index + 1) * WEIGHTS]
         call = graph.call_module(f"submod_{index}", (value, *mine))
         call.meta["example_value"] = (torch.empty(1),)  # as a traced graph has it: one output
@@ -70,9 +60,7 @@ def _stitching_graph(functions: Sequence[Callable[..., tuple[object]]]) -> torch
 # --- the contenders ---------------------------------------------------------------------------------
 
 
-def _straight_lines(
-    functions: Sequence[Callable[..., tuple[object]]], weights: Sequence[object]
-) -> dict[str, Call]:
+def _straight_lines(functions: Sequence[Piece], weights: Sequence[object]) -> dict[str, Call]:
     """The calls one after the other, as a person would write them, with names held in two ways.
 
     Locals are the faster names of CPython up to 256 of them and globals beyond; the limit is whichever is faster.
@@ -80,26 +68,17 @@ def _straight_lines(
     calls = []
     for index in range(len(functions)):
         mine = ", ".join(f"w{i}" for i in range(index * WEIGHTS, (index + 1) * WEIGHTS))
-        calls.append(f"    (x,) = piece_{index}(x, {mine})\n")
+        calls.append(f"(x,) = piece_{index}(x, {mine})")
     names = [f"piece_{i}" for i in range(len(functions))] + [f"w{i}" for i in range(len(weights))]
     values: dict[str, object] = dict(zip(names, [*functions, *weights], strict=True))
-    body = "".join(calls) + "    return (x,)\n"
-    defaults = ", ".join(f"{name}={name}" for name in names)
-    return {
-        "globals": _define(f"def straight(x):\n{body}", values),
-        "locals": _define(f"def straight(x, {defaults}):\n{body}", values),
-    }
-
-
-def _define(text: str, values: dict[str, object]) -> Call:
-    scope = dict(values)
-    exec(text, scope)
-    return scope["straight"]  # type: ignore[return-value]
+    calls.append("return (x,)")
+    kinds = {"globals": False, "locals": True}
+    return {kind: straight("x", calls, values, held) for kind, held in kinds.items()}
 
 
 def _conventional(
     split_gm: torch.fx.GraphModule,
-    functions: Sequence[Callable[..., tuple[object]]],
+    functions: Sequence[Piece],
     weights: Sequence[object],
 ) -> Call:
     """Generated stitching code as the field emits it: every weight is passed in every call."""
@@ -112,7 +91,7 @@ def _conventional(
 
 def _piecework(
     split_gm: torch.fx.GraphModule,
-    functions: Sequence[Callable[..., tuple[object]]],
+    functions: Sequence[Piece],
     weights: Sequence[object],
 ) -> Call:
     """The stitching code of `piecework.compile`: weights are names of the emitted module."""
@@ -131,7 +110,7 @@ def _piecework(
 
 
 def _callables(
-    names: Sequence[str], functions: Sequence[Callable[..., tuple[object]]]
+    names: Sequence[str], functions: Sequence[Piece]
 ) -> dict[str, Callable[..., object]]:
     return {name: functions[int(name.rpartition("_")[2])] for name in names}
 

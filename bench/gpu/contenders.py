@@ -14,10 +14,8 @@ import torch
 import torch.fx
 
 import piecework
-from piecework.bench.contenders import PieceByRange, dynamic
+from piecework.bench.contenders import Piece, conventional, dynamic, op_operands
 from piecework.bench.gpu.model import OPERATOR, attention_body
-from piecework.codegen import LowerOptions, generate_source
-from piecework.codegen.stitch.bind import compile_execution_fn
 from piecework.errors import PieceworkError
 from piecework.runtime.batch.descriptor import BatchDescriptor, BatchKind
 from piecework.runtime.batch.dispatcher import CudagraphDispatcher
@@ -27,7 +25,6 @@ from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.graphs.memory.owner import StaticGraphs
 from piecework.runtime.graphs.memory.wrapper import CUDAGraphEntry, wrap_with_cudagraph_if_needed
 from piecework.runtime.graphs.plan.phase import capture_graphs
-from piecework.runtime.pieces.backend import PieceworkBackend
 from piecework.runtime.stitched import StitchedModule
 
 Step = Callable[[], torch.Tensor]
@@ -75,11 +72,15 @@ class Contenders:
     def makers(self, batch: int) -> dict[str, Callable[[], Step]]:
         """What makes each contender at one captured batch size."""
         ids = self.ids[:batch].clone()
+        decode = set_forward_context(batch=BatchKind(uniform_decode=True))
+
+        def one_graph() -> Step:
+            descriptor = BatchDescriptor(batch, batch, True)
+            whole = self.stitched.static_graphs.replays[_FULL, descriptor].call
+            return lambda: whole([ids])[0]  # type: ignore[index]
 
         def full() -> Step:
-            stitched, decode = self.stitched, set_forward_context(
-                batch=BatchKind(uniform_decode=True)
-            )
+            stitched = self.stitched
 
             def step() -> torch.Tensor:
                 with decode:
@@ -87,32 +88,14 @@ class Contenders:
 
             return step
 
-        def one_graph() -> Step:
-            whole = self.stitched.static_graphs.replays[
-                _FULL, BatchDescriptor(batch, batch, True)
-            ].call
-            return lambda: whole([ids])[0]  # type: ignore[index]
-
-        def piecework() -> Step:
-            stitched = self.stitched
-            return lambda: stitched(ids)  # type: ignore[return-value]
-
-        def conventional() -> Step:
-            made = self.conventional
-            return lambda: made(ids)
-
         return {
             "bare loop": lambda: bare_loop(self.stitched, batch, ids),
             "bare list": lambda: bare_list(self.stitched, batch, ids),
-            "conventional": conventional,
-            "piecework": piecework,
+            "conventional": lambda: partial(self.conventional, ids),
+            "piecework": lambda: partial(self.stitched, ids),  # type: ignore[arg-type]
             "one graph": one_graph,
             "piecework, full": full,
         }
-
-    def steps(self, batch: int) -> dict[str, Step]:
-        """Every contender at one captured batch size."""
-        return {name: make() for name, make in self.makers(batch).items()}
 
 
 def bare_loop(stitched: StitchedModule, batch: int, ids: torch.Tensor) -> Step:
@@ -165,19 +148,10 @@ def _work(stitched: StitchedModule, calls: Sequence[CUDAGraphEntry]) -> Iterator
             for user in node.users:
                 values[user] = call.output[user.args[1]]  # type: ignore[index]
         elif node.op == "call_module":
-            inner = stitched.split_gm.get_submodule(str(node.target))
-            assert isinstance(inner, torch.fx.GraphModule)
-            given = dict(zip(inner.graph.find_nodes(op="placeholder"), node.args, strict=True))
-            [op] = inner.graph.find_nodes(op="call_function", target=_overload())
-            operands = [*op.args, *op.kwargs.values()]
-            yield [values[given[each]] if each in given else each for each in operands]  # type: ignore[index]
+            operands = op_operands(stitched.split_gm, node, OPERATOR)
+            yield [values[each] if isinstance(each, torch.fx.Node) else each for each in operands]
         elif node.op == "output":
             yield values[node.args[0][0]]
-
-
-def _overload() -> object:
-    namespace, _, name = OPERATOR.partition("::")
-    return getattr(getattr(torch.ops, namespace), name).default
 
 
 def _call(wrapper: object, descriptor: BatchDescriptor) -> CUDAGraphEntry:
@@ -194,37 +168,25 @@ class Conventional:
         self, model: torch.nn.Module, ids: torch.Tensor, sizes: Sequence[int], backend: str
     ) -> None:
         self.graphs = StaticGraphs(ids.device)
-        self.backend = backend
         self.buffer = torch.zeros_like(ids)
         self.graphs.addresses.register_persistent("ids", self.buffer)
         self.graphs.addresses.register_weights(dict(model.named_parameters()))
         self.dispatcher = CudagraphDispatcher(_PIECEWISE, sizes, max_num_seqs=max(sizes))
-        self.compiled = torch.compile(model, backend=self._compile, fullgraph=True, dynamic=True)
-        self.compiled(dynamic(ids.clone(), unbacked=True))
+        config = CompilationConfig(backend=backend)
+        how = {"unbacked": True, "config": config, "wrapped": self._captured}
+        self.compiled = conventional(model, ids, OPERATOR, **how)  # type: ignore[arg-type]
         descs = self.dispatcher.get_capture_descs()
         capture_graphs(self._dummy, descs, self.graphs, warmups=1, dispatcher=self.dispatcher)
 
-    def _compile(self, gm: torch.fx.GraphModule, inputs: Sequence[object]) -> Callable[..., object]:
-        config = CompilationConfig(backend=self.backend)
-        made = PieceworkBackend(config, "conventional", splitting_ops=[OPERATOR]).prepare(gm)
-        source = generate_source(made.split_gm, LowerOptions(submods=list(made.backends)))
-        last = len(made.backends) - 1
+    def _captured(self, pieces: dict[str, Piece]) -> dict[str, Piece]:
         settings = SimpleNamespace(cudagraph_mode=_PIECEWISE, cudagraph_num_of_warmups=0)
-        pieces = {
+        first, last = next(iter(pieces)), next(reversed(pieces))
+        return {
             name: wrap_with_cudagraph_if_needed(
-                PieceByRange(
-                    {(0, 1 << 30): piece.runnable_for(None)},
-                    piece.sym_shape_indices[0] if piece.sym_shape_indices else None,
-                ),
-                settings,
-                index == 0,
-                index == last,
-                graphs=self.graphs,
-                name=name,
+                piece, settings, name == first, name == last, graphs=self.graphs, name=name
             )
-            for index, (name, piece) in enumerate(made.backends.items())
+            for name, piece in pieces.items()
         }
-        return compile_execution_fn(source.code, pieces, source.submod_names, source.consts)
 
     def _dummy(self, descriptor: BatchDescriptor) -> object:
         return self.compiled(self.buffer[: descriptor.num_tokens])
@@ -234,4 +196,4 @@ class Conventional:
         mode, descriptor = self.dispatcher.dispatch(count)
         self.buffer[:count].copy_(ids, non_blocking=True)
         with set_forward_context(cudagraph_runtime_mode=mode, batch_descriptor=descriptor):
-            return self.compiled(self.buffer[: descriptor.num_tokens])[:count]  # type: ignore[no-any-return]
+            return self.compiled(self.buffer[: descriptor.num_tokens])[:count]

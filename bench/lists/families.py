@@ -9,7 +9,7 @@ import contextlib
 import copy
 import io
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -73,7 +73,9 @@ def families() -> list[Row]:
             for family in getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES", ()):
                 if family in modeling_auto.MODEL_MAPPING_NAMES:
                     found.setdefault(family, kind)
-    return [Row("transformers", name, _samples_of(name), kind) for name, kind in found.items()]
+    return [
+        Row("transformers", name, partial(_sample_of, name), kind) for name, kind in found.items()
+    ]
 
 
 def heads() -> list[Row]:
@@ -91,7 +93,7 @@ def heads() -> list[Row]:
             for name in (names,) if isinstance(names, str) else names:
                 found.setdefault(name, (family, told[1]))  # type: ignore[index]
     return [
-        Row("heads", name, _samples_of(family, partial(_with_head, name)), task)
+        Row("heads", name, partial(_sample_of, family, partial(_with_head, name)), task)
         for name, (family, task) in found.items()
     ]
 
@@ -103,7 +105,7 @@ def encoders() -> list[Row]:
         ImportError: transformers is not installed.
     """
     return [
-        Row("encoders", each.name, _encoder_of(each.name), each.kind)
+        Row("encoders", each.name, partial(_encoder_of, each.name), each.kind)
         for each in families()
         if each.kind != "time series"
     ]
@@ -119,25 +121,19 @@ def is_encoder_family(family: str) -> bool:
         return False
 
 
-def _samples_of(family: str, make: Make | None = None) -> Callable[[int], Sequence[Sample]]:
-    def samples(_: int) -> Sequence[Sample]:
-        model, ways = build(family, make=make)
-        return [Sample("", lambda: copy.deepcopy(model), lambda n: ways(Size(n)))]
-
-    return samples
+def _sample_of(family: str, make: Make | None = None) -> Sample:
+    model, ways = build(family, make=make)
+    return Sample(lambda: copy.deepcopy(model), lambda n: ways(Size(n)))
 
 
-def _encoder_of(family: str) -> Callable[[int], Sequence[Sample]]:
-    def samples(_: int) -> Sequence[Sample]:
-        model, ways = build(family, called_part)
-        first, *others = (size.rows for size in SIZES)
+def _encoder_of(family: str) -> Sample:
+    model, ways = build(family, called_part)
+    first, *others = (size.rows for size in SIZES)
 
-        def arguments(rows: int) -> Call:
-            return example(ways) if rows == first else ways(SIZES[[first, *others].index(rows)])
+    def arguments(rows: int) -> Call:
+        return example(ways) if rows == first else ways(SIZES[[first, *others].index(rows)])
 
-        return [Sample("", lambda: copy.deepcopy(model), arguments, first, others)]
-
-    return samples
+    return Sample(lambda: copy.deepcopy(model), arguments, first, others)
 
 
 def build(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -30,7 +31,7 @@ def causal_lms() -> list[Row]:
     from transformers.models.auto import modeling_auto
 
     names = sorted(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-    return [Row("causal LMs", name, lambda _, name=name: [Family(name)]) for name in names]
+    return [Row("causal LMs", name, partial(Family, name)) for name in names]
 
 
 def encoder_decoders() -> list[Row]:
@@ -42,9 +43,7 @@ def encoder_decoders() -> list[Row]:
     # A model of two others has no config of its own.
     configs = (AutoConfig.for_model(name) for name in names if name != "encoder-decoder")
     pairs = [each.model_type for each in configs if each.is_encoder_decoder]
-    return [
-        Row("encoder-decoders", name, lambda _, name=name: [Family(name, True)]) for name in pairs
-    ]
+    return [Row("encoder-decoders", name, partial(Family, name, True)) for name in pairs]
 
 
 def try_family(family: Family, options: Options, heard: Heard = lambda _: None) -> Outcome:
@@ -52,7 +51,7 @@ def try_family(family: Family, options: Options, heard: Heard = lambda _: None) 
     from piecework.integrations.transformers import how_served, stitch, stitched_module
 
     heard("eager")
-    make, outcome, reason = _pair if family.pair else _model, Outcome(""), ""
+    make, outcome, reason = _pair if family.pair else _model, Outcome(), ""
     for level in range(len(LEVELS)):
         with quiet():
             try:

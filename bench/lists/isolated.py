@@ -18,14 +18,25 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from unittest import mock
 
 from pydantic import TypeAdapter
 
-from piecework.bench.lists.trial import Heard, Options, Outcome, Verdict
+from piecework.bench.lists.trial import CONTENDERS, Heard, Options, Outcome, Verdict
 from piecework.bench.measure.result import machine
 from piecework.runtime.store.files import write_atomic
 
 FILE = "models.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One row to run: its list and name, and how."""
+
+    source: str
+    name: str
+    kind: str
+    options: Options
 
 
 @dataclass(slots=True)
@@ -35,27 +46,16 @@ class RowResult:
     source: str
     name: str
     kind: str
-    outcomes: list[Outcome] = field(default_factory=list)  # one per sample that was tried
+    outcome: Outcome = field(default_factory=Outcome)
     problem: str = ""  # why the row was not tried, or not to its end; "" if it was
     seconds: float = 0.0  # how long it took
-
-
-@dataclass(frozen=True, slots=True)
-class Task:
-    """One row to run: its list and name, how many of its samples (0: all), and how."""
-
-    source: str
-    name: str
-    kind: str
-    samples: int
-    options: Options
 
 
 def run_rows(tasks: Sequence[Task], *, jobs: int = 1, limit: float = 900.0) -> Iterator[RowResult]:
     """Run each task in a process of its own, ``jobs`` at a time, and yield results as they come.
 
     Args:
-        limit: seconds after which a row is stopped; what it had found by then is kept.
+        limit: seconds after which a row is stopped.
     """
     with ThreadPoolExecutor(jobs) as pool:
         try:
@@ -66,9 +66,8 @@ def run_rows(tasks: Sequence[Task], *, jobs: int = 1, limit: float = 900.0) -> I
 
 
 def _run_apart(task: Task, limit: float) -> RowResult:
-    """One row; its process writes a line for all that it does and finds."""
+    """One row; its process writes a line for all that it does, and one for what it found."""
     start = time.monotonic()
-    result = RowResult(task.source, task.name, task.kind)
     command = [sys.executable, "-m", "piecework.bench.lists.isolated", json.dumps(asdict(task))]
     with tempfile.TemporaryFile("w+") as said:
         process = subprocess.Popen(command, stdout=said, stderr=subprocess.DEVNULL)
@@ -79,56 +78,42 @@ def _run_apart(task: Task, limit: float) -> RowResult:
             process.wait()
             ended = f"stopped after {limit:.0f} s,"
         said.seek(0)
-        lines = [json.loads(line) for line in said if line.startswith("[")]
-    doing = "start"
-    for kind, what in lines:
-        if kind == "outcome":
-            result.outcomes.append(TypeAdapter(Outcome).validate_python(what))
-        elif kind == "problem":
-            result.problem = what
-        doing = what if kind == "doing" else doing
-    if ["complete", ""] not in lines and not result.problem:
+        last = dict(json.loads(line) for line in said if line.startswith("["))
+    if "found" in last:
+        result = TypeAdapter(RowResult).validate_python(last["found"])
+    else:
         # A contender that crashes or hangs has failed; elsewhere the row wasn't tried to its end.
-        result.problem = f"{ended} while {doing} ran"
-        if doing in ("stock", "piecework", "split", "captured"):
-            verdict = Verdict("failed", result.problem)
-            result.outcomes.append(Outcome("stopped", {doing: verdict}))
+        doing = last.get("doing", "start")
+        problem = f"{ended} while {doing} ran"
+        result = RowResult(task.source, task.name, task.kind, problem=problem)
+        if doing in CONTENDERS:
+            result.outcome.verdicts[doing] = Verdict("failed", problem)
     result.seconds = time.monotonic() - start
     return result
 
 
-def run_together(tasks: Sequence[Task]) -> Iterator[RowResult]:
-    """Run the tasks one after another in this process."""
-    for task in tasks:
-        start = time.monotonic()
-        result = RowResult(task.source, task.name, task.kind)
-        try:
-            with quiet_libraries():
-                result.outcomes = list(_outcomes(task, lambda _: None))
-        except _NotBuilt as error:
-            result.problem = str(error)
-        result.seconds = time.monotonic() - start
-        yield result
-
-
-class _NotBuilt(Exception):
-    """A row whose model or arguments can't be made."""
-
-
-def _outcomes(task: Task, heard: Heard) -> Iterator[Outcome]:
-    """Try the samples of one row, with a compile cache of its own."""
+def run_row(task: Task, heard: Heard = lambda _: None) -> RowResult:
+    """Run one row in this process, with a compile cache of its own."""
     from piecework.bench.lists.catalogue import find
     from piecework.bench.lists.generation import Family, try_family
     from piecework.bench.lists.trial import try_sample
 
-    with own_cache():
+    start = time.monotonic()
+    result = RowResult(task.source, task.name, task.kind)
+    with (
+        quiet_libraries(),
+        tempfile.TemporaryDirectory(prefix="piecework-models-") as cache,
+        mock.patch.dict(os.environ, PIECEWORK_CACHE_DIR=cache),
+    ):
         try:
-            samples = find(task.source, task.name).samples(task.samples)
-        except Exception as error:
-            raise _NotBuilt(f"not built: {error}") from error
-        for sample in samples:
+            sample = find(task.source, task.name).sample()
+        except Exception as error:  # noqa: BLE001 - a model or arguments that can't be made
+            result.problem = f"not built: {error}"
+        else:
             tried = try_family if isinstance(sample, Family) else try_sample
-            yield tried(sample, task.options, heard)
+            result.outcome = tried(sample, task.options, heard)
+    result.seconds = time.monotonic() - start
+    return result
 
 
 def keep_results(folder: Path | None, tasks: Sequence[Task], results: Sequence[RowResult]) -> None:
@@ -159,21 +144,6 @@ def kept_results(folder: Path | None, tasks: Sequence[Task]) -> dict[Task, RowRe
 
 
 @contextmanager
-def own_cache() -> Iterator[None]:
-    """A fresh compile cache for the block, so that nothing is taken from an earlier run."""
-    before = os.environ.get("PIECEWORK_CACHE_DIR")
-    with tempfile.TemporaryDirectory(prefix="piecework-models-") as folder:
-        os.environ["PIECEWORK_CACHE_DIR"] = folder
-        try:
-            yield
-        finally:
-            if before is None:
-                del os.environ["PIECEWORK_CACHE_DIR"]
-            else:
-                os.environ["PIECEWORK_CACHE_DIR"] = before
-
-
-@contextmanager
 def quiet_libraries() -> Iterator[None]:
     """Keep warnings and logs of compilers and libraries out of the report, for the block."""
     before = logging.root.manager.disable
@@ -187,7 +157,7 @@ def quiet_libraries() -> Iterator[None]:
 
 
 def _work(task: Task) -> None:
-    """Run one row in this process; says what it does, each outcome, and the end."""
+    """Run one row in this process; says what it does, and what it found."""
     import torch
 
     torch.set_num_threads(1)
@@ -195,14 +165,7 @@ def _work(task: Task) -> None:
     def say(kind: str, what: object) -> None:
         print(json.dumps([kind, what]), flush=True)
 
-    try:
-        with quiet_libraries():
-            for outcome in _outcomes(task, lambda doing: say("doing", doing)):
-                say("outcome", asdict(outcome))
-    except _NotBuilt as error:
-        say("problem", str(error))
-    else:
-        say("complete", "")
+    say("found", asdict(run_row(task, lambda doing: say("doing", doing))))
 
 
 if __name__ == "__main__":

@@ -4,20 +4,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from piecework.bench.lists.catalogue import LISTS
 from piecework.bench.lists.isolated import RowResult
-from piecework.bench.lists.trial import STATUSES, Verdict
+from piecework.bench.lists.trial import CONTENDERS, STATUSES, Verdict
 
-CONTENDERS = ("stock", "piecework", "split", "captured")
 _COUNTS = ("way", "pieces", "unique", "traces")
-
-
-def summary(row: RowResult, contender: str) -> Verdict | None:
-    """The worst of a row's samples for one contender; None if it tried none."""
-    found = [each.verdicts[contender] for each in row.outcomes if contender in each.verdicts]
-    return max(found, key=lambda each: STATUSES.index(each.status), default=None)
 
 
 def behind(row: RowResult) -> list[str]:
@@ -26,18 +19,14 @@ def behind(row: RowResult) -> list[str]:
     Where stock was not tried, what is refused by name counts as refused by it too. A capture may be refused by name; it may not be wrong.
     """
     found = []
-    for outcome in row.outcomes:
-        stock = outcome.verdicts.get("stock")
-        for contender, verdict in outcome.verdicts.items():
-            if contender == "stock" or verdict.status == "equal":
-                continue
-            if verdict.status == "refused" and (contender == "captured" or stock is None):
-                continue
-            if stock is None or stock.status == "equal" or contender != "piecework":
-                label = f" sample {outcome.label}" if outcome.label else ""
-                found.append(
-                    f"{row.source}: {row.name}{label}: {contender} {verdict.status}: {verdict.why}"
-                )
+    stock = row.outcome.verdicts.get("stock")
+    for contender, verdict in row.outcome.verdicts.items():
+        if contender == "stock" or verdict.status == "equal":
+            continue
+        if verdict.status == "refused" and (contender == "captured" or stock is None):
+            continue
+        if stock is None or stock.status == "equal" or contender != "piecework":
+            found.append(f"{row.source}: {row.name}: {contender} {verdict.status}: {verdict.why}")
     return found
 
 
@@ -65,7 +54,7 @@ def markdown(title: str, rows: Sequence[RowResult], settings: Iterable[str]) -> 
 
 
 def _section(source: str, rows: Sequence[RowResult]) -> list[str]:
-    tried = [row for row in rows if any(outcome.verdicts for outcome in row.outcomes)]
+    tried = [row for row in rows if row.outcome.verdicts]
     lines = [
         "",
         f"## {source}",
@@ -73,7 +62,8 @@ def _section(source: str, rows: Sequence[RowResult]) -> list[str]:
         f"Of {len(rows)} models {len(tried)} run. Of those that were tried:",
     ]
     for contender in CONTENDERS:
-        counts = Counter(each.status for row in tried if (each := summary(row, contender)))
+        found = (row.outcome.verdicts.get(contender) for row in tried)
+        counts = Counter(each.status for each in found if each)
         if counts:
             said = ", ".join(f"{counts[each]} {each}" for each in STATUSES if counts[each])
             lines.append(f"{contender} {said}; ")
@@ -81,8 +71,7 @@ def _section(source: str, rows: Sequence[RowResult]) -> list[str]:
     columns = ["models", "kind", *CONTENDERS, *_COUNTS, "note"]
     cells = [_cells(row) for row in tried]
     shown = [n for n in range(len(columns)) if not cells or any(row[n] for row in cells)]
-    found = [[row[n] for n in shown] for row in cells]
-    lines += ["", *table([columns[n] for n in shown], found)]
+    lines += ["", *table([columns[n] for n in shown], ([row[n] for n in shown] for row in cells))]
     left = [row for row in rows if row not in tried]
     if left:
         lines += ["", f"No small model runs of {', '.join(row.name for row in left)}."]
@@ -90,13 +79,12 @@ def _section(source: str, rows: Sequence[RowResult]) -> list[str]:
 
 
 def _cells(row: RowResult) -> list[str]:
-    verdicts = {contender: summary(row, contender) for contender in CONTENDERS}
-    statuses = [_status(row, contender, verdict) for contender, verdict in verdicts.items()]
-    made = next((each for each in row.outcomes if each.pieces), None)
-    if row.source in LISTS and LISTS[row.source].everywhere:
-        made = None  # the counts of so many unlike models tell little
-    counts = [str(getattr(made, name) or "") if made else "" for name in _COUNTS]
-    return [row.name, row.kind, *statuses, *counts, cell(_note(verdicts))]
+    made = row.outcome
+    statuses = [made.verdicts[each].status if each in made.verdicts else "" for each in CONTENDERS]
+    # The counts of many unlike models tell little.
+    counted = made.pieces and not (row.source in LISTS and LISTS[row.source].everywhere)
+    counts = [str(getattr(made, name) or "") if counted else "" for name in _COUNTS]
+    return [row.name, row.kind, *statuses, *counts, cell(_note(made.verdicts))]
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
@@ -109,22 +97,13 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(cells)} |" for cells in lines]
 
 
-def _status(row: RowResult, contender: str, verdict: Verdict | None) -> str:
-    if verdict is None:
-        return ""
-    found = [each.verdicts[contender] for each in row.outcomes if contender in each.verdicts]
-    same = sum(each.status == verdict.status for each in found)
-    return verdict.status if same == len(found) else f"{verdict.status} ({same} of {len(found)})"
-
-
-def _note(verdicts: dict[str, Verdict | None]) -> str:
+def _note(verdicts: Mapping[str, Verdict]) -> str:
     """The first reason: piecework's own, else a splitting op's or a capture's, else stock's."""
     for contender in ("piecework", "split", "captured", "stock"):
-        verdict = verdicts[contender]
-        if verdict is not None and verdict.why:
-            return verdict.why if contender == "piecework" else f"{contender}: {verdict.why}"
-    ours = verdicts["piecework"]
-    return f"batch 0: {ours.zero}" if ours is not None and ours.zero not in ("", "equal") else ""
+        if contender in verdicts and (why := verdicts[contender].why):
+            return why if contender == "piecework" else f"{contender}: {why}"
+    zero = verdicts["piecework"].zero if "piecework" in verdicts else ""
+    return f"batch 0: {zero}" if zero not in ("", "equal") else ""
 
 
 _FOLDERS = re.compile(r"(?<![\w.])(?:/[\w.-]+)+/(?=[\w.-]+)")  # of files that a message names

@@ -23,7 +23,6 @@ BATCHES = (4, 1, 2, 5, 0)
 class Sample:
     """One model with arguments."""
 
-    label: str  # which sample of its row this is
     # makes the model; each call gives an equal, independent one
     build: Callable[[], Callable[..., object]]
     # batch size → positional and keyword arguments, equal at each call
@@ -36,24 +35,12 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line of the table: a model of a list, with its samples."""
+    """One line of the table: a model of a list."""
 
     source: str  # the list
     name: str  # what the list calls it
-    # makes its samples, evenly spread where there are more than the given number (0: all):
-    # `Sample`, or a family to generate with
-    samples: Callable[[int], Sequence[Any]]
+    sample: Callable[[], Any]  # makes the `Sample`, or a family to generate with
     kind: str = ""  # what it is for, as far as the list tells
-
-
-def spread(items: Sequence[Sample], limit: int) -> list[Sample]:
-    """At most ``limit`` of ``items``, evenly spread, first and last among them."""
-    if limit <= 0 or len(items) <= limit:
-        return list(items)
-    if limit == 1:
-        return [items[0]]
-    step = (len(items) - 1) / (limit - 1)
-    return [items[round(step * index)] for index in range(limit)]
 
 
 def resized(

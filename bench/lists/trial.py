@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -24,6 +24,8 @@ from piecework.runtime.stitched import StitchedModule
 Status = Literal["equal", "refused", "failed", "wrong"]
 #: From good to bad: what is said of a row with several samples is the worst of them.
 STATUSES: tuple[Status, ...] = ("equal", "refused", "failed", "wrong")
+
+CONTENDERS = ("stock", "piecework", "split", "captured")
 
 #: Sizes to capture, and to call then: captured, padded, and beyond.
 CAPTURED = (1, 2, 4, 8)
@@ -61,9 +63,8 @@ class Verdict:
 
 @dataclass(slots=True)
 class Outcome:
-    """Verdicts by contender: ``stock``, ``piecework``, ``split``, ``captured``."""
+    """Verdicts by contender, one of `CONTENDERS`."""
 
-    label: str
     verdicts: dict[str, Verdict] = field(default_factory=dict)
     skipped: str = ""
     pieces: int = 0
@@ -88,7 +89,7 @@ class _Trial:
         self._sample = sample
         self._options = options
         self._heard = heard
-        self._outcome = Outcome(sample.label)
+        self._outcome = Outcome()
         self._expected: dict[int, Answer] = {}
         self._stock: dict[int, Answer] = {}
 
@@ -109,35 +110,29 @@ class _Trial:
             self._try("stock", self._make_stock)
             made = self._try_compiled()  # with stock as a yardstick
         if made and self._options.cut and self._outcome.verdicts["piecework"].status == "equal":
-            self._cut(made[0])
+            self._cut(made)
         return self._outcome
 
-    def _try_compiled(self) -> list[StitchedModule]:
+    def _try_compiled(self) -> StitchedModule | None:
         """Try it compiled; returns what was made, if anything was."""
-        made: list[StitchedModule] = []
-        self._try("piecework", lambda: _kept_in(made, self._compiled()))
-        for stitched in made:
+        stitched = self._try("piecework", self._compiled)
+        if stitched is not None:
             report = stitched.report()
             self._outcome.pieces, self._outcome.unique = report.pieces, report.unique
             self._outcome.traces = len(stitched.traces)
-        return made
+        return stitched
 
     def _cut(self, whole: StitchedModule) -> None:
         """Try it cut at an operator in the middle of its graph, then that with static graphs."""
         op = splitting_op_for(whole)
         if op is None:
             return
-        made: list[StitchedModule] = []
-        self._try("split", lambda: _kept_in(made, self._compiled([op])))
-        if (
-            not made
-            or self._outcome.verdicts["split"].status != "equal"
-            or self._sample.example < 1
-        ):
+        made = self._try("split", lambda: self._compiled([op]))
+        if self._outcome.verdicts["split"].status != "equal" or self._sample.example < 1:
             return
         more, _ = _eager(self._sample, [size for size in CALLED if size not in self._expected])
         self._expected = {size: found for size, found in (self._expected | more).items() if size}
-        self._try("captured", lambda: made[0].capture(CAPTURED, progress=False, estimate=False))
+        self._try("captured", lambda: made.capture(CAPTURED, progress=False, estimate=False))
 
     # --- contenders --------------------------------------------------------------------------------
 
@@ -160,22 +155,24 @@ class _Trial:
 
     # --- judging -----------------------------------------------------------------------------------
 
-    def _try(self, name: str, make: Callable[[], Contender]) -> None:
+    def _try(self, name: str, make: Callable[[], Any]) -> Any:
+        """Judge one contender; returns it, or None where it can't be made."""
         self._heard(name)
+        contender, answers = None, {}
         with _equal_random_numbers():
-            verdict, answers = self._judged(name, make)
+            try:
+                contender = make()
+            except Exception as error:  # noqa: BLE001 - the error is the finding
+                verdict = _verdict_of(name, error)
+            else:
+                verdict, answers = self._judged(name, contender)
         if name == "stock":
             self._stock = answers
         self._outcome.verdicts[name] = verdict
+        return contender
 
-    def _judged(
-        self, name: str, make: Callable[[], Contender]
-    ) -> tuple[Verdict, dict[int, Answer]]:
+    def _judged(self, name: str, contender: Contender) -> tuple[Verdict, dict[int, Answer]]:
         answers: dict[int, Answer] = {}
-        try:
-            contender = make()
-        except Exception as error:  # noqa: BLE001 - the error is the finding
-            return _verdict_of(name, error), answers
         found: list[Verdict] = []
         for size in self._expected:
             if size == 0:
@@ -224,11 +221,6 @@ def splitting_op_for(stitched: StitchedModule) -> Callable[..., object] | None:
         and getattr(node.target, "__module__", "") != "_operator"
     ]
     return targets[len(targets) // 2] if targets else None
-
-
-def _kept_in(made: list[StitchedModule], stitched: StitchedModule) -> StitchedModule:
-    made.append(stitched)
-    return stitched
 
 
 def _eager(sample: Sample, sizes: Sequence[int]) -> tuple[dict[int, Answer], str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,7 @@ SEED = 3
 def tutorials() -> list[Row]:
     """A row per model of this module."""
     return [
-        _row(name, make, arguments)
+        Row("tutorials", name, partial(_sample, make, arguments))
         for name, make, arguments in (
             ("language model, causal mask", LanguageModel, _sequences),
             ("language model, is_causal", lambda: LanguageModel(hint=True), _sequences),
@@ -42,21 +43,18 @@ def tutorials() -> list[Row]:
     ]
 
 
-def _row(
-    name: str, make: Callable[[], nn.Module], arguments: Callable[[int], tuple[object, ...]]
-) -> Row:
-    """The row of a model that is made and called with seeded numbers."""
+def _sample(
+    make: Callable[[], nn.Module], arguments: Callable[[int], tuple[object, ...]]
+) -> Sample:
+    """A model that is made and called with seeded numbers."""
 
     def call(n: int) -> Call:
         torch.manual_seed(SEED)
         return arguments(n), {}
 
-    def samples(_: int) -> list[Sample]:
-        torch.manual_seed(SEED)
-        model = make().eval()
-        return [Sample("", lambda: copy.deepcopy(model), call)]
-
-    return Row("tutorials", name, samples)
+    torch.manual_seed(SEED)
+    model = make().eval()
+    return Sample(lambda: copy.deepcopy(model), call)
 
 
 def _tokens(n: int, length: int) -> torch.Tensor:

@@ -15,7 +15,7 @@ from piecework.bench import models
 from piecework.bench.lists.isolated import FILE, RowResult, Task, run_rows
 from piecework.bench.lists.judge import Answer, difference
 from piecework.bench.lists.page import behind, markdown
-from piecework.bench.lists.sample import Sample, resized, spread
+from piecework.bench.lists.sample import Sample, resized
 from piecework.bench.lists.shrink import LEVELS, shrink
 from piecework.bench.lists.trial import Options, Outcome, Verdict, try_sample
 
@@ -73,12 +73,6 @@ def test_arguments_follow_the_batch_size() -> None:
     assert resized((torch.ones(()),), {})[0] == -1
 
 
-def test_spread_keeps_first_and_last() -> None:
-    samples = [Sample(str(n), torch.nn.Identity, lambda n: ((), {})) for n in range(10)]
-    assert [each.label for each in spread(samples, 4)] == ["0", "3", "6", "9"]
-    assert len(spread(samples, 0)) == 10
-
-
 def test_shrink_keeps_proportions_and_small_numbers() -> None:
     stages = {"depths": [3, 4, 6], "hidden_sizes": [96, 192, 384]}
     plain = {"hidden_size": 768, "num_hidden_layers": 12, "num_channels": 3}
@@ -100,7 +94,7 @@ class Picky(torch.nn.Module):
 
 
 def test_sizes_that_eager_refuses_are_left_out() -> None:
-    sample = Sample("", Picky, lambda n: ((torch.ones(n, 3),), {}))
+    sample = Sample(Picky, lambda n: ((torch.ones(n, 3),), {}))
     outcome = try_sample(sample, Options(backend="eager"))
     found = {name: each.status for name, each in outcome.verdicts.items()}
     assert found == {"stock": "equal", "piecework": "equal"}
@@ -109,39 +103,36 @@ def test_sizes_that_eager_refuses_are_left_out() -> None:
 
 def test_unwritten_memory_is_no_answer() -> None:
     make = lambda: lambda x: torch.empty(64) + x.sum()  # noqa: E731
-    sample = Sample("", make, lambda n: ((torch.ones(n),), {}))
+    sample = Sample(make, lambda n: ((torch.ones(n),), {}))
     outcome = try_sample(sample, Options(backend="eager"))
     assert "two runs differ" in outcome.skipped and not outcome.verdicts
 
 
 def test_row_that_takes_too_long_is_stopped_and_one_without_model_is_told() -> None:
     options = Options(backend="eager")
-    tasks = [Task("tutorials", "DLRM", "", 1, options)]
+    tasks = [Task("tutorials", "DLRM", "", options)]
     (stopped,) = run_rows(tasks, limit=0.0)
     assert "stopped after 0 s" in stopped.problem
-    (unknown,) = run_rows([Task("tutorials", "nothing", "", 1, options)])
-    assert "nothing" in unknown.problem and not unknown.outcomes
+    (unknown,) = run_rows([Task("tutorials", "nothing", "", options)])
+    assert "nothing" in unknown.problem and not unknown.outcome.verdicts
 
 
 def test_page_tells_what_stock_serves_and_piecework_does_not() -> None:
     refused = Verdict("refused", "CaptureError: a | b. Hint: c", "", "")
-    good = Outcome("0", {"stock": Verdict("equal"), "piecework": Verdict("equal")})
-    bad = Outcome("1", {"stock": Verdict("equal"), "piecework": refused})
-    both = Outcome("", {"stock": Verdict("refused", "Unsupported: x"), "piecework": refused})
-    rows = [
-        RowResult("list", "mixed", "", [good, bad]),
-        RowResult("list", "neither", "", [both]),
-        RowResult("list", "missing", "", [], "not built: no package"),
-    ]
-    assert behind(rows[0]) and not behind(rows[1])
-    counted = Outcome("", {"piecework": Verdict("equal")}, pieces=6, unique=3, traces=2)
-    hung = Outcome("stopped", {"piecework": Verdict("failed", "hung")})
-    rows += [RowResult("list", "counted", "text", [counted]), RowResult("list", "hung", "", [hung])]
-    assert behind(rows[4]), "it failed, whatever stock does"
+    found = {
+        "served": Outcome({"stock": Verdict("equal"), "piecework": refused}),
+        "neither": Outcome({"stock": Verdict("refused", "Unsupported: x"), "piecework": refused}),
+        "counted": Outcome({"piecework": Verdict("equal")}, pieces=6, unique=3, traces=2),
+        "hung": Outcome({"piecework": Verdict("failed", "hung")}),
+    }
+    rows = [RowResult("list", name, "text", outcome) for name, outcome in found.items()]
+    # What failed is behind, whatever stock does.
+    assert [row.name for row in rows if behind(row)] == ["served", "hung"]
+    rows.append(RowResult("list", "missing", "", problem="not built: no package"))
     text = markdown("Title", rows, ["how"])
     assert text.startswith("# Title\n") and "Of 5 models 4 run." in text
     assert "piecework 1 equal, 2 refused, 1 failed." in text
-    assert "| mixed |  | equal | refused (1 of 2) |  |  |  | CaptureError: a \\| b. |" in text
+    assert "| served | text | equal | refused |  |  |  | CaptureError: a \\| b. |" in text
     assert "| counted | text |  | equal | 6 | 3 | 2 |  |" in text
     assert "No small model runs of missing." in text
 
@@ -153,7 +144,7 @@ def test_a_run_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert models.main(chosen) == 0
     assert "1/1 encoders: distilbert, piecework equal" in capsys.readouterr().out
     (row,) = json.loads((tmp_path / FILE).read_text())["rows"]
-    assert row["outcomes"][0]["traces"] == 2
+    assert row["outcome"]["traces"] == 2
     page = (tmp_path / "page.md").read_text()
     assert "| distilbert | text | equal |" in page
     assert models.main(chosen) == 0 and "distilbert" not in capsys.readouterr().out
