@@ -5,53 +5,23 @@ Each figure is a process of its own with empty caches; importing torch is not co
 
 from __future__ import annotations
 
-import json
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 import piecework
+from piecework.bench.decoder import SMALL, Layer
 from piecework.bench.measure.apart import apart
-from piecework.bench.measure.line_up import options_of
+from piecework.bench.measure.line_up import command
 from piecework.bench.measure.result import Result, Row, Target, machine
 
 DEPTHS = (4, 8, 16, 32)
 # With ``nested_compile_region`` on the layer, stock needs sizes that are numbers for models that look at more of them.
 CONTENDERS = ("stock", "stock, marked layer", "piecework", "piecework, each layer traced")
-MODELS = ("small", "llama")
-
-
-@piecework.splitting_op("bench_compile::attention", mutates_args=("out",))
-def attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, out: torch.Tensor, layer: str
-) -> None:
-    out.copy_(torch.softmax(query @ key.mT, -1) @ value)
-
-
-class Layer(torch.nn.Module):
-    """One transformer layer, hidden size 64, with attention behind the op."""
-
-    def __init__(self, index: int, hidden: int = 64) -> None:
-        super().__init__()
-        self.name = f"layers.{index}"
-        self.before, self.after = torch.nn.RMSNorm(hidden), torch.nn.RMSNorm(hidden)
-        self.qkv = torch.nn.Linear(hidden, 3 * hidden, bias=False)
-        self.project = torch.nn.Linear(hidden, hidden, bias=False)
-        self.gate = torch.nn.Linear(hidden, 2 * hidden, bias=False)
-        self.up = torch.nn.Linear(hidden, 2 * hidden, bias=False)
-        self.down = torch.nn.Linear(2 * hidden, hidden, bias=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        query, key, value = self.qkv(self.before(x)).chunk(3, -1)
-        out = torch.empty_like(query)
-        attention(query, key, value, out, self.name)
-        x = x + self.project(out)
-        y = self.after(x)
-        return x + self.down(torch.nn.functional.silu(self.gate(y)) * self.up(y))
 
 
 _LAYERS = {"small": ("",), "llama": ("model.layers",)}
@@ -59,8 +29,8 @@ _LAYERS = {"small": ("",), "llama": ("model.layers",)}
 
 def build(depth: int) -> tuple[torch.nn.Module, torch.Tensor]:
     torch.manual_seed(0)
-    model = torch.nn.Sequential(*(Layer(i) for i in range(depth))).eval().requires_grad_(False)
-    return model, torch.randn(6, 64)
+    model = torch.nn.Sequential(*(Layer(i, SMALL) for i in range(depth)))
+    return model.eval().requires_grad_(False), torch.randn(6, SMALL.hidden)
 
 
 def build_llama(depth: int) -> tuple[torch.nn.Module, torch.Tensor]:
@@ -74,19 +44,19 @@ def build_llama(depth: int) -> tuple[torch.nn.Module, torch.Tensor]:
     return model.eval().requires_grad_(False), torch.arange(12).reshape(2, 6)
 
 
-def measure_here(name: str, contender: str, depth: int) -> dict[str, object]:
+def measure_here(model: str, contender: str, layers: str) -> dict[str, object]:
     """Compile once in this process; the caller gives it empty caches."""
-    model, x = build(depth) if name == "small" else build_llama(depth)
+    module, x = (build if model == "small" else build_llama)(int(layers))
     with torch.no_grad():
-        expected = _tensor(model(x))
+        expected = _tensor(module(x))
         start = time.perf_counter()
         if contender.startswith("stock"):
-            result = _tensor(_stock(model, "marked" in contender)(x))
+            result = _tensor(_stock(module, "marked" in contender)(x))
         else:
             config = piecework.CompilationConfig(
-                repeated_layers=() if "each" in contender else _LAYERS[name]
+                repeated_layers=() if "each" in contender else _LAYERS[model]
             )
-            result = _tensor(_stitched(name, model, x, config)(x))
+            result = _tensor(_stitched(model, module, x, config)(x))
         seconds = time.perf_counter() - start
     torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
     return {"seconds": seconds, "compiles": piecework.counters.num_inductor_compiles}
@@ -123,13 +93,13 @@ def measure(name: str, contender: str, depth: int) -> dict[str, object]:
     return found
 
 
-def run(depths: Sequence[int] = DEPTHS, name: str = "small") -> Result:
+def run(layers: Sequence[int] = DEPTHS, model: Literal["small", "llama"] = "small") -> Result:
     rows: list[Row] = []
     seconds: dict[tuple[str, int], float] = {}
     compiles: dict[int, object] = {}
-    for depth in depths:
+    for depth in layers:
         for contender in CONTENDERS:
-            found = measure(name, contender, depth)
+            found = measure(model, contender, depth)
             seconds[contender, depth] = float(str(found["seconds"]))
             if contender == "piecework":
                 compiles[depth] = found["compiles"]
@@ -138,7 +108,7 @@ def run(depths: Sequence[int] = DEPTHS, name: str = "small") -> Result:
             rows.append(
                 Row({"layers": depth}, contender, seconds[contender, depth], {"stock": ratio}, note)
             )
-    first, last = min(depths), max(depths)
+    first, last = min(layers), max(layers)
 
     def growth(contender: str) -> float:
         return (seconds[contender, last] - seconds[contender, first]) / (last - first)
@@ -152,7 +122,7 @@ def run(depths: Sequence[int] = DEPTHS, name: str = "small") -> Result:
         Target("B4", f"{last} layers, of the time of {first}", 1.15, flat),
     ]
     for depth, bound in ((32, 0.5), (80, 0.28)):
-        if depth in depths:
+        if depth in layers:
             of_stock = seconds["piecework", depth] / seconds["stock", depth]
             targets.append(Target("B4", f"{depth} layers, of stock's time", bound, of_stock))
     return Result(
@@ -162,19 +132,8 @@ def run(depths: Sequence[int] = DEPTHS, name: str = "small") -> Result:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run, print, and write ``compile_time.json`` and a plot; 1 if a target is missed."""
-    parser = options_of("compile_time", __doc__)
-    parser.add_argument("--layers", type=int, nargs="+", default=list(DEPTHS))
-    parser.add_argument("--model", choices=MODELS, default="small")
-    parser.add_argument(
-        "--one", nargs=3, metavar=("MODEL", "CONTENDER", "LAYERS"), help="measure in this process"
-    )
-    options = parser.parse_args(arguments)
-    if options.one:
-        print(json.dumps(measure_here(*options.one[:2], int(options.one[2]))))
-        return 0
-    result = run(options.layers, options.model)
-    return result.finish(options.out, "compile_time")
+    return command(run, arguments, measure_here)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

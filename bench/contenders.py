@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.fx
 
-import piecework
 from piecework.codegen import LowerOptions, generate_source
 from piecework.codegen.stitch.bind import compile_execution_fn
 from piecework.errors import PieceworkError
@@ -27,14 +25,6 @@ Call = Callable[[torch.Tensor], torch.Tensor]
 Piece = Callable[..., Sequence[object]]
 
 
-@dataclass(frozen=True, slots=True)
-class Ready:
-    """The contenders of one setting, and the stitched module among them."""
-
-    calls: dict[str, Call]
-    stitched: StitchedModule
-
-
 def dynamic(example: torch.Tensor, *, unbacked: bool) -> torch.Tensor:
     """``example`` with its batch marked so that one trace serves batch 1 as well."""
     if unbacked:
@@ -42,54 +32,8 @@ def dynamic(example: torch.Tensor, *, unbacked: bool) -> torch.Tensor:
     return example
 
 
-def prepare(
-    model: torch.nn.Module,
-    example: torch.Tensor,
-    operator: str,
-    body: Callable[..., None],
-    *,
-    unbacked: bool,
-    stock: bool = True,
-    with_conventional: bool = True,
-    config: CompilationConfig | None = None,
-) -> Ready:
-    """Compile ``model`` for every contender.
-
-    Args:
-        example: an example batch of two or more.
-        operator: the splitting op, ``ns::op``.
-        body: its raw Python function.
-        unbacked: trace without assuming that the batch is not 1.
-        stock: prepare ``torch.compile`` too, which takes longest.
-        with_conventional: prepare the conventional way too.
-    """
-    stitched = piecework.compile(
-        model,
-        (dynamic(example.clone(), unbacked=unbacked),),
-        splitting_ops=[operator],
-        config=config,
-    )
-    graph = FlatGraph(stitched, example.shape[0])
-    interpreter = torch.fx.Interpreter(graph.split_gm)
-    calls: dict[str, Call] = {
-        "eager": model,
-        "interpreter": lambda x: interpreter.run(*graph.inputs(x))[0],
-        "graph module": lambda x: graph.split_gm(*graph.inputs(x))[0],
-    }
-    if stock:
-        calls["stock"] = _traced_once(
-            torch.compile(model, fullgraph=True, dynamic=True), example, unbacked
-        )
-    if with_conventional:
-        calls["conventional"] = conventional(
-            model, example, operator, unbacked=unbacked, config=config
-        )
-    calls["piecework"] = stitched  # type: ignore[assignment]
-    calls["limit"] = _limit(graph, operator, body)
-    return Ready(calls, stitched)
-
-
-def _traced_once(compiled: Call, example: torch.Tensor, unbacked: bool) -> Call:
+def traced_once(compiled: Call, example: torch.Tensor, unbacked: bool) -> Call:
+    """``compiled``, after its first call."""
     compiled(dynamic(example.clone(), unbacked=unbacked))
     return compiled
 
@@ -106,34 +50,27 @@ class FlatGraph:
         self.captured = stitched.captured
         table = stitched.program.range_table
         self.public = stitched.program.callables(None if table is None else table.find(batch))
-        self.pieces = {piece.name: piece for piece in stitched.pieces}
-        self.split_gm = torch.fx.GraphModule(
-            {name: self._module(name) for name in self._targets(stitched.split_gm)},
-            stitched.split_gm.graph,
-        )
-
-    @staticmethod
-    def _targets(gm: torch.fx.GraphModule) -> list[str]:
-        return [str(node.target) for node in gm.graph.find_nodes(op="call_module")]
-
-    def _module(self, name: str) -> torch.nn.Module:
-        if name in self.pieces:
-            return PieceModule(self.public[name])
-        return self.stitched.split_gm.get_submodule(name)
+        self.pieces = {piece.name for piece in stitched.pieces}
+        gm = stitched.split_gm
+        modules = {
+            name: PieceModule(self.public[name]) if name in self.pieces else gm.get_submodule(name)
+            for name in (str(node.target) for node in gm.graph.find_nodes(op="call_module"))
+        }
+        self.split_gm = torch.fx.GraphModule(modules, gm.graph)
 
     def inputs(self, *arguments: torch.Tensor) -> list[object]:
         """Weights, sizes and the arguments, in the order of the graph."""
-        return [self._input(source, arguments) for source in self.captured.inputs]
 
-    @staticmethod
-    def _input(source: GraphInput, arguments: Sequence[torch.Tensor]) -> object:
-        match source:
-            case Weight(tensor=tensor):
-                return tensor
-            case Size(leaf=leaf, dim=dim):
-                return arguments[leaf].size(dim)
-            case Argument(leaf=leaf):
-                return arguments[leaf]
+        def value(source: GraphInput) -> object:
+            match source:
+                case Weight(tensor=tensor):
+                    return tensor
+                case Size(leaf=leaf, dim=dim):
+                    return arguments[leaf].size(dim)
+                case Argument(leaf=leaf):
+                    return arguments[leaf]
+
+        return [value(source) for source in self.captured.inputs]
 
 
 class PieceModule(torch.nn.Module):
@@ -191,13 +128,13 @@ def conventional(
         )
 
     compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=True)
-    return _traced_once(compiled, example, unbacked)
+    return traced_once(compiled, example, unbacked)
 
 
 # --- 6: the limit ---------------------------------------------------------------------------------------
 
 
-def _limit(graph: FlatGraph, operator: str, body: Callable[..., None]) -> Call:
+def limit(graph: FlatGraph, operator: str, body: Callable[..., None]) -> Call:
     """The same kernels and the op's raw function in a straight line."""
 
     def call(node: torch.fx.Node, text: Mapping[torch.fx.Node, str]) -> list[str]:

@@ -15,9 +15,9 @@ import torch
 import transformers
 
 from piecework.bench.contenders import FlatGraph, op_texts, straight, straight_lines
-from piecework.bench.measure.line_up import Report, one_thread, options_of, run_line_ups
+from piecework.bench.measure.line_up import Report, command, one_thread
 from piecework.bench.measure.result import Result, Row, Target, machine
-from piecework.bench.measure.timing import Timing, measure, ratio
+from piecework.bench.measure.timing import measure, ratio
 from piecework.errors import PieceworkError
 from piecework.integrations.transformers import stitch, stitched_module
 from piecework.integrations.transformers.request.attention import SPLITTING_OP
@@ -260,7 +260,14 @@ def _measured(
         window=WINDOW,
     )
     setting: dict[str, object] = {"layers": depth, "batch": batch}
-    return [_row(setting, name, timings) for name in timings]
+    rows = []
+    for name, timing in timings.items():
+        kind = name.rpartition(" ")[2]
+        ratios = {"limit": ratio(timing, timings[f"limit, {kind}"])}
+        if "stock, static" in timings:
+            ratios["stock"] = ratio(timing, timings["stock, static"])
+        rows.append(Row(setting, name, timing.best / STEPS, ratios))
+    return rows
 
 
 def _require_same_tokens(line_up: dict[str, Contender], first: torch.Tensor) -> None:
@@ -274,14 +281,6 @@ def _require_same_tokens(line_up: dict[str, Contender], first: torch.Tensor) -> 
         other = (logits.argmax(-1) != tokens) & ~tied
         if other.any() or not torch.allclose(logits, expected, atol=TIE, rtol=TIE):
             raise PieceworkError(f"contender {name} gives other tokens than the model")
-
-
-def _row(setting: dict[str, object], name: str, timings: dict[str, Timing]) -> Row:
-    kind = name.rpartition(" ")[2]
-    ratios = {"limit": ratio(timings[name], timings[f"limit, {kind}"])}
-    if "stock, static" in timings:
-        ratios["stock"] = ratio(timings[name], timings["stock, static"])
-    return Row(setting, name, timings[name].best / STEPS, ratios)
 
 
 def _targets(rows: Sequence[Row], depth: int, batch: int) -> list[Target]:
@@ -299,9 +298,7 @@ def _targets(rows: Sequence[Row], depth: int, batch: int) -> list[Target]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run, print, and write ``decode_step.json`` and ``.png``; 1 if a target is missed."""
-    defaults = {"layers": LAYERS, "batches": BATCHES, "rounds": 200, "seconds": SECONDS}
-    parser = options_of("decode_step", __doc__)
-    return run_line_ups(parser, "decode_step", run, arguments, **defaults)
+    return command(run, arguments)
 
 
 if __name__ == "__main__":

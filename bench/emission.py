@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import operator
-import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -17,7 +16,7 @@ from typing import TypeVar
 import torch
 import torch.fx
 
-from piecework.bench.measure.line_up import options_of
+from piecework.bench.measure.line_up import command
 from piecework.bench.measure.result import Result, Row, Target, machine
 from piecework.codegen import LowerOptions, generate_source
 from piecework.codegen.plan.render import format_source
@@ -94,35 +93,29 @@ def _splitting(layer: str) -> torch.fx.GraphModule:
     return torch.fx.GraphModule(torch.nn.Module(), graph)
 
 
-class Stopwatch:
-    """Processor seconds of named steps."""
+def phases(gm: torch.fx.GraphModule, options: LowerOptions, *, black: bool) -> dict[str, float]:
+    """Processor seconds of each phase of one emission, and of the whole as it is called."""
+    seconds: dict[str, float] = {}
 
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    def time(self, name: str, call: Callable[[], T]) -> T:
+    def time_of(name: str, call: Callable[[], T]) -> T:
         start = time.process_time()
         value = call()
-        self.seconds[name] = time.process_time() - start
+        seconds[name] = time.process_time() - start
         return value
 
-
-def phases(gm: torch.fx.GraphModule, options: LowerOptions, *, black: bool) -> dict[str, float]:
-    """Seconds of each phase of one emission, and of the whole as it is called."""
-    watch = Stopwatch()
-    source = watch.time("emission", lambda: generate_source(gm, options))
+    source = time_of("emission", lambda: generate_source(gm, options))
     if source.proof is None or source.proof.events == 0:
         raise PieceworkError("the emitted source was not proved")
     with collector_paused():
-        module, consts = watch.time("lower", lambda: lower(gm, options))
-        code = watch.time("render", lambda: stitched_text(module))
+        module, consts = time_of("lower", lambda: lower(gm, options))
+        code = time_of("render", lambda: stitched_text(module))
         linked = linkage_of(module, options, consts)
-        watch.time("verify", lambda: prove(code, gm, linked))
+        time_of("verify", lambda: prove(code, gm, linked))
     if code != source.code:
         raise PieceworkError("two emissions of one graph differ")
-    if black and watch.time("black, of the whole text", lambda: format_source(code)) != code:
+    if black and time_of("black, of the whole text", lambda: format_source(code)) != code:
         raise PieceworkError("the emitted source is not in black's format")
-    return watch.seconds
+    return seconds
 
 
 def best_phases(
@@ -179,13 +172,8 @@ def _rows(setting: dict[str, object], seconds: dict[str, float]) -> list[Row]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run, print, and write ``emission.json`` and ``emission.png``; 1 if a target is missed."""
-    parser = options_of("emission", __doc__)
-    parser.add_argument("--nodes", type=int, nargs="+", default=list(NODES))
-    parser.add_argument("--rounds", type=int, default=3)
-    options = parser.parse_args(arguments)
-    result = run(options.nodes, options.rounds)
-    return result.finish(options.out, "emission")
+    return command(run, arguments)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -8,12 +8,19 @@ Run it with ``python -m piecework.bench.host_overhead``.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 import torch
 
-from piecework.bench.contenders import Call, prepare
+import piecework
+from piecework.bench.contenders import (
+    Call,
+    FlatGraph,
+    conventional,
+    dynamic,
+    limit,
+    traced_once,
+)
 from piecework.bench.llama_shaped import (
     OPERATOR_NAMES,
     REGISTRATIONS,
@@ -21,7 +28,7 @@ from piecework.bench.llama_shaped import (
     build,
     token_ids,
 )
-from piecework.bench.measure.line_up import Report, one_thread, options_of, run_line_ups
+from piecework.bench.measure.line_up import Report, command, one_thread
 from piecework.bench.measure.result import Result, Row, Target, machine
 from piecework.bench.measure.timing import Timing, measure, ratio
 from piecework.errors import PieceworkError
@@ -36,14 +43,6 @@ CPP = "piecework, cpp_wrapper"
 WINDOW = 0.002
 #: For one line-up; all of them, with their compilation, are done in ten minutes on two cores.
 SECONDS = 8.0
-
-
-@dataclass(frozen=True, slots=True)
-class Effort:
-    """How long a line-up is timed: until it had so many rounds, or took so many seconds."""
-
-    rounds: int
-    seconds: float
 
 
 def run(
@@ -70,7 +69,7 @@ def run(
     """
     rows: list[Row] = []
     targets: list[Target] = []
-    effort = Effort(rounds, seconds)
+    effort = {"rounds": rounds, "seconds": seconds}
     with one_thread():
         for registration in registrations:
             for depth in layers:
@@ -86,9 +85,9 @@ def run(
 
 
 def side_by_side(
-    names: Sequence[str], depth: int, batch: int, registration: str, effort: Effort
+    names: Sequence[str], depth: int, batch: int, registration: str, **effort: float
 ) -> dict[str, Timing]:
-    """What some contenders take in one setting, by name.
+    """What some contenders take in one setting, by name, in so many ``rounds`` or ``seconds``.
 
     Raises:
         PieceworkError: a contender returns something else than the model.
@@ -106,7 +105,7 @@ def _depth(
     depth: int,
     batches: Sequence[int],
     registration: str,
-    effort: Effort,
+    effort: Mapping[str, float],
     stock: bool,
     report: Report,
 ) -> list[Row]:
@@ -138,37 +137,48 @@ def calls_for(
     stock: bool = False,
     config: CompilationConfig | None = None,
 ) -> dict[str, Call]:
-    """The contenders of one setting by name, compiled; see `prepare`."""
-    model = build(depth, REGISTRATIONS[registration]())
-    ready = prepare(
-        model,
-        token_ids(4),
-        OPERATOR_NAMES[registration],
-        attention_body,
-        unbacked=unbacked,
-        stock=stock,
-        with_conventional=config is None,
-        config=config,
-    )
-    return ready.calls
+    """The contenders of one setting by name, compiled; the conventional one at default settings only.
+
+    Args:
+        unbacked: trace without assuming that the batch is not 1.
+        stock: take part in ``torch.compile`` too, which takes longest.
+    """
+    model, example = build(depth, REGISTRATIONS[registration]()), token_ids(4)
+    operator = OPERATOR_NAMES[registration]
+    given = (dynamic(example.clone(), unbacked=unbacked),)
+    stitched = piecework.compile(model, given, splitting_ops=[operator], config=config)
+    graph = FlatGraph(stitched, len(example))
+    interpreter = torch.fx.Interpreter(graph.split_gm)
+    calls: dict[str, Call] = {
+        "eager": model,
+        "interpreter": lambda x: interpreter.run(*graph.inputs(x))[0],
+        "graph module": lambda x: graph.split_gm(*graph.inputs(x))[0],
+    }
+    if stock:
+        compiled = torch.compile(model, fullgraph=True, dynamic=True)
+        calls["stock"] = traced_once(compiled, example, unbacked)
+    if config is None:
+        calls["conventional"] = conventional(model, example, operator, unbacked=unbacked)
+    calls["piecework"] = stitched  # type: ignore[assignment]
+    calls["limit"] = limit(graph, operator, attention_body)
+    return calls
 
 
 def _measure(
-    calls: dict[str, Call], depth: int, batch: int, registration: str, effort: Effort
+    calls: dict[str, Call], depth: int, batch: int, registration: str, effort: Mapping[str, float]
 ) -> list[Row]:
     setting: dict[str, object] = {"op": registration, "layers": depth, "batch": batch}
     timings = _timings(calls, batch, effort)
-    limit = timings["limit"]
     rows = []
     for name, timing in timings.items():
-        ratios = {"limit": ratio(timing, limit)}
+        ratios = {"limit": ratio(timing, timings["limit"])}
         if "stock" in timings:
             ratios["stock"] = ratio(timing, timings["stock"])
         rows.append(Row(setting, name, timing.best, ratios))
     return rows
 
 
-def _timings(calls: dict[str, Call], batch: int, effort: Effort) -> dict[str, Timing]:
+def _timings(calls: dict[str, Call], batch: int, effort: Mapping[str, float]) -> dict[str, Timing]:
     ids = token_ids(batch)
     expected = calls["eager"](ids)
     for name, call in calls.items():
@@ -178,9 +188,8 @@ def _timings(calls: dict[str, Call], batch: int, effort: Effort) -> dict[str, Ti
             raise PieceworkError(f"contender {name} differs from the model by {worst:g}")
     return measure(
         {name: (lambda c=call: c(ids)) for name, call in calls.items()},
-        rounds=effort.rounds,
-        seconds=effort.seconds,
         window=WINDOW,
+        **effort,
     )
 
 
@@ -203,10 +212,7 @@ def _targets(rows: Sequence[Row], registration: str, depth: int) -> list[Target]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run, print, and write ``host_overhead.json`` and ``.png``; 1 if a target is missed."""
-    parser = options_of("host_overhead", __doc__)
-    parser.add_argument("--registrations", "--ops", nargs="+", choices=sorted(REGISTRATIONS), default=[*REGISTRATIONS])  # fmt: skip
-    defaults = {"layers": LAYERS, "batches": BATCHES, "rounds": 300, "seconds": SECONDS}
-    return run_line_ups(parser, "host_overhead", run, arguments, **defaults)
+    return command(run, arguments)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import torch
 import torch.fx
 
 from piecework.bench.contenders import Piece, PieceModule, straight
-from piecework.bench.measure.line_up import options_of
+from piecework.bench.measure.line_up import command
 from piecework.bench.measure.result import Result, Row, Target, machine
 from piecework.bench.measure.timing import Timing, measure, ratio
 from piecework.codegen import LowerOptions, generate_source
@@ -171,11 +171,7 @@ def _measure(pieces: int, rounds: int) -> tuple[dict[str, Timing], str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run, print, and write ``stitching.json`` and ``stitching.png``; 1 if a target is missed."""
-    parser = options_of("stitching", __doc__)
-    parser.add_argument("--rounds", type=int, default=400)
-    options = parser.parse_args(arguments)
-    result = run(rounds=options.rounds)
-    return result.finish(options.out, "stitching")
+    return command(run, arguments)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -105,26 +106,8 @@ def checkpoint(family: str, folder: Path, layers: int = 4) -> Path:
 
 def apart(function: Callable[..., Any], *arguments: Any) -> Any:
     """What ``function`` gives in a process of its own, which starts with vLLM imported."""
-    context = multiprocessing.get_context("fork")
-    ours, theirs = context.Pipe(duplex=False)
-
-    def run() -> None:
-        try:
-            theirs.send((function(*arguments), ""))
-        except Exception as error:  # noqa: BLE001 - it is a row of the table
-            theirs.send((None, f"{type(error).__name__}: {error}"[:300]))
-
-    process = context.Process(target=run)
-    process.start()
-    theirs.close()
-    try:
-        found, problem = ours.recv()
-    except EOFError:
-        found, problem = None, "the process died"
-    process.join()
-    if problem:
-        raise RuntimeError(problem)
-    return found
+    with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def measured(path: Path, compilation: dict[str, Any]) -> dict[str, Any]:
@@ -204,17 +187,21 @@ def row(family: str) -> dict[str, Any]:
         try:
             path = apart(checkpoint, family, Path(folder))
             found["eager"] = apart(measured, path, {"mode": 0})
-        except RuntimeError as error:
-            return {**found, "not served": str(error)}
+        except Exception as error:  # noqa: BLE001 - it is a row of the table
+            return {**found, "not served": _told(error)}
         if any(map(math.isnan, itertools.chain(*found["eager"]["logprobs"]))):
             return {**found, "not served": "its random weights give no numbers"}
         ours = {"backend": "piecework"}
         for name, options in (("cold", ours), ("warm", ours), ("default", {})):
             try:
                 found[name] = apart(measured, path, options)
-            except RuntimeError as error:
-                found[name] = {"error": str(error)}
+            except Exception as error:  # noqa: BLE001 - it is a row of the table
+                found[name] = {"error": _told(error)}
     return found
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"[:300]
 
 
 # --- the table ---------------------------------------------------------------------------------------

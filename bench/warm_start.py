@@ -7,8 +7,6 @@ that are filled from ``torch.compiler.save_cache_artifacts``; and a package of t
 from __future__ import annotations
 
 import importlib
-import json
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -19,7 +17,7 @@ import torch
 import piecework
 from piecework.bench.compile_time import build
 from piecework.bench.measure.apart import apart
-from piecework.bench.measure.line_up import options_of
+from piecework.bench.measure.line_up import command
 from piecework.bench.measure.result import Result, Row, Target, machine
 
 DEPTHS = (8, 32, 80)
@@ -27,7 +25,7 @@ DEPTHS = (8, 32, 80)
 _COLD, _LOAD = "piecework, cold", "piecework.load"
 
 
-def measure_here(contender: str, depth: int, folder: str) -> dict[str, object]:
+def measure_here(contender: str, layers: str, folder: str) -> dict[str, object]:
     """Start one contender in this process; the caller chooses its caches.
 
     Args:
@@ -35,7 +33,7 @@ def measure_here(contender: str, depth: int, folder: str) -> dict[str, object]:
         folder: where the artifact lies; caches and package lie beside it.
     """
     saved, package = f"{folder}.caches", f"{folder}.pt2"
-    model, x = build(depth)
+    model, x = build(int(layers))
     with torch.no_grad():
         expected = model(x)
     start, processor = time.perf_counter(), time.process_time()
@@ -84,10 +82,10 @@ def measure(contender: str, depth: int, folder: Path, caches: str) -> dict[str, 
     return found
 
 
-def run(depths: Sequence[int] = DEPTHS) -> Result:
+def run(layers: Sequence[int] = DEPTHS) -> Result:
     rows: list[Row] = []
     targets: list[Target] = []
-    for depth in depths:
+    for depth in layers:
         with tempfile.TemporaryDirectory(prefix="piecework-bench-") as name:
             folder = Path(name)
             found = {_COLD: measure("cold", depth, folder, "first")}
@@ -116,19 +114,8 @@ def run(depths: Sequence[int] = DEPTHS) -> Result:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run, print, and write ``warm_start.json`` and a plot; 1 if a target is missed."""
-    parser = options_of("warm_start", __doc__)
-    parser.add_argument("--layers", type=int, nargs="+", default=list(DEPTHS))
-    parser.add_argument(
-        "--one", nargs=3, metavar=("CONTENDER", "LAYERS", "FOLDER"), help="measure in this process"
-    )
-    options = parser.parse_args(arguments)
-    if options.one:
-        contender, depth, folder = options.one
-        print(json.dumps(measure_here(contender, int(depth), folder)))
-        return 0
-    result = run(options.layers)
-    return result.finish(options.out, "warm_start")
+    return command(run, arguments, measure_here)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

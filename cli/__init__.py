@@ -15,19 +15,13 @@ from piecework.cli.bundles import compile_command, run, show, verify
 from piecework.cli.cache import cache_app
 from piecework.cli.capture import coverage
 from piecework.cli.config import config_app
-from piecework.cli.console import short_warnings
+from piecework.cli.console import commands, short_warnings
 from piecework.cli.demo import demo
 from piecework.cli.golden import golden_app
 from piecework.cli.serve import serve
 from piecework.cli.trace import trace
 
-app = typer.Typer(
-    name="piecework",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-)
+app = commands("piecework")
 
 
 def _print_version(wanted: bool) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from piecework.cli.console import compile_progress, typed_errors
+from piecework.cli.console import compile_progress
 from piecework.errors import UsageError
 
 #: Name → what it measures. Each is run by a module of `piecework.bench`, with ``main(arguments) -> exit code``.
@@ -39,25 +39,24 @@ def bench(
     All leaves out what needs a GPU where there is none, and models. What follows the name is handed on (models --help).
     Exit code 1 if a target is missed, 2 if a GPU is missing.
     """
-    with typed_errors():
-        if name != "all" and name not in BENCHMARKS:
-            raise UsageError(
-                f"there is no benchmark {name!r}", hint=f"there are {', '.join(BENCHMARKS)}"
-            )
-        if name == "all" and context.args:
-            raise UsageError(
-                f"no benchmark is named to hand {context.args[0]} on to", hint="name one of them"
-            )
-        if out is not None:
-            from piecework.runtime.bundle import require_writable
+    if name != "all" and name not in BENCHMARKS:
+        raise UsageError(
+            f"there is no benchmark {name!r}", hint=f"there are {', '.join(BENCHMARKS)}"
+        )
+    if name == "all" and context.args:
+        raise UsageError(
+            f"no benchmark is named to hand {context.args[0]} on to", hint="name one of them"
+        )
+    if out is not None:
+        from piecework.runtime.bundle import require_writable
 
-            require_writable(out)
-        arguments = [*([] if out is None else ["--out", str(out)]), *context.args]
-        codes = set()
-        for each in _all() if name == "all" else (name,):
-            typer.echo(f"{each}: {BENCHMARKS[each]}")
-            with compile_progress():
-                codes.add(_module(each).main(arguments))
+        require_writable(out)
+    arguments = [*([] if out is None else ["--out", str(out)]), *context.args]
+    codes = set()
+    for each in _all() if name == "all" else (name,):
+        typer.echo(f"{each}: {BENCHMARKS[each]}")
+        with compile_progress():
+            codes.add(_module(each).main(arguments))
     if max(codes):
         raise typer.Exit(max(codes))
 

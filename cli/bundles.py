@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from piecework.cli.console import DIFFERS, compile_step, console, show_source, step, typed_errors
-from piecework.cli.options import Backend, ConfigFile, DumpFolder, Overrides, configuration
-from piecework.errors import EmitError, UsageError
+from piecework.cli.console import DIFFERS, compile_step, console, show_source, step
+from piecework.cli.options import AsJson, Backend, ConfigFile, DumpFolder, Overrides, configuration
+from piecework.errors import ArtifactError, EmitError, UsageError
 from piecework.integrations.loading import require_model
 
 if TYPE_CHECKING:
@@ -30,7 +30,6 @@ ModelArgument = Annotated[
     ),
 ]
 FolderArgument = Annotated[Path, typer.Argument(metavar="DIR", help="A folder made by compile.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def compile_command(
@@ -44,74 +43,62 @@ def compile_command(
     as_json: AsJson = False,
 ) -> None:
     """Compile MODEL piecewise and write its source, graph, report and, where it can be saved, what was compiled to a folder."""
-    with typed_errors():
-        require_model(model)
-        from piecework.integrations.loading import load_model
-        from piecework.runtime import bundle
+    require_model(model)
+    from piecework.integrations.loading import load_model
+    from piecework.runtime import bundle
 
-        out = console(quiet=as_json)
-        bundle.check_output(output)
-        config = configuration(config_file, overrides, backend=backend, dump=dump)
-        if dump is not None and output.absolute() in (dump.absolute(), *dump.absolute().parents):
-            raise UsageError(
-                "--dump names the folder of -o", hint="name another one for the stages"
-            )
-        with step(out, f"Loading {model}"):
-            loaded = load_model(model, seed=seed)
-        with compile_step(out, f"Compiling with {config.backend}"):
-            stitched = loaded.stitch(config)
-        manifest = bundle.save(
-            output,
-            stitched,
-            model=model,
-            seed=seed,
-            config=config,
-            config_text=loaded.config_text if not Path(model).is_dir() else None,
-        )
-        unsaved = _save_artifact(output, loaded, stitched)
-        if unsaved:
-            out.print(f"run will compile again: {unsaved}", markup=False)
-        if as_json:
-            print(json.dumps(asdict(manifest)))
-            return
-        out.print(manifest.report, markup=False)
-        out.print(f"source: {output / bundle.SOURCE}", markup=False)
+    out = console(quiet=as_json)
+    bundle.check_output(output)
+    config = configuration(config_file, overrides, backend=backend, dump=dump)
+    if dump is not None and output.absolute() in (dump.absolute(), *dump.absolute().parents):
+        raise UsageError("--dump names the folder of -o", hint="name another one for the stages")
+    with step(out, f"Loading {model}"):
+        loaded = load_model(model, seed=seed)
+    with compile_step(out, f"Compiling with {config.backend}"):
+        stitched = loaded.stitch(config)
+    manifest = bundle.save(
+        output,
+        stitched,
+        model=model,
+        seed=seed,
+        config=config,
+        config_text=loaded.config_text if not Path(model).is_dir() else None,
+    )
+    try:
+        loaded.save(stitched, output / bundle.ARTIFACT)
+    except ArtifactError as error:
+        out.print(f"run will compile again: {error}", markup=False)
+    if as_json:
+        print(json.dumps(asdict(manifest)))
+        return
+    out.print(manifest.report, markup=False)
+    out.print(f"source: {output / bundle.SOURCE}", markup=False)
 
 
 def show(directory: FolderArgument, as_json: AsJson = False) -> None:
     """Show the source and the report in a folder; of a compile cache, such as an engine's, the source of each model in it."""
-    with typed_errors():
-        from piecework.runtime import bundle
+    from piecework.runtime import bundle
 
-        cached = _cached_sources(directory)
-        if cached:
-            _show_cached(cached, as_json)
-            return
-        manifest = bundle.read_manifest(directory)
-        code = bundle.read_source(directory, manifest)
-        if as_json:
-            print(json.dumps({**asdict(manifest), "source": code}))
-            return
-        out = console()
-        show_source(out, code)
-        out.print(manifest.report, markup=False)
-        out.print(f"model: {manifest.model}, torch {manifest.torch}", markup=False)
-
-
-def _cached_sources(directory: Path) -> dict[Path, str]:
-    """The emitted sources in a compile cache's folder, or in one around it, oldest first; none of a folder made by compile."""
-    found = sorted(directory.rglob("rank_*_*/*/stitched.py"), key=lambda each: each.stat().st_mtime)
-    return {each: each.read_text() for each in found}
-
-
-def _show_cached(sources: dict[Path, str], as_json: bool) -> None:
-    if as_json:
-        print(json.dumps({str(path): code for path, code in sources.items()}))
-        return
     out = console()
-    for path, code in sources.items():
-        show_source(out, code)
+    cached = sorted(
+        directory.rglob("rank_*_*/*/stitched.py"), key=lambda each: each.stat().st_mtime
+    )
+    if cached and as_json:
+        print(json.dumps({str(path): path.read_text() for path in cached}))
+        return
+    for path in cached:
+        show_source(out, path.read_text())
         out.print(f"source: {path}", markup=False)
+    if cached:
+        return
+    manifest = bundle.read_manifest(directory)
+    code = bundle.read_source(directory, manifest)
+    if as_json:
+        print(json.dumps({**asdict(manifest), "source": code}))
+        return
+    show_source(out, code)
+    out.print(manifest.report, markup=False)
+    out.print(f"model: {manifest.model}, torch {manifest.torch}", markup=False)
 
 
 def run(
@@ -131,44 +118,43 @@ def run(
     said first. With other settings than the folder was made with (--config, -O, --dump) the model is compiled again. Exit code 1 if the
     source (without --edited) or the results differ.
     """
-    with typed_errors():
-        from piecework.integrations.protocol import compare
-        from piecework.runtime import bundle
+    from piecework.integrations.protocol import compare
+    from piecework.runtime import bundle
 
-        out = console(quiet=as_json)
-        manifest = bundle.read_manifest(directory)
-        code = bundle.read_source(directory, manifest, edited=edited)
-        config = configuration(config_file, overrides, dump=dump, base=manifest.config)
-        loaded = reload_model(directory, manifest)
-        with step(out, "Running eagerly"):
-            reference = loaded.run(tokens)
-        stitched = warm_or_compiled(directory, manifest, loaded, config, out)
-        generated = stitched.source.code
-        changes = _use_edited(stitched, code) if edited else None
-        if changes is not None:
-            out.print(*changes["lines"], sep="\n", markup=False)
-        with step(out, "Running"):
-            ours = loaded.run(tokens, stitched)
-        result = compare(reference, ours)
-        report = {
-            "same_source": generated == code,
-            "edited": changes,
-            "tokens": None if ours.tokens is None else ours.tokens.tolist(),
-            "tokens_equal": None if ours.tokens is None else result.tokens_equal,
-            "relative_difference": result.difference,
-            "agree": result.agree,
-        }
-        if as_json:
-            print(json.dumps(report))
-        else:
-            if not edited:
-                otherwise = manifest.made_otherwise(config)
-                why = ": the folder was made with other settings" if otherwise else ""
-                same = report["same_source"]
-                out.print(f"source {'as in the folder' if same else f'DIFFERENT{why}'}")
-            if ours.tokens is not None:
-                out.print(f"tokens: {' '.join(map(str, ours.tokens.tolist()))}")
-            out.print(result.text(ours), markup=False)
+    out = console(quiet=as_json)
+    manifest = bundle.read_manifest(directory)
+    code = bundle.read_source(directory, manifest, edited=edited)
+    config = configuration(config_file, overrides, dump=dump, base=manifest.config)
+    loaded = reload_model(directory, manifest)
+    with step(out, "Running eagerly"):
+        reference = loaded.run(tokens)
+    stitched = warm_or_compiled(directory, manifest, loaded, config, out)
+    generated = stitched.source.code
+    changes = _use_edited(stitched, code) if edited else None
+    if changes is not None:
+        out.print(*changes["lines"], sep="\n", markup=False)
+    with step(out, "Running"):
+        ours = loaded.run(tokens, stitched)
+    result = compare(reference, ours)
+    report = {
+        "same_source": generated == code,
+        "edited": changes,
+        "tokens": None if ours.tokens is None else ours.tokens.tolist(),
+        "tokens_equal": None if ours.tokens is None else result.tokens_equal,
+        "relative_difference": result.difference,
+        "agree": result.agree,
+    }
+    if as_json:
+        print(json.dumps(report))
+    else:
+        if not edited:
+            otherwise = manifest.made_otherwise(config)
+            why = ": the folder was made with other settings" if otherwise else ""
+            same = report["same_source"]
+            out.print(f"source {'as in the folder' if same else f'DIFFERENT{why}'}")
+        if ours.tokens is not None:
+            out.print(f"tokens: {' '.join(map(str, ours.tokens.tolist()))}")
+        out.print(result.text(ours), markup=False)
     if not ((edited or report["same_source"]) and result.agree):
         raise typer.Exit(DIFFERS)
 
@@ -179,43 +165,40 @@ def verify(directory: FolderArgument, as_json: AsJson = False) -> None:
 
     Exit code 1 if something is wrong; the difference is named.
     """
-    with typed_errors():
-        from piecework.codegen.stitch.source import verify as prove
-        from piecework.golden.outline import read_tables
-        from piecework.runtime import bundle
-        from piecework.runtime.config.compilation import CompilationConfig
-        from piecework.runtime.pieces.report import counted
+    from piecework.codegen.stitch.source import verify as prove
+    from piecework.golden.outline import read_tables
+    from piecework.runtime import bundle
+    from piecework.runtime.config.compilation import CompilationConfig
+    from piecework.runtime.pieces.report import counted
 
-        out = console(quiet=as_json)
-        manifest = bundle.read_manifest(directory)
-        code = bundle.read_source(directory, manifest, edited=True)
-        config = CompilationConfig(**{**manifest.config, "backend": "eager"})
-        loaded = reload_model(directory, manifest)
-        with step(out, "Capturing"):
-            stitched = loaded.stitch(config)
-        try:
-            proof = prove(stitched.source, stitched.split_gm, edited=code)
-        except EmitError as error:
-            report = {"proved": False, "difference": str(error)}
+    out = console(quiet=as_json)
+    manifest = bundle.read_manifest(directory)
+    code = bundle.read_source(directory, manifest, edited=True)
+    config = CompilationConfig(**{**manifest.config, "backend": "eager"})
+    loaded = reload_model(directory, manifest)
+    with step(out, "Capturing"):
+        stitched = loaded.stitch(config)
+    try:
+        proof = prove(stitched.source, stitched.split_gm, edited=code)
+    except EmitError as error:
+        report = {"proved": False, "difference": str(error)}
+    else:
+        report = {"proved": True, "events": proof.events, "statements": proof.statements}
+    known, now = (read_tables(text.splitlines()).digests for text in (code, stitched.source.code))
+    changed = [name for name in now if known.get(name, now[name]) != now[name]]
+    report |= {"changed_pieces": changed, "unknown_pieces": [n for n in now if n not in known]}
+    if as_json:
+        print(json.dumps(report))
+    else:
+        if report["proved"]:
+            calls = counted(proof.events, "call")
+            out.print(f"proved: {calls} in {counted(proof.statements, 'statement')}")
         else:
-            report = {"proved": True, "events": proof.events, "statements": proof.statements}
-        known, now = (
-            read_tables(text.splitlines()).digests for text in (code, stitched.source.code)
-        )
-        changed = [name for name in now if known.get(name, now[name]) != now[name]]
-        report |= {"changed_pieces": changed, "unknown_pieces": [n for n in now if n not in known]}
-        if as_json:
-            print(json.dumps(report))
-        else:
-            if report["proved"]:
-                calls = counted(proof.events, "call")
-                out.print(f"proved: {calls} in {counted(proof.statements, 'statement')}")
-            else:
-                out.print(f"not proved: {report['difference']}", markup=False)
-            if changed:
-                out.print(f"the model computes something else now in {', '.join(changed)}")
-            if report["unknown_pieces"]:
-                out.print("what pieces computed can't be told: the source has no digests of them")
+            out.print(f"not proved: {report['difference']}", markup=False)
+        if changed:
+            out.print(f"the model computes something else now in {', '.join(changed)}")
+        if report["unknown_pieces"]:
+            out.print("what pieces computed can't be told: the source has no digests of them")
     if changed or not report["proved"]:
         raise typer.Exit(DIFFERS)
 
@@ -231,18 +214,6 @@ def reload_model(directory: Path, manifest: Manifest) -> LoadedModel:
     )
 
 
-def _save_artifact(directory: Path, loaded: LoadedModel, stitched: StitchedModule) -> str:
-    """Write what was compiled beside the rest; says why it could not be, else ""."""
-    from piecework.errors import ArtifactError
-    from piecework.runtime import bundle
-
-    try:
-        loaded.save(stitched, directory / bundle.ARTIFACT)
-    except ArtifactError as error:
-        return str(error)
-    return ""
-
-
 def warm_or_compiled(
     directory: Path,
     manifest: Manifest,
@@ -251,7 +222,6 @@ def warm_or_compiled(
     out: Console,
 ) -> StitchedModule:
     """The model stitched by the folder's artifact, or compiled again where there is none that fits or other settings are wanted, which is said."""
-    from piecework.errors import ArtifactError
     from piecework.runtime import bundle
 
     if manifest.made_otherwise(config):

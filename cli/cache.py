@@ -5,7 +5,6 @@ It never compiles anything and never imports torch; only ``gc`` removes files.
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from collections.abc import Mapping
@@ -13,25 +12,21 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.filesize import pick_unit_and_suffix
 from rich.table import Table
 
-from piecework.cli.console import DIFFERS, console, typed_errors
+from piecework.cli.console import DIFFERS, commands, console, print_json
+from piecework.cli.options import AsJson
 from piecework.errors import CacheError, UsageError
 from piecework.runtime.store import cache
 from piecework.runtime.store.factors import KeyFactors
 from piecework.runtime.store.files import default_root, signing_key
 
-cache_app = typer.Typer(
-    name="cache",
-    help="Look into the cache of compiled pieces, check it and clean it up.",
-    no_args_is_help=True,
-    rich_markup_mode=None,
-)
+cache_app = commands("cache", "Look into the cache of compiled pieces, check it and clean it up.")
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?b)?", re.IGNORECASE)
-_AGE = re.compile(r"(\d+(?:\.\d+)?)\s*(s|m|h|d|w)?", re.IGNORECASE)
-_UNITS = "kmgt"
-_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
+_AMOUNT = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]*)")
+_SIZES = {u + end: 1024**n for n, u in enumerate(("", *"kmgt")) for end in ("", "b", "ib")}
+_AGES = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 
 CacheDir = Annotated[
     Path | None,
@@ -39,21 +34,19 @@ CacheDir = Annotated[
         "--cache-dir", help="Default: $PIECEWORK_CACHE_DIR, $XDG_CACHE_HOME/piecework, ~/.cache."
     ),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @cache_app.command("ls", epilog="Example: piecework cache ls --json")
 def list_command(cache_dir: CacheDir = None, as_json: AsJson = False) -> None:
     """List the entries, the one used last first. Exit code 0, also for an empty cache."""
-    with typed_errors():
-        root = _root(cache_dir)
-        entries = cache.list_entries(root)
+    root = _root(cache_dir)
+    entries = cache.list_entries(root)
     if as_json:
         total = sum(entry.bytes for entry in entries)
         rows = [{**each._asdict(), **each.identity._asdict()} for each in entries]
         for row in rows:
             del row["identity"]
-        _print_json({"root": str(root), "bytes": total, "entries": rows})
+        print_json({"root": str(root), "bytes": total, "entries": rows})
         return
     if not entries:
         typer.echo(f"{root}: no entries")
@@ -92,27 +85,26 @@ def explain(
 
     Exit code 0: nothing differs (the cache has this key); 1: something does, or there is nothing to compare with.
     """
-    with typed_errors():
-        if key is not None and factors is not None:
-            raise UsageError("a key and --factors exclude each other", hint="give one of them")
-        keys = cache.saved_keys(_root(cache_dir))
-        if factors is not None:
-            current = _read_factors(factors)
-        elif keys:
-            current = next(iter(keys.values())) if key is None else _find(keys, key)
-        else:
-            raise CacheError(
-                "the cache has no readable key",
-                where=str(_root(cache_dir)),
-                hint="compile a model first, or name another cache with --cache-dir",
-            )
-        others = [each for each in keys.values() if factors is not None or each != current]
-        found = cache.nearest(current, others if to is None else [_find(keys, to)])
+    if key is not None and factors is not None:
+        raise UsageError("a key and --factors exclude each other", hint="give one of them")
+    keys = cache.saved_keys(_root(cache_dir))
+    if factors is not None:
+        current = _read_factors(factors)
+    elif keys:
+        current = next(iter(keys.values())) if key is None else _find(keys, key)
+    else:
+        raise CacheError(
+            "the cache has no readable key",
+            where=str(_root(cache_dir)),
+            hint="compile a model first, or name another cache with --cache-dir",
+        )
+    others = [each for each in keys.values() if factors is not None or each != current]
+    found = cache.nearest(current, others if to is None else [_find(keys, to)])
     differences = () if found is None else found[1]
     nearest = None if found is None else found[0].hash
     if as_json:
         rows = [each._asdict() for each in differences]
-        _print_json({"current": current.hash, "nearest": nearest, "differences": rows})
+        print_json({"current": current.hash, "nearest": nearest, "differences": rows})
     elif nearest is None:
         typer.echo(f"{current.hash[:12]}: there is no other key to compare it with")
     elif not differences:
@@ -137,12 +129,11 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Check every byte of every entry against its manifest. Exit code 1 if something is damaged; nothing is changed."""
-    with typed_errors():
-        root = _root(cache_dir)
-        result = cache.verify(root, signing_key(hmac_key_file))
+    root = _root(cache_dir)
+    result = cache.verify(root, signing_key(hmac_key_file))
     if as_json:
         findings = [each._asdict() for each in result.findings]
-        _print_json({"root": str(root), **result._asdict(), "findings": findings})
+        print_json({"root": str(root), **result._asdict(), "findings": findings})
     else:
         for finding in result.findings:
             typer.echo(": ".join(finding))
@@ -170,16 +161,15 @@ def gc(
 
     Without --max-size and --max-age only the latter. Exit code 0, also when there was nothing to do.
     """
-    with typed_errors():
-        root = _root(cache_dir)
-        report = cache.collect(
-            root,
-            max_bytes=None if max_size is None else parse_size(max_size),
-            max_age_s=None if max_age is None else parse_age(max_age),
-            dry_run=dry_run,
-        )
+    root = _root(cache_dir)
+    report = cache.collect(
+        root,
+        max_bytes=None if max_size is None else parse_size(max_size),
+        max_age_s=None if max_age is None else parse_age(max_age),
+        dry_run=dry_run,
+    )
     if as_json:
-        _print_json({"root": str(root), "dry_run": dry_run, **report._asdict()})
+        print_json({"root": str(root), "dry_run": dry_run, **report._asdict()})
         return
     verb = "would remove" if dry_run else "removed"
     for name in report.removed:
@@ -194,19 +184,21 @@ def gc(
 
 def parse_size(text: str) -> int:
     """Return bytes: ``500MB``, ``1.5 GiB``, ``4096``. Units count in 1024s. Raises `UsageError`."""
-    match = _SIZE.fullmatch(text.strip())
-    if match is None:
-        raise UsageError(f"{text!r} is no size", where="--max-size", hint="write it like 500MB")
-    power = _UNITS.index(match[2].lower()) + 1 if match[2] else 0
-    return int(float(match[1]) * 1024**power)
+    return int(_amount(text, _SIZES, "size", "500MB"))
 
 
 def parse_age(text: str) -> float:
     """Return seconds: ``30d``, ``12h``, ``90`` (seconds). Raises `UsageError`."""
-    match = _AGE.fullmatch(text.strip())
-    if match is None:
-        raise UsageError(f"{text!r} is no age", where="--max-age", hint="write it like 30d")
-    return float(match[1]) * _SECONDS[(match[2] or "s").lower()]
+    return _amount(text, _AGES, "age", "30d")
+
+
+def _amount(text: str, units: Mapping[str, int], what: str, example: str) -> float:
+    match = _AMOUNT.fullmatch(text.strip().lower())
+    if match is None or match[2] not in units:
+        raise UsageError(
+            f"{text!r} is no {what}", where=f"--max-{what}", hint=f"write it like {example}"
+        )
+    return float(match[1]) * units[match[2]]
 
 
 def _root(cache_dir: Path | None) -> Path:
@@ -237,11 +229,8 @@ def _read_factors(path: Path) -> KeyFactors:
 
 
 def _size(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TB"
+    unit, name = pick_unit_and_suffix(int(count), ["B", "kB", "MB", "GB", "TB"], 1024)
+    return f"{count / unit:.{0 if unit == 1 else 1}f} {name}"
 
 
 def _ago(seconds: float) -> str:
@@ -249,7 +238,3 @@ def _ago(seconds: float) -> str:
         if seconds >= length:
             return f"{seconds / length:.0f} {unit} ago"
     return "just now"
-
-
-def _print_json(data: object) -> None:
-    typer.echo(json.dumps(data, indent=2))

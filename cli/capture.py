@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from piecework.cli.bundles import AsJson, FolderArgument, reload_model, warm_or_compiled
-from piecework.cli.console import console, step, typed_errors
-from piecework.cli.options import ConfigFile, DumpFolder, Overrides, configuration
+from piecework.cli.bundles import FolderArgument, reload_model, warm_or_compiled
+from piecework.cli.console import console, step
+from piecework.cli.options import AsJson, ConfigFile, DumpFolder, Overrides, configuration
 from piecework.errors import UsageError
 
 
@@ -40,49 +40,48 @@ def coverage(
 
     With --tokens the model is then run as `piecework run` does, and its calls are counted by what served them, and why.
     """
-    with typed_errors():
-        from piecework.runtime import bundle
-        from piecework.runtime.batch.coverage import Coverage, coverage_json
-        from piecework.runtime.batch.mode import CUDAGraphMode
-        from piecework.runtime.graphs.memory.addresses import AddressPolicy
-        from piecework.runtime.graphs.serve.report import calls_json, calls_text
+    from piecework.runtime import bundle
+    from piecework.runtime.batch.coverage import Coverage, coverage_json
+    from piecework.runtime.batch.mode import CUDAGraphMode
+    from piecework.runtime.graphs.memory.addresses import AddressPolicy
+    from piecework.runtime.graphs.serve.report import calls_json, calls_text
 
-        chosen = parse_sizes(sizes)
-        if not chosen:
-            raise UsageError(
-                "there is no batch size to capture", where="--sizes", hint="write them like 1,2,4"
-            )
-        CUDAGraphMode.parse(mode)
-        AddressPolicy.parse(policy)
-        out = console(quiet=as_json)
-        manifest = bundle.read_manifest(directory)
-        config = configuration(config_file, overrides, dump=dump, base=manifest.config)
-        loaded = reload_model(directory, manifest)
-        context = loaded.dry_context()
-        stitched = warm_or_compiled(directory, manifest, loaded, config, out)
-        with step(out, "Capturing"):
-            stitched.capture(
-                chosen,
-                mode=mode,
-                memory_budget=budget,
-                progress=False,
-                address_policy=policy,
-                context_for=context,
-                pad=None if context is None else True,  # what is served by requests is padded
-            )
-        if tokens:
-            with step(out, "Running"):
-                loaded.run(tokens, stitched)
-        rows, memory = stitched.coverage(maximum), stitched.memory_report()
-        calls = stitched.call_report()
-        if as_json:
-            said = {"coverage": coverage_json(rows), "calls": calls_json(calls)}
-            print(json.dumps({**said, "memory": memory.as_json()}))
-            return
-        out.print(str(Coverage(rows)), markup=False, highlight=False, soft_wrap=True)
-        if tokens:
-            out.print(calls_text(calls), markup=False, highlight=False, soft_wrap=True)
-        out.print(str(memory), markup=False, highlight=False, soft_wrap=True)
+    chosen = parse_sizes(sizes)
+    if not chosen:
+        raise UsageError(
+            "there is no batch size to capture", where="--sizes", hint="write them like 1,2,4"
+        )
+    CUDAGraphMode.parse(mode)
+    AddressPolicy.parse(policy)
+    out = console(quiet=as_json)
+    manifest = bundle.read_manifest(directory)
+    config = configuration(config_file, overrides, dump=dump, base=manifest.config)
+    loaded = reload_model(directory, manifest)
+    context = loaded.dry_context()
+    stitched = warm_or_compiled(directory, manifest, loaded, config, out)
+    with step(out, "Capturing"):
+        stitched.capture(
+            chosen,
+            mode=mode,
+            memory_budget=budget,
+            progress=False,
+            address_policy=policy,
+            context_for=context,
+            pad=None if context is None else True,  # what is served by requests is padded
+        )
+    if tokens:
+        with step(out, "Running"):
+            loaded.run(tokens, stitched)
+    rows, memory = stitched.coverage(maximum), stitched.memory_report()
+    calls = stitched.call_report()
+    if as_json:
+        said = {"coverage": coverage_json(rows), "calls": calls_json(calls)}
+        print(json.dumps({**said, "memory": memory.as_json()}))
+        return
+    out.print(str(Coverage(rows)), markup=False, highlight=False, soft_wrap=True)
+    if tokens:
+        out.print(calls_text(calls), markup=False, highlight=False, soft_wrap=True)
+    out.print(str(memory), markup=False, highlight=False, soft_wrap=True)
 
 
 def parse_sizes(text: str, option: str = "--sizes") -> list[int]:

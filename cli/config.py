@@ -5,18 +5,16 @@ It never compiles anything, and it changes no file.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from piecework.cli.console import typed_errors
-from piecework.cli.options import Overrides, read_configuration
+from piecework.cli.console import commands, print_json
+from piecework.cli.options import AsJson, Overrides, read_configuration
 from piecework.errors import ConfigError
 from piecework.runtime.batch.ranges import Range
 from piecework.runtime.config.compilation import CompilationConfig, RuntimeConfig
-from piecework.runtime.config.model import FrozenModel
 from piecework.runtime.config.text import (
     field_rows,
     json_schema,
@@ -30,12 +28,7 @@ from piecework.runtime.config.text import (
     to_toml,
 )
 
-config_app = typer.Typer(
-    name="config",
-    help="Show, describe and check configurations.",
-    no_args_is_help=True,
-    rich_markup_mode=None,
-)
+config_app = commands("config", "Show, describe and check configurations.")
 
 FileArgument = Annotated[
     Path | None, typer.Argument(help="A .json or .toml file of CompilationConfig fields.")
@@ -44,7 +37,6 @@ RuntimeOverrides = Annotated[
     list[str] | None,
     typer.Option("-R", metavar=".FIELD=VALUE", help="Set a RuntimeConfig field, and resolve."),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @config_app.command(epilog="Example: piecework config show piecework.toml -O.cudagraph_mode=FULL")
@@ -64,23 +56,20 @@ def show(
     as_json: AsJson = False,
 ) -> None:
     """Print the configuration that a file and options mean, its ranges and its hash."""
-    with typed_errors():
-        if form not in ("toml", "json", "options"):
-            raise ConfigError(f"no format {form!r}", where="--format", hint="toml, json or options")
-        config = read_configuration(file, overrides)
-        limits = RuntimeConfig.model_validate(
-            parse_overrides(RuntimeConfig, runtime or (), flag="-R")
-        )
-        used = limits if resolve or runtime else None
-        config = config.resolve(limits) if used else config
-        if as_json:
-            _print_json(_report(config, used))
-        elif form == "json":
-            typer.echo(to_json(config, only_changed=changed))
-        elif form == "options":
-            typer.echo("\n".join(to_overrides(config)))
-        else:
-            typer.echo(_comments(config, used) + to_toml(config, only_changed=changed), nl=False)
+    if form not in ("toml", "json", "options"):
+        raise ConfigError(f"no format {form!r}", where="--format", hint="toml, json or options")
+    config = read_configuration(file, overrides)
+    limits = RuntimeConfig.model_validate(parse_overrides(RuntimeConfig, runtime or (), flag="-R"))
+    used = limits if resolve or runtime else None
+    config = config.resolve(limits) if used else config
+    if as_json:
+        print_json(_report(config, used))
+    elif form == "json":
+        typer.echo(to_json(config, only_changed=changed))
+    elif form == "options":
+        typer.echo("\n".join(to_overrides(config)))
+    else:
+        typer.echo(_comments(config, used) + to_toml(config, only_changed=changed), nl=False)
 
 
 @config_app.command(epilog="Example: piecework config schema --json > piecework.schema.json")
@@ -94,11 +83,13 @@ def schema(
     """Describe every field: default, meaning, and whether it is part of the cache key."""
     model = RuntimeConfig if runtime else CompilationConfig
     if as_json:
-        _print_json(json_schema(model))
+        print_json(json_schema(model))
     elif markdown:
         typer.echo(markdown_table(model), nl=False)
     else:
-        _print_fields(model)
+        for row in field_rows(model):
+            meaning = row.description.replace("`", "")
+            typer.echo(f"{row.name} (default {row.default}; in cache key: {row.role}): {meaning}")
 
 
 @config_app.command(epilog="Example: piecework config check piecework.toml -R.max_num_seqs=64")
@@ -109,15 +100,14 @@ def check(
     as_json: AsJson = False,
 ) -> None:
     """Check a configuration, also against run-time limits; exit code 1 if something is wrong."""
-    with typed_errors():
-        limits_data = parse_overrides(RuntimeConfig, runtime or (), flag="-R")
-        changes = parse_overrides(CompilationConfig, overrides or ())
-        if file is None and not changes:
-            hint = "name a file, or give -O.field=value"
-            raise ConfigError("there is nothing to check", hint=hint)
-        if file is not None and not file.is_file():
-            hint = "`piecework config show -O.field=value > piecework.toml` makes one"
-            raise ConfigError("there is no such file", where=str(file), hint=hint)
+    limits_data = parse_overrides(RuntimeConfig, runtime or (), flag="-R")
+    changes = parse_overrides(CompilationConfig, overrides or ())
+    if file is None and not changes:
+        hint = "name a file, or give -O.field=value"
+        raise ConfigError("there is nothing to check", hint=hint)
+    if file is not None and not file.is_file():
+        hint = "`piecework config show -O.field=value > piecework.toml` makes one"
+        raise ConfigError("there is no such file", where=str(file), hint=hint)
     try:
         below = read_data(file) if file is not None else {}
         config = CompilationConfig.model_validate(merge(below, changes))
@@ -125,12 +115,12 @@ def check(
         config.resolve(limits)
     except ConfigError as error:
         if as_json:
-            _print_json({"valid": False, "problems": _problems(error)})
+            print_json({"valid": False, "problems": _problems(error)})
         else:
             typer.echo(str(error), err=True)
         raise typer.Exit(1) from None
     if as_json:
-        _print_json({"valid": True, "problems": []})
+        print_json({"valid": True, "problems": []})
     else:
         typer.echo("The configuration is valid.")
 
@@ -164,13 +154,3 @@ def _problems(error: ConfigError) -> list[dict[str, str]]:
     if error.problems:
         return [{"field": each.field, "message": each.message} for each in error.problems]
     return [{"field": error.where or "", "message": error.message}]
-
-
-def _print_fields(model: type[FrozenModel]) -> None:
-    for row in field_rows(model):
-        meaning = row.description.replace("`", "")
-        typer.echo(f"{row.name} (default {row.default}; in cache key: {row.role}): {meaning}")
-
-
-def _print_json(data: object) -> None:
-    typer.echo(json.dumps(data, indent=2, ensure_ascii=False))

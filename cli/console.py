@@ -5,15 +5,18 @@ Errors of piecework become one message and exit code 2; other exceptions are def
 
 from __future__ import annotations
 
+import json
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
+import click
 import typer
 from rich.console import Console
 from rich.status import Status
 from rich.syntax import Syntax
+from typer.core import TyperGroup
 
 from piecework.errors import PieceworkError
 
@@ -25,17 +28,36 @@ def console(*, quiet: bool = False) -> Console:
     return Console(highlight=False, soft_wrap=not sys.stdout.isatty(), quiet=quiet)
 
 
-@contextmanager
-def typed_errors() -> Iterator[None]:
-    """Print a `PieceworkError` and exit with code 2."""
-    try:
-        yield
-    except PieceworkError as error:
-        err = Console(stderr=True, highlight=False, soft_wrap=True)
-        for note in getattr(error, "__notes__", ()):
-            err.print(note, markup=False)
-        err.print(f"{type(error).__name__}: {error}", style="red", markup=False)
-        raise typer.Exit(MISUSE) from error
+class Commands(TyperGroup):
+    """Commands that print a `PieceworkError` and exit with code 2."""
+
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except PieceworkError as error:
+            err = Console(stderr=True, highlight=False, soft_wrap=True)
+            for note in getattr(error, "__notes__", ()):
+                err.print(note, markup=False)
+            err.print(f"{type(error).__name__}: {error}", style="red", markup=False)
+            raise typer.Exit(MISUSE) from error
+
+
+def commands(name: str, text: str | None = None) -> typer.Typer:
+    """Commands under one name."""
+    return typer.Typer(
+        name=name,
+        help=text,
+        cls=Commands,
+        no_args_is_help=True,
+        add_completion=False,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+    )
+
+
+def print_json(data: object) -> None:
+    """Print for a program."""
+    print(json.dumps(data, indent=2))
 
 
 def short_warnings() -> None:
@@ -57,27 +79,21 @@ def short_warnings() -> None:
 
 
 @contextmanager
-def step(out: Console, text: str) -> Iterator[None]:
+def step(out: Console, text: str) -> Iterator[Status | None]:
     """Announce a step: a spinner on a terminal, one line elsewhere."""
     if out.is_terminal:
-        with out.status(text):
-            yield
+        with out.status(text) as spinner:
+            yield spinner
     else:
         out.print(text, markup=False)
-        yield
+        yield None
 
 
 @contextmanager
 def compile_step(out: Console, text: str) -> Iterator[None]:
     """Announce a step that compiles: a spinner while the model is traced, then, on standard error, a bar of pieces as they are done."""
-    if out.quiet:
+    with step(out, text) as spinner, nullcontext() if out.quiet else compile_progress(spinner):
         yield
-    elif not out.is_terminal:
-        with step(out, text), compile_progress():
-            yield
-    else:
-        with out.status(text) as spinner, compile_progress(spinner):
-            yield
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from piecework.cli.console import DIFFERS, compile_step, console, show_source, step, typed_errors
+from piecework.cli.console import DIFFERS, compile_step, console, show_source, step
 from piecework.cli.options import Backend, ConfigFile, DumpFolder, Overrides, configuration
 
 if TYPE_CHECKING:
@@ -42,34 +42,31 @@ def demo(
     from piecework.runtime import bundle
 
     out = console()
-    with typed_errors():
-        config = configuration(config_file, overrides, backend=backend, dump=dump)
-        if output is not None:
-            bundle.check_output(output)
-        spec = str(resources.files("piecework.examples") / "llama_demo.json")
-        with step(out, "Building an 8-layer Llama with seeded random weights"):
-            model = load_model(spec)
-        with step(out, f"Generating {tokens} tokens eagerly"):
-            eager = model.run(tokens)
-        with compile_step(out, f"Capturing, splitting and compiling with {config.backend}"):
-            stitched = model.stitch(config)
-        with step(out, f"Generating {tokens} tokens with the stitched model"):
-            ours = model.run(tokens, stitched)
-        show_source(out, _beginning(stitched.source.code))
-        out.print(str(stitched.report()), markup=False)
-        if output is not None:
-            text = model.config_text
-            bundle.save(output, stitched, model=spec, seed=0, config=config, config_text=text)
-            out.print(f"source: {output / bundle.SOURCE}", markup=False)
-        result = compare(eager, ours)
-        out.print(f"tokens: {' '.join(map(str, ours.tokens.tolist()))}", markup=False)
-        out.print(result.text(ours), markup=False)
-        if config.backend == "inductor" if host_time is None else host_time:
-            with step(
-                out, "Compiling 16 layers with torch.compile and with piecework, to time them"
-            ):
-                timings = _host_times()
-            _show_host_times(out, timings)
+    config = configuration(config_file, overrides, backend=backend, dump=dump)
+    if output is not None:
+        bundle.check_output(output)
+    spec = str(resources.files("piecework.examples") / "llama_demo.json")
+    with step(out, "Building an 8-layer Llama with seeded random weights"):
+        model = load_model(spec)
+    with step(out, f"Generating {tokens} tokens eagerly"):
+        eager = model.run(tokens)
+    with compile_step(out, f"Capturing, splitting and compiling with {config.backend}"):
+        stitched = model.stitch(config)
+    with step(out, f"Generating {tokens} tokens with the stitched model"):
+        ours = model.run(tokens, stitched)
+    show_source(out, _beginning(stitched.source.code))
+    out.print(str(stitched.report()), markup=False)
+    if output is not None:
+        text = model.config_text
+        bundle.save(output, stitched, model=spec, seed=0, config=config, config_text=text)
+        out.print(f"source: {output / bundle.SOURCE}", markup=False)
+    result = compare(eager, ours)
+    out.print(f"tokens: {' '.join(map(str, ours.tokens.tolist()))}", markup=False)
+    out.print(result.text(ours), markup=False)
+    if config.backend == "inductor" if host_time is None else host_time:
+        with step(out, "Compiling 16 layers with torch.compile and with piecework, to time them"):
+            timings = _host_times()
+        _show_host_times(out, timings)
     if not result.agree:
         raise typer.Exit(DIFFERS)
 
@@ -89,9 +86,9 @@ _CALLED = {"eager": "eager", "stock": "torch.compile", "piecework": "piecework",
 
 def _host_times() -> dict[str, Timing]:
     """What a call of a model that computes next to nothing takes, by who runs it; results are compared first."""
-    from piecework.bench.host_overhead import Effort, side_by_side
+    from piecework.bench.host_overhead import side_by_side
 
-    return side_by_side(tuple(_CALLED), 16, 4, "custom_op", Effort(rounds=200, seconds=5))
+    return side_by_side(tuple(_CALLED), 16, 4, "custom_op", rounds=200, seconds=5)
 
 
 def _show_host_times(out: Console, timings: dict[str, Timing]) -> None:

@@ -5,30 +5,25 @@ It parses, calls `piecework.golden` and prints; nothing is decided here.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
-from piecework.cli.console import DIFFERS, DONE, console, typed_errors
+from piecework.cli.console import DIFFERS, DONE, commands, console, print_json
+from piecework.cli.options import AsJson
 from piecework.errors import UsageError
 
 if TYPE_CHECKING:
     from piecework.golden.check import CheckRun
 
-golden_app = typer.Typer(
-    name="golden",
-    help="Compare, update and review golden snapshots of emitted source.",
-    no_args_is_help=True,
-    rich_markup_mode=None,
-)
+golden_app = commands("golden", "Compare, update and review golden snapshots of emitted source.")
 
 Names = Annotated[list[str] | None, typer.Argument(help="Names of cases; all by default.")]
 Root = Annotated[
@@ -38,10 +33,9 @@ Root = Annotated[
 Fast = Annotated[
     bool, typer.Option("--fast", help="Leave out the second process, with another hash seed.")
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
-@golden_app.command(epilog="Example: piecework golden check straight_line")
+@golden_app.command(epilog="Example: piecework golden check attributes")
 def check(
     names: Names = None, root: Root = None, fast: Fast = False, as_json: AsJson = False
 ) -> None:
@@ -53,19 +47,10 @@ def check(
     from piecework.golden import snapshot
     from piecework.golden.check import check_cases
 
-    with typed_errors(), _progress() as step:
-        run = check_cases(
-            _root(root),
-            names or (),
-            propose=not snapshot.in_ci(),
-            two_seeds=not fast,
-            progress=step,
-        )
-    _report_run(run, as_json)
-    raise typer.Exit(DONE if run.passed else DIFFERS)
+    _run(check_cases, names, root, fast, as_json, propose=not snapshot.in_ci())
 
 
-@golden_app.command(epilog="Example: piecework golden update straight_line")
+@golden_app.command(epilog="Example: piecework golden update attributes")
 def update(
     names: Names = None, root: Root = None, fast: Fast = False, as_json: AsJson = False
 ) -> None:
@@ -76,16 +61,12 @@ def update(
     from piecework.golden import snapshot
     from piecework.golden.check import update_cases
 
-    with typed_errors():
-        if snapshot.in_ci():
-            raise UsageError(
-                "goldens are not written in continuous integration (the variable CI is set)",
-                hint="update them on your machine, review and commit them",
-            )
-    with typed_errors(), _progress() as step:
-        run = update_cases(_root(root), names or (), two_seeds=not fast, progress=step)
-    _report_run(run, as_json)
-    raise typer.Exit(DONE if run.passed else DIFFERS)
+    if snapshot.in_ci():
+        raise UsageError(
+            "goldens are not written in continuous integration (the variable CI is set)",
+            hint="update them on your machine, review and commit them",
+        )
+    _run(update_cases, names, root, fast, as_json)
 
 
 @golden_app.command(epilog="Example: piecework golden review")
@@ -107,29 +88,28 @@ def review(
     Cases are checked first, so that the proposals are up to date. Without a terminal the commands are printed instead.
     """
     from piecework.golden import snapshot
-    from piecework.golden.check import accept_golden, shown
+    from piecework.golden.check import accept_golden
 
-    with typed_errors():
-        if snapshot.in_ci():
-            raise UsageError(
-                "nothing is reviewed in continuous integration (the variable CI is set)",
-                hint="review where you can look and answer; `piecework golden check` runs anywhere",
-            )
-        if accept or reject:
-            for path in accept or ():
-                accept_golden(snapshot.golden_of(path))
-                _say(f"accepted {shown(snapshot.golden_of(path))}")
-            for path in reject or ():
-                snapshot.reject(snapshot.golden_of(path))
-                _say(f"rejected {shown(snapshot.golden_of(path))}")
-            return
-        _review(places, root)
+    if snapshot.in_ci():
+        raise UsageError(
+            "nothing is reviewed in continuous integration (the variable CI is set)",
+            hint="review where you can look and answer; `piecework golden check` runs anywhere",
+        )
+    if accept or reject:
+        for path in accept or ():
+            accept_golden(snapshot.golden_of(path))
+            _say(f"accepted {snapshot.shown(snapshot.golden_of(path))}")
+        for path in reject or ():
+            snapshot.reject(snapshot.golden_of(path))
+            _say(f"rejected {snapshot.shown(snapshot.golden_of(path))}")
+        return
+    _review(places, root)
 
 
 def _review(places: Sequence[Path] | None, root: Path | None) -> None:
-    from piecework.golden.check import check_cases, default_root, shown
-    from piecework.golden.review import commands, load, review
-    from piecework.golden.snapshot import pending
+    from piecework.golden import review
+    from piecework.golden.check import check_cases, default_root
+    from piecework.golden.snapshot import pending, proposed, shown
 
     _import_from_here()
     cases = root or (None if places else default_root())
@@ -144,17 +124,16 @@ def _review(places: Sequence[Path] | None, root: Path | None) -> None:
     if not goldens:
         _say("nothing to review")
         return
-    proposals = [load(golden, broken.get(golden.resolve(), ())) for golden in goldens]
+    proposals = [proposed(golden) for golden in goldens]
+    problems = {golden: broken.get(golden.resolve(), ()) for golden in goldens}
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         _say(f"{len(proposals)} proposed; this is not a terminal. To see and accept each:")
-        for line in commands(proposals, shown):
+        for line in review.commands(proposals, problems, shown):
             _say(f"  {line}")
         raise typer.Exit(DIFFERS)
-    out = console()
-    outcome = review(proposals, out.print, input, shown)
-    counts = (len(outcome.accepted), len(outcome.rejected), len(outcome.skipped))
-    _say("accepted {}, rejected {}, skipped {}".format(*counts))
-    raise typer.Exit(DIFFERS if outcome.skipped else DONE)
+    outcome = review.review(proposals, problems, console().print, input, shown)
+    _say(", ".join(f"{word} {len(goldens)}" for word, goldens in outcome.items()))
+    raise typer.Exit(DIFFERS if outcome["skipped"] else DONE)
 
 
 @golden_app.command(
@@ -179,23 +158,21 @@ def diff(
     from piecework.golden.diff import compare_sources
     from piecework.golden.show import summary_lines, unified_lines
 
-    with typed_errors():
-        texts = _read(_source_file(before)), _read(_source_file(after))
-        found = compare_sources(*texts, before_name=str(before), after_name=str(after))
-        if html is not None:
-            from piecework.golden.page import Entry, write_page
+    texts = _read(_source_file(before)), _read(_source_file(after))
+    found = compare_sources(*texts, before_name=str(before), after_name=str(after))
+    if html is not None:
+        from piecework.golden.page import Entry, write_page
 
-            write_page(html, [Entry(str(after), str(before), str(after), found)])
+        write_page(html, [Entry(str(after), str(before), str(after), found)])
     if as_json:
         text = found.unified(str(before), str(after), context)
-        print(json.dumps({**found.as_json(), "unified": text}, indent=2))
+        print_json({**found.as_json(), "unified": text})
     else:
         out = console()
         lines = [*summary_lines(found)]
         if not summary and not found.same_text:
             lines += [Text(""), *unified_lines(found, str(before), str(after), context)]
-        for line in lines:
-            out.print(line)
+        out.print(*lines, sep="\n")
         if html is not None:
             _say(f"page: {html}")
     raise typer.Exit(DONE if found.same_text else DIFFERS)
@@ -213,17 +190,15 @@ def report(
 
     No golden or proposal is written. Exit code 1 if any differs.
     """
-    from piecework.golden.check import check_cases, shown
+    from piecework.golden.check import check_cases
     from piecework.golden.page import entry_of, write_page
+    from piecework.golden.snapshot import shown
 
-    with typed_errors():
-        with _progress() as step:
-            run = check_cases(
-                _root(root), names or (), propose=False, two_seeds=False, progress=step
-            )
-        found = [(r.comparison, r.name) for r in run.changed]
-        entries = [entry_of(comparison, name) for comparison, name in found if comparison]
-        write_page(output, entries)
+    with _progress() as step:
+        run = check_cases(_root(root), names or (), propose=False, two_seeds=False, progress=step)
+    found = [(r.comparison, r.name) for r in run.changed]
+    entries = [entry_of(comparison, name) for comparison, name in found if comparison]
+    write_page(output, entries)
     _say(f"{len(entries)} of {len(run.results)} goldens differ; page: {shown(output)}")
     raise typer.Exit(DONE if run.passed else DIFFERS)
 
@@ -231,15 +206,24 @@ def report(
 # --- printing ----------------------------------------------------------------------------------------
 
 
-def _report_run(run: CheckRun, as_json: bool) -> None:
+def _run(
+    checked: Callable[..., CheckRun],
+    names: list[str] | None,
+    root: Path | None,
+    fast: bool,
+    as_json: bool,
+    **options: bool,
+) -> NoReturn:
+    """Check or update cases, and end with what was found."""
     from piecework.golden.review import run_as_json, run_lines
 
+    with _progress() as step:
+        run = checked(_root(root), names or (), two_seeds=not fast, progress=step, **options)
     if as_json:
-        print(json.dumps(run_as_json(run), indent=2))
-        return
-    out = console()
-    for line in run_lines(run):
-        out.print(line)
+        print_json(run_as_json(run))
+    else:
+        console().print(*run_lines(run), sep="\n")
+    raise typer.Exit(DONE if run.passed else DIFFERS)
 
 
 def _say(text: str) -> None:
@@ -309,12 +293,8 @@ def _source_file(path: Path) -> Path:
 def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
-    except OSError as error:
-        reason = error.strerror or type(error).__name__
-        raise UsageError(f"this source cannot be read: {reason}", where=str(path)) from error
-    except UnicodeDecodeError as error:
-        raise UsageError(
-            "this source is not text",
-            where=str(path),
-            hint="name emitted source, such as a stitched.py",
-        ) from error
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not text"
+        hint = "name emitted source, such as a stitched.py"
+        problem = f"this source cannot be read: {reason}"
+        raise UsageError(problem, where=str(path), hint=hint) from error

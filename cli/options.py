@@ -14,6 +14,7 @@ import typer
 if TYPE_CHECKING:
     from piecework.runtime.config.compilation import CompilationConfig
 
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 ConfigFile = Annotated[
     Path | None,
     typer.Option(

@@ -10,7 +10,7 @@ import typer
 
 from piecework.cli.bundles import reload_model
 from piecework.cli.capture import parse_sizes
-from piecework.cli.console import compile_step, console, step, typed_errors
+from piecework.cli.console import compile_step, console, step
 from piecework.cli.options import Backend, ConfigFile, Overrides, configuration
 from piecework.errors import UsageError
 from piecework.integrations.loading import require_model
@@ -71,73 +71,72 @@ def serve(
     The model is loaded and compiled, or loaded from an artifact, before the first request. GET
     /metrics is what ran, for Prometheus.
     """
-    with typed_errors():
-        require_model(model)
-        from piecework.integrations.loading import load_model
-        from piecework.integrations.protocol import require_packages
-        from piecework.runtime import bundle
+    require_model(model)
+    from piecework.integrations.loading import load_model
+    from piecework.integrations.protocol import require_packages
+    from piecework.runtime import bundle
 
-        require_packages(("transformers", "fastapi", "uvicorn", "openai"), "serve")
-        from transformers import ContinuousBatchingConfig
+    require_packages(("transformers", "fastapi", "uvicorn", "openai"), "serve")
+    from transformers import ContinuousBatchingConfig
 
-        from piecework.integrations.transformers import stitch
-        from piecework.integrations.transformers.integration import CausalLM
-        from piecework.integrations.transformers.openai_server import (
-            bound_socket,
-            make_server,
-            tokenizer_of,
+    from piecework.integrations.transformers import stitch
+    from piecework.integrations.transformers.integration import CausalLM
+    from piecework.integrations.transformers.openai_server import (
+        bound_socket,
+        make_server,
+        tokenizer_of,
+    )
+    from piecework.runtime.counters import counters
+
+    sizes = "auto" if capture == "auto" else parse_sizes(capture, "--capture") or None
+    limits = {"num_blocks": cb_num_blocks, "max_batch_tokens": cb_max_batch_tokens}
+    if not continuous_batching and any(limits.values()):
+        raise UsageError(
+            "--cb-… options are for --continuous-batching",
+            hint="add --continuous-batching, or leave them out",
         )
-        from piecework.runtime.counters import counters
+    folder = Path(model)
+    manifest = bundle.read_manifest(folder) if (folder / bundle.MANIFEST).is_file() else None
+    config = configuration(
+        config_file, overrides, backend=backend, base=manifest and manifest.config
+    )
+    if artifact is None and manifest and not manifest.made_otherwise(config):
+        artifact = str(folder / bundle.ARTIFACT)
+    out = console()
+    tokenizer = tokenizer_of(_weights(folder, manifest))
 
-        sizes = "auto" if capture == "auto" else parse_sizes(capture, "--capture") or None
-        limits = {"num_blocks": cb_num_blocks, "max_batch_tokens": cb_max_batch_tokens}
-        if not continuous_batching and any(limits.values()):
-            raise UsageError(
-                "--cb-… options are for --continuous-batching",
-                hint="add --continuous-batching, or leave them out",
+    def load() -> LoadedModel:
+        with step(out, f"Loading {model}"):
+            return reload_model(folder, manifest) if manifest else load_model(model)
+
+    batching = ContinuousBatchingConfig(**limits) if continuous_batching else None
+    waiting: list[LoadedModel] = []
+
+    def make() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        loaded = waiting.pop() if waiting else load()
+        module = loaded.module.to(device)  # type: ignore[attr-defined]
+        traced = counters.num_graphs_seen
+        with compile_step(out, f"Stitching with {config.backend}"):
+            stitch(module, config=config, capture=sizes, artifact=artifact)
+        if artifact is not None:
+            loaded_it = counters.num_graphs_seen == traced
+            out.print(
+                f"{'loaded from' if loaded_it else 'compiled and saved to'} {artifact}",
+                markup=False,
             )
-        folder = Path(model)
-        manifest = bundle.read_manifest(folder) if (folder / bundle.MANIFEST).is_file() else None
-        config = configuration(
-            config_file, overrides, backend=backend, base=manifest and manifest.config
-        )
-        if artifact is None and manifest and not manifest.made_otherwise(config):
-            artifact = str(folder / bundle.ARTIFACT)
-        out = console()
-        tokenizer = tokenizer_of(_weights(folder, manifest))
+        return module, tokenizer
 
-        def load() -> LoadedModel:
-            with step(out, f"Loading {model}"):
-                return reload_model(folder, manifest) if manifest else load_model(model)
-
-        batching = ContinuousBatchingConfig(**limits) if continuous_batching else None
-        waiting: list[LoadedModel] = []
-
-        def make() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-            loaded = waiting.pop() if waiting else load()
-            module = loaded.module.to(device)  # type: ignore[attr-defined]
-            traced = counters.num_graphs_seen
-            with compile_step(out, f"Stitching with {config.backend}"):
-                stitch(module, config=config, capture=sizes, artifact=artifact)
-            if artifact is not None:
-                loaded_it = counters.num_graphs_seen == traced
-                out.print(
-                    f"{'loaded from' if loaded_it else 'compiled and saved to'} {artifact}",
-                    markup=False,
-                )
-            return module, tokenizer
-
-        with bound_socket(host, port) as listener:
-            waiting.append(load())
-            if not isinstance(waiting[0], CausalLM):
-                raise UsageError(
-                    f"{model!r} is no causal LM, which answers requests", hint=_WHAT_IS_SERVED
-                )
-            server = make_server(name or model, make, batching=batching)
-            address = f"http://{host}:{listener.getsockname()[1]}/v1"
-            out.print(f"{name or model} at {address}", markup=False)
-            with suppress(KeyboardInterrupt):
-                server.run(sockets=[listener])
+    with bound_socket(host, port) as listener:
+        waiting.append(load())
+        if not isinstance(waiting[0], CausalLM):
+            raise UsageError(
+                f"{model!r} is no causal LM, which answers requests", hint=_WHAT_IS_SERVED
+            )
+        server = make_server(name or model, make, batching=batching)
+        address = f"http://{host}:{listener.getsockname()[1]}/v1"
+        out.print(f"{name or model} at {address}", markup=False)
+        with suppress(KeyboardInterrupt):
+            server.run(sockets=[listener])
 
 
 def _weights(folder: Path, manifest: Manifest | None) -> Path:

@@ -8,19 +8,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from piecework.cli.bundles import AsJson, reload_model, warm_or_compiled
+from piecework.cli.bundles import reload_model, warm_or_compiled
 from piecework.cli.capture import parse_sizes
-from piecework.cli.console import compile_step, console, step, typed_errors
-from piecework.cli.options import Backend, ConfigFile, Overrides, configuration
+from piecework.cli.console import compile_step, console, step
+from piecework.cli.options import AsJson, Backend, ConfigFile, Overrides, configuration
 from piecework.integrations.loading import require_model
 
 if TYPE_CHECKING:
     from collections import Counter
     from collections.abc import Sequence
 
-    from rich.console import Console
-
-    from piecework.integrations.protocol import LoadedModel
     from piecework.runtime.stitched import StitchedModule
 
 
@@ -47,56 +44,43 @@ def trace(
     Pieces are named by the layers in them, operators between them by their layer, replays of static graphs by piece and graph. Open the
     file in https://ui.perfetto.dev or chrome://tracing; both read it in the browser.
     """
-    with typed_errors():
-        require_model(model)
-        from piecework.runtime.observe.profile import require_writable, write_trace
-
-        require_writable(output)
-        chosen = parse_sizes(sizes)
-        out = console(quiet=as_json)
-        loaded, stitched = _stitched(model, seed, backend, config_file, overrides, out)
-        if chosen:
-            around = loaded.dry_context()
-            pad = None if around is None else True
-            with step(out, f"Capturing for {', '.join(map(str, chosen))}"):
-                stitched.capture(chosen, progress=False, context_for=around, pad=pad)
-        with step(out, "Warming up"):
-            loaded.run(tokens, stitched)
-        with step(out, "Tracing"):
-            names = [each.named_pieces() for each in loaded.modules(stitched)]
-            found = write_trace(output, lambda: loaded.run(tokens, stitched), names)
-        named = _named(loaded.modules(stitched), found)
-        if as_json:
-            print(json.dumps({"trace": str(output), "ranges": named}))
-            return
-        for name, count in named.items():
-            out.print(f"{count:6d}  {name}", markup=False)
-        out.print(f"trace: {output}", markup=False)
-
-
-def _stitched(
-    model: str,
-    seed: int,
-    backend: str | None,
-    config_file: Path | None,
-    overrides: list[str] | None,
-    out: Console,
-) -> tuple[LoadedModel, StitchedModule]:
-    """The model and its stitched form; by what was compiled, where ``model`` is a folder of `piecework compile` and nothing else is asked for."""
+    require_model(model)
     from piecework.integrations.loading import load_model
     from piecework.runtime import bundle
+    from piecework.runtime.observe.profile import require_writable, write_trace
 
+    require_writable(output)
+    chosen = parse_sizes(sizes)
+    out = console(quiet=as_json)
     folder = Path(model)
-    if (folder / bundle.MANIFEST).is_file():
-        manifest = bundle.read_manifest(folder)
-        config = configuration(config_file, overrides, backend=backend, base=manifest.config)
+    manifest = bundle.read_manifest(folder) if (folder / bundle.MANIFEST).is_file() else None
+    base = manifest and manifest.config
+    config = configuration(config_file, overrides, backend=backend, base=base)
+    if manifest is None:
+        with step(out, f"Loading {model}"):
+            loaded = load_model(model, seed=seed)
+        with compile_step(out, f"Compiling with {config.backend}"):
+            stitched = loaded.stitch(config)
+    else:
         loaded = reload_model(folder, manifest)
-        return loaded, warm_or_compiled(folder, manifest, loaded, config, out)
-    config = configuration(config_file, overrides, backend=backend)
-    with step(out, f"Loading {model}"):
-        loaded = load_model(model, seed=seed)
-    with compile_step(out, f"Compiling with {config.backend}"):
-        return loaded, loaded.stitch(config)
+        stitched = warm_or_compiled(folder, manifest, loaded, config, out)
+    if chosen:
+        around = loaded.dry_context()
+        pad = None if around is None else True
+        with step(out, f"Capturing for {', '.join(map(str, chosen))}"):
+            stitched.capture(chosen, progress=False, context_for=around, pad=pad)
+    with step(out, "Warming up"):
+        loaded.run(tokens, stitched)
+    with step(out, "Tracing"):
+        names = [each.named_pieces() for each in loaded.modules(stitched)]
+        found = write_trace(output, lambda: loaded.run(tokens, stitched), names)
+    named = _named(loaded.modules(stitched), found)
+    if as_json:
+        print(json.dumps({"trace": str(output), "ranges": named}))
+        return
+    for name, count in named.items():
+        out.print(f"{count:6d}  {name}", markup=False)
+    out.print(f"trace: {output}", markup=False)
 
 
 def _named(modules: Sequence[StitchedModule], found: Counter[str]) -> dict[str, int]:

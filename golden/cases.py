@@ -10,18 +10,16 @@ golden was made with: Dynamo's names drift, so under others the text is not comp
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import re
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
-from importlib.machinery import SourceFileLoader
 from pathlib import Path
-from types import CodeType, ModuleType
+from types import ModuleType
 
 import torch
 import torch.fx
@@ -84,8 +82,12 @@ class Case:
                     where=where,
                     hint="use lower-case letters, digits and underscores, such as replay_8",
                 )
-        more = {kind: text_of(source, where) for kind, source in sources.items()}
-        return CaseTexts(loaded, more, _made_with_installed(getattr(module, "TEXT_MADE_WITH", {})))
+        by_kind = {kind: text_of(source, where) for kind, source in sources.items()}
+        if loaded is not None:
+            names = tuple(row.name for row in loaded.source.module.bound)
+            by_kind = {STITCHED: EmittedText(loaded.code, names), **by_kind}
+        compared = _made_with_installed(getattr(module, "TEXT_MADE_WITH", {}))
+        return CaseTexts(loaded, by_kind, compared)
 
     def _built(self, module: ModuleType) -> LoadedCase:
         gm = module.build()
@@ -93,7 +95,9 @@ class Case:
         names = [node.name for node in gm.graph.find_nodes(op="placeholder")]
         bound = tuple(name for name in names if name in options.bound)
         source = generate_source(gm, options)
-        return LoadedCase(self, gm, source, source.code, bound, _inputs(module))
+        calls = _inputs(module)
+        contexts = [nullcontext] * len(calls)
+        return LoadedCase(self, gm, source, source.code, bound, calls, contexts)
 
     def _captured(self, stitched: object, module: ModuleType, where: str) -> LoadedCase:
         if not isinstance(stitched, StitchedModule):
@@ -124,29 +128,20 @@ class LoadedCase:
     bound: tuple[str, ...]  # placeholders that are module-level names, in their order
     inputs: Sequence[tuple[object, ...]]  # for the placeholders of ``gm``
     # for each of them the context to run it in, and the same call of the captured model, if any
-    contexts: Sequence[Callable[[], AbstractContextManager[None]]] = ()
+    contexts: Sequence[Callable[[], AbstractContextManager[None]]]
     calls: Sequence[Callable[[], object]] = ()
-
-    def context(self, number: int) -> AbstractContextManager[None]:
-        """The context for ``inputs[number]``."""
-        return self.contexts[number]() if self.contexts else nullcontext()
 
 
 @dataclass(frozen=True, slots=True)
 class CaseTexts:
-    """All texts of a case; ``compared`` is False if the goldens were made with other versions."""
+    """All texts of a case by kind, stitching source first.
+
+    ``compared`` is False if the goldens were made with other versions.
+    """
 
     stitched: LoadedCase | None
-    more: Mapping[str, EmittedText] = field(default_factory=dict)
-    compared: bool = True
-
-    @property
-    def by_kind(self) -> dict[str, EmittedText]:
-        """Every text, stitching source first."""
-        if self.stitched is None:
-            return dict(self.more)
-        names = tuple(row.name for row in self.stitched.source.module.bound)
-        return {STITCHED: EmittedText(self.stitched.code, names), **self.more}
+    by_kind: Mapping[str, EmittedText]
+    compared: bool
 
 
 def discover(root: Path) -> list[Case]:
@@ -212,14 +207,6 @@ def unreferenced(root: Path, produced: Mapping[str, Collection[str]]) -> list[Pa
 # --- loading -------------------------------------------------------------------------------------------
 
 
-class _FromSource(SourceFileLoader):
-    """Reads the text each time: bytecode files don't tell two versions of one second apart."""
-
-    def get_code(self, fullname: str) -> CodeType:
-        path = self.get_filename(fullname)
-        return self.source_to_code(self.get_data(path), path)
-
-
 def import_graph(case: Case) -> ModuleType:
     """Import ``graph.py`` once for as long as it does not change.
 
@@ -231,13 +218,12 @@ def import_graph(case: Case) -> ModuleType:
     known = sys.modules.get(full_name)
     if known is not None and getattr(known, "__piecework_stamp__", None) == stamp:
         return known
-    loader = _FromSource(full_name, str(path))
-    spec = importlib.util.spec_from_file_location(full_name, path, loader=loader)
-    assert spec is not None
-    module = importlib.util.module_from_spec(spec)
+    module = ModuleType(full_name)
+    module.__file__ = str(path)
     sys.modules[full_name] = module
     try:
-        loader.exec_module(module)
+        # Not by an importer: bytecode files don't tell two versions of one second apart.
+        exec(compile(path.read_bytes(), path, "exec", dont_inherit=True), vars(module))
     except BaseException:
         del sys.modules[full_name]
         raise

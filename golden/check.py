@@ -28,7 +28,7 @@ from piecework.golden.cases import (
     unreferenced,
 )
 from piecework.golden.execute import call_differences, differences
-from piecework.golden.snapshot import Comparison, State
+from piecework.golden.snapshot import Comparison, State, shown
 from piecework.golden.texts import STITCHED, EmittedText, undefined_names
 
 _SEEDS = ("1", "2")
@@ -233,15 +233,6 @@ def default_root() -> Path | None:
         if root.is_dir():
             return root
     return None
-
-
-def shown(path: Path) -> str:
-    """``path`` relative to the working folder if it lies below it."""
-    absolute = path if path.is_absolute() else Path.cwd() / path
-    try:
-        return str(absolute.relative_to(Path.cwd()))
-    except ValueError:
-        return os.fspath(path)
 
 
 # --- another hash seed ---------------------------------------------------------------------------------

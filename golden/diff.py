@@ -11,7 +11,7 @@ import copy
 import difflib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
 
 from piecework.golden.outline import CONSTS, FunctionOutline, Outline, Step, outline_of
@@ -121,11 +121,12 @@ def compare_sources(
         'pieces: 1, arguments: 2'
     """
     old, new = outline_of(before, before_name), outline_of(after, after_name)
-    entry = _Function(old, new, old.entry, new.entry)
+    entry = _Function(_Side(old, old.entry), _Side(new, new.entry))
     if before == after:
         return SourceDiff(old, new, (), entry.pairs)
-    shared = old.functions.keys() & new.functions.keys()
-    inlined = [_Function(old, new, old.functions[n], new.functions[n], n) for n in sorted(shared)]
+    shared = sorted(old.functions.keys() & new.functions.keys())
+    sides = ([_Side(each, each.functions[name]) for name in shared] for each in (old, new))
+    inlined = [_Function(*each) for each in zip(*sides, shared, strict=True)]
     changes = [change for each in (entry, *inlined) for change in each.changes()]
     changes += _module_changes(old, new)
     rows, rows_after = ([*side.tables.submods.values()] for side in (old, new))
@@ -230,7 +231,7 @@ def _tables(side: Outline) -> dict[tuple[str, str], dict[str, str]]:
     constants = {description: "" for description in _constants(side).values()}
     return {
         ("module", "name "): {
-            name: _rewritten(value, side, {}) for name, value in side.aliases.items()
+            name: _Side(side, side.entry).text(value) for name, value in side.aliases.items()
         },
         ("module", ""): {
             "format": str(side.tables.format_version),
@@ -247,48 +248,49 @@ def _tables(side: Outline) -> dict[tuple[str, str], dict[str, str]]:
 def _table(
     group: str, noun: str, before: Mapping[str, str], after: Mapping[str, str]
 ) -> Iterator[Change]:
-    for key, value in before.items():
-        said = f"{noun}{key} = {value}" if value else f"{noun}{key}"
-        if key not in after:
+    for key in {**before, **after}:
+        was, now = before.get(key), after.get(key)
+        said = " = ".join(filter(None, (f"{noun}{key}", was if now is None else now)))
+        if now is None:
             yield Change(group, "removed", f"{said} is gone")
-        elif value != after[key]:
-            yield Change(group, "changed", f"{noun}{key}: {value} → {after[key]}")
-    for key, value in after.items():
-        if key not in before:
-            said = f"{noun}{key} = {value}" if value else f"{noun}{key}"
+        elif was is None:
             yield Change(group, "added", said)
-
-
-def _operands(step: Step, side: Outline, rename: Mapping[str, str]) -> list[str]:
-    texts = ((keyword, _rewritten(each, side, rename)) for keyword, each in step.operands)
-    return [f"{keyword}={text}" if keyword else text for keyword, text in texts]
-
-
-def _rewritten(node: ast.AST | None, side: Outline, rename: Mapping[str, str]) -> str:
-    if node is None:
-        return ""
-    return ast.unparse(_Rewrite(side, rename).visit(copy.deepcopy(node)))
+        elif was != now:
+            yield Change(group, "changed", f"{noun}{key}: {was} → {now}")
 
 
 @dataclass(slots=True)
-class _Statement:
-    """A statement as it is compared: values by the names that they have after."""
+class _Side:
+    """A function as it is compared; ``rename`` has what its values are called on the other side."""
 
-    step: Step
-    callee: str
-    target: str
-    operands: list[str]
-    digest: str  # of what a piece computes; "" where unknown
+    outline: Outline
+    function: FunctionOutline
+    rename: Mapping[str, str] = field(default_factory=dict)
 
-    def keys(self) -> Iterator[object]:
-        """What it is recognised by, from exact to loose."""
-        module = self.step.module_path
-        callee = "" if self.step.kind == "piece" else self.callee
-        yield self.step.kind, callee, module, self.digest, self.target, *self.operands
-        yield self.step.kind, callee, module, self.digest
-        yield self.step.kind, callee, module
-        yield self.step.kind, module
-        yield self.step.kind
+    def text(self, node: ast.AST) -> str:
+        return ast.unparse(_Rewrite(self.outline, self.rename).visit(copy.deepcopy(node)))
+
+    def target(self, step: Step) -> str:
+        return "" if step.target is None else self.text(step.target)
+
+    def callee(self, step: Step) -> str:
+        return self.rename.get(step.callee, step.callee)
+
+    def operands(self, step: Step) -> list[str]:
+        return [
+            f"{key}={self.text(node)}" if key else self.text(node) for key, node in step.operands
+        ]
+
+    def digest(self, step: Step) -> str:
+        """Of what a piece computes; "" where unknown."""
+        return self.outline.tables.digests.get(step.callee, "") if step.kind == "piece" else ""
+
+    def keys(self, step: Step) -> list[object]:
+        """What a statement is recognised by, from exact to loose."""
+        kind, module, digest = step.kind, step.module_path, self.digest(step)
+        callee = "" if kind == "piece" else self.callee(step)
+        exact = (kind, callee, module, digest, self.target(step), *self.operands(step))
+        return [exact, (kind, callee, module, digest), (kind, callee, module), (kind, module), kind]
 
 
 def _align(before: Sequence[Sequence[object]], after: Sequence[Sequence[object]]) -> Pairs:
@@ -310,46 +312,26 @@ def _align(before: Sequence[Sequence[object]], after: Sequence[Sequence[object]]
 class _Function:
     """One function on both sides; values are followed from statement to statement."""
 
-    old_side: Outline
-    new_side: Outline
-    old: FunctionOutline
-    new: FunctionOutline
+    old: _Side
+    new: _Side
     scope: str = ""
     pairs: Pairs = field(init=False)
     values: dict[str, str] = field(init=False)  # before → after
-    steps: list[tuple[_Statement, _Statement]] = field(init=False)
+    steps: list[tuple[Step, Step]] = field(init=False)
 
     def __post_init__(self) -> None:
-        renamed = dict(zip(self.old.parameters, self.new.parameters, strict=False))
-        if len(self.old.parameters) != len(self.new.parameters) or {*renamed} == {
-            *renamed.values()
-        }:
-            renamed = {}
-        theirs = self._statements(self.new, self.new_side, {})
-        ours = self._statements(self.old, self.old_side, renamed)
-        self.pairs = _align(*([[*each.keys()] for each in side] for side in (ours, theirs)))
+        old, new = self.old.function, self.new.function
+        if len(old.parameters) == len(new.parameters) and {*old.parameters} != {*new.parameters}:
+            self.old.rename = dict(zip(old.parameters, new.parameters, strict=True))
+        keys = ([*map(side.keys, side.function.steps)] for side in (self.old, self.new))
+        self.pairs = _align(*keys)
+        self.steps = [(old.steps[i], new.steps[j]) for i, j in self.pairs]
         self.values = {}
-        for i, j in self.pairs:
-            old, new = self.old.steps[i].results, self.new.steps[j].results
-            by_place = len(old) == len(new) and {*old} != {*new}
-            self.values |= dict(zip(old, new if by_place else old, strict=True))
-        ours = self._statements(self.old, self.old_side, {**renamed, **self.values})
-        self.steps = [(ours[i], theirs[j]) for i, j in self.pairs]
-
-    @staticmethod
-    def _statements(
-        function: FunctionOutline, side: Outline, rename: Mapping[str, str]
-    ) -> list[_Statement]:
-        return [
-            _Statement(
-                step,
-                rename.get(step.callee, step.callee),
-                _rewritten(step.target, side, rename),
-                _operands(step, side, rename),
-                side.tables.digests.get(step.callee, "") if step.kind == "piece" else "",
-            )
-            for step in function.steps
-        ]
+        for one, other in self.steps:
+            was, now = one.results, other.results
+            by_place = len(was) == len(now) and {*was} != {*now}
+            self.values |= dict(zip(was, now if by_place else was, strict=True))
+        self.old.rename = {**self.old.rename, **self.values}
 
     def _change(
         self, group: str, kind: str, message: str, old: Step | None = None, new: Step | None = None
@@ -358,15 +340,15 @@ class _Function:
         return Change(group, kind, message, self.scope, *lines)
 
     def changes(self) -> Iterator[Change]:
-        if self.old.signature != self.new.signature:
-            message = f"({self.old.signature}) → ({self.new.signature})"
-            lines = self.old.line, self.new.line
-            yield Change("signature", "changed", message, self.scope, *lines)
-        if not self.scope and self.old.name != self.new.name:
-            yield Change("signature", "changed", f"{self.old.name} is now {self.new.name}")
+        before, after = self.old.function, self.new.function
+        if before.signature != after.signature:
+            message = f"({before.signature}) → ({after.signature})"
+            yield Change("signature", "changed", message, self.scope, before.line, after.line)
+        if not self.scope and before.name != after.name:
+            yield Change("signature", "changed", f"{before.name} is now {after.name}")
         for kind, steps, paired in (
-            ("removed", self.old.steps, {i for i, _ in self.pairs}),
-            ("added", self.new.steps, {j for _, j in self.pairs}),
+            ("removed", before.steps, {i for i, _ in self.pairs}),
+            ("added", after.steps, {j for _, j in self.pairs}),
         ):
             for at, step in enumerate(steps):
                 if at not in paired:
@@ -381,54 +363,35 @@ class _Function:
         other = _renamed(self.values.items())
         if other:
             yield Change("names", "changed", f"of values: {other}", self.scope)
-        differ = [pair for pair in self.steps if pair[0].step.comment != pair[1].step.comment]
+        differ = [(old, new) for old, new in self.steps if old.comment != new.comment]
         if differ:
             message = f"of {len(differ)} statement{'s' if differ[1:] else ''}"
-            old, new = differ[0]
-            yield self._change("provenance", "changed", message, old.step, new.step)
+            yield self._change("provenance", "changed", message, *differ[0])
 
-    def _statement(self, old: _Statement, new: _Statement) -> Iterator[Change]:
-        steps = old.step, new.step
-        kind, who, group = new.step.kind, _label(new.step), _group(new.step)
-        if kind == "other" and old.step.text != new.step.text:
-            message = f"{old.step.callee} reads differently"
-            yield self._change("calls", "changed", message, *steps)
-        elif kind != "piece" and old.callee != new.callee:
-            message = f"{who} calls {new.callee} and not {old.callee}"
-            yield self._change("calls", "changed", message, *steps)
-        if old.target != new.target:
-            message = f"{who} gives {new.target or 'nothing'} and not {old.target or 'nothing'}"
-            yield self._change(group, "changed", message, *steps)
-        if old.operands != new.operands:
+    def _statement(self, old: Step, new: Step) -> Iterator[Change]:
+        kind, who, group = new.kind, _label(new), _group(new)
+        callees = self.old.callee(old), self.new.callee(new)
+        targets = self.old.target(old), self.new.target(new)
+        if kind == "other" and old.text != new.text:
+            yield self._change("calls", "changed", f"{old.callee} reads differently", old, new)
+        elif kind != "piece" and callees[0] != callees[1]:
+            message = f"{who} calls {callees[1]} and not {callees[0]}"
+            yield self._change("calls", "changed", message, old, new)
+        if targets[0] != targets[1]:
+            message = f"{who} gives {targets[1] or 'nothing'} and not {targets[0] or 'nothing'}"
+            yield self._change(group, "changed", message, old, new)
+        ours, theirs = self.old.operands(old), self.new.operands(new)
+        if ours != theirs:
             what = "signature" if kind == "return" else "arguments"
-            message = f"{who}{self._other_operands(old, new)}"
-            yield self._change(what, "changed", message, *steps)
-
-    def _other_operands(self, old: _Statement, new: _Statement) -> str:
-        # As the text before has them: a name that is known by its new one is not to be found there.
-        rows = [*zip(_operands(old.step, self.old_side, {}), old.operands, strict=True)]
-        if len(rows) != len(new.operands):
-            ours, theirs = Counter(old.operands), Counter(new.operands)
-            gone = [text for text, known in rows if known in ours - theirs]
-            came = (theirs - ours).elements()
-            parts = [
-                f" {word} {', '.join(each)}"
-                for word, each in (("no longer takes", gone), ("now takes", [*came]))
-                if each
-            ]
-            return " and".join(parts)
-        of = new.step.kind in ("piece", "call")
-        found = [
-            f"{f'argument {at}' if of else ''}: {was} → {now}"
-            for at, ((was, known), now) in enumerate(zip(rows, new.operands, strict=True))
-            if known != now
-        ]
-        return (", " if of else "") + "; ".join(found)
+            # As the text before has them: a name that is known by its new one is not to be found there.
+            written = replace(self.old, rename={}).operands(old)
+            message = f"{who}{_other_operands(kind, [*zip(written, ours, strict=True)], theirs)}"
+            yield self._change(what, "changed", message, old, new)
 
     def _pieces(self) -> Iterator[Change]:
         """Other names of pieces: a renumbering where the tables differ, else other code runs."""
-        pairs = [(old.step, new.step) for old, new in self.steps if new.step.kind == "piece"]
-        rows = ({*side.tables.submods.values()} for side in (self.old_side, self.new_side))
+        pairs = [(old, new) for old, new in self.steps if new.kind == "piece"]
+        rows = ({*side.outline.tables.submods.values()} for side in (self.old, self.new))
         if next(rows) != next(rows):
             other = _renamed((old.callee, new.callee) for old, new in pairs)
             if other:
@@ -442,18 +405,20 @@ class _Function:
     def other_code(self) -> Iterator[Change]:
         """Pieces that compute something else."""
         for old, new in self.steps:
-            if old.digest and new.digest and old.digest != new.digest:
-                message = f"{new.step.callee} computes something else"
-                yield self._change("pieces", "changed", message, old.step, new.step)
+            was, now = self.old.digest(old), self.new.digest(new)
+            if was and now and was != now:
+                message = f"{new.callee} computes something else"
+                yield self._change("pieces", "changed", message, old, new)
 
     def _liveness(self) -> Iterator[Change]:
         partner = dict(self.pairs)
-        parameters = {p: p for p in self.old.parameters if p in self.new.parameters}
+        before, after = self.old.function, self.new.function
+        parameters = {p: p for p in before.parameters if p in after.parameters}
         for name, new in (parameters | self.values).items():
-            was, now = self.old.deaths.get(name), self.new.deaths.get(new)
+            was, now = before.deaths.get(name), after.deaths.get(new)
             if (was is None and now is None) or (was is not None and partner.get(was, now) == now):
                 continue
-            places = [self._place(was, self.old), self._place(now, self.new)]
+            places = [_place(was, before), _place(now, after)]
             if was is None:
                 kind, message = "added", f"{new} is now deleted {places[1]}"
             elif now is None:
@@ -461,12 +426,6 @@ class _Function:
             else:
                 kind, message = "changed", f"{new} is deleted {places[1]}, was {places[0]}"
             yield Change("liveness", kind, message, self.scope)
-
-    @staticmethod
-    def _place(at: int | None, function: FunctionOutline) -> str:
-        if at is None or at < 0:
-            return "at the start"
-        return f"after {function.steps[at].callee or 'the statement'} in line {function.steps[at].line}"
 
 
 # --- words -------------------------------------------------------------------------------------------
@@ -483,6 +442,29 @@ def _label(step: Step) -> str:
 
 def _group(step: Step) -> str:
     return "pieces" if step.kind == "piece" else "calls"
+
+
+def _place(at: int | None, function: FunctionOutline) -> str:
+    if at is None or at < 0:
+        return "at the start"
+    return f"after {function.steps[at].callee or 'the statement'} in line {function.steps[at].line}"
+
+
+def _other_operands(kind: str, rows: Sequence[tuple[str, str]], after: Sequence[str]) -> str:
+    """How ``rows``, each as it was written and as it is compared, differ from those after."""
+    if len(rows) != len(after):
+        ours, theirs = Counter(known for _, known in rows), Counter(after)
+        gone = [text for text, known in rows if known in ours - theirs]
+        came = (theirs - ours).elements()
+        changes = (("no longer takes", gone), ("now takes", [*came]))
+        return " and".join(f" {word} {', '.join(each)}" for word, each in changes if each)
+    of = kind in ("piece", "call")
+    found = [
+        f"{f'argument {at}' if of else ''}: {was} → {now}"
+        for at, ((was, known), now) in enumerate(zip(rows, after, strict=True))
+        if known != now
+    ]
+    return (", " if of else "") + "; ".join(found)
 
 
 def _renamed(pairs: Iterable[tuple[str, str]]) -> str:

@@ -68,7 +68,7 @@ def differences(loaded: LoadedCase) -> list[str]:
         outcomes = []
         for side, function in sides.items():
             try:
-                with loaded.context(number):
+                with loaded.contexts[number]():
                     outcomes.append(_run(loaded.gm, function, arguments)[1])
             except Exception as error:  # noqa: BLE001 - whatever an operator raises is the finding
                 problems.append(f"inputs[{number}]: {side} fails: {_one_line(error)}")
@@ -91,9 +91,9 @@ def call_differences(loaded: LoadedCase) -> list[str]:
     problems: list[str] = []
     for number, (arguments, call) in enumerate(zip(loaded.inputs, loaded.calls, strict=True)):
         try:
-            with loaded.context(number):
+            with loaded.contexts[number]():
                 graph, _ = _run(loaded.gm, Interpreter(loaded.gm).run, arguments)
-            with loaded.context(number):
+            with loaded.contexts[number]():
                 result = call()
         except Exception as error:  # noqa: BLE001 - whatever is raised is the finding
             problems.append(f"inputs[{number}]: the call fails: {_one_line(error)}")

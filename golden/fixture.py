@@ -16,7 +16,7 @@ import pytest
 
 from piecework.errors import UsageError
 from piecework.golden import snapshot
-from piecework.golden.snapshot import STORE_NAME, Comparison, State
+from piecework.golden.snapshot import STORE_NAME, Comparison, State, shown
 
 _UNSAFE = re.compile(r"[^\w.\-]+", re.ASCII)
 _LONGEST = 100
@@ -43,25 +43,22 @@ def safe_name(name: str) -> str:
 class References:
     """What one pytest session knows; the sessions of several workers are merged."""
 
-    # test file → names of the tests found in it
-    tests: dict[str, set[str]] = field(default_factory=dict)
-    # test file → names of tests that ran to their end
-    passed: dict[str, set[str]] = field(default_factory=dict)
+    # test file → tests found in it → whether they ran to their end
+    tests: dict[str, dict[str, bool]] = field(default_factory=dict)
     partial: set[str] = field(default_factory=set)  # files of which only some tests were asked for
     # golden that was compared → the test that used it first
     used: dict[str, str] = field(default_factory=dict)
 
-    def as_data(self) -> tuple[object, ...]:
+    def as_data(self) -> tuple[dict[str, dict[str, bool]], list[str], dict[str, str]]:
         """Plain data, for the way from a worker."""
-        both = ({file: [*names] for file, names in d.items()} for d in (self.tests, self.passed))
-        return (*both, [*self.partial], self.used)
+        return self.tests, [*self.partial], self.used
 
-    def merge(self, data: tuple[dict[str, list[str]], dict[str, list[str]], list[str], dict[str, str]]) -> None:  # fmt: skip
+    def merge(self, data: tuple[dict[str, dict[str, bool]], list[str], dict[str, str]]) -> None:
         """Take over what `as_data` gave in another process."""
-        *both, partial, used = data
-        for mine, theirs in zip((self.tests, self.passed), both, strict=True):
-            for file, names in theirs.items():
-                mine.setdefault(file, set()).update(names)
+        tests, partial, used = data
+        for file, theirs in tests.items():
+            mine = self.tests.setdefault(file, {})
+            mine |= {name: ended or mine.get(name, False) for name, ended in theirs.items()}
         self.partial.update(partial)
         self.used.update(used)
 
@@ -80,7 +77,7 @@ class References:
             return goldens  # the test file is gone
         if file not in self.tests or file in self.partial:
             return []
-        waiting = [safe_name(name) for name in self.tests[file] - self.passed.get(file, set())]
+        waiting = [safe_name(name) for name, ended in self.tests[file].items() if not ended]
         return [
             golden
             for golden in goldens
@@ -121,7 +118,9 @@ class StitchedGolden:
         owner = self.references.used.setdefault(str(golden), self.node_id)
         if owner != self.node_id or golden in self.compared:
             hint = "give each a name: stitched_golden(source, name='prefill')"
-            raise UsageError("two sources have one golden", where=self._shown(golden), hint=hint)
+            raise UsageError(
+                "two sources have one golden", where=shown(golden, self.root), hint=hint
+            )
         self.compared.add(golden)
         problems = undefined_names(emitted)
         if problems:
@@ -136,7 +135,7 @@ class StitchedGolden:
         """Write what may be written, and note why the test fails."""
         from piecework.golden.show import difference
 
-        golden = self._shown(comparison.path)
+        golden = shown(comparison.path, self.root)
         lines = [f"there is no golden yet: {golden}"]
         summary = lines
         if comparison.state is not State.MISSING:
@@ -154,11 +153,8 @@ class StitchedGolden:
         else:
             if not snapshot.in_ci():
                 snapshot.propose(comparison)
-                beside = self._shown(comparison.proposal)
+                beside = shown(comparison.proposal, self.root)
                 lines = [*lines, f"The emitted source lies beside it: {beside}"]
             command = f"pytest {shlex.quote(self.node_id)} --piecework-update"
             lines = [*lines, f"To accept it: {command}"]
         self.differs.append(("\n".join(lines), "\n".join(summary)))
-
-    def _shown(self, path: Path) -> str:
-        return str(path.relative_to(self.root)) if path.is_relative_to(self.root) else str(path)

@@ -98,7 +98,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     partial = any("::" in argument for argument in config.args)
     references = config.stash[_KEY]
     for item in items:
-        references.tests.setdefault(str(item.path), set()).add(_test_name(item))
+        references.tests.setdefault(str(item.path), {})[_test_name(item)] = False
         references.partial.update([str(item.path)] if partial else [])
     if config.getoption(ONLY):
         ours = [i for i in items if "stitched_golden" in getattr(i, "fixturenames", ())]
@@ -112,8 +112,7 @@ def pytest_runtest_makereport(item: pytest.Item):  # type: ignore[no-untyped-def
     outcome = yield
     report = outcome.get_result()
     if report.when == "call" and report.passed:
-        passed = item.config.stash[_KEY].passed
-        passed.setdefault(str(item.path), set()).add(_test_name(item))
+        item.config.stash[_KEY].tests[str(item.path)][_test_name(item)] = True
     golden = item.stash.get(_GOLDEN, None)
     if report.when == "call" and golden is not None:
         # Plain data: under xdist the report goes from a worker to the terminal.
@@ -141,14 +140,15 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
+    from piecework.golden.snapshot import shown
+
     _say_differences(terminalreporter, config)
     strays = config.stash[_KEY].unreferenced()
     if strays:
         terminalreporter.section("goldens that no test asks for")
-        for path in strays:
-            terminalreporter.line(_shown(path, config.rootpath))
-        names = " ".join(_shown(path, config.rootpath) for path in strays)
-        terminalreporter.line(f"To remove them: rm {names}")
+        names = [shown(path, config.rootpath) for path in strays]
+        for line in (*names, f"To remove them: rm {' '.join(names)}"):
+            terminalreporter.line(line)
 
 
 def _say_differences(reporter: pytest.TerminalReporter, config: pytest.Config) -> None:
@@ -163,7 +163,3 @@ def _say_differences(reporter: pytest.TerminalReporter, config: pytest.Config) -
     if not config.getoption(OPTION):
         names = " ".join(shlex.quote(report.nodeid) for report in failed)
         reporter.line(f"To accept: pytest {names} {OPTION}")
-
-
-def _shown(path: Path, root: Path) -> str:
-    return str(path.relative_to(root)) if path.is_relative_to(root) else str(path)

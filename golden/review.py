@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import shlex
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from rich.text import Text
 
 from piecework.errors import UsageError
 from piecework.golden import snapshot
-from piecework.golden.check import CaseResult, CheckRun, shown, update_command
+from piecework.golden.check import CaseResult, CheckRun, update_command
 from piecework.golden.diff import compare_sources
 from piecework.golden.show import difference, visible
-from piecework.golden.snapshot import Comparison, State
+from piecework.golden.snapshot import Comparison, State, shown
 
 Show = Callable[[Text], None]
 Ask = Callable[[str], str]
@@ -33,79 +32,71 @@ CHOICES = {
 PROMPT = "(a)ccept (r)eject (s)kip (d)etails, capitals for all, ? for help: "
 _NAMED = 8  # more cases than this are accepted without naming each
 
-
-@dataclass(frozen=True, slots=True)
-class Proposal:
-    """A golden (maybe not there yet) and the text proposed for it."""
-
-    comparison: Comparison
-    problems: tuple[str, ...] = ()
-
-    @property
-    def golden(self) -> Path:
-        return self.comparison.path
-
-
-@dataclass(slots=True)
-class Outcome:
-    """What was decided, by golden."""
-
-    accepted: list[Path] = field(default_factory=list)
-    rejected: list[Path] = field(default_factory=list)
-    skipped: list[Path] = field(default_factory=list)
-
-
-def load(golden: Path, problems: Sequence[str] = ()) -> Proposal:
-    """Read a golden and its proposal.
-
-    Raises:
-        UsageError: there is no proposal for it.
-    """
-    return Proposal(snapshot.proposed(golden), tuple(problems))
+Outcome = dict[str, list[Path]]  # accepted, rejected and skipped → the goldens
+Problems = Mapping[Path, Sequence[str]]  # golden → what is wrong with the text proposed for it
 
 
 def review(
-    proposals: Sequence[Proposal], show: Show, ask: Ask, name: Callable[[Path], str] = str
+    proposals: Sequence[Comparison],
+    problems: Problems,
+    show: Show,
+    ask: Ask,
+    name: Callable[[Path], str] = str,
 ) -> Outcome:
     """Go through ``proposals`` and do what is answered.
 
     Args:
-        proposals: what to decide on, in order.
+        proposals: goldens (maybe not there yet) with the texts proposed for them.
         show: prints one line.
         ask: prints a prompt and returns the answer; "" or the end of input (EOFError) skips.
         name: how to call a golden.
     """
-    outcome = Outcome()
+    outcome: Outcome = {"accepted": [], "rejected": [], "skipped": []}
     answer_for_all = ""
     for number, proposal in enumerate(proposals, 1):
-        show(Text(f"[{number}/{len(proposals)}] {name(proposal.golden)}", style="bold reverse"))
-        for line in _described(proposal):
+        show(Text(f"[{number}/{len(proposals)}] {name(proposal.path)}", style="bold reverse"))
+        wrong = problems.get(proposal.path, ())
+        for line in (*map(_problem, wrong), *_described(proposal)):
             show(line)
         answer = answer_for_all or _answer(proposal, show, ask)
         if answer.isupper():
             answer_for_all = answer
-        _decide(proposal, answer.lower(), outcome, show)
+        if answer in "aA" and wrong:
+            text = "not accepted: the text is wrong, see above; it stays proposed"
+            show(Text(text, style="bold red"))
+            answer = "s"
+        word, act = _ACTIONS[answer.lower()]
+        act(proposal.path)
+        outcome[word].append(proposal.path)
     return outcome
 
 
-def _described(proposal: Proposal) -> Iterator[Text]:
-    """Problems, then what changed in meaning, then in text."""
-    for problem in proposal.problems:
-        yield Text(f"  ! {problem}", style="bold red")
-    compared = proposal.comparison
-    if compared.before:
-        names = proposal.golden.name, compared.proposal.name
-        yield from difference(compared.before, compared.after, names)
+_ACTIONS: dict[str, tuple[str, Callable[[Path], None]]] = {
+    "a": ("accepted", snapshot.accept),
+    "r": ("rejected", snapshot.reject),
+    "s": ("skipped", lambda golden: None),
+}
+
+
+def _problem(text: str) -> Text:
+    return Text(f"  ! {text}", style="bold red")
+
+
+def _described(proposal: Comparison) -> Iterator[Text]:
+    """What changed in meaning, then in text."""
+    if proposal.before:
+        names = proposal.path.name, proposal.proposal.name
+        yield from difference(proposal.before, proposal.after, names)
     else:
         yield Text("new golden", style="bold")
         yield from _whole(proposal)
 
 
-def _whole(proposal: Proposal) -> Iterator[Text]:
-    yield from (Text(f"  {line}") for line in visible(proposal.comparison.after).splitlines())
+def _whole(proposal: Comparison) -> Iterator[Text]:
+    yield from (Text(f"  {line}") for line in visible(proposal.after).splitlines())
 
 
-def _answer(proposal: Proposal, show: Show, ask: Ask) -> str:
+def _answer(proposal: Comparison, show: Show, ask: Ask) -> str:
     while True:
         try:
             answer = ask(PROMPT).strip()
@@ -123,30 +114,16 @@ def _answer(proposal: Proposal, show: Show, ask: Ask) -> str:
                 show(Text(f"  {key}  {meaning}"))
 
 
-def _decide(proposal: Proposal, answer: str, outcome: Outcome, show: Show) -> None:
-    if answer == "a" and proposal.problems:
-        text = "not accepted: the text is wrong, see above; it stays proposed"
-        show(Text(text, style="bold red"))
-        outcome.skipped.append(proposal.golden)
-    elif answer == "a":
-        snapshot.accept(proposal.golden)
-        outcome.accepted.append(proposal.golden)
-    elif answer == "r":
-        snapshot.reject(proposal.golden)
-        outcome.rejected.append(proposal.golden)
-    else:
-        outcome.skipped.append(proposal.golden)
-
-
-def commands(proposals: Sequence[Proposal], name: Callable[[Path], str] = str) -> Iterator[str]:
+def commands(
+    proposals: Sequence[Comparison], problems: Problems, name: Callable[[Path], str] = str
+) -> Iterator[str]:
     """What to type to see and accept each without a terminal."""
-    for proposal in proposals:
-        golden = shlex.quote(name(proposal.golden))
-        if proposal.comparison.before:
-            new = shlex.quote(name(proposal.comparison.proposal))
+    for each in proposals:
+        golden, new = (shlex.quote(name(path)) for path in (each.path, each.proposal))
+        if each.before:
             yield f"piecework golden diff {golden} {new}"
-        if proposal.problems:
-            yield f"# {golden} can't be accepted: {proposal.problems[0]}"
+        if wrong := problems.get(each.path):
+            yield f"# {golden} can't be accepted: {wrong[0]}"
         else:
             yield f"piecework golden review --accept {golden}"
 
@@ -160,8 +137,7 @@ def run_lines(run: CheckRun) -> Iterator[Text]:
         if result.status in ("same", "not compared"):
             continue
         yield Text(f"{result.name}: {result.status}", style="bold")
-        for problem in result.problems:
-            yield Text(f"  ! {problem}", style="bold red")
+        yield from map(_problem, result.problems)
         found = result.comparison
         if found is not None and found.state is State.CHANGED:
             names = ("golden", "emitted")

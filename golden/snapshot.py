@@ -56,6 +56,13 @@ def in_ci(environment: Mapping[str, str] = os.environ) -> bool:
     return environment.get("CI", "").strip().lower() not in ("", "0", "false", "no")
 
 
+def shown(path: Path, folder: Path | None = None) -> str:
+    """``path`` relative to ``folder``, by default the working one, if it lies below it."""
+    folder = folder or Path.cwd()
+    inside = (folder / path).is_relative_to(folder)
+    return str((folder / path).relative_to(folder) if inside else path)
+
+
 def compare(path: Path, text: str) -> Comparison:
     """Compare the golden at ``path`` with ``text``; nothing is written."""
     try:

@@ -15,7 +15,7 @@ import torch.fx
 
 import piecework
 from piecework.bench.contenders import Piece, conventional, dynamic, op_operands
-from piecework.bench.gpu.model import OPERATOR, attention_body
+from piecework.bench.decoder import OPERATOR, attention_body
 from piecework.errors import PieceworkError
 from piecework.runtime.batch.descriptor import BatchDescriptor, BatchKind
 from piecework.runtime.batch.dispatcher import CudagraphDispatcher

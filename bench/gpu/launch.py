@@ -21,6 +21,8 @@ from unittest import mock
 
 import torch
 
+from piecework.bench.gpu.parts import to_stage
+from piecework.bench.measure.timing import measure
 from piecework.errors import PieceworkError, UsageError
 from piecework.runtime.graphs.stage.inputs import StaticInputs
 
@@ -79,29 +81,11 @@ def fake_driver(folder: Path) -> ctypes.CDLL:
     return driver
 
 
-def best(step: Callable[[], object], calls: int) -> float:
-    """Seconds of a call in the fastest of 40 windows."""
-    found = []
-    for _ in range(40):
-        start = time.perf_counter()
-        for _ in range(calls):
-            step()
-        found.append((time.perf_counter() - start) / calls)
-    return min(found)
-
-
 def ways(inputs: int, driver: ctypes.CDLL) -> dict[str, Callable[[], object]]:
     """Each way to stage ``inputs`` tensors of two dtypes, 37 rows padded to 40."""
-    dtypes = ([torch.int64, torch.int32] * 4)[:inputs]
-    examples = {f"input {n}": torch.zeros(1, dtype=dtype) for n, dtype in enumerate(dtypes)}
-    tensors = [torch.arange(37).to(dtype) for dtype in dtypes]
-    buffers = [torch.zeros_like(tensor) for tensor in tensors]
+    examples, tensors, plain = to_stage(inputs, 37, "cpu")
     each, kernel = (StaticInputs.allocate(examples, 256, kernel=k) for k in ("reference", "triton"))
     together = StaticInputs.allocate(examples, 256, keeps_tails=True)
-
-    def plain() -> None:
-        for buffer, tensor in zip(buffers, tensors, strict=True):
-            buffer.copy_(tensor, non_blocking=True)
 
     kernel.stage_alike(tensors, 40, 37)
     before = driver.fake_launches()
@@ -124,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         UsageError: there is a GPU, whose driver is not replaced.
     """
     parser = argparse.ArgumentParser(prog="python -m piecework.bench.gpu.launch")
-    parser.add_argument("--calls", type=int, default=300, help="calls in a window")
+    parser.add_argument("--window", type=float, default=0.002, help="seconds of calls at a time")
     options = parser.parse_args(arguments)
     if torch.cuda.is_available():
         raise UsageError("there is a GPU", hint="python -m piecework.bench.gpu --part staging")
@@ -138,11 +122,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as name, mock.patch.multiple(torch.cuda, **fakes), raw:
         driver = fake_driver(Path(name))
         for inputs in (1, 2, 8):
-            for way, step in ways(inputs, driver).items():
-                step()
-                print(
-                    f"{inputs} inputs  {way}: {best(step, options.calls) * 1e6:.2f} µs", flush=True
-                )
+            steps = ways(inputs, driver)
+            timings = measure(steps, rounds=40, window=options.window, clock=time.perf_counter)
+            for way, timing in timings.items():
+                print(f"{inputs} inputs  {way}: {timing.best * 1e6:.2f} µs", flush=True)
     return 0
 
 

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 import piecework
+from piecework.bench.decoder import build, token_ids
 from piecework.bench.gpu.contenders import Contenders, stitch
-from piecework.bench.gpu.model import build, token_ids
 from piecework.bench.gpu.rows import (
     Rows,
     Scale,
@@ -25,6 +25,7 @@ from piecework.bench.gpu.rows import (
     host_seconds,
     step_seconds,
     synchronize,
+    targets_of,
     timed_rows,
     times,
 )
@@ -32,11 +33,6 @@ from piecework.bench.measure.result import Row, Target
 from piecework.errors import PieceworkError
 from piecework.runtime.graphs.plan.phase import format_bytes
 from piecework.runtime.graphs.stage.inputs import StaticInputs
-
-B8_BARE, B8_CONVENTIONAL = 1.05, 1.5
-B9_WHOLE, B9_BARE = 1.02, 1.03
-B10_PLAIN, B10_EIGHT = 1.0, 2.0
-B11_MEMORY, B11_SHARE = 0.1, 0.5
 
 
 @torch.no_grad()
@@ -50,14 +46,9 @@ def staging(scale: Scale, rows: Rows) -> None:
     if scale.device == "cuda":
         kinds["one kernel"] = {"kernel": "triton"}
     for inputs in (1, 2, 8):
-        dtypes = ([torch.int64, torch.int32] * 4)[:inputs]
-        examples = {
-            f"input {i}": torch.zeros(1, dtype=d, device=scale.device) for i, d in enumerate(dtypes)
-        }
         for count, padded in ((37, 40), (64, 64)):
             setting: dict[str, object] = {"inputs": inputs, "rows": count, "padded": padded}
-            tensors = [torch.arange(count, device=scale.device).to(d) for d in dtypes]
-            plain = _plain_copies(tensors)
+            examples, tensors, plain = to_stage(inputs, count, scale.device)
             contenders: dict[str, Step] = {"plain copies": plain}
             for name, options in kinds.items():
                 with rows.attempt({**setting, "what": "first call"}, name):
@@ -67,21 +58,41 @@ def staging(scale: Scale, rows: Rows) -> None:
             row = times(contenders, scale, step_seconds, rows, setting)
             rows.add(timed_rows({**setting, "what": "host"}, host, "plain copies"))
             rows.add(timed_rows({**setting, "what": "in a row"}, row, "plain copies"))
-            rows.targets(_staging_targets(inputs, count, host))
+            asked = [
+                (
+                    "B10",
+                    "host time over plain copies",
+                    1.0,
+                    host,
+                    "tails kept",
+                    "plain copies",
+                    True,
+                )
+            ]
+            if (inputs, count) == (8, 37):
+                text = "host time of a copy and a fill each over ours"
+                asked.append(("B10", text, 2.0, host, "reference", "tails kept", False))
+            rows.targets(targets_of(f"{inputs} inputs, {count} rows", asked))
             for name, step in contenders.items():
                 with rows.attempt({**setting, "what": "launches"}, name):
                     launched = _launches(step, scale.device)
                     rows.add([Row({**setting, "what": "launches"}, name, 0.0, note=f"{launched}")])
 
 
-def _plain_copies(tensors: Sequence[torch.Tensor]) -> Step:
+def to_stage(
+    inputs: int, count: int, device: str
+) -> tuple[dict[str, torch.Tensor], list[torch.Tensor], Step]:
+    """Examples of ``inputs`` tensors of two dtypes, tensors of ``count`` rows, and what copies those plainly."""
+    dtypes = ([torch.int64, torch.int32] * 4)[:inputs]
+    examples = {f"input {n}": torch.zeros(1, dtype=d, device=device) for n, d in enumerate(dtypes)}
+    tensors = [torch.arange(count, device=device).to(dtype) for dtype in dtypes]
     buffers = [torch.zeros_like(tensor) for tensor in tensors]
 
-    def copy() -> None:
+    def plain() -> None:
         for buffer, tensor in zip(buffers, tensors, strict=True):
             buffer.copy_(tensor, non_blocking=True)
 
-    return copy
+    return examples, tensors, plain
 
 
 def _first_call(
@@ -106,17 +117,6 @@ def _first_call(
         return lambda: static.stage(tensors, padded)
     # As captured models stage, whose entry has checked the arguments.
     return lambda: static.stage_alike(tensors, padded, tensors[0].shape[0])
-
-
-def _staging_targets(inputs: int, count: int, host: Mapping[str, float]) -> list[Target]:
-    ours, found = host.get("tails kept"), []
-    if ours is not None and "plain copies" in host:
-        text = f"host time over plain copies, {inputs} inputs, {count} rows"
-        found.append(Target("B10", text, B10_PLAIN, ours / host["plain copies"]))
-    if ours is not None and "reference" in host and (inputs, count) == (8, 37):
-        text = f"host time of a copy and a fill each over ours, 8 inputs, {count} rows"
-        found.append(Target("B10", text, B10_EIGHT, host["reference"] / ours, at_most=False))
-    return found
 
 
 def _launches(step: Step, device: str) -> int:
@@ -174,19 +174,9 @@ def _entered(stitched: piecework.StitchedModule) -> str:
 
 
 @torch.no_grad()
-def steps(scale: Scale, rows: Rows) -> None:
-    """B8 and B9: one decode step, by every contender."""
-    _steps(scale, rows, scale.layers)
-
-
-@torch.no_grad()
-def deep_steps(scale: Scale, rows: Rows) -> None:
-    """The same with many layers."""
-    _steps(scale, rows, scale.deep_layers)
-
-
-def _steps(scale: Scale, rows: Rows, depths: Sequence[int]) -> None:
-    for layers in depths:
+def steps(scale: Scale, rows: Rows, deep: bool = False) -> None:
+    """B8 and B9: one decode step, by every contender; ``deep``: with many layers."""
+    for layers in scale.deep_layers if deep else scale.layers:
         model = build(layers, scale.shape, scale.device)
         ids = token_ids(max(scale.batches), scale.shape, scale.device)
         found = Contenders(model, ids, scale.batches, scale.backend)
@@ -204,35 +194,17 @@ def _steps(scale: Scale, rows: Rows, depths: Sequence[int]) -> None:
             whole = times(contenders, scale, step_seconds, rows, setting)
             rows.add(timed_rows({**setting, "what": "host"}, host, "bare loop"))
             rows.add(timed_rows({**setting, "what": "step"}, whole, "one graph"))
-            rows.targets(step_targets(f"{layers} layers, batch {batch}", host, whole))
+            ours, bare, one = "piecework", "bare loop", "one graph"
+            asked = (
+                ("B8", "host time over the bare loop", 1.05, host, ours, bare, True),
+                ("B8", "host time over the bare list", 1.05, host, ours, "bare list", True),
+                ("B8", "conventional's over ours", 1.5, host, "conventional", ours, False),
+                ("B9", "step over one graph", 1.02, whole, ours, one, True),
+                ("B9", "step over the bare loop", 1.03, whole, ours, bare, True),
+            )
+            rows.targets(targets_of(f"{layers} layers, batch {batch}", asked))
         del model, found, contenders
         torch.compiler.reset()  # it holds what it compiled, and so the weights
-
-
-def step_targets(
-    where: str, host: Mapping[str, float], whole: Mapping[str, float]
-) -> tuple[Target, ...]:
-    """B8 and B9 of one setting, from the times of each contender; those that failed are left out.
-
-    Example:
-        >>> host = {"bare loop": 100.0, "piecework": 104.0, "conventional": 208.0}
-        >>> whole = {"bare loop": 100.0, "piecework": 101.0, "one graph": 100.0}
-        >>> [(target.name, target.measured, target.met) for target in step_targets("here", host, whole)]
-        [('B8', 1.04, True), ('B8', 2.0, True), ('B9', 1.01, True), ('B9', 1.01, True)]
-    """
-    ours, bare, whole_graph = "piecework", "bare loop", "one graph"
-    asked = (
-        ("B8", "host time over the bare loop", B8_BARE, host, ours, bare, True),
-        ("B8", "host time over the bare list", B8_BARE, host, ours, "bare list", True),
-        ("B8", "conventional's over ours", B8_CONVENTIONAL, host, "conventional", ours, False),
-        ("B9", "step over one graph", B9_WHOLE, whole, ours, whole_graph, True),
-        ("B9", "step over the bare loop", B9_BARE, whole, ours, bare, True),
-    )
-    return tuple(
-        Target(name, f"{text}, {where}", bound, found[one] / found[other], at_most=at_most)
-        for name, text, bound, found, one, other, at_most in asked
-        if one in found and other in found
-    )
 
 
 def transformers_decode(scale: Scale, rows: Rows) -> None:
@@ -240,28 +212,28 @@ def transformers_decode(scale: Scale, rows: Rows) -> None:
     from piecework.integrations.transformers import stitch, stitched_module
     from piecework.integrations.transformers.request.state import dry_request
 
-    model, _ = _llama(scale)
+    model = _llama(scale)
     for batch in scale.batches:
         if not scale.in_time:
             rows.note(f"no time left for batch {batch}")
             break
-        with _serving(model, batch, scale, rows) as generation:
+        with _serving(model, batch, scale, rows) as timed:
             stitch(model, config=piecework.CompilationConfig(backend=scale.compiler))
             captured, context = stitched_module(model), dry_request
             captured.capture([batch], context_for=context, pad=True, progress=False, estimate=False)
-            generation.time("piecework, dynamic cache", {})
-            generation.time("piecework, static cache", _UNCOMPILED)
+            timed("piecework, dynamic cache", {})
+            timed("piecework, static cache", _UNCOMPILED)
 
 
 def whole_steps(scale: Scale, rows: Rows) -> None:
     """The same at batch 1, each decode step one graph: what most callers ask first."""
     from piecework.integrations.transformers import stitch
 
-    model, _ = _llama(scale)
+    model = _llama(scale)
     config, length = piecework.CompilationConfig(backend=scale.compiler), 16 + scale.tokens + 1
-    with _serving(model, 1, scale, rows) as generation:
+    with _serving(model, 1, scale, rows) as timed:
         stitch(model, config=config, capture=[1], max_cache_len=length)
-        generation.time("piecework, whole steps", _UNCOMPILED)
+        timed("piecework, whole steps", _UNCOMPILED)
 
 
 _STATIC: dict[str, object] = {"cache_implementation": "static"}
@@ -269,24 +241,43 @@ _UNCOMPILED: dict[str, object] = {**_STATIC, "disable_compile": True}
 
 
 @contextmanager
-def _serving(model: torch.nn.Module, batch: int, scale: Scale, rows: Rows) -> Iterator[_Generation]:
-    """Requests, generated by transformers before the block, which stitches, and after it."""
+def _serving(
+    model: torch.nn.Module, batch: int, scale: Scale, rows: Rows
+) -> Iterator[Callable[[str, Mapping[str, object]], None]]:
+    """Requests, generated by transformers before the block, which stitches, and after it; the block gets what times one way."""
     from piecework.integrations.transformers import stitched_module, unstitch
 
-    config = model.config
-    setting: dict[str, object] = {"batch": batch, "layers": config.num_hidden_layers}  # type: ignore[union-attr]
-    ids = torch.randint(1, config.vocab_size, (batch, 16), device=scale.device)  # type: ignore[union-attr, arg-type]
-    generation = _Generation(model, ids, scale, rows, setting)
-    generation.time("transformers, dynamic cache", {})
+    config: Any = model.config
+    setting: dict[str, object] = {"batch": batch, "layers": config.num_hidden_layers}
+    ids = torch.randint(1, config.vocab_size, (batch, 16), device=scale.device)
+    found: list[float] = []
+
+    def run(how: Mapping[str, object]) -> tuple[torch.Tensor, float]:
+        generate: Callable[..., torch.Tensor] = model.generate  # type: ignore[assignment]
+        synchronize(scale.device)
+        start = time.perf_counter()
+        tokens = generate(ids, max_new_tokens=scale.tokens, do_sample=False, **how)
+        synchronize(scale.device)
+        return tokens, (time.perf_counter() - start) / scale.tokens
+
+    expected, _ = run({})
+
+    def timed(name: str, how: Mapping[str, object]) -> None:
+        with rows.attempt(setting, name):
+            run(how)  # warms up, and compiles
+            tokens, seconds = run(how)
+            found.append(seconds)
+            note = f"a token; {(tokens == expected).float().mean().item():.0%} of tokens as eager"
+            rows.add([Row(setting, name, seconds, {"the first": seconds / found[0]}, note)])
+
+    timed("transformers, dynamic cache", {})
     with rows.attempt(setting, "stitch and capture"):
-        yield generation
+        yield timed
         served = {row.mode: row.calls for row in stitched_module(model).call_report()}
         rows.note(f"batch {batch}: calls by mode: {served}")
     unstitch(model)
     # Its own compiles with ``reduce-overhead``.
-    generation.time(
-        "transformers, static cache", _STATIC if scale.device == "cuda" else _UNCOMPILED
-    )
+    timed("transformers, static cache", _STATIC if scale.device == "cuda" else _UNCOMPILED)
 
 
 def vllm_decode(scale: Scale, rows: Rows) -> None:
@@ -296,7 +287,7 @@ def vllm_decode(scale: Scale, rows: Rows) -> None:
         return
     import vllm
 
-    model, _ = _llama(scale)
+    model = _llama(scale)
     tokens: dict[str, object] = {}
     with tempfile.TemporaryDirectory() as place:
         model.save_pretrained(place)
@@ -325,8 +316,8 @@ def vllm_decode(scale: Scale, rows: Rows) -> None:
                 del engine
 
 
-def _llama(scale: Scale) -> tuple[Any, Any]:
-    """A Llama of random weights that never ends a sequence, and its config."""
+def _llama(scale: Scale) -> Any:
+    """A Llama of random weights that never ends a sequence."""
     import transformers
 
     dtype = torch.bfloat16 if scale.device == "cuda" else torch.float32
@@ -335,43 +326,7 @@ def _llama(scale: Scale) -> tuple[Any, Any]:
         config = transformers.LlamaConfig(max_position_embeddings=1024, **scale.llama)
         model = transformers.LlamaForCausalLM(config).to(dtype).eval()
     model.generation_config.pad_token_id, model.generation_config.eos_token_id = 0, None
-    return model, config
-
-
-class _Generation:
-    """One batch of requests, generated in several ways."""
-
-    def __init__(
-        self,
-        model: torch.nn.Module,
-        ids: torch.Tensor,
-        scale: Scale,
-        rows: Rows,
-        setting: dict[str, object],
-    ) -> None:
-        self._model, self._ids, self._scale = model, ids, scale
-        self._rows, self._setting = rows, setting
-        self._reference: float | None = None
-        self._expected = self._run({})[0]
-
-    def time(self, name: str, how: Mapping[str, object]) -> None:
-        with self._rows.attempt(self._setting, name):
-            self._run(how)  # warms up, and compiles
-            tokens, seconds = self._run(how)
-            seconds /= self._scale.tokens
-            self._reference = self._reference or seconds
-            alike = (tokens == self._expected).float().mean().item()
-            ratios = {"the first": seconds / self._reference}
-            note = f"a token; {alike:.0%} of tokens as eager"
-            self._rows.add([Row(self._setting, name, seconds, ratios, note)])
-
-    def _run(self, how: Mapping[str, object]) -> tuple[torch.Tensor, float]:
-        generate: Callable[..., torch.Tensor] = self._model.generate  # type: ignore[assignment]
-        synchronize(self._scale.device)
-        start = time.perf_counter()
-        tokens = generate(self._ids, max_new_tokens=self._scale.tokens, do_sample=False, **how)
-        synchronize(self._scale.device)
-        return tokens, time.perf_counter() - start
+    return model
 
 
 @torch.no_grad()
@@ -423,11 +378,11 @@ def capture(scale: Scale, rows: Rows) -> None:
     rows.add([Row(setting, "capture", seconds, note=note)])
     deviation = abs(memory.estimate.total / max(1, report.nbytes) - 1)
     text = f"deviation of the estimate ({format_bytes(memory.estimate.total)})"
-    rows.targets([Target("B11", text, B11_MEMORY, deviation)])
+    rows.targets([Target("B11", text, 0.1, deviation)])
     if scale.device == "cuda":
         text = "share of the time in the driver, which instantiates when a capture ends"
         share = _seconds_in(profiled, "capture_end") / total
-        rows.targets([Target("B11", text, B11_SHARE, share, at_most=False)])
+        rows.targets([Target("B11", text, 0.5, share, at_most=False)])
 
 
 def _seconds_in(profiled: cProfile.Profile, function: str) -> float:
@@ -446,5 +401,5 @@ PARTS: Mapping[str, Callable[[Scale, Rows], None]] = {
     "profile": profile,
     "capture": capture,
     "vllm": vllm_decode,
-    "deep": deep_steps,
+    "deep": partial(steps, deep=True),
 }

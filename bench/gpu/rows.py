@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from piecework.bench.gpu.model import EIGHT_B, TINY, DecoderShape
+from piecework.bench.decoder import EIGHT_B, TINY, DecoderShape
 from piecework.bench.measure.result import Row, Target
 from piecework.errors import PieceworkError
 from piecework.runtime.batch.sizes import default_capture_sizes
@@ -189,6 +189,21 @@ def timed_rows(setting: dict[str, object], found: Mapping[str, float], reference
         Row(setting, name, seconds, {} if base is None else {reference: seconds / base})
         for name, seconds in found.items()
     ]
+
+
+def targets_of(
+    where: str, asked: Iterable[tuple[str, str, float, Mapping[str, float], str, str, bool]]
+) -> tuple[Target, ...]:
+    """Targets for quotients of two contenders' times; of those that failed there are none.
+
+    Args:
+        asked: the target's name, what is compared, the bound, times by contender, the two contenders, and whether the bound is an upper one.
+    """
+    return tuple(
+        Target(name, f"{text}, {where}", bound, found[one] / found[other], at_most=at_most)
+        for name, text, bound, found, one, other, at_most in asked
+        if one in found and other in found
+    )
 
 
 def host_seconds(step: Step, device: str) -> float:

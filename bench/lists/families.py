@@ -5,11 +5,9 @@ Decoders of text are left out: `piecework.integrations.transformers` serves thos
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import io
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -152,22 +150,14 @@ def build(
     """
     reason: object = "no arguments known"
     for level in range(len(LEVELS)):
-        with quiet():
-            try:
-                model = part((make or _model)(family, level))
-                return model, first_that_runs(model, candidates(model))
-            except Exception as error:  # noqa: BLE001 - a config or arguments that it doesn't take
-                reason = error
+        try:
+            model = part((make or _model)(family, level))
+            return model, first_that_runs(model, candidates(model))
+        except Exception as error:  # noqa: BLE001 - a config or arguments that it doesn't take
+            reason = error
     raise ValueError(
         f"{type(reason).__name__}: {str(reason).strip().splitlines()[0][:120] if str(reason) else ''}"
     )
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep transformers from printing reports."""
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        yield
 
 
 def small_config(family: str, level: int) -> Any:

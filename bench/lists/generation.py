@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 
-from piecework.bench.lists.families import quiet, small_config, small_model
+from piecework.bench.lists.families import small_config, small_model
 from piecework.bench.lists.sample import Row
 from piecework.bench.lists.shrink import LEVELS, VOCABULARY
 from piecework.bench.lists.trial import Heard, Options, Outcome, Status, Verdict
@@ -53,13 +53,12 @@ def try_family(family: Family, options: Options, heard: Heard = lambda _: None) 
     heard("eager")
     make, outcome, reason = _pair if family.pair else _model, Outcome(), ""
     for level in range(len(LEVELS)):
-        with quiet():
-            try:
-                model = make(family.name, level)
-                want = _generated(model)
-                break
-            except Exception as error:  # noqa: BLE001 - a config that doesn't fit its model
-                reason = reason or _line(error)
+        try:
+            model = make(family.name, level)
+            want = _generated(model)
+            break
+        except Exception as error:  # noqa: BLE001 - a config that doesn't fit its model
+            reason = reason or _line(error)
     else:
         outcome.skipped = reason
         return outcome

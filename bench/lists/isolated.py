@@ -5,6 +5,7 @@ Each row has a process of its own with a time limit: a crash, a hang or a state 
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -15,7 +16,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from unittest import mock
@@ -145,9 +146,9 @@ def kept_results(folder: Path | None, tasks: Sequence[Task]) -> dict[Task, RowRe
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Keep warnings and logs of compilers and libraries out of the report, for the block."""
-    before = logging.root.manager.disable
-    with warnings.catch_warnings():
+    """Keep what compilers and libraries print, log and warn of out of the report, for the block."""
+    before, nowhere = logging.root.manager.disable, io.StringIO()
+    with warnings.catch_warnings(), redirect_stdout(nowhere), redirect_stderr(nowhere):
         warnings.simplefilter("ignore")
         logging.disable(logging.CRITICAL)
         try:
@@ -163,7 +164,7 @@ def _work(task: Task) -> None:
     torch.set_num_threads(1)
 
     def say(kind: str, what: object) -> None:
-        print(json.dumps([kind, what]), flush=True)
+        print(json.dumps([kind, what]), file=sys.__stdout__, flush=True)
 
     say("found", asdict(run_row(task, lambda doing: say("doing", doing))))
 

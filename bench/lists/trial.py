@@ -173,33 +173,21 @@ class _Trial:
 
     def _judged(self, name: str, contender: Contender) -> tuple[Verdict, dict[int, Answer]]:
         answers: dict[int, Answer] = {}
-        found: list[Verdict] = []
+        found, zero = [Verdict("equal")], ""
         for size in self._expected:
-            if size == 0:
-                continue
             try:
                 answers[size] = _ask(contender, self._sample, size)
             except Exception as error:  # noqa: BLE001 - the error is the finding
-                found.append(_verdict_of(name, error, f"batch {size}: "))
-        zero = self._zero(name, contender, answers)
-        for size, answer in answers.items():
-            wrong = self._difference(size, answer)
-            if wrong and (size != 0 or self._stock_serves_zero()):
-                found.append(Verdict("wrong", f"batch {size}: {wrong}"))
-        if zero.startswith("failed") and self._stock_serves_zero():
-            found.append(Verdict("failed", f"batch 0: {zero}"))
-        worst = max(found, key=lambda each: STATUSES.index(each.status), default=Verdict("equal"))
+                verdict = _verdict_of(name, error)
+            else:
+                wrong = self._difference(size, answers[size])
+                verdict = Verdict("wrong", wrong) if wrong else found[0]
+            if size == 0:
+                zero = f"{verdict.status}: {verdict.why}" if verdict.why else "equal"
+            if size or (verdict.status != "refused" and self._stock_serves_zero()):
+                found.append(replace(verdict, why=verdict.why and f"batch {size}: {verdict.why}"))
+        worst = max(found, key=lambda each: STATUSES.index(each.status))
         return replace(worst, zero=zero), answers
-
-    def _zero(self, name: str, contender: Contender, answers: dict[int, Answer]) -> str:
-        if 0 not in self._expected:
-            return ""
-        try:
-            answers[0] = _ask(contender, self._sample, 0)
-        except Exception as error:  # noqa: BLE001 - the error is the finding
-            return f"{_verdict_of(name, error).status}: {_line(error)}"
-        found = self._difference(0, answers[0])
-        return f"wrong: {found}" if found else "equal"
 
     def _stock_serves_zero(self) -> bool:
         stock = self._outcome.verdicts.get("stock")
@@ -275,10 +263,10 @@ def _equal_random_numbers() -> AbstractContextManager[object]:
     return inductor.patch(fallback_random=True)  # type: ignore[attr-defined,no-any-return]
 
 
-def _verdict_of(name: str, error: Exception, where: str = "") -> Verdict:
+def _verdict_of(name: str, error: Exception) -> Verdict:
     trace = "".join(traceback.format_exception(error))[-6000:]
     by_name = name == "stock" or isinstance(error, PieceworkError)
-    return Verdict("refused" if by_name else "failed", where + _line(error), "", trace)
+    return Verdict("refused" if by_name else "failed", _line(error), "", trace)
 
 
 def _line(error: Exception) -> str:

@@ -80,15 +80,15 @@ class Result:
             written.append(picture)
         return written
 
-    def finish(self, folder: Path | None, stem: str, console: Console | None = None) -> int:
+    def finish(self, folder: Path | None, stem: str) -> int:
         """Print, `save` where there is a folder, and return a command's exit code."""
-        self.print(console)
+        self.print()
         for path in [] if folder is None else self.save(folder, stem):
             print(f"wrote {path}")
         return 0 if self.met else 1
 
-    def print(self, console: Console | None = None) -> None:
-        console = console or Console()
+    def print(self) -> None:
+        console = Console(width=110)
         console.print(self._table())
         if self.targets:
             console.print(self._target_table())

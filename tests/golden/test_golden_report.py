@@ -253,8 +253,8 @@ def test_report_shows_only_what_differs(tmp_path: Path, monkeypatch: pytest.Monk
     root = tmp_path / "cases"
     for name in ("report_a", "report_b", "report_new", "report_odd"):
         (root / name).mkdir(parents=True)
-        (root / name / "graph.py").write_text((CASES / "straight_line" / "graph.py").read_text())
-        golden = (CASES / "straight_line" / "expected.py").read_text()
+        (root / name / "graph.py").write_text((CASES / "attributes" / "graph.py").read_text())
+        golden = (CASES / "attributes" / "expected.py").read_text()
         (root / name / "expected.py").write_text(golden)
     broken = (root / "report_b" / "expected.py").read_text().replace("return ", "return not ")
     (root / "report_b" / "expected.py").write_text(broken)

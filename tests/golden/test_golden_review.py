@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from piecework.cli.golden import golden_app
 from piecework.errors import UsageError
 from piecework.golden import snapshot
-from piecework.golden.review import Outcome, commands, load, review
+from piecework.golden.review import Outcome, commands, review
 
 SOURCE = (
     "def execution_fn(x, *, __vllm_submods__):\n    y = __vllm_submods__[0](x, {})\n    return y\n"
@@ -57,7 +57,8 @@ def answers(
     def show(line: Text) -> None:
         shown.append(line.plain)
 
-    outcome = review([load(golden, problems) for golden in goldens], show, ask)
+    wrong = dict.fromkeys(goldens, problems)
+    outcome = review([snapshot.proposed(each) for each in goldens], wrong, show, ask)
     assert not left, "not all answers were asked for"
     return outcome, shown
 
@@ -73,7 +74,7 @@ ONE, TWO = SOURCE.format(1), SOURCE.format(2)
 def test_each_answer_does_what_it_says(tmp_path: Path) -> None:
     a, r, s, empty = goldens = propose(tmp_path, ["a", "r", "s", "t"])
     outcome, _ = answers(goldens, "a", "r", "s", "")
-    assert (outcome.accepted, outcome.rejected, outcome.skipped) == ([a], [r], [s, empty])
+    assert outcome == {"accepted": [a], "rejected": [r], "skipped": [s, empty]}
     assert [said(g) for g in goldens] == [(TWO, False), (ONE, False), (ONE, True), (ONE, True)]
 
 
@@ -93,7 +94,7 @@ def test_capitals_decide_on_all_that_follow(
 def test_the_end_of_input_skips_everything(tmp_path: Path) -> None:
     goldens = propose(tmp_path, ["a", "b"])
     outcome, _ = answers(goldens)
-    assert outcome.skipped == goldens and [said(g) for g in goldens] == [(ONE, True)] * 2
+    assert outcome["skipped"] == goldens and [said(g) for g in goldens] == [(ONE, True)] * 2
 
 
 def test_meaning_is_shown_before_text_and_help_and_details_ask_again(tmp_path: Path) -> None:
@@ -109,7 +110,7 @@ def test_meaning_is_shown_before_text_and_help_and_details_ask_again(tmp_path: P
 def test_a_text_with_problems_is_not_accepted_even_among_all(tmp_path: Path) -> None:
     goldens = propose(tmp_path, ["a"])
     outcome, shown = answers(goldens, "A", problems=("inputs[0]: result has other values",))
-    assert outcome.skipped == goldens and said(goldens[0]) == (ONE, True)
+    assert outcome["skipped"] == goldens and said(goldens[0]) == (ONE, True)
     assert any("! inputs[0]" in line for line in shown)
 
 
@@ -125,7 +126,7 @@ def test_new_goldens_and_goldens_that_are_not_python_are_shown(tmp_path: Path) -
 def test_a_golden_without_a_proposal_is_misuse(tmp_path: Path) -> None:
     (golden,) = propose(tmp_path, ["a"])
     snapshot.reject(golden)
-    for action in (load, snapshot.accept, snapshot.reject):
+    for action in (snapshot.proposed, snapshot.accept, snapshot.reject):
         with pytest.raises(UsageError, match="no proposal"):
             action(golden)
 
@@ -162,7 +163,7 @@ def test_without_a_terminal_the_commands_are_printed_and_they_work(tmp_path: Pat
         f"piecework golden diff '{names[1]}' '{names[1]}.new'",
         f"piecework golden review --accept '{names[1]}'",
     ]
-    (wrong,) = list(commands([load(goldens[0], ["it lies"])]))[1:]
+    (wrong,) = list(commands([snapshot.proposed(goldens[0])], {goldens[0]: ["it lies"]}))[1:]
     assert wrong.startswith("# ") and wrong.endswith("can't be accepted: it lies")
     accepted = runner.invoke(golden_app, ["review", "--accept", str(names[0])])
     rejected = runner.invoke(golden_app, ["review", "--reject", f"{names[1]}.new"])

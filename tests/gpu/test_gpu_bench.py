@@ -14,10 +14,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from piecework.bench.decoder import TINY, build, token_ids
 from piecework.bench.gpu import __main__ as gpu
 from piecework.bench.gpu import contenders as gpu_contenders
 from piecework.bench.gpu.contenders import Contenders
-from piecework.bench.gpu.model import TINY, build, token_ids
 from piecework.bench.gpu.parts import PARTS
 from piecework.bench.gpu.rows import Rows, checked
 from piecework.cli import app

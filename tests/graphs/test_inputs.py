@@ -275,7 +275,7 @@ def test_tritons_own_launcher_takes_the_tensors():
     if not any(map(shutil.which, ("cc", "gcc"))):
         pytest.skip("needs a C compiler")
     done = subprocess.run(
-        [sys.executable, "-m", "piecework.bench.gpu.launch", "--calls", "1"],
+        [sys.executable, "-m", "piecework.bench.gpu.launch", "--window", "0"],
         env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
         capture_output=True,
         text=True,

@@ -1,13 +1,12 @@
 # piecework stitching source, format 1
 #
 # model: LlamaModel
-# pieces: 3, unique: 3, compiler: eager
-# splitting ops: piecework::attention (2 submodules)
+# pieces: 2, unique: 2, compiler: eager
+# splitting ops: piecework::attention (1 submodule)
 #
 # __vllm_submods__:
-#   [0] submod_0  d473991d
-#   [1] submod_2  4966b773
-#   [2] submod_4  cfde328a
+#   [0] submod_0  0ac89424
+#   [1] submod_2  cfde328a
 #
 # __vllm_consts__:
 #   [0] function attention
@@ -21,9 +20,8 @@ attention = __vllm_consts__[0]
 def execution_fn(s0, input_ids, position_ids, *, __vllm_submods__):
     # sizes: s0 = input_ids.shape[1]
     # model.embed_tokens … model.layers.0.self_attn
-    #   -> f32[1, s0, 16], f32[1, s0, 8], f32[1, s0, 8], f32[1, 1, s0, 8], f32[1, 2, s0, 8],
-    #      f32[1, 1, s0, 8], f32[1, s0, 2, 8]
-    inputs_embeds, cos_2, sin_2, value_states, q_embed, k_embed, out = __vllm_submods__[0](
+    #   -> f32[1, s0, 16], f32[1, 1, s0, 8], f32[1, 2, s0, 8], f32[1, 1, s0, 8], f32[1, s0, 2, 8]
+    inputs_embeds, value_states, q_embed, k_embed, out = __vllm_submods__[0](
         s0,
         position_ids,
         input_ids,
@@ -44,9 +42,8 @@ def execution_fn(s0, input_ids, position_ids, *, __vllm_submods__):
         scaling=0.3535533905932738,
     )
     del value_states, q_embed, k_embed
-    # model.layers.0.self_attn … model.layers.1.self_attn
-    #   -> f32[1, s0, 16], f32[1, 1, s0, 8], f32[1, 2, s0, 8], f32[1, 1, s0, 8], f32[1, s0, 2, 8]
-    hidden_states_7, value_states_1, q_embed_1, k_embed_1, out_1 = __vllm_submods__[1](
+    # model.layers.0.self_attn … model.norm  -> f32[1, s0, 16]
+    (hidden_states_10,) = __vllm_submods__[1](
         s0,
         out,
         model_layers_0_self_attn_o_proj_weight,
@@ -55,38 +52,10 @@ def execution_fn(s0, input_ids, position_ids, *, __vllm_submods__):
         model_layers_0_mlp_gate_proj_weight,
         model_layers_0_mlp_up_proj_weight,
         model_layers_0_mlp_down_proj_weight,
-        model_layers_1_input_layernorm_weight,
-        model_layers_1_self_attn_q_proj_weight,
-        model_layers_1_self_attn_k_proj_weight,
-        model_layers_1_self_attn_v_proj_weight,
-        cos_2,
-        sin_2,
-    )
-    del inputs_embeds, cos_2, sin_2, out
-    # model.layers.1.self_attn  modeling_llama.py
-    attention(
-        q_embed_1,
-        k_embed_1,
-        value_states_1,
-        out_1,
-        layer_name="layers.1.self_attn",
-        scaling=0.3535533905932738,
-    )
-    del value_states_1, q_embed_1, k_embed_1
-    # model.layers.1.self_attn … model.norm  -> f32[1, s0, 16]
-    (hidden_states_18,) = __vllm_submods__[2](
-        s0,
-        out_1,
-        model_layers_1_self_attn_o_proj_weight,
-        hidden_states_7,
-        model_layers_1_post_attention_layernorm_weight,
-        model_layers_1_mlp_gate_proj_weight,
-        model_layers_1_mlp_up_proj_weight,
-        model_layers_1_mlp_down_proj_weight,
         model_norm_weight,
     )
-    del hidden_states_7, out_1
-    return (hidden_states_18,)
+    del inputs_embeds, out
+    return (hidden_states_10,)
 
 
 # Bound names, held by this module instead of being passed per call:
@@ -101,13 +70,4 @@ def execution_fn(s0, input_ids, position_ids, *, __vllm_submods__):
 #   model_layers_0_mlp_gate_proj_weight: f32[24, 16] = model.layers.0.mlp.gate_proj.weight
 #   model_layers_0_mlp_up_proj_weight: f32[24, 16] = model.layers.0.mlp.up_proj.weight
 #   model_layers_0_mlp_down_proj_weight: f32[16, 24] = model.layers.0.mlp.down_proj.weight
-#   model_layers_1_input_layernorm_weight: f32[16] = model.layers.1.input_layernorm.weight
-#   model_layers_1_self_attn_q_proj_weight: f32[16, 16] = model.layers.1.self_attn.q_proj.weight
-#   model_layers_1_self_attn_k_proj_weight: f32[8, 16] = model.layers.1.self_attn.k_proj.weight
-#   model_layers_1_self_attn_v_proj_weight: f32[8, 16] = model.layers.1.self_attn.v_proj.weight
-#   model_layers_1_self_attn_o_proj_weight: f32[16, 16] = model.layers.1.self_attn.o_proj.weight
-#   model_layers_1_post_attention_layernorm_weight: f32[16] = model.layers.1.post_attention_layernorm.weight
-#   model_layers_1_mlp_gate_proj_weight: f32[24, 16] = model.layers.1.mlp.gate_proj.weight
-#   model_layers_1_mlp_up_proj_weight: f32[24, 16] = model.layers.1.mlp.up_proj.weight
-#   model_layers_1_mlp_down_proj_weight: f32[16, 24] = model.layers.1.mlp.down_proj.weight
 #   model_norm_weight: f32[16] = model.norm.weight

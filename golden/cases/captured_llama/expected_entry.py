@@ -62,5 +62,5 @@ def entry(input_ids, position_ids):
     if not weights_as_bound():
         explain_weights()
     count_call()
-    (hidden_states_18,) = execution_fn(s0, input_ids, position_ids)
-    return hidden_states_18
+    (hidden_states_10,) = execution_fn(s0, input_ids, position_ids)
+    return hidden_states_10

@@ -1,4 +1,4 @@
-"""Captured: a tiny Llama of transformers; attention, with its mask and cache, stays outside of the pieces."""
+"""Captured: a Llama of transformers, one tiny layer; attention, with its mask and cache, stays outside of the pieces."""
 
 from contextlib import AbstractContextManager
 
@@ -18,7 +18,7 @@ def stitched() -> piecework.StitchedModule:
         vocab_size=32,
         hidden_size=16,
         intermediate_size=24,
-        num_hidden_layers=2,
+        num_hidden_layers=1,
         num_attention_heads=2,
         num_key_value_heads=1,
         max_position_embeddings=64,

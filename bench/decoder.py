@@ -1,4 +1,4 @@
-"""A decoder for the GPU benchmarks.
+"""A decoder to compile and to capture.
 
 Attention is one launch that reads and writes what attention reads and writes; what is measured is how captured pieces are put
 together, not how fast they are.
@@ -15,7 +15,7 @@ from torch import nn
 
 import piecework
 
-OPERATOR = "piecework_bench_gpu::attention"
+OPERATOR = "piecework_bench::decoder_attention"
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +29,7 @@ class DecoderShape:
     dtype: torch.dtype
 
 
+SMALL = DecoderShape(64, 128, 64, 128, torch.float32)
 EIGHT_B = DecoderShape(4096, 14336, 1024, 32000, torch.bfloat16)
 TINY = DecoderShape(16, 32, 8, 16, torch.float32)
 
@@ -55,7 +56,8 @@ class Layer(nn.Module):
         self.input_norm, self.post_norm = nn.RMSNorm(shape.hidden), nn.RMSNorm(shape.hidden)
         self.qkv_proj = nn.Linear(shape.hidden, wide, bias=False)
         self.o_proj = nn.Linear(shape.hidden, shape.hidden, bias=False)
-        self.gate_up_proj = nn.Linear(shape.hidden, 2 * shape.intermediate, bias=False)
+        self.gate_proj = nn.Linear(shape.hidden, shape.intermediate, bias=False)
+        self.up_proj = nn.Linear(shape.hidden, shape.intermediate, bias=False)
         self.down_proj = nn.Linear(shape.intermediate, shape.hidden, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -64,8 +66,8 @@ class Layer(nn.Module):
         out = torch.empty_like(x)
         self.attention(query, key, value, out, self.index)
         x = x + self.o_proj(out)
-        gate, up = self.gate_up_proj(self.post_norm(x)).chunk(2, dim=-1)
-        return x + self.down_proj(nn.functional.silu(gate) * up)
+        y = self.post_norm(x)
+        return x + self.down_proj(nn.functional.silu(self.gate_proj(y)) * self.up_proj(y))
 
 
 class Decoder(nn.Module):
