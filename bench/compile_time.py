@@ -22,8 +22,6 @@ from piecework.bench.measure.result import Result, Row, Target, machine
 DEPTHS = (4, 8, 16, 32)
 # With ``nested_compile_region`` on the layer, stock needs sizes that are numbers for models that look at more of them.
 CONTENDERS = ("stock", "stock, marked layer", "piecework", "piecework, each layer traced")
-
-
 _LAYERS = {"small": ("",), "llama": ("model.layers",)}
 
 
@@ -85,22 +83,16 @@ def _stitched(
     return stitch(model, config=config)
 
 
-def measure(name: str, contender: str, depth: int) -> dict[str, object]:
-    """One cold compile in a process of its own."""
-    with tempfile.TemporaryDirectory(prefix="piecework-bench-") as folder:
-        module = "piecework.bench.compile_time"
-        found: dict[str, object] = apart(module, [name, contender, str(depth)], Path(folder))
-    return found
-
-
 def run(layers: Sequence[int] = DEPTHS, model: Literal["small", "llama"] = "small") -> Result:
     rows: list[Row] = []
     seconds: dict[tuple[str, int], float] = {}
     compiles: dict[int, object] = {}
     for depth in layers:
         for contender in CONTENDERS:
-            found = measure(model, contender, depth)
-            seconds[contender, depth] = float(str(found["seconds"]))
+            words = [model, contender, str(depth)]
+            with tempfile.TemporaryDirectory(prefix="piecework-bench-") as folder:
+                found = apart("piecework.bench.compile_time", words, Path(folder))
+            seconds[contender, depth] = found["seconds"]
             if contender == "piecework":
                 compiles[depth] = found["compiles"]
             note = "1 graph" if contender.startswith("stock") else f"{found['compiles']} compiles"

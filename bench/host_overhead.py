@@ -23,9 +23,9 @@ from piecework.bench.contenders import (
 )
 from piecework.bench.llama_shaped import (
     OPERATOR_NAMES,
-    REGISTRATIONS,
     attention_body,
     build,
+    registered,
     token_ids,
 )
 from piecework.bench.measure.line_up import Report, command, one_thread
@@ -48,7 +48,7 @@ SECONDS = 8.0
 def run(
     layers: Sequence[int] = LAYERS,
     batches: Sequence[int] = BATCHES,
-    registrations: Sequence[str] = tuple(REGISTRATIONS),
+    registrations: Sequence[str] = tuple(OPERATOR_NAMES),
     *,
     rounds: int = 300,
     stock: bool = True,
@@ -143,7 +143,7 @@ def calls_for(
         unbacked: trace without assuming that the batch is not 1.
         stock: take part in ``torch.compile`` too, which takes longest.
     """
-    model, example = build(depth, REGISTRATIONS[registration]()), token_ids(4)
+    model, example = build(depth, registered(registration)), token_ids(4)
     operator = OPERATOR_NAMES[registration]
     given = (dynamic(example.clone(), unbacked=unbacked),)
     stitched = piecework.compile(model, given, splitting_ops=[operator], config=config)

@@ -27,28 +27,23 @@ def attention_body(
     torch.addcmul(value, query, key, out=out)
 
 
-@cache  # torch keeps one registration per name and process
-def light_attention() -> Attention:
-    """The operator as a light ``Library.define``, which is what `piecework.splitting_op` makes."""
-    return piecework.splitting_op(
-        "piecework_bench::attention_light", mutates_args=("out",), rows="independent"
-    )(attention_body)
-
-
-@cache
-def custom_op_attention() -> Attention:
-    """The operator as ``torch.library.custom_op`` registers it."""
-    name = OPERATOR_NAMES["custom_op"]
-    made = torch.library.custom_op(name, mutates_args=("out",))(attention_body)
-    piecework.declare_rows(name, "independent")
-    return made
-
-
-REGISTRATIONS = {"custom_op": custom_op_attention, "light": light_attention}
 OPERATOR_NAMES = {
     "custom_op": "piecework_bench::attention_custom",
     "light": "piecework_bench::attention_light",
 }
+
+
+@cache  # torch keeps one registration per name and process
+def registered(how: str) -> Attention:
+    """The operator as ``torch.library.custom_op`` registers it, or as a light ``Library.define``,
+    which is what `piecework.splitting_op` makes."""
+    name = OPERATOR_NAMES[how]
+    if how == "light":
+        light = piecework.splitting_op(name, mutates_args=("out",), rows="independent")
+        return light(attention_body)
+    made = torch.library.custom_op(name, mutates_args=("out",))(attention_body)
+    piecework.declare_rows(name, "independent")
+    return made
 
 
 class RMSNorm(nn.Module):

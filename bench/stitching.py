@@ -76,43 +76,25 @@ def _straight_lines(functions: Sequence[Piece], weights: Sequence[object]) -> di
     return {kind: straight("x", calls, values, held) for kind, held in kinds.items()}
 
 
-def _conventional(
+def _emitted(
     split_gm: torch.fx.GraphModule,
     functions: Sequence[Piece],
     weights: Sequence[object],
+    *,
+    binds: bool,
 ) -> Call:
-    """Generated stitching code as the field emits it: every weight is passed in every call."""
-    source = generate_source(split_gm)
-    function = compile_execution_fn(
-        source.code, _callables(source.submod_names, functions), source.submod_names, source.consts
-    )
-    return lambda x: function(x, *weights)
-
-
-def _piecework(
-    split_gm: torch.fx.GraphModule,
-    functions: Sequence[Piece],
-    weights: Sequence[object],
-) -> Call:
-    """The stitching code of `piecework.compile`: weights are names of the emitted module."""
-    bound = {f"w{i}": f"w{i}" for i in range(len(weights))}
+    """Generated stitching code; its weights are names of its module, as `piecework.compile` has
+    it, or passed in every call, as the field does."""
+    bound = {f"w{i}": f"w{i}" for i in range(len(weights) if binds else 0)}
     source = generate_source(split_gm, LowerOptions(bound=bound))
-    callables = _callables(source.submod_names, functions)
-    function = compile_execution_fn(
-        source.code,
-        callables,
-        source.submod_names,
-        source.consts,
-        bound={row.name: weights[int(row.path[1:])] for row in source.module.bound},
-    )
-    publish_submods(function, [callables[name] for name in source.submod_names])
+    names = source.submod_names
+    callables = {name: functions[int(name.rpartition("_")[2])] for name in names}
+    held = {row.name: weights[int(row.path[1:])] for row in source.module.bound}
+    function = compile_execution_fn(source.code, callables, names, source.consts, bound=held)
+    if not binds:
+        return lambda x: function(x, *weights)
+    publish_submods(function, [callables[name] for name in names])
     return function
-
-
-def _callables(
-    names: Sequence[str], functions: Sequence[Piece]
-) -> dict[str, Callable[..., object]]:
-    return {name: functions[int(name.rpartition("_")[2])] for name in names}
 
 
 # --- the run -----------------------------------------------------------------------------------------
@@ -154,8 +136,8 @@ def _measure(pieces: int, rounds: int) -> tuple[dict[str, Timing], str]:
     calls: dict[str, Call] = {
         "interpreter": lambda x: interpreter.run(x, *weights),
         "graph module": lambda x: split_gm(x, *weights),
-        "conventional": _conventional(split_gm, functions, weights),
-        "piecework": _piecework(split_gm, functions, weights),
+        "conventional": _emitted(split_gm, functions, weights, binds=False),
+        "piecework": _emitted(split_gm, functions, weights, binds=True),
         **{f"limit ({name})": call for name, call in straight.items()},
     }
     x = torch.empty(1)

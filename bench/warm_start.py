@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -73,13 +74,11 @@ def measure_here(contender: str, layers: str, folder: str) -> dict[str, object]:
     return {"seconds": end - start, "processor": used, "parts": parts}
 
 
-def measure(contender: str, depth: int, folder: Path, caches: str) -> dict[str, object]:
+def measure(contender: str, depth: int, folder: Path, caches: str) -> Any:
     """One start in a process of its own, with caches below ``folder``."""
     no_compiler = {"PATH": str(folder / "nothing"), "CXX": ""} if contender == "load" else {}
     arguments = [contender, str(depth), str(folder / f"artifact_{depth}")]
-    module = "piecework.bench.warm_start"
-    found: dict[str, object] = apart(module, arguments, folder / caches, **no_compiler)
-    return found
+    return apart("piecework.bench.warm_start", arguments, folder / caches, **no_compiler)
 
 
 def run(layers: Sequence[int] = DEPTHS) -> Result:
@@ -95,13 +94,11 @@ def run(layers: Sequence[int] = DEPTHS) -> Result:
             measure("package", depth, folder, "packaged")
             found["AOTInductor"] = measure("aot", depth, folder, "empty")
             found[_LOAD] = measure("load", depth, folder, "empty")
-        seconds = {key: float(str(each["seconds"])) for key, each in found.items()}
+        seconds = {key: each["seconds"] for key, each in found.items()}
         for contender, each in found.items():
-            parts = each["parts"]
-            assert isinstance(parts, dict)
-            note = ", ".join(f"{part} {took:.3f}" for part, took in parts.items())
+            note = ", ".join(f"{part} {took:.3f}" for part, took in each["parts"].items())
             ratio = seconds[contender] / seconds[_COLD]
-            text = f"{note}; processor {float(str(each['processor'])):.2f}"
+            text = f"{note}; processor {each['processor']:.2f}"
             rows.append(
                 Row({"layers": depth}, contender, seconds[contender], {"cold": ratio}, text)
             )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 from typing import Annotated
 
 import typer
@@ -52,21 +51,16 @@ def bench(
 
         require_writable(out)
     arguments = [*([] if out is None else ["--out", str(out)]), *context.args]
-    codes = set()
-    for each in _all() if name == "all" else (name,):
-        typer.echo(f"{each}: {BENCHMARKS[each]}")
-        with compile_progress():
-            codes.add(_module(each).main(arguments))
-    if max(codes):
-        raise typer.Exit(max(codes))
-
-
-def _module(name: str) -> ModuleType:
-    return import_module(f"piecework.bench.{name}" + (".__main__" if name == NEEDS_GPU else ""))
-
-
-def _all() -> list[str]:
     import torch
 
     left_out = {TAKES_HOURS} | (set() if torch.cuda.is_available() else {NEEDS_GPU})
-    return [name for name in BENCHMARKS if name not in left_out]
+    codes = set()
+    for each in BENCHMARKS if name == "all" else (name,):
+        if name == "all" and each in left_out:
+            continue
+        typer.echo(f"{each}: {BENCHMARKS[each]}")
+        main = ".__main__" if each == NEEDS_GPU else ""
+        with compile_progress():
+            codes.add(import_module(f"piecework.bench.{each}{main}").main(arguments))
+    if max(codes):
+        raise typer.Exit(max(codes))

@@ -64,8 +64,10 @@ def demo(
     out.print(f"tokens: {' '.join(map(str, ours.tokens.tolist()))}", markup=False)
     out.print(result.text(ours), markup=False)
     if config.backend == "inductor" if host_time is None else host_time:
+        from piecework.bench.host_overhead import side_by_side
+
         with step(out, "Compiling 16 layers with torch.compile and with piecework, to time them"):
-            timings = _host_times()
+            timings = side_by_side(tuple(_CALLED), 16, 4, "custom_op", rounds=200, seconds=5)
         _show_host_times(out, timings)
     if not result.agree:
         raise typer.Exit(DIFFERS)
@@ -82,13 +84,6 @@ def _beginning(code: str) -> str:
 
 
 _CALLED = {"eager": "eager", "stock": "torch.compile", "piecework": "piecework", "limit": "by hand"}
-
-
-def _host_times() -> dict[str, Timing]:
-    """What a call of a model that computes next to nothing takes, by who runs it; results are compared first."""
-    from piecework.bench.host_overhead import side_by_side
-
-    return side_by_side(tuple(_CALLED), 16, 4, "custom_op", rounds=200, seconds=5)
 
 
 def _show_host_times(out: Console, timings: dict[str, Timing]) -> None:

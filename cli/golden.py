@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
@@ -87,8 +87,10 @@ def review(
 
     Cases are checked first, so that the proposals are up to date. Without a terminal the commands are printed instead.
     """
+    from piecework.golden import review as terminal
     from piecework.golden import snapshot
-    from piecework.golden.check import accept_golden
+    from piecework.golden.check import accept_golden, check_cases, default_root
+    from piecework.golden.snapshot import shown
 
     if snapshot.in_ci():
         raise UsageError(
@@ -98,19 +100,11 @@ def review(
     if accept or reject:
         for path in accept or ():
             accept_golden(snapshot.golden_of(path))
-            _say(f"accepted {snapshot.shown(snapshot.golden_of(path))}")
+            _say(f"accepted {shown(snapshot.golden_of(path))}")
         for path in reject or ():
             snapshot.reject(snapshot.golden_of(path))
-            _say(f"rejected {snapshot.shown(snapshot.golden_of(path))}")
+            _say(f"rejected {shown(snapshot.golden_of(path))}")
         return
-    _review(places, root)
-
-
-def _review(places: Sequence[Path] | None, root: Path | None) -> None:
-    from piecework.golden import review
-    from piecework.golden.check import check_cases, default_root
-    from piecework.golden.snapshot import pending, proposed, shown
-
     _import_from_here()
     cases = root or (None if places else default_root())
     broken: dict[Path, tuple[str, ...]] = {}
@@ -119,19 +113,19 @@ def _review(places: Sequence[Path] | None, root: Path | None) -> None:
             run = check_cases(cases, propose=True, two_seeds=False, progress=step)
         broken = {r.golden.resolve(): r.problems for r in run.broken}
     where = [_golden_place(place) for place in places] if places else [Path.cwd()]
-    found = pending([*where, *([cases] if cases is not None else [])])
+    found = snapshot.pending([*where, *([cases] if cases is not None else [])])
     goldens = list({golden.resolve(): golden for golden in found}.values())
     if not goldens:
         _say("nothing to review")
         return
-    proposals = [proposed(golden) for golden in goldens]
+    proposals = [snapshot.proposed(golden) for golden in goldens]
     problems = {golden: broken.get(golden.resolve(), ()) for golden in goldens}
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         _say(f"{len(proposals)} proposed; this is not a terminal. To see and accept each:")
-        for line in review.commands(proposals, problems, shown):
+        for line in terminal.commands(proposals, problems, shown):
             _say(f"  {line}")
         raise typer.Exit(DIFFERS)
-    outcome = review.review(proposals, problems, console().print, input, shown)
+    outcome = terminal.review(proposals, problems, console().print, input, shown)
     _say(", ".join(f"{word} {len(goldens)}" for word, goldens in outcome.items()))
     raise typer.Exit(DIFFERS if outcome["skipped"] else DONE)
 
@@ -266,15 +260,16 @@ def _root(root: Path | None) -> Path:
 def _golden_place(place: Path) -> Path:
     from piecework.golden.snapshot import proposal_of
 
-    if not place.exists() and proposal_of(place).is_file():
-        return proposal_of(place)
-    if not place.exists():
-        raise UsageError(
-            "there is no such file or folder",
-            where=str(place),
-            hint="name a golden, or a folder with a stitched.py or expected.py",
-        )
-    return proposal_of(place) if place.is_file() and place.suffix != ".new" else place
+    proposal = place if place.suffix == ".new" else proposal_of(place)
+    if place.is_dir():
+        return place
+    if place.exists() or proposal.is_file():
+        return proposal
+    raise UsageError(
+        "there is no such file or folder",
+        where=str(place),
+        hint="name a golden, or a folder with a stitched.py or expected.py",
+    )
 
 
 def _source_file(path: Path) -> Path:

@@ -199,23 +199,19 @@ def accept_golden(golden: Path) -> None:
         UsageError: there is no proposal, its text is wrong, or it is not what the case emits now.
     """
     if (golden.parent / GRAPH_FILE).is_file():
-        _require_right(golden)
+        where = shown(golden)
+        results = check_case(Case(golden.parent.name, golden.parent))
+        result = next((each for each in results if each.kind == kind_of(golden)), None)
+        if result is None:
+            raise UsageError("the case emits no such text", where=where)
+        if result.problems or result.comparison is None:
+            problem = f"the text is wrong and was not accepted: {result.problems[0]}"
+            raise UsageError(problem, where=where)
+        proposal = snapshot.proposal_of(golden)
+        if proposal.is_file() and proposal.read_text(encoding="utf-8") != result.comparison.after:
+            hint = "run piecework golden check again"
+            raise UsageError("the proposal is out of date", where=where, hint=hint)
     snapshot.accept(golden)
-
-
-def _require_right(golden: Path) -> None:
-    where = shown(golden)
-    results = check_case(Case(golden.parent.name, golden.parent))
-    result = next((each for each in results if each.kind == kind_of(golden)), None)
-    if result is None:
-        raise UsageError("the case emits no such text", where=where)
-    if result.problems or result.comparison is None:
-        problem = f"the text is wrong and was not accepted: {result.problems[0]}"
-        raise UsageError(problem, where=where)
-    proposal = snapshot.proposal_of(golden)
-    if proposal.is_file() and proposal.read_text(encoding="utf-8") != result.comparison.after:
-        hint = "run piecework golden check again"
-        raise UsageError("the proposal is out of date", where=where, hint=hint)
 
 
 def update_command(names: Sequence[str], root: Path) -> str:

@@ -136,25 +136,22 @@ class StitchedGolden:
         from piecework.golden.show import difference
 
         golden = shown(comparison.path, self.root)
-        lines = [f"there is no golden yet: {golden}"]
-        summary = lines
-        if comparison.state is not State.MISSING:
-            lines = [f"the emitted source differs from {golden}"]
+        missing = comparison.state is State.MISSING
+        head = "there is no golden yet:" if missing else "the emitted source differs from"
+        lines, summary = [f"{head} {golden}"], [f"{head} {golden}"]
+        if not missing:
             before, after, names = comparison.before, comparison.after, (golden, "emitted")
-            summary, lines = (
-                lines + [line.plain for line in difference(before, after, names, text=text)]
-                for text in (False, True)
-            )
+            for said, text in ((lines, True), (summary, False)):
+                said += [line.plain for line in difference(before, after, names, text=text)]
         if self.update:
             snapshot.write(comparison.path, comparison.after)
             comparison.proposal.unlink(missing_ok=True)
-            written = f"{golden} was written; run again, and review and commit it."
-            lines, summary = [*lines, written], [*summary, written]
+            for said in (lines, summary):
+                said.append(f"{golden} was written; run again, and review and commit it.")
         else:
             if not snapshot.in_ci():
                 snapshot.propose(comparison)
                 beside = shown(comparison.proposal, self.root)
-                lines = [*lines, f"The emitted source lies beside it: {beside}"]
-            command = f"pytest {shlex.quote(self.node_id)} --piecework-update"
-            lines = [*lines, f"To accept it: {command}"]
+                lines.append(f"The emitted source lies beside it: {beside}")
+            lines.append(f"To accept it: pytest {shlex.quote(self.node_id)} --piecework-update")
         self.differs.append(("\n".join(lines), "\n".join(summary)))

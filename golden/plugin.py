@@ -142,24 +142,19 @@ def pytest_terminal_summary(
 ) -> None:
     from piecework.golden.snapshot import shown
 
-    _say_differences(terminalreporter, config)
+    # What differs, once more and below every log, with the one command that accepts all of it.
+    reports = terminalreporter.getreports("failed")
+    failed = [report for report in reports if getattr(report, "piecework_goldens", ())]
+    if failed:
+        terminalreporter.section("goldens that differ")
+        for summary in (each for report in failed for each in report.piecework_goldens):
+            terminalreporter.line(summary)
+        if not config.getoption(OPTION):
+            names = " ".join(shlex.quote(report.nodeid) for report in failed)
+            terminalreporter.line(f"To accept: pytest {names} {OPTION}")
     strays = config.stash[_KEY].unreferenced()
     if strays:
         terminalreporter.section("goldens that no test asks for")
-        names = [shown(path, config.rootpath) for path in strays]
-        for line in (*names, f"To remove them: rm {' '.join(names)}"):
+        paths = [shown(path, config.rootpath) for path in strays]
+        for line in (*paths, f"To remove them: rm {' '.join(paths)}"):
             terminalreporter.line(line)
-
-
-def _say_differences(reporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """What differs, once more and below every log, with the one command that accepts all of it."""
-    failed = [r for r in reporter.getreports("failed") if getattr(r, "piecework_goldens", ())]
-    if not failed:
-        return
-    reporter.section("goldens that differ")
-    for report in failed:
-        for summary in report.piecework_goldens:
-            reporter.line(summary)
-    if not config.getoption(OPTION):
-        names = " ".join(shlex.quote(report.nodeid) for report in failed)
-        reporter.line(f"To accept: pytest {names} {OPTION}")

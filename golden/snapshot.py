@@ -132,16 +132,11 @@ def _pending_under(place: Path) -> Iterator[Path]:
     if place.is_file():
         yield from [golden_of(place)] if place.suffix == NEW_SUFFIX else []
         return
-    for folder, files in folders(place):
+    for name, subfolders, files in os.walk(place):
+        # Only those that are somebody's own.
+        subfolders[:] = [s for s in subfolders if not s.startswith(".") and s not in _SKIPPED]
+        folder = Path(name)
         in_store = STORE_NAME in folder.parts
-        for name in files:
-            if name.endswith(f".py{NEW_SUFFIX}") and (in_store or name.startswith("expected")):
-                yield golden_of(folder / name)
-
-
-def folders(place: Path) -> Iterator[tuple[Path, list[str]]]:
-    """``place`` and the folders below it that are somebody's own."""
-    for folder, subfolders, files in os.walk(place):
-        own = (name for name in subfolders if not name.startswith(".") and name not in _SKIPPED)
-        subfolders[:] = sorted(own)
-        yield Path(folder), files
+        for file in files:
+            if file.endswith(f".py{NEW_SUFFIX}") and (in_store or file.startswith("expected")):
+                yield golden_of(folder / file)

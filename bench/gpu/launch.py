@@ -51,7 +51,7 @@ int cuLaunchKernelEx(const unsigned *config, void *f, void **arguments, void **e
   return 0;
 }
 """
-_NOTHING = (
+_NOTHING = [
     "cuInit",
     "cuCtxSetCurrent",
     "cuCtxSetLimit",
@@ -60,7 +60,7 @@ _NOTHING = (
     "cuModuleUnload",
     "cuTensorMapEncodeTiled",
     "cuTensorMapEncodeIm2col",
-)
+]
 
 
 def fake_driver(folder: Path) -> ctypes.CDLL:

@@ -115,25 +115,17 @@ class Rows:
         """Whatever fails in the block becomes a row of this contender that says why."""
         try:
             yield
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - it is told, and the next goes on
             traceback.print_exc()
             sys.stderr.flush()
             self.failed = True
             why = f"{type(error).__name__}: {error}"[:500]
             self.add([Row(dict(setting), contender, math.nan, note=f"failed: {why}")])
-            if is_lost():
+            try:
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
+            except RuntimeError:
                 raise SystemExit(f"{self.part}: the device is lost: {why}") from error
-
-
-def is_lost() -> bool:
-    """Whether this process can do nothing more with the device."""
-    if not torch.cuda.is_available():
-        return False
-    try:
-        torch.cuda.synchronize()
-    except RuntimeError:
-        return True
-    return False
 
 
 def _readable(seconds: float) -> str:

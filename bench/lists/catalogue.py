@@ -67,15 +67,3 @@ def rows_of(source: str) -> list[Row]:
         raise UsageError(
             f"the list {source!r} can't be read: {error}", hint=LISTS[source].text
         ) from error
-
-
-def find(source: str, name: str) -> Row:
-    """One row.
-
-    Raises:
-        UsageError: the list has no row of that name, or can't be read.
-    """
-    for row in rows_of(source):
-        if row.name == name:
-            return row
-    raise UsageError(f"there is no model {name!r} in the list {source!r}")

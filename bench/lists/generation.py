@@ -51,10 +51,10 @@ def try_family(family: Family, options: Options, heard: Heard = lambda _: None) 
     from piecework.integrations.transformers import how_served, stitch, stitched_module
 
     heard("eager")
-    make, outcome, reason = _pair if family.pair else _model, Outcome(), ""
+    outcome, reason = Outcome(), ""
     for level in range(len(LEVELS)):
         try:
-            model = make(family.name, level)
+            model = _made(family, level)
             want = _generated(model)
             break
         except Exception as error:  # noqa: BLE001 - a config that doesn't fit its model
@@ -89,21 +89,14 @@ def try_family(family: Family, options: Options, heard: Heard = lambda _: None) 
     )
 
 
-def _model(family: str, level: int) -> torch.nn.Module:
-    from transformers import AutoModelForCausalLM
+def _made(family: Family, level: int) -> torch.nn.Module:
+    import transformers
 
-    model = small_model(AutoModelForCausalLM.from_config, small_config(family, level), 0)
-    model.generation_config.eos_token_id = None  # type: ignore[union-attr]
-    return model
-
-
-def _pair(family: str, level: int) -> torch.nn.Module:
-    from transformers import AutoModelForSeq2SeqLM
-
-    config = small_config(family, level)
-    if getattr(config, "decoder_start_token_id", None) is None:
+    config = small_config(family.name, level)
+    if family.pair and getattr(config, "decoder_start_token_id", None) is None:
         config.decoder_start_token_id = 2
-    model = small_model(AutoModelForSeq2SeqLM.from_config, config, 0)
+    kind = "AutoModelForSeq2SeqLM" if family.pair else "AutoModelForCausalLM"
+    model = small_model(getattr(transformers, kind).from_config, config, 0)
     how = model.generation_config
     how.eos_token_id = how.forced_eos_token_id = how.forced_bos_token_id = None  # type: ignore[union-attr]
     how.num_beams = 1  # type: ignore[union-attr]

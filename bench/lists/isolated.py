@@ -95,7 +95,7 @@ def _run_apart(task: Task, limit: float) -> RowResult:
 
 def run_row(task: Task, heard: Heard = lambda _: None) -> RowResult:
     """Run one row in this process, with a compile cache of its own."""
-    from piecework.bench.lists.catalogue import find
+    from piecework.bench.lists.catalogue import rows_of
     from piecework.bench.lists.generation import Family, try_family
     from piecework.bench.lists.trial import try_sample
 
@@ -107,7 +107,7 @@ def run_row(task: Task, heard: Heard = lambda _: None) -> RowResult:
         mock.patch.dict(os.environ, PIECEWORK_CACHE_DIR=cache),
     ):
         try:
-            sample = find(task.source, task.name).sample()
+            sample = {row.name: row for row in rows_of(task.source)}[task.name].sample()
         except Exception as error:  # noqa: BLE001 - a model or arguments that can't be made
             result.problem = f"not built: {error}"
         else:

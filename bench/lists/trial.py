@@ -8,7 +8,7 @@ from __future__ import annotations
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -157,9 +157,11 @@ class _Trial:
 
     def _try(self, name: str, make: Callable[[], Any]) -> Any:
         """Judge one contender; returns it, or None where it can't be made."""
+        import torch._inductor.config as inductor
+
         self._heard(name)
         contender, answers = None, {}
-        with _equal_random_numbers():
+        with inductor.patch(fallback_random=True):  # type: ignore[attr-defined]  # draws as eager does
             try:
                 contender = make()
             except Exception as error:  # noqa: BLE001 - the error is the finding
@@ -254,13 +256,6 @@ def _ask(model: Contender, sample: Sample, size: int) -> Answer:
         warnings.simplefilter("ignore")
         result = model(*args, **kwargs)
     return Answer(kept(result), (args, kwargs))
-
-
-def _equal_random_numbers() -> AbstractContextManager[object]:
-    """Compiled code draws eager's random numbers in the block."""
-    import torch._inductor.config as inductor
-
-    return inductor.patch(fallback_random=True)  # type: ignore[attr-defined,no-any-return]
 
 
 def _verdict_of(name: str, error: Exception) -> Verdict:

@@ -64,17 +64,13 @@ class Result:
         """Whether every target is met."""
         return all(target.met for target in self.targets)
 
-    def to_json(self) -> str:
-        data = asdict(self)
-        for target, entry in zip(self.targets, data["targets"], strict=True):
-            entry["met"] = target.met
-        return json.dumps(data, indent=2) + "\n"
-
     def save(self, folder: Path, stem: str) -> list[Path]:
         """Write ``stem.json`` and, where matplotlib is installed, ``stem.png``."""
         folder.mkdir(parents=True, exist_ok=True)
         written = [folder / f"{stem}.json"]
-        written[0].write_text(self.to_json())
+        targets = [{**asdict(target), "met": target.met} for target in self.targets]
+        data = {**asdict(self), "targets": targets}
+        written[0].write_text(json.dumps(data, indent=2) + "\n")
         picture = folder / f"{stem}.png"
         if _plot(self, picture):
             written.append(picture)

@@ -32,10 +32,6 @@ class Timing:
         """The fastest round: what the code costs when the machine does nothing else."""
         return min(self.rounds.values())
 
-    @property
-    def median(self) -> float:
-        return statistics.median(self.rounds.values())
-
 
 def ratio(timing: Timing, reference: Timing) -> float:
     """How many times as long as ``reference``.

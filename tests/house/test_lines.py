@@ -7,20 +7,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-#: Folders -> lines of Python at most; of golden what its cases emit is left out.
+#: Folders -> lines of Python at most; what golden cases emit is counted too.
 CEILINGS = {
     ("runtime", "codegen"): 27_900,
     ("integrations",): 4_950,
-    ("golden", "bench", "cli"): 10_350,
+    ("golden", "bench", "cli"): 11_000,
     ("tests",): 36_600,
 }
 SLACK = 400  # a ceiling further above than this is lowered
 
 
 def lines_of(folder: str) -> int:
-    cases = ROOT / "golden" / "cases"
-    files = (p for p in (ROOT / folder).rglob("*.py") if cases not in p.parents)
-    return sum(path.read_text().count("\n") for path in files)
+    return sum(path.read_text().count("\n") for path in (ROOT / folder).rglob("*.py"))
 
 
 @pytest.mark.parametrize("folders", CEILINGS, ids="+".join)
