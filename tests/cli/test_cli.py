@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
 import tempfile
 import warnings
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from models import mix
+from processes import python
 from torch import nn
 from typer.testing import CliRunner, Result
 
@@ -196,7 +196,7 @@ def test_demo_says_that_tokens_are_equal_and_leaves_what_was_asked_for(
 def test_a_bad_model_is_misuse_and_leaves_nothing(tmp_path: Path, model: str, says: str) -> None:
     result = compiled(tmp_path / "out", model)
     assert result.exit_code == 2
-    assert (says in result.output and "Hint:" in result.output) or says in result.output
+    assert says in result.output
     assert list(tmp_path.iterdir()) == []
 
 
@@ -210,9 +210,9 @@ from piecework.cli import app
 result = CliRunner().invoke(app, {words!r})
 print(result.exit_code, result.output, {{"torch", "transformers"}} & set(sys.modules))
 """
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert said.stdout.startswith("2 UsageError: there is no model at")
-    assert said.stdout.rstrip().endswith("set()"), said.stdout
+    said = python("-c", code).stdout
+    assert said.startswith("2 UsageError: there is no model at")
+    assert said.rstrip().endswith("set()"), said
 
 
 @pytest.mark.parametrize(
@@ -241,14 +241,6 @@ def test_an_output_that_is_not_empty_is_kept(tmp_path: Path) -> None:
     result = compiled(kept.parent)
     assert result.exit_code == 2 and "is not empty" in result.output
     assert [p.name for p in kept.parent.iterdir()] == ["kept.txt"] and kept.read_text() == "mine"
-
-
-@pytest.mark.parametrize("place", ["file", "file/below", "missing/below"])
-def test_an_output_that_cannot_be_made_is_misuse(tmp_path: Path, place: str) -> None:
-    (tmp_path / "file").write_text("")
-    result = compiled(tmp_path / place)
-    assert result.exit_code == 2 and "UsageError" in result.output
-    assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
 def test_a_changed_source_is_not_run_as_generated(tmp_path: Path) -> None:
@@ -389,26 +381,21 @@ def test_settings_come_from_a_file_and_from_options(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["-O.nothing=1"], "nothing"),
-        (["-O.backend=indutor"], "no compiler 'indutor'"),
-        (["--backend", "indutor"], "no compiler 'indutor'"),
-        (["--config", "/nowhere.toml"], "/nowhere.toml"),
+        ("-O.nothing=1", "nothing"),
+        ("-O.backend=indutor", "no compiler 'indutor'"),
+        ("--backend indutor", "no compiler 'indutor'"),
+        ("--config /nowhere.toml", "/nowhere.toml"),
+        *((f"--dump {folder}", "UsageError") for folder in ("file", "file/below", "out", "out/in")),
+        *((f"-o {folder}", "UsageError") for folder in ("file", "file/below", "missing/below")),
     ],
 )
-def test_settings_are_checked_before_any_work(
-    tmp_path: Path, options: list[str], says: str
+def test_settings_and_folders_are_checked_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: str, says: str
 ) -> None:
-    result = invoke("compile", "cli_factories:crashes", "-o", tmp_path / "out", *options)
-    assert result.exit_code == 2 and says in result.output
-    assert "no weights today" not in result.output
-
-
-@pytest.mark.parametrize("dump", ["file", "file/below", "out", "out/stages"])
-def test_a_folder_for_stages_is_checked_before_any_work(tmp_path: Path, dump: str) -> None:
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("")
-    options = ["-o", tmp_path / "out", "--dump", tmp_path / dump]
-    result = invoke("compile", "cli_factories:crashes", *options)
-    assert result.exit_code == 2 and "UsageError" in result.output
+    result = invoke("compile", "cli_factories:crashes", "-o", "out", *options.split())
+    assert result.exit_code == 2 and says in result.output
     assert "no weights today" not in result.output
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import shlex
-import subprocess
-import sys
 import tomllib
 
 import pytest
+from processes import python
 from typer.testing import CliRunner
 
 from piecework.cli.config import config_app
@@ -150,5 +149,4 @@ def test_schema_in_each_form(tmp_path):
 
 def test_configurations_are_read_without_torch():
     code = "import sys, piecework.cli.config; print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "False\n"
+    assert python("-c", code).stdout == "False\n"

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import python
 from typer.testing import CliRunner
 
 from piecework.cli.golden import golden_app
 from piecework.errors import UsageError
+from piecework.golden import check as golden_check
 from piecework.golden import snapshot
 from piecework.golden.cases import discover
 from piecework.golden.check import (
@@ -211,6 +213,25 @@ def test_misuse_is_refused(make_case: MakeCase, tmp_path: Path) -> None:
         check(tmp_path)
     with pytest.raises(UsageError, match="no golden case 'other'"):
         check(tmp_path, "other")
+
+
+def test_cases_import_packages_of_the_working_folder(make_case: MakeCase, tmp_path: Path) -> None:
+    """As the console script runs, with which the working folder is not on the path."""
+    (tmp_path / "acme.py").write_text("SOURCE = 'def replay(): pass'\n")
+    (tmp_path / "golden" / "cases").mkdir(parents=True)
+    text = "from acme import SOURCE\n\ndef texts():\n    return {'replay': SOURCE}\n"
+    made = make_case("golden_p", text).rename(tmp_path / "golden" / "cases" / "golden_p")
+    code = "import sys; sys.path[:] = [p for p in sys.path if p]; from piecework.cli import app; print(app(standalone_mode=False))"
+    assert python("-c", code, "golden", "update", cwd=tmp_path, CI="").stdout.endswith("1\n")
+    assert (made / "expected_replay.py").is_file()
+
+
+def test_an_empty_folder_has_nothing_to_check(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(golden_check, "__file__", str(tmp_path / "site" / "golden" / "check.py"))
+    assert golden_check.default_root() is None
 
 
 def test_functions_of_the_case_are_imported_by_a_name_that_is_the_same_everywhere(

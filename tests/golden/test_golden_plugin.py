@@ -1,12 +1,10 @@
 """The fixture `stitched_golden`, as somebody else's test-suite uses it."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import python
 
 import piecework
 from piecework.golden.fixture import References, StitchedGolden, golden_path
@@ -302,7 +300,7 @@ def test_a_run_that_does_not_use_the_fixture_imports_nothing_heavy(tmp_path: Pat
         "heavy = {'torch', 'jinja2', 'black', 'pydantic', 'rich', 'transformers'} & set(sys.modules)\n"
         "assert not heavy - before, heavy"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env={**os.environ})
+    python("-c", code, cwd=tmp_path)
 
 
 def test_goldens_are_not_collected_as_tests(pytester: pytest.Pytester) -> None:

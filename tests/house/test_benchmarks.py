@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 import torch
+from processes import python
 
 import piecework
 from piecework.bench.contenders import FlatGraph
@@ -23,11 +21,8 @@ SMALLEST = {
 @pytest.mark.parametrize("name", SMALLEST)
 def test_a_benchmark_runs(name: str, tmp_path) -> None:
     code = f"from piecework.bench import {name}; result = {SMALLEST[name]}; print(sorted({{row.contender for row in result.rows}}))"
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert ("piecework" in done.stdout and "limit" in done.stdout) or name == "emission"
+    said = python("-c", code, cwd=tmp_path).stdout
+    assert ("piecework" in said and "limit" in said) or name == "emission"
 
 
 @pytest.mark.parametrize("batch", [3, 4])

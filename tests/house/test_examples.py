@@ -17,6 +17,7 @@ def test_own_model_with_a_splitting_op_of_its_own(capsys: pytest.CaptureFixture[
     assert stitched.report().splitting == 4
 
 
-def test_own_model_is_short() -> None:
-    path = Path(piecework.__file__).parent / "examples" / "own_model.py"
-    assert len(path.read_text().splitlines()) < 40
+@pytest.mark.parametrize(("example", "lines"), [("own_model", 40), ("engine", 300)])
+def test_an_example_is_short(example: str, lines: int) -> None:
+    path = Path(piecework.__file__).parent / "examples" / f"{example}.py"
+    assert len(path.read_text().splitlines()) < lines

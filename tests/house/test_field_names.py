@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import inspect
 from importlib import import_module
+from types import ModuleType
 
 import pytest
+from processes import python
 
 from piecework import codegen, runtime
 from piecework.faces import homes
@@ -57,11 +59,28 @@ def test_methods(name: str, method: str) -> None:
     assert hasattr(getattr(runtime, name), method)
 
 
-@pytest.mark.parametrize("name", runtime.__all__)
-def test_the_face_hands_on_what_it_lists(name: str) -> None:
+@pytest.mark.parametrize("face", [runtime, runtime.graphs], ids=["runtime", "graphs"])
+def test_a_face_hands_on_what_it_lists(face: ModuleType) -> None:
     """Also after every module is imported: a module of the same name would hide it."""
-    home = import_module(homes(str(runtime.__file__))[name])
-    assert getattr(runtime, name) is getattr(home, name) is not None
+    found = homes(str(face.__file__))
+    assert sorted(found) == sorted(face.__all__) and "coverage" in found
+    for name, home in found.items():
+        value = getattr(face, name)
+        assert value is getattr(import_module(home), name) is not None
+        if isinstance(value, type) or callable(value):
+            assert value.__name__ == name
+    with pytest.raises(AttributeError, match="has no attribute 'CudaGraph'"):
+        face.CudaGraph  # noqa: B018
+
+
+def test_a_mode_costs_no_graphs() -> None:
+    program = (
+        "import sys; from piecework.runtime.batch.mode import CUDAGraphMode; "
+        "print([m for m in sys.modules if m.startswith('piecework.runtime.')])"
+    )
+    said = python("-c", program).stdout
+    assert "piecework.runtime.graphs.device.cuda" not in said
+    assert "piecework.runtime.batch.mode" in said
 
 
 def test_codegen_has_its_own() -> None:

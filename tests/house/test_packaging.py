@@ -17,6 +17,7 @@ from types import ModuleType
 import pytest
 import torch
 import yaml
+from processes import python
 
 import piecework
 
@@ -47,13 +48,7 @@ def of_the_package() -> set[str]:
 
 def _build(kind: str, source: Path, target: Path) -> Path:
     target.mkdir(exist_ok=True)
-    done = subprocess.run(
-        [sys.executable, "-c", BUILD, f"build_{kind}", str(target)],
-        cwd=source,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    done = python("-c", BUILD, f"build_{kind}", target, cwd=source)
     return target / done.stdout.splitlines()[-1]
 
 
@@ -130,42 +125,28 @@ def test_an_installed_wheel_compiles_a_model_and_has_its_pytest_plugin(
     wheel: Path, tmp_path: Path
 ) -> None:
     target = tmp_path / "target"
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index"]
-    subprocess.run([*pip, "--target", str(target), str(wheel)], check=True)
+    pip = ["-m", "pip", "install", "--quiet", "--no-deps", "--no-index"]
+    python(*pip, "--target", target, wheel)
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "user.py").write_text(USER)
-    done = subprocess.run(
-        [sys.executable, "user.py", str(target)],
-        cwd=tmp_path / "elsewhere",
-        env={**os.environ, "PYTHONPATH": str(target), "CI": ""},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    python("user.py", target, cwd=tmp_path / "elsewhere", PYTHONPATH=str(target), CI="")
 
 
 @pytest.mark.nightly
 def test_a_clean_environment_with_what_the_wheel_asks_for(wheel: Path, tmp_path: Path) -> None:
     """A new environment that sees the packages of this one, but is its own: scripts, metadata and dependencies are checked by pip."""
     clean = tmp_path / "clean"
-    subprocess.run([sys.executable, "-m", "venv", "--system-site-packages", str(clean)], check=True)
-    python = clean / "bin" / "python"
+    python("-m", "venv", "--system-site-packages", clean)
+    theirs = clean / "bin" / "python"
     folders = [p for p in sys.path if p.endswith("site-packages")]
     lib = next((clean / "lib").glob("python*/site-packages"))
     (lib / "these.pth").write_text("\n".join(folders))
     install = ["-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--force-reinstall"]
-    subprocess.run([str(python), *install, str(wheel)], check=True)
+    subprocess.run([str(theirs), *install, str(wheel)], check=True)
     script = clean / "bin" / "piecework"
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    shown = subprocess.run(
-        [str(script), "demo", "--backend", "eager"],
-        cwd=tmp_path,
-        env=env,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    demo = [str(script), "demo", "--backend", "eager"]
+    shown = subprocess.run(demo, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert shown.returncode == 0 and "execution_fn" in shown.stdout, shown.stdout + shown.stderr
 
 
@@ -187,10 +168,7 @@ def test_workflows_run_what_the_project_has() -> None:
     targets = [command.split()[1:] for command in commands if command.startswith("make ")]
     assert ["lint"] in targets and ["test"] in targets
     for words in targets:
-        done = subprocess.run(
-            ["make", "--dry-run", *words], cwd=ROOT, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stderr
+        subprocess.run(["make", "--dry-run", *words], cwd=ROOT, check=True, capture_output=True)
     for command in commands:
         assert command.startswith(("make ", "python -m ", ".venv/bin/", "gh release create "))
     assert sum(" -m nightly" in command for command in commands) == 1
