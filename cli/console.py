@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
-import click
 import typer
 from rich.console import Console
 from rich.status import Status
@@ -31,7 +30,7 @@ def console(*, quiet: bool = False) -> Console:
 class Commands(TyperGroup):
     """Commands that print a `PieceworkError` and exit with code 2."""
 
-    def invoke(self, ctx: click.Context) -> object:
+    def invoke(self, ctx: typer.Context) -> object:
         try:
             return super().invoke(ctx)
         except PieceworkError as error:

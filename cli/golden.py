@@ -260,9 +260,9 @@ def _root(root: Path | None) -> Path:
 def _golden_place(place: Path) -> Path:
     from piecework.golden.snapshot import proposal_of
 
-    proposal = place if place.suffix == ".new" else proposal_of(place)
     if place.is_dir():
         return place
+    proposal = place if place.suffix == ".new" else proposal_of(place)
     if place.exists() or proposal.is_file():
         return proposal
     raise UsageError(
