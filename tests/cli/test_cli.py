@@ -147,7 +147,13 @@ def test_a_causal_lm_from_a_config(tmp_path: Path) -> None:
     assert len(json.loads(ran.output)["tokens"]) == 5
     covered = invoke("coverage", folder, "--sizes", "1,2", "--tokens", 3)
     assert covered.exit_code == 0, covered.output
-    assert piecework.counters.num_graphs_seen == traced  # both were loaded
+    shown = invoke("trace", folder, "-o", tmp_path / "trace.json", "--tokens", 3, "--json")
+    assert shown.exit_code == 0, shown.output
+    ranges = json.loads(shown.output)["ranges"]
+    # A forward for each token.
+    assert [ranges[f"attention model.layers.{n}.self_attn"] for n in (0, 1)] == [3, 3]
+    assert sum(name.startswith("submod_") for name in ranges) == 3
+    assert piecework.counters.num_graphs_seen == traced  # all were loaded
 
 
 @pytest.mark.nightly
@@ -320,11 +326,6 @@ def test_a_damaged_manifest_is_misuse(tmp_path: Path, manifest: str) -> None:
     assert result.exit_code == 2 and "ArtifactError" in result.output
 
 
-def test_a_folder_of_another_kind_is_misuse(tmp_path: Path) -> None:
-    result = invoke("run", tmp_path)
-    assert result.exit_code == 2 and "is not a folder made by piecework compile" in result.output
-
-
 def test_a_warning_of_the_commands_own_names_no_script(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
     monkeypatch.setattr(sys.modules["__main__"], "__file__", "script.py", raising=False)
@@ -400,26 +401,27 @@ def test_settings_and_folders_are_checked_before_any_work(
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_folder_for_results_is_checked_before_a_benchmark_runs(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    result = invoke("bench", "stitching", "--out", tmp_path / "file")
-    assert result.exit_code == 2 and "can't write folder" in result.output
-    assert "stitching:" not in result.output
-
-
-def test_serve_names_what_is_wrong(tmp_path: Path) -> None:
-    missing = invoke("serve", tmp_path / "nothing")
-    assert missing.exit_code == 2 and "there is no model at" in missing.output
-    sizes = invoke("serve", tmp_path, "--capture", "1,x")
-    assert sizes.exit_code == 2 and "(--capture)" in sizes.output
-
-
 @pytest.mark.parametrize(
-    "options", ["--mode FAST", "--policy guess", "--sizes x", "--sizes 0", "--sizes ,"]
+    ("command", "says"),
+    [
+        ("bench stitching --out file", "can't write folder"),
+        ("serve ./nothing", "there is no model at"),
+        ("serve . --capture 1,x", "(--capture)"),
+        ("run .", "is not a folder made by piecework compile"),
+        *((f"coverage nothing --sizes {sizes}", "batch size") for sizes in ("x", "0", ",")),
+        ("coverage nothing --sizes 1,2 --mode FAST", "FAST"),
+        ("coverage nothing --sizes 1,2 --policy guess", "guess"),
+    ],
 )
-def test_what_coverage_captures_is_checked_before_any_work(tmp_path: Path, options: str) -> None:
-    result = invoke("coverage", tmp_path / "nothing", "--sizes", "1,2", *options.split())
-    assert result.exit_code == 2 and "made by piecework compile" not in result.output
+def test_misuse_is_told_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, says: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    result = invoke(*command.split())
+    assert result.exit_code == 2 and says in result.output, result.output
+    assert "stitching:" not in result.output
+    assert ("made by piecework compile" in result.output) is (command == "run .")
 
 
 def test_every_command_has_help_with_an_example() -> None:

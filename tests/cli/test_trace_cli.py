@@ -66,25 +66,6 @@ def test_replays_are_named_by_piece_graph_and_layer(tmp_path: Path) -> None:
     assert found["stage inputs"] == found["mix layers.0"] == found["mix layers.1"] == 1
 
 
-def test_a_compiled_folder_is_traced_without_compiling(tmp_path: Path) -> None:
-    fields = json.loads(
-        (Path(piecework.__file__).parent / "examples" / "llama_demo.json").read_text()
-    )
-    fields.update(num_hidden_layers=2, hidden_size=32, intermediate_size=48, head_dim=8)
-    config, folder, file = tmp_path / "tiny.json", tmp_path / "out", tmp_path / "trace.json"
-    config.write_text(json.dumps({**fields, "num_attention_heads": 4}))
-    made = invoke("compile", config, "-o", folder, "--backend", "eager")
-    assert made.exit_code == 0, made.output
-    traced = piecework.counters.num_graphs_seen
-    result = invoke("trace", folder, "-o", file, "--tokens", 3)
-    assert result.exit_code == 0, result.output
-    assert piecework.counters.num_graphs_seen == traced
-    found = slices(file.read_text())
-    for layer in (0, 1):
-        assert found[f"attention model.layers.{layer}.self_attn"] == 3  # a forward for each token
-    assert sum(name.startswith("submod_") for name in found) == 3
-
-
 def test_every_kind_of_call_of_a_decoder_that_is_served_whole_is_named(tmp_path: Path) -> None:
     config, folder, file = tmp_path / "bloom.json", tmp_path / "out", tmp_path / "trace.json"
     sizes = {"vocab_size": 97, "hidden_size": 32, "n_layer": 1, "n_head": 4}

@@ -100,15 +100,6 @@ def test_new_then_same_then_changed(make_case: MakeCase, tmp_path: Path) -> None
     assert check(tmp_path).passed and not proposal.exists(), "out of date, so removed"
 
 
-def test_without_permission_to_propose_nothing_is_written(
-    make_case: MakeCase, tmp_path: Path
-) -> None:
-    make_case("golden_b", GRAPH.format(operation=ADD))
-    before = sorted(p for p in tmp_path.rglob("*") if "__pycache__" not in p.parts)
-    assert not check(tmp_path, propose=False).passed
-    assert sorted(p for p in tmp_path.rglob("*") if "__pycache__" not in p.parts) == before
-
-
 COUNTING = GRAPH.replace(
     "def build",
     "state = [0]\n\ndef count(x):\n    state[0] += 1\n    return x + state[0]\n\ndef build",
