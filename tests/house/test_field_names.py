@@ -11,6 +11,7 @@ from processes import python
 
 from piecework import codegen, runtime
 from piecework.faces import homes
+from piecework.runtime import graphs
 
 # Parameters may be keyword-only and typed more tightly; further ones may follow.
 SIGNATURES = {
@@ -59,7 +60,7 @@ def test_methods(name: str, method: str) -> None:
     assert hasattr(getattr(runtime, name), method)
 
 
-@pytest.mark.parametrize("face", [runtime, runtime.graphs], ids=["runtime", "graphs"])
+@pytest.mark.parametrize("face", [runtime, graphs], ids=["runtime", "graphs"])
 def test_a_face_hands_on_what_it_lists(face: ModuleType) -> None:
     """Also after every module is imported: a module of the same name would hide it."""
     found = homes(str(face.__file__))
