@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import builtins
 import inspect
-import math
+import pkgutil
 import re
 import textwrap
 import types
@@ -103,7 +103,7 @@ def _generated(
     function, values, text = found.function, found.function.__globals__, _function_text(found, name)
     lines, files = ["import math", "import types", "", "import torch", ""], {}
     for each in sorted(set().union(*map(global_names, with_inner_code([function.__code__])))):
-        value = values.get(each, getattr(builtins, each, None))
+        value, known = values.get(each, getattr(builtins, each, None)), _KNOWN.get(each)
         kernel = torch_compat.kernel_file(value)
         if kernel is not None:
             try:
@@ -115,8 +115,8 @@ def _generated(
             lines.append(f'{each} = kernel("{digest}")')
         elif each == "extern_kernels":
             lines.append(f"extern_kernels = types.SimpleNamespace({_externals(text, value, name)})")
-        elif each in _KNOWN and (value is _value_of(_KNOWN[each]) or each in ("inf", "nan")):
-            lines += [f"{each} = {_KNOWN[each]}"] if _KNOWN[each] != each else []
+        elif known and (each in ("inf", "nan") or value is pkgutil.resolve_name(known)):
+            lines += [f"{each} = {known}"] if known != each else []
         elif each in values or not hasattr(builtins, each):
             raise _refused(name, f"its code uses {each}, which does not travel")
     head = "# Inductor's code of a piece, as it runs; its kernels lie in ../kernels.\n\n"
@@ -146,13 +146,6 @@ def _externals(text: str, owner: object, name: str) -> str:
             raise _refused(name, why, "switch max_autotune off")
         parts.append(f"{each}={path.path}")
     return ", ".join(parts)
-
-
-def _value_of(path: str) -> object:
-    value: Any = {"torch": torch, "math": math}[path.partition(".")[0]]
-    for part in path.split(".")[1:]:
-        value = getattr(value, part, None)
-    return value
 
 
 def _uncompiled(graph: torch.fx.GraphModule, name: str) -> tuple[str, dict[str, bytes]]:

@@ -8,6 +8,7 @@ import functools
 import importlib
 import io
 import pickle
+import pkgutil
 import types
 from typing import Any
 
@@ -41,9 +42,10 @@ class _Pickler(pickle.Pickler):
             return _tensor_of, _tensor_parts(value)
         if kind is types.BuiltinFunctionType and not isinstance(owner, types.ModuleType):
             path = function_path(value)
-            if path is not None:
-                return _resolve, (path.module or "builtins", path.path)
-            return NotImplemented
+            if path is None:
+                return NotImplemented
+            module = path.module or "builtins"
+            return pkgutil.resolve_name, (f"{module}:{path.path.removeprefix(f'{module}.')}",)
         by_name = isinstance(value, (type, types.FunctionType, types.BuiltinFunctionType))
         ours = kind.__module__.startswith("piecework.")
         plan = ours and (dataclasses.is_dataclass(kind) or issubclass(kind, tuple))
@@ -90,11 +92,6 @@ def operator_named(name: str) -> object:
     except (AttributeError, RuntimeError) as error:
         hint = "import the module that defines it before the artifact is loaded"
         raise ArtifactError(f"operator {name} is not registered", hint=hint) from error
-
-
-def _resolve(module: str, path: str) -> object:
-    parts = path.split(".")[1 if module != "builtins" else 0 :]
-    return functools.reduce(getattr, parts, importlib.import_module(module))
 
 
 def _tensor_parts(tensor: torch.Tensor) -> tuple[Any, ...]:

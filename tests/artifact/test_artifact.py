@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from models import EAGER, fresh
 from processes import python
 from python_state_cases import Run, alike, make_case, stock_is_stale
 from torch import nn
@@ -27,19 +28,8 @@ from piecework.runtime.counters import counters
 from piecework.runtime.store import package, surroundings
 from piecework.runtime.store.package import KIND, Package, packed
 
-EAGER = piecework.CompilationConfig(backend="eager")
 SCRIPT = Path(__file__).with_name("artifact_model.py")
 RATE = 2.0
-
-
-@piecework.splitting_op("artifact_test::mix", rows="independent")
-def mix(x: torch.Tensor) -> torch.Tensor:
-    return x * 2.0
-
-
-@mix.register_fake
-def _(x: torch.Tensor) -> torch.Tensor:
-    return torch.empty_like(x)
 
 
 def scaled(x: torch.Tensor) -> torch.Tensor:
@@ -56,7 +46,7 @@ class Layer(nn.Module):
         self.register_buffer("seen", torch.zeros(8))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return scaled(self.linear(mix(x))) * self.factor + self.kind + self.seen
+        return scaled(self.linear(fresh(x))) * self.factor + self.kind + self.seen
 
 
 class Model(nn.Module):
@@ -499,8 +489,8 @@ def test_code_that_is_not_in_its_file_is_told_by_what_it_runs(
 
 
 def test_another_operator_is_refused(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(program, "_identity", lambda op: "another" if "mix" in str(op) else "")
-    assert "artifact_test.mix" in refusal(artifact, made())
+    monkeypatch.setattr(program, "_identity", lambda op: "another" if "fresh" in str(op) else "")
+    assert "models.fresh" in refusal(artifact, made())
 
 
 def python_state(number: int, tmp_path: Path) -> str:

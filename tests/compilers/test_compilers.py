@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import Told
+from models import Block, Told, mix_pair
 from processes import python
-from torch import nn
 
 import piecework
 from piecework.errors import ConfigError, PieceCompileError
@@ -27,22 +26,11 @@ HERE = "compilers_under_test"
 sys.modules.setdefault(HERE, sys.modules[__name__])
 
 
-@piecework.splitting_op("compilers_test::mix", mutates_args=("out",))
-def mix(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> None:
-    out.copy_(left - 2 * right)
+class Model(Block):
+    """Its second piece masks."""
 
-
-class Model(nn.Module):
-    def __init__(self, width: int = 8) -> None:
-        super().__init__()
-        self.enter = nn.Linear(width, 2 * width)
-        self.leave = nn.Linear(width, width)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        left, right = self.enter(x).chunk(2, -1)
-        out = torch.empty_like(left)
-        mix(left, right, out)
-        return (x + self.leave(out)).masked_fill(x > 3, float("-inf"))
+    def __init__(self) -> None:
+        super().__init__(mix_pair, after=lambda y: y.masked_fill(y > 3, 0.0))
 
 
 class Picky(Told):
