@@ -17,6 +17,7 @@ import stat
 import time
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -326,16 +327,13 @@ def collect(
     """
     real, now = files.resolve_root(root), time.time()
     entries = list_entries(real)
-    chosen: list[EntrySummary] = []
-    total, is_full = 0, False
-    for entry in entries:  # the one used last first: what is beyond the size goes
-        is_old = max_age_s is not None and now - entry.last_used > max_age_s
-        too_much = max_bytes is not None and total + entry.bytes > max_bytes
-        is_full = is_full or (not is_old and too_much)
-        if is_old or is_full:
-            chosen.append(entry)
-        else:
-            total += entry.bytes
+    totals = accumulate(each.bytes for each in entries)  # the one used last first
+    chosen = [
+        each
+        for each, total in zip(entries, totals, strict=True)
+        if (max_age_s is not None and now - each.last_used > max_age_s)
+        or (max_bytes is not None and total > max_bytes)
+    ]
     try:
         removed = [each for each in chosen if dry_run or _remove_entry(real, each.identity)]
         if not dry_run:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from concurrent.futures import ThreadPoolExecutor
 
@@ -19,7 +20,6 @@ SAMPLE = re.compile(
     r'([a-zA-Z_:][a-zA-Z0-9_:]*)(\{(?:[a-zA-Z_]\w*="(?:[^"\\\n]|\\["\\n])*",?)+\})? (\S+)'
 )
 LABEL = re.compile(r'([a-zA-Z_]\w*)="((?:[^"\\\n]|\\["\\n])*)"')
-ESCAPES = {r"\\": "\\", r"\"": '"', r"\n": "\n"}
 
 
 def parsed(text: str) -> dict[str, dict[frozenset[tuple[str, str]], float]]:
@@ -42,11 +42,8 @@ def parsed(text: str) -> dict[str, dict[frozenset[tuple[str, str]], float]]:
             assert match is not None, line
             name, labels, value = match.groups()
             assert name == helped[-1] and (kinds[name] == "counter") == name.endswith("_total")
-            pairs = [
-                (k, re.sub(r'\\[\\"n]', lambda e: ESCAPES[e[0]], v))
-                for k, v in LABEL.findall(labels or "")
-            ]
-            key = frozenset(pairs)
+            # What is escaped in a label is escaped so in JSON.
+            key = frozenset((k, json.loads(f'"{v}"')) for k, v in LABEL.findall(labels or ""))
             assert key not in found.setdefault(name, {}), f"{line} is there twice"
             found[name][key] = float(value)
     return found
