@@ -85,15 +85,9 @@ def set_forward_context(
         ...     get_forward_context().attn_metadata
         {'seq_lens': [3]}
     """
-    context = ForwardContext(
-        cudagraph_runtime_mode=cudagraph_runtime_mode,
-        batch_descriptor=batch_descriptor,
-        skip_cuda_graphs=skip_cuda_graphs,
-        attn_metadata=attn_metadata,
-        state=_NO_STATE if state is None else state,
-        batch=batch,
-    )
-    return ForwardScope(context)
+    captured = (cudagraph_runtime_mode, batch_descriptor, skip_cuda_graphs)
+    state = _NO_STATE if state is None else state
+    return ForwardScope(ForwardContext(*captured, attn_metadata, state, batch))
 
 
 def get_forward_context() -> ForwardContext:

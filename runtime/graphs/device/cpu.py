@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextvars
-import ctypes
-import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -24,9 +22,10 @@ from piecework.runtime.graphs.device.contract import (
     owns_plain_memory,
     plain_parts,
     view_of_storage,
+    weak_ref_tensor,
     weak_ref_tensors,
 )
-from piecework.runtime.torch_compat import flatten_tree, unflatten_tree
+from piecework.runtime.torch_compat import flatten_tree, storage_users, unflatten_tree
 from piecework.scope import set_for
 
 # All bits set is NaN in every floating type and -1 in the integers: who reads too early sees it.
@@ -61,7 +60,6 @@ class CpuGraphPool:
 
     def __init__(self) -> None:
         self._blocks: list[torch.Tensor] = []
-        self._free: list[torch.Tensor] = []
 
     @property
     def nbytes(self) -> int:
@@ -69,7 +67,6 @@ class CpuGraphPool:
 
     def clear(self) -> None:
         self._blocks.clear()
-        self._free.clear()
 
     def owns(self, leaf: object) -> bool:
         """Whether ``leaf`` lies in a block, which stays until the pool is cleared."""
@@ -79,22 +76,16 @@ class CpuGraphPool:
         return any(b.data_ptr() <= start < b.data_ptr() + b.nbytes for b in self._blocks)
 
     def take(self, nbytes: int) -> tuple[torch.UntypedStorage, torch.Tensor]:
-        """A poisoned storage, and its bytes as a tensor that stays usable after it is freed."""
-        fitting = [n for n, block in enumerate(self._free) if block.nbytes >= nbytes]
+        """A poisoned storage, and its bytes as a tensor that does not keep it from being free."""
         with torch.inference_mode(False):
-            if fitting:
-                block = self._free.pop(min(fitting, key=lambda n: self._free[n].nbytes))
-            else:
-                block = torch.empty(-(-nbytes // _ALIGNMENT) * _ALIGNMENT, dtype=torch.uint8)
-                self._blocks.append(block)
+            new = torch.empty(-(-nbytes // _ALIGNMENT) * _ALIGNMENT, dtype=torch.uint8)
+            free = [b for b in self._blocks if storage_users(b) == storage_users(new)]
+            fitting = [block for block in free if block.nbytes >= nbytes]
+            block = min(fitting, key=lambda block: block.nbytes, default=new)
+            if not fitting:
+                self._blocks.append(new)
             window = block[:nbytes].fill_(POISON_BYTE)
-            lease = (ctypes.c_char * nbytes).from_address(block.data_ptr())
-            weakref.finalize(lease, self._give_back, block).atexit = False
-            return torch.frombuffer(lease, dtype=torch.uint8).untyped_storage(), window
-
-    def _give_back(self, block: torch.Tensor) -> None:
-        if any(block is mine for mine in self._blocks):
-            self._free.append(block)
+        return block.untyped_storage(), weak_ref_tensor(window)
 
 
 class CpuStaticGraph(StaticGraph):

@@ -16,7 +16,7 @@ from piecework.codegen.replay.emit import whole_forward
 from piecework.codegen.replay.plan import ReplayFacts
 from piecework.codegen.stitch.bind import filename_of
 from piecework.codegen.stitch.source import StitchedSource
-from piecework.errors import StaticGraphError
+from piecework.errors import BindError, StaticGraphError
 from piecework.runtime.batch.descriptor import BatchDescriptor, Key
 from piecework.runtime.batch.forward_context import (
     ForwardContext,
@@ -34,7 +34,12 @@ from piecework.runtime.graphs.memory.wrapper import (
     CUDAGraphOptions,
     CUDAGraphWrapper,
 )
-from piecework.runtime.graphs.plan.batch_shape import FixedDims, batch_shape, passed_inputs
+from piecework.runtime.graphs.plan.batch_shape import (
+    BatchShape,
+    FixedDims,
+    batch_shape,
+    passed_inputs,
+)
 from piecework.runtime.graphs.plan.captured_values import (
     capture_device,
     numbers_of,
@@ -43,9 +48,9 @@ from piecework.runtime.graphs.plan.captured_values import (
 )
 from piecework.runtime.graphs.plan.options import CaptureOptions, full_graphs_of, plan_capture
 from piecework.runtime.graphs.plan.phase import plain_context
-from piecework.runtime.graphs.serve.arguments import CapturedInputs
 from piecework.runtime.graphs.serve.replay import Replay, facts_of, make_replay
 from piecework.runtime.graphs.serve.writes import DryWrites
+from piecework.runtime.graphs.stage.inputs import InputSpec, StaticInputs, new_buffer
 from piecework.runtime.pieces.program import Program
 from piecework.runtime.trace.writes import written_inputs
 
@@ -86,7 +91,8 @@ class CapturedGraphs:
         self._parameters = [node for node, _ in passed_inputs(entry.captured, program)]
         # Of one execution; a change retires these graphs instead of reaching them.
         self.forward, self.weights = entry.now.function, by_path_of(entry.now.weights)
-        self.inputs = CapturedInputs(shape, max(self.sizes), options, config.cudagraph_copy_inputs)
+        copies = config.cudagraph_copy_inputs
+        self.inputs = _static_inputs(shape, max(self.sizes), options, copies=copies)
         cut_inside = config.use_inductor_graph_partition
         # Inductor's own partitions leave out what is elsewhere.
         inside = () if cut_inside else captured
@@ -320,6 +326,19 @@ class CapturedGraphs:
     @cached_property
     def _whole_source(self) -> tuple[torch.fx.GraphModule, StitchedSource]:
         return whole_forward(self._program.split_gm, self._program.source)
+
+
+def _static_inputs(
+    shape: BatchShape, maximum: int, options: CaptureOptions, *, copies: bool
+) -> StaticInputs:
+    """Persistent buffers for all tensor arguments; calls copy to them or pass their views."""
+    for unknown in sorted(set(options.pads) - {each.name for each in shape.dynamic}):
+        hint = f"inputs: {', '.join(each.name for each in shape.dynamic)}"
+        raise BindError(f"no padded input {unknown!r}", where="pads", hint=hint)
+    pads = {each.name: options.pads.get(each.name, 0) for each in shape.staged}
+    specs = [InputSpec(e.name, e.dim, pads[e.name], e.written, not copies) for e in shape.staged]
+    buffers = [new_buffer(e.name, e.sizes(maximum), e.fake) for e in shape.staged]
+    return StaticInputs(specs, buffers, poison=options.poison, keeps_tails=copies)
 
 
 def _statement(

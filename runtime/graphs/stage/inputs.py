@@ -157,6 +157,7 @@ class StaticInputs:
     poison: bool = False
     keeps_tails: bool = False
     _slots: tuple[Slot, ...] = field(init=False)
+    _written: tuple[int, ...] = field(init=False)
     # Graphs were captured on these views: they stay the same objects.
     _views: dict[int, tuple[torch.Tensor, ...]] = field(init=False, default_factory=dict)
     _plans: dict[tuple[object, ...], _Plan] = field(init=False, default_factory=dict)
@@ -166,6 +167,7 @@ class StaticInputs:
     def __post_init__(self) -> None:
         pairs = zip(self.specs, self.buffers, strict=True)
         self._slots = tuple(Slot.make(*pair, poison=self.poison) for pair in pairs)
+        self._written = tuple(n for n, spec in enumerate(self.specs) if spec.written)
         if self._slots and self.kernel == "triton":
             # Triton takes a while to import and is of no use without a GPU (or its interpreter).
             kernel = importlib.import_module("piecework.runtime.graphs.stage.kernel")
@@ -259,6 +261,45 @@ class StaticInputs:
                 if rows > 0:
                     slot.buffer.narrow(dim, count, rows).fill_(slot.pad)
         self._filled = count
+
+    def by_name(self, padded: int) -> dict[str, torch.Tensor]:
+        """The static tensors by name, for a caller who writes to them from now on."""
+        self.let_write()
+        return {s.spec.name: v for s, v in zip(self._slots, self.views(padded), strict=True)}
+
+    def stager(self, padded: int) -> Callable[[Sequence[torch.Tensor]], object]:
+        """What copies the tensors of a call that was checked into the buffers, padded."""
+        first, dim = next((n, s.dim) for n, s in enumerate(self._slots) if s.dim is not None)
+        stage = self.stage_alike
+        return lambda tensors: stage(tensors, padded, tensors[first].shape[dim])
+
+    def short_batch(self, padded: int) -> tuple[list[torch.Tensor], int]:
+        """What lies in the buffers as a call's tensors, a row short if there are several."""
+        count, given = max(1, padded - 1), []
+        for slot, view in zip(self._slots, self.views(padded), strict=True):
+            rows = view if slot.dim is None else view.narrow(slot.dim, 0, count)
+            given.append(rows if slot.spec.in_place else rows.clone())
+        return given, count
+
+    def bringer(self, padded: int) -> Callable[[Sequence[torch.Tensor], int], None] | None:
+        """What copies written arguments back into the call's tensors, if there are any."""
+        views, slots = self.views(padded), self._slots
+        copied = [n for n in self._written if not self.specs[n].in_place]
+        back = [(n, slots[n].dim, views[n]) for n in copied]
+
+        def bring_back(tensors: Sequence[torch.Tensor], count: int) -> None:
+            for number, dim, static in back:
+                rows = static if dim is None else static.narrow(dim, 0, count)
+                tensors[number].copy_(rows, non_blocking=True)
+
+        return bring_back if back else None
+
+    def shares_what_is_written(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Whether a written tensor shares memory with another argument, as buffers don't."""
+        return not all(
+            torch_compat.memory_apart(tensors[n], *tensors[:n], *tensors[n + 1 :])
+            for n in self._written
+        )
 
     def let_write(self) -> None:
         """Somebody else may write to the buffers from now on: pad in every step."""
