@@ -97,17 +97,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(autouse=True)
-def collector_of_what_tests_make() -> None:
-    """Let the collector look at what a test makes, not at torch and all before it: that takes a second each time."""
+def as_if_nothing_ran_before() -> None:
+    """The same tensors for each test; and the collector looks at what it makes, not at torch and all before it."""
+    torch.manual_seed(0)
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)
-
-
-@pytest.fixture(autouse=True)
-def own_random_numbers() -> None:
-    """The same tensors for a test whatever ran before it."""
-    torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)

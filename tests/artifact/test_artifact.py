@@ -495,33 +495,27 @@ def test_another_operator_is_refused(artifact: Path, monkeypatch: pytest.MonkeyP
 
 def python_state(number: int, tmp_path: Path) -> str:
     """Save a random model, change another one of the same text, and load: equal to eager, or refused."""
-    case, path, x = make_case(number), tmp_path / f"{number}", torch.randn(5, 4)
-    file = tmp_path / f"{number}.py"
+    case, path, file = make_case(number), tmp_path / f"{number}", tmp_path / f"{number}.py"
     file.write_text(case.source)
-    run = Run(case, number, str(file))
-    try:
-        try:
-            run.call(run.model, x)
-        except Exception:  # noqa: BLE001
+    with Run(case, number, str(file)) as run:
+        if run.result(run.model) is None:
             return "not a model"
         try:
             args = dict(run.space["args"])
             piecework.compile(run.model, (torch.randn(3, 4),), args, config=EAGER).save(path)
         except PieceworkError:
             return "refused"
-        for count in range(len(case.steps) + 1):
-            run = Run(case, number, str(file))
+    for count in range(len(case.steps) + 1):
+        with Run(case, number, str(file)) as run:
             for statement in case.steps[:count]:
                 run.change(statement)
             try:
-                ours = run.call(piecework.load(path, run.model), x)
+                ours = run.call(piecework.load(path, run.model), run.x)
             except PieceworkError:
                 continue
-            same = alike(ours, run.call(run.model, x))
+            same = alike(ours, run.call(run.model, run.x))
             assert same or stock_is_stale(case, number, count), f"{case}\n{count}"
-        return "served"
-    finally:
-        run.close()
+    return "served"
 
 
 @pytest.mark.sample(2)

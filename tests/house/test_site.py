@@ -8,10 +8,10 @@ import io
 import re
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from snippets import Snippet, snippets
 
 import piecework
 from piecework.runtime.compilers import CompilerInterface, EagerAdaptor, make_compiler
@@ -21,6 +21,34 @@ from piecework.runtime.splitting_op import registry
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
+FENCE = re.compile(
+    r"^```(\w*)[ \t]*(?:title=\"([^\"]*)\")?[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL
+)
+
+
+@dataclass(frozen=True)
+class Snippet:
+    """A fenced block of Python: its page and line, its title ("" without one), its text, and the text titled ``prints`` behind it, if any."""
+
+    page: str
+    line: int
+    title: str
+    text: str
+    prints: str | None
+
+
+def snippets(page: Path) -> tuple[Snippet, ...]:
+    text = page.read_text("utf-8")
+    blocks = list(FENCE.finditer(text))
+    found = []
+    for block, after in zip(blocks, [*blocks[1:], None], strict=False):
+        if block[1] in ("python", "py"):
+            shown = after[3] if after is not None and after[2] == "prints" else None
+            line = text.count("\n", 0, block.start()) + 1
+            found.append(Snippet(page.name, line, block[2] or "", block[3], shown))
+    return tuple(found)
+
+
 PAGES = [page for page in (ROOT / "README.md", *sorted(DOCS.glob("*.md"))) if snippets(page)]
 
 # What doesn't run, by page and title, and why.
@@ -55,7 +83,7 @@ def forgotten() -> Iterator[None]:
         if "snippet" in getattr(code, "co_filename", ""):
             registry._ops.pop(name)._library._destroy()
     for name, module in list(sys.modules.items()):
-        if "snippet" in str(getattr(module, "__file__", None)) and name != "snippets":
+        if "snippet" in str(getattr(module, "__file__", None)):
             del sys.modules[name]
 
 

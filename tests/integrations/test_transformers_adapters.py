@@ -11,7 +11,7 @@ import torch
 from models import EAGER
 from small_llms import build, generated
 
-from piecework.errors import BindError, InputError, UsageError
+from piecework.errors import BindError, InputError
 from piecework.integrations.transformers import sleep, stitch, stitched_module, unstitch, wake_up
 from piecework.runtime.config.compilation import CompilationConfig
 from piecework.runtime.counters import counters
@@ -177,7 +177,3 @@ def test_nights_of_sleep(nights: int) -> None:
         assert replays(model) == 7
     sleep(model)
     assert torch.equal(generated(model, 2), expected)
-    unstitch(model)
-    for each in (sleep, wake_up):
-        with pytest.raises(UsageError, match="not stitched"):
-            each(model)

@@ -8,7 +8,7 @@ import logging
 import pytest
 import torch
 from models import EAGER
-from small_llms import build, generated, prompts
+from small_llms import build, generated
 
 from piecework.errors import BindError, ConfigError, StaticGraphError
 from piecework.integrations.transformers import stitch, stitched_module, unstitch
@@ -100,47 +100,3 @@ def test_generate_does_not_compile_a_stitched_model_again(cache: str | None) -> 
     unstitch(model)
     generated(model, 2, cache_implementation="static", compile_config=how)
     assert torch._dynamo.utils.counters["stats"]["calls_captured"] > seen  # its own again
-
-
-def test_continuous_batching_from_graphs() -> None:
-    """Arrivals while others run, one of them cancelled, of mixed lengths; served from graphs as far as they go."""
-    eager = build()
-    model = stitch(copy.deepcopy(eager), config=EAGER, capture=[1, 2, 4, 8])
-    how = transformers.GenerationConfig(max_new_tokens=6, do_sample=False, pad_token_id=0)
-    pages = transformers.ContinuousBatchingConfig(
-        page_size=8, num_blocks=32, max_batch_tokens=32, max_requests_per_batch=4
-    )
-    asked = [prompts(1, length)[0].tolist() for length in (5, 9, 3, 7, 4)]
-
-    def answers(each: torch.nn.Module) -> dict[str, list[int]]:
-        done: dict[str, list[int]] = {}
-        manager = each.init_continuous_batching(
-            generation_config=how, continuous_batching_config=pages
-        )
-
-        def wait_for(count: int) -> None:
-            while len(done.keys() - {"cancelled"}) < count:
-                result = manager.get_result(timeout=30)
-                if result is not None and result.is_finished():
-                    done[result.request_id] = result.generated_tokens
-
-        manager.start()
-        try:
-            for number, ids in enumerate(asked[:3]):
-                manager.add_request(ids, request_id=f"r{number}")
-            manager.add_request(asked[0], request_id="cancelled", max_new_tokens=40)
-            wait_for(2)
-            manager.cancel_request("cancelled")
-            for number, ids in enumerate(asked[3:], start=3):
-                manager.add_request(ids, request_id=f"r{number}")
-            wait_for(5)
-        finally:
-            manager.stop(block=True)
-        return done
-
-    ours = answers(model)
-    for number, ids in enumerate(asked):
-        row = torch.tensor([ids])
-        alone = eager.generate(row, attention_mask=torch.ones_like(row), generation_config=how)
-        assert ours[f"r{number}"] == alone[0, row.shape[1] :].tolist(), number
-    assert sum(row.calls for row in stitched_module(model).call_report() if row.graph) > 0

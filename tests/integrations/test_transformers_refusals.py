@@ -11,7 +11,14 @@ from small_llms import Around, build
 from torch import nn
 
 from piecework.errors import CaptureError, UsageError
-from piecework.integrations.transformers import stitch, stitched_module, unstitch
+from piecework.integrations.transformers import (
+    how_served,
+    sleep,
+    stitch,
+    stitched_module,
+    unstitch,
+    wake_up,
+)
 
 transformers = pytest.importorskip("transformers")
 
@@ -124,6 +131,7 @@ def test_stitching_twice_and_unknown_entries() -> None:
     with pytest.raises(UsageError, match="no entry"):
         stitched_module(model, "pixel_values")
     unstitch(model)
-    with pytest.raises(UsageError, match="not stitched"):
-        stitched_module(model)
+    for ask in (stitched_module, how_served, sleep, wake_up, unstitch):
+        with pytest.raises(UsageError, match="not stitched"):
+            ask(model)
     stitch(model, config=EAGER)

@@ -16,7 +16,7 @@ from small_llms import GEMMA, GENERATIONS, Pair
 from small_llms import build as built
 
 from piecework.errors import InputError, PieceworkError, UsageError
-from piecework.integrations.transformers import stitch, stitched_module, unstitch
+from piecework.integrations.transformers import how_served, stitch, stitched_module, unstitch
 from piecework.integrations.transformers.request.state import (
     STATE_KEY,
     dry_request,
@@ -81,12 +81,9 @@ def test_mask_forms(pair: Pair) -> None:
     later = torch.ones(9, 9, dtype=torch.bool).tril()
     four = later.expand(2, 1, 9, 9)
     additive = torch.zeros(2, 1, 9, 9).masked_fill(~later, torch.finfo(torch.float32).min)
-    pair.call(IDS, attention_mask=MASK)
-    pair.call(IDS, attention_mask=MASK.bool())
-    pair.call(IDS, attention_mask=four)
-    pair.call(IDS, attention_mask=additive)
     by_type = {"full_attention": four, "sliding_attention": additive}
-    pair.call(IDS, attention_mask=by_type)
+    for mask in (MASK, MASK.bool(), four, additive, by_type):
+        pair.call(IDS, attention_mask=mask)
 
 
 def test_given_positions_and_packed_sequences(pair: Pair) -> None:
@@ -166,23 +163,19 @@ def test_rotary_frequencies_that_change_with_the_length(rope_type: str) -> None:
     pair.generate(IDS[:, :5], max_new_tokens=12)
 
 
-def test_unstitch_restores_the_model() -> None:
-    model = build("llama")
-    before = {id(module): dict(module.__dict__) for module in model.modules()}
-    config = copy.deepcopy(model.config)
-    ids = torch.randint(1, 97, (2, 5), generator=torch.Generator().manual_seed(6))
+@pytest.mark.parametrize(("family", "way"), [("llama", "flat"), ("bloom", "whole")])
+def test_unstitch_restores_the_model(family: str, way: str) -> None:
+    model = build(family)
+    attributes = {id(module): set(module.__dict__) for module in model.modules()}
+    config, implementation = copy.deepcopy(model.config), model.config._attn_implementation
     with torch.no_grad():
-        expected = model(ids).logits
-    stitch(model, config=EAGER)
+        expected = model(IDS).logits
+    assert how_served(stitch(model, config=EAGER)).way == way
     assert unstitch(model) is model
-    assert {id(m): set(m.__dict__) for m in model.modules()} == {
-        key: set(attributes) for key, attributes in before.items()
-    }
-    assert model.config == config
-    assert model.config._attn_implementation == "sdpa"
-    with torch.no_grad():
-        assert torch.equal(model(ids).logits, expected)
-    assert model(ids).logits.requires_grad
+    assert {id(module): set(module.__dict__) for module in model.modules()} == attributes
+    assert (model.config, model.config._attn_implementation) == (config, implementation)
+    logits = model(IDS).logits
+    assert torch.equal(logits, expected) and logits.requires_grad
 
 
 @pytest.mark.parametrize(
@@ -265,34 +258,33 @@ def test_saving_and_copying(pair: Pair, tmp_path: Path) -> None:
 def test_torch_s_switches_run_the_decoder_as_it_is():
     """Off, nothing is compiled; on again, it is; ``force_eager`` later runs the model's own forward, in the middle of a request too."""
     eager = build()
-    ids = torch.randint(1, 97, (2, 9), generator=torch.Generator().manual_seed(5))
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         model = stitch(copy.deepcopy(eager), config=EAGER)
         before = counters.num_graphs_seen
-        assert torch.equal(model(ids).logits, eager(ids).logits)
+        assert torch.equal(model(IDS).logits, eager(IDS).logits)
         with pytest.raises(PieceworkError, match="force_eager"):
             _ = stitched_module(model).source
     assert counters.num_graphs_seen == before
-    expected = eager.generate(ids, max_new_tokens=8, do_sample=False)
+    expected = eager.generate(IDS, max_new_tokens=8, do_sample=False)
     with torch.no_grad():
-        out = model(ids)
+        out = model(IDS)
         assert stitched_module(model).source.code
         with torch.compiler.set_stance("force_eager"):
-            grown = model(ids[:, :1], past_key_values=out.past_key_values)
+            grown = model(IDS[:, :1], past_key_values=out.past_key_values)
             with torch.enable_grad():
-                assert model(ids).logits.requires_grad  # as the model's own forward gives them
-        again = model(ids[:, :1], past_key_values=grown.past_key_values)
-        full = eager(torch.cat([ids, ids[:, :1], ids[:, :1]], dim=1))
+                assert model(IDS).logits.requires_grad  # as the model's own forward gives them
+        again = model(IDS[:, :1], past_key_values=grown.past_key_values)
+        full = eager(torch.cat([IDS, IDS[:, :1], IDS[:, :1]], dim=1))
         torch.testing.assert_close(again.logits[:, -1], full.logits[:, -1], rtol=1e-4, atol=1e-4)
-    assert torch.equal(model.generate(ids, max_new_tokens=8, do_sample=False), expected)
+    assert torch.equal(model.generate(IDS, max_new_tokens=8, do_sample=False), expected)
     with torch.no_grad(), torch.compiler.set_stance("eager_on_recompile"):
         # The stitched forward refuses another weight; the flattened one runs as it is.
         for each in (model, eager):
             each.model.norm.weight = torch.nn.Parameter(torch.full((32,), 0.5))
-        torch.testing.assert_close(model(ids).logits, eager(ids).logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(model(IDS).logits, eager(IDS).logits, rtol=1e-4, atol=1e-4)
     with torch.no_grad(), torch._dynamo.config.patch(disable=True):
-        embeds = model.get_input_embeddings()(ids)  # an entry that is not compiled yet
-        torch.testing.assert_close(model(inputs_embeds=embeds).logits, eager(ids).logits)
+        embeds = model.get_input_embeddings()(IDS)  # an entry that is not compiled yet
+        torch.testing.assert_close(model(inputs_embeds=embeds).logits, eager(IDS).logits)
 
 
 def test_what_an_engine_says_of_the_batch_reaches_the_dispatcher() -> None:

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import python
 from small_llms import build
 from typer.testing import CliRunner, Result
 
@@ -61,9 +62,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.save_pretrained(place)
     made = place.with_name(COMPILED)
     # In a process of its own: what other tests leave in this one is in an artifact's key.
-    command = [sys.executable, "-m", "piecework", "compile", str(place), "-o", str(made)]
-    done = subprocess.run([*command, "--backend", "eager"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    python("-m", "piecework", "compile", place, "-o", made, "--backend", "eager")
     shutil.copytree(made, place.with_name(HERE))
     loaded(place)  # before a model serves: transformers changes classes while it loads another
     return place
@@ -188,10 +187,14 @@ def test_answers_are_those_of_the_eager_model(running: Running, folder: Path) ->
 
 
 def test_two_at_once(running: Running, folder: Path) -> None:
-    asked = [(f"w{n} w{2 * n} w4", 20 + n, n % 2 == 0) for n in range(1, 5)]
+    """Of several lengths, and one that is given up in the middle."""
+    asked = [("w4 " + f"w{n} " * (2 * n), 20 + n, n % 2 == 0) for n in range(1, 5)]
     with ThreadPoolExecutor(2) as pool:
-        ours = list(pool.map(lambda a: complete(running, a[0], a[1], stream=a[2]), asked))
-    assert ours == [expected(folder, prompt, count) for prompt, count, _ in asked]
+        ours = pool.map(lambda a: complete(running, a[0], a[1], stream=a[2]), asked)
+        how = {"model": NAME, "prompt": PROMPT, "max_tokens": 90, "stream": True}
+        with running.client().completions.create(**how) as given_up:
+            next(iter(given_up))
+        assert [*ours] == [expected(folder, prompt, count) for prompt, count, _ in asked]
 
 
 def test_a_wrong_name_is_refused(running: Running, folder: Path) -> None:

@@ -34,6 +34,7 @@ transformers = pytest.importorskip("transformers")
 
 IDS = torch.randint(1, 97, (4, 6), generator=torch.Generator().manual_seed(5))
 LENGTH = 32
+GREEDY = {"max_new_tokens": 7, "do_sample": False, "cache_implementation": "static"}
 Models = tuple[torch.nn.Module, torch.nn.Module]
 
 
@@ -95,10 +96,9 @@ class Request:
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt_neox", "deepseek_v3", "mixtral"])
 def test_generate_from_full_graphs(family: str) -> None:
     eager, ours = both(family, **(DEEPSEEK if family == "deepseek_v3" else {}))
-    how = {"max_new_tokens": 7, "do_sample": False, "cache_implementation": "static"}
     for batch in (1, 3, 2, 4):  # three is padded to four
-        expected = eager.generate(IDS[:batch], **how)
-        assert torch.equal(ours.generate(IDS[:batch], **how), expected)
+        expected = eager.generate(IDS[:batch], **GREEDY)
+        assert torch.equal(ours.generate(IDS[:batch], **GREEDY), expected)
     assert full_steps(ours) == 4 * 6
     assert not how_served(ours).outside
 
@@ -106,15 +106,14 @@ def test_generate_from_full_graphs(family: str) -> None:
 def test_left_padding_and_masks_of_the_callers(models: Models) -> None:
     padded = torch.ones(3, 6, dtype=torch.long)
     padded[0, :4] = padded[2, :1] = 0
-    how = {"max_new_tokens": 6, "do_sample": False, "cache_implementation": "static"}
-    expected, got = (m.generate(IDS[:3], attention_mask=padded, **how) for m in models)
+    expected, got = (m.generate(IDS[:3], attention_mask=padded, **GREEDY) for m in models)
     assert torch.equal(got, expected)
     request = Request(models)
     mask = torch.zeros(3, 1, 1, 24)
     mask[:, :, :, 7:] = -torch.inf
     mask[1, :, :, 2] = -torch.inf
     request.steps(1, attention_mask=mask)
-    assert full_steps(models[1]) == 5 + 1
+    assert full_steps(models[1]) == 6 + 1
 
 
 def test_one_cache_at_a_time_is_in_the_graphs(models: Models) -> None:
@@ -134,12 +133,11 @@ def test_one_cache_at_a_time_is_in_the_graphs(models: Models) -> None:
 
 def test_threads_take_turns_in_the_graphs(models: Models) -> None:
     """One of them is in the graphs' memory, the other beside it; who is first is not said."""
-    how = {"max_new_tokens": 7, "do_sample": False, "cache_implementation": "static"}
     prompts = [IDS[first : first + 1 + first % 3] for first in (0, 1, 2, 0, 1, 2)]
     with ThreadPoolExecutor(2) as pool:
-        got = list(pool.map(lambda ids: models[1].generate(ids, **how), prompts))
+        got = list(pool.map(lambda ids: models[1].generate(ids, **GREEDY), prompts))
     for ids, tokens in zip(prompts, got, strict=True):
-        assert torch.equal(tokens, models[0].generate(ids, **how))
+        assert torch.equal(tokens, models[0].generate(ids, **GREEDY))
     assert full_steps(models[1]) >= 6
 
 
@@ -294,11 +292,12 @@ def test_only_decode_steps_are_captured_in_decode_only() -> None:
     ours = stitch(copy.deepcopy(eager), config=config, **how)
     modes = {(row.mode.name, row.first, row.last) for row in stitched_module(ours).coverage(8)}
     assert modes == {("FULL", 1, 1), ("FULL", 2, 2), ("NONE", 1, 8)}
-    how = {"max_new_tokens": 4, "do_sample": False, "cache_implementation": "static"}
     for batch in (2, 4):
-        assert torch.equal(ours.generate(IDS[:batch], **how), eager.generate(IDS[:batch], **how))
-    assert full_steps(ours) == 3
-    assert how_served(ours).outside == {"4 sequences, and graphs for at most 2": 3}
+        assert torch.equal(
+            ours.generate(IDS[:batch], **GREEDY), eager.generate(IDS[:batch], **GREEDY)
+        )
+    assert full_steps(ours) == 6
+    assert how_served(ours).outside == {"4 sequences, and graphs for at most 2": 6}
 
 
 @pytest.mark.parametrize(

@@ -36,35 +36,33 @@ def never() -> torch.Tensor:
     raise AssertionError("it was made by transformers")
 
 
-def said_of(tokens: int, form: str) -> torch.Tensor | None:
-    """What a caller may say of so many tokens."""
-    if form == "nothing":
-        return None
+def padded(tokens: int) -> torch.Tensor:
     mask = torch.ones(BATCH, tokens, dtype=torch.long)
-    if form == "left padding":
-        mask[0, : tokens - 1] = mask[1, :1] = 0
-    elif form == "holes":
-        mask = torch.randint(0, 2, (BATCH, tokens), generator=torch.Generator().manual_seed(tokens))
-    elif form == "floats":
-        mask = mask.float() * 0.5
-    elif form == "one sequence hidden":
-        mask[2] = 0
+    mask[0, : tokens - 1] = mask[1, :1] = 0
     return mask
 
 
-FORMS = ("nothing", "ones", "left padding", "holes", "floats", "one sequence hidden")
+# What a caller may say of so many tokens.
+FORMS = {
+    "nothing": lambda tokens: None,
+    "ones": lambda tokens: torch.ones(BATCH, tokens, dtype=torch.long),
+    "left padding": padded,
+    "holes": lambda tokens: torch.arange(BATCH * tokens).view(BATCH, tokens) % 3 % 2,
+    "floats": lambda tokens: torch.full((BATCH, tokens), 0.5),
+    "one sequence hidden": lambda tokens: torch.tensor([[1], [1], [0]]).repeat(1, tokens),
+}
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_as_transformers_makes_them(form: str) -> None:
     masks = StaticMasks()
     first = cache_of(7, 2)
-    asked = said_of(3, form)
+    asked = FORMS[form](3)
     masks.mask(first, asked, BATCH, "kind", lambda: own_mask(first, asked))
     for length, past in itertools.product((5, 9, 12), (1, 3, 4)):
         cache = cache_of(length, past)
         for told in {1, past, past + 1, min(past + 3, length)}:  # too short and longer ones too
-            asked = said_of(told, form)
+            asked = FORMS[form](told)
             got = masks.mask(cache, asked, BATCH, "kind", never)
             assert torch.equal(got, own_mask(cache, asked)), (length, past, told)
 

@@ -13,7 +13,7 @@ from torch import nn
 from piecework.bench.lists.generation import Family, causal_lms, encoder_decoders, try_family
 from piecework.bench.lists.trial import Options
 from piecework.errors import ConfigError, InputError, StaticGraphError, UsageError
-from piecework.integrations.transformers import how_served, stitch, stitched_module, unstitch
+from piecework.integrations.transformers import how_served, stitch, stitched_module
 from piecework.runtime.counters import counters
 
 transformers = pytest.importorskip("transformers")
@@ -217,18 +217,11 @@ def test_no_static_graphs_and_no_such_way(pair: Pair) -> None:
         stitch(model, way="round")  # type: ignore[arg-type]
 
 
-def test_unstitching() -> None:
-    model = build("bloom")
-    before = {id(module): set(module.__dict__) for module in model.modules()}
-    stitch(model, config=EAGER)
-    assert "BloomModel" in stitched_module(model).source.code
-    assert stitched_module(model, "decode").source.code != stitched_module(model).source.code
+def test_entries(pair: Pair) -> None:
+    prompts, steps = (stitched_module(pair.stitched, each) for each in ("input_ids", "decode"))
+    assert "BloomModel" in prompts.source.code != steps.source.code
     with pytest.raises(UsageError, match="no entry"):
-        stitched_module(model, "inputs_embeds")
-    unstitch(model)
-    assert {id(module): set(module.__dict__) for module in model.modules()} == before
-    with pytest.raises(UsageError, match="not stitched"):
-        how_served(model)
+        stitched_module(pair.stitched, "pixel_values")
 
 
 def test_weights(pair: Pair) -> None:

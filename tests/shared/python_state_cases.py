@@ -373,7 +373,7 @@ def model_source(top: list[str], init: list[str], signature: list[str], forward:
 
 
 class Run:
-    """One case: the model, the stitched model, and the arguments of the next call."""
+    """One case while it runs: its model, and the arguments of the next call."""
 
     def __init__(self, case: Case, number: int, file: str | None = None) -> None:
         self.module = types.ModuleType(f"python_state_case_{number}")
@@ -388,13 +388,23 @@ class Run:
         self.space["args"] = {k: eval(v, self.space) for k, v in case.arguments.items()}
         self.x = torch.randn(5, 4)
 
-    def close(self) -> None:
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         sys.modules.pop(self.module.__name__, None)
         torch.set_default_dtype(torch.float32)
 
     def call(self, model: Callable[..., Any], x: torch.Tensor) -> Any:
         with torch.no_grad():
             return model(x, **self.space["args"])
+
+    def result(self, model: Callable[..., Any]) -> Any:
+        """What ``model`` gives, or None where it raises."""
+        try:
+            return self.call(model, self.x)
+        except Exception:  # noqa: BLE001
+            return None
 
     def change(self, statement: str) -> bool:
         """Run a statement; False if it can't be done to what the case holds."""
@@ -407,31 +417,22 @@ class Run:
 
 def stock_is_stale(case: Case, number: int, count: int) -> bool:
     """Whether stock ``torch.compile`` gives another result than eager after so many steps, too."""
-    run = Run(case, number)
-    try:
+    with Run(case, number) as run:
         torch.compiler.reset()
         stock = torch.compile(run.model, backend="eager", dynamic=True)
         run.call(stock, torch.randn(3, 4))
-        for statement in case.steps[:count]:
-            if run.change(statement):
-                for _ in range(2):
-                    state = torch.random.get_rng_state()
-                    try:
-                        actual = run.call(stock, run.x)
-                    except Exception:  # noqa: BLE001
-                        actual = None
-                    torch.random.set_rng_state(state)
-                    try:
-                        expected = run.call(run.model, run.x)
-                    except Exception:  # noqa: BLE001
-                        if actual is not None:
-                            return True
-                        continue
-                    if actual is None or not alike(actual, expected):
-                        return True
-        return False
-    finally:
-        run.close()
+        for _ in filter(run.change, case.steps[:count]):
+            for _ in range(2):
+                state = torch.random.get_rng_state()
+                actual = run.result(stock)
+                torch.random.set_rng_state(state)
+                expected = run.result(run.model)
+                raises = [each is None for each in (actual, expected)]
+                if any(raises) and not all(raises):
+                    return True
+                if not any(raises) and not alike(actual, expected):
+                    return True
+    return False
 
 
 def alike(actual: torch.Tensor, expected: torch.Tensor) -> bool:

@@ -36,8 +36,10 @@ class Engine:
     def __init__(self, checkpoint: str, folder: Path) -> None:
         self.checkpoint, self.folder, self.count = checkpoint, folder, 0
 
-    def __call__(self, **what: Any) -> dict[str, Any]:
-        return self.start(**what)()
+    def __call__(self, *, fails: bool = False, **what: Any) -> dict[str, Any]:
+        found = self.start(**what)()
+        assert (found["exit"] != 0) is fails, found["log"][-5000:]
+        return found
 
     def start(self, *, cache: Path, environ: dict[str, str] | None = None, **what: Any) -> Finish:
         """Begin; what is returned waits for the end."""
@@ -86,6 +88,4 @@ def engine(checkpoint: str, tmp_path_factory: pytest.TempPathFactory) -> Engine:
 @pytest.fixture(scope="session")
 def eager(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the engine generates uncompiled."""
-    found = engine(cache=tmp_path_factory.mktemp("eager"), compilation_config={"mode": 0})
-    assert found["exit"] == 0, found["log"]
-    return found
+    return engine(cache=tmp_path_factory.mktemp("eager"), compilation_config={"mode": 0})

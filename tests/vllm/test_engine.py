@@ -39,12 +39,10 @@ def cold(engine: Any, cache: Path) -> dict[str, Any]:
 def test_cold(cold, eager):
     same(cold, eager)
     assert cold["backend"] == "piecework" and cold["custom_ops"] == ["none"]
-    counters = cold["counters"]
-    assert counters["num_graphs_seen"] == 1
-    assert counters["num_piecewise_graphs_seen"] == 9
-    assert counters["num_piecewise_capturable_graphs_seen"] == 5
-    assert counters["num_inductor_compiles"] == 3  # the first, the middle ones, the last
-    assert counters["num_aot_artifacts_saved"] == 1
+    expected = {"num_graphs_seen": 1, "num_aot_artifacts_saved": 1}
+    expected |= {"num_piecewise_graphs_seen": 9, "num_piecewise_capturable_graphs_seen": 5}
+    expected |= {"num_inductor_compiles": 3}  # the first, the middle ones, the last
+    assert expected.items() <= cold["counters"].items()
 
 
 def test_warm_without_a_trace_or_a_compile(cold, engine, cache, eager):
@@ -90,7 +88,6 @@ def test_static_graphs_of_the_engines_own_wrapper(engine, tmp_path, eager):
     config = {**OURS, "cudagraph_mode": "PIECEWISE", "cudagraph_capture_sizes": sizes}
     prompts = [[1], [16], [200], [1, 3, 16, 40, 90, 120, 2, 7], [2], [5, 5], [30], [32]]
     found = engine(cache=tmp_path, graphs=True, compilation_config=config, prompts=prompts)
-    assert found["exit"] == 0, found["log"][-5000:]
     for name, tokens in eager["tokens"].items():
         assert found["tokens"][name] == tokens
     graphs = found["graphs"]
@@ -121,7 +118,6 @@ def test_an_embedding_model(engine, embedder, tmp_path):
     what = {"model": embedder, "embeds": True, "cache": tmp_path}
     eager = engine(**what, compilation_config={"mode": 0})
     found = engine(**what, compilation_config=OURS)
-    assert found["exit"] == eager["exit"] == 0, found["log"][-5000:]
     for ours, theirs in zip(found["embeddings"], eager["embeddings"], strict=True):
         assert ours == pytest.approx(theirs, abs=1e-5)
     assert found["counters"]["num_piecewise_capturable_graphs_seen"] == 5
@@ -140,7 +136,6 @@ def test_options_and_dumps(engine, tmp_path, eager):
 def test_eager_is_left_alone(engine, tmp_path, eager):
     options = {"enforce_eager": True}
     found = engine(cache=tmp_path, compilation_config=OURS, engine=options, prompts=[[16]])
-    assert found["exit"] == 0, found["log"][-3000:]
     assert found["tokens"]["16"] == eager["tokens"]["16"]
     assert "num_graphs_seen" not in found["counters"]
 
@@ -163,7 +158,6 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_tensor_parallel(engine, ranks, eager):
     """Two ranks, in processes of the engine's: what is equal is compiled by one of them, and kept for the next start."""
     found = engine(cache=ranks, ranks=True, **TWO)
-    assert found["exit"] == 0, found["log"][-5000:]
     assert found["tokens"] == eager["tokens"]
     counters = Counter()
     for rank in found["ranks"]:
@@ -177,7 +171,7 @@ def test_tensor_parallel(engine, ranks, eager):
 
 def test_tensor_parallel_warm(engine, ranks, eager):
     warm = engine(cache=ranks, ranks=True, **TWO)
-    assert warm["tokens"] == eager["tokens"], warm["log"][-5000:]
+    assert warm["tokens"] == eager["tokens"]
     for rank in warm["ranks"]:
         assert rank["counters"] == {"num_models_seen": 1, "num_aot_artifacts_loaded": 1}
 
@@ -189,14 +183,14 @@ def test_data_parallel(engine, ranks, eager):
     kept = {**TWO, "environ": {**APART, "VLLM_CPU_OMP_THREADS_BIND": "nobind"}, "engine": options}
     found = engine(cache=ranks, replicas=True, prompts=lengths, **kept)
     name = ",".join(map(str, lengths))
-    assert found.get("tokens", found["log"][-5000:]) == {name: eager["tokens"][name]}
+    assert found["tokens"] == {name: eager["tokens"][name]}
     names = {path.parent.name for path in ranks.rglob("rank_0_[01]/model")}
     assert names == {"rank_0_0", "rank_0_1"}
 
 
 def test_ranks_that_would_do_something_else_do_not_start(engine, tmp_path):
-    found = engine(cache=tmp_path, **{**TWO, "environ": {**APART, "RANKS_DIFFER": "1"}})
-    assert found["exit"] != 0
+    different = {**TWO, "environ": {**APART, "RANKS_DIFFER": "1"}}
+    found = engine(cache=tmp_path, fails=True, **different)
     assert "would do something else than rank" in found["log"]
 
 

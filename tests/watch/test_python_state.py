@@ -19,11 +19,8 @@ SERVED = "served"
 def outcomes(number: int) -> list[str]:
     """What became of each call of a case; raises AssertionError for a silent difference."""
     case = make_case(number)
-    run = Run(case, number)
-    try:
-        try:
-            run.call(run.model, run.x)
-        except Exception:  # noqa: BLE001
+    with Run(case, number) as run:
+        if run.result(run.model) is None:
             return ["not a model"]
         try:
             stitched = piecework.compile(
@@ -43,8 +40,6 @@ def outcomes(number: int) -> list[str]:
                         raise
                     return [*found, "stale as stock is"]
         return found
-    finally:
-        run.close()
 
 
 def compared(run: Run, stitched, case: Case, number: int, where: str) -> str:
