@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import EllipsisType, NoneType
-from typing import assert_never
+from typing import Any, assert_never
 
 import torch
 
@@ -31,8 +31,8 @@ class Check:
     text: str  # the condition
     # the flattened argument that it is about; None for several, or a container
     leaf: int | None = None
-    name: str = ""  # what the text calls what is looked at
     label: str = ""  # what errors call it
+    read: str = ""  # the text of what is compared; "" where the condition alone says it
     expected: object = None  # what the trace had there
     dim: int | None = None  # the dimension, for a size or a stride
 
@@ -87,25 +87,27 @@ class EntryTable:
         self._sized = {symbol.name for symbol in plan.symbols}
         self._labels: dict[int, str] = {}
         self._tensors: list[int] = []
-        self._about: _About = (None, "", "")
+        self._about: _About = (None, "")
         self._checks: list[Check] = []  # of the step that is being made
         # What is compared in the end, over symbols that are all known then.
         self._late: list[tuple[_About, str, str, entry.Size | float, int | None]] = []
         self._same: list[Require] = []
         for parameter, name in zip(plan.parameters, self.parameters, strict=True):
             self._node(parameter.node, name)
-        self._about = (None, "", "")
         for symbol in plan.symbols:
             if symbol.name in self.symbols and (symbol.low, symbol.high) != (None, None):
-                text = range_text(self.symbols[symbol.name], symbol.low, symbol.high)
-                self._check("range", text, symbol)
+                name = self.symbols[symbol.name]
+                text = range_text(name, symbol.low, symbol.high)
+                label, (leaf, dim) = self.origin[symbol.name]
+                self._about = (leaf, label)
+                self._check("range", text, name, text, dim)
         self._require("sizes that the trace allows")
         for about, kind, read, size, dim in self._late:
             self._about = about
             self._compare(kind, read, size, dim)
-        self._about = (None, "", "")
+        self._about = (None, "")
         for text in plan.guards:
-            self._check("relation", self._relation(text), text)
+            self._check("relation", self._relation(text), "", text)
         self._require("relations that the trace relied on")
         self.steps += self._same
         self._apart()
@@ -113,11 +115,13 @@ class EntryTable:
             self._check("traced", f"arguments_as_traced({', '.join(self.parameters)})")
             self._require("what else the trace read of the arguments")
 
-    def label(self, leaf: int) -> str:
-        return self._labels[leaf]
+    def _check(self, kind: str, text: str, read: str = "", *expected: Any) -> None:
+        """``expected``: what the trace had there, and in which dimension."""
+        self._checks.append(Check(kind, text, *self._about, read, *expected))
 
-    def _check(self, kind: str, text: str, expected: object = None, dim: int | None = None) -> None:
-        self._checks.append(Check(kind, text, *self._about, expected, dim))
+    def _is(self, kind: str, read: str, expected: object, text: str) -> None:
+        """``read`` gives the very object ``expected``, which is called ``text``."""
+        self._check(kind, f"{read} is {text}", read, expected)
 
     def _require(self, about: str) -> None:
         if self._checks:
@@ -136,17 +140,19 @@ class EntryTable:
             case entry.Leaf():
                 self._leaf(node, place)
             case entry.Items(kind, label, keys, children):
-                self._about = (None, place, label)
+                self._about = (None, label)
                 inside = [f"{value(key)} in {place}" for key in keys if kind is dict]
-                self._check("kind", f"type({place}) is {kind.__name__}", kind)
-                self._check("keys", " and ".join([f"len({place}) == {len(keys)}", *inside]), keys)
+                self._is("type", f"type({place})", kind, kind.__name__)
+                found = f"tuple({place if kind is dict else f'range(len({place}))'})"
+                text = " and ".join([f"len({place}) == {len(keys)}", *inside])
+                self._check("keys", text, found, keys)
                 self._require(f"{label}: a {kind.__name__} of {len(keys)}")
                 for key, child in zip(keys, children, strict=True):
                     self._node(child, f"{place}[{value(key)}]")
             case entry.Tree(label, structure, children):
                 leaves, spec = self.names.claim("leaves"), self.names.claim("structure")
                 self.steps.append(Bind(f"{leaves}, {spec} = flatten({place})"))
-                self._about = (None, place, label)
+                self._about = (None, label)
                 self._check("structure", f"{spec} == {value(structure, 'expected_structure')}")
                 self._require(f"{label}: of the traced structure")
                 for number, child in enumerate(children):
@@ -160,27 +166,28 @@ class EntryTable:
             name = self._unpack(label)
             self.steps.append(Bind(f"{name} = {place}", index))
         self.leaves[index], self._labels[index] = name, label
-        self._about = (index, name, label)
+        self._about = (index, label)
         match leaf.assumption:
             case entry.TensorInput():
                 self._tensor(index, name, label, leaf.assumption)
             case entry.UnusedTensor(dtype, device, rank):
                 self._tensors.append(index)
-                plain = f"type({name}) is torch.Tensor or type({name}) is torch.nn.Parameter"
-                self._check("class", plain)
+                kind = f"type({name})"
+                plain = f"{kind} is torch.Tensor or {kind} is torch.nn.Parameter"
+                self._check("class", plain, kind, torch.Tensor)
                 self._memory(name, dtype, device, rank)
                 self._require(f"{label}: not read by the model")
             case entry.SameObject(other, first):
-                self._check("same", f"{name} is {self.leaves[other]}", first)
+                self._check("same", f"{name} is {self.leaves[other]}")
                 self._same.append(
                     Require(f"{label}: the same tensor as {first}", (self._checks.pop(),))
                 )
             case entry.IntegerInput(symbol):
-                self._check("int", f"type({name}) is int")
+                self._is("type", f"type({name})", int, "int")
                 self._require(f"{label}: an integer")
                 self._take("integer", symbol, name)
             case entry.FixedValue(value):
-                self._check("value", self._is_value(name, value, label), value)
+                self._check("value", self._is_value(name, value, label), name, value)
                 self._require(f"{label}: fixed by the trace")
             case entry.WatchedObject():
                 pass
@@ -202,7 +209,7 @@ class EntryTable:
     def _tensor(self, index: int, name: str, label: str, tensor: entry.TensorInput) -> None:
         self._tensors.append(index)
         kind = "Tensor" if tensor.kind is torch.Tensor else "nn.Parameter"
-        self._check("class", f"type({name}) is torch.{kind}", tensor.kind)
+        self._is("class", f"type({name})", tensor.kind, f"torch.{kind}")
         self._memory(name, tensor.dtype, tensor.device, len(tensor.sizes))
         if tensor.strides is None:
             self._check("contiguous", f"{name}.is_contiguous()")
@@ -210,14 +217,15 @@ class EntryTable:
         if tensor.dtype.is_floating_point or tensor.dtype.is_complex:
             self._check("lazy", f"not {name}.is_neg()")
             if tensor.requires_grad is not None:
-                text = f"{'' if tensor.requires_grad else 'not '}{name}.requires_grad"
-                self._check("grad", text, tensor.requires_grad)
+                read = f"{name}.requires_grad"
+                text = f"{'' if tensor.requires_grad else 'not '}{read}"
+                self._check("requires_grad", text, read, tensor.requires_grad)
         if tensor.dtype.is_complex:
             self._check("lazy", f"not {name}.is_conj()")
         fixed = bool(tensor.sizes) and all(isinstance(size, int) for size in tensor.sizes)
         if fixed:
             text = f"{name}.shape == {tuple_text([*map(str, tensor.sizes)])}"
-            self._check("shape", text, tensor.sizes)
+            self._check("shape", text, f"{name}.shape", tensor.sizes)
         layout = "contiguous" if tensor.strides is None else "strided as traced"
         short = f"{str(tensor.dtype).removeprefix('torch.')}[{', '.join(map(str, tensor.sizes))}]"
         self._require(f"{label}: {short} on {tensor.device}, {layout}")
@@ -241,10 +249,10 @@ class EntryTable:
             where = f"{name}.is_cpu"
         elif device.type == "cuda":
             where = f"{name}.is_cuda and {name}.get_device() == {device.index or 0}"
-        self._check("dtype", f"{name}.dtype is {dtype}", dtype)
-        self._check("layout", f"{name}.layout is torch.strided", torch.strided)
-        self._check("device", where, device)
-        self._check("rank", f"{name}.dim() == {rank}", rank)
+        self._is("dtype", f"{name}.dtype", dtype, str(dtype))
+        self._is("layout", f"{name}.layout", torch.strided, "torch.strided")
+        self._check("device", where, f"{name}.device", device)
+        self._check("rank", f"{name}.dim() == {rank}", f"{name}.dim()", rank)
 
     def _sizes(self, index: int, name: str, label: str, sizes: Sequence[entry.Size]) -> None:
         """A symbol that is met for the first time is taken from the shape."""
@@ -266,33 +274,33 @@ class EntryTable:
         """Tensors that are several objects, and what a piece writes in memory of its own."""
         several = [self.leaves[each] for each in self._tensors]
         if len(several) == 2:
-            self._check("distinct", " is not ".join(several), tuple(self._tensors))
+            self._check("distinct", " is not ".join(several))
             self._require("two tensors")
         elif several[1:]:
             text = f"len({{{', '.join(f'id({each})' for each in several)}}}) == {len(several)}"
-            self._check("distinct", text, tuple(self._tensors))
+            self._check("distinct", text)
             self._require(f"{len(several)} tensors")
         for written, others in self.plan.apart:
-            self._about = (written, self.leaves[written], self._labels[written])
             every = [self.leaves[each] for each in (written, *others)]
-            self._check("apart", f"memory_apart({', '.join(every)})", others)
+            self._check("apart", f"memory_apart({', '.join(every)})")
             about = "written, so no other argument may share its memory"
             self._require(f"{self._labels[written]}: {about}")
         for number, each in enumerate(self.plan.not_held):
             name, label = self.leaves[each.leaf], self._labels[each.leaf]
-            self._about = (each.leaf, name, label)
+            self._about = (each.leaf, label)
             for weight in each.others:
-                self._check("held", f"{name} is not held_tensors[{weight}]", self.plan.held[weight])
+                text = f"{name} is not held_tensors[{weight}]"
+                self._check("held", text, name, self.plan.held[weight])
             if each.apart:
-                self._check("shared", f"memory_outside({name}, held_spans[{number}])", each)
+                self._check("shared", f"memory_outside({name}, held_spans[{number}])", name, each)
             self._require(f"{label}: apart from what the model holds")
-        self._about = (None, "", "")
+        self._about = (None, "")
 
     # --- numbers ---------------------------------------------------------------------------------
 
     def _take(self, kind: str, symbol: str, name: str) -> None:
         """Take ``name`` for ``symbol``, if it is one and not known yet."""
-        leaf, _, label = self._about
+        leaf, label = self._about
         if leaf is not None and symbol.isidentifier() and symbol not in self.symbols:
             self.symbols[symbol], self.origin[symbol] = name, (label, (leaf, None))
         else:
@@ -305,8 +313,7 @@ class EntryTable:
         text = f"{read} == {self.names.value(size)}"
         if isinstance(size, str):
             text = self._relation(f"{_VALUE} == {size}").replace(_VALUE, read)
-        leaf, _, label = self._about
-        self._checks.append(Check(kind, text, leaf, read, label, size, dim))
+        self._check(kind, text, read, size, dim)
 
     def _relation(self, text: str) -> str:
         """A relation over symbols, by what the text calls them."""
@@ -314,7 +321,7 @@ class EntryTable:
         return re.sub(names, lambda each: self.symbols.get(each.group(), each.group()), text)
 
 
-_About = tuple[int | None, str, str]  # a flattened argument, what the text calls it, what errors do
+_About = tuple[int | None, str]  # a flattened argument, and what errors call it
 _VALUE = "__value__"  # no symbol's name
 
 

@@ -22,7 +22,10 @@ HELD = ("execution_fn", "weights_as_bound", "fetch_weights", "count_call")
 _MODES = "autocast_enabled() or dispatch_modes() or function_modes() or transforms() or not same_kernels()"
 
 #: Builtins that checks call or name, which no parameter may hide.
-_USED = ("dict", "id", "len", "list", "repr", "tuple", "type", *(kind.__name__ for kind in KINDS))
+_USED = (
+    *("dict", "id", "len", "list", "range", "repr", "tuple", "type"),
+    *(kind.__name__ for kind in KINDS),
+)
 
 #: What the runtime puts into the entry's module, beside its constants.
 PROVIDED = (

@@ -77,8 +77,6 @@ def _read(expr: Any, names: Mapping[str, str]) -> str:
             return name
         case "Integer" | "Zero" | "One" | "NegativeOne":
             return _number(int(expr))
-        case "Rational" | "Half":
-            return f"({_number(int(expr.p))} / {_number(int(expr.q))})"
         case "Float":
             value = float(expr)
             if not math.isfinite(value):
@@ -93,8 +91,19 @@ def _read(expr: Any, names: Mapping[str, str]) -> str:
                 negative = each.as_coeff_Mul()[0].is_negative
                 text = f"({text} {'-' if negative else '+'} {_read(-each if negative else each, names)})"
             return text
-        case "Mul":
-            return _product(expr, names)
+        case "Mul" | "Rational" | "Half":
+            above, below = expr.as_numer_denom()
+            if below != 1:  # what is an integer is divided as integers are
+                sign = "//" if expr.is_integer else "/"
+                return f"({_read(above, names)} {sign} {_read(below, names)})"
+            number = int(expr.as_coeff_Mul(rational=True)[0])
+            parts = [each for each in expr.as_ordered_factors() if not each.is_Rational]
+            factors = [_read(each, names) for each in parts]
+            if number == -1:
+                factors[0] = f"(-{factors[0]})"
+            elif number != 1:
+                factors.insert(0, _number(number))
+            return f"({' * '.join(factors)})"
         case "Identity":
             return _read(expr.args[0], names)
     operands = [_read(each, names) for each in getattr(expr, "args", ())]
@@ -118,27 +127,3 @@ def _read(expr: Any, names: Mapping[str, str]) -> str:
 
 def _number(value: float) -> str:
     return f"({value!r})" if value < 0 else repr(value)
-
-
-def _product(expr: Any, names: Mapping[str, str]) -> str:
-    """Factors over divisors; what is an integer is divided as integers are."""
-    above: list[str] = []
-    below: list[str] = []
-    negative = False
-    for factor in expr.as_ordered_factors():  # -2 comes as two factors, -1 and 2
-        if factor.is_Rational:
-            negative ^= bool(factor.p < 0)
-            above += [str(abs(int(factor.p)))] if abs(factor.p) != 1 else []
-            below += [str(int(factor.q))] if factor.q != 1 else []
-        elif factor.is_Pow and factor.exp.is_Integer and factor.exp < 0:
-            below.append(_read(factor.base**-factor.exp, names))
-        else:
-            above.append(_read(factor, names))
-    # Before a quotient the sign would belong to the first factor, which // would round with.
-    if negative and above and not below:
-        above[0] = f"(-{above[0]})"
-    text = f"({' * '.join(above or ['1'])})"
-    if not below:
-        return text
-    text = f"({(' // ' if expr.is_integer else ' / ').join([text, *below])})"
-    return f"(-{text})" if negative else text

@@ -172,65 +172,51 @@ def run_graph(split_gm: torch.fx.GraphModule, linked: Linkage) -> GraphRun:
     return run
 
 
-class _Interpreter:
-    """Runs one graph as `torch.fx.Interpreter` does."""
+class _Interpreter(torch.fx.Interpreter):
+    """Runs one graph on tokens, and those that it calls."""
 
     def __init__(
         self, gm: torch.fx.GraphModule, run: GraphRun, linked: Linkage, prefix: str
     ) -> None:
-        self.gm, self.recorded, self.linked, self.prefix = gm, run, linked, prefix
-        self.env: dict[torch.fx.Node, object] = {}
+        super().__init__(gm, garbage_collect_values=False)
+        self.extra_traceback = False
+        self.recorded, self.linked, self.prefix = run, linked, prefix
         regions = regions_in(gm.graph)
         self.regions = {each.leave: "closes" for each in regions}
         self.regions |= {each.enter: "opens" for each in regions}
 
-    def run(self, *given: object) -> object:
-        values = iter(given)
-        for node in self.gm.graph.nodes:
-            if node.op == "placeholder":
-                self.env[node] = next(values)
-                continue
-            if node.op == "get_attr":
-                self.env[node] = attribute_of(self.gm, str(node.target))
-                continue
-            args, kwargs = self._operand(node.args), self._operand(node.kwargs)
-            if node.op == "output":
-                return args[0]
-            if node.op == "call_module":
-                self.env[node] = self._call_module(node, args, kwargs)
-            else:
-                target: Any = node.target
-                if node.op == "call_method":
-                    target = Named("method", target)
-                self.env[node] = self._call(node, target, args, kwargs)
-        return None
+    def run_node(self, node: torch.fx.Node) -> Any:
+        args, kwargs = self.fetch_args_kwargs_from_env(node)
+        match node.op:
+            case "placeholder":
+                return next(self.args_iter)  # one token for what a star collects
+            case "call_module":
+                return self._call_module(node, args, kwargs)
+            case "call_method":
+                return self._call(node, Named("method", str(node.target)), args, kwargs)
+            case "call_function":
+                return self._call(node, node.target, args, kwargs)
+            case "get_attr":
+                return attribute_of(self.module, str(node.target))
+        return args[0]
 
-    def _call_module(
-        self, node: torch.fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> object:
+    def _call_module(self, node: torch.fx.Node, args: Any, kwargs: Any) -> object:
         path = f"{self.prefix}.{node.target}" if self.prefix else str(node.target)
-        callee = attribute_of(self.gm, str(node.target))
+        callee = attribute_of(self.module, str(node.target))
         if path in self.linked.submod_names:
             return self._call(node, Named("submod", path), args, kwargs, callee)
         if not isinstance(callee, torch.fx.GraphModule):
             why = f"module {path!a} is not among the names of __vllm_submods__"
             raise EmitError(why, where=node_where(node))
-        given = [self._operand(value) for _, value in bind_call(node, callee)]
+        values: Any = [value for _, value in bind_call(node, callee)]
+        given = self.map_nodes_to_values(values, node)
         result = _Interpreter(callee, self.recorded, self.linked, path).run(*given)
         if isinstance(result, Token) and result.size is None:
             result.size = _size(node, None)
         return result
 
-    def _operand(self, value: Any) -> Any:
-        return torch.fx.node.map_arg(value, self.env.__getitem__)  # type: ignore[arg-type]
-
     def _call(
-        self,
-        node: torch.fx.Node,
-        target: object,
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-        callee: object = None,
+        self, node: torch.fx.Node, target: object, args: Any, kwargs: Any, callee: object = None
     ) -> object:
         if target is operator.getitem and len(args) == 2 and not kwargs:
             found = picked(*args)

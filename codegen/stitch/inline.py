@@ -24,29 +24,29 @@ class Inlined:
     key: str
     path: str
     graph_module: torch.fx.GraphModule
-    direct_call: bool
+    direct_call: torch.fx.Node | None  # it is written in place of a function's call
     graph_of: dict[str, torch.fx.GraphModule] = field(default_factory=dict)
     holes_of: dict[str, tuple[Hole, ...]] = field(default_factory=dict)
-    # literals that differ between them, each with the name of the parameter that it becomes
-    lifted: list[tuple[Hole, str]] = field(default_factory=list)
-    lifted_values: dict[str, list[object]] = field(default_factory=dict)
+    # literals that differ between them by their number, with the name of the parameter for it
+    lifted: dict[int, str] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
 class InlinePlan:
-    """What became of each called submodule."""
+    """What became of each called submodule, callees first."""
 
-    # functions to emit, callees first
-    shared: dict[str, Inlined] = field(default_factory=dict)
+    groups: dict[str, Inlined] = field(default_factory=dict)
     by_target: dict[str, Inlined] = field(default_factory=dict)
-    graphs: list[torch.fx.GraphModule] = field(default_factory=list)
-    direct_calls: list[torch.fx.Node] = field(default_factory=list)
+
+    @property
+    def shared(self) -> list[Inlined]:
+        """Functions to emit."""
+        return [group for group in self.groups.values() if group.direct_call is None]
 
 
 def plan_inlining(split_gm: torch.fx.GraphModule, submods: Collection[str] | None) -> InlinePlan:
     """Decide for every called GraphModule whether it is shared, written in place, or called."""
     plan = InlinePlan()
-    groups: dict[str, Inlined] = {}
     calls: dict[str, list[torch.fx.Node]] = {}
     for path, gm in list(_inlinable(split_gm, submods, "", calls)):
         direct = _single_call(gm) if not any(map(_passes_container, calls[path])) else None
@@ -54,19 +54,12 @@ def plan_inlining(split_gm: torch.fx.GraphModule, submods: Collection[str] | Non
         nested = any(node.op == "call_module" for node in gm.graph.nodes)
         # A body with submodules of its own refers to them by path, so it is not shared.
         key = f"{structure.key}:{path}" if nested or direct is not None else structure.key
-        group = groups.get(key)
-        if group is None:
-            group = groups[key] = Inlined(key, path, gm, direct is not None)
-            plan.graphs.append(gm)
+        group = plan.groups.setdefault(key, Inlined(key, path, gm, direct))
         group.graph_of[path] = gm
         group.holes_of[path] = structure.holes
         plan.by_target[path] = group
-        if direct is not None:
-            plan.direct_calls.append(direct)
-    for key, group in groups.items():
-        if not group.direct_call:
-            _lift(group)
-            plan.shared[key] = group
+    for group in plan.shared:
+        _lift(group)
     return plan
 
 
@@ -154,13 +147,10 @@ def _single_call(gm: torch.fx.GraphModule) -> torch.fx.Node | None:
 def _lift(group: Inlined) -> None:
     """Find the literals in which members differ and make parameters of them."""
     nodes = list(group.graph_module.graph.nodes)
-    group.lifted_values = {path: [] for path in group.graph_of}
-    for holes in zip(*group.holes_of.values(), strict=True):
+    for number, holes in enumerate(zip(*group.holes_of.values(), strict=True)):
         first = holes[0]
         if not all(same_literal(first.value, hole.value) for hole in holes):
-            group.lifted.append((first, _parameter_name(nodes[first.node], first.argument)))
-            for values, hole in zip(group.lifted_values.values(), holes, strict=True):
-                values.append(hole.value)
+            group.lifted[number] = _parameter_name(nodes[first.node], first.argument)
 
 
 def _parameter_name(node: torch.fx.Node, argument: str) -> str:

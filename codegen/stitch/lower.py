@@ -12,6 +12,7 @@ import torch
 import torch.fx
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch.fx.graph import CodeGen
+from torch.utils import _pytree as pytree
 
 from piecework.codegen.graph import origin
 from piecework.codegen.graph.consts import LIST_TYPES, ConstTable, describe, short_type, to_text
@@ -98,11 +99,14 @@ class _Lowering:
         self.function_names: dict[str, str] = {}
         self.takes_submods: dict[str, bool] = {}
         self._paths: dict[int, FunctionPath | None] = {}
+        graphs = (split_gm, *(each.graph_module for each in self.plan.groups.values()))
+        nodes = (node for gm in graphs for node in gm.graph.nodes)
+        self._calls = [node for node in nodes if node.op == "call_function"]
         self.names = NameTable(frozenset({*self._possible_roots(), ENTRY_NAME}))
 
     def run(self) -> tuple[ir.Module, list[object]]:
-        for key, inlined in self.plan.shared.items():
-            self.function_names[key] = self.names.claim(inlined.path.replace(".", "_"))
+        for each in self.plan.shared:
+            self.function_names[each.key] = self.names.claim(each.path.replace(".", "_"))
         aliases = self._aliases()
         scope: Scope = {}
         bound = [
@@ -119,7 +123,7 @@ class _Lowering:
             if isinstance(value := value_of(node), torch.SymInt)
         }
         self.symbols.know(sizes, {*scope.values(), *(node.name for node in self.gm.graph.nodes)})
-        functions = [self._shared(each) for each in self.plan.shared.values()]
+        functions = list(map(self._shared, self.plan.shared))
         legend = self._legend({node: name for node, name in scope.items() if name not in held})
         body = _FunctionLowering(self, self.gm, names, scope).body()
         entry = self._function(ENTRY_NAME, parameters, body, held, True, legend)
@@ -159,20 +163,15 @@ class _Lowering:
 
     def _possible_roots(self) -> set[str]:
         """First parts of every import that this lowering may need, whether it then does or not."""
-        roots = {"torch", "operator"}
-        for gm in (self.gm, *self.plan.graphs):
-            for node in gm.graph.nodes:
-                path = self.path_of(node.target) if node.op == "call_function" else None
-                if path is not None:
-                    roots.add(path.root)
-        return roots
+        paths = (self.path_of(node.target) for node in self._calls)
+        return {"torch", "operator", *(path.root for path in paths if path is not None)}
 
     def _aliases(self) -> tuple[ir.Alias, ...]:
         """A module-level name per operator of a splitting submodule, or past the dispatcher."""
-        inside = [n for gm in self.plan.graphs for n in gm.graph.nodes if n.op == "call_function"]
-        past = [node for node in inside if self._implementation(node.target) is not None]
+        direct = [each.direct_call for each in self.plan.groups.values()]
+        past = [node for node in self._calls if self._implementation(node.target) is not None]
         aliases: list[ir.Alias] = []
-        for node in (*self.plan.direct_calls, *past):
+        for node in filter(None, (*direct, *past)):
             if id(node.target) in self.alias_of:
                 continue
             implementation = self._implementation(node.target)
@@ -221,7 +220,10 @@ class _Lowering:
         names = NameTable(self.names.names())
         scope: Scope = {}
         parameters = self._parameters(gm, names, scope)
-        lifted = {(hole.node, hole.ordinal): names.claim(wish) for hole, wish in inlined.lifted}
+        lifted: dict[tuple[int, int], str] = {}
+        for number, wish in inlined.lifted.items():
+            hole = inlined.holes_of[inlined.path][number]
+            lifted[hole.node, hole.ordinal] = names.claim(wish)
         parameters += [ir.Parameter(each) for each in lifted.values()]
         body = _FunctionLowering(self, gm, names, scope, inlined.path, lifted).body()
         takes = any(stmt.piece or stmt.kind == "nested" for stmt in body)
@@ -391,11 +393,12 @@ class _FunctionLowering:
             piece = ir.PieceCall(index, arguments, self._leaves(node))
             return self._made(node, f"{SUBMODS}[{index}]({arguments})", callee, piece=piece)
         graph = inlined.graph_of[path]
-        if inlined.direct_call:
-            return self._call_direct(node, graph, path)
+        if inlined.direct_call is not None:
+            return self._call_direct(node, graph, path, inlined.direct_call)
         # Positional only: parameters may have got other names than their placeholders.
         given = [self._text(value, node) for _, value in bind_call(node, graph)]
-        given += [literal_text(value) for value in inlined.lifted_values[path]]
+        holes = inlined.holes_of[path]
+        given += [literal_text(holes[number].value) for number in inlined.lifted]
         name = self.module.function_names[inlined.key]
         passes = self.module.takes_submods[name]
         given += [f"{SUBMODS}={SUBMODS}"] * passes
@@ -403,9 +406,9 @@ class _FunctionLowering:
         return replace(stmt, kind="nested") if passes else stmt
 
     def _call_direct(
-        self, node: torch.fx.Node, callee: torch.fx.GraphModule, path: str
+        self, node: torch.fx.Node, callee: torch.fx.GraphModule, path: str, call: torch.fx.Node
     ) -> ir.Statement:
-        """Write the one call that ``callee`` consists of in place of a call of ``callee``."""
+        """Write ``call``, which ``callee`` consists of, in place of a call of ``callee``."""
         inside = _FunctionLowering(self.module, callee, self.names, {}, path)
         before = self.uses
         for inner, value in bind_call(node, callee):
@@ -414,7 +417,6 @@ class _FunctionLowering:
         self.uses = before
         for inner in callee.graph.find_nodes(op="get_attr"):
             inside.scope[inner] = inside._attribute(inner)
-        (call,) = (n for n in callee.graph.nodes if n.op == "call_function")
         text = f"{self.module.function(call)}({inside._arguments(call)})"
         self.uses += inside.uses
         if returned_value(callee.graph) is None:
@@ -477,19 +479,12 @@ class _FunctionLowering:
 
     def _leaves(self, node: torch.fx.Node) -> tuple[str, ...] | None:
         """The arguments of a piece's call in the order in which a capture flattens them."""
-        found: list[str] = []
+        if node.kwargs:
+            return None
         ordinal = self.ordinal
-        pending: list[Any] = [*reversed(node.args)]
-        while pending:
-            each = pending.pop()
-            if type(each) in _SEQUENCES:
-                pending += reversed(each)
-            elif isinstance(each, (dict, slice)):
-                return None
-            else:
-                found.append(self._text(each, node))
+        found = tuple(self._text(each, node) for each in pytree.tree_leaves(node.args))
         self.ordinal = ordinal  # they were counted already
-        return None if node.kwargs else tuple(found)
+        return found
 
     def _target(self, node: torch.fx.Node) -> str:
         name = self.scope[node] = str(self.names.claim(node.name))

@@ -6,14 +6,14 @@ It runs the checks of an entry one by one, after one has failed, and never lets 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from piecework.codegen.entry.checks import Bind, Check, EntryTable, is_object
 from piecework.codegen.entry.emit import entry_table
-from piecework.codegen.entry.plan import EntryPlan, NotHeld, Symbol
+from piecework.codegen.entry.plan import EntryPlan, NotHeld
 from piecework.errors import InputError
 from piecework.runtime import torch_compat
 
@@ -25,18 +25,8 @@ _DYNAMIC = (
 _AS_EXAMPLE = "pass what the example had there, or compile the model with an example like this call"
 _SIZES = ("shape", "size", "stride", "item", "integer", "range", "relation")
 #: What another trace can serve.
-_ANOTHER_TRACE = (*_SIZES, "grad", "contiguous", "same", "distinct", "held")
-#: How a value is looked at for a check of the kind; else it is shown itself.
-_READ: dict[str, Callable[[Any], object]] = {
-    **dict.fromkeys(("kind", "class", "int"), type),
-    "keys": lambda value: tuple(value) if isinstance(value, dict) else tuple(range(len(value))),
-    "rank": lambda value: value.dim(),
-    "grad": lambda value: value.requires_grad,
-    "dtype": lambda value: value.dtype,
-    "device": lambda value: value.device,
-    "layout": lambda value: value.layout,
-}
-_CALLED = {"kind": "type", "class": "type", "grad": "requires_grad", "item": "value"}
+_ANOTHER_TRACE = (*_SIZES, "requires_grad", "contiguous", "same", "distinct", "held")
+_CALLED = {"class": "type", "item": "value", "range": "size", "shape": "size"}
 
 
 def input_error(
@@ -67,24 +57,18 @@ def input_error(
     )
 
 
-def _error(table: EntryTable, namespace: Mapping[str, Any], about: str, check: Check) -> InputError:
+def _error(table: EntryTable, namespace: dict[str, Any], about: str, check: Check) -> InputError:
     """What to say of a check that a call fails, and what another trace would have to serve."""
     kind, label, expected, dim = check.kind, check.label, check.expected, check.dim
-    now = eval(check.name, dict(namespace)) if check.name else None
+    now = eval(check.read, namespace) if check.read else None
     hint = _DYNAMIC if kind in _SIZES else _AS_EXAMPLE
+    if kind == "shape":
+        assert isinstance(expected, tuple)
+        dim = next(d for d, size in enumerate(expected) if now[d] != size)
+        now, expected = now[dim], expected[dim]
     places = {(-1 if check.leaf is None else check.leaf, dim)}
     known = ((s, namespace[name]) for s, name in table.symbols.items() if name in namespace)
     symbols = ", ".join(f"{symbol}={size}" for symbol, size in known)
-    if isinstance(expected, Symbol):
-        label, place = table.origin[expected.name]
-        now, kind, dim, places = namespace[table.symbols[expected.name]], "size", place[1], {place}
-        expected = check.text
-    elif kind == "shape":
-        assert isinstance(expected, tuple) and check.leaf is not None
-        dim = next(d for d, size in enumerate(expected) if now.shape[d] != size)
-        kind, now, expected, places = "size", now.shape[dim], expected[dim], {(check.leaf, dim)}
-    elif kind == "class":
-        expected = expected or torch.Tensor
     if kind == "relation":
         places = {place for _, place in table.origin.values()}
         names = ", ".join(sorted({each for each, _ in table.origin.values()}))
@@ -100,16 +84,16 @@ def _error(table: EntryTable, namespace: Mapping[str, Any], about: str, check: C
         shared = (n for n in expected.apart if not torch_compat.memory_apart(now, held[n]))
         with_model = f"shares memory with the model's {table.plan.held[next(shared)]}"
         text = f"argument {label} {with_model}, and the model writes to one of them"
-    elif expected is None and kind != "value":
+    elif not check.read:
         text = f"argument {label} is not as traced, where {check.text}"
     else:
-        read, shown = _READ.get(kind, lambda value: value), repr if kind == "value" else _shown
+        shown = repr if kind == "value" else _shown
         there = "" if dim is None else f" in dimension {dim}"
         more = f" with {symbols}" if kind in _SIZES and isinstance(expected, str) else ""
-        came = f"{_CALLED.get(kind, kind)} {shown(read(now))}{there}"
+        came = f"{_CALLED.get(kind, kind)} {shown(now)}{there}"
         text = f"argument {label} has {came}; the model was traced with {shown(expected)}{more}"
     error = InputError(text, hint=hint)
-    if check.kind in _ANOTHER_TRACE or _is_special(check, now):
+    if kind in _ANOTHER_TRACE or _is_special(check, now):
         error.places = frozenset(places)
     return error
 
@@ -117,7 +101,7 @@ def _error(table: EntryTable, namespace: Mapping[str, Any], about: str, check: C
 def _is_special(check: Check, now: object) -> bool:
     """Whether a trace of its own may serve it: a parameter, the very object, 0 and 1."""
     if check.kind == "class":
-        return type(now) in (torch.Tensor, torch.nn.Parameter)
+        return now in (torch.Tensor, torch.nn.Parameter)
     if check.kind != "value":
         return False
     integers = type(now) is int and type(check.expected) is int
