@@ -38,23 +38,11 @@ class Check:
 
 
 @dataclass(frozen=True, slots=True)
-class Bind:
-    """A statement that gives names to values of the call."""
-
-    text: str
-    leaf: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class Require:
     """Checks that are made together; ``about`` says of what, for readers."""
 
     about: str
     checks: tuple[Check, ...]
-
-    @property
-    def leaf(self) -> int | None:
-        return self.checks[0].leaf
 
 
 class Names(NameTable):
@@ -78,7 +66,8 @@ class EntryTable:
 
     def __init__(self, plan: entry.EntryPlan, names: Names, parameters: Sequence[str]) -> None:
         self.plan, self.names, self.parameters = plan, names, tuple(parameters)
-        self.steps: list[Bind | Require] = []  # each value bound and looked at before what is in it
+        # Statements that name values of the call; each is looked at before what is in it.
+        self.steps: list[str | Require] = []
         self.leaves: dict[int, str] = {}  # flattened argument -> what it is called
         self.symbols: dict[str, str] = {}  # symbol -> what it is called
         # symbol -> the label of the argument that tells it, and where in it: its number and a dimension
@@ -151,7 +140,7 @@ class EntryTable:
                     self._node(child, f"{place}[{value(key)}]")
             case entry.Tree(label, structure, children):
                 leaves, spec = self.names.claim("leaves"), self.names.claim("structure")
-                self.steps.append(Bind(f"{leaves}, {spec} = flatten({place})"))
+                self.steps.append(f"{leaves}, {spec} = flatten({place})")
                 self._about = (None, label)
                 self._check("structure", f"{spec} == {value(structure, 'expected_structure')}")
                 self._require(f"{label}: of the traced structure")
@@ -164,7 +153,7 @@ class EntryTable:
         index, label, name = leaf.index, leaf.label, place
         if place not in self.parameters:
             name = self._unpack(label)
-            self.steps.append(Bind(f"{name} = {place}", index))
+            self.steps.append(f"{name} = {place}")
         self.leaves[index], self._labels[index] = name, label
         self._about = (index, label)
         match leaf.assumption:
@@ -177,11 +166,10 @@ class EntryTable:
                 self._check("class", plain, kind, torch.Tensor)
                 self._memory(name, dtype, device, rank)
                 self._require(f"{label}: not read by the model")
-            case entry.SameObject(other, first):
+            case entry.SameObject(other):
                 self._check("same", f"{name} is {self.leaves[other]}")
-                self._same.append(
-                    Require(f"{label}: the same tensor as {first}", (self._checks.pop(),))
-                )
+                about = f"{label}: the same tensor as {self._labels[other]}"
+                self._same.append(Require(about, (self._checks.pop(),)))
             case entry.IntegerInput(symbol):
                 self._is("type", f"type({name})", int, "int")
                 self._require(f"{label}: an integer")
@@ -234,7 +222,7 @@ class EntryTable:
         read, item = f"{name}.item()", tensor.item
         if isinstance(item, str) and item.isidentifier() and item not in self.symbols:
             self._take("item", item, self._unpack(item))
-            self.steps.append(Bind(f"{self.symbols[item]} = {read}", index))
+            self.steps.append(f"{self.symbols[item]} = {read}")
         elif isinstance(item, str):
             self._late.append((self._about, "item", read, item, None))
         elif item is not None:
@@ -267,7 +255,7 @@ class EntryTable:
                 self._compare("size", taken[-1], size, dim)
             else:
                 self._late.append((self._about, "size", taken[-1], size, dim))
-        self.steps.append(Bind(f"{targets_text(taken, True)}{name}.shape", index))
+        self.steps.append(f"{targets_text(taken, True)}{name}.shape")
         self._require("")
 
     def _apart(self) -> None:

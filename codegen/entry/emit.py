@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import assert_never
 
 from piecework.codegen.entry import plan as entry
-from piecework.codegen.entry.checks import Bind, EntryTable, Names
+from piecework.codegen.entry.checks import EntryTable, Names
 from piecework.codegen.plan.ir import Function, Module, Origin, Parameter, Statement
 from piecework.codegen.plan.literals import KINDS, targets_text, tuple_text
 from piecework.codegen.plan.names import BUILTINS, SUBMODS
@@ -125,8 +125,8 @@ class _Entry:
     def _check_statements(self, handed: Sequence[str]) -> Iterator[Statement]:
         refused = f"explain_inputs({', '.join(self.own)})"
         for step in self.table.steps:
-            if isinstance(step, Bind):
-                yield Statement(step.text)
+            if isinstance(step, str):
+                yield Statement(step)
             elif self.plan.checks:
                 test = " and ".join(each.text for each in step.checks)
                 if len(step.checks) > 1 or " " in test:

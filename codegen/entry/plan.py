@@ -43,7 +43,6 @@ class SameObject:
     """An argument that was the same tensor as flattened argument ``index``."""
 
     index: int
-    label: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,7 @@ _SIZES = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 LIST_TYPES = (list, immutable_list)
 DICT_TYPES = (dict, immutable_dict)
+NAMED_BY_TORCH = (torch.dtype, torch.device, torch.layout, torch.memory_format)
 
 
 class ConstTable:
@@ -152,7 +153,7 @@ def describe(value: object) -> str:
     """One line about a constant for the consts table, without anything that varies by run."""
     if isinstance(value, torch.Tensor):
         return f"tensor {short_type(value)}"
-    if isinstance(value, (torch.dtype, torch.device, torch.layout, torch.memory_format)):
+    if isinstance(value, NAMED_BY_TORCH):
         return ascii(value)
     for base in (float, complex):
         if isinstance(value, base):

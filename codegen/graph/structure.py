@@ -12,7 +12,7 @@ import torch
 import torch.fx
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from piecework.codegen.graph.consts import DICT_TYPES, LIST_TYPES, holds_node
+from piecework.codegen.graph.consts import DICT_TYPES, LIST_TYPES, NAMED_BY_TORCH, holds_node
 from piecework.codegen.graph.origin import value_of
 from piecework.codegen.graph.targets import function_path
 from piecework.codegen.plan.literals import is_inline_literal
@@ -172,22 +172,13 @@ class _Writer:
                 )
             case slice(start=start, stop=stop, step=step):
                 return f"slice({joined((start, stop, step))})"
-            case (
-                torch.dtype()
-                | torch.device()
-                | torch.layout()
-                | torch.memory_format()
-                | torch.Size()
-            ):
-                return f"{kind.__name__}:{value!a}"
-        if is_inline_literal(value):
-            if self._open and is_liftable(value):
-                self.holes.append(Hole(node, self._ordinal, argument, value))
-                self._ordinal += 1
-                return f"<{kind.__name__}>"
+        inline = is_inline_literal(value)
+        if inline and self._open and is_liftable(value):
+            self.holes.append(Hole(node, self._ordinal, argument, value))
+            self._ordinal += 1
+            return f"<{kind.__name__}>"
+        if inline or kind is float or isinstance(value, (*NAMED_BY_TORCH, torch.Size)):
             return f"{kind.__name__}:{value!a}"
-        if kind is float:
-            return f"float:{value!a}"
         if isinstance(value, tuple) and hasattr(value, "_fields") and holds_node(value):
             return f"{self._object(kind)}({joined(value)})"
         return self._object(value)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import assert_never
 
@@ -145,26 +145,53 @@ class _Planner:
             text = targets_text(stmt.targets, stmt.unpack) + f"{name}({piece.arguments})"
             yield replace(stmt, text=text, origin=ir.Origin(module=note), piece=None)
             return
-        leaves = piece.leaves
+        leaves, reads = piece.leaves, facts.reads
         if leaves is None:
             why = "a piece takes a container or a keyword, which has no replay form"
             raise EmitError(why, where=submod)
-        reads = _reads(stmt, piece, facts, leaves)
-        self._check_operands(submod, leaves, facts)
-        buffers: dict[int, str] = {}
-        for leaf, each in enumerate(facts.reads):
-            if isinstance(each, plan.Staged):
-                buffers[leaf] = name = self.names.claim(f"{submod}_in_{leaf}")
-                self._hold(name, plan.Held("buffer", index, leaf), f"static buffer of {submod}")
-                note = f"fresh tensor: address policy {self.facts.policy!r} stages it for {submod}"
-                yield _made(f"{name}.copy_({leaves[leaf]})", note, name, leaves[leaf])
+        if len(reads) != len(leaves):
+            why = f"captured with {len(reads)} arguments, the graph passes {len(leaves)}"
+            raise EmitError(f"piece {index} was {why}")
+        owners: dict[str, list[str]] = {}
+        brought_back: list[ir.Statement] = []
+        for number, (leaf, read) in enumerate(zip(leaves, reads, strict=True)):
+            match read:
+                case plan.InPlace(place, owner):
+                    if self.places.get(leaf, place) != place:
+                        why = f"is {leaf}, and the capture reads other memory ({owner})"
+                        raise _differs(submod, f"operand {number} {why}")
+                    if leaf in stmt.uses:
+                        owners.setdefault(owner, []).append(leaf)
+                case plan.Staged(writes_back):
+                    shown = leaf if leaf in stmt.uses else "a constant"
+                    owners.setdefault("staged", []).append(shown)
+                    name = self.names.claim(f"{submod}_in_{number}")
+                    held = plan.Held("buffer", index, number)
+                    self._hold(name, held, f"static buffer of {submod}")
+                    why = f"address policy {self.facts.policy!r} stages it for {submod}"
+                    yield _made(f"{name}.copy_({leaf})", f"fresh tensor: {why}", name, leaf)
+                    if writes_back:
+                        why = f"{submod} changed it in place"
+                        brought_back.append(_made(f"{leaf}.copy_({name})", why, leaf, name))
+                case plan.Frozen(value):
+                    # Built into the graph: what the operand is at the captured sizes, whatever the data.
+                    known = literal_text(self.known[leaf]) if leaf in self.known else leaf
+                    built_in = literal_text(value) if is_inline_literal(value) else None
+                    if not leaf.startswith(CONSTS) and built_in != known:
+                        why = f"is {known} by the captured sizes, and was {value!r}"
+                        raise _differs(submod, f"operand {number} {why}")
+                case _:
+                    assert_never(read)
         replay = self.names.claim(f"replay_{index}")
         self._hold(replay, plan.Held("replay", index), f"static graph of {submod}")
-        yield _made(f"{replay}()", reads)
-        for leaf, name in buffers.items():
-            if getattr(facts.reads[leaf], "writes_back", False):
-                text = f"{leaves[leaf]}.copy_({name})"
-                yield _made(text, f"{submod} changed it in place", leaves[leaf], name)
+        head = stmt.origin.module or f"piece {index}"
+        yield _made(f"{replay}()", f"{head}  reads {_shown(owners) or 'nothing'}")
+        yield from brought_back
+        self._keep_results(stmt, index, submod)
+
+    def _keep_results(self, stmt: ir.Statement, index: int, submod: str) -> None:
+        """Note where a piece's results lie; numbers must be what the graph makes of the sizes."""
+        facts = self.facts.pieces[index]
         known = self._results(submod)
         for element, target in enumerate(stmt.targets):
             held = plan.Held("output", index, element if stmt.unpack else None)
@@ -192,51 +219,17 @@ class _Planner:
         }
         return {None: numbers.get(call.name), **picked}
 
-    def _check_operands(self, submod: str, leaves: tuple[str, ...], facts: plan.PieceFacts) -> None:
-        """Check that a captured piece reads the memory and has the numbers that its call passes."""
-        for index, (leaf, read) in enumerate(zip(leaves, facts.reads, strict=True)):
-            match read:
-                case plan.InPlace(place, owner) if leaf in self.places:
-                    if self.places[leaf] != place:
-                        why = f"operand {index} is {leaf}, and the capture reads other memory ({owner})"
-                        raise _differs(submod, why)
-                case plan.Frozen(value) if not leaf.startswith(CONSTS):
-                    # Built into the graph: what the operand is at the captured sizes, whatever the data.
-                    known = literal_text(self.known[leaf]) if leaf in self.known else leaf
-                    if not is_inline_literal(value) or literal_text(value) != known:
-                        why = f"operand {index} is {known} by the captured sizes, and was {value!r}"
-                        raise _differs(submod, why)
-
 
 def _differs(submod: str, why: str) -> EmitError:
     return EmitError(f"the replay differs from the graph: {why}", where=submod)
 
 
-def _reads(
-    stmt: ir.Statement, piece: ir.PieceCall, facts: plan.PieceFacts, leaves: tuple[str, ...]
-) -> str:
-    """What the replay reads, and who keeps it in place, for the comment above it."""
-    if len(facts.reads) != len(leaves):
-        raise EmitError(
-            f"piece {piece.index} was captured with {len(facts.reads)} arguments, the graph passes {len(leaves)}"
-        )
-    owners: dict[str, list[str]] = {}
-    for leaf, read in zip(leaves, facts.reads, strict=True):
-        named = leaf in stmt.uses
-        match read:
-            case plan.InPlace(owner=owner) if named:
-                owners.setdefault(owner, []).append(leaf)
-            case plan.Staged():
-                owners.setdefault("staged", []).append(leaf if named else "a constant")
-            case plan.InPlace() | plan.Frozen():
-                pass
-            case _:
-                assert_never(read)
+def _shown(owners: Mapping[str, Sequence[str]]) -> str:
+    """What a replay reads, by who keeps it in place, for the comment above it."""
     shown = [f"{owner}: {', '.join(names)}" for owner, names in owners.items() if owner != "weight"]
     weights = len(owners.get("weight", ()))
     shown += [f"{weights} weight{'s' * (weights != 1)}"] if weights else []
-    head = stmt.origin.module or f"piece {piece.index}"
-    return f"{head}  reads {'; '.join(shown) or 'nothing'}"
+    return "; ".join(shown)
 
 
 def _made(text: str, note: str, *uses: str) -> ir.Statement:

@@ -69,10 +69,6 @@ def _state(node: torch.fx.Node) -> str:
     return name if module.partition(".")[0] == "torch" else ""
 
 
-def _same_call(left: torch.fx.Node, right: torch.fx.Node) -> bool:
-    return left is right or repr((left.args, left.kwargs)) == repr((right.args, right.kwargs))
-
-
 def _closes_another(node: torch.fx.Node, region: Region) -> bool:
     """Whether a call that closes a region is handed what opened another one."""
     given = node.args[0] if node.args and region.name not in _SETTINGS else None
@@ -97,14 +93,14 @@ class Regions:
         self.crossing: torch.fx.Node | None = None  # it closes a region that is not the last one
         self._around: dict[torch.fx.Node, tuple[Region, ...]] = {}
         states = {node: name for node in graph.nodes if (name := _state(node))}
-        finals = {name: node for node, name in states.items()}
+        finals = {name: repr((node.args, node.kwargs)) for node, name in states.items()}
         calls, now = Counter(states.values()), list[Region]()
         for node in graph.nodes if states else ():
             name = states.get(node, "")
             own = [each for each in now if _PAIRS.get(each.name, each.name) == name]
             own = [each for each in own if not _closes_another(node, each)]
             # A setting is set last to what it was before.
-            back = calls[name] > 1 and _same_call(node, finals[name])
+            back = calls[name] > 1 and repr((node.args, node.kwargs)) == finals[name]
             if name in _PAIRS or (name in _SETTINGS and not own and not back):
                 now.append(Region(name, node, node))
                 own = now[-1:]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -232,25 +232,19 @@ def _merge_idle(partitions: Sequence[_Partition]) -> list[_Partition]:
     position: dict[torch.fx.Node, int] = {}  # of the partition that holds a node, in `kept`
     last_piece = -1
     waiting: list[torch.fx.Node] = []  # idle nodes before the first partition
-    several = len(partitions) > 1
-    for partition in (part for each in partitions for part in _runs(each, several)):
-        idle = not partition.splitting and all(map(_is_idle, partition.nodes))
-        here = set(partition.nodes)
-        if idle and several and any(_views_another(node, here) for node in partition.nodes):
-            partition.splitting, idle = True, False
-        allocation = idle and any(map(allocates, partition.nodes))
-        if not idle:
-            if partition.splitting and any(map(allocates, waiting)):
-                position.update(dict.fromkeys(waiting, len(kept)))
-                kept.append(_Partition(False, waiting))
-                last_piece = len(kept) - 1
-            else:
-                partition.nodes[:0] = waiting
-            waiting = []
-        elif not kept:
+
+    def keep(partition: _Partition) -> None:
+        nonlocal last_piece
+        kept.append(partition)
+        last_piece = last_piece if partition.splitting else len(kept) - 1
+        position.update(dict.fromkeys(partition.nodes, len(kept) - 1))
+
+    for partition, idle in _with_runs(partitions):
+        if idle and not kept:
             waiting += partition.nodes
             continue
-        else:
+        allocation = any(map(allocates, partition.nodes if idle else waiting))
+        if idle:
             sources = (source for node in partition.nodes for source in node.all_input_nodes)
             ready = max((position.get(source, -1) for source in sources), default=-1)
             index = last_piece if last_piece >= max(ready, 0) else len(kept) - 1
@@ -258,10 +252,29 @@ def _merge_idle(partitions: Sequence[_Partition]) -> list[_Partition]:
                 kept[index].nodes.extend(partition.nodes)
                 position.update(dict.fromkeys(partition.nodes, index))
                 continue
-        kept.append(partition)
-        last_piece = last_piece if partition.splitting else len(kept) - 1
-        position.update(dict.fromkeys(partition.nodes, len(kept) - 1))
-    return kept or [p for p in partitions if p.nodes]
+        elif partition.splitting and allocation:
+            keep(_Partition(False, waiting))
+        else:
+            partition.nodes[:0] = waiting
+        waiting = []
+        keep(partition)
+    return kept or list(partitions)
+
+
+def _with_runs(partitions: Sequence[_Partition]) -> Iterator[tuple[_Partition, bool]]:
+    """The partitions, and whether each is idle; one that was is cut at views of other memory."""
+    for partition in partitions:
+        if len(partitions) == 1 or partition.splitting or not all(map(_is_idle, partition.nodes)):
+            yield partition, False
+            continue
+        here = set(partition.nodes)
+        runs: list[_Partition] = []
+        for node in partition.nodes:
+            views = _views_another(node, here)
+            if not runs or ((views or allocates(node)) and views != runs[-1].splitting):
+                runs.append(_Partition(views))  # a piece could give a copy in place of a view
+            runs[-1].nodes.append(node)
+        yield from ((run, not run.splitting) for run in runs)
 
 
 def _views_another(node: torch.fx.Node, here: set[torch.fx.Node]) -> bool:
@@ -273,23 +286,6 @@ def _views_another(node: torch.fx.Node, here: set[torch.fx.Node]) -> bool:
             return True
         node = source
     return False
-
-
-def _runs(partition: _Partition, several: bool) -> list[_Partition]:
-    """An idle ``partition`` as its runs of views of other memory, and of all else."""
-    if partition.splitting or not several or not all(map(_is_idle, partition.nodes)):
-        return [partition]
-    here = set(partition.nodes)
-    runs: list[_Partition] = []
-    viewing = False
-    for node in partition.nodes:
-        views = _views_another(node, here)
-        own = is_size_read(node) or not (views or allocates(node))
-        if not runs or (views != viewing and not own):
-            runs.append(_Partition(False))
-            viewing = views
-        runs[-1].nodes.append(node)
-    return runs
 
 
 # --- building ------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from piecework.codegen.entry.checks import Bind, Check, EntryTable, is_object
+from piecework.codegen.entry.checks import Check, EntryTable, is_object
 from piecework.codegen.entry.emit import entry_table
 from piecework.codegen.entry.plan import EntryPlan, NotHeld
 from piecework.errors import InputError
@@ -45,8 +45,8 @@ def input_error(
         **dict(zip(table.parameters, values, strict=True)),
     }
     for step in table.steps:
-        if isinstance(step, Bind):
-            exec(step.text, namespace)
+        if isinstance(step, str):
+            exec(step, namespace)
             continue
         for check in step.checks:
             if not eval(check.text, namespace):

@@ -40,7 +40,7 @@ class Assumptions:
         asks_grad: bool,
         asks_strides: bool,
     ) -> None:
-        self._fakes, self._labels, self._first = dict(fakes), example.names, example.first
+        self._fakes, self._first = dict(fakes), example.first
         self._asks_grad, self._asks_strides = asks_grad, asks_strides
         tensors = (f.shape if isinstance(f, torch.Tensor) else (f,) for f in self._fakes.values())
         self._sizes = [size for sizes in tensors for size in sizes]
@@ -52,7 +52,7 @@ class Assumptions:
         fake = self._fakes.get(index)
         if isinstance(example, torch.Tensor) and self._first[id(example)] != index:
             first = self._first[id(example)]
-            return SameObject(first, self._labels[first])
+            return SameObject(first)
         if isinstance(fake, torch.Tensor):
             return self._tensor(index, fake, example)
         if isinstance(fake, torch.SymInt):

@@ -65,7 +65,7 @@ class _Plan:
                 assumption = assumed.UnusedTensor(self.draw(st.sampled_from(DTYPES)), CPU, 2)
             case "same" if self.first:
                 other = self.draw(st.sampled_from(self.first))
-                assumption = assumed.SameObject(other, self.leaves[other].label)
+                assumption = assumed.SameObject(other)
             case "integer":
                 texts = [*SYMBOLS, *(["s0 * 2", "s1 // 2 + 1"] if self.complete else [])]
                 assumption = assumed.IntegerInput(self.draw(st.sampled_from(texts)))
