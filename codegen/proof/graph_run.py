@@ -208,8 +208,8 @@ class _Interpreter(torch.fx.Interpreter):
         if not isinstance(callee, torch.fx.GraphModule):
             why = f"module {path!a} is not among the names of __vllm_submods__"
             raise EmitError(why, where=node_where(node))
-        values: Any = [value for _, value in bind_call(node, callee)]
-        given = self.map_nodes_to_values(values, node)
+        bound: Any = [value for _, value in bind_call(node, callee)]
+        given: Any = self.map_nodes_to_values(bound, node)
         result = _Interpreter(callee, self.recorded, self.linked, path).run(*given)
         if isinstance(result, Token) and result.size is None:
             result.size = _size(node, None)
