@@ -128,10 +128,8 @@ class _Entry:
             if isinstance(step, str):
                 yield Statement(step)
             elif self.plan.checks:
-                test = " and ".join(each.text for each in step.checks)
-                if len(step.checks) > 1 or " " in test:
-                    conditions = [_grouped(each.text) for each in step.checks]
-                    test = f"({' and '.join(conditions)})"
+                test = " and ".join(_grouped(each.text) for each in step.checks)
+                test = f"({test})" if " " in test else test
                 yield Statement(f"if not {test}:\n    {refused}", origin=Origin(module=step.about))
         if handed:
             one = handed[0] if len(handed) == 1 else tuple_text(handed)

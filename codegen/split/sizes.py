@@ -81,33 +81,25 @@ def _reads_of(graph: torch.fx.Graph, node: torch.fx.Node) -> Sizes | None:
 
 
 def _rewrite_users(graph: torch.fx.Graph, node: torch.fx.Node, sizes: Sizes) -> None:
+    """Give each user of a whole shape the sizes that it takes of it."""
     for user in list(node.users):
-        _rewrite_user(graph, user, node, sizes)
-    if not node.users:
-        graph.erase_node(node)
-
-
-def _rewrite_user(
-    graph: torch.fx.Graph, user: torch.fx.Node, node: torch.fx.Node, sizes: Sizes
-) -> None:
-    picks = user.target is operator.getitem and user.args[0] is node
-    if picks and user.all_input_nodes == [node]:
-        index = user.args[1]
+        picks = user.target is operator.getitem and user.args[0] is node
+        index = user.args[1] if picks and user.all_input_nodes == [node] else None
         if isinstance(index, slice):
             _rewrite_users(graph, user, sizes[index])
-            return
-        if isinstance(index, int):
+        elif isinstance(index, int):
             for each in list(user.users):
                 _swap(each, user, sizes[index])
             graph.erase_node(user)
-            return
-    if _takes_sizes(user, node):
-        _swap(user, node, tuple(sizes))
-        return
-    # It needs the torch.Size itself: have it again beside the user, so that the tensor or its sizes cross the cut instead.
-    with graph.inserting_before(user):
-        again = graph.node_copy(node)
-    user.replace_input_with(node, again)
+        elif _takes_sizes(user, node):
+            _swap(user, node, tuple(sizes))
+        else:
+            # It needs the torch.Size itself: have it again beside the user, so that the tensor or its sizes cross the cut instead.
+            with graph.inserting_before(user):
+                again = graph.node_copy(node)
+            user.replace_input_with(node, again)
+    if not node.users:
+        graph.erase_node(node)
 
 
 def _takes_sizes(user: torch.fx.Node, node: torch.fx.Node) -> bool:

@@ -11,7 +11,7 @@ from entry_plans import CPU, Meaning, Odd, broken, plans, values_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from piecework.codegen.entry.emit import PROVIDED, EntrySource, generate_entry
+from piecework.codegen.entry.emit import PROVIDED, generate_entry
 from piecework.codegen.entry.plan import (
     EntryPlan,
     FixedValue,
@@ -40,26 +40,28 @@ class Refused(Exception):
     """The emitted test did not hold."""
 
 
-def check_of(source: EntrySource, *, watched: bool = True):  # type: ignore[no-untyped-def]
-    """The emitted ``check_inputs``, which raises `Refused`."""
+def executed(plan: EntryPlan, **provided: object) -> dict[str, object]:
+    """The module that is emitted for ``plan``; a broken check raises `Refused`."""
 
     def explain_inputs(*values: object) -> None:
         raise Refused
 
-    namespace = {
+    source = generate_entry(plan)
+    namespace = dict.fromkeys(PROVIDED, lambda *_: False) | {
         **source.consts,
         "explain_inputs": explain_inputs,
-        "arguments_as_traced": lambda *values: watched,
+        "arguments_as_traced": lambda *_: True,
         "memory_apart": torch_compat.memory_apart,
         "flatten": torch_compat.flatten_tree,
+        **provided,
     }
     exec(source.code, namespace)
-    return namespace["check_inputs"]
+    return namespace
 
 
 def passes(plan: EntryPlan, values: list[object]) -> bool:
     try:
-        check_of(generate_entry(plan))(*values)
+        executed(plan)["check_inputs"](*values)  # type: ignore[operator]
     except Refused:
         return False
     return True
@@ -106,24 +108,19 @@ def test_an_entry_passes_and_returns_what_the_plan_means(plan: EntryPlan) -> Non
     plan = dataclasses.replace(plan, apart=())
     values, called, weights = values_of(plan), [], [object() for _ in range(4)]
     outputs = [object() for _ in plan.outputs]
-    source = generate_entry(plan)
 
     def execution_fn(*given: object, **more: object) -> list[object]:
         called.append((given, more))
         return outputs
 
-    no = lambda *_: False  # noqa: E731
-    namespace = dict.fromkeys(PROVIDED, no) | {
-        **source.consts,
-        "dynamo": SimpleNamespace(_stance=None),
-        "stance": None,
-        "bound": (execution_fn, lambda: True, lambda: weights, lambda: None),
-        "submods_for": lambda batch: ("submods", batch),
-        "same_kernels": lambda: True,
-        "arguments_as_traced": lambda *_: True,
-        "flatten": torch_compat.flatten_tree,
-    }
-    exec(source.code, namespace)
+    namespace = executed(
+        plan,
+        dynamo=SimpleNamespace(_stance=None),
+        stance=None,
+        bound=(execution_fn, lambda: True, lambda: weights, lambda: None),
+        submods_for=lambda batch: ("submods", batch),
+        same_kernels=lambda: True,
+    )
     args: list[object] = []
     named: dict[str, object] = {}
     for parameter, value in zip(plan.parameters, values, strict=True):
