@@ -17,7 +17,7 @@ from pygments import highlight
 from pygments.formatters.html import HtmlFormatter
 from pygments.lexers.python import PythonLexer
 
-from piecework.codegen.plan.render import environment
+from piecework.codegen.plan.render import filled
 from piecework.errors import UsageError
 from piecework.golden import snapshot
 from piecework.golden.diff import COSMETIC, GROUPS, MARKS, SourceDiff, compare_sources
@@ -59,8 +59,8 @@ def entry_of(comparison: Comparison, name: str) -> Entry:
 
 def page(entries: Sequence[Entry], title: str = "piecework: changes of emitted source") -> str:
     """The page as text."""
-    template = environment().get_template(TEMPLATE)
-    return template.render(
+    return filled(
+        TEMPLATE,
         title=title,
         entries=[_fields(f"e{number}", entry) for number, entry in enumerate(entries)],
         several=len(entries) > 1,

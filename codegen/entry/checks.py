@@ -29,9 +29,8 @@ class Check:
 
     kind: str  # which; errors are told by it
     text: str  # the condition
-    # the flattened argument that it is about; None for several, or a container
-    leaf: int | None = None
-    label: str = ""  # what errors call it
+    leaf: int  # the flattened argument that it is about; -1 for several, or a container
+    label: str  # what errors call it
     read: str = ""  # the text of what is compared; "" where the condition alone says it
     expected: object = None  # what the trace had there
     dim: int | None = None  # the dimension, for a size or a stride
@@ -70,13 +69,13 @@ class EntryTable:
         self.steps: list[str | Require] = []
         self.leaves: dict[int, str] = {}  # flattened argument -> what it is called
         self.symbols: dict[str, str] = {}  # symbol -> what it is called
-        # symbol -> the label of the argument that tells it, and where in it: its number and a dimension
-        self.origin: dict[str, tuple[str, tuple[int, int | None]]] = {}
+        # symbol -> the argument that tells it, and the dimension of it
+        self.origin: dict[str, tuple[_About, int | None]] = {}
         self.unpacked: list[str] = []  # names that are no parameters
         self._sized = {symbol.name for symbol in plan.symbols}
         self._labels: dict[int, str] = {}
         self._tensors: list[int] = []
-        self._about: _About = (None, "")
+        self._about: _About = _SEVERAL
         self._checks: list[Check] = []  # of the step that is being made
         # What is compared in the end, over symbols that are all known then.
         self._late: list[tuple[_About, str, str, entry.Size | float, int | None]] = []
@@ -87,14 +86,13 @@ class EntryTable:
             if symbol.name in self.symbols and (symbol.low, symbol.high) != (None, None):
                 name = self.symbols[symbol.name]
                 text = range_text(name, symbol.low, symbol.high)
-                label, (leaf, dim) = self.origin[symbol.name]
-                self._about = (leaf, label)
+                self._about, dim = self.origin[symbol.name]
                 self._check("range", text, name, text, dim)
         self._require("sizes that the trace allows")
         for about, kind, read, size, dim in self._late:
             self._about = about
             self._compare(kind, read, size, dim)
-        self._about = (None, "")
+        self._about = _SEVERAL
         for text in plan.guards:
             self._check("relation", self._relation(text), "", text)
         self._require("relations that the trace relied on")
@@ -129,7 +127,7 @@ class EntryTable:
             case entry.Leaf():
                 self._leaf(node, place)
             case entry.Items(kind, label, keys, children):
-                self._about = (None, label)
+                self._about = (-1, label)
                 inside = [f"{value(key)} in {place}" for key in keys if kind is dict]
                 self._is("type", f"type({place})", kind, kind.__name__)
                 found = f"tuple({place if kind is dict else f'range(len({place}))'})"
@@ -141,7 +139,7 @@ class EntryTable:
             case entry.Tree(label, structure, children):
                 leaves, spec = self.names.claim("leaves"), self.names.claim("structure")
                 self.steps.append(f"{leaves}, {spec} = flatten({place})")
-                self._about = (None, label)
+                self._about = (-1, label)
                 self._check("structure", f"{spec} == {value(structure, 'expected_structure')}")
                 self._require(f"{label}: of the traced structure")
                 for number, child in enumerate(children):
@@ -218,7 +216,7 @@ class EntryTable:
         short = f"{str(tensor.dtype).removeprefix('torch.')}[{', '.join(map(str, tensor.sizes))}]"
         self._require(f"{label}: {short} on {tensor.device}, {layout}")
         if tensor.sizes and not fixed:
-            self._sizes(index, name, label, tensor.sizes)
+            self._sizes(name, label, tensor.sizes)
         read, item = f"{name}.item()", tensor.item
         if isinstance(item, str) and item.isidentifier() and item not in self.symbols:
             self._take("item", item, self._unpack(item))
@@ -242,13 +240,13 @@ class EntryTable:
         self._check("device", where, f"{name}.device", device)
         self._check("rank", f"{name}.dim() == {rank}", f"{name}.dim()", rank)
 
-    def _sizes(self, index: int, name: str, label: str, sizes: Sequence[entry.Size]) -> None:
+    def _sizes(self, name: str, label: str, sizes: Sequence[entry.Size]) -> None:
         """A symbol that is met for the first time is taken from the shape."""
         taken: list[str] = []
         for dim, size in enumerate(sizes):
             if isinstance(size, str) and size in self._sized and size not in self.symbols:
                 taken.append(self._unpack(size))
-                self.symbols[size], self.origin[size] = taken[-1], (label, (index, dim))
+                self.symbols[size], self.origin[size] = taken[-1], (self._about, dim)
                 continue
             taken.append(self.names.claim(f"{label}_{dim}"))
             if isinstance(size, int) or size in self.symbols:
@@ -282,15 +280,14 @@ class EntryTable:
             if each.apart:
                 self._check("shared", f"memory_outside({name}, held_spans[{number}])", name, each)
             self._require(f"{label}: apart from what the model holds")
-        self._about = (None, "")
+        self._about = _SEVERAL
 
     # --- numbers ---------------------------------------------------------------------------------
 
     def _take(self, kind: str, symbol: str, name: str) -> None:
         """Take ``name`` for ``symbol``, if it is one and not known yet."""
-        leaf, label = self._about
-        if leaf is not None and symbol.isidentifier() and symbol not in self.symbols:
-            self.symbols[symbol], self.origin[symbol] = name, (label, (leaf, None))
+        if symbol.isidentifier() and symbol not in self.symbols:
+            self.symbols[symbol], self.origin[symbol] = name, (self._about, None)
         else:
             self._late.append((self._about, kind, name, symbol, None))
 
@@ -309,7 +306,8 @@ class EntryTable:
         return re.sub(names, lambda each: self.symbols.get(each.group(), each.group()), text)
 
 
-_About = tuple[int | None, str]  # a flattened argument, and what errors call it
+_About = tuple[int, str]  # a flattened argument, and what errors call it
+_SEVERAL: _About = (-1, "")
 _VALUE = "__value__"  # no symbol's name
 
 

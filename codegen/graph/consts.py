@@ -8,7 +8,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.fx
@@ -67,6 +67,9 @@ def to_text(
 ) -> str:
     """Write a node argument as Python; nodes in any nesting become what ``refer`` gives."""
 
+    def joined(items: Iterable[object], depth: int) -> str:
+        return ", ".join(convert(each, depth + 1) for each in items)
+
     def convert(item: object, depth: int = 0) -> str:
         kind = type(item)
         if depth > MAX_NESTING:
@@ -79,16 +82,14 @@ def to_text(
             case torch.fx.Node():
                 return refer(item)
             case list() if kind in LIST_TYPES:
-                return f"[{', '.join(convert(each, depth + 1) for each in item)}]"
+                return f"[{joined(item, depth)}]"
             case tuple() if kind is tuple:
                 return tuple_text([convert(each, depth + 1) for each in item])
             case dict() if kind in DICT_TYPES and not any(map(holds_node, item)):
                 pairs = [(convert(k, depth + 1), convert(v, depth + 1)) for k, v in item.items()]
                 return f"{{{', '.join(f'{key}: {value}' for key, value in pairs)}}}"
             case slice(start=start, stop=stop, step=step):
-                return (
-                    f"slice({', '.join(convert(each, depth + 1) for each in (start, stop, step))})"
-                )
+                return f"slice({joined((start, stop, step), depth)})"
         if is_inline_literal(item):
             return literal(item)
         hidden = _first_inside(item, (torch.fx.Node, *_SIZES))
@@ -101,7 +102,7 @@ def to_text(
                 hint="pass the node that computes it (torch.ops.aten.sym_size.int)",
             )
         if isinstance(item, tuple) and hasattr(item, "_fields"):
-            return f"{consts.add(kind)}({', '.join(convert(each, depth + 1) for each in item)})"
+            return f"{consts.add(kind)}({joined(item, depth)})"
         raise UnsupportedNode(
             f"a {kind.__name__} that contains an FX node can't be written as source",
             where=where(),
@@ -111,9 +112,8 @@ def to_text(
     def cut(item: object) -> str:
         if not isinstance(item, slice):
             return convert(item)
-        parts = [
-            "" if each is None else convert(each, 1) for each in (item.start, item.stop, item.step)
-        ]
+        ends = (item.start, item.stop, item.step)
+        parts = ["" if each is None else convert(each, 1) for each in ends]
         return ":".join(parts if parts[2] else parts[:2])
 
     if index and type(value) is tuple and len(value) > 1:

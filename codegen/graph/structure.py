@@ -45,9 +45,9 @@ def structure_of(
     describe_input: Callable[[torch.fx.Node], str] | None = None,
 ) -> Structure:
     """Canonical form of ``gm``."""
-    writer = _Writer(gm, open_literals)
+    writer = _Writer(gm, open_literals, describe_input)
     for node in gm.graph.nodes:
-        writer.write(node, describe_input)
+        writer.write(node)
     text = "\n".join(writer.lines)
     digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
     return Structure(digest, tuple(writer.lines), tuple(writer.holes), writer.local)
@@ -55,16 +55,21 @@ def structure_of(
 
 def call_text(gm: torch.fx.GraphModule, node: torch.fx.Node) -> str:
     """What one node of ``gm`` does, with its literals."""
-    writer = _Writer(gm, open_literals=False)
+    writer = _Writer(gm)
     writer.number.update({each: index for index, each in enumerate(node.all_input_nodes)})
-    writer.write(node, None)
+    writer.write(node)
     return writer.lines[0]
 
 
 class _Writer:
-    def __init__(self, gm: torch.fx.GraphModule, open_literals: bool) -> None:
+    def __init__(
+        self,
+        gm: torch.fx.GraphModule,
+        open_literals: bool = False,
+        describe_input: Callable[[torch.fx.Node], str] | None = None,
+    ) -> None:
         self.gm = gm
-        self.open_literals = open_literals
+        self.open_literals, self.describe_input = open_literals, describe_input
         self.lines: list[str] = []
         self.holes: list[Hole] = []
         self.local = ""
@@ -73,9 +78,7 @@ class _Writer:
         self._ordinal = 0
         self._open = open_literals
 
-    def write(
-        self, node: torch.fx.Node, describe_input: Callable[[torch.fx.Node], str] | None
-    ) -> None:
+    def write(self, node: torch.fx.Node) -> None:
         number = self.number[node] = len(self.number)
         self._ordinal = 0
         # Literals that decide the form of a statement (an unpacked index, an attribute, a default) stay in the key.
@@ -86,9 +89,9 @@ class _Writer:
             f"{key!a}={self._value(arg, number, key)}" for key, arg in node.kwargs.items()
         )
         target = self._target(node)
-        if node.op == "placeholder" and describe_input is not None:
+        if node.op == "placeholder" and self.describe_input is not None:
             made_of = self._made_of(value_of(node), number)
-            target = describe_input(node) + made_of + self._sharing(node, number)
+            target = self.describe_input(node) + made_of + self._sharing(node, number)
         # Results are unpacked by their number, so it is part of the program.
         result = value_of(node)
         arity = f" -> {len(result)}" if isinstance(result, (tuple, list)) else ""
@@ -167,9 +170,8 @@ class _Writer:
             case tuple() if kind is tuple:
                 return f"tuple({joined(value)})"
             case dict() if kind in DICT_TYPES:
-                return (
-                    f"dict({', '.join(f'{joined([k])}: {joined([v])}' for k, v in value.items())})"
-                )
+                pairs = [f"{joined([key])}: {joined([each])}" for key, each in value.items()]
+                return f"dict({', '.join(pairs)})"
             case slice(start=start, stop=stop, step=step):
                 return f"slice({joined((start, stop, step))})"
         inline = is_inline_literal(value)
@@ -208,25 +210,17 @@ def input_signature(node: torch.fx.Node) -> str:
     """What a compiler may specialise on; symbols are shared by all pieces of one capture."""
     value = value_of(node)
     if not isinstance(value, torch.Tensor):
-        return (
-            f"{type(value).__qualname__} {value if isinstance(value, (int, torch.SymInt)) else ''}"
-        )
+        number = value if isinstance(value, (int, torch.SymInt)) else ""
+        return f"{type(value).__qualname__} {number}"
     static = node.meta.get("tensor_dict", {}).get("_dynamo_static_input_type")
     return f"{_signature(value)} {static}"
 
 
 def _signature(value: torch.Tensor) -> str:
     strided = value.layout == torch.strided
-    parts = (
-        type(value).__qualname__,
-        value.dtype,
-        value.device,
-        tuple(value.shape),
-        value.stride() if strided else value.layout,
-        value.storage_offset() if strided else 0,
-        value.requires_grad,
-        isinstance(value, torch.nn.Parameter),
-    )
+    place = (value.stride(), value.storage_offset()) if strided else (value.layout, 0)
+    kind = (value.requires_grad, isinstance(value, torch.nn.Parameter))
+    parts = (type(value).__qualname__, value.dtype, value.device, tuple(value.shape), *place, *kind)
     return " ".join(map(str, parts))
 
 

@@ -19,13 +19,8 @@ from piecework.codegen.plan.names import BUILTINS, is_identifier
 ENTRY_NAME = "execution_fn"
 
 _TORCH_NAMESPACES = (
-    "torch",
-    "torch.nn.functional",
-    "torch._C._nn",
-    "torch._C._linalg",
-    "torch._C._fft",
-    "torch._C._special",
-    "torch._C",
+    *("torch", "torch.nn.functional", "torch._C._nn", "torch._C._linalg", "torch._C._fft"),
+    *("torch._C._special", "torch._C"),
 )
 
 # operator functions that have an operator sign with the same meaning, argument for argument.
@@ -124,16 +119,11 @@ def _attribute_at_rest(owner: object, name: str) -> object:
             return found.__func__
         if found is not ABSENT:
             plain = (FunctionType, BuiltinFunctionType, MethodDescriptorType, type)
-            return (
-                ABSENT
-                if hasattr(type(found), "__get__") and not isinstance(found, plain)
-                else found
-            )
+            computed = hasattr(type(found), "__get__") and not isinstance(found, plain)
+            return ABSENT if computed else found
     return ABSENT
 
 
 # ``torch.ops``, its namespaces, and operators with overloads.
-_OPERATORS = (
-    *{type(o) for o in (torch.ops, torch.ops.aten, torch.ops.higher_order)},
-    OpOverloadPacket,
-)
+_OPS = (torch.ops, torch.ops.aten, torch.ops.higher_order)
+_OPERATORS = (*map(type, _OPS), OpOverloadPacket)

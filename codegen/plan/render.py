@@ -37,8 +37,13 @@ _UNCOMMENTED = ("del", "return", "try", "finally")
 _DIRECTIVE = re.compile(r"\b(fmt|yapf|type|noqa|pragma|pylint|isort)\s*:")
 
 
+def filled(template: str, **fields: object) -> str:
+    """A template of piecework's with its fields filled in."""
+    return str(_environment().get_template(template).render(fields))
+
+
 @cache
-def environment() -> jinja2.Environment:
+def _environment() -> jinja2.Environment:
     """The one Jinja environment; it escapes HTML alone."""
     import jinja2
 
@@ -57,32 +62,21 @@ def render(
 ) -> str:
     """Write ``module`` as Python source."""
     every = (*module.functions, module.entry)
-    texts = iter(
-        format_statements(
-            [
-                (stmt.text, depth)
-                for function in every
-                for stmt, depth in _with_depth(function.body)
-                if stmt.kind != "try"
-            ]
-        )
-    )
+    statements = [each for function in every for each in _with_depth(function.body)]
+    forms = [(stmt.text, depth) for stmt, depth in statements if stmt.kind != "try"]
+    texts = iter(format_statements(forms))
     aliases = [{"code": _alias(each), "note": _comment(each.note)} for each in module.aliases]
-    text: str = (
-        environment()
-        .get_template("module.py.jinja")
-        .render(
-            title=title,
-            format_version=FORMAT_VERSION,
-            header=[f"# {_comment(line)}".rstrip() for line in header],
-            imports=module.imports,
-            aliases=aliases,
-            facts=facts,
-            functions=[_function(function, texts) for function in every],
-            bound=[_comment(f"{row.name}: {row.description} = {row.path}") for row in module.bound],
-        )
+    return filled(
+        "module.py.jinja",
+        title=title,
+        format_version=FORMAT_VERSION,
+        header=[f"# {_comment(line)}".rstrip() for line in header],
+        imports=module.imports,
+        aliases=aliases,
+        facts=facts,
+        functions=[_function(function, texts) for function in every],
+        bound=[_comment(f"{row.name}: {row.description} = {row.path}") for row in module.bound],
     )
-    return text
 
 
 def table_rows(title: str, rows: Sequence[str]) -> list[str]:
@@ -100,14 +94,11 @@ def const_rows(module: ir.Module) -> list[str]:
 
 def _function(function: ir.Function, texts: Iterator[str]) -> str:
     signature = format_source(f"{_signature(function)}\n    pass\n")
-    return (
-        environment()
-        .get_template("function.py.jinja")
-        .render(
-            signature=signature.removesuffix("\n    pass\n"),
-            note=_wrapped(_comment(function.note)),
-            statements=list(_lines_of(function.body, texts)),
-        )
+    return filled(
+        "function.py.jinja",
+        signature=signature.removesuffix("\n    pass\n"),
+        note=_wrapped(_comment(function.note)),
+        statements=list(_lines_of(function.body, texts)),
     )
 
 

@@ -106,14 +106,11 @@ class Sameness:
             case Token():
                 return False
             case list() if kind in _LISTS:
-                return (
-                    type(theirs) in _LISTS and self._one(ours, theirs) and self._all(ours, theirs)
-                )
+                alike = type(theirs) in _LISTS and self._one(ours, theirs)
+                return alike and self._all(ours, theirs)
             case dict() if kind in _DICTS:
-                if not (type(theirs) in _DICTS and self._one(ours, theirs)):
-                    return False
-                flat = [[x for pair in each.items() for x in pair] for each in (ours, theirs)]  # type: ignore[attr-defined]
-                return self._all(*flat)
+                alike = type(theirs) in _DICTS and self._one(ours, theirs)
+                return alike and self._all([*ours.items()], [*theirs.items()])  # type: ignore[attr-defined]
             case slice() if isinstance(theirs, slice):
                 return self._all(*((each.start, each.stop, each.step) for each in (ours, theirs)))
             case tuple() if kind is not torch.Size:

@@ -66,12 +66,12 @@ def _error(table: EntryTable, namespace: dict[str, Any], about: str, check: Chec
         assert isinstance(expected, tuple)
         dim = next(d for d, size in enumerate(expected) if now[d] != size)
         now, expected = now[dim], expected[dim]
-    places = {(-1 if check.leaf is None else check.leaf, dim)}
+    places = {(check.leaf, dim)}
     known = ((s, namespace[name]) for s, name in table.symbols.items() if name in namespace)
     symbols = ", ".join(f"{symbol}={size}" for symbol, size in known)
     if kind == "relation":
-        places = {place for _, place in table.origin.values()}
-        names = ", ".join(sorted({each for each, _ in table.origin.values()}))
+        places = {(leaf, each) for (leaf, _), each in table.origin.values()}
+        names = ", ".join(sorted({name for (_, name), _ in table.origin.values()}))
         text = f"the sizes {symbols} of {names} break {expected}, which the trace relied on"
     elif kind in ("same", "distinct", "apart"):
         places = set()

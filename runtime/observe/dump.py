@@ -21,7 +21,7 @@ import torch.fx
 
 from piecework.codegen import SplitItem
 from piecework.codegen.graph.origin import SymbolNames, origin_of_piece
-from piecework.codegen.plan.render import environment
+from piecework.codegen.plan.render import filled
 from piecework.codegen.split.splitting import operator_name
 from piecework.errors import ConfigError
 from piecework.runtime import torch_compat
@@ -212,5 +212,4 @@ def render_page(steps: Sequence[Step], **shown: object) -> str:
     """The page: stages, seconds, a map and a table of the steps; it needs no other file."""
     keys = dict.fromkeys(step.key for step in steps if step.key)
     numbers = {key: number for number, key in enumerate(keys, 1)}
-    page = environment().get_template("dump.html.jinja")
-    return page.render(steps=steps, numbers=numbers, **shown)
+    return filled("dump.html.jinja", steps=steps, numbers=numbers, **shown)

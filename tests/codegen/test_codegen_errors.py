@@ -12,7 +12,6 @@ from fx_graphs import graph_of
 from piecework.codegen import (
     StitchedSource,
     compile_execution_fn,
-    generate_execution_code,
     generate_source,
     verify,
 )
@@ -97,36 +96,30 @@ def test_a_graph_with_a_pytree_signature() -> None:
 # --- binding -------------------------------------------------------------------------------------
 
 
-def with_leaf() -> torch.fx.GraphModule:
-    root = torch.nn.ModuleDict({"act": torch.nn.ReLU()})
-    return graph_of(lambda g, x: g.call_module("act", (x,)), root=root)
+LEAF = "def execution_fn(x, *, __vllm_submods__):\n    return __vllm_submods__[0](x)\n"
+MISSING = "import nowhere_at_all\ndef execution_fn(*, __vllm_submods__):\n    return None\n"
 
 
-def test_a_submodule_without_a_callable() -> None:
-    code, names, consts = generate_execution_code(with_leaf())
-    with pytest.raises(
-        BindError, match=r"submodule 'act' has no callable.*Hint: pass one callable for each"
-    ):
-        compile_execution_fn(code, {}, names, consts)
-    with pytest.raises(BindError, match="'act' has no callable"):
-        compile_execution_fn(code, {"act": 3}, names, consts)  # type: ignore[dict-item]
+@pytest.mark.parametrize(
+    ("code", "submods", "error", "why"),
+    [
+        (LEAF, {}, BindError, r"submodule 'act' has no callable.*Hint: pass one callable for each"),
+        (LEAF, {"act": 3}, BindError, "'act' has no callable"),
+        ("def execution_fn(:", None, EmitError, r"does not compile(.|\n)*1 \| def execution_fn\(:"),
+        ("x = 1", None, EmitError, "defines no function execution_fn"),
+        (MISSING, None, BindError, r"a module that is not here.*nowhere_at_all.*Hint: install"),
+    ],
+)
+def test_what_can_not_be_bound(
+    code: str, submods: dict[str, object] | None, error: type[Exception], why: str
+) -> None:
+    with pytest.raises(error, match=why):
+        compile_execution_fn(code, submods or {}, [] if submods is None else ["act"])  # type: ignore[arg-type]
 
 
-def test_code_that_is_not_python_is_shown_with_its_lines() -> None:
-    with pytest.raises(EmitError, match=r"does not compile(.|\n)*1 \| def execution_fn\(:"):
-        compile_execution_fn("def execution_fn(:", {}, [])
-    with pytest.raises(EmitError, match="defines no function execution_fn"):
-        compile_execution_fn("x = 1", {}, [])
+def test_text_that_is_not_python_is_shown_with_its_lines() -> None:
     with pytest.raises(EmitError, match=r"not Python(.|\n)*1 \| def"):
         format_source("def (:")
-
-
-def test_an_import_that_is_not_here() -> None:
-    code = "import no_such_module_anywhere\n\n\ndef execution_fn(*, __vllm_submods__):\n    return None\n"
-    with pytest.raises(
-        BindError, match=r"a module that is not here.*no_such_module_anywhere.*Hint: install"
-    ):
-        compile_execution_fn(code, {}, [])
 
 
 # --- proof ---------------------------------------------------------------------------------------
@@ -141,19 +134,36 @@ def sample() -> tuple[torch.fx.GraphModule, StitchedSource]:
     return gm, generate_source(gm)
 
 
-def test_a_difference_names_the_line_and_the_node() -> None:
+ITSELF = (
+    "import torch\ndef f(x):\n    return f(x)\n"
+    "def execution_fn(x, *, __vllm_submods__):\n    return f(x)\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "why"),
+    [
+        (
+            *("torch.sin(x)", "torch.cos(x)"),
+            r"differs from the graph: a call of something else \(line \d+: sin = torch.cos\(x\); node %sin, model.py:41\)",
+        ),
+        (
+            *("alpha=2", "alpha=3"),
+            r"another argument 'alpha' \(line \d+: add = torch.add\(sin, x, alpha=3\); node %add\)",
+        ),
+        ("execution_fn(x,", "execution_fn(x, y,", "takes 2 inputs and the graph 1"),
+        ("execution_fn(x,", "execution_fn(x=None,", r"x differs in kind or default \(node %x\)"),
+        ("return add", "return (add,)", "returns something else"),
+        ("", "def (", "is not Python"),
+        ("", "import torch", "defines no function execution_fn"),
+        ("", ITSELF, "call each other, or are nested, too deeply"),
+    ],
+)
+def test_a_text_that_differs_is_refused(before: str, after: str, why: str) -> None:
     gm, source = sample()
-    edited = source.code.replace("torch.sin(x)", "torch.cos(x)")
-    with pytest.raises(
-        EmitError,
-        match=r"differs from the graph: a call of something else \(line \d+: sin = torch.cos\(x\); node %sin, model.py:41\)",
-    ):
-        verify(source, gm, edited=edited)
-    with pytest.raises(
-        EmitError,
-        match=r"another argument 'alpha' \(line \d+: add = torch.add\(sin, x, alpha=3\); node %add\)",
-    ):
-        verify(source, gm, edited=source.code.replace("alpha=2", "alpha=3"))
+    assert before in source.code
+    with pytest.raises(EmitError, match=why):
+        verify(source, gm, edited=source.code.replace(before, after) if before else after)
 
 
 def test_an_edit_that_changes_nothing_is_proved() -> None:
@@ -205,31 +215,6 @@ def test_modules_outside_of_the_language_are_refused(text: str) -> None:
     edited = source.code.replace("\ndef execution", f"\n{text}\n\ndef execution")
     with pytest.raises(EmitError):
         verify(source, gm, edited=edited)
-
-
-def test_text_that_is_not_python_or_has_no_entry_is_refused() -> None:
-    gm, source = sample()
-    with pytest.raises(EmitError, match="is not Python"):
-        verify(source, gm, edited="def (")
-    with pytest.raises(EmitError, match="defines no function execution_fn"):
-        verify(source, gm, edited="import torch")
-
-
-def test_a_function_that_calls_itself_is_refused() -> None:
-    gm, source = sample()
-    code = "import torch\ndef f(x):\n    return f(x)\ndef execution_fn(x, *, __vllm_submods__):\n    return f(x)\n"
-    with pytest.raises(EmitError, match="call each other, or are nested, too deeply"):
-        verify(source, gm, edited=code)
-
-
-def test_another_number_of_inputs_or_results_is_refused() -> None:
-    gm, source = sample()
-    with pytest.raises(EmitError, match="takes 2 inputs and the graph 1"):
-        verify(source, gm, edited=source.code.replace("execution_fn(x,", "execution_fn(x, y,"))
-    with pytest.raises(EmitError, match="returns something else"):
-        verify(source, gm, edited=source.code.replace("return add", "return (add,)"))
-    with pytest.raises(EmitError, match=r"parameter x differs in kind or default \(node %x\)"):
-        verify(source, gm, edited=source.code.replace("execution_fn(x,", "execution_fn(x=None,"))
 
 
 def test_the_graph_of_another_model_is_not_proved() -> None:
