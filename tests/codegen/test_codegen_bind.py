@@ -10,6 +10,7 @@ import linecache
 import subprocess
 import sys
 import traceback
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -33,13 +34,17 @@ def model() -> torch.fx.GraphModule:
     return callable_graph_of(build, "x", "w", root=root)
 
 
-def test_the_emitted_contract() -> None:
-    gm = model()
+def bound(gm: torch.fx.GraphModule, **others: object) -> Callable[..., object]:
+    """The emitted function of ``gm``, with ``others`` in place of its submodules."""
     code, names, consts = generate_execution_code(gm)
     assert names == ["first", "second"] and consts == []
-    function = compile_execution_fn(
-        code, {name: getattr(gm, name) for name in names}, names, consts
-    )
+    submods = {name: getattr(gm, name) for name in names}
+    return compile_execution_fn(code, submods | others, names, consts)  # type: ignore[arg-type]
+
+
+def test_the_emitted_contract() -> None:
+    gm = model()
+    function = bound(gm)
     signature = inspect.signature(function)
     assert list(signature.parameters) == ["x", "w", "__vllm_submods__"]
     assert signature.parameters["__vllm_submods__"].kind is inspect.Parameter.KEYWORD_ONLY
@@ -48,13 +53,8 @@ def test_the_emitted_contract() -> None:
 
 
 def test_another_list_can_be_passed_per_call() -> None:
-    gm = model()
-    code, names, consts = generate_execution_code(gm)
-    function = compile_execution_fn(
-        code, {name: getattr(gm, name) for name in names}, names, consts
-    )
     x, w = torch.randn(2, 3), torch.eye(3)
-    seen = function(x, w, __vllm_submods__=[torch.neg, torch.abs])
+    seen = bound(model())(x, w, __vllm_submods__=[torch.neg, torch.abs])
     torch.testing.assert_close(seen, (x.abs(),))
 
 
@@ -77,10 +77,8 @@ def failing(x: torch.Tensor) -> torch.Tensor:
 
 def test_a_failure_shows_the_emitted_line() -> None:
     gm = model()
-    code, names, consts = generate_execution_code(gm)
-    function = compile_execution_fn(code, {"first": gm.first, "second": failing}, names, consts)
     with pytest.raises(ValueError, match="inside the piece") as caught:
-        function(torch.randn(2, 3), torch.randn(3, 3))
+        bound(gm, second=failing)(torch.randn(2, 3), torch.randn(3, 3))
     text = "".join(traceback.format_exception(caught.value))
     assert "second = __vllm_submods__[1](first)" in text and "<piecework:" in text
     frame = next(f for f in traceback.extract_tb(caught.tb) if f.filename.startswith("<piecework:"))
@@ -89,11 +87,7 @@ def test_a_failure_shows_the_emitted_line() -> None:
 
 
 def test_lines_stay_as_long_as_any_function_made_from_the_text() -> None:
-    gm = model()
-    code, names, consts = generate_execution_code(gm)
-    callables = {name: getattr(gm, name) for name in names}
-    one = compile_execution_fn(code, callables, names, consts)
-    two = compile_execution_fn(code, callables, names, consts)
+    one, two = bound(model()), bound(model())
     filename = one.__code__.co_filename  # type: ignore[attr-defined]
     linecache.checkcache()
     del two
