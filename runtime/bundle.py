@@ -101,12 +101,7 @@ def save(
 
 
 def read_manifest(directory: Path) -> Manifest:
-    """Read and check a folder's manifest.
-
-    Raises:
-        UsageError: there is no such folder.
-        ArtifactError: it is not one of ours, damaged, or of another format.
-    """
+    """A folder's manifest; `UsageError` for none, `ArtifactError` if it is damaged or not ours."""
     path = directory / MANIFEST
     if not path.is_file():
         raise UsageError(
@@ -124,11 +119,7 @@ def read_manifest(directory: Path) -> Manifest:
 
 
 def read_source(directory: Path, manifest: Manifest, *, edited: bool = False) -> str:
-    """The stitching source in the folder.
-
-    Raises:
-        ArtifactError: it is missing, or changed and ``edited`` was not given.
-    """
+    """The source in the folder; `ArtifactError` if it changed, unless it is said to be ``edited``."""
     path = directory / SOURCE
     try:
         code = path.read_text(encoding="utf-8")

@@ -138,9 +138,7 @@ class StitchedModule(Captures, Observed, SharedModule):
             raise
         return self._serve_refused(refused, args, kwargs)
 
-    def forward(self, *args: object, **kwargs: object) -> Any:
-        """As calling the module."""
-        return self(*args, **kwargs)
+    forward = __call__
 
     @errors.short_errors
     def _serve_refused(
@@ -361,11 +359,7 @@ class StitchedModule(Captures, Observed, SharedModule):
 
     @contextmanager
     def _change(self, what: str) -> Iterator[None]:
-        """Wait until other threads are done changing the model, and change it.
-
-        Raises:
-            BindError: this thread is changing it already, as a splitting op in a warm-up would.
-        """
+        """Change the model after other threads; `BindError` if this one is changing it already."""
         thread, other = self._changing
         if thread == threading.get_ident():
             raise errors.BindError(
@@ -516,11 +510,7 @@ class StitchedModule(Captures, Observed, SharedModule):
     def take_for(
         self, artifact: Artifact, args: Sequence[object], kwargs: Mapping[str, object]
     ) -> None:
-        """Serve calls by an artifact's traces, if it fits the configuration and these arguments.
-
-        Raises:
-            ArtifactError: it was not, or does not; this module is as before then.
-        """
+        """As `take`, if it fits the configuration and these arguments; else all stays as it is."""
         try:
             self.require_made_so(artifact, args, kwargs)
             self.take(artifact)
@@ -616,11 +606,7 @@ torch_compat.keep_out_of_traces(StitchedModule.__call__, OPAQUE)  # type: ignore
 
 @contextmanager
 def _tracing_shapes(kind: DynamicShapesType, arguments: object) -> Iterator[None]:
-    """Trace with ``kind`` of symbols in the block.
-
-    Unbacked: the dimensions of ``arguments`` (a pytree) that are marked dynamic become unbacked; if nothing
-    is marked, the first dimension of each tensor does.
-    """
+    """Trace with ``kind`` of symbols; unbacked ones for marked dimensions, else the first."""
     with ExitStack() as stack:
         if kind is DynamicShapesType.BACKED_SIZE_OBLIVIOUS:
             stack.enter_context(torch_compat.size_oblivious_tracing())

@@ -55,7 +55,9 @@ class Model(Layers):
         super().__init__(Layer(op) for _ in range(layers))
 
 
-def stitch(model: nn.Module, backend: str = "eager", **levers: bool) -> piecework.StitchedModule:
+def stitch(
+    model: Callable[..., object], backend: str = "eager", **levers: bool
+) -> piecework.StitchedModule:
     config = piecework.CompilationConfig(backend=backend, stitching_config=levers)
     ops = ["levers::mix", "levers::custom_mix"]
     return piecework.compile(model, (torch.randn(4, 8),), splitting_ops=ops, config=config)
@@ -114,15 +116,14 @@ def test_the_raw_function_is_called(op: Callable[..., None]) -> None:
 
 @pytest.mark.inductor
 def test_pieces_are_entered_directly_only_where_nothing_is_left_out() -> None:
-    class Mutating(nn.Module):
-        def forward(self, x: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
-            state.add_(1)
-            out = torch.empty_like(x)
-            mix(x * 2, x + state, out, 0.5)
-            return out + 1
+    def mutating(x: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+        state.add_(1)
+        out = torch.empty_like(x)
+        mix(x * 2, x + state, out, 0.5)
+        return out + 1
 
     example = (torch.randn(4, 8), torch.zeros(4, 8))
-    stitched = piecework.compile(Mutating(), example, splitting_ops=["levers::mix"])
+    stitched = piecework.compile(mutating, example, splitting_ops=["levers::mix"])
     backends = stitched.program.backends
     first, last = (backends[f"submod_{n}"].entries[None].compiled for n in (0, 2))
     assert first.direct is None and first.indirect_because
@@ -131,7 +132,7 @@ def test_pieces_are_entered_directly_only_where_nothing_is_left_out() -> None:
     x = torch.randn(5, 8)
     with torch.no_grad():
         for _ in range(2):
-            torch.testing.assert_close(stitched(x, state), Mutating()(x, expected))
+            torch.testing.assert_close(stitched(x, state), mutating(x, expected))
     torch.testing.assert_close(state, expected)
 
 
@@ -222,13 +223,12 @@ def test_a_mode_sees_the_operators(
 class DoublesProducts(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         result = func(*args, **(kwargs or {}))
-        return result * 2 if func is torch.ops.aten.addmm.default else result
+        products = (torch.ops.aten.addmm.default, nn.functional.linear)
+        return result * 2 if func in products else result
 
 
 class DoublesLinear(TorchFunctionMode):
-    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        result = func(*args, **(kwargs or {}))
-        return result * 2 if func is nn.functional.linear else result
+    __torch_function__ = DoublesProducts.__torch_dispatch__
 
 
 @pytest.mark.inductor
@@ -243,14 +243,12 @@ def test_a_mode_changes_what_runs_inside_compiled_pieces(mode: type, tmp_path: P
         check(model, each)
 
 
-class Making(nn.Module):
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return x + 1, torch.ones(2) * 2
-
-
 @pytest.mark.inductor
 def test_tensors_are_made_on_the_default_device_of_the_call() -> None:
-    model, x = Making(), torch.randn(4, 8)
+    def model(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return x + 1, torch.ones(2) * 2
+
+    x = torch.randn(4, 8)
     stitched = stitch(model, "inductor")
     for name in ("meta", "cpu", None):
         torch.set_default_device(name)

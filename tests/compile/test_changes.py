@@ -55,6 +55,7 @@ def scaled(factor: int) -> list[nn.Parameter]:
 
 
 NEW = 2**LAYERS
+OTHERS = [("rebind", NEW), ("edit to another meaning", 2)]  # changes, and what results are times
 X = torch.randn(4, 8)
 
 
@@ -138,36 +139,23 @@ def assert_old_or_new(results: list[object], *factors: int) -> None:
 # --- from other threads ------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("what", "factor"), OTHERS)
 @pytest.mark.parametrize("mode", MODES)
-def test_rebinding_while_others_call_gives_old_or_new_weights(mode: str | None) -> None:
+def test_a_change_while_others_call_gives_the_old_or_the_new(
+    mode: str | None, what: str, factor: int
+) -> None:
     model, stitched = made(mode)
-    sets = [scaled(2), scaled(1)]
     with calling(stitched) as results:
         end = time.monotonic() + 1
         while time.monotonic() < end:
-            for weights in sets:
-                model.set_weights(weights)
-                stitched.rebind()
+            change(what, model, stitched)
+            if what == "rebind":
                 captured(stitched, mode)
-                time.sleep(0.01)
-    assert_old_or_new(results, 1, NEW)
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_editing_while_others_call_gives_the_old_or_the_new_text(mode: str | None) -> None:
-    _, stitched = made(mode)
-    text = stitched.source.code
-    twice = doubled(text)
-    with calling(stitched) as results:
-        end = time.monotonic() + 1
-        while time.monotonic() < end:
-            stitched.use_edited(twice)
             time.sleep(0.005)
-            stitched.use_edited(text)
-            captured(stitched, mode)
+            made(mode)  # as it was
             stitched.accept_settings()
             time.sleep(0.005)
-    assert_old_or_new(results, 1, 2)
+    assert_old_or_new(results, 1, factor)
 
 
 @pytest.mark.parametrize("mode", ["PIECEWISE", "FULL"])
@@ -255,7 +243,7 @@ def test_a_returned_weight_belongs_to_the_same_binding_as_the_rest() -> None:
 # --- from inside a splitting op ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("what", "factor"), [("rebind", NEW), ("edit to another meaning", 2)])
+@pytest.mark.parametrize(("what", "factor"), OTHERS)
 @pytest.mark.parametrize("mode", MODES)
 def test_a_change_inside_an_op_is_for_the_next_call(
     mode: str | None, what: str, factor: int
