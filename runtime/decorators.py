@@ -9,7 +9,6 @@ import functools
 import inspect
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar, overload
 
@@ -246,8 +245,7 @@ def _call_of(
     # What a subclass's own __call__ does around this one happens at each call, so it is not traced.
     whole = not stock and hasattr(type(model).__call__, _SUPPORT)
     shapes = config.dynamic_shapes_config.type
-    use_tag = state.tag is not None and not model_tag_is_set()
-    with use_model_tag(state.tag) if use_tag else nullcontext():  # type: ignore[arg-type]
+    with use_model_tag(current_model_tag() if model_tag_is_set() else state.tag):
         made = state.made = compile_with_mode(
             model if whole else plain,
             config=config,

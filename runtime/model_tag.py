@@ -64,8 +64,8 @@ def model_tag_is_set() -> bool:
     return _TAG.get() is not None
 
 
-def use_model_tag(tag: ModelTag) -> AbstractContextManager[object]:
-    """The tag that a model was made under, for what is compiled of it later."""
+def use_model_tag(tag: ModelTag | None) -> AbstractContextManager[object]:
+    """The tag that a model was made under, for what is compiled of it later; None for no tag."""
     return set_for(_TAG, tag)
 
 

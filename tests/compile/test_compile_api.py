@@ -74,15 +74,6 @@ def test_any_structure_of_results() -> None:
     assert result["scale"] is model.scale
 
 
-def test_torch_compile_finds_the_backend_by_name() -> None:
-    model, x = Stack(), torch.randn(4, 8)
-    compiled = torch.compile(
-        model, backend="piecework", fullgraph=True, options={"backend": "eager"}
-    )
-    with piecework.counters.expect(num_graphs_seen=1):
-        torch.testing.assert_close(compiled(x), model(x))
-
-
 # --- refusals --------------------------------------------------------------------------------------
 
 

@@ -444,14 +444,6 @@ def test_what_only_the_model_has_is_said_so() -> None:
     assert module.note == 3 and copy.copy(module.__dict__)["note"] == 3
 
 
-def test_the_short_form_names_the_sizes_that_are_captured() -> None:
-    module = stitched().capture([2, 4], progress=False)
-    assert "captured for 2, 4" in repr(module)
-    module.sleep()
-    assert "captured" not in repr(module)
-    assert "captured" not in repr(stitched().capture([4], memory_budget=0, progress=False))
-
-
 def test_nothing_is_said_where_nothing_is_wrong() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)

@@ -89,6 +89,9 @@ def test_what_it_shows_of_itself(model: nn.Module) -> None:
     stitched = stitch(model)
     assert repr(stitched) == "StitchedModule(Model, 1 piece, eager)"
     assert repr(stitched.capture([2, 4], progress=False)).endswith("eager, captured for 2, 4)")
+    stitched.sleep()
+    assert "captured" not in repr(stitched)
+    assert "captured" not in repr(stitched.capture([4], memory_budget=0, progress=False))
     page = stitched._repr_html_()
     assert "def execution_fn" in page and "<summary>Report</summary>" in page
     assert "&#x27;" in page or "<lambda>" not in page  # text, not markup

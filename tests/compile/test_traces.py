@@ -262,14 +262,6 @@ def test_dimensions_that_are_marked_are_the_ones_that_may_differ() -> None:
         stitched(torch.randn(4, 5))
 
 
-def test_one_trace_is_all_there_is_where_its_kind_was_chosen() -> None:
-    config = piecework.CompilationConfig(backend="eager", dynamic_shapes_config={"type": "backed"})
-    stitched = piecework.compile(nn.Linear(4, 2), (torch.randn(4, 4),), config=config)
-    with pytest.raises(InputError, match="has size"):
-        stitched(torch.randn(1, 4))
-    assert len(stitched.traces) == 1
-
-
 def test_a_batch_of_one_is_captured_by_a_trace_of_its_own(nothing_admitted: None) -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)).eval()
     for sizes, expected in (([1, 2, 4], 2), ([1], 2), ([2, 4], 1), (None, 2)):
