@@ -27,15 +27,13 @@ ROOT = Path(__file__).resolve().parents[1]
 LIMITS = {
     "tests:smoke": 60,
     "whole": 70,
-    "tests:main": 95,
+    "tests:main": 130,
     "steps": 70,
     "transformers": 55,
     "inductor": 45,
-    "tests:failures": 25,
     "staging": 25,
     "profile": 20,
-    "tests:graphs": 20,
-    "tests:partitions": 20,
+    "tests:graphs": 30,
     "capture": 35,
     "vllm": 20,
 }

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from gpu_models import EAGER, assert_alike, stitched_decoder
 from hand_captured import HandCaptured
 
+from piecework.errors import StaticGraphError
 from piecework.runtime.batch.mode import CUDAGraphMode
 from piecework.runtime.graphs.plan.phase import estimate_memory
 from piecework.runtime.graphs.stage.inputs import InputSpec, StaticInputs
@@ -82,3 +84,12 @@ def test_pinned_memory_may_be_written_again_once_it_is_staged():
     (staged,) = inputs.stage([pinned], 1024)
     pinned.fill_(2)
     assert bool((staged == 1).all())
+
+
+def test_a_pool_of_the_callers_that_takes_the_memory_of_captures_is_refused():
+    model, stitched = stitched_decoder(EAGER)
+    pool = torch.cuda.MemPool()
+    with torch.cuda.use_mem_pool(pool), pytest.raises(StaticGraphError, match="use_mem_pool"):
+        stitched.capture([4, 8], progress=False, estimate=False)
+    stitched.capture([4, 8], progress=False, estimate=False)
+    assert_alike(stitched, model, (3, 4, 8))

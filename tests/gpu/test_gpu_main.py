@@ -29,6 +29,7 @@ from piecework.examples import engine
 from piecework.integrations.transformers import how_served, stitch, stitched_module, unstitch
 from piecework.integrations.transformers.request.state import dry_request
 from piecework.runtime import torch_compat
+from piecework.runtime.batch.forward_context import set_forward_context
 
 pytestmark = [pytest.mark.gpu, needs_device]
 SIZES = [1, 2, 4, 8]
@@ -309,3 +310,40 @@ def test_the_engine_of_the_examples_gives_the_tokens_of_one_by_one_generation(ca
 def _synchronize() -> None:
     if ON_CUDA:
         torch.cuda.synchronize()
+
+
+@needs_cuda
+@pytest.mark.inductor
+def test_each_partition_is_a_cuda_graph() -> None:
+    config = INDUCTOR.replace(use_inductor_graph_partition=True, splitting_ops=["gpu_tests::mix"])
+    model, stitched = stitched_decoder(config, layers=2)
+    with piecework.counters.expect(num_cudagraph_captured=3 * 3):
+        stitched.capture([2, 4, 8], progress=False)
+    for metadata in (None, 5):  # read at each call, not at the capture
+        with set_forward_context(metadata):
+            assert_alike(stitched, model, (1, 2, 3, 7, 8, 11))
+
+
+# Last: a mistake here ends the device's use.
+class Wide(torch.nn.Module):
+    """Reads its input in whole words of 16 bytes where it may."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(x) * 2 + 1
+
+
+@pytest.mark.inductor
+@pytest.mark.parametrize("inside", [False, True])
+def test_an_input_at_an_odd_address(inside):
+    """The example was aligned; ``x[1:]`` of a longer tensor is not."""
+    config = INDUCTOR.replace(use_inductor_graph_partition=inside, splitting_ops=())
+    model = Wide()
+    stitched = piecework.compile(model, (torch.randn(256, 64, device=DEVICE),), config=config)
+    memory = torch.randn(64 * 64 + 1, device=DEVICE)
+    odd = memory[1:].view(64, 64)
+    assert odd.data_ptr() % 16
+    with torch.no_grad():
+        torch.testing.assert_close(stitched(odd), model(odd))
+        if not inside:
+            stitched.capture([64], progress=False)
+            torch.testing.assert_close(stitched(odd), model(odd))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from captured import sizes_of
 from models import EAGER, Block, fresh, mix_pair
 from torch import nn
 from typer.testing import CliRunner
@@ -62,11 +63,6 @@ def captured(sizes=SIZES, op=fresh, **options):
     return model, stitched.capture(sizes, **options)
 
 
-def sizes_of(stitched) -> list[int]:
-    """The captured sizes that are served from replay source."""
-    return sorted(descriptor.num_tokens for _, descriptor in stitched.static_graphs.replays)
-
-
 def equal(stitched, model, n: int) -> None:
     args = batch(n)
     torch.testing.assert_close(stitched(*args), model(*args), rtol=1e-4, atol=1e-3)
@@ -75,12 +71,14 @@ def equal(stitched, model, n: int) -> None:
 # --- results ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("policy", ["copy", "eager"])
-def test_every_size_gives_the_results_of_the_model_under_poisoned_padding(policy: str) -> None:
-    model, stitched = captured(address_policy=policy)
+@pytest.mark.parametrize(("policy", "op"), [("copy", fresh), ("eager", fresh), ("refuse", None)])
+def test_every_size_gives_the_results_of_the_model_under_poisoned_padding(policy: str, op) -> None:
+    """Under "refuse" out-buffers alone connect the pieces."""
+    model, stitched = captured(op=op, address_policy=policy)
     assert sizes_of(stitched) == SIZES
     for n in [*range(2, 11), 3, 8, 2]:
         equal(stitched, model, n)
+    assert policy != "refuse" or "copy_" not in stitched.static_graphs.source_for(8).code
 
 
 def test_results_are_the_callers_own_unless_it_wants_static_ones() -> None:
@@ -104,16 +102,6 @@ def test_splitting_ops_see_the_callers_forward_context() -> None:
             torch.testing.assert_close(stitched(*args), model(*args), rtol=1e-4, atol=1e-3)
     with set_forward_context(3, skip_cuda_graphs=True):
         torch.testing.assert_close(stitched(*args), model(*args), rtol=1e-4, atol=1e-3)
-
-
-# --- address policies ------------------------------------------------------------------------------
-
-
-def test_policy_refuse_captures_what_only_out_buffers_connect() -> None:
-    model, stitched = captured(op=None, address_policy="refuse")
-    for n in range(2, 9):
-        equal(stitched, model, n)
-    assert "copy_" not in stitched.static_graphs.source_for(8).code
 
 
 # --- weights ---------------------------------------------------------------------------------------
@@ -142,12 +130,6 @@ def test_rebinding_the_same_weights_keeps_the_graphs() -> None:
     stitched.rebind()
     assert sizes_of(stitched) == [4]
     equal(stitched, model, 2)
-
-
-# --- reports ---------------------------------------------------------------------------------------
-
-
-# --- what can't be captured ------------------------------------------------------------------------
 
 
 # --- the command line ------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from captured import captured
 from torch._subclasses import FakeTensorMode
 
 import piecework
@@ -14,6 +15,7 @@ from piecework.runtime.batch.mode import CUDAGraphMode
 from piecework.runtime.graphs.memory.owner import StaticGraphs
 from piecework.runtime.graphs.memory.wrapper import CUDAGraphWrapper
 from piecework.runtime.graphs.plan.captured_values import capture_device
+from piecework.runtime.store import surroundings
 
 CPU = torch.device("cpu")
 FULL = CUDAGraphMode.FULL
@@ -51,30 +53,20 @@ def test_several_devices_are_refused_with_a_value_on_each(names):
     assert f"of {names[0]} is on" in str(caught.value) and "cuda:1" in str(caught.value)
 
 
-def test_a_model_on_the_cpu_does_not_start_cuda(monkeypatch, tmp_path):
+def test_a_model_on_the_cpu_does_not_start_cuda(monkeypatch):
     def start(*args):
         raise AssertionError("this starts CUDA")
 
     model = torch.nn.Linear(4, 4)
     with monkeypatch.context() as patched:
-        patched.setattr(
-            "piecework.runtime.store.surroundings.torch.cuda.is_available", lambda: True
-        )
+        patched.setattr(torch.cuda, "is_available", lambda: True)
         patched.setattr(torch.cuda, "get_device_capability", start)
-        from piecework.runtime.store import surroundings
-
-        found = surroundings.accelerators(torch.fx.symbolic_trace(model))
-    assert found == {}
-    stitched = piecework.compile(
-        model, (torch.randn(3, 4),), config=piecework.CompilationConfig(backend="eager")
-    )
-    stitched.capture([1, 2], progress=False)
+        assert surroundings.accelerators(torch.fx.symbolic_trace(model)) == {}
+    stitched = captured(model, torch.randn(3, 4))
     assert stitched.static_graphs.graphs.platform.device == CPU
 
 
 def test_the_key_of_compiled_pieces_has_the_gpus_of_the_model_and_no_others(monkeypatch):
-    from piecework.runtime.store import surroundings
-
     capabilities = {0: (9, 0), 1: (8, 6)}
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda d: capabilities[d.index])
     assert surroundings.accelerators(split(a="cuda:1").a)["cuda"].endswith("sm_86")

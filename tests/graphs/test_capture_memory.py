@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import EAGER, fresh
+from models import EAGER, Layers, fresh
 from torch import nn
 
 import piecework
@@ -15,19 +15,16 @@ class Returning(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+        self.linear = nn.Linear(8, 8)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for layer in self.layers:
-            x = x + layer(fresh(x))
-        return x
+        return x + self.linear(fresh(x))
 
 
 @pytest.fixture
-def captured() -> tuple[nn.Module, piecework.StitchedModule]:
-    model = Returning()
-    stitched = piecework.compile(model, (torch.randn(4, 8),), config=EAGER)
-    return model, stitched.capture([1, 2, 4, 8, 16], progress=False)
+def compiled() -> tuple[nn.Module, piecework.StitchedModule]:
+    model = Layers(Returning() for _ in range(3))
+    return model, piecework.compile(model, (torch.randn(4, 8),), config=EAGER)
 
 
 def buffers(stitched: piecework.StitchedModule) -> dict[str, set[int]]:
@@ -42,18 +39,15 @@ def buffers(stitched: piecework.StitchedModule) -> dict[str, set[int]]:
 
 
 @torch.no_grad()
-def test_sizes_of_a_piece_share_one_buffer_and_pieces_do_not(captured):
-    model, stitched = captured
+def test_sizes_of_a_piece_share_one_buffer_for_which_only_the_largest_pays(compiled):
+    model, stitched = compiled
+    stitched.capture([1, 2, 4, 8, 16], progress=False)
     found = buffers(stitched)
     assert len(found) == 3 and all(len(own) == 1 for own in found.values())
     assert len(set.union(*found.values())) == 3
     for size in (1, 16, 3, 8, 2, 16, 5):
         x = torch.randn(size, 8)
         torch.testing.assert_close(stitched(x), model(x))
-
-
-def test_only_the_largest_size_pays_for_the_buffers(captured):
-    _, stitched = captured
     records = stitched.static_graphs.graphs.records
     paid = {record.descriptor.num_tokens: 0 for record in records}
     for record in records:
@@ -64,9 +58,8 @@ def test_only_the_largest_size_pays_for_the_buffers(captured):
 
 
 @torch.no_grad()
-def test_replays_staging_and_captures_have_names_in_a_profile():
-    model = Returning()
-    stitched = piecework.compile(model, (torch.randn(4, 8),), config=EAGER)
+def test_replays_staging_and_captures_have_names_in_a_profile(compiled):
+    model, stitched = compiled
     with torch.profiler.profile() as capturing:
         stitched.capture([2, 4], mode="FULL_AND_PIECEWISE", progress=False, estimate=False)
     keys = {event.key for event in capturing.key_averages()}

@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from captured import calls, captured
 from models import EAGER, fresh, mix_pair
 from torch import nn
 
@@ -56,20 +57,9 @@ def batch(n: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(n, 8), torch.arange(n)
 
 
-def compiled(op=fresh, **config):
-    torch.manual_seed(0)
+def captured_model(op=fresh, sizes=(2, 4), **options):
     model = Model(op).requires_grad_(False)
-    chosen = EAGER.replace(**config) if config else EAGER
-    x, positions = batch(5)
-    for each in (x, positions):
-        torch._dynamo.decorators.mark_unbacked(each, 0)
-    return model, piecework.compile(model, (x, positions), config=chosen)
-
-
-def captured(sizes=(1, 2, 4, 8), op=fresh, **options):
-    model, stitched = compiled(op)
-    options = {"progress": False, "estimate": False, "poison": True, **options}
-    return model, stitched.capture(sizes, **options)
+    return model, captured(model, *batch(5), sizes=sizes, unbacked=True, **options)
 
 
 def served(stitched, args, kind: BatchKind | None = None):
@@ -90,7 +80,7 @@ MODES = {
 
 @pytest.mark.parametrize("mode", MODES)
 def test_every_size_of_every_kind_equals_the_model(mode: str) -> None:
-    model, stitched = captured(mode=mode)
+    model, stitched = captured_model(sizes=(1, 2, 4, 8), mode=mode)
     plain, decode = MODES[mode]
     for kind, expected in ((None, plain), (BatchKind(), plain), (DECODE, decode)):
         for n in range(1, 11):
@@ -101,24 +91,18 @@ def test_every_size_of_every_kind_equals_the_model(mode: str) -> None:
     modes = {mode for mode, _ in stitched.static_graphs.replays}
     assert modes == {plain, decode} - {NONE}
     # each call is counted as what the dispatcher says
-    counts = {row.mode: 0 for row in stitched.call_report()}
-    for row in stitched.call_report():
-        counts[row.mode] += row.calls
+    counts = calls(stitched, "mode")
     assert sum(counts.values()) == 30
     assert counts.get("FULL", 0) == 8 * [plain, plain, decode].count(FULL)
 
 
 def test_an_op_that_can_not_be_captured_fails_by_policy() -> None:
-    model, stitched = compiled(op=uncapturable)
     with pytest.raises(StaticGraphError, match=r"this kernel synchronizes") as raised:
-        stitched.capture([2, 4], mode="FULL", progress=False, estimate=False)
-    assert "the whole forward, FULL tokens=4" in str(raised.value)
-    stitched.capture(
-        [2, 4],
-        mode="FULL_AND_PIECEWISE",
-        progress=False,
-        on_failure=FailurePolicy.UNCAPTURED,
-    )
+        captured_model(uncapturable, mode="FULL")
+    assert "(the whole forward, FULL tokens=4 reqs=4)" in str(raised.value)
+    assert isinstance(raised.value.__cause__, RuntimeError)
+    told = {"mode": "FULL_AND_PIECEWISE", "on_failure": FailurePolicy.UNCAPTURED}
+    model, stitched = captured_model(uncapturable, **told)
     for kind in (None, DECODE):
         args = batch(3)
         torch.testing.assert_close(served(stitched, args, kind), model(*args))
@@ -129,7 +113,7 @@ def test_an_op_that_can_not_be_captured_fails_by_policy() -> None:
 
 
 def test_a_caller_that_dispatched_by_itself_is_obeyed() -> None:
-    model, stitched = captured([2, 4], mode="FULL_AND_PIECEWISE")
+    model, stitched = captured_model(mode="FULL_AND_PIECEWISE")
     dispatcher = stitched.static_graphs.dispatcher
     args = batch(3)
     expected = model(*args)
@@ -190,8 +174,8 @@ def test_dispatch_asks_the_trace_that_serves_a_size() -> None:
 @pytest.mark.parametrize("specialize", [True, False])
 @pytest.mark.parametrize("mode", ["PIECEWISE", "FULL_AND_PIECEWISE"])
 def test_adapters_have_graphs_of_their_own(mode: str, specialize: bool) -> None:
-    model, stitched = compiled(op=adapted, cudagraph_specialize_lora=specialize)
-    stitched.capture([2, 4], mode=mode, lora_counts=(1, 3), progress=False, estimate=False)
+    config = EAGER.replace(cudagraph_specialize_lora=specialize)
+    model, stitched = captured_model(adapted, config=config, mode=mode, lora_counts=(1, 3))
     keys = stitched.static_graphs.replays
     cases = {(key.has_lora, key.num_active_loras) for _, key in keys}
     assert cases == {(True, 1), (True, 3)} | ({(False, 0)} if specialize else set())
@@ -202,19 +186,17 @@ def test_adapters_have_graphs_of_their_own(mode: str, specialize: bool) -> None:
             with set_forward_context(batch=kind):
                 torch.testing.assert_close(stitched(*args), model(*args))
     # more adapters than any graph was captured for: uncaptured, and said so
+    args = batch(2)
     with set_forward_context(batch=BatchKind(has_lora=True, num_active_loras=4)):
-        args = batch(2)
         torch.testing.assert_close(stitched(*args), model(*args))
-    assert "no graph is captured for this many adapters" in {
-        row.reason for row in stitched.call_report()
-    }
+    assert "no graph is captured for this many adapters" in calls(stitched)
 
 
 # --- replay source of a full graph -----------------------------------------------------------------
 
 
 def test_the_text_of_a_full_graph_is_stage_replay_return() -> None:
-    _, stitched = captured([4], mode="FULL")
+    _, stitched = captured_model(sizes=[4], mode="FULL")
     code = stitched.static_graphs.source_for(4).code
     assert "graphs: FULL tokens=4" in code
     body = [

@@ -24,7 +24,14 @@ def _(x: torch.Tensor, by: int) -> torch.Tensor:
     return torch.empty_like(x)
 
 
-OPS = [halve, scale]
+@piecework.splitting_op("numbers::count")
+def count(x: torch.Tensor) -> int:
+    return int((x > 0).sum())
+
+
+@count.register_fake
+def _(x: torch.Tensor) -> int:
+    return torch.library.get_ctx().new_dynamic_size()
 
 
 def halved(x: torch.Tensor) -> torch.Tensor:
@@ -49,7 +56,7 @@ def compiled(
     for arg in args:
         for dim in dims[: arg.dim()]:
             torch._dynamo.mark_dynamic(arg, dim)
-    return piecework.compile(forward, args, splitting_ops=OPS, config=EAGER)
+    return piecework.compile(forward, args, config=EAGER)
 
 
 @pytest.mark.sample(3)
@@ -90,52 +97,29 @@ def test_numbers_stand_in_the_replay_source_and_go_to_operators() -> None:
     torch.testing.assert_close(result, forward(x)[0])
 
 
-def _item_in_a_piece(x: torch.Tensor, n: torch.Tensor) -> object:
-    return halved(x) * 2 + n.item()
-
-
-def _item_of_a_piece_used_in_another(x: torch.Tensor, n: torch.Tensor) -> object:
+def used_in_another_piece(x: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
     number = (n * 2).item()
     return halved(halved(x) * 2) + number
 
 
+FROM_DATA: list[Callable[..., object]] = [
+    lambda x, n: halved(x) * 2 + n.item(),
+    used_in_another_piece,
+    lambda x, n: x * 2 + count(x) + n,
+]
+
+
 @pytest.mark.parametrize("mode", ["PIECEWISE", "FULL"])
-@pytest.mark.parametrize("forward", [_item_in_a_piece, _item_of_a_piece_used_in_another])
-def test_numbers_that_are_read_from_data_are_refused(
+@pytest.mark.parametrize("forward", FROM_DATA)
+def test_numbers_that_are_read_from_data_or_made_by_an_operator_are_refused(
     forward: Callable[..., object], mode: str
 ) -> None:
     with torch._dynamo.config.patch(
         capture_scalar_outputs=True, capture_dynamic_output_shape_ops=True
     ):
-        x, n = torch.randn(4, 6), torch.tensor(3)
-        torch._dynamo.mark_dynamic(x, 0)
-        stitched = piecework.compile(forward, (x, n), splitting_ops=OPS, config=EAGER)
+        stitched = compiled(forward, torch.randn(4, 6), torch.tensor(3), dims=(0,))
     with pytest.raises(StaticGraphError, match="read from data or made by an operator"):
         stitched.capture([4], mode=mode, progress=False, estimate=False)
     for value in (3, 5):
-        got, expected = stitched(x, torch.tensor(value)), forward(x, torch.tensor(value))
-        torch.testing.assert_close(got, expected)
-
-
-@piecework.splitting_op("numbers::count")
-def count(x: torch.Tensor) -> int:
-    return int((x > 0).sum())
-
-
-@count.register_fake
-def _(x: torch.Tensor) -> int:
-    return torch.library.get_ctx().new_dynamic_size()
-
-
-def test_a_number_that_an_operator_makes_is_refused() -> None:
-    def forward(x: torch.Tensor) -> torch.Tensor:
-        return x * 2 + count(x)
-
-    x = torch.randn(4, 6)
-    torch._dynamo.mark_dynamic(x, 0)
-    stitched = piecework.compile(forward, (x,), splitting_ops=[count], config=EAGER)
-    with pytest.raises(StaticGraphError, match="read from data or made by an operator"):
-        stitched.capture([4], progress=False, estimate=False)
-    for _ in range(2):
-        x = torch.randn(4, 6)
-        torch.testing.assert_close(stitched(x), forward(x))
+        x, n = torch.randn(4, 6), torch.tensor(value)
+        torch.testing.assert_close(stitched(x, n), forward(x, n))

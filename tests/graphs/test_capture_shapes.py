@@ -118,8 +118,15 @@ def test_sizes_that_equal_the_batch_size_are_checked_at_every_call(declared: boo
 # --- writes to arguments ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_writes_to_arguments_reach_the_caller(mode: str) -> None:
+@pytest.mark.parametrize(
+    ("mode", "config"),
+    [
+        *((mode, EAGER) for mode in MODES),
+        # Its kernels write where torch's dispatcher does not look.
+        pytest.param("PIECEWISE", piecework.CompilationConfig(), marks=pytest.mark.inductor),
+    ],
+)
+def test_writes_to_arguments_reach_the_caller(mode: str, config) -> None:
     """By a splitting op and by a piece, with and without a batch dimension; rows beyond the batch stay as they are."""
 
     def model(x, cache, total, steps):
@@ -130,7 +137,9 @@ def test_writes_to_arguments_reach_the_caller(mode: str) -> None:
 
     args = torch.randn(5, 8), torch.zeros(5, 8), torch.zeros(5, 2), torch.zeros(3)
     same_size = {"cache.0": "batch", "total.0": "batch"}
-    stitched = captured(model, *args, unbacked=True, mode=mode, other_sizes=same_size)
+    stitched = captured(
+        model, *args, unbacked=True, config=config, mode=mode, other_sizes=same_size
+    )
     written = [each.name for each in stitched.static_graphs.shape.staged if each.written]
     assert sorted(written) == ["cache", "steps", "total"]
     for n in range(1, 6):

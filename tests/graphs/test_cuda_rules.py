@@ -195,7 +195,6 @@ class OnCuda(FakeCuda):
 @pytest.fixture
 def on_cuda(monkeypatch: pytest.MonkeyPatch) -> OnCuda:
     """Models are captured by the CUDA platform, under the fake."""
-    monkeypatch.setattr(owner, "platform_for", lambda device: CudaGraphPlatform(DEVICE))
     fake = OnCuda()
     fake.monkeypatch = monkeypatch
     return fake

@@ -89,42 +89,34 @@ def vouched(*tensors):
     return graphs
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda x: x[1:], r"was torch.float32 \[8\].* is torch.float32 \[7\]"),
-        (lambda x: x.view(2, 4), r"is torch.float32 \[2, 4\]"),
-        (lambda x: x.view(torch.int32), "is torch.int32"),
-        (lambda x: x[::2], r"with strides \[2\]"),
-        (lambda x: 3, "was a tensor, is a int"),
-    ],
-)
-def test_a_buffer_seen_differently_is_caught(change, message):
-    x = torch.zeros(8)
-    call = captured(lambda x: x + 1, x, graphs=vouched(x))
-    with pytest.raises(StaticGraphError, match=message):
-        call(change(x))
+X = torch.zeros(8)
+AT_CAPTURE = (X, 4, 1, "a", None)
+# What comes at the replay in another place than it was captured with, and what is said.
+CHANGES: list[tuple[int, object, str | None]] = [
+    (0, X[1:], r"was torch.float32 \[8\].* is torch.float32 \[7\]"),
+    (0, X.view(2, 4), r"is torch.float32 \[2, 4\]"),
+    (0, X.view(torch.int32), "is torch.int32"),
+    (0, X[::2], r"with strides \[2\]"),
+    (0, 3, "was a tensor, is a int"),
+    (0, X.view(8), None),
+    (1, 4, None),
+    (1, 5, "argument 1 was .*, is"),
+    (1, None, "argument 1 was .*, is"),
+    (2, True, "argument 2 was .*, is"),
+    (3, "".join("a"), None),
+    (4, X, "argument 4 was None, is a tensor"),
+]
 
 
-@pytest.mark.parametrize(
-    ("first", "second", "same"),
-    [
-        (4, 4, True),
-        (4, 5, False),
-        ("a", "a", True),
-        (None, None, True),
-        (1, True, False),
-        (4, None, False),
-    ],
-)
-def test_python_values_are_part_of_the_capture(first, second, same):
-    x = torch.zeros(2)
-    call = captured(lambda x, n: x + 1, x, first, graphs=vouched(x))
-    if same:
-        assert call(x, second).tolist() == [1.0, 1.0]
+@pytest.mark.parametrize(("number", "given", "message"), CHANGES)
+def test_buffers_seen_differently_and_other_python_values_are_caught(number, given, message):
+    call = captured(lambda x, *rest: x + 1, *AT_CAPTURE, graphs=vouched(X))
+    args = [given if n == number else each for n, each in enumerate(AT_CAPTURE)]
+    if message is None:
+        assert call(*args).tolist() == [1.0] * 8
     else:
-        with pytest.raises(StaticGraphError, match=r"argument 1 was .*, is"):
-            call(x, second)
+        with pytest.raises(StaticGraphError, match=message):
+            call(*args)
 
 
 def test_only_the_first_replay_checks_unless_told_otherwise():

@@ -7,7 +7,7 @@ import weakref
 import pytest
 import torch
 
-from piecework.runtime.graphs.device.contract import weak_ref_tensor, weak_ref_tensors
+from piecework.runtime.graphs.device.contract import weak_ref_tensor
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 DTYPES = sorted(
@@ -78,13 +78,3 @@ def test_what_has_no_plain_memory_stays():
     meta = torch.empty(3, device="meta")
     assert weak_ref_tensor(sparse) is sparse
     assert weak_ref_tensor(meta) is meta
-
-
-def test_trees_keep_their_containers():
-    x = torch.ones(2)
-    tree = {"a": (x, None), "b": [3, x[1:]]}
-    weak = weak_ref_tensors(tree)
-    assert weak["a"][0].data_ptr() == x.data_ptr()
-    assert weak["a"][1] is None
-    assert weak["b"][0] == 3
-    assert weak["b"][1].data_ptr() == x[1:].data_ptr()

@@ -41,6 +41,10 @@ def settings(warmups=0, mode=PIECEWISE):
     return SimpleNamespace(cudagraph_num_of_warmups=warmups, cudagraph_mode=mode)
 
 
+def piece(graphs, **told):
+    return CUDAGraphWrapper(Counted(), None, PIECEWISE, graphs=graphs, **told)
+
+
 @pytest.fixture
 def graphs():
     return StaticGraphs("cpu")
@@ -58,21 +62,6 @@ def is_static(wrapper, value, tokens):
     return entry and entry.record and value.data_ptr() == entry.output.data_ptr()
 
 
-def test_capture_then_replay_per_descriptor(graphs, x):
-    wrapper = CUDAGraphWrapper(Counted(), None, PIECEWISE, graphs=graphs)
-    with graphs.capturing():
-        for n in (4, 2):
-            with context(PIECEWISE, n):
-                out = wrapper(x[:n])
-            assert out.tolist() == [1.0] * n
-            assert is_static(wrapper, out, n)
-    x.fill_(6)
-    for n in (2, 4):
-        with context(PIECEWISE, n):
-            assert wrapper(x[:n]).tolist() == [7.0] * n
-    assert len(graphs.records) == 2
-
-
 @pytest.mark.parametrize(
     "enter",
     [
@@ -84,7 +73,7 @@ def test_capture_then_replay_per_descriptor(graphs, x):
     ids=["none", "other-mode", "skipped", "bare"],
 )
 def test_it_steps_aside(graphs, x, enter):
-    wrapper = CUDAGraphWrapper(Counted(), None, PIECEWISE, graphs=graphs)
+    wrapper = piece(graphs)
     with graphs.capturing(), enter():
         fresh = wrapper(x)
     assert fresh.tolist() == [1.0] * 4
@@ -111,7 +100,7 @@ def test_warm_ups_come_first(graphs, x):
 
 
 def test_capturing_outside_the_phase_is_an_error(graphs, x):
-    wrapper = CUDAGraphWrapper(Counted(), None, PIECEWISE, graphs=graphs, name="submod_3")
+    wrapper = piece(graphs, name="submod_3")
     with context(PIECEWISE, 4), pytest.raises(StaticGraphError) as error:
         wrapper(x)
     assert "capture outside the capture phase (submod_3, PIECEWISE tokens=4)" in str(error.value)
@@ -120,7 +109,7 @@ def test_capturing_outside_the_phase_is_an_error(graphs, x):
 
 
 def test_a_mode_without_a_descriptor_is_an_error(graphs, x):
-    wrapper = CUDAGraphWrapper(Counted(), None, PIECEWISE, graphs=graphs)
+    wrapper = piece(graphs)
     with (
         graphs.capturing(),
         set_forward_context(cudagraph_runtime_mode=PIECEWISE),
@@ -130,7 +119,7 @@ def test_a_mode_without_a_descriptor_is_an_error(graphs, x):
 
 
 def test_full_outside_piecewise_nest_and_the_context_picks(graphs, x):
-    inner = CUDAGraphWrapper(Counted(), None, PIECEWISE, graphs=graphs, name="inner")
+    inner = piece(graphs, name="inner")
     outer = CUDAGraphWrapper(lambda x: inner(x) * 10, None, FULL, graphs=graphs, name="outer")
     with graphs.capturing():
         for mode in (PIECEWISE, FULL):
@@ -151,30 +140,11 @@ def test_composite_and_none_modes_can_not_wrap(graphs):
             CUDAGraphWrapper(Counted(), None, mode, graphs=graphs)
 
 
-def test_a_failing_piece_is_named_and_can_be_captured_later(graphs, x):
-    broken = [True]
-
-    def runnable(x):
-        if broken[0]:
-            raise ValueError("no such head")
-        return x + 1
-
-    wrapper = CUDAGraphWrapper(runnable, None, PIECEWISE, graphs=graphs, name="submod_7")
-    with graphs.capturing(), context(PIECEWISE, 4):
-        with pytest.raises(StaticGraphError) as error:
-            wrapper(x)
-        assert "ValueError: no such head (submod_7, PIECEWISE tokens=4)" in str(error.value)
-        assert isinstance(error.value.__cause__, ValueError)
-        broken[0] = False
-        assert wrapper(x).tolist() == [1.0] * 4
-    assert len(graphs.records) == 1
-
-
 @pytest.mark.parametrize("weak", [False, True])
 def test_who_owns_the_output(graphs, x, weak):
     options = CUDAGraphOptions(weak_ref_output=weak)
     wrapper = CUDAGraphWrapper(Counted(), None, PIECEWISE, options, graphs=graphs)
-    other = CUDAGraphWrapper(Counted(), None, PIECEWISE, graphs=graphs)
+    other = piece(graphs)
     with graphs.capturing(), context(PIECEWISE, 4):
         out = wrapper(x)
         address = out.data_ptr()
@@ -199,10 +169,7 @@ def test_pieces_of_a_shape_are_captured_in_one_forward():
     graphs = StaticGraphs("cpu", lazy=True)
     x = torch.zeros(4)
     graphs.addresses.register_persistent("x", x)
-    one, two = (
-        CUDAGraphWrapper(Counted(), None, PIECEWISE, graphs=graphs, name=f"submod_{i}")
-        for i in (0, 2)
-    )
+    one, two = piece(graphs, name="submod_0"), piece(graphs, name="submod_2")
 
     def forward():
         with context(PIECEWISE, 4):
@@ -221,7 +188,7 @@ def test_pieces_of_a_shape_are_captured_in_one_forward():
 
 
 def test_discard_and_clear(graphs, x):
-    wrapper = CUDAGraphWrapper(Counted(), None, PIECEWISE, graphs=graphs)
+    wrapper = piece(graphs)
     with graphs.capturing():
         for n in (4, 2):
             with context(PIECEWISE, n):

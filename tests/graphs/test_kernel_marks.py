@@ -9,16 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from fake_cuda import FakeCuda
+from models import EAGER, Layers
 from torch import nn
 from torchs_graph import RealGraphs, newer
 
 import piecework
-from piecework.runtime.graphs.device.cuda import CudaGraphPlatform
-from piecework.runtime.graphs.memory import owner
 from piecework.runtime.observe.profile import write_trace
 
 DEVICE = torch.device("cuda", 0)
-EAGER = piecework.CompilationConfig(backend="eager")
 
 
 def recorded() -> dict[int, list[dict]]:
@@ -26,14 +24,8 @@ def recorded() -> dict[int, list[dict]]:
     return dict(importlib.import_module("torch.cuda._graph_annotations").get_kernel_annotations())
 
 
-class Failing:
-    size = 0
-
-
 @piecework.splitting_op("kernel_marks::mix", rows="independent")
 def mix(x: torch.Tensor, layer: str) -> torch.Tensor:
-    if x.shape[0] == Failing.size and torch.cuda.is_current_stream_capturing():
-        torch.cuda.synchronize()
     return x * 2
 
 
@@ -53,26 +45,14 @@ class Layer(nn.Module):
         return x + self.leave(torch.ops.kernel_marks.mix(y, self.name))
 
 
-class Layers(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(Layer(f"layers.{number}") for number in range(2))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for layer in self.layers:
-            x = layer(x)
-        return x
-
-
 class Stitched:
     """A model that the CUDA platform captures, under the fake; compiled before, since Dynamo would ask a real device."""
 
     def __init__(self) -> None:
-        self.model = Layers()
+        self.model = Layers(Layer(f"layers.{number}") for number in range(2))
         self.stitched = piecework.compile(self.model, (torch.randn(8, 4),), config=EAGER)
 
     def under(self, fake: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> Stitched:
-        monkeypatch.setattr(owner, "platform_for", lambda device: CudaGraphPlatform(DEVICE))
         fake.install(monkeypatch)
         self.fake = fake
         return self
@@ -108,7 +88,6 @@ def compiled() -> Stitched:
 @pytest.fixture(params=["fake", pytest.param("torch", marks=newer)])
 def on(compiled, monkeypatch, request) -> Iterator[Stitched]:
     """The model under a fake of CUDA, with a fake of torch's recorder or with its own."""
-    monkeypatch.setattr(Failing, "size", 0)
     fake = FakeCuda("2.15") if request.param == "fake" else RealGraphs()
     yield compiled.under(fake, monkeypatch)
     compiled.stitched.sleep()

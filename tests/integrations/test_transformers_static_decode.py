@@ -27,7 +27,6 @@ from piecework.integrations.transformers.request import static_decode
 from piecework.integrations.transformers.request.static_decode import StaticStep
 from piecework.runtime import CUDAGraphMode, set_forward_context
 from piecework.runtime.graphs import BatchDescriptor, BatchKind
-from piecework.runtime.graphs.device.cuda import CudaGraphPlatform
 from piecework.runtime.graphs.memory import owner
 
 transformers = pytest.importorskip("transformers")
@@ -159,10 +158,9 @@ def test_masks_and_caches_are_copied_after_the_step_before(monkeypatch: pytest.M
     eager = built("llama", max_position_embeddings=128).requires_grad_(False)
     ours = stitch(copy.deepcopy(eager), config=EAGER)
     ours(IDS[:2])  # traces
-    cuda, device = FakeCuda("2.13"), torch.device("cuda", 0)
+    cuda = FakeCuda("2.13")
     cuda.install(monkeypatch)
-    for module in (owner, static_decode):
-        monkeypatch.setattr(module, "platform_for", lambda _: CudaGraphPlatform(device))
+    monkeypatch.setattr(static_decode, "platform_for", owner.platform_for)
     static = ours.model.forward.way.static_decode(2, LENGTH)
     told = {"context_for": static.context_for, "runtime": {"max_num_seqs": 2}}
     entry = stitched_module(ours)

@@ -1,4 +1,4 @@
-"""Models that are compiled without a compiler and captured at once, and what their calls ran as."""
+"""Models that are compiled and captured at once, and what their calls ran as."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ def captured(
     *args: object,
     sizes: Sequence[int] = (2, 4),
     unbacked: bool = False,
+    config: piecework.CompilationConfig = EAGER,
     **options: object,
 ) -> piecework.StitchedModule:
     """``model`` for ``args``, what lies beyond a batch poisoned.
@@ -26,7 +27,7 @@ def captured(
     for each in args if unbacked else ():
         if isinstance(each, torch.Tensor) and each.shape[:1] == args[0].shape[:1]:
             torch._dynamo.decorators.mark_unbacked(each, 0)
-    stitched = piecework.compile(model, args, config=EAGER)
+    stitched = piecework.compile(model, args, config=config)
     told = {"progress": False, "estimate": False, "poison": True, **options}
     return stitched.capture(sizes, **told)
 

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from piecework.runtime import torch_compat
 from piecework.runtime.graphs.device.cuda import CudaGraphPlatform
+from piecework.runtime.graphs.memory import owner
 
 LOST = "CUDA error: an illegal memory access was encountered"
 INVALID = "CUDA error: operation failed due to a previous error during capture"
@@ -350,7 +351,9 @@ class FakeCuda:
         monkeypatch.setattr(torch_compat, "copy_each", copy_each)
         monkeypatch.setattr(torch_compat, "own_stream", lambda device: self.own_stream())
         # Tensors lie on the CPU here.
+        platform = CudaGraphPlatform(torch.device("cuda", 0))
         monkeypatch.setattr(CudaGraphPlatform, "computes_on", lambda self, device: True)
+        monkeypatch.setattr(owner, "platform_for", lambda device: platform)
         private: dict[str, Callable[..., object]] = {
             "_cuda_endAllocateToPool": self.end_allocate,
             "_cuda_releasePool": self.release,
