@@ -104,13 +104,11 @@ def adjust_sizes_for_spec_decode(
     return _multiples(sizes, step, max_size)
 
 
-def padded_sizes(sizes: Iterable[int], maximum: int | None = None) -> tuple[int | None, ...]:
+def padded_sizes(sizes: Iterable[int]) -> tuple[int | None, ...]:
     """The padding table: entry ``n`` is the smallest captured size of at least ``n``, or None."""
     ordered = sorted(set(sizes))
-    if maximum is None:
-        maximum = max(ordered, default=0)
-    positions = (bisect_left(ordered, count) for count in range(maximum + 1))
-    return tuple(ordered[at] if at < len(ordered) else None for at in positions)
+    counts = range(max(ordered, default=0) + 1)
+    return tuple(ordered[bisect_left(ordered, count)] if ordered else None for count in counts)
 
 
 def _plain(size: Any) -> Any:

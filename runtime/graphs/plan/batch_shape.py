@@ -176,9 +176,8 @@ def batch_shape(
         hint = "there is nothing to replay; don't capture this model"
         raise StaticGraphError(why, where="capture", hint=hint)
     rows = {each.name: each for each in captured.assumptions.symbols()}
-    batch = rows.get(captured.assumptions.name_of(symbol or ""))
-    if fixed is not None:
-        batch = Symbol("", 1, 1)
+    known = rows.get(captured.assumptions.name_of(symbol or ""), Symbol(""))
+    batch = known if fixed is None else Symbol("", 1, 1)
     return BatchShape(
         names=names,
         staged=tuple(staged),
@@ -188,10 +187,10 @@ def batch_shape(
         written_weights=written_weights,
         results=tuple(_results(program.split_gm, passed, symbols)),
         symbols=frozenset(symbols),
-        low=max(1, (batch.low if batch is not None else None) or 1),
-        high=None if batch is None else batch.high,
+        low=max(1, batch.low or 1),
+        high=batch.high,
         guards=captured.assumptions.guards(),
-        symbol="" if batch is None else batch.name,
+        symbol=batch.name,
     )
 
 
@@ -220,15 +219,13 @@ def _other_sizes(
             label = f"{_argument_of(captured, each)}.{each.dim}"
             places.append((label, value, position, None))
     dynamic = {label: size for label, size, *_ in places if torch_compat.symbols_in(size)}
-    of_batch = {
-        n: dynamic[n] for n in dynamic if batch and torch_compat.symbol_of(dynamic[n]) == batch
-    }
-    example = torch_compat.example_of(next(iter(of_batch.values()), None))
+    of_batch = [n for n in dynamic if batch and torch_compat.symbol_of(dynamic[n]) == batch]
+    example = torch_compat.example_of(dynamic[of_batch[0]] if of_batch else None)
     # A trace of one batch size may have the others as numbers.
-    known = dynamic.keys() if fixed is None else {label for label, *_ in places}
-    known = known - {label for label in of_batch if given.get(label) != "batch"}
-    for label in sorted(given.keys() - known):
-        why = f"no dynamic size {label!r}"
+    known = set(dynamic if fixed is None else (label for label, *_ in places))
+    known -= {label for label in of_batch if given.get(label) != "batch"}
+    if unknown := sorted(given.keys() - known):
+        why = f"no dynamic size {unknown[0]!r}"
         hint = f"there are: {', '.join(sorted(dynamic.keys() & known)) or 'none'}"
         raise ConfigError(why, where="other_sizes", hint=hint)
     rows = {each.name: each for each in captured.assumptions.symbols()}

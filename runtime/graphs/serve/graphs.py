@@ -55,7 +55,6 @@ from piecework.runtime.pieces.program import Program
 from piecework.runtime.trace.writes import written_inputs
 
 _FULL, _PIECES = CUDAGraphMode.FULL, CUDAGraphMode.PIECEWISE
-_WHOLE = "the whole forward"
 
 
 def _of(number: int) -> str:
@@ -171,7 +170,8 @@ class CapturedGraphs:
         pieces = tuple(map(self.dry_writes.unwatched, self._wrapped[number]))
         run = partial(self._to_capture, __vllm_submods__=pieces)
         options = CUDAGraphOptions(weak_ref_output=True)
-        return CUDAGraphWrapper(run, None, _FULL, options, self.graphs, _WHOLE + _of(number))
+        name = "the whole forward" + _of(number)
+        return CUDAGraphWrapper(run, None, _FULL, options, self.graphs, name)
 
     def _to_capture(self, *flat: object, **submods: object) -> object:
         """The forward; while it is captured, its statements tell what kernels stand for."""
