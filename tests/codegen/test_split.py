@@ -223,31 +223,10 @@ def test_a_computed_index_does_not_pull_a_getitem_back() -> None:
 # --- sizes across a cut --------------------------------------------------------------------------
 
 
-def _sliced(x: torch.Tensor) -> torch.Tensor:
-    n = x.shape[0]
-    return torch.ops.test_split.cut(x)[:n] + 1
-
-
-def _reshaped(x: torch.Tensor) -> torch.Tensor:
-    return torch.reshape(torch.ops.test_split.cut(x).view(-1), x.size()) + 1
-
-
-def _filled(x: torch.Tensor) -> torch.Tensor:
-    return torch.full(x.size(), 2.0) + torch.ops.test_split.cut(x)
-
-
 def _emptied(x: torch.Tensor) -> torch.Tensor:
     y = torch.ops.test_split.cut(x)
     out = torch.empty(size=x.size())
     return out.copy_(y) + 1
-
-
-def _splat(x: torch.Tensor) -> torch.Tensor:
-    return torch.ops.test_split.cut(x.view(-1)).view(*x.size()) + 1
-
-
-def _part_of_shape(x: torch.Tensor) -> torch.Tensor:
-    return torch.ops.test_split.cut(x).reshape(*x.shape[:-1], 2, 3) + 1
 
 
 def _made_before(x: torch.Tensor) -> torch.Tensor:
@@ -263,7 +242,15 @@ def _product_of_made(x: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     "function",
-    [_sliced, _reshaped, _filled, _emptied, _splat, _part_of_shape, _made_before, _product_of_made],
+    [
+        lambda x: CUT(x)[: x.shape[0]] + 1,
+        lambda x: torch.reshape(CUT(x).view(-1), x.size()) + 1,
+        lambda x: torch.full(x.size(), 2.0) + CUT(x),
+        lambda x: CUT(x.view(-1)).view(*x.size()) + 1,
+        lambda x: CUT(x).reshape(*x.shape[:-1], 2, 3) + 1,
+        *(_emptied, _made_before, _product_of_made),
+    ],
+    ids=["sliced", "reshaped", "filled", "splat", "part", "emptied", "made before", "product"],
 )
 def test_sizes_cross_a_cut_one_by_one(function: Callable[[torch.Tensor], torch.Tensor]) -> None:
     gm = symbolic_graph_of(function)
