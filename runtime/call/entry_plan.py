@@ -177,21 +177,19 @@ def _packed(
     spec: pytree.TreeSpec, leaves: list[results.ResultLeaf], weight_at: dict[int, int]
 ) -> ep.Packed:
     """How ``spec`` is rebuilt; takes what it needs from the front of ``leaves``."""
-    kind, context, children = torch_compat.spec_parts(spec)
-    if kind is None:
+    if spec.is_leaf():
         leaf = leaves.pop(0)
         return ep.FromWeights(weight_at[id(leaf)]) if isinstance(leaf, torch.Tensor) else leaf
-    items = tuple(_packed(child, leaves, weight_at) for child in children)
+    kind, context = spec.type, spec.context
+    items = tuple(_packed(child, leaves, weight_at) for child in spec.children())
     if kind in (list, tuple):
         return ep.FromItems(kind, tuple(range(len(items))), items)
     if kind is dict:
-        return ep.FromItems(dict, tuple(context), items)  # type: ignore[arg-type]
+        return ep.FromItems(dict, tuple(context), items)
     if kind is torch.Size:  # which pytree would make a tuple of
         return ep.FromCall(_size, None, "Size", items)
-    rebuild = torch_compat.rebuilder(kind)
-    if rebuild is not None:
-        return ep.FromCall(rebuild, context, kind.__name__, items)
-    return ep.FromCall(torch_compat.with_children, spec, kind.__name__, items)
+    rebuild = pytree.SUPPORTED_NODES[kind].unflatten_fn
+    return ep.FromCall(rebuild, context, kind.__name__, items)
 
 
 def _size(items: Sequence[int], _: object) -> torch.Size:

@@ -45,32 +45,24 @@ def signature_of(model: Callable[..., object]) -> inspect.Signature | None:
         return None
 
 
-def leaf_names(
+def argument_names(
     model: Callable[..., object], args: Sequence[object], kwargs: Mapping[str, object]
-) -> tuple[str, ...]:
-    """A name for each flattened argument: the parameter's, with a path into containers."""
+) -> dict[str, str]:
+    """What Dynamo calls each argument of the function that is traced → its parameter's name."""
     signature = signature_of(model)
     parameters = [] if signature is None else list(signature.parameters.values())
     positional = [p.name for p in parameters if _KIND[p.kind] in ("/", "")]
     rest = next((p.name for p in parameters if _KIND[p.kind] == "*"), "args")
-    extra = (f"{rest}[{n}]" for n in itertools.count())
-    names = itertools.chain(positional, extra)
-    given = [*zip(names, args, strict=False), *kwargs.items()]
-    return tuple(name + suffix for name, value in given for suffix, _ in leaves_of(value))
-
-
-def leaf_sources(args: Sequence[object], kwargs: Mapping[str, object]) -> list[str]:
-    """What Dynamo calls each flattened argument of the function that is traced."""
-    places = [(f"L['args'][{i}]", arg) for i, arg in enumerate(args)]
-    places += [(f"L['kwargs'][{key!r}]", value) for key, value in kwargs.items()]
-    return [place + suffix for place, value in places for suffix, _ in leaves_of(value)]
+    names = itertools.chain(positional, (f"{rest}[{n}]" for n in itertools.count()))
+    by_place = {f"L['args'][{n}]": name for n, name in zip(range(len(args)), names, strict=False)}
+    return by_place | {f"L['kwargs'][{name!r}]": name for name in kwargs}
 
 
 def require_traceable(
     model: Callable[..., object], args: Sequence[object], kwargs: Mapping[str, object]
 ) -> None:
     """Raise `CaptureError` if an argument holds what torch traces wrongly or as a constant."""
-    names = leaf_names(model, [None] * len(args), dict.fromkeys(kwargs))
+    names = argument_names(model, args, kwargs).values()
     for name, value in zip(names, [*args, *kwargs.values()], strict=True):
         for suffix, each in leaves_of(value, is_leaf=lambda x: bool(_untraceable(x))):
             kind = _untraceable(each)

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from piecework.errors import CaptureError
 from piecework.runtime import torch_compat
 from piecework.runtime.torch_compat import Place
-from piecework.runtime.trace.arguments import leaf_names, leaf_sources
+from piecework.runtime.trace.arguments import argument_names, leaves_of
 from piecework.runtime.watch.guards import models_code
 from piecework.runtime.watch.places import place_text, readable
 from piecework.runtime.watch.reachable import tensors_of
@@ -67,11 +67,11 @@ class Example:
     ) -> None:
         self.call = model, args, kwargs
         self.leaves = pytree.tree_leaves((tuple(args), dict(kwargs)))  # the flattened arguments
-        self.names = leaf_names(model, args, kwargs)  # what a user calls each
-        # Dynamo's names of flattened arguments, and of whole ones
-        self.sources = {source: i for i, source in enumerate(leaf_sources(args, kwargs))}
-        nothing = ([None] * len(args), dict.fromkeys(kwargs))
-        self.whole = dict(zip(leaf_sources(*nothing), leaf_names(model, *nothing), strict=True))
+        self.whole = argument_names(model, args, kwargs)  # of arguments: Dynamo's names → a user's
+        given = zip(self.whole.items(), (*args, *kwargs.values()), strict=True)
+        paths = [(*names, at) for names, value in given for at, _ in leaves_of(value)]
+        self.names = tuple(name + at for _, name, at in paths)  # what a user calls each leaf
+        self.sources = {source + at: n for n, (source, _, at) in enumerate(paths)}  # and Dynamo
         self.held = tensors_of(model)  # by identity, with their paths
         self.first: dict[int, int] = {}  # identity → the first argument that a tensor is
         for index, leaf in enumerate(self.leaves):

@@ -218,6 +218,7 @@ FUNCTIONS = {
     "ordered": lambda x: OrderedDict(y=x * 2, n=x.shape[0], s=x.shape),
     "twice": lambda x: (x * 2, x.shape[0], x.shape[0]),
     "fixed": lambda x: (x * 2, 3, 2.5, True, "text", torch.Size([2, 2])),
+    "text": lambda x: (x * 2, f"{x.shape[0]}", f"{x.shape[0]} rows"),
 }
 
 
@@ -302,13 +303,3 @@ def test_text_of_an_integer_argument(text: Callable[[int], object]) -> None:
     assert stitched(x, 5)[1] == model(x, 5)[1]
     with pytest.raises(InputError, match="argument n has value 7"):
         stitched(x, 7)
-
-
-@pytest.mark.parametrize("text", [lambda x: f"{x.shape[0]}", lambda x: f"{x.shape[0]} rows"])
-def test_text_of_a_size(text: Callable[[torch.Tensor], str]) -> None:
-    def model(x: torch.Tensor) -> Any:
-        return x * 2, text(x)
-
-    stitched = compiled(model, torch.randn(4, 8))
-    for count in (4, 6):
-        assert stitched(torch.randn(count, 8))[1] == text(torch.randn(count, 8))

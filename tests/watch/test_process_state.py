@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,12 +12,6 @@ from models import EAGER
 import piecework
 from piecework.errors import InputError
 
-READ: dict[str, Callable[[], object]] = {
-    "deterministic": lambda: torch.are_deterministic_algorithms_enabled(),
-    "benchmark": lambda: torch.backends.cudnn.benchmark,
-    "recursion": lambda: sys.getrecursionlimit() > 8500,
-}
-
 
 def set_benchmark(on: bool) -> None:
     """Also where torch's own test lists were imported, which forbid it."""
@@ -25,10 +19,17 @@ def set_benchmark(on: bool) -> None:
         torch.backends.cudnn.benchmark = on
 
 
-WRITE: dict[str, Callable[[bool], object]] = {
-    "deterministic": torch.use_deterministic_algorithms,
-    "benchmark": set_benchmark,
-    "recursion": lambda on: sys.setrecursionlimit(9000 if on else 8000),
+#: What code may ask of the process, and what sets it.
+SETTINGS: dict[str, tuple[Callable[[], object], Callable[[bool], object]]] = {
+    "deterministic": (
+        lambda: torch.are_deterministic_algorithms_enabled(),
+        torch.use_deterministic_algorithms,
+    ),
+    "benchmark": (lambda: torch.backends.cudnn.benchmark, set_benchmark),
+    "recursion": (
+        lambda: sys.getrecursionlimit() > 8500,
+        lambda on: sys.setrecursionlimit(9000 if on else 8000),
+    ),
 }
 
 
@@ -67,30 +68,26 @@ def test_code_that_asks_whether_to_checkpoint_is_served_in_any_grad_mode() -> No
     assert torch.equal(stitched(x), model(x))
 
 
-@pytest.fixture(params=sorted(READ))
-def setting(request: pytest.FixtureRequest) -> Iterator[str]:
-    frames = sys.getrecursionlimit()
-    before = bool(READ[request.param]())
-    WRITE[request.param](before)  # other tests and libraries set limits too
-    yield request.param
-    WRITE[request.param](before)
-    sys.setrecursionlimit(frames)
-
-
-def test_a_setting_that_the_code_asks_for_is_watched_where_stock_watches_it(setting: str) -> None:
-    model, x = Asking(READ[setting]).eval(), torch.randn(3)
-    was = bool(READ[setting]())
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_setting_that_the_code_asks_for_is_watched_where_stock_watches_it(
+    name: str, request: pytest.FixtureRequest
+) -> None:
+    read, write = SETTINGS[name]
+    was, frames = bool(read()), sys.getrecursionlimit()
+    request.addfinalizer(lambda: (write(was), sys.setrecursionlimit(frames)))
+    write(was)  # other tests and libraries set limits too
+    model, x = Asking(read).eval(), torch.randn(3)
     torch.compiler.reset()
     stock = torch.compile(model, backend="eager", fullgraph=True)
     stitched = piecework.compile(model, (x,), config=EAGER)
     with torch.no_grad():
         assert torch.equal(stock(x), stitched(x))
-        WRITE[setting](not was)
-        assert bool(READ[setting]()) is not was
+        write(not was)
+        assert bool(read()) is not was
         if torch.equal(stock(x), model(x)):
             with pytest.raises(InputError, match="when the model was traced"):
                 stitched(x)
-        WRITE[setting](was)
+        write(was)
         assert torch.equal(stitched(x), model(x))
 
 

@@ -60,8 +60,8 @@ global RATE, TABLE; RATE, TABLE = 2.0, {'rate': 2.0} -> x = helper(x * RATE * TA
   helper.__code__ = (lambda x, by=2.0, *, plus=0.5: x * 21.0).__code__
 self.register_buffer('t', torch.ones(5)) -> x = x * self.t.shape[0]
   m.register_buffer('t', torch.ones(7))
-self.register_buffer('t', torch.ones(4)) -> x = x * self.t + (100 if isinstance(self.t, nn.Parameter) else 0)
-  del m.t; m.t = nn.Parameter(torch.ones(4))
+self.t = nn.Parameter(torch.ones(4)) -> x = x * self.t * (5 if isinstance(self.t, nn.Parameter) else 3)
+  del m.t; m.t = torch.ones(4)
 pass -> x = x * 2 if self.block.linear.weight.requires_grad else x
   m.requires_grad_(False)
 pass -> x = x * torch.ones(4)

@@ -145,8 +145,7 @@ def vector_isa_is_known() -> bool:
 
     told = config.cpp.vec_isa_ok is not None or config.cpp.simdlen is not None
     told = told or os.getenv("ATEN_CPU_CAPABILITY") is not None
-    found = getattr(cpu_vec_isa.valid_vec_isa_list, "cache_info", None)
-    return told or found is None or bool(found().currsize)
+    return told or bool(cpu_vec_isa.valid_vec_isa_list.cache_info().currsize)
 
 
 def vector_isa_test() -> Callable[[], bool]:
@@ -176,6 +175,5 @@ def _vector_isas() -> list[Any]:
     """The sets of instructions that Inductor knows and the CPU names, the strongest first."""
     from torch._inductor import cpu_vec_isa
 
-    known = getattr(cpu_vec_isa, "x86_isa_checker", list)()
-    sets = cpu_vec_isa.supported_vec_isa_list
-    return [each for each in sets if all(flag in known for flag in str(each).split())]
+    known, sets = set(cpu_vec_isa.x86_isa_checker()), cpu_vec_isa.supported_vec_isa_list
+    return [each for each in sets if known.issuperset(str(each).split())]

@@ -55,13 +55,10 @@ def kernel_file(value: object) -> Path | None:
 
 def load_kernel(data: bytes, digest: str) -> Callable[..., object]:
     """The function of a shared object of Inductor's, by way of a file that only we can reach."""
-    guards: Any = torch._C._dynamo.guards
-    address = getattr(guards, "_torchinductor_pyobject_tensor_data_ptr", None)
-    if address is None:
-        raise ImportError("this torch has no kernels that take tensors from Python")
     name = f"piecework_{digest}.kernel"
     if name in sys.modules:
         return sys.modules[name].kernel  # type: ignore[no-any-return]
+    address = torch._C._dynamo.guards._torchinductor_pyobject_tensor_data_ptr  # type: ignore[attr-defined]
     os.environ[_ADDRESS] = str(address)  # as torch does, which leaves it there too
     # The folder's name makes the file one that the system's loader has not met.
     with tempfile.TemporaryDirectory(prefix="piecework-") as folder:

@@ -259,6 +259,4 @@ def forget_imports() -> None:
     """Let Dynamo look modules up again, which it does once a process and name."""
     from torch._dynamo import symbolic_convert
 
-    clear = getattr(getattr(symbolic_convert, "_import_module", None), "cache_clear", None)
-    if clear is not None:
-        clear()
+    symbolic_convert._import_module.cache_clear()

@@ -192,13 +192,12 @@ def leave_guards_untimed() -> None:
 
 
 def running_output() -> Any:
-    """Dynamo's record of the trace that is running; None where torch doesn't show it."""
-    from torch._dynamo import symbolic_convert
+    """Dynamo's record of the trace that is running; None where none is."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
 
-    current = getattr(symbolic_convert.InstructionTranslator, "current_tx", None)
     try:
-        return current().output  # type: ignore[misc]
-    except (AttributeError, TypeError):
+        return InstructionTranslator.current_tx().output
+    except AttributeError:  # of this thread
         return None
 
 

@@ -35,9 +35,8 @@ def region_settings() -> dict[str, object]:
 
 
 def region_calls(graph: torch.fx.Graph) -> list[torch.fx.Node]:
-    operator = getattr(torch.ops.higher_order, "invoke_subgraph", None)
-    nodes = graph.find_nodes(op="call_function", target=operator) if operator is not None else ()
-    return list(nodes)
+    target = torch.ops.higher_order.invoke_subgraph
+    return list(graph.find_nodes(op="call_function", target=target))
 
 
 def module_of(node: torch.fx.Node) -> int | None:

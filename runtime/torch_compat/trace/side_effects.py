@@ -26,10 +26,7 @@ def writes_of_trace(same: SameTensor) -> list[tuple[str, str]]:
     No write is what was stored again where it lay: the same object, an equal number or text, or a
     tensor that the graph wrote in place (``self.state += 1``).
     """
-    effects = getattr(running_output(), "side_effects", None)
-    wanted = ("keepalive", "id_to_variable", "store_attr_mutations", "is_modified", "tensor_hooks")
-    if not all(hasattr(effects, name) for name in wanted):
-        return []
+    effects = running_output().side_effects
     is_held = partial(_is_held, effects, same)
     objects = {id(each): each for each in effects.keepalive}
     found = [("a tensor's hooks", "") for _ in effects.tensor_hooks]
