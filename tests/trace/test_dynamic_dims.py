@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from piecework.errors import ConfigError, InputError
 from piecework.runtime.config.groups import DynamicShapesType
-from piecework.runtime.trace.dynamic_dims import dims_of, marked
+from piecework.runtime.trace.dynamic_dims import DynamicDims, dims_of, marked
 
 if TYPE_CHECKING:
     from nowhere import Hidden
@@ -25,6 +25,11 @@ class Intermediate:
 
 def marks(tensor: torch.Tensor, kind: str = "dynamic") -> set[int]:
     return set(getattr(tensor, f"_dynamo_{kind}_indices", ()))
+
+
+def refuses(error: type[Exception], match: str, dims: DynamicDims, call: dict[str, object]) -> None:
+    with pytest.raises(error, match=match), marked(dims, call):
+        pass
 
 
 def test_annotated_parameters_are_dynamic_where_the_first_call_passes_tensors() -> None:
@@ -105,29 +110,22 @@ def test_unbacked_wins_and_the_shape_type_decides_the_rest() -> None:
 
 def test_a_declaration_that_a_call_does_not_fit_is_an_error_and_an_absent_argument_is_not() -> None:
     for dim, rank in ((2, 2), (-3, 2), (0, 0)):
-        x = torch.randn([4] * rank)
-        refused = pytest.raises(ConfigError, match=f"dimension {dim} of x .* has {rank} dim")
-        with refused, marked(dims_of(example, {"x": dim}), {"x": x}):
-            pass
+        x, dims = torch.randn([4] * rank), dims_of(example, {"x": dim})
+        refuses(ConfigError, f"dimension {dim} of x .* has {rank} dim", dims, {"x": x})
         assert not vars(x)
     dims = dims_of(example, {"x": 0, "y": 0})
     with marked(dims, {"x": torch.randn(4), "y": None}), marked(dims, {"x": torch.randn(4)}):
         pass
-    refused = pytest.raises(ConfigError, match="passes a int without tensors")
-    with refused, marked(dims, {"x": torch.randn(4), "y": 3}):
-        pass
-    refused = pytest.raises(InputError, match="no tensor for a dynamic parameter")
-    with refused, marked(dims_of(example), {"x": torch.tensor(1.0)}):
-        pass
+    refuses(ConfigError, "passes a int without tensors", dims, {"x": torch.randn(4), "y": 3})
+    scalar = {"x": torch.tensor(1.0)}
+    refuses(InputError, "no tensor for a dynamic parameter", dims_of(example), scalar)
 
 
 @pytest.mark.parametrize("size", [0, 1])
 def test_a_size_that_a_backed_trace_fixes_is_an_error(size: int) -> None:
     arguments = {"x": torch.randn(4, size)}
     dims = dims_of(example, {"x": [0, 1]})
-    refused = pytest.raises(InputError, match=f"x has size {size} in dynamic dimension 1")
-    with refused, marked(dims, arguments):
-        pass
+    refuses(InputError, f"x has size {size} in dynamic dimension 1", dims, arguments)
     for kind in (DynamicShapesType.UNBACKED, DynamicShapesType.BACKED_SIZE_OBLIVIOUS):
         with marked(dims, arguments, kind):
             pass
@@ -142,17 +140,14 @@ def test_tensors_inside_arguments_are_marked_where_pytree_knows_their_class() ->
     def forward(self: object, x: Intermediate | list[dict[str, torch.Tensor]]) -> None: ...
 
     tensors, dims = {"a": torch.randn(4, 8), "b": torch.randn(4)}, dims_of(forward)
-    refused = pytest.raises(InputError, match="no tensor for a dynamic parameter")
-    with refused, marked(dims, {"x": Intermediate(tensors)}):
-        pass
+    refuses(InputError, "no tensor for a dynamic parameter", dims, {"x": Intermediate(tensors)})
     pytree.register_dataclass(Intermediate)
     for value in (Intermediate(tensors), [tensors], (tensors, None), tensors):
         with marked(dims, {"x": value}):
             assert marks(tensors["a"]) == marks(tensors["b"]) == {0}
         assert not vars(tensors["a"])
-    refused = pytest.raises(InputError, match=r"x\.tensors\['h'\] has size 1")
-    with refused, marked(dims, {"x": Intermediate({"h": torch.randn(1, 8)})}):
-        pass
+    single = {"x": Intermediate({"h": torch.randn(1, 8)})}
+    refuses(InputError, r"x\.tensors\['h'\] has size 1", dims, single)
 
 
 def test_star_arguments_are_marked() -> None:

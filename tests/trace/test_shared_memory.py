@@ -11,7 +11,6 @@ from torch import nn
 
 import piecework
 from piecework.codegen.graph.structure import input_signature, structure_of
-from piecework.runtime.compilers import CompiledPiece
 
 
 @piecework.splitting_op("shared_memory_test::through")
@@ -94,7 +93,8 @@ def test_views_of_the_models_memory_are_of_the_right_memory() -> None:
 @pytest.mark.inductor
 def test_a_piece_that_inductor_would_get_wrong_runs_as_it_is_and_says_so(caplog) -> None:  # type: ignore[no-untyped-def]
     stitched = piecework.compile(write_to_a_part_of_a_result, (torch.randn(5, 3),))
-    first, second = compiled_pieces(stitched)
+    backends = stitched.program.backends.values()
+    first, second = (next(iter(each.entries.values())).compiled for each in backends)
     assert first.artifact is not None
     assert second.artifact is None
     assert "memory that several of its inputs share" in second.indirect_because
@@ -129,8 +129,3 @@ def test_a_variance_over_the_batch_knows_the_batch() -> None:
         x = torch.randn(rows, 3)
         torch.testing.assert_close(stitched(x), through(reference(x)) * 2)
     torch.testing.assert_close(model[1].running_var, reference[1].running_var)
-
-
-def compiled_pieces(stitched: piecework.StitchedModule) -> list[CompiledPiece]:
-    backends = stitched.program.backends.values()
-    return [next(iter(backend.entries.values())).compiled for backend in backends]
