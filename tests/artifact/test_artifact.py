@@ -22,7 +22,7 @@ from python_state_cases import Run, alike, make_case, stock_is_stale
 from torch import nn
 
 import piecework
-from piecework.errors import ArtifactError, BindError, ConfigError, InputError, PieceworkError
+from piecework.errors import ArtifactError, BindError, InputError, PieceworkError
 from piecework.runtime.artifact import program
 from piecework.runtime.counters import counters
 from piecework.runtime.store import package, surroundings
@@ -662,17 +662,6 @@ def test_example_arguments_that_no_saved_trace_serves_compile_again(
     torch._dynamo.mark_dynamic(x, 0)
     stitched = piecework.compile(model, (x, False), config=EAGER, artifact=path)
     assert "sizes" in warned.pop() and torch.equal(stitched(x, False), model(x, False))
-
-
-def test_an_artifact_needs_a_mode_and_an_example(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="example"):
-        piecework.compile(made(), config=EAGER, artifact=tmp_path / "a")
-    with pytest.raises(ConfigError, match="compiles nothing"):
-        piecework.compile(
-            made(), (torch.randn(3, 8),), config={"mode": "NONE"}, artifact=tmp_path / "a"
-        )
-    with pytest.raises(ConfigError, match="got a int"):
-        piecework.load(tmp_path / "a", 3)  # type: ignore[arg-type]
 
 
 def rewritten(path: Path, change: Callable[[dict, dict], object]) -> None:

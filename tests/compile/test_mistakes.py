@@ -253,6 +253,8 @@ MISTAKES: list[tuple[Callable[[], object], type[PieceworkError], str, str]] = [
     (lambda: captured().dispatch("x"), InputError, "a positive whole number of tokens; got 'x'", ""),
     # --- artifacts, weights, operators
     (lambda: stitched().save(3), ConfigError, "an artifact is a file; got 3", ""),
+    (lambda: piecework.compile(Model(), config=config(), artifact="a"), ConfigError, "example", ""),
+    (lambda: compiled(config=config(mode="NONE"), artifact="a"), ConfigError, "compiles nothing", ""),
     (lambda: stitched().save("nothing://model"), ConfigError, "an artifact is a file", "copy the file"),
     (lambda: stitched().refit(3), ConfigError, "got a int", "state_dict()"),
     (lambda: stitched().refit({"layer.wieght": X}), BindError, "no such weight", "did you mean layer.weight?"),
@@ -350,6 +352,7 @@ def test_operators_around_a_stitched_function_are_traced_into_it() -> None:
         ({"options": {"mode": "fast"}}, "no compilation mode 'fast'"),
         ({"options": {"splitting_ops": ["mylib::nope"]}}, "import the module that defines it"),
         ({"mode": "max-autotune"}, "would have no effect"),
+        ({"options": {"cudagraph_mode": "PIECEWISE"}}, "PIECEWISE, would have no effect"),
     ],
 )
 def test_wrong_options_of_the_backend_are_told_through_torch(options, said: str) -> None:

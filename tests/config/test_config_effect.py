@@ -18,7 +18,6 @@ from piecework.runtime.config.compilation import (
     RuntimeConfig,
     StitchingConfig,
 )
-from piecework.runtime.pieces.backend import piecework_dynamo_backend
 
 RUNTIME = Path(piecework.__file__).parent / "runtime"
 CODE = "\n".join(each.read_text() for each in RUNTIME.rglob("*.py"))
@@ -78,13 +77,6 @@ def test_inputs_that_are_not_copied_lie_in_the_buffers() -> None:
     with pytest.raises(StaticGraphError, match="captured sizes: 2, 4"):
         made.static_graphs.static_inputs(5)
     assert made(torch.randn(5, 4), torch.ones(1)).shape == (5, 4)  # no graph serves it
-
-
-def test_torch_compile_refuses_what_it_can_not_capture() -> None:
-    options = {"backend": "eager", "cudagraph_mode": "PIECEWISE"}
-    compiled = torch.compile(nn.Linear(4, 4), backend=piecework_dynamo_backend, options=options)
-    with pytest.raises(Exception, match="cudagraph_mode PIECEWISE, would have no effect"):
-        compiled(torch.randn(2, 4))
 
 
 @pytest.mark.parametrize(
