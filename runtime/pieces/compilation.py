@@ -8,7 +8,6 @@ import hashlib
 import logging
 import pprint
 from collections.abc import Mapping, Sequence
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -83,9 +82,9 @@ class Compilation:
         with timed(self.phases, "split"):
             split_gm, items = self._split(ops)
         names = [i.submod_name for i in items if not i.is_splitting_graph]
-        shared = together(split_gm, items, self.range_table)
+        self.together = together(split_gm, items, self.range_table)
         if tried is not None:  # which runs the pieces, and what waits for others in them
-            require_agreement(SimpleNamespace(together=shared), self._backend.runtime_config)
+            require_agreement(self, self._backend.runtime_config)
         known = {} if tried is None else tried.before(split_gm, names)
         torch_compat.trace_artifact("config", lambda: config_text(self.config))
         torch_compat.trace_artifact(
@@ -128,7 +127,7 @@ class Compilation:
             batch_place=_place_of(graph, self.batch.symbol),
             direct_ops=direct,
             pieces=tuple(Piece.of(name, each) for name, each in self.backends.items()),
-            together=shared,
+            together=self.together,
             compiled=report,
             phases=self.phases,
             dump=self.dump,

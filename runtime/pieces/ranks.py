@@ -28,7 +28,7 @@ class Together:
 
 
 class Runs(Protocol):
-    """Something that processes run together, such as a `Program`."""
+    """Something that processes run together: a `Program`, or what becomes one."""
 
     @property
     def together(self) -> Together: ...
