@@ -14,7 +14,7 @@ from piecework.codegen.graph.origin import results_of, value_of
 from piecework.runtime import torch_compat
 from piecework.runtime.pieces.program import Program
 from piecework.runtime.trace import results
-from piecework.runtime.trace.inputs import Argument, Layout, Size
+from piecework.runtime.trace.inputs import Argument, GraphInput, Layout, Size
 from piecework.runtime.trace.one_trace import ModelTrace
 from piecework.runtime.trace.writes import mutations_in
 from piecework.runtime.watch.weights import Weight
@@ -39,32 +39,20 @@ def made_entry(captured: ModelTrace, program: Program) -> MadeEntry:
 # --- arguments that are, or share written memory with, tensors of the model -----------------------
 
 
-@dataclass(frozen=True, slots=True)
-class _Written:
-    """What a graph reads as tensors, and what of it pieces write: leaves, and weights' paths."""
-
-    arguments: tuple[int, ...]
-    weights: tuple[str, ...]
-    in_arguments: tuple[int, ...]
-    in_weights: tuple[str, ...]
-
-
-def _written(captured: ModelTrace, program: Program) -> _Written:
+def _read_and_written(
+    captured: ModelTrace, program: Program
+) -> tuple[list[GraphInput], list[GraphInput]]:
+    """What a graph reads as tensors, and what of it pieces write."""
     placeholders = program.split_gm.graph.find_nodes(op="placeholder")
     pairs = zip(placeholders, captured.inputs, strict=True)
     tensors = {n.name: each for n, each in pairs if isinstance(value_of(n), torch.Tensor)}
     writes = mutations_in(program.split_gm, list(program.backends), {n: n for n in tensors})
-    written = [tensors[name] for name in dict.fromkeys(each.path for each in writes)]
-    read = tensors.values()
-    return _Written(
-        tuple(each.leaf for each in read if isinstance(each, Argument)),
-        tuple(each.path for each in read if isinstance(each, Weight)),
-        tuple(each.leaf for each in written if isinstance(each, Argument)),
-        tuple(each.path for each in written if isinstance(each, Weight)),
-    )
+    return [*tensors.values()], [tensors[n] for n in dict.fromkeys(each.path for each in writes)]
 
 
-def _not_held(captured: ModelTrace, written: _Written) -> Iterator[ep.NotHeld]:
+def _not_held(
+    captured: ModelTrace, read: Sequence[GraphInput], written: Sequence[GraphInput]
+) -> Iterator[ep.NotHeld]:
     """The arguments that could be tensors of the model, or wrongly share their memory."""
     weights = captured.weights
     plain = [n for n, each in enumerate(weights.tensors) if each.layout is torch.strided]
@@ -75,11 +63,16 @@ def _not_held(captured: ModelTrace, written: _Written) -> Iterator[ep.NotHeld]:
         others: tuple[int, ...] = ()
         if leaf.index not in captured.weights_given:  # else a fact says which one it has to be
             others = tuple(n for n in plain if _could_be(leaf.assumption, weights.tensors[n]))
-        paths = written.weights if leaf.index in written.in_arguments else written.in_weights
-        is_read = leaf.index in written.arguments
+        beside = read if leaf.index in _leaves(written) else written
+        paths = [each.path for each in beside if isinstance(each, Weight)]
+        is_read = leaf.index in _leaves(read)
         apart = tuple(numbers[path] for path in paths if is_read and path in numbers)
         if others or apart:
             yield ep.NotHeld(leaf.index, others, apart)
+
+
+def _leaves(inputs: Sequence[GraphInput]) -> list[int]:
+    return [each.leaf for each in inputs if isinstance(each, Argument)]
 
 
 def _could_be(assumption: ep.TensorInput | ep.UnusedTensor, tensor: torch.Tensor) -> bool:
@@ -101,7 +94,7 @@ def _could_be(assumption: ep.TensorInput | ep.UnusedTensor, tensor: torch.Tensor
 
 def _plan_entry(captured: ModelTrace, program: Program) -> ep.EntryPlan:
     """Say what the entry must check, pass and return."""
-    written = _written(captured, program)
+    read, written = _read_and_written(captured, program)
     levers = program.config.stitching_config
     bound = {row.path for row in program.source.module.bound}
     weights = [each for each in captured.inputs if isinstance(each, Weight)]
@@ -127,13 +120,12 @@ def _plan_entry(captured: ModelTrace, program: Program) -> ep.EntryPlan:
         result=_packed(captured.out_spec, list(captured.result), weight_at),
         batch=batch,
         apart=tuple(
-            (leaf, tuple(x for x in written.arguments if x != leaf))
-            for leaf in written.in_arguments
+            (leaf, tuple(x for x in _leaves(read) if x != leaf)) for leaf in _leaves(written)
         ),
         # A model without weights has modes of its own to watch all the same.
         binds=bool(bound) or not weights,
         held=tuple(each.path for each in captured.weights.traced),
-        not_held=tuple(_not_held(captured, written)),
+        not_held=tuple(_not_held(captured, read, written)),
         watches_arguments=captured.weights.state.argument_check(captured.parameters) is not None,
         checks=levers.check_inputs or program.config.dynamic_shapes_config.evaluate_guards,
         asks_grad_mode=captured.weights.state.asks_grad_mode,

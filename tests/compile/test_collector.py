@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import subprocess
-import sys
 from collections.abc import Iterator
 
 import pytest
 import torch
 from models import EAGER
+from processes import python
 
 import piecework
 from piecework.collector import seldom_full_collections
@@ -69,4 +68,4 @@ except AttributeError:
     pass
 assert gc.isenabled() is {enabled}
 """
-    subprocess.run([sys.executable, "-c", script], check=True)
+    python("-c", script)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+from processes import python
 
 CHILD = """
 import random, torch, piecework
@@ -18,5 +17,4 @@ assert torch.equal(torch.get_rng_state(), before[1]), "torch's"
 
 
 def test_random_numbers_go_on_where_they_were() -> None:
-    done = subprocess.run([sys.executable, "-c", CHILD], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    python("-c", CHILD)

@@ -26,7 +26,6 @@ class Model(nn.Module):
 
 @pytest.fixture
 def model() -> nn.Module:
-    torch.manual_seed(0)
     return Model().eval()
 
 
