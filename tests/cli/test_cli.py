@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import mix
+from models import Block, mix_pair
 from processes import python
 from torch import nn
 from typer.testing import CliRunner, Result
@@ -23,25 +23,13 @@ from piecework.cli.console import short_warnings
 sys.modules.setdefault("cli_factories", sys.modules[__name__])
 
 
-class Small(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.enter, self.leave = nn.Linear(8, 8), nn.Linear(8, 8)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.enter(x)
-        out = torch.empty_like(y)
-        mix(y, out)
-        return self.leave(out)
-
-
 class Breaks(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x + 1 if x.sum() > 0 else x - 1
 
 
 def small() -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
-    return Small(), (torch.randn(4, 8),)
+    return Block(mix_pair), (torch.randn(4, 8),)
 
 
 def breaks() -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
@@ -53,7 +41,7 @@ def nonsense() -> int:
 
 
 def alone() -> nn.Module:
-    return Small()
+    return Block(mix_pair)
 
 
 def three() -> tuple[object, ...]:
@@ -189,7 +177,7 @@ def test_demo_says_that_tokens_are_equal_and_leaves_what_was_asked_for(
         ("no_such_module:factory", "there is no factory"),
         ("cli_factories:nothing", "there is no factory"),
         ("cli_factories:nonsense", "must return (module, example_inputs); it returned a int"),
-        ("cli_factories:alone", "it returned a Small"),
+        ("cli_factories:alone", "it returned a Block"),
         ("cli_factories:three", "it returned a tuple of 3"),
         ("cli_factories:leaves", "fails with SystemExit: 0 (test_cli.py:"),
         ("cli_factories.py", "write cli_factories:factory"),

@@ -107,10 +107,7 @@ def test_nothing_is_written_in_ci(
 
 
 def test_several_sources_of_one_test_need_names(pytester: pytest.Pytester) -> None:
-    _write_test(
-        pytester,
-        "1",
-        f'''
+    text = f'''
 SOURCE = """{SOURCE}"""
 
 def test_model(stitched_golden):
@@ -120,8 +117,8 @@ def test_model(stitched_golden):
 def test_twice(stitched_golden):
     stitched_golden(SOURCE.format(literal=1))
     stitched_golden(SOURCE.format(literal=2))
-''',
-    )
+'''
+    _write_test(pytester, "1", text)
     for _ in range(2):  # one update run writes all goldens of a test
         result = _run(pytester, "--piecework-update")
     result.assert_outcomes(passed=1, failed=1)
@@ -135,10 +132,7 @@ def test_twice(stitched_golden):
 def test_parameters_make_safe_distinct_file_names(
     pytester: pytest.Pytester, parameter: str
 ) -> None:
-    _write_test(
-        pytester,
-        "1",
-        f'''
+    text = f'''
 import pytest
 SOURCE = """{SOURCE}"""
 
@@ -149,8 +143,8 @@ def test_model(stitched_golden, value):
 class TestNested:
     def test_model(self, stitched_golden):
         stitched_golden(SOURCE.format(literal=2))
-''',
-    )
+'''
+    _write_test(pytester, "1", text)
     _run(pytester, "--piecework-update").assert_outcomes(failed=3)
     _run(pytester).assert_outcomes(passed=3)
     found = sorted(path for path in pytester.path.rglob("*") if path.suffix == ".py")
@@ -186,10 +180,7 @@ def test_unreferenced_goldens_fail_the_run(pytester: pytest.Pytester) -> None:
 def test_a_golden_whose_test_did_not_finish_is_not_called_unreferenced(
     pytester: pytest.Pytester, arguments: tuple[str, ...]
 ) -> None:
-    _write_test(
-        pytester,
-        "1",
-        f'''
+    text = f'''
 import pytest
 SOURCE = """{SOURCE}"""
 FAIL = False
@@ -205,8 +196,8 @@ def test_skipped(stitched_golden):
     if FAIL:
         pytest.skip("not now")
     stitched_golden(SOURCE.format(literal=1), name="late")
-''',
-    )
+'''
+    _write_test(pytester, "1", text)
     pytester.makeini("[pytest]\nmarkers = slow: a marker")
     _run(pytester, "--piecework-update")
     assert len(list(_golden(pytester).parent.iterdir())) == 2
@@ -231,10 +222,7 @@ def test_workers_share_what_they_saw(pytester: pytest.Pytester) -> None:
 
 
 def test_a_source_with_an_undefined_name_is_never_accepted(pytester: pytest.Pytester) -> None:
-    _write_test(
-        pytester,
-        "1",
-        """
+    text = """
 def test_model(stitched_golden):
     stitched_golden("def execution_fn(x, *, __vllm_submods__):\\n    return y\\n")
 
@@ -243,8 +231,8 @@ def test_text(stitched_golden):
 
 def test_number(stitched_golden):
     stitched_golden(3)
-""",
-    )
+"""
+    _write_test(pytester, "1", text)
     result = _run(pytester, "--piecework-update")
     result.assert_outcomes(failed=3)
     result.stdout.fnmatch_lines(
