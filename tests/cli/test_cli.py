@@ -389,6 +389,9 @@ def test_settings_and_folders_are_checked_before_any_work(
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
+TRACE = "trace cli_factories:crashes -o"
+
+
 @pytest.mark.parametrize(
     ("command", "says"),
     [
@@ -399,6 +402,10 @@ def test_settings_and_folders_are_checked_before_any_work(
         *((f"coverage nothing --sizes {sizes}", "batch size") for sizes in ("x", "0", ",")),
         ("coverage nothing --sizes 1,2 --mode FAST", "FAST"),
         ("coverage nothing --sizes 1,2 --policy guess", "guess"),
+        (f"{TRACE} missing/trace.json", "there is no folder"),
+        (f"{TRACE} .", "is a folder"),
+        (f"{TRACE} trace.json --sizes x", "is no list of batch sizes"),
+        (f"{TRACE} trace.json --backend indutor", "no compiler 'indutor'"),
     ],
 )
 def test_misuse_is_told_before_any_work(
@@ -408,7 +415,7 @@ def test_misuse_is_told_before_any_work(
     (tmp_path / "file").write_text("")
     result = invoke(*command.split())
     assert result.exit_code == 2 and says in result.output, result.output
-    assert "stitching:" not in result.output
+    assert "stitching:" not in result.output and [p.name for p in tmp_path.iterdir()] == ["file"]
     assert ("made by piecework compile" in result.output) is (command == "run .")
 
 

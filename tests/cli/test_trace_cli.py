@@ -1,4 +1,4 @@
-"""``piecework trace``: the file opens as a trace, every piece is in it with its layers, and a refused command writes nothing."""
+"""``piecework trace``: the file opens as a trace, and every piece is in it with its layers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import json
 import sys
 from pathlib import Path
 
-import pytest
 import torch
 from models import Block, Layers, mix_pair
 from typer.testing import CliRunner, Result
@@ -76,24 +75,6 @@ def test_every_kind_of_call_of_a_decoder_that_is_served_whole_is_named(tmp_path:
     assert result.exit_code == 0, result.output
     ranges = json.loads(result.stdout)["ranges"]
     assert sum(count for name, count in ranges.items() if name.startswith("submod_0 ")) == 3
-
-
-@pytest.mark.parametrize(
-    ("output", "options", "says"),
-    [
-        ("missing/trace.json", [], "there is no folder"),
-        (".", [], "is a folder"),
-        ("trace.json", ["--sizes", "x"], "is no list of batch sizes"),
-        ("trace.json", ["--backend", "indutor"], "no compiler 'indutor'"),
-        ("trace.json", ["--sizes", "0"], "positive"),
-    ],
-)
-def test_a_refused_command_writes_nothing(
-    tmp_path: Path, output: str, options: list[str], says: str
-) -> None:
-    result = invoke("trace", "trace_factories:layers", "-o", tmp_path / output, *options)
-    assert result.exit_code == 2 and says in result.output, result.output
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_nothing_is_named_after_a_trace() -> None:

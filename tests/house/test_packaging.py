@@ -71,12 +71,6 @@ def wheel(sdist: Path) -> Path:
     return _build("wheel", sdist, sdist.parent / "dist")
 
 
-def test_every_folder_with_code_is_a_package() -> None:
-    folders = {Path(name).parent for name in of_the_package() if name.endswith(".py")}
-    names = {".".join(("piecework", *folder.parts)) for folder in folders}
-    assert names == set(PROJECT["tool"]["setuptools"]["packages"])
-
-
 def test_the_sdist_has_what_is_read_beside_the_code(sdist: Path) -> None:
     for name in ("LICENSE", "README.md", "CHANGELOG.md", "SECURITY.md", "constraints.txt"):
         assert (sdist / name).is_file(), name

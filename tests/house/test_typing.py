@@ -83,8 +83,3 @@ def test_a_wrong_program_is_seen(check) -> None:  # type: ignore[no-untyped-def]
     said = check(WRONG)
     assert "splitting_ops" in said and 'to "capture"' in said
     assert 'argument "model"' in said and "Found 3 errors" in said
-
-
-def test_the_marker_of_typed_packages_is_installed() -> None:
-    assert (ROOT / "py.typed").is_file()
-    assert '"piecework" = ["py.typed"]' in (ROOT / "pyproject.toml").read_text()
