@@ -219,7 +219,7 @@ def test_attention_in_torch_is_what_the_definition_says(shape: tuple[int, int, i
 
 INTERPRETED = """
     import random, sys, torch
-    sys.path.insert(0, {folder!r})
+    sys.path[:0] = {folders!r}
     from piecework.examples import engine as example
     from test_engine import LIMITS, SHAPES, Decoder, Engine, alone, by_loops, case, prompts
 
@@ -239,5 +239,6 @@ INTERPRETED = """
 
 def test_attention_in_triton_is_what_the_definition_says_in_the_interpreter() -> None:
     pytest.importorskip("triton")
-    text = textwrap.dedent(INTERPRETED.format(folder=str(Path(__file__).parent)))
+    folders = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "shared")]
+    text = textwrap.dedent(INTERPRETED.format(folders=folders))
     assert python("-c", text, TRITON_INTERPRET="1").stdout == "equal\n"
