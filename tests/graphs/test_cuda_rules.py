@@ -259,9 +259,8 @@ def test_before_a_whole_forward_is_captured_it_runs_as_it_will_be_and_leaves_no_
 def test_calls_on_several_streams_come_one_after_the_other(on_cuda, mode):
     """Also those of models that share memory."""
     models = Blocks(), Blocks()
-    first, second = piecework.compile(
-        models[0], (torch.randn(8, 4),), config=EAGER
-    ), on_cuda.stitch(models[1])
+    first = piecework.compile(models[0], (torch.randn(8, 4),), config=EAGER)
+    second = on_cuda.stitch(models[1])
     first.capture([2, 4], mode=mode, progress=False)
     second.capture([2, 4], mode=mode, progress=False, memory_of=first.static_graphs.graphs)
     for stream in (*on_cuda.streams, on_cuda.default, on_cuda.streams[0]):

@@ -24,20 +24,29 @@ INTERPRETED = "TRITON_INTERPRET" in os.environ
 
 @st.composite
 def cases(draw):
-    """Inputs, their declarations, and a padded size they fit."""
+    """Declared inputs, and batches of them with the sizes that they are padded to."""
     maximum = draw(st.integers(1, 9))
-    padded = draw(st.integers(1, maximum))
-    one_size = draw(st.integers(0, padded) if INTERPRETED else st.none() | st.integers(0, padded))
-    specs, tensors = [], []
+    specs, examples = [], {}
     for index in range(draw(st.integers(1, 10 if INTERPRETED else 4))):
         shape = draw(st.lists(st.integers(int(INTERPRETED), 3), min_size=1, max_size=4))
-        dim = draw(st.integers(-len(shape), len(shape) - 1))
-        shape[dim] = draw(st.integers(0, padded)) if one_size is None else one_size
         dtype = draw(st.sampled_from(DTYPES))
         pad = draw(st.sampled_from([0, 1] if dtype in (torch.bool, torch.uint8) else [0, -1, 7]))
-        specs.append(InputSpec(f"input{index}", dim, pad))
-        tensors.append((torch.rand(shape) * 9).to(dtype))
-    return maximum, padded, specs, tensors
+        specs.append(
+            InputSpec(f"input{index}", draw(st.integers(-len(shape), len(shape) - 1)), pad)
+        )
+        examples[f"input{index}"] = torch.zeros(shape, dtype=dtype)
+    steps = []
+    for _ in range(draw(st.integers(1, 2 if INTERPRETED else 8))):
+        padded = draw(st.integers(1, maximum))
+        sizes = st.integers(0, padded)
+        one_size = draw(sizes if INTERPRETED else st.none() | sizes)
+        tensors = []
+        for spec, example in zip(specs, examples.values(), strict=True):
+            shape = list(example.shape)
+            shape[spec.dim] = draw(sizes) if one_size is None else one_size
+            tensors.append((torch.rand(shape) * 9 + 1).to(example.dtype))
+        steps.append((padded, tensors))
+    return maximum, specs, examples, steps
 
 
 def expected(tensor, spec, padded):
@@ -53,29 +62,31 @@ def same_bytes(one, other):
 
 
 @settings(deadline=None, max_examples=25 if INTERPRETED else 200)
-@given(cases())
-def test_staged_equals_padded(case):
-    maximum, padded, specs, tensors = case
-    examples = {spec.name: tensor for spec, tensor in zip(specs, tensors, strict=True)}
+@given(cases(), st.booleans())
+def test_staged_equals_padded_whatever_came_before(case, keeps_tails):
+    maximum, specs, examples, steps = case
     kernel = "triton" if INTERPRETED else "grouped"
-    inputs = StaticInputs.allocate(examples, maximum, specs, kernel=kernel)
-    assert not INTERPRETED or inputs._launcher.fits(tensors)
+    told = {"kernel": kernel, "keeps_tails": keeps_tails}
+    inputs = StaticInputs.allocate(examples, maximum, specs, **told)
     for buffer in inputs.buffers:
         buffer.fill_(1)
-    static = inputs.stage(tensors, padded)
-    for spec, tensor, view, buffer in zip(specs, tensors, static, inputs.buffers, strict=True):
-        want = expected(tensor, spec, padded)
-        assert same_bytes(view, want)
-        assert view.stride() == want.stride()
-        assert view.numel() == 0 or view.data_ptr() == buffer.data_ptr()
-        assert (buffer.view(-1)[view.numel() :].to(torch.cfloat) == 1).all(), "written beyond"
-    # Equal content in another layout is staged alike.
-    again = inputs.stage([t.mT.contiguous().mT if t.dim() > 1 else t for t in tensors], padded)
-    assert all(a is b for a, b in zip(again, static, strict=True))
-    assert all(
-        same_bytes(view, expected(t, s, padded))
-        for view, t, s in zip(again, tensors, specs, strict=True)
-    )
+    for padded, tensors in steps:
+        assert not INTERPRETED or inputs._launcher.fits(tensors)
+        before = [buffer.clone().view(-1) for buffer in inputs.buffers]
+        static = inputs.stage(tensors, padded)
+        for spec, tensor, view, buffer, old in zip(
+            specs, tensors, static, inputs.buffers, before, strict=True
+        ):
+            want = expected(tensor, spec, padded)
+            assert same_bytes(view, want)
+            assert view.stride() == want.stride()
+            assert view.numel() == 0 or view.data_ptr() == buffer.data_ptr()
+            beyond = slice(view.numel(), None)
+            assert inputs.keeps_tails or same_bytes(buffer.view(-1)[beyond], old[beyond])
+        # Equal content in another layout is staged alike.
+        again = inputs.stage([t.mT.contiguous().mT if t.dim() > 1 else t for t in tensors], padded)
+        for one, other, spec, tensor in zip(again, static, specs, tensors, strict=True):
+            assert one is other and same_bytes(one, expected(tensor, spec, padded))
 
 
 def test_poison_pads_floats_with_nan():
@@ -190,26 +201,6 @@ def test_copy_and_call_errors():
 # --- tails that keep their padding ------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=100)
-@given(cases(), st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=8))
-def test_kept_tails_equal_filled_ones_whatever_came_before(case, steps):
-    maximum, _, specs, tensors = case
-    examples = {spec.name: tensor for spec, tensor in zip(specs, tensors, strict=True)}
-    inputs = StaticInputs.allocate(examples, maximum, specs, keeps_tails=True)
-    for first, second in steps:
-        padded = max(1, max(first, second) % (maximum + 1))
-        sizes = [min(first, second, padded)] * len(specs)
-        if first == second:  # inputs of different sizes
-            sizes = [n % (padded + 1) for n in range(len(specs))]
-        batch = []
-        for spec, tensor, size in zip(specs, tensors, sizes, strict=True):
-            shape = list(tensor.shape)
-            shape[spec.dim] = size
-            batch.append((torch.rand(shape) * 9 + 1).to(tensor.dtype))
-        for spec, tensor, view in zip(specs, batch, inputs.stage(batch, padded), strict=True):
-            assert same_bytes(view, expected(tensor, spec, padded))
-
-
 def launches_of(inputs: StaticInputs, count: int, padded: int) -> list[str]:
     tensors = [torch.ones(count, dtype=buffer.dtype) for buffer in inputs.buffers]
     with Ran() as ran:
@@ -257,7 +248,7 @@ def test_copies_from_another_device_are_waited_for(kernel):
 @pytest.mark.skipif(INTERPRETED, reason="is what this starts")
 def test_the_kernel_stages_alike_in_tritons_interpreter():
     pytest.importorskip("triton")
-    cases = f"{__file__}::{test_staged_equals_padded.__name__}"
+    cases = f"{__file__}::{test_staged_equals_padded_whatever_came_before.__name__}"
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", cases],
         env={**os.environ, "TRITON_INTERPRET": "1"},
