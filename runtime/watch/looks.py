@@ -15,9 +15,8 @@ import torch
 from piecework.code_objects import HEAP_TYPE
 from piecework.runtime.torch_compat import Guarded, Place
 from piecework.runtime.watch.dict_watch import Look, LookKind
-from piecework.runtime.watch.places import MISSING, LookUps, static
+from piecework.runtime.watch.places import MISSING, TABLES, LookUps, static
 
-_TABLES = ("_parameters", "_buffers", "_modules")
 _OF_LIBRARIES = {"torch", *sys.stdlib_module_names}
 
 
@@ -110,7 +109,7 @@ class Looks:
             if name in held:
                 return True
         if of_class is MISSING and isinstance(base, torch.nn.Module):
-            for table in _TABLES:
+            for table in TABLES:
                 self.look(held, table)
                 self.look(held[table], name)
             return True

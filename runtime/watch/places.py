@@ -14,7 +14,8 @@ from piecework.runtime.torch_compat import Place
 
 MISSING = object()
 MODEL: Place = (("local", "model"),)
-_TABLES = ("_parameters", "_buffers", "_modules")
+#: Where a module keeps what it answers for as attributes.
+TABLES = ("_parameters", "_buffers", "_modules")
 #: Keys that are the same in another process.
 PLAIN_KEYS = (str, int, bool, type(None))
 
@@ -100,7 +101,7 @@ def place_text(place: Place, names: Mapping[str, str] | None = None) -> str:
     text = text.removeprefix("__import_").replace("_dot_", ".").rpartition(":")[2]
     for number, (kind, key) in enumerate(steps):
         before = steps[number - 1] if number else ("", None)
-        if kind == "item" and before[0] == "attribute" and before[1] in _TABLES:
+        if kind == "item" and before[0] == "attribute" and before[1] in TABLES:
             text = f"{text.rpartition('.')[0]}.{key}"
         elif kind in ("attribute", "static") or before[0] == "class dict":
             text = text if key == "cell_contents" else f"{text}.{key}"
@@ -136,7 +137,7 @@ def by_attributes(place: Place) -> Place:
     """The place with what a module's tables hold as its attributes: ``linear``."""
     found: list[tuple[str, object]] = []
     for kind, key in place:
-        if kind == "item" and found[-1] in [("attribute", table) for table in _TABLES]:
+        if kind == "item" and found[-1] in [("attribute", table) for table in TABLES]:
             found[-1] = ("attribute", key)
         else:
             found.append((kind, key))

@@ -75,7 +75,7 @@ def plain_values(
 
 def import_starts(values: Iterable[PlainValue]) -> None:
     """Import the modules that ``values`` start in."""
-    for kind, key in {value.guard.place[0] for value in values}:
+    for kind, key in {place[0] for value in values for place in value.guard.places}:
         if kind in ("import", "object"):
             importlib.import_module(str(key).partition(":")[0])
 

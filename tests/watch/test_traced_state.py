@@ -134,9 +134,9 @@ class Changing(Run):
     def __enter__(self) -> Changing:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *error: object) -> None:
         exec(self.undo, self.space)
-        self.close()
+        super().__exit__(*error)
 
     def change(self) -> None:
         exec(self.do, self.space)

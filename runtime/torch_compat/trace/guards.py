@@ -144,11 +144,9 @@ def guard_settings() -> Mapping[str, object]:
 
 
 def kept_guards(code: types.CodeType) -> Any:
-    """Dynamo's guards of the trace of ``code``, lost with the code; None if torch hides them."""
+    """Dynamo's guards of the trace of ``code``, lost with the code; None if it kept none."""
     entries = torch._dynamo.eval_frame._debug_get_cache_entry_list(code)
-    manager = getattr(entries[0], "guard_manager", None) if entries else None
-    root = getattr(manager, "root", manager)
-    return root if hasattr(root, "clone_manager") else None
+    return entries[0].guard_manager.root if entries else None
 
 
 def guards_where(root: Any, wanted: Callable[[str], bool]) -> Any:
