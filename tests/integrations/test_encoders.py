@@ -95,7 +95,7 @@ def test_a_family(family: str, tmp_path: Path) -> None:
         assert "cut between repeated blocks" in str(stitched.report())
 
 
-@pytest.mark.sample(len(CLASSES))
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", CLASSES)
 def test_a_diffusion_transformer(name: str, tmp_path: Path) -> None:
     pytest.importorskip("diffusers")

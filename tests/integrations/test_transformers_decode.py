@@ -55,13 +55,9 @@ def no_grad() -> Iterator[None]:
         yield
 
 
-def cropped(cache: Cache) -> None:
-    cache.crop(-3)
-
-
-def reordered(cache: Cache) -> None:
+def replaced(cache: Cache) -> None:
     for layer in cache.layers:
-        layer.reorder_cache(torch.tensor([2, 0, 0]))
+        layer.keys, layer.values = layer.keys.flip(0), layer.values.clone()
 
 
 def selected_and_repeated(cache: Cache) -> None:
@@ -69,28 +65,21 @@ def selected_and_repeated(cache: Cache) -> None:
     cache.batch_repeat_interleave(3)
 
 
-def scaled_in_place(cache: Cache) -> None:
-    for layer in cache.layers:
-        layer.keys.mul_(0.5)
-
-
-def replaced(cache: Cache) -> None:
-    for layer in cache.layers:
-        layer.keys, layer.values = layer.keys.flip(0), layer.values.clone()
-
-
 def values_alone(cache: Cache) -> None:
     cache.layers[1].values = cache.layers[1].values * 2
 
 
-def other_layers(cache: Cache) -> None:
-    cache.layers = copy.deepcopy(cache.layers)
+CHANGES = {
+    "cropped": lambda cache: cache.crop(-3),
+    "reordered": lambda cache: cache.reorder_cache(torch.tensor([2, 0, 0])),
+    "selected and repeated": selected_and_repeated,
+    "scaled in place": lambda cache: [layer.keys.mul_(0.5) for layer in cache.layers],
+    **{"replaced": replaced, "values alone": values_alone},
+    "other layers": lambda cache: setattr(cache, "layers", copy.deepcopy(cache.layers)),
+}
 
 
-CHANGES = (cropped, reordered, selected_and_repeated, scaled_in_place, replaced, values_alone)
-
-
-@pytest.mark.parametrize("change", [*CHANGES, other_layers])
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
 def test_a_cache_that_was_changed_between_two_steps(
     pair: Pair, change: Callable[[Cache], None]
 ) -> None:
@@ -111,7 +100,7 @@ def test_whoever_holds_earlier_keys_keeps_what_they_saw(pair: Pair) -> None:
     layer = caches.ours.layers[0]
     held, before = layer.keys, layer.keys.clone()
     caches.steps()
-    caches.both(cropped)
+    caches.both(CHANGES["cropped"])
     caches.steps()
     assert torch.equal(held, before)
     assert (
