@@ -3,8 +3,6 @@
 Importing it loads nothing else, so that a command line reads configurations without torch.
 """
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING
 
 from piecework.faces import face

@@ -6,8 +6,6 @@ artifact inside it, where it can be saved; else running it compiles again. In bo
 must be the same.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from dataclasses import asdict, dataclass

@@ -1,7 +1,5 @@
 """Compilation by mode: the model as it is, torch's own compilation of it, one piece, or many."""
 
-from __future__ import annotations
-
 import logging
 import os
 import types

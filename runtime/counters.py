@@ -1,7 +1,5 @@
 """What happened, in numbers that a test or a user can read and expect changes of."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass

@@ -1,7 +1,5 @@
 """Which part of a program is being compiled, and whom to tell when it is, by thread or task."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager

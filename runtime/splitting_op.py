@@ -1,7 +1,5 @@
 """Operators to cut at: Python functions, registered with torch, that stitched code may call."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Iterable
 from typing import Any, Generic, Literal, ParamSpec, TypeVar, get_args

@@ -3,8 +3,6 @@
 The emitted ``check_inputs`` is the table as text; a refused call is explained check by check.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass

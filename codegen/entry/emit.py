@@ -1,7 +1,5 @@
 """Writes the function that users call: ``check_inputs``, and the entry that packs the result."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field

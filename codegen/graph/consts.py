@@ -3,8 +3,6 @@
 Nothing is ever written by a user's ``repr``, and an FX node never becomes a constant.
 """
 
-from __future__ import annotations
-
 import collections
 import dataclasses
 import functools

@@ -1,7 +1,5 @@
 """Where a statement comes from: module path, source line and shapes; no absolute path gets out."""
 
-from __future__ import annotations
-
 import ast
 import itertools
 import os

@@ -1,7 +1,5 @@
 """What a graph calls, and what the schemas of operators say of overloads, writes and results."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import torch

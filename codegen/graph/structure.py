@@ -1,7 +1,5 @@
 """What makes two graphs the same program: a key that ignores names, and the literals on the way."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import operator

@@ -1,7 +1,5 @@
 """Paths of functions in emitted source; one is used only if it gives the very same object."""
 
-from __future__ import annotations
-
 import builtins
 import math
 import operator

@@ -1,7 +1,5 @@
 """What a module of emitted source is made of; statements are text, with what is asked of them."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

@@ -1,7 +1,5 @@
 """Literals of emitted source, written, recognized and compared, and other Python on one line."""
 
-from __future__ import annotations
-
 import ast
 import math
 import re

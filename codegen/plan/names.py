@@ -1,7 +1,5 @@
 """Identifiers of the emitted module: wished-for names become unique, valid, unreserved ones."""
 
-from __future__ import annotations
-
 import builtins
 import keyword
 import re

@@ -1,7 +1,5 @@
 """Expressions over sizes as Python: torch's symbolic expressions become text."""
 
-from __future__ import annotations
-
 import ast
 import builtins
 import math

@@ -4,8 +4,6 @@ Python runs the text on tokens, its calls, signs, attributes and items being rep
 A text is a straight line (all else is refused), so one run says what every run does.
 """
 
-from __future__ import annotations
-
 import ast
 import builtins
 import operator

@@ -1,7 +1,5 @@
 """From stitching source to replay source: a straight-line function that replays one descriptor."""
 
-from __future__ import annotations
-
 import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace

@@ -3,8 +3,6 @@
 A place is any value that is equal for equal memory, and is never looked into.
 """
 
-from __future__ import annotations
-
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal

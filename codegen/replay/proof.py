@@ -3,8 +3,6 @@
 That a captured piece reads the memory of its operands is checked where the text is emitted.
 """
 
-from __future__ import annotations
-
 import torch.fx
 from torch.utils import _pytree as pytree
 

@@ -4,8 +4,6 @@ State is the thread's: each submodule opens and closes autocast, gradient and in
 itself, in a ``finally``; a graph is not cut inside of any other.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections import Counter
 from collections.abc import Iterable

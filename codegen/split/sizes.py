@@ -1,7 +1,5 @@
 """Sizes at cuts: a `torch.Size` can't cross one, so each dimension is read for itself."""
 
-from __future__ import annotations
-
 import operator
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 

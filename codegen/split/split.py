@@ -1,7 +1,5 @@
 """Cuts a graph at its splitting operators into a stitching graph and its pieces, in linear time."""
 
-from __future__ import annotations
-
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field

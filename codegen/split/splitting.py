@@ -1,7 +1,5 @@
 """Operators that a graph is cut at: which nodes call one, and whether an operator is fit for it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 

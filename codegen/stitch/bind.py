@@ -1,7 +1,5 @@
 """From text to function: emitted source is executed as it is, where tracebacks can show it."""
 
-from __future__ import annotations
-
 import hashlib
 import linecache
 import weakref

@@ -1,7 +1,5 @@
 """Which submodules become functions of the emitted module; equal bodies share one."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 

@@ -1,7 +1,5 @@
 """From graph to plan: every FX node becomes at most one statement; nothing is executed."""
 
-from __future__ import annotations
-
 import operator
 from collections.abc import Callable, Collection, Hashable, Mapping
 from dataclasses import dataclass, field, replace

@@ -1,7 +1,5 @@
 """The emitted source as a value; the same graph gives the same bytes in every process."""
 
-from __future__ import annotations
-
 import ast
 from collections.abc import Sequence
 from dataclasses import dataclass, field

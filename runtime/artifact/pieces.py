@@ -3,8 +3,6 @@
 Text is Inductor's own, less what it needs to compile; every name in it is on an allow-list.
 """
 
-from __future__ import annotations
-
 import builtins
 import inspect
 import pkgutil

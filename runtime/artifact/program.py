@@ -3,8 +3,6 @@
 `program_to_bytes` is for those who keep what was compiled themselves: without weights and graphs.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace

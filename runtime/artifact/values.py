@@ -1,7 +1,5 @@
 """The values that an artifact may hold, as bytes: those that mean the same in another process."""
 
-from __future__ import annotations
-
 import dataclasses
 import enum
 import functools

@@ -1,7 +1,5 @@
 """What every batch size runs as, as rows: mode, graph, padding and reason."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """What a batch is, and the key of one captured batch shape."""
 
-from __future__ import annotations
-
 from collections.abc import Hashable
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Tells which captured graph runs a batch, if any, and why."""
 
-from __future__ import annotations
-
 import enum
 import itertools
 import math

@@ -1,7 +1,5 @@
 """What one forward runs as, for whoever runs inside it; never beyond its ``with`` block."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field

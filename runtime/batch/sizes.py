@@ -1,7 +1,5 @@
 """Which batch sizes are captured, from limits and wishes as plain integers."""
 
-from __future__ import annotations
-
 import math
 import operator
 from bisect import bisect_left

@@ -1,7 +1,5 @@
 """Stitching source that a person edited: its signature checked, its meaning proved or denied."""
 
-from __future__ import annotations
-
 import ast
 from dataclasses import dataclass, field
 

@@ -1,7 +1,5 @@
 """Decides what the entry of a trace checks, passes and returns, and has its text emitted."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 

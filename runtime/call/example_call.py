@@ -1,7 +1,5 @@
 """Makes a call of zeros that a trace would accept, to trace again with other sizes."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import assert_never
 

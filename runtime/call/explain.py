@@ -3,8 +3,6 @@
 It runs the checks of an entry one by one, after one has failed, and never lets a call pass.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from typing import Any

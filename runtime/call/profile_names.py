@@ -3,8 +3,6 @@
 The emitted source is not changed. Captures get a copy of it that tells which statement runs.
 """
 
-from __future__ import annotations
-
 import ast
 import linecache
 import sys

@@ -3,8 +3,6 @@
 What compiled code would go past is refused: hooks, moves and conversions, new members, copies.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """The compilers of pieces, and the one that a configuration's ``backend`` names."""
 
-from __future__ import annotations
-
 from piecework.errors import ConfigError
 from piecework.runtime.compilers.inductor import InductorAdaptor, InductorStandaloneAdaptor
 from piecework.runtime.compilers.interface import CompiledPiece as CompiledPiece

@@ -1,7 +1,5 @@
 """Inductor as a compiler of pieces, by ``standalone_compile`` or by ``compile_fx``."""
 
-from __future__ import annotations
-
 import hashlib
 import logging
 import os

@@ -1,7 +1,5 @@
 """What a compiler of pieces must offer, and those that leave a piece as it is or hand it on."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The groups and enumerations of the configuration, and what its fields take."""
 
-from __future__ import annotations
-
 import enum
 import re
 from collections.abc import Callable, Iterator, Mapping

@@ -1,7 +1,5 @@
 """Configurations as JSON, TOML and ``-O`` options, read and written; their fields described."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping

@@ -3,8 +3,6 @@
 Importing this package loads nothing else, so that a configuration can name a mode without torch.
 """
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING
 
 from piecework.faces import face

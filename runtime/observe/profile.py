@@ -3,8 +3,6 @@
 The profiler's own cost is in every row; compare rows with each other.
 """
 
-from __future__ import annotations
-
 import re
 import tempfile
 import time

@@ -1,7 +1,5 @@
 """From one traced graph to a `Program`: the Dynamo backend, and what it makes."""
 
-from __future__ import annotations
-
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any

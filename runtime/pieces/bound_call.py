@@ -1,7 +1,5 @@
 """A graph of Dynamo's by the user's names, its weights bound until a call brings other ones."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Sequence
 from operator import is_, itemgetter

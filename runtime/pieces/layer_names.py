@@ -1,7 +1,5 @@
 """Makes pieces that differ only in a layer's name one program, which takes it as an input."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from functools import cache

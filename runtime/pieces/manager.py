@@ -1,7 +1,5 @@
 """Compiles pieces, equal ones once, and keeps them with the guards that compiling added."""
 
-from __future__ import annotations
-
 import logging
 import pickle
 import time

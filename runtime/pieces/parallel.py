@@ -1,7 +1,5 @@
 """Pieces compiled in forks: Inductor's state is per process, a new one lacks the user's ops."""
 
-from __future__ import annotations
-
 import math
 import multiprocessing
 import sys

@@ -1,7 +1,5 @@
 """A piece and its compiled form per batch range."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 

@@ -1,7 +1,5 @@
 """Everything that one compilation made, frozen: bound to weights, served, captured, reported."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Compares, in bounded time, what processes do that run one model, or else would hang."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Compiled pieces by submodule and range, each distinct one kept once."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 

@@ -4,8 +4,6 @@ Values count with their exact types; code by what it runs and reaches by name; w
 brings, by its version; an object by its ``uuid()``, or what it gives for pickling.
 """
 
-from __future__ import annotations
-
 import collections
 import copyreg
 import dis

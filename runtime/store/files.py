@@ -4,8 +4,6 @@ Nothing is repaired: no permission is changed, no link inside a store is followe
 unsafe is refused.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import hashlib

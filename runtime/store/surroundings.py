@@ -3,8 +3,6 @@
 `surroundings` is what the compile cache asks on top of `machine`. What can't be told is an error.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import linecache
 import os

@@ -2,8 +2,6 @@
 
 # ruff: noqa: F403
 
-from __future__ import annotations
-
 from piecework.runtime.torch_compat.code.artifact import *
 from piecework.runtime.torch_compat.code.inductor import *
 from piecework.runtime.torch_compat.code.saved_code import *

@@ -1,7 +1,5 @@
 """Whether dictionaries were written, told by one call into torch, and torch's global state."""
 
-from __future__ import annotations
-
 import functools
 import gc
 import importlib

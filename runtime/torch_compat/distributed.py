@@ -1,7 +1,5 @@
 """Processes that run one model together: their ranks, and the store that they share."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

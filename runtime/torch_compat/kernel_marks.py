@@ -4,8 +4,6 @@ Only ``torch.cuda.graph`` switches it on publicly, and that empties the cache be
 and hides the error of a failed one. What it calls of torch's recorder is called here, in its order.
 """
 
-from __future__ import annotations
-
 import contextlib
 import importlib
 from collections.abc import Iterator, Mapping

@@ -1,7 +1,5 @@
 """Operators in torch's registry: whose one is, and which Python functions stand behind it."""
 
-from __future__ import annotations
-
 import inspect
 import types
 from collections.abc import Callable, Iterator, Sized

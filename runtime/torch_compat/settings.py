@@ -3,8 +3,6 @@
 What torch can set and get counts without being named here, so that a new setting counts too.
 """
 
-from __future__ import annotations
-
 import importlib
 import sys
 from collections.abc import Iterator

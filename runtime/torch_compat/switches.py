@@ -3,8 +3,6 @@
 These mean here what they mean for ``torch.compile``.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Callable

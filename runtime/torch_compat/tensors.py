@@ -1,7 +1,5 @@
 """Tensors and the memory they lie in: storages, views, metadata, an allocator after a failure."""
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 from collections.abc import Callable, Iterable, Sequence

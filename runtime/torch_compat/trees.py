@@ -1,7 +1,5 @@
 """Nested containers: their leaves, and containers put together again."""
 
-from __future__ import annotations
-
 import torch
 from torch.utils import _pytree
 

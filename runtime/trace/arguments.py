@@ -1,7 +1,5 @@
 """A call's arguments: names, what can't be traced, what a trace assumed of each parameter."""
 
-from __future__ import annotations
-
 import inspect
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence

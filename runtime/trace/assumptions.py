@@ -1,7 +1,5 @@
 """What a trace assumed of its inputs: of each argument, symbols with ranges, and guards."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Which dimensions of a forward's arguments are dynamic; marks last only as long as the trace."""
 
-from __future__ import annotations
-
 import inspect
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Why a model can't be captured, in the user's own words and line, and what is said of training."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Mapping, Sequence

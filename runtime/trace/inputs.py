@@ -1,7 +1,5 @@
 """The example call, and where each placeholder comes from, which it is named after."""
 
-from __future__ import annotations
-
 import dis
 import itertools
 import re

@@ -3,8 +3,6 @@
 Torch traces a region again where what it guarded of the first does not hold of the next.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import logging

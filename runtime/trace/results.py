@@ -1,7 +1,5 @@
 """How a graph's outputs make the result, told by stand-ins in what Dynamo's code packed."""
 
-from __future__ import annotations
-
 import abc
 import dataclasses
 import enum

@@ -1,7 +1,5 @@
 """Which sizes may differ in later calls, told to a trace by marks, and what is tried in turn."""
 
-from __future__ import annotations
-
 import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence

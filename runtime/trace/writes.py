@@ -4,8 +4,6 @@ An operator's schema says what it writes, and the memory that fake tensors share
 user's Triton kernel has no schema: its writes are not seen.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -2,8 +2,6 @@
 those on arguments that ``check_inputs`` compares, on sizes, on the process, on weights.
 """
 
-from __future__ import annotations
-
 import dis
 import os
 import sys

@@ -3,8 +3,6 @@
 What can't change needs nothing; where a look-up runs code of the user's, it is made in every call.
 """
 
-from __future__ import annotations
-
 import sys
 import types
 from collections import deque

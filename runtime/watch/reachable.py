@@ -1,7 +1,5 @@
 """The modules and tensors that a callable holds by name."""
 
-from __future__ import annotations
-
 import functools
 import inspect
 from collections.abc import Callable, Iterator

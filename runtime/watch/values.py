@@ -1,7 +1,5 @@
 """The plain values that a trace read, as places and texts that another process compares."""
 
-from __future__ import annotations
-
 import enum
 import importlib
 import sys

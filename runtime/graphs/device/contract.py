@@ -1,7 +1,5 @@
 """What a static graph is on every device: captured once, then replayed on the same memory."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A callable that is captured per batch shape, and replayed from addresses that are vouched for."""
 
-from __future__ import annotations
-
 import logging
 import operator
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """How a stitched graph depends on its batch size: what is staged, frozen, trimmed and served."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 

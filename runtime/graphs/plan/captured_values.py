@@ -1,7 +1,5 @@
 """Values inside captured code: their one device, and numbers that must follow from the sizes."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """What is captured of a model, and how: the options, and the plan that they make of sizes."""
 
-from __future__ import annotations
-
 import math
 import numbers
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Whether batches may be padded: declared, or tried with random data and tails that spread."""
 
-from __future__ import annotations
-
 import math
 import operator
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """What is captured of one stitched model: its pieces, its whole forward, its static inputs."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace

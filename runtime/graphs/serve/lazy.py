@@ -1,7 +1,5 @@
 """One piece, decided per batch size as sizes come: general code, compiled, or captured."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """A stitched model with static graphs: captured here, then served from replays where they cover."""
 
-from __future__ import annotations
-
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence

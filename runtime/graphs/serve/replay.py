@@ -1,7 +1,5 @@
 """Replay source of a captured model: emitted from what was captured, proved, and bound."""
 
-from __future__ import annotations
-
 import ast
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """What a captured model says of itself: what its graphs hold, and what its calls ran as."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass

@@ -5,8 +5,6 @@ of the model, or to a cache in the forward context. Operators say by their schem
 that is copied before, and put back after the run. Writes past the dispatcher are not seen.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Staging on a GPU: all inputs copied and padded, as integers of their width, by one launch."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

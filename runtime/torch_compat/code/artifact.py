@@ -1,7 +1,5 @@
 """Inside a compiled artifact: its innermost function, what it checks by itself, its text."""
 
-from __future__ import annotations
-
 import re
 import types
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Compiling by Inductor: its artifact, its bytes, and what the installed Inductor can do."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import os

@@ -3,8 +3,6 @@
 Loading imports no Inductor and compiles nothing.
 """
 
-from __future__ import annotations
-
 import importlib.machinery
 import importlib.util
 import os

@@ -1,7 +1,5 @@
 """What Dynamo guarded: each guard with the look-ups to it, and Dynamo's check of those kept."""
 
-from __future__ import annotations
-
 import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Torch's nested compile regions: marked functions, their calls, guards for what shared a trace."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import types

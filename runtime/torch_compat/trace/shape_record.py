@@ -1,7 +1,5 @@
 """What a compiler finds out about sizes while it compiles; compiled code is right only there."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any

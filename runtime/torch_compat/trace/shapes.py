@@ -1,7 +1,5 @@
 """Symbolic sizes: their expressions as text, their ranges and guards, numbers for symbols."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """What traced code writes outside its graph, as Dynamo recorded it to repeat it afterwards."""
 
-from __future__ import annotations
-
 import operator
 import os
 from collections.abc import Callable
