@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -72,4 +73,5 @@ def problems(
     """Where ``code`` (what was emitted, if there is none) does something else than ``gm`` interpreted."""
     bound = tuple(row.placeholder for row in source.module.bound)
     case = Case("a test's", Path("."))
-    return differences(LoadedCase(case, gm, source, code or source.code, bound, inputs))
+    around = [nullcontext] * len(inputs)
+    return differences(LoadedCase(case, gm, source, code or source.code, bound, inputs, around))
