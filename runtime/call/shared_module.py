@@ -13,10 +13,7 @@ from piecework.errors import BindError, ConfigError
 
 
 class SharedModule(torch.nn.Module):
-    """A ``torch.nn.Module`` with the members of ``model``, which stays their owner.
-
-    ``train()`` and ``load_state_dict()`` reach the model's; a model that is no module has none.
-    """
+    """A ``torch.nn.Module`` with the members of ``model``, if any; it stays their owner."""
 
     model: Callable[..., object]  # what it stands for
 

@@ -172,10 +172,7 @@ def stream_number(device: torch.device) -> int:
 
 
 def own_stream(device: torch.device) -> torch.cuda.Stream:
-    """A stream that torch never hands out, and that waits for no other by itself.
-
-    It is never destroyed: what torch keeps for it is found by its number, which could be reused.
-    """
+    """A stream of nobody else's; never destroyed, as torch keeps things by its number."""
     made, non_blocking = ctypes.c_void_p(), 1
     with torch.cuda.device(device):
         torch.cuda.mem_get_info(device)  # so that the driver knows this thread's device

@@ -73,10 +73,6 @@ class Assumptions:
     def names(self) -> dict[str, str]:
         return dict(self._names)
 
-    def name_of(self, symbol: str) -> str:
-        """What a symbol of torch's is called; "" for one that no size or integer is made of."""
-        return self._names.get(symbol, "")
-
     def guards(self) -> tuple[str, ...]:
         """What the trace relied on beyond ranges, as Python text over the symbols' names."""
         ranged = {symbol for size in self._sizes if (symbol := torch_compat.symbol_of(size))}

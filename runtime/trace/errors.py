@@ -78,13 +78,11 @@ def _user_line(text: str) -> tuple[str | None, str]:
     frames = [each for each in _FRAME.findall(text) if not each[0].startswith(_OURS)]
     if not frames:
         return None, ""
-    file, number, name, code = ([each for each in frames if _is_users(each[0])] or frames)[-1]
+    # Installed packages are the user's too, while torch and Python are not.
+    outside = [f for f in frames if "-packages" in f[0] or not f[0].startswith(_PYTHON)]
+    users = [each for each in outside if not each[0].startswith(_TORCH)]
+    file, number, name, code = (users or frames)[-1]
     return f"{os.path.basename(file)}:{number}{f' in {name}' if name else ''}", code
-
-
-def _is_users(path: str) -> bool:
-    """Whether a file is neither torch's nor Python's; installed packages are the user's."""
-    return not path.startswith(_TORCH) and ("-packages" in path or not path.startswith(_PYTHON))
 
 
 def refuse_writes(

@@ -130,11 +130,7 @@ class KeptMarks(SizePolicy):
 def attempts(
     args: Args, kwargs: Kwargs, sizes: SizePolicy | None, failures: Sequence[Exception]
 ) -> Iterator[Attempt]:
-    """The ways in which a model is traced, one after another until what one gives is compiled.
-
-    First for every size; then for 2 and more (or the example's 0 or 1); then with the batch alone
-    dynamic, if the policy leaves that open.
-    """
+    """The ways to trace a model: for every size, for 2 and more, with the batch alone dynamic."""
     if sizes is None:
         yield None if any(map(torch_compat.marks_of, _leaves(args, kwargs))) else True, []
         return

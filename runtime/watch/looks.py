@@ -21,15 +21,13 @@ _OF_LIBRARIES = {"torch", *sys.stdlib_module_names}
 class Looks:
     """The look-ups to watch for some guards and weights."""
 
-    def __init__(self, now: LookUps) -> None:
+    def __init__(self, now: LookUps, guards: Iterable[Guarded]) -> None:
         self.found: dict[tuple[int, str, object], Look] = {}  # each once
         # those that decide what is found in their instances, each with a place that leads to it
         self.classes: dict[type, Place] = {}
         self.blind = False  # there is something that only its guard can tell of
         self._now = now
         self._known: dict[Place, bool] = {}
-
-    def add_guards(self, guards: Iterable[Guarded]) -> None:
         for guard in guards:
             ways = [self._way(each) for each in guard.places]
             self.blind |= not (all(ways) and self._end(guard))

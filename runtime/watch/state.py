@@ -172,9 +172,7 @@ class TracedState:
         return found, (lambda: not self._judged()) if looks.blind else None
 
     def _guarded(self) -> Looks:
-        looks = Looks(LookUps(self.starts))
-        looks.add_guards(self.judge.guards)
-        return looks
+        return Looks(LookUps(self.starts), self.judge.guards)
 
     def difference(self) -> str:
         """The first thing that the graph is wrong about; "" if there is none."""

@@ -174,7 +174,7 @@ def batch_shape(
         hint = "there is nothing to replay; don't capture this model"
         raise StaticGraphError(why, where="capture", hint=hint)
     rows = {each.name: each for each in captured.assumptions.symbols()}
-    known = rows.get(captured.assumptions.name_of(symbol or ""), Symbol(""))
+    known = rows.get(captured.assumptions.names().get(symbol or "", ""), Symbol(""))
     batch = known if fixed is None else Symbol("", 1, 1)
     return BatchShape(
         names=names,
@@ -243,7 +243,7 @@ def _other_sizes(
                 hint=f"pass the value to capture, such as other_sizes={{{label!r}: 16}}, or "
                 "'batch' if it always equals that",
             )
-        name = captured.assumptions.name_of(symbol or "")
+        name = captured.assumptions.names().get(symbol or "", "")
         row = rows.get(name)
         if symbol is None or (row is None and value is not None):
             why = "has a size that is computed from several, which can't be staged"

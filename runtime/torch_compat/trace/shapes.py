@@ -65,10 +65,7 @@ def settle_asserts(values: Iterable[object]) -> None:
 
 
 def asserted_symbols(values: Iterable[object]) -> frozenset[object]:
-    """Symbols with a number behind them in what is asserted of data-dependent ones in ``values``.
-
-    Inductor checks each assertion in every piece that has its data-dependent symbols.
-    """
+    """Symbols with a number that Inductor's assertions on ``values``' unbacked symbols read."""
     from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
     sizes = [v for v in values if isinstance(v, (torch.Tensor, torch.SymInt))]
@@ -186,10 +183,7 @@ def is_traced_contiguous(fake: torch.Tensor) -> bool:
 def guards_on(
     sizes: Sequence[object], known: Collection[str], ranged: Collection[str]
 ) -> tuple[object, ...]:
-    """Conditions over the ``known`` symbols that the trace of ``sizes`` relied on, or asserts.
-
-    What follows from the ranges of ``ranged`` symbols, which somebody else checks, is left out.
-    """
+    """What a trace relied on or asserts of ``known`` symbols, beyond ranges of ``ranged`` ones."""
     env = shape_env_of(sizes)
     found: dict[object, None] = {}
     asserted = getattr(env, "deferred_runtime_asserts", {}).values()
