@@ -87,10 +87,6 @@ class RangeEntry:
         return self.compiled.runnable
 
 
-class _NotKept(Exception):
-    """The compiler's result has no bytes; it is used and not saved."""
-
-
 class CompilerManager:
     """Compiles pieces through one compiler and keeps what it compiled, by content."""
 
@@ -253,26 +249,22 @@ class CompilerManager:
         """A piece through the cache, and whether it was there; None where that is no good."""
         fresh: list[CompiledPiece] = []
 
-        def compile_to_bytes() -> bytes:
+        def compile_to_bytes() -> bytes | None:
             fresh.append(compile_now())
             try:
                 data = self.compiler.to_bytes(fresh[0])
-            except Exception as error:  # a full disk, and whatever torch raises
+            except Exception as error:  # noqa: BLE001 - a full disk, and whatever torch raises
                 self._not_kept(f"its bytes can't be made: {type(error).__name__}: {error}")
-                raise _NotKept from error
+                return None
             learned = torch_compat.learned_since(self._sizes, self._known)
             if learned is None:
                 self._not_kept("compiling it added a condition on a size that the data decides")
-            if data is None or learned is None:
-                raise _NotKept
-            return pickle.dumps((learned, data))
+            unkept = data is None or learned is None
+            return None if unkept else pickle.dumps((learned, data))
 
         # What was learned from other example sizes may not hold for these; those have their own.
         for each in (name, content_key(name, torch_compat.hints_text(self._sizes))):
-            try:
-                result = self._pieces.get_or_compile(each, compile_to_bytes)
-            except _NotKept:
-                return fresh[0], False
+            result = self._pieces.get_or_compile(each, compile_to_bytes)
             if fresh:
                 counters.num_cache_entries_updated += int(result.saved)
                 counters.num_compiled_artifacts_saved += int(result.saved)

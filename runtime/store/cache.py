@@ -45,7 +45,7 @@ _TROUBLE = (OSError, CacheError)
 class CacheResult(NamedTuple):
     """The bytes, whether this call compiled them, and whether they are saved."""
 
-    data: bytes
+    data: bytes | None
     compiled: bool
     saved: bool
 
@@ -141,8 +141,8 @@ class CacheEntry:
         """Save texts for people, which nothing reads; whether they are saved."""
         return self._write({name: text.encode() for name, text in texts.items()})
 
-    def get_or_compile(self, name: str, compile_fn: Callable[[], bytes]) -> CacheResult:
-        """The bytes of ``name``; if there are none, one of all processes compiles, others wait."""
+    def get_or_compile(self, name: str, compile_fn: Callable[[], bytes | None]) -> CacheResult:
+        """The bytes of ``name``, or one process compiles and others wait; None is not saved."""
         data = self.get(name)
         with contextlib.ExitStack() as stack:
             if data is None:
@@ -155,7 +155,8 @@ class CacheEntry:
             if data is not None:
                 return CacheResult(data, compiled=False, saved=True)
             data = compile_fn()
-            return CacheResult(data, compiled=True, saved=self.put(name, data))
+            saved = data is not None and self.put(name, data)
+            return CacheResult(data, compiled=True, saved=saved)
 
     def _write(self, written: Mapping[str, bytes]) -> bool:
         """Save under the entry's lock; whatever prevents it is warned of once."""
