@@ -180,10 +180,7 @@ def compile_with_mode(
     kept: Mapping[str, object] | None = None,
     deferred: bool = False,
 ) -> StitchedModule:
-    """What ``piecework.compile`` returns for ``config.mode``; the rest as for `StitchedModule`.
-
-    With ``deferred``, a compiler that there is not is refused when something is compiled, not now.
-    """
+    """A model as ``config.mode`` says; ``deferred``: a missing compiler is refused at its use."""
     require_model(model)
     config = CompilationConfig.given({} if config is None else config, "config")
     runtime = runtime_config

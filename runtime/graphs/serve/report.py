@@ -101,10 +101,7 @@ class MeasuredSize:
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """What `StitchedModule.measure` found; ``str`` of it is a table.
-
-    ``device`` is where it ran; on a CPU, what is captured is a stand-in for testing.
-    """
+    """What `StitchedModule.measure` found on ``device`` (stand-ins on a CPU); ``str`` is a table."""
 
     rows: tuple[MeasuredSize, ...]
     device: str
