@@ -1,9 +1,7 @@
-"""What `piecework compile` leaves behind: a folder with the source, graph, report and manifest of a
-stitched module.
+"""What `piecework compile` leaves: a folder with a stitched module's source, graph and report.
 
-The manifest is written last, so that a folder is whole or none. What was compiled lies in an
-artifact inside it, where it can be saved; else running it compiles again. In both cases the source
-must be the same.
+A manifest is written last, so that a folder is whole or none. What was compiled lies in an artifact
+in it, where it can be saved; else running it compiles again, and must give the same source.
 """
 
 import json

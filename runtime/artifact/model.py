@@ -4,15 +4,13 @@ What another process can't tell is refused when a model is saved; what is not as
 it is loaded. No weight is written, and loading traces, compiles and runs nothing.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.fx
@@ -250,7 +248,7 @@ class Artifact:
     seconds: float
 
     @classmethod
-    def open(cls, place: Place, key_file: str | os.PathLike[str] | None) -> Artifact:
+    def open(cls, place: Place, key_file: str | os.PathLike[str] | None) -> Self:
         """Verify an artifact and that it was made by, and for, what is here."""
         start = time.perf_counter()
         package = Package.read(place, signing_key(key_file))
@@ -261,7 +259,7 @@ class Artifact:
         surroundings.require_same_machine(package.table("machine"))  # type: ignore[arg-type]
         return cls(package, time.perf_counter() - start)
 
-    def parts(self) -> tuple[Artifact, ...]:
+    def parts(self) -> tuple[Self, ...]:
         """One for each module, of an artifact of several that were saved together."""
         found = self.package.parts()
         return tuple(Artifact(each, self.seconds / len(found)) for each in found)

@@ -1,8 +1,7 @@
 """The modes of static graphs, and which of them each kind of batch runs in."""
 
-from __future__ import annotations
-
 import enum
+from typing import Self
 
 from piecework.errors import ConfigError
 
@@ -24,7 +23,7 @@ class CUDAGraphMode(enum.Enum):
     FULL_AND_PIECEWISE = (FULL, PIECEWISE)
 
     @classmethod
-    def parse(cls, value: CUDAGraphMode | str | int) -> CUDAGraphMode:
+    def parse(cls, value: Self | str | int) -> Self:
         """The mode for ``value``: a mode, a name in any case, or a single mode's number."""
         if isinstance(value, cls):
             return value
@@ -40,15 +39,15 @@ class CUDAGraphMode(enum.Enum):
         """Whether decode batches and mixed batches run in different modes."""
         return isinstance(self.value, tuple)
 
-    def decode_mode(self) -> CUDAGraphMode:
+    def decode_mode(self) -> Self:
         """The mode of a batch in which every request has the same number of query tokens."""
         return CUDAGraphMode(self.value[0]) if self.separate_routine() else self
 
-    def mixed_mode(self) -> CUDAGraphMode:
+    def mixed_mode(self) -> Self:
         """The mode of every other batch."""
         return CUDAGraphMode(self.value[1]) if self.separate_routine() else self
 
-    def has_mode(self, mode: CUDAGraphMode) -> bool:
+    def has_mode(self, mode: Self) -> bool:
         """Whether some batch runs in the single mode ``mode``; of a pair a `ConfigError`."""
         if mode.separate_routine():
             why = f"{mode.name} is a pair of modes, so no batch runs in it"
@@ -56,11 +55,11 @@ class CUDAGraphMode(enum.Enum):
             raise ConfigError(why, where="CUDAGraphMode.has_mode", hint=hint)
         return mode in (self.decode_mode(), self.mixed_mode())
 
-    def max_cudagraph_mode(self) -> CUDAGraphMode:
+    def max_cudagraph_mode(self) -> Self:
         """The most that any batch captures: FULL over PIECEWISE over NONE."""
         return max(self.decode_mode(), self.mixed_mode(), key=lambda mode: mode.value)
 
-    def without_piecewise(self) -> CUDAGraphMode:
+    def without_piecewise(self) -> Self:
         """The same mode where the graph is not split: PIECEWISE becomes NONE."""
         pieces_go = {
             CUDAGraphMode.PIECEWISE: CUDAGraphMode.NONE,

@@ -1,12 +1,11 @@
 """Ranges of batch sizes, and which compiled version serves a batch."""
 
-from __future__ import annotations
-
 import sys
 from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Self
 
 from piecework.errors import ConfigError, InputError
 
@@ -99,7 +98,7 @@ class RangeTable:
     def find(self, size: int) -> Range:
         return self.entries[self.index(size)]
 
-    def within(self, low: int | None, high: int | None) -> RangeTable:
+    def within(self, low: int | None, high: int | None) -> Self:
         """The entries that serve some batch from ``low`` to ``high``; None is no bound."""
         return RangeTable(each for each in self.entries if each.overlaps(low, high))
 

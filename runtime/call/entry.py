@@ -282,7 +282,7 @@ class Entry:
         # torch.set_default_device is a mode for good.
         variant = "under autocast" if autocast else "under a default device"
         if variant not in now.variants:
-            idle = dict.fromkeys(_MODES, _never)
+            idle = dict.fromkeys(_MODES, lambda: False)
             serves, submods_for = self.call.__globals__["bound"][0], self._program.submods_for
             if autocast:
                 serves, submods_for = self._by_public_forms(now.function)
@@ -325,7 +325,3 @@ class Entry:
 _ONE_STANCE = SimpleNamespace(_stance=None)
 #: The probes of a call for what may be active around it, by their names in the emitted text.
 _MODES = ("autocast_enabled", "dispatch_modes", "function_modes", "transforms")
-
-
-def _never() -> bool:
-    return False

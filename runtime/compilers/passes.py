@@ -1,13 +1,11 @@
 """Graph passes of a user's own, run inside Inductor; each is identified by its code and state."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch.fx
 
@@ -158,7 +156,7 @@ class PostGradPassManager:
         self._runs: list[PassRun] = []
 
     @classmethod
-    def from_config(cls, config: CompilationConfig) -> PostGradPassManager:
+    def from_config(cls, config: CompilationConfig) -> Self:
         """The user's pass for Inductor's last slot, if there is one."""
         given = config.inductor_passes.get(POST_GRAD_SLOT)
         where = f"inductor_passes.{POST_GRAD_SLOT}"

@@ -1,11 +1,9 @@
 """Everything that decides how a model is compiled, as one frozen, validated configuration."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import AliasChoices
 
@@ -176,7 +174,7 @@ class CompilationConfig(model.FrozenModel):
         *,
         registered_splitting_ops: Iterable[str] | None = None,
         attention_ops: Iterable[str] = (),
-    ) -> CompilationConfig:
+    ) -> Self:
         """A copy for ``runtime`` with nothing left open; resolving it again changes nothing.
 
         Args:
@@ -211,7 +209,7 @@ class CompilationConfig(model.FrozenModel):
 
     def set_splitting_ops_for_v1(
         self, registered: Iterable[str], attention_ops: Iterable[str] = ()
-    ) -> CompilationConfig:
+    ) -> Self:
         """A copy with explicit ``splitting_ops``: what is registered, or none in modes 1 and 2."""
         if self.mode in _WHOLE:
             return self if self.splitting_ops is not None else self.replace(splitting_ops=())
@@ -221,7 +219,7 @@ class CompilationConfig(model.FrozenModel):
 
     def set_splitting_ops_for_attn_fusion(
         self, registered: Iterable[str], attention_ops: Iterable[str]
-    ) -> CompilationConfig:
+    ) -> Self:
         """A copy that cuts nowhere at attention, so that a pass can fuse it."""
         attention = sorted(set(attention_ops))
         if not self.pass_config.fuse_attn_quant or (self.splitting_ops is None and not attention):
@@ -237,7 +235,7 @@ class CompilationConfig(model.FrozenModel):
             )
         return self._split_at(op for op in registered if not _has_op(attention, op))
 
-    def _split_at(self, ops: Iterable[str]) -> CompilationConfig:
+    def _split_at(self, ops: Iterable[str]) -> Self:
         """A copy with ``ops`` as its splitting ops, unless it has its own."""
         if self.splitting_ops is not None:
             return self
@@ -248,11 +246,11 @@ class CompilationConfig(model.FrozenModel):
             _log.warning("%s: cudagraph_mode %s becomes %s", why, self.cudagraph_mode, captures)
         return self.replace(splitting_ops=chosen, cudagraph_mode=captures)
 
-    def post_init_cudagraph_sizes(self, runtime: RuntimeConfig) -> CompilationConfig:
+    def post_init_cudagraph_sizes(self, runtime: RuntimeConfig) -> Self:
         """A copy with explicit capture sizes (none if nothing is captured) and compile sizes."""
         return self._with_capture_sizes(runtime)._with_compile_sizes()
 
-    def _with_capture_sizes(self, runtime: RuntimeConfig) -> CompilationConfig:
+    def _with_capture_sizes(self, runtime: RuntimeConfig) -> Self:
         captured: tuple[int, ...] = ()
         given, ranks = self.cudagraph_capture_sizes, runtime.tensor_parallel_size
         if self.cudagraph_mode is not CUDAGraphMode.NONE:
@@ -276,12 +274,12 @@ class CompilationConfig(model.FrozenModel):
                 done.adjust_cudagraph_sizes_for_spec_decode(length, ranks)
         return done
 
-    def _capturing(self, sizes: tuple[int, ...]) -> CompilationConfig:
+    def _capturing(self, sizes: tuple[int, ...]) -> Self:
         return self.replace(
             cudagraph_capture_sizes=sizes, max_cudagraph_capture_size=max(sizes, default=0)
         )
 
-    def _with_compile_sizes(self) -> CompilationConfig:
+    def _with_compile_sizes(self) -> Self:
         """A copy with the capture sizes in place of a reference to them in ``compile_sizes``."""
         if "cudagraph_capture_sizes" not in self.compile_sizes:
             return self
@@ -291,7 +289,7 @@ class CompilationConfig(model.FrozenModel):
 
     def adjust_cudagraph_sizes_for_spec_decode(
         self, uniform_decode_query_len: int, tensor_parallel_size: int = 1
-    ) -> CompilationConfig:
+    ) -> Self:
         """A copy whose capture sizes are all multiples of the query length of a decode batch.
 
         ``resolve()`` leaves sizes as they are: the dispatcher rounds, for decode batches only.
@@ -304,7 +302,7 @@ class CompilationConfig(model.FrozenModel):
         )
         return self._capturing(adjusted)
 
-    def _fit_compile_sizes(self, largest: int) -> CompilationConfig:
+    def _fit_compile_sizes(self, largest: int) -> Self:
         """A copy with its compile sizes settled, each of which a batch can have."""
         # Where the capture sizes could not be chosen, that is the problem.
         done = self if self.cudagraph_capture_sizes is None else self._with_compile_sizes()
@@ -317,7 +315,7 @@ class CompilationConfig(model.FrozenModel):
             )
         return done
 
-    def _fit_ranges(self, largest: int) -> CompilationConfig:
+    def _fit_ranges(self, largest: int) -> Self:
         """A copy with the endpoints that cut something: the largest batch itself does not."""
         ranges = derive_ranges(self.compile_ranges_endpoints, largest)
         return self.replace(compile_ranges_endpoints=tuple(each.end for each in ranges[:-1]))

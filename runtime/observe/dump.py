@@ -3,8 +3,6 @@
 A dump changes nothing of what is compiled; one that can't go on says so once and stops.
 """
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import json
@@ -14,7 +12,7 @@ import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.fx
@@ -66,7 +64,7 @@ class Dump:
     @classmethod
     def open(
         cls, config: CompilationConfig, name: str, *, rank: int | None = None, dp_rank: int = 0
-    ) -> Dump:
+    ) -> Self:
         """The dump in ``rank_<r>/<name>``, or the first of ``<name>_<n>`` that is free."""
         if config.debug_dump_path is None:
             return cls(None)

@@ -1,10 +1,8 @@
 """What a compilation did, in numbers."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 from piecework.codegen.graph.origin import SymbolNames, origin_of_piece
 from piecework.codegen.graph.structure import Structure
@@ -22,7 +20,7 @@ class Piece:
     reused: bool
 
     @classmethod
-    def of(cls, name: str, compiled: PiecewiseBackend) -> Piece:
+    def of(cls, name: str, compiled: PiecewiseBackend) -> Self:
         """What a report says of a piece that was compiled."""
         graph, structure = compiled.compiled_of()
         modules = origin_of_piece(graph, SymbolNames()).module
@@ -37,7 +35,7 @@ class RangeRow(NamedTuple):
     seconds: float
 
     @classmethod
-    def of(cls, compile_range: Range | None, compiled: Iterable[PiecewiseBackend]) -> RangeRow:
+    def of(cls, compile_range: Range | None, compiled: Iterable[PiecewiseBackend]) -> Self:
         entries = [piece.entries[compile_range] for piece in compiled]
         made = sum(not entry.reused for entry in entries)
         return cls(str(compile_range or "all"), made, sum(entry.seconds for entry in entries))

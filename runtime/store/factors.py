@@ -1,18 +1,15 @@
-"""The key of the cache: what emitted code depends on, as texts by group and name, their hash, and
-differences.
+"""The key of the cache: what emitted code depends on, as texts by group and name, and their hash.
 
 It imports no torch; `piecework.runtime.store.surroundings` lists what counts. A factor belongs here
 if and only if changing it can change what is compiled. Paths do not: sources count by content.
 """
-
-from __future__ import annotations
 
 import hashlib
 import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 from piecework.errors import CacheError
 
@@ -47,7 +44,7 @@ class KeyFactors:
         """The name of the key's directory: 32 hexadecimal digits of SHA-256 over all factors."""
         return hashlib.sha256(self.to_json()).hexdigest()[:32]
 
-    def signed_with(self, key: bytes) -> KeyFactors:
+    def signed_with(self, key: bytes) -> Self:
         """With the signing key, so that signed and unsigned entries, or two keys', never meet."""
         key_id = hashlib.sha256(b"piecework cache key id\n" + key).hexdigest()[:16]
         return KeyFactors({**self.groups, "signing": {"key id": key_id}})
@@ -59,7 +56,7 @@ class KeyFactors:
         return json.dumps(body, indent=1, sort_keys=True).encode("ascii") + b"\n"
 
     @classmethod
-    def from_json(cls, raw: bytes, where: str = FACTORS_NAME) -> KeyFactors:
+    def from_json(cls, raw: bytes, where: str = FACTORS_NAME) -> Self:
         """What `to_json` wrote; raises `CacheError` for anything else."""
         try:
             key = cls(json.loads(raw)["factors"])
@@ -71,7 +68,7 @@ class KeyFactors:
         hint = f"such files are written as {FACTORS_NAME}"
         raise CacheError("not a file of key factors", where=where, hint=hint)
 
-    def differences(self, cached: KeyFactors) -> tuple[Difference, ...]:
+    def differences(self, cached: Self) -> tuple[Difference, ...]:
         """Every factor in which these, the current ones, differ from ``cached``, in order."""
         places = [
             (group, name)

@@ -5,8 +5,6 @@ facts and the files' sizes comes next. Every byte is verified before any is give
 is replaced in one step: a reader needs no lock.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hmac
 import json
@@ -15,6 +13,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 from piecework.errors import ArtifactError, ConfigError
 from piecework.runtime.store.files import Damaged, read_regular, sha256, write_atomic
@@ -85,7 +84,7 @@ class Package:
     files: Mapping[str, bytes]  # name → bytes, exactly those that were saved
 
     @classmethod
-    def of(cls, data: bytes, key: bytes | None, name: str = "<bytes>") -> Package:
+    def of(cls, data: bytes, key: bytes | None, name: str = "<bytes>") -> Self:
         """What `packed` made of an artifact; raises `ArtifactError` unless every byte is right."""
         try:
             files, facts = unpacked(data, key, KIND)
@@ -94,7 +93,7 @@ class Package:
         return cls(name, facts, files)
 
     @classmethod
-    def read(cls, place: Place, key: bytes | None) -> Package:
+    def read(cls, place: Place, key: bytes | None) -> Self:
         """The artifact in a file; raises as `of`, or where none of ours is."""
         path = Path(os.path.realpath(file_of(place)))
         try:
@@ -117,7 +116,7 @@ class Package:
         found = self.facts.get(name)
         return found if isinstance(found, dict) else {}
 
-    def parts(self) -> tuple[Package, ...]:
+    def parts(self) -> tuple[Self, ...]:
         """The same as one artifact for each module that was saved in it with others."""
         rows = self.facts.get(PARTS)
         found = []

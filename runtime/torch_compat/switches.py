@@ -1,7 +1,4 @@
-"""What is switched on around a call, and torch's switches for its compiler.
-
-These mean here what they mean for ``torch.compile``.
-"""
+"""Switches around a call and of torch's compiler; they mean what ``torch.compile`` has them mean."""
 
 import os
 import sys

@@ -4,13 +4,11 @@ CPython numbers the writes to each dictionary, and torch compares these numbers 
 after a write are the entries looked at. Where torch can't, every test looks at every entry.
 """
 
-from __future__ import annotations
-
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import repeat
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 
@@ -37,7 +35,7 @@ class Look:
     kind: LookKind
 
     @classmethod
-    def of(cls, owner: Any, key: object, kind: LookKind) -> Look:
+    def of(cls, owner: Any, key: object, kind: LookKind) -> Self:
         """The look-up with what it finds now."""
         return cls(owner, key, _found(owner, key, kind), kind)
 
@@ -125,11 +123,9 @@ class DictWatch:
         return torch_compat.dict_versions(self._dicts) == self._numbers
 
 
-def _true() -> bool:
-    return True
-
-
-def _quick_test(looks: Sequence[Look], unwritten: Callable[[], bool] = _true) -> Callable[[], bool]:
+def _quick_test(
+    looks: Sequence[Look], unwritten: Callable[[], bool] = lambda: True
+) -> Callable[[], bool]:
     """Whether look-ups lead to the very objects of now, and dictionaries are unwritten."""
     kinds = {kind: [e for e in looks if e.kind == kind] for kind in ("type", "attribute", "entry")}
     others = [each for each in looks if each.kind not in kinds]

@@ -3,12 +3,10 @@
 An operator whose function is not known, or not alone in what it does, is left to the dispatcher.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Iterable, Sized
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -37,7 +35,7 @@ class DirectOps:
         cls,
         calls: Iterable[tuple[object, str | None]],
         apart: Callable[[object], bool] = lambda _: True,
-    ) -> DirectOps:
+    ) -> Self:
         """Look up each (operator, device type of its tensors); unknown ones are left out.
 
         ``apart``: whether what one returns must be memory of its own; then each call is looked at.

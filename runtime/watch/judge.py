@@ -3,13 +3,11 @@
 Where the model was traced, Dynamo's own guards are asked; of a loaded program, plain values.
 """
 
-from __future__ import annotations
-
 import copy
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import InitVar, dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -72,7 +70,7 @@ class DynamoJudge:
             text = f"what held when the model was traced holds no longer: {text.strip()}"
         return f"{text} ({about})" if about else text
 
-    def less_failing(self, variables: Variables) -> DynamoJudge:
+    def less_failing(self, variables: Variables) -> Self:
         """One that doesn't look at what fails now."""
         found, names = copy.copy(self), set[str]()
         while text := found._failing(variables):
@@ -111,7 +109,7 @@ class ValueJudge:
         now = LookUps({"local": variables})
         return next(filter(None, (each.difference(now, self._names) for each in self._values)), "")
 
-    def less_failing(self, variables: Variables) -> ValueJudge:
+    def less_failing(self, variables: Variables) -> Self:
         """One that doesn't look at what is otherwise now."""
         now = LookUps({"local": variables})
         return ValueJudge([e for e in self._values if not e.difference(now)], self._names)

@@ -1,14 +1,12 @@
 """What lies at a place now, its text for a person, and how another process finds it."""
 
-from __future__ import annotations
-
 import functools
 import re
 import sys
 import types
 import weakref
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 from piecework.runtime.torch_compat import Place
 
@@ -28,7 +26,7 @@ class LookUps:
         self._found: dict[Place, object] = {}
 
     @classmethod
-    def of(cls, model: object) -> LookUps:
+    def of(cls, model: object) -> Self:
         """Those of places that start at the model, or an imported module."""
         return cls({"local": {"model": model}})
 

@@ -4,14 +4,12 @@ check of arguments that ``check_inputs`` leaves to it.
 It holds no argument of the example call, and of the model's objects none but the model and classes.
 """
 
-from __future__ import annotations
-
 import copy
 import json
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -138,7 +136,7 @@ class TracedState:
         return plain_values((*self.judge.guards, *methods), LookUps(self.starts))
 
     @classmethod
-    def loaded(cls, saved: SavedState, model: object) -> TracedState:
+    def loaded(cls, saved: SavedState, model: object) -> Self:
         """``saved`` for a model of this process; `difference` says whether it holds."""
         now = LookUps.of(model)
         given = tuple(e for e in saved.values if any(map(is_argument, e.guard.places)))
@@ -188,7 +186,7 @@ class TracedState:
     def _judged(self) -> str:
         return self.judge.difference(self.starts["local"])
 
-    def accepted(self) -> TracedState:
+    def accepted(self) -> Self:
         """The same, less what does not hold now."""
         other = copy.copy(self)
         other.judge, other._first = self.judge.less_failing(self.starts["local"]), None

@@ -4,13 +4,11 @@ Every call looks whether each name leads to the bound tensor, and at the tensors
 weights that only matrix products of ATen read: the products and compiled code compare them.
 """
 
-from __future__ import annotations
-
 import copy
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -35,10 +33,10 @@ class Traced:
 
     path: str
     facts: Mapping[str, object]
-    inner: tuple[Traced, ...] = ()
+    inner: tuple[Self, ...] = ()
 
     @classmethod
-    def of(cls, path: str, tensor: torch.Tensor) -> Traced:
+    def of(cls, path: str, tensor: torch.Tensor) -> Self:
         facts, inner = _facts(tensor)
         return cls(path, facts, tuple(cls.of(name, each) for name, each in inner.items()))
 
@@ -105,7 +103,7 @@ class BoundWeights:
         roots: Sequence[tuple[str, torch.nn.Module]],
         weights: Sequence[Weight],
         state: TracedState,
-    ) -> BoundWeights:
+    ) -> Self:
         """Find each weight where its way leads, and by all its names under ``roots``."""
         names, now = _names(roots), LookUps(state.starts)
         weights = [replace(each, way=by_attributes(each.way)) for each in weights]
@@ -167,11 +165,11 @@ class BoundWeights:
         moved = (way for ways, tensor in pairs for way in ways if now.at(way) is not tensor)
         return next(moved, None)
 
-    def accepted(self) -> BoundWeights:
+    def accepted(self) -> Self:
         """The same, less what is not as it was: the caller had set it for the trace alone."""
         return self._with(state=self.state.accepted())
 
-    def _with(self, **changes: object) -> BoundWeights:
+    def _with(self, **changes: object) -> Self:
         """Another binding, with a check of its own: calls may still use this one."""
         other = replace(self, **changes)  # type: ignore[arg-type]
         other.unchanged = other._check()
@@ -215,7 +213,7 @@ class BoundWeights:
             found.append(tensor)
         return found
 
-    def rebound(self) -> BoundWeights:
+    def rebound(self) -> Self:
         """What the model holds now, as another binding."""
         found = self.current()
         for _ in range(_TRIES):

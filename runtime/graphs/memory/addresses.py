@@ -3,8 +3,6 @@
 A tensor that nobody vouched for is fresh: the address policy says what becomes of it.
 """
 
-from __future__ import annotations
-
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -58,10 +56,10 @@ class Placement:
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     turned: tuple[bool, bool] = (False, False)  # lazily conjugated, negated
-    parts: tuple[Placement, ...] = ()  # the tensors that a subclass holds
+    parts: tuple[Self, ...] = ()  # the tensors that a subclass holds
 
     @classmethod
-    def of(cls, tensor: torch.Tensor) -> Placement:
+    def of(cls, tensor: torch.Tensor) -> Self:
         shape, plain = tuple(tensor.shape), owns_plain_memory(tensor)
         if not plain or tensor.numel() == 0:  # no address of its own
             parts = () if plain else tuple(map(cls.of, plain_parts(tensor)))
@@ -69,7 +67,7 @@ class Placement:
         turned = (tensor.is_conj(), tensor.is_neg())
         return cls(tensor.data_ptr(), tensor.dtype, shape, tensor.stride(), turned)
 
-    def differs(self, other: Placement) -> str | None:
+    def differs(self, other: Self) -> str | None:
         """What is different, in words, or None."""
         if self == other:
             return None

@@ -3,11 +3,10 @@
 Nothing is counted here, so calls pay nothing for it.
 """
 
-from __future__ import annotations
-
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Self
 
 from piecework.runtime.graphs.serve.report import CallRow
 from piecework.runtime.observe.profile import StageRow
@@ -62,7 +61,7 @@ class Metrics:
     models: tuple[ModelMetrics, ...]
     process: Mapping[str, int]
 
-    def __add__(self, other: Metrics) -> Metrics:
+    def __add__(self, other: Self) -> Self:
         latest = {name: max(n, other.process.get(name, n)) for name, n in self.process.items()}
         return Metrics((*self.models, *other.models), latest)
 

@@ -1,13 +1,11 @@
 """Inputs of captured graphs: persistent buffers that take batches of any size, padded."""
 
-from __future__ import annotations
-
 import importlib
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 
@@ -41,7 +39,7 @@ class Slot:
     pad: Number
 
     @classmethod
-    def make(cls, spec: InputSpec, buffer: torch.Tensor, *, poison: bool) -> Slot:
+    def make(cls, spec: InputSpec, buffer: torch.Tensor, *, poison: bool) -> Self:
         dim = _dimension_of(spec, buffer)
         if not buffer.is_contiguous():
             why = f"a buffer must be contiguous; this one has strides {list(buffer.stride())}"
@@ -183,7 +181,7 @@ class StaticInputs:
         kernel: Kernel = "grouped",
         poison: bool = False,
         keeps_tails: bool = False,
-    ) -> StaticInputs:
+    ) -> Self:
         """Buffers shaped like ``examples``, with ``maximum`` in each dynamic dimension."""
         declared = {spec.name: spec for spec in specs or ()}
         unknown = sorted(set(declared) - set(examples))

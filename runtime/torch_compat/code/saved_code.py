@@ -1,7 +1,4 @@
-"""Compiled code that leaves the process: Inductor's text, kernels, and graphs with fake values.
-
-Loading imports no Inductor and compiles nothing.
-"""
+"""Inductor's text, kernels and graphs with fake values, as bytes; loading compiles nothing."""
 
 import importlib.machinery
 import importlib.util

@@ -1,7 +1,5 @@
 """Dynamo's marks, context, sources, failures and trace events."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import sys
@@ -9,7 +7,7 @@ import threading
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 import torch.fx
@@ -235,7 +233,7 @@ class TraceContext:
     _compiling: object
 
     @classmethod
-    def running(cls) -> TraceContext:
+    def running(cls) -> Self:
         return cls(torch._guards.TracingContext.try_get(), torch._guards.CompileContext.try_get())
 
     @contextlib.contextmanager
