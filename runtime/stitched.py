@@ -5,7 +5,6 @@ The model's weights are shared, never copied; its Python code does not run again
 
 from __future__ import annotations
 
-import html
 import logging
 import os
 import threading
@@ -593,12 +592,14 @@ class StitchedModule(Captures, Observed, SharedModule):
 
     def _repr_html_(self) -> str:
         """For notebooks: what `__repr__` says, the report, and the source to unfold."""
+        from html import escape  # of no use to those who load a model
+
         texts = {"Report": str(self.report()), "Source": self.source.code} if self.traces else {}
         folded = (
-            f"<details><summary>{title}</summary><pre>{html.escape(text)}</pre></details>"
+            f"<details><summary>{title}</summary><pre>{escape(text)}</pre></details>"
             for title, text in texts.items()
         )
-        return f"<pre>{html.escape(repr(self))}</pre>{''.join(folded)}"
+        return f"<pre>{escape(repr(self))}</pre>{''.join(folded)}"
 
 
 torch_compat.keep_out_of_traces(StitchedModule.__call__, OPAQUE)  # type: ignore[arg-type]
