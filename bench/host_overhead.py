@@ -21,14 +21,14 @@ from piecework.bench.contenders import (
     limit,
     traced_once,
 )
-from piecework.bench.llama_shaped import (
+from piecework.bench.measure.line_up import Report, command, one_thread
+from piecework.bench.measure.llama_shaped import (
     OPERATOR_NAMES,
     attention_body,
     build,
     registered,
     token_ids,
 )
-from piecework.bench.measure.line_up import Report, command, one_thread
 from piecework.bench.measure.result import Result, Row, Target, machine
 from piecework.bench.measure.timing import Timing, measure, ratio
 from piecework.errors import PieceworkError

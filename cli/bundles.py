@@ -240,7 +240,7 @@ def warm_or_compiled(
 
 def _use_edited(stitched: StitchedModule, code: str) -> dict[str, object]:
     """Put the edited text in place; returns how it differs from the generated one, as JSON and as lines."""
-    from piecework.golden.show import difference
+    from piecework.golden.review import difference
 
     generated = stitched.source.code
     edited = stitched.use_edited(code)

@@ -150,7 +150,7 @@ def diff(
     Exit code 0 if they are the same text, 1 if they differ.
     """
     from piecework.golden.diff import compare_sources
-    from piecework.golden.show import summary_lines, unified_lines
+    from piecework.golden.review import summary_lines, unified_lines
 
     texts = _read(_source_file(before)), _read(_source_file(after))
     found = compare_sources(*texts, before_name=str(before), after_name=str(after))

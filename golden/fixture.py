@@ -133,7 +133,7 @@ class StitchedGolden:
 
     def _settle(self, comparison: Comparison) -> None:
         """Write what may be written, and note why the test fails."""
-        from piecework.golden.show import difference
+        from piecework.golden.review import difference
 
         golden = shown(comparison.path, self.root)
         missing = comparison.state is State.MISSING

@@ -22,7 +22,7 @@ from piecework.errors import UsageError
 from piecework.golden import snapshot
 from piecework.golden.diff import COSMETIC, GROUPS, MARKS, SourceDiff, compare_sources
 from piecework.golden.outline import Step
-from piecework.golden.show import summary, visible
+from piecework.golden.review import summary, visible
 from piecework.golden.snapshot import Comparison
 
 TEMPLATE = "golden_report.html.jinja"

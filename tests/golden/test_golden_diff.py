@@ -12,7 +12,7 @@ import torch
 import piecework
 from piecework.errors import UsageError
 from piecework.golden.diff import COSMETIC, SourceDiff, compare_sources
-from piecework.golden.show import summary_lines
+from piecework.golden.review import summary_lines
 from piecework.golden.texts import text_of
 
 CASES = Path(__file__).parent.parent.parent / "golden" / "cases"

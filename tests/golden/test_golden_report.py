@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from piecework.cli.golden import golden_app
 from piecework.golden.diff import compare_sources
 from piecework.golden.page import Entry, page, pieces_of, side_by_side
-from piecework.golden.show import visible
+from piecework.golden.review import visible
 
 CASES = Path(__file__).parent.parent.parent / "golden" / "cases"
 
