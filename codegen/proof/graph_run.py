@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.fx
 from torch.fx.immutable_collections import immutable_dict, immutable_list
+from torch.utils._pytree import tree_map
 
 from piecework.codegen.graph.origin import node_where, value_of
 from piecework.codegen.graph.structure import attribute_of, structure_of
@@ -183,7 +184,9 @@ class _Interpreter(torch.fx.Interpreter):
         self.regions |= {each.enter: "opens" for each in regions}
 
     def run_node(self, node: torch.fx.Node) -> Any:
-        args, kwargs = self.fetch_args_kwargs_from_env(node)
+        # What a node holds is the same list at each run of its graph, and a text makes a new one.
+        held = tree_map(lambda leaf: leaf, (node.args, node.kwargs))
+        args, kwargs = self.map_nodes_to_values(held, node)
         match node.op:
             case "placeholder":
                 return next(self.args_iter)  # one token for what a star collects

@@ -7,8 +7,9 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.fx
-from fx_graphs import graph_of
+from fx_graphs import graph_of, problems
 
+from piecework.codegen import generate_source
 from piecework.codegen.graph.structure import Structure, input_signature, structure_of
 
 
@@ -88,3 +89,16 @@ def test_tensors_that_a_graph_reads_are_told_apart_by_identity() -> None:
     assert structure_of(one).key == structure_of(one).key
     assert structure_of(one).key != structure_of(two).key
     assert structure_of(one).local and not structure_of(graph_of(lambda g, x: x)).local
+
+
+def test_a_graph_that_is_called_twice_returns_another_list_each_time() -> None:
+    inner = graph_of(lambda g, a: (a, []), "a")
+    root = torch.nn.Module()
+    root.add_module("inner", inner)
+
+    def build(g: torch.fx.Graph, x: torch.fx.Node) -> object:
+        calls = [g.call_module("inner", (x,)) for _ in range(3)]
+        return calls[0], calls[2]
+
+    gm = graph_of(build, "x", root=root)
+    assert problems(gm, generate_source(gm), (torch.ones(2),)) == []
