@@ -73,6 +73,8 @@ def in_default_stance(call: Callable[[], T]) -> T:
 autocast_enabled = torch._C._is_any_autocast_enabled
 #: How many ``TorchDispatchMode`` are active.
 dispatch_modes = torch._C._len_torch_dispatch_stack
+#: A context in which those that are active see nothing.
+no_dispatch_modes = torch.utils._python_dispatch._disable_current_modes
 #: How many ``TorchFunctionMode`` are active.
 function_modes = torch._C._len_torch_function_stack
 

@@ -22,8 +22,8 @@ _INDEXING = ("index", "gather", "scatter", "take", "getitem", "setitem", "embedd
 # Whole numbers that point at something whatever the floats are, or that do not come from them.
 _POINT_INSIDE = (*_OF_SHAPE, "arg", "topk", "sort", "max", "min", "searchsorted", "bucketize")
 # What a try is made of, None being random: whole numbers of the batch (0 and 1 where they are
-# random); floating values behind it; whole numbers behind it. The first try pads as calls do.
-_TRIES = ((None, 0, 0), (0, math.nan, 1), (1, 1e4, 0), (None, -1e4, None))
+# random); floating values behind it; whole numbers behind it. Those without any pad as calls do.
+_TRIES = 2 * ((None, 0, 0), (0, math.nan, 1), (1, 1e4, 0), (None, -1e4, None))
 
 
 def why_not_padded(
@@ -149,12 +149,10 @@ def padded_difference(
 ) -> str | None:
     """Which result of ``run`` changes where a small batch is padded, by ``pads``, if any."""
     chosen = _sizes_to_try(shape, sizes)
-    if chosen is None:
-        return None
-    count, padded = chosen
     found: list[str | None] = []
-    for tried, (whole, tail, whole_tail) in enumerate(_TRIES):  # all: each rank makes as many
-        rows = [_drawn(x, x.sizes(count), None, whole, seed=0) for x in shape.staged]
+    for tried, (whole, tail, whole_tail) in enumerate(_TRIES if chosen else ()):
+        count, padded = chosen[tried % len(chosen)]
+        rows = [_drawn(x, x.sizes(count), None, whole, seed=tried) for x in shape.staged]
         tails = []
         for each, own in zip(shape.staged, rows, strict=True):
             if each.dim is None:
@@ -192,14 +190,18 @@ def _difference(
     return None
 
 
-def _sizes_to_try(shape: BatchShape, sizes: Sequence[int]) -> tuple[int, int] | None:
-    """A batch, and a captured size of about twice as many rows: what mixes them differs most."""
+def _sizes_to_try(shape: BatchShape, sizes: Sequence[int]) -> list[tuple[int, int]]:
+    """A captured size, from half as many rows, as what mixes them differs most, and one less."""
     for padded in sorted(sizes, key=lambda size: (size < 3, size)):
         counts = range(max(shape.low, 1), padded)
-        for count in sorted(counts, key=lambda n: (n < 2, abs(n - padded // 2))):
-            if shape.refusal(count) is None:
-                return count, padded
-    return None
+        halves = sorted(counts, key=lambda n: (n < 2, abs(n - padded // 2)))
+        found = [
+            next((n for n in order if shape.refusal(n) is None), None)
+            for order in (halves, reversed(counts))
+        ]
+        if None not in found:
+            return [(count, padded) for count in found if count is not None]
+    return []
 
 
 def _front(value: object, dims: Sequence[int], count: int) -> object:

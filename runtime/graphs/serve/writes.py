@@ -73,7 +73,8 @@ class DryWrites:
             real = context if context is None or not context.dry else replace(context, dry=False)
             self._active = False
             try:
-                with override_forward_context(real):
+                # Some of torch's operators take another way, and give other strides, under a mode.
+                with override_forward_context(real), torch_compat.no_dispatch_modes():
                     results = piece(*args)
             finally:
                 self._active = True
