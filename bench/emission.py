@@ -20,9 +20,9 @@ from piecework.bench.measure.line_up import command
 from piecework.bench.measure.result import Result, Row, Target, machine
 from piecework.codegen import LowerOptions, generate_source
 from piecework.codegen.plan.render import format_source
-from piecework.codegen.proof.prove import prove
+from piecework.codegen.proof.prove import linkage_of, prove
 from piecework.codegen.stitch.lower import lower
-from piecework.codegen.stitch.source import collector_paused, linkage_of, stitched_text
+from piecework.codegen.stitch.source import collector_paused, stitched_text
 from piecework.errors import PieceworkError
 
 T = TypeVar("T")

@@ -1,27 +1,20 @@
 """Code generation, pure: a graph in, readable stitching source out; no files, no device."""
 
-from piecework.codegen.proof.prove import Proof
-from piecework.codegen.split.split import SplitItem, split_graph
-from piecework.codegen.split.splitting import OpReport, check_op
-from piecework.codegen.stitch.bind import compile_execution_fn
-from piecework.codegen.stitch.lower import LowerOptions
-from piecework.codegen.stitch.source import (
-    StitchedSource,
-    generate_execution_code,
-    generate_source,
-    verify,
-)
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "LowerOptions",
-    "OpReport",
-    "Proof",
-    "SplitItem",
-    "StitchedSource",
-    "check_op",
-    "compile_execution_fn",
-    "generate_execution_code",
-    "generate_source",
-    "split_graph",
-    "verify",
-]
+from piecework.faces import face
+
+if TYPE_CHECKING:
+    from piecework.codegen.plan.ir import LowerOptions as LowerOptions
+    from piecework.codegen.plan.ir import Proof as Proof
+    from piecework.codegen.split.split import split_graph as split_graph
+    from piecework.codegen.split.splitting import OpReport as OpReport
+    from piecework.codegen.split.splitting import SplitItem as SplitItem
+    from piecework.codegen.split.splitting import check_op as check_op
+    from piecework.codegen.stitch.bind import compile_execution_fn as compile_execution_fn
+    from piecework.codegen.stitch.source import StitchedSource as StitchedSource
+    from piecework.codegen.stitch.source import generate_execution_code as generate_execution_code
+    from piecework.codegen.stitch.source import generate_source as generate_source
+    from piecework.codegen.stitch.source import verify as verify
+
+__all__, __getattr__, __dir__ = face(__name__, __file__)

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 
 from piecework import errors
-from piecework.codegen.split.split import SplittingOp as SplittingOpLike
+from piecework.codegen.split.splitting import SplittingOp as SplittingOpLike
 from piecework.runtime import torch_compat
 from piecework.runtime.artifact.model import Artifact
 from piecework.runtime.batch.sizes import require_positive_sizes

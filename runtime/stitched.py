@@ -19,9 +19,9 @@ import torch.fx
 from torch.utils import _pytree as pytree
 
 from piecework import errors
-from piecework.codegen import StitchedSource
 from piecework.codegen.entry.emit import EntrySource
-from piecework.codegen.split.split import SplittingOp as SplittingOpLike
+from piecework.codegen.split.splitting import SplittingOp as SplittingOpLike
+from piecework.codegen.stitch.source import StitchedSource
 from piecework.collector import collector_paused, seldom_full_collections
 from piecework.runtime import torch_compat
 from piecework.runtime.artifact.model import (
@@ -40,8 +40,7 @@ from piecework.runtime.counters import counters
 from piecework.runtime.model_tag import compilation_complete, current_model_tag, use_model_tag
 from piecework.runtime.observe.progress import warn_of_another
 from piecework.runtime.pieces.backend import PieceworkBackend
-from piecework.runtime.pieces.compilation import Trace
-from piecework.runtime.pieces.program import Program
+from piecework.runtime.pieces.program import Program, Trace
 from piecework.runtime.pieces.ranks import require_agreement
 from piecework.runtime.pieces.report import Piece, Report
 from piecework.runtime.store.package import Place

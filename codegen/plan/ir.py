@@ -1,7 +1,10 @@
 """What a module of emitted source is made of; statements are text, with what is asked of them."""
 
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Literal
+
+from piecework.errors import short_methods
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +102,32 @@ class Module:
     bound: tuple[BoundName, ...] = ()
     banner: tuple[str, ...] = ()
     digests: tuple[str, ...] = ()  # what each submodule computes, "" if not known
+
+
+@short_methods
+@dataclass(frozen=True, slots=True)
+class LowerOptions:
+    """What may differ between two emissions of one graph."""
+
+    # names of submodules to call through ``__vllm_submods__``; None means every submodule that is
+    # not a plain GraphModule (those are inlined)
+    submods: Collection[str] | None = None
+    # placeholder name → path of the weight, for placeholders held as module-level names
+    bound: Mapping[str, str] = field(default_factory=dict)
+    # operator → callable to use in its place (a splitting op's own implementation)
+    direct: Mapping[object, Callable[..., object]] = field(default_factory=dict)
+    emit_del: bool = True  # write ``del`` after each last use
+    banner: tuple[str, ...] = ()  # lines of the header comment
+    # name of a submodule → a short digest of what it computes, for the header
+    digests: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """What was proved equal: the number of events (calls), and of the text's statements."""
+
+    events: int
+    statements: int
 
 
 def deletion(names: tuple[str, ...]) -> Statement:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.fx
@@ -186,7 +186,7 @@ class _Interpreter(torch.fx.Interpreter):
     def run_node(self, node: torch.fx.Node) -> Any:
         # What a node holds is the same list at each run of its graph, and a text makes a new one.
         held = tree_map(lambda leaf: leaf, (node.args, node.kwargs))
-        args, kwargs = self.map_nodes_to_values(held, node)
+        args, kwargs = cast("tuple[Any, Any]", self.map_nodes_to_values(held, node))
         match node.op:
             case "placeholder":
                 return next(self.args_iter)  # one token for what a star collects

@@ -9,7 +9,6 @@ import builtins
 import operator
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from types import FunctionType
 from typing import Any, NoReturn
 
@@ -17,6 +16,8 @@ import torch.fx
 
 from piecework.codegen.graph.origin import node_where
 from piecework.codegen.graph.targets import ENTRY_NAME
+from piecework.codegen.plan import ir
+from piecework.codegen.plan.ir import Proof
 from piecework.codegen.plan.literals import is_literal
 from piecework.codegen.plan.names import CONSTS, SUBMODS
 from piecework.codegen.proof.graph_run import (
@@ -53,12 +54,10 @@ _PROOF, _DEFAULTS, _FILE = "__proof__", "__entry_defaults__", "<proof>"
 At = tuple[int, str]  # a line, and what the statement there may do with a region
 
 
-@dataclass(frozen=True, slots=True)
-class Proof:
-    """What was proved equal: the number of events (calls), and of the text's statements."""
-
-    events: int
-    statements: int
+def linkage_of(module: ir.Module, options: ir.LowerOptions, consts: Sequence[object]) -> Linkage:
+    """What the names of a stitching plan's text stand for."""
+    bound = {row.placeholder: row.name for row in module.bound}
+    return Linkage(module.submod_names, consts, bound, options.direct)
 
 
 def prove(code: str, split_gm: torch.fx.GraphModule, linked: Linkage) -> Proof:

@@ -10,13 +10,13 @@ import torch.fx
 from piecework.codegen.graph.origin import results_of
 from piecework.codegen.graph.structure import new_placeholder
 from piecework.codegen.plan import ir
+from piecework.codegen.plan.ir import LowerOptions
 from piecework.codegen.plan.literals import is_inline_literal, literal_text, targets_text
 from piecework.codegen.plan.names import CONSTS, NameTable, is_identifier
 from piecework.codegen.plan.render import const_rows, render, table_rows
 from piecework.codegen.proof.graph_run import same_constant
 from piecework.codegen.replay import plan
 from piecework.codegen.replay.proof import prove_replay
-from piecework.codegen.stitch.lower import LowerOptions
 from piecework.codegen.stitch.source import StitchedSource, generate_source
 from piecework.errors import EmitError
 

@@ -7,9 +7,9 @@ import torch.fx
 from torch.utils import _pytree as pytree
 
 from piecework.codegen.proof.graph_run import Named, Token, run_graph, same_constant
-from piecework.codegen.proof.prove import At, Reporting, TextRun, refuse
+from piecework.codegen.proof.prove import At, Reporting, TextRun, linkage_of, refuse
 from piecework.codegen.replay.plan import Held, ReplayFacts, ReplaySource, Staged
-from piecework.codegen.stitch.source import StitchedSource, linkage_of
+from piecework.codegen.stitch.source import StitchedSource
 from piecework.errors import EmitError
 
 

@@ -17,27 +17,10 @@ from piecework.codegen.graph.structure import attribute_of, new_placeholder
 from piecework.codegen.split.blocks import block_starts
 from piecework.codegen.split.regions import Regions, RegionWriter
 from piecework.codegen.split.sizes import Asserted, PieceSizes, decompose_sizes, is_size_read
-from piecework.codegen.split.splitting import SplittingOp, SplittingOps, names_of
+from piecework.codegen.split.splitting import SplitItem, SplittingOp, SplittingOps, names_of
 from piecework.errors import SplitError, short_errors
 
 MakeModule = Callable[[dict[str, object], torch.fx.Graph, str], torch.fx.GraphModule]
-
-
-@dataclass(frozen=True, slots=True)
-class SplitItem:
-    """One submodule of the stitching graph.
-
-    Attributes:
-        submod_name: its name in ``split_gm``.
-        graph_id: its place in the order of execution.
-        is_splitting_graph: True if it is not compiled: splitting operators, or nothing but views.
-        graph: the submodule.
-    """
-
-    submod_name: str
-    graph_id: int
-    is_splitting_graph: bool
-    graph: torch.fx.GraphModule
 
 
 @short_errors

@@ -13,6 +13,23 @@ from piecework.errors import SplitError, short_errors
 SplittingOp = str | OpOverload | OpOverloadPacket | Callable[..., object]
 
 
+@dataclass(frozen=True, slots=True)
+class SplitItem:
+    """One submodule of the stitching graph.
+
+    Attributes:
+        submod_name: its name in ``split_gm``.
+        graph_id: its place in the order of execution.
+        is_splitting_graph: True if it is not compiled: splitting operators, or nothing but views.
+        graph: the submodule.
+    """
+
+    submod_name: str
+    graph_id: int
+    is_splitting_graph: bool
+    graph: torch.fx.GraphModule
+
+
 class SplittingOps:
     """Tells whether a node calls one of the given operators; ``declared`` are their names."""
 

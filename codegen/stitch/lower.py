@@ -1,7 +1,7 @@
 """From graph to plan: every FX node becomes at most one statement; nothing is executed."""
 
 import operator
-from collections.abc import Callable, Collection, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -25,6 +25,7 @@ from piecework.codegen.graph.targets import (
     sign_of,
 )
 from piecework.codegen.plan import ir
+from piecework.codegen.plan.ir import LowerOptions
 from piecework.codegen.plan.literals import (
     arguments_text,
     attribute_text,
@@ -42,31 +43,13 @@ from piecework.codegen.stitch.inline import (
     plan_inlining,
     returned_value,
 )
-from piecework.errors import UnsupportedNode, short_methods
+from piecework.errors import UnsupportedNode
 
 _SEQUENCES = (*LIST_TYPES, tuple)
 _OPS = (OpOverload, OpOverloadPacket, HigherOrderOperator)
 
 # What a graph's nodes stand for while it is lowered: a local, a constant, or the caller's expression.
 Scope = dict[torch.fx.Node, str]
-
-
-@short_methods
-@dataclass(frozen=True, slots=True)
-class LowerOptions:
-    """What may differ between two emissions of one graph."""
-
-    # names of submodules to call through ``__vllm_submods__``; None means every submodule that is
-    # not a plain GraphModule (those are inlined)
-    submods: Collection[str] | None = None
-    # placeholder name → path of the weight, for placeholders held as module-level names
-    bound: Mapping[str, str] = field(default_factory=dict)
-    # operator → callable to use in its place (a splitting op's own implementation)
-    direct: Mapping[object, Callable[..., object]] = field(default_factory=dict)
-    emit_del: bool = True  # write ``del`` after each last use
-    banner: tuple[str, ...] = ()  # lines of the header comment
-    # name of a submodule → a short digest of what it computes, for the header
-    digests: Mapping[str, str] = field(default_factory=dict)
 
 
 def lower(

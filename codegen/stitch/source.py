@@ -1,16 +1,16 @@
-"""The emitted source as a value; the same graph gives the same bytes in every process."""
+"""The emitted source as a value; the same graph gives the same bytes in every process.
+
+What emits and what proves is imported where that is done: loading an artifact does neither.
+"""
 
 import ast
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch.fx
 
 from piecework.codegen.plan import ir
+from piecework.codegen.plan.ir import LowerOptions, Proof
 from piecework.codegen.plan.render import const_rows, line_map, render, table_rows
-from piecework.codegen.proof.graph_run import Linkage
-from piecework.codegen.proof.prove import Proof, prove
-from piecework.codegen.stitch.lower import LowerOptions, lower
 from piecework.collector import collector_paused
 from piecework.errors import EmitError, short_errors
 
@@ -51,6 +51,9 @@ def generate_source(
         UnsupportedNode: a node has no source form.
         EmitError: the text did not prove equal to the graph, or ``split_gm`` is no graph.
     """
+    from piecework.codegen.proof.prove import linkage_of, prove
+    from piecework.codegen.stitch.lower import lower
+
     _require_graph(split_gm)
     options = options or LowerOptions()
     with collector_paused():
@@ -74,12 +77,6 @@ def _require_graph(split_gm: object) -> None:
             f"split_gm must be a torch.fx.GraphModule; got a {type(split_gm).__qualname__}",
             hint="pass the first of the two values that split_graph returns",
         )
-
-
-def linkage_of(module: ir.Module, options: LowerOptions, consts: Sequence[object]) -> Linkage:
-    """What the names of a stitching plan's text stand for."""
-    bound = {row.placeholder: row.name for row in module.bound}
-    return Linkage(module.submod_names, consts, bound, options.direct)
 
 
 def stitched_text(module: ir.Module) -> str:
@@ -111,6 +108,8 @@ def verify(
         >>> verify(source, split_gm)
         Proof(events=33, statements=98)
     """
+    from piecework.codegen.proof.prove import linkage_of, prove
+
     _require_graph(split_gm)
     if not isinstance(source, StitchedSource):
         raise EmitError(

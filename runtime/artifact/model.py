@@ -17,7 +17,7 @@ import torch.fx
 from torch.utils import _pytree as pytree
 
 from piecework.codegen.entry.plan import Symbol
-from piecework.codegen.split.split import SplittingOp, SplittingOps
+from piecework.codegen.split.splitting import SplittingOp, SplittingOps
 from piecework.collector import collector_paused
 from piecework.errors import ArtifactError, BindError, CaptureError
 from piecework.runtime import torch_compat

@@ -13,11 +13,11 @@ import torch
 import torch.fx
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 
-from piecework.codegen import SplitItem
 from piecework.codegen.graph.origin import graph_of
 from piecework.codegen.graph.schemas import every_node, overloads_of
 from piecework.codegen.graph.structure import Structure, input_signature, structure_of
 from piecework.codegen.graph.targets import function_path
+from piecework.codegen.split.splitting import SplitItem
 from piecework.errors import ArtifactError, Unidentifiable
 from piecework.runtime import torch_compat
 from piecework.runtime.artifact.pieces import PieceForm, PieceLoader, piece_files

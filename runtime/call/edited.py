@@ -5,11 +5,10 @@ from dataclasses import dataclass, field
 
 import torch.fx
 
-from piecework.codegen import StitchedSource
+from piecework.codegen.graph.targets import ENTRY_NAME
+from piecework.codegen.plan.ir import Proof
 from piecework.codegen.plan.render import numbered
-from piecework.codegen.proof.prove import Proof
-from piecework.codegen.stitch.lower import ENTRY_NAME
-from piecework.codegen.stitch.source import verify
+from piecework.codegen.stitch.source import StitchedSource, verify
 from piecework.errors import EmitError
 
 

@@ -7,7 +7,6 @@ from typing import Protocol
 
 from torch.fx import GraphModule
 
-from piecework.codegen.split.regions import regions_in
 from piecework.codegen.stitch.bind import compile_execution_fn
 from piecework.codegen.stitch.source import generate_source
 from piecework.runtime import torch_compat
@@ -82,6 +81,8 @@ class EagerAdaptor:
 
 def uncompiled(graph: GraphModule) -> Callable[..., object]:
     """``graph`` as a function that runs its operators one by one."""
+    from piecework.codegen.split.regions import regions_in
+
     for each in graph.modules():
         if isinstance(each, GraphModule) and "forward" not in vars(type(each)):
             each.recompile()  # it was read, and nobody had to run it yet

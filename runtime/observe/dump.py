@@ -17,10 +17,9 @@ from typing import Any, NamedTuple, Self
 import torch
 import torch.fx
 
-from piecework.codegen import SplitItem
 from piecework.codegen.graph.origin import SymbolNames, origin_of_piece
 from piecework.codegen.plan.render import filled
-from piecework.codegen.split.splitting import operator_name
+from piecework.codegen.split.splitting import SplitItem, operator_name
 from piecework.errors import ConfigError
 from piecework.runtime import torch_compat
 from piecework.runtime.batch.ranges import file_name

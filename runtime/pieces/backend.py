@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from piecework.codegen import SplitItem
-from piecework.codegen.split.split import SplittingOp as SplittingOpLike
-from piecework.codegen.split.split import SplittingOps
+from piecework.codegen.split.splitting import SplitItem, SplittingOps
+from piecework.codegen.split.splitting import SplittingOp as SplittingOpLike
 from piecework.errors import BindError, ConfigError, short_errors
 from piecework.runtime.batch.mode import CUDAGraphMode
 from piecework.runtime.batch.ranges import Range, RangeTable
@@ -21,9 +20,8 @@ from piecework.runtime.counters import counters
 from piecework.runtime.model_tag import current_model_tag, model_tag_is_set
 from piecework.runtime.observe.dump import Dump
 from piecework.runtime.pieces.bound_call import BoundCall, bound_names, modules_traced, name_inputs
-from piecework.runtime.pieces.compilation import Compilation, Trace
 from piecework.runtime.pieces.manager import CompilerManager
-from piecework.runtime.pieces.program import Program, ranges_of
+from piecework.runtime.pieces.program import Program, Trace, ranges_of
 from piecework.runtime.splitting_op import registry
 from piecework.runtime.store.artifacts import StandaloneCompiledArtifacts
 from piecework.runtime.trace.errors import tell_of_gradients
@@ -123,6 +121,8 @@ class PieceworkBackend:
         tried: EverySize | None = None,
     ) -> Program:
         """Split, compile, emit, in the open tracing context; ``bound``: weight path by input."""
+        from piecework.runtime.pieces.compilation import Compilation  # not for what is loaded
+
         self.used = True
         runtime = self.runtime_config
         place = {} if runtime is None else {"rank": runtime.rank, "dp_rank": runtime.dp_rank}

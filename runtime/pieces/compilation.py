@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 import functools
 import hashlib
 import logging
@@ -17,9 +16,8 @@ from torch.overrides import resolve_name
 from piecework.codegen import LowerOptions, SplitItem, generate_source, split_graph
 from piecework.codegen.graph.origin import SymbolNames, value_of
 from piecework.codegen.graph.structure import Structure
-from piecework.codegen.split.split import SplittingOp as SplittingOpLike
-from piecework.codegen.split.split import SplittingOps
-from piecework.codegen.split.splitting import operator_name, recurrent_layers
+from piecework.codegen.split.splitting import SplittingOp as SplittingOpLike
+from piecework.codegen.split.splitting import SplittingOps, operator_name, recurrent_layers
 from piecework.errors import ConfigError, SplitError, did_you_mean, tell
 from piecework.runtime import torch_compat
 from piecework.runtime.batch.mode import CUDAGraphMode
@@ -31,7 +29,7 @@ from piecework.runtime.pieces.layer_names import share_layer_names
 from piecework.runtime.pieces.manager import get_fake_args_from_graph
 from piecework.runtime.pieces.parallel import compile_ahead, different_pieces
 from piecework.runtime.pieces.piecewise import PiecewiseBackend, PiecewiseCompileInterpreter
-from piecework.runtime.pieces.program import Batch, Graphs, Program, timed
+from piecework.runtime.pieces.program import Batch, Graphs, Program, Trace, timed
 from piecework.runtime.pieces.ranks import require_agreement, together
 from piecework.runtime.pieces.report import Piece, RangeRow, Report, counted, differences
 from piecework.runtime.splitting_op import registry
@@ -43,14 +41,6 @@ if TYPE_CHECKING:
     from piecework.runtime.pieces.backend import PieceworkBackend
 
 _log = logging.getLogger(__name__)
-
-
-class Trace(enum.Enum):
-    """Which of a model's traces a backend is for."""
-
-    ONLY = "the only one"
-    FIRST = "the first of those that it takes"
-    ANOTHER = "another"
 
 
 class Compilation:

@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 from piecework.codegen.graph.origin import value_of
 from piecework.codegen.graph.schemas import overloads_of
 from piecework.codegen.graph.structure import input_signature, new_placeholder, structure_of
-from piecework.codegen.split.split import SplitItem
+from piecework.codegen.split.splitting import SplitItem
 from piecework.runtime import torch_compat
 
 NAMESPACE = "piecework_named"

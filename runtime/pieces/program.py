@@ -1,5 +1,6 @@
 """Everything that one compilation made, frozen: bound to weights, served, captured, reported."""
 
+import enum
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -9,9 +10,10 @@ from types import FunctionType
 import torch
 from torch.fx import GraphModule
 
-from piecework.codegen import SplitItem, StitchedSource
 from piecework.codegen.graph.schemas import every_node
+from piecework.codegen.split.splitting import SplitItem
 from piecework.codegen.stitch.bind import compile_execution_fn
+from piecework.codegen.stitch.source import StitchedSource
 from piecework.runtime import torch_compat
 from piecework.runtime.batch.ranges import Range, RangeTable
 from piecework.runtime.config.compilation import CompilationConfig
@@ -22,6 +24,14 @@ from piecework.runtime.pieces.report import Piece, Report
 from piecework.runtime.watch.direct_ops import DirectOps
 
 Callables = Sequence[Callable[..., object]]
+
+
+class Trace(enum.Enum):
+    """Which of a model's traces a backend is for."""
+
+    ONLY = "the only one"
+    FIRST = "the first of those that it takes"
+    ANOTHER = "another"
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,8 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch.fx import GraphModule, Node
 
-from piecework.codegen import SplitItem
 from piecework.codegen.graph.origin import graph_of, value_of
+from piecework.codegen.split.splitting import SplitItem
 from piecework.errors import RankError
 from piecework.runtime import torch_compat
 from piecework.runtime.batch.ranges import RangeTable

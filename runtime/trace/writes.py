@@ -14,7 +14,6 @@ from torch.utils import _pytree as pytree
 
 from piecework.codegen.graph.origin import SymbolNames, graph_of, origin_of, results_of, value_of
 from piecework.codegen.graph.structure import attribute_of, call_text
-from piecework.codegen.split.split import allocates
 from piecework.errors import StaticGraphError
 from piecework.runtime import torch_compat
 
@@ -81,6 +80,8 @@ def written_inputs(piece: torch.fx.GraphModule, *, shared: bool = False) -> froz
 
 def unwritten_outputs(piece: torch.fx.GraphModule) -> frozenset[int]:
     """Which outputs of a graph, by number, lie in memory that it allocates and does not write."""
+    from piecework.codegen.split.split import allocates
+
     first: dict[int, torch.fx.Node] = {}  # memory → the node that brings it
     for node in piece.graph.nodes:
         key = memory_of(value_of(node))

@@ -25,11 +25,8 @@ from piecework.runtime.call.example_call import example_call
 from piecework.runtime.call.profile_names import layer_by_line, named_pieces
 from piecework.runtime.observe.dump import generated_sources
 from piecework.runtime.pieces.backend import PieceworkBackend
-from piecework.runtime.pieces.compilation import require_registered
 from piecework.runtime.pieces.program import Program
 from piecework.runtime.trace.every_size import EverySize, NotAdmitted
-from piecework.runtime.trace.layers import RepeatedLayers
-from piecework.runtime.trace.one_trace import trace_once
 from piecework.runtime.trace.sizes import KeptMarks, SizePolicy, attempts, require_fitting
 from piecework.runtime.watch.weights import Weight
 
@@ -214,6 +211,10 @@ def trace_model(
     as_it_is: Callable[..., object],
 ) -> TracedModel:
     """Trace ``model`` and compile what it does."""
+    from piecework.runtime.pieces.compilation import require_registered
+    from piecework.runtime.trace.layers import RepeatedLayers
+    from piecework.runtime.trace.one_trace import trace_once
+
     backend = new_backend()
     require_registered(backend.declared_ops)  # before a trace that may take long
     require_fitting(model, args, kwargs)
