@@ -40,15 +40,18 @@ def _scaled(old: Any) -> Any:
     return type(old)(max(8, 8 * round(NARROWEST * each / least / 8)) for each in old)
 
 
-_DEPTH: tuple[_Rule, ...] = (
-    (r"(num_)?(hidden_|encoder_|decoder_|en_|de_)?n?_?layers?|n_layers?|num_blocks", _to(LAYERS)),
-    (
-        r"num_(hidden|encoder|decoder|text|vision|self_attends|cross).*(layers|blocks|block)",
-        _to(LAYERS),
-    ),
-    (r"(encoder|decoder)_(depth|layers)|num_self_attends_per_block", _to(LAYERS)),
-    (r"depths|layers_per_stage|layer_depths", _to(1)),
-)
+def _depth(layers: int) -> tuple[_Rule, ...]:
+    return (
+        (
+            r"(num_)?(hidden_|encoder_|decoder_|en_|de_)?n?_?layers?|n_layers?|num_blocks"
+            r"|num_(hidden|encoder|decoder|text|vision|self_attends|cross).*(layers|blocks|block)"
+            r"|(encoder|decoder)_(depth|layers)|num_self_attends_per_block",
+            _to(layers),
+        ),
+        (r"depths|layers_per_stage|layer_depths", _to(1)),
+    )
+
+
 _SIZES: tuple[_Rule, ...] = (
     (r"(\w+_)?vocab_size", _to(VOCABULARY)),
     (r"max_position_embeddings|n_positions|max_(source|target)_positions", lambda old: old),
@@ -67,6 +70,8 @@ _WIDTHS: tuple[_Rule, ...] = (
     ),
     (r"(q|kv)_lora_rank", _to(WIDTH // 2)),
     (r"n_routed_experts|num_(local_)?experts|moe_num_experts", _to(HEADS)),
+    (r"num_experts_per_tok|num_selected_experts|moe_(top_?)?k|top_?k(_experts)?", _to(2)),
+    (r"n_group|topk_group", _to(1)),
     (r"moe_intermediate_size", _to(WIDTH)),
     (
         r"intermediate_size|ffn_dim|(encoder|decoder)_ffn_dim|d_ff|hidden_dim|dim_feedforward",
@@ -77,8 +82,13 @@ _WIDTHS: tuple[_Rule, ...] = (
     (r"num_mel_bins|num_conv_pos_embeddings|num_conv_pos_embedding_groups", _to(16)),
 )
 
-#: From the smallest to the default's own widths: the first whose model runs is taken.
-LEVELS: tuple[tuple[_Rule, ...], ...] = ((*_DEPTH, *_SIZES, *_WIDTHS), (*_DEPTH, *_SIZES), _DEPTH)
+#: The first whose model runs is taken; the last is for layers of several kinds that take turns.
+LEVELS: tuple[tuple[_Rule, ...], ...] = (
+    (*_depth(LAYERS), *_SIZES, *_WIDTHS),
+    (*_depth(LAYERS), *_SIZES),
+    _depth(LAYERS),
+    (*_depth(3 * LAYERS), *_SIZES, *_WIDTHS),
+)
 
 
 def shrink(config: Any, level: int) -> None:
