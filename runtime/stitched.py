@@ -19,7 +19,7 @@ import torch.fx
 from torch.utils import _pytree as pytree
 
 from piecework import errors
-from piecework.codegen.entry.emit import EntrySource
+from piecework.codegen.entry.plan import EntrySource
 from piecework.codegen.split.splitting import SplittingOp as SplittingOpLike
 from piecework.codegen.stitch.source import StitchedSource
 from piecework.collector import collector_paused, seldom_full_collections

@@ -1,19 +1,18 @@
 """Writes the function that users call: ``check_inputs``, and the entry that packs the result."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from typing import assert_never
 
 from piecework.codegen.entry import plan as entry
 from piecework.codegen.entry.checks import EntryTable, Names
+from piecework.codegen.entry.plan import FUNCTION_NAME, EntrySource
 from piecework.codegen.plan.ir import Function, Module, Origin, Parameter, Statement
 from piecework.codegen.plan.literals import KINDS, targets_text, tuple_text
 from piecework.codegen.plan.names import BUILTINS, SUBMODS
 from piecework.codegen.plan.render import render
 from piecework.codegen.plan.size_text import MODULES, RESERVED
 
-FUNCTION_NAME = "entry"
 CHECKS_NAME = "check_inputs"
 #: What ``bound`` holds, in order: a call takes all of it in one step, so that it never mixes two bindings.
 HELD = ("execution_fn", "weights_as_bound", "fetch_weights", "count_call")
@@ -33,18 +32,6 @@ PROVIDED = (
     *("arguments_as_traced", "autocast_enabled", "dispatch_modes", "function_modes", "transforms"),
     *("held_tensors", "held_spans", "memory_outside"),
 )
-
-
-@dataclass(frozen=True, slots=True)
-class EntrySource:
-    """The emitted entry."""
-
-    code: str  # the Python text, exactly what is executed
-    # name → value of the objects that the text mentions
-    consts: Mapping[str, object] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        return self.code
 
 
 def generate_entry(plan: entry.EntryPlan) -> EntrySource:

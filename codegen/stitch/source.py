@@ -1,7 +1,4 @@
-"""The emitted source as a value; the same graph gives the same bytes in every process.
-
-What emits and what proves is imported where that is done: loading an artifact does neither.
-"""
+"""The emitted source as a value; what emits and proves it is imported where that is done."""
 
 import ast
 from dataclasses import dataclass, field

@@ -17,13 +17,11 @@ from typing import Protocol
 
 import torch
 
-from piecework.codegen.entry.emit import FUNCTION_NAME, EntrySource
+from piecework.codegen.entry.plan import FUNCTION_NAME, EntrySource, MadeEntry
 from piecework.codegen.stitch.bind import execute_source
 from piecework.errors import InputError
 from piecework.runtime import torch_compat
 from piecework.runtime.call.edited import EditedSource
-from piecework.runtime.call.entry_plan import MadeEntry, made_entry
-from piecework.runtime.call.explain import input_error
 from piecework.runtime.pieces.program import Program
 from piecework.runtime.trace.errors import OPAQUE, tell_of_gradients
 from piecework.runtime.trace.one_trace import ModelTrace
@@ -68,10 +66,10 @@ class Entry:
         captured: ModelTrace,
         program: Program,
         as_it_is: Callable[..., object],
-        made: MadeEntry | None = None,
+        made: MadeEntry,
     ) -> None:
         self._program, self.as_it_is, self.captured = program, as_it_is, captured
-        self.made = made_entry(captured, program) if made is None else made
+        self.made = made
         self._arguments = captured.weights.state.argument_check(captured.parameters)
         self.careful_calls: dict[str, int] = {}  # calls past every shortcut, by what made them
         self._makes_tensors: bool | None = None
@@ -218,6 +216,8 @@ class Entry:
         return error
 
     def _explain_inputs(self, *values: object) -> None:
+        from piecework.runtime.call.explain import input_error
+
         now = self.call.__globals__
         held = {name: now[name] for name in ("held_tensors", "held_spans")}
         raise self._refused(input_error(self.made.plan, values, self._arguments, **held))

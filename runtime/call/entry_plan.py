@@ -1,13 +1,13 @@
 """Decides what the entry of a trace checks, passes and returns, and has its text emitted."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch.utils import _pytree as pytree
 
 from piecework.codegen.entry import plan as ep
-from piecework.codegen.entry.emit import EntrySource, generate_entry
+from piecework.codegen.entry.emit import generate_entry
+from piecework.codegen.entry.plan import MadeEntry
 from piecework.codegen.graph.origin import results_of, value_of
 from piecework.runtime import torch_compat
 from piecework.runtime.pieces.program import Program
@@ -16,16 +16,6 @@ from piecework.runtime.trace.inputs import Argument, GraphInput, Layout, Size
 from piecework.runtime.trace.one_trace import ModelTrace
 from piecework.runtime.trace.writes import mutations_in
 from piecework.runtime.watch.weights import Weight
-
-
-@dataclass(frozen=True, slots=True)
-class MadeEntry:
-    """An emitted entry before it is bound."""
-
-    plan: ep.EntryPlan  # what it says
-    source: EntrySource  # the emitted text
-    strict: frozenset[str]  # weights that every reader compares by itself, by path
-    autocast: tuple[tuple[str, torch.dtype], ...]  # where autocast was on in the trace
 
 
 def made_entry(captured: ModelTrace, program: Program) -> MadeEntry:

@@ -211,6 +211,7 @@ def trace_model(
     as_it_is: Callable[..., object],
 ) -> TracedModel:
     """Trace ``model`` and compile what it does."""
+    from piecework.runtime.call.entry_plan import made_entry
     from piecework.runtime.pieces.compilation import require_registered
     from piecework.runtime.trace.layers import RepeatedLayers
     from piecework.runtime.trace.one_trace import trace_once
@@ -241,7 +242,8 @@ def trace_model(
         phases = {"capture": tracing, **made.phases}
         report = replace(made.compiled, layers=layers.text)
         program = replace(made, phases=phases, compiled=report)
-        entry = Entry(traced.closed(), program, as_it_is)
+        captured = traced.closed()
+        entry = Entry(captured, program, as_it_is, made_entry(captured, program))
         backend.compiler_manager.write_entry(entry.source.code)
         return TracedModel(model, as_it_is, backend, program, entry)
     raise _clearest(failures)
