@@ -99,7 +99,9 @@ class TraceGuards:
         if not all(map(is_argument, guard.places)):
             return False
         if guard.kind in ("DUPLICATE_INPUT", "TENSOR_MATCH"):
-            return all(id(now.at(place)) in leaves for place in guard.places)
+            ways = ([p[:n] for n in range(1, len(p) + 1)] for p in guard.places)
+            hits = ([id(now.at(each)) in leaves for each in way] for way in ways)
+            return all(sum(hit) == hit[-1] == 1 for hit in hits)  # inside of a leaf nothing is
         if type(now.at(guard.place)) not in _EMITTED:
             return False
         ways = (guard.place[:n] for n in range(1, len(guard.place)))

@@ -86,6 +86,12 @@ def test_random_python_state_is_equal_to_eager_or_refused(start: int) -> None:
     assert counts[SERVED] > 20  # not by refusing everything
 
 
+def test_what_another_argument_and_a_dict_of_a_class_of_ones_own_share_is_compared_in_both() -> (
+    None
+):
+    run_cases(range(9088, 9089))
+
+
 @pytest.mark.nightly
 @pytest.mark.parametrize("start", range(0, 20_000, 500))
 def test_twenty_thousand_random_models_are_equal_to_eager_or_refused(start: int) -> None:
