@@ -83,7 +83,7 @@ def tree_digest(directory: str | os.PathLike[str]) -> str:
     root, parts = os.fspath(directory), list[str | bytes]()
     found = (os.path.join(at, name) for at, _, names in os.walk(root) for name in names)
     for path in sorted(each for each in found if each.endswith((".py", ".jinja"))):
-        with open(path, "rb", buffering=0) as file:  # a third of the time that Path takes
+        with open(path, "rb", buffering=0) as file:  # half of the time that Path takes
             parts += [path[len(root) :].replace(os.sep, "/"), file.read()]
     return content_key(*parts)
 

@@ -101,7 +101,7 @@ class TraceGuards:
         if guard.kind in ("DUPLICATE_INPUT", "TENSOR_MATCH"):
             ways = ([p[:n] for n in range(1, len(p) + 1)] for p in guard.places)
             hits = ([id(now.at(each)) in leaves for each in way] for way in ways)
-            return all(sum(hit) == hit[-1] == 1 for hit in hits)  # inside of a leaf nothing is
+            return all(sum(hit) == hit[-1] == 1 for hit in hits)  # a leaf, and inside of none
         if type(now.at(guard.place)) not in _EMITTED:
             return False
         ways = (guard.place[:n] for n in range(1, len(guard.place)))

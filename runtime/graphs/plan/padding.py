@@ -3,6 +3,7 @@
 import math
 import operator
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from itertools import product
 
 import torch
 import torch.fx
@@ -22,8 +23,8 @@ _INDEXING = ("index", "gather", "scatter", "take", "getitem", "setitem", "embedd
 # Whole numbers that point at something whatever the floats are, or that do not come from them.
 _POINT_INSIDE = (*_OF_SHAPE, "arg", "topk", "sort", "max", "min", "searchsorted", "bucketize")
 # What a try is made of, None being random: whole numbers of the batch (0 and 1 where they are
-# random); floating values behind it; whole numbers behind it. Those without any pad as calls do.
-_TRIES = 2 * ((None, 0, 0), (0, math.nan, 1), (1, 1e4, 0), (None, -1e4, None))
+# random); floating values behind it; whole numbers behind it. The first pads as calls do.
+_TRIES = ((None, 0, 0), (0, math.nan, 1), (1, 1e4, 0), (None, -1e4, None))
 
 
 def why_not_padded(
@@ -150,8 +151,8 @@ def padded_difference(
     """Which result of ``run`` changes where a small batch is padded, by ``pads``, if any."""
     chosen = _sizes_to_try(shape, sizes)
     found: list[str | None] = []
-    for tried, (whole, tail, whole_tail) in enumerate(_TRIES if chosen else ()):
-        count, padded = chosen[tried % len(chosen)]
+    for tried, (pair, kind) in enumerate(product(chosen, _TRIES)):  # all: each rank makes as many
+        (count, padded), (whole, tail, whole_tail) = pair, kind
         rows = [_drawn(x, x.sizes(count), None, whole, seed=tried) for x in shape.staged]
         tails = []
         for each, own in zip(shape.staged, rows, strict=True):
@@ -160,8 +161,8 @@ def padded_difference(
                 continue
             beyond = list(own.shape)
             beyond[each.dim] = padded - count
-            if tried == 0 or each.name in pads:  # what the caller pads with is said to be right
-                more = own.new_full(beyond, pads.get(each.name, 0))
+            if each.name in pads:  # what the caller pads with is said to be right
+                more = own.new_full(beyond, pads[each.name])
             else:
                 more = _drawn(each, beyond, tail, whole_tail, seed=1)
             tails.append(torch.cat([own, more], each.dim))
@@ -194,13 +195,10 @@ def _sizes_to_try(shape: BatchShape, sizes: Sequence[int]) -> list[tuple[int, in
     """A captured size, from half as many rows, as what mixes them differs most, and one less."""
     for padded in sorted(sizes, key=lambda size: (size < 3, size)):
         counts = range(max(shape.low, 1), padded)
-        halves = sorted(counts, key=lambda n: (n < 2, abs(n - padded // 2)))
-        found = [
-            next((n for n in order if shape.refusal(n) is None), None)
-            for order in (halves, reversed(counts))
-        ]
-        if None not in found:
-            return [(count, padded) for count in found if count is not None]
+        orders = sorted(counts, key=lambda n: (n < 2, abs(n - padded // 2))), reversed(counts)
+        found = [next((n for n in each if shape.refusal(n) is None), 0) for each in orders]
+        if all(found):
+            return [(count, padded) for count in found]
     return []
 
 
