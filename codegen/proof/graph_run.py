@@ -184,8 +184,9 @@ class _Interpreter(torch.fx.Interpreter):
         self.regions |= {each.enter: "opens" for each in regions}
 
     def run_node(self, node: torch.fx.Node) -> Any:
-        # What a node holds is the same list at each run of its graph, and a text makes a new one.
-        held = tree_map(lambda leaf: leaf, (node.args, node.kwargs))
+        held = node.args, node.kwargs
+        if self.prefix:  # run for each call, which makes a list that a node holds anew in a text
+            held = tree_map(lambda leaf: leaf, held)
         args, kwargs = cast("tuple[Any, Any]", self.map_nodes_to_values(held, node))
         match node.op:
             case "placeholder":
