@@ -47,7 +47,7 @@ class FlatGraph:
 
     def __init__(self, stitched: StitchedModule, batch: int) -> None:
         self.stitched = stitched
-        self.captured = stitched.captured
+        self.sources = stitched.traces[0].entry.inputs
         table = stitched.program.range_table
         self.public = stitched.program.callables(None if table is None else table.find(batch))
         self.pieces = {piece.name for piece in stitched.pieces}
@@ -70,7 +70,7 @@ class FlatGraph:
                 case Argument(leaf=leaf):
                     return arguments[leaf]
 
-        return [value(source) for source in self.captured.inputs]
+        return [value(source) for source in self.sources]
 
 
 class PieceModule(torch.nn.Module):

@@ -15,7 +15,7 @@ import torch.fx
 
 from piecework.codegen import StitchedSource, generate_source
 from piecework.codegen.entry.emit import PROVIDED
-from piecework.codegen.entry.plan import EntrySource
+from piecework.codegen.entry.source import EntrySource
 from piecework.codegen.replay.plan import ReplaySource
 from piecework.errors import UsageError
 from piecework.golden.outline import CONSTS, outline_of

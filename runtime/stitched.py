@@ -19,7 +19,7 @@ import torch.fx
 from torch.utils import _pytree as pytree
 
 from piecework import errors
-from piecework.codegen.entry.plan import EntrySource
+from piecework.codegen.entry.source import EntrySource
 from piecework.codegen.split.splitting import SplittingOp as SplittingOpLike
 from piecework.codegen.stitch.source import StitchedSource
 from piecework.collector import collector_paused, seldom_full_collections
@@ -46,7 +46,6 @@ from piecework.runtime.pieces.report import Piece, Report
 from piecework.runtime.store.package import Place
 from piecework.runtime.trace.dynamic_dims import unmarked_afterwards
 from piecework.runtime.trace.errors import OPAQUE, tell_of_gradients, tell_of_training
-from piecework.runtime.trace.one_trace import ModelTrace
 from piecework.runtime.trace.sizes import AllDimensions, KeptMarks, SizePolicy
 from piecework.runtime.traces.captured import Captures
 from piecework.runtime.traces.observed import Observed
@@ -340,7 +339,7 @@ class StitchedModule(Captures, Observed, SharedModule):
         if self._sizes is None or (sizes is not None and 1 not in sizes):
             return None
         first = self.traces[0]
-        plan = first.entry.made.plan
+        plan = first.entry.plan()
         serves_one = all((each.low or 0) < 2 for each in plan.symbols)
         # Without checks, nothing tells which trace serves a call.
         if serves_one or first.program.batch.symbol is None or not plan.checks:
@@ -565,11 +564,6 @@ class StitchedModule(Captures, Observed, SharedModule):
     def backend(self) -> PieceworkBackend:
         """What compiled the pieces and emitted the source."""
         return self.traces[0].backend if self.traces else self._first_backend
-
-    @property
-    def captured(self) -> ModelTrace:
-        """What the trace gave."""
-        return self._require("capture")[0].entry.captured
 
     @property
     def split_gm(self) -> torch.fx.GraphModule:

@@ -205,7 +205,7 @@ def splitting_op_for(stitched: StitchedModule) -> Callable[..., object] | None:
     """The function that is called nearest to the middle of the graph and gives a tensor."""
     targets = [
         node.target
-        for node in stitched.captured.graph.graph.nodes
+        for node in stitched.program.graph.graph.nodes
         if node.op == "call_function"
         and isinstance(node.meta.get("example_value"), torch.Tensor)
         and getattr(node.target, "__module__", "") != "_operator"

@@ -6,7 +6,7 @@ from typing import assert_never
 
 from piecework.codegen.entry import plan as entry
 from piecework.codegen.entry.checks import EntryTable, Names
-from piecework.codegen.entry.plan import FUNCTION_NAME, EntrySource
+from piecework.codegen.entry.source import FUNCTION_NAME, EntrySource
 from piecework.codegen.plan.ir import Function, Module, Origin, Parameter, Statement
 from piecework.codegen.plan.literals import KINDS, targets_text, tuple_text
 from piecework.codegen.plan.names import BUILTINS, SUBMODS

@@ -1,4 +1,7 @@
-"""What an entry says, before it is text: the vocabulary between the runtime and `emit`."""
+"""What an entry says, before it is text: the vocabulary between the runtime and `emit`.
+
+A loaded model reads it when a call is refused, or to capture.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
-
-FUNCTION_NAME = "entry"
 
 # --- what was assumed of each input --------------------------------------------------------------
 
@@ -205,28 +206,8 @@ class EntryPlan:
     # the model's code asks whether gradients are recorded, so only calls that record none are
     # served
     asks_grad_mode: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class EntrySource:
-    """The emitted entry."""
-
-    code: str  # the Python text, exactly what is executed
-    # name → value of the objects that the text mentions
-    consts: Mapping[str, object] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        return self.code
-
-
-@dataclass(frozen=True, slots=True)
-class MadeEntry:
-    """An emitted entry before it is bound."""
-
-    plan: EntryPlan  # what it says
-    source: EntrySource  # the emitted text
-    strict: frozenset[str]  # weights that every reader compares by itself, by path
-    autocast: tuple[tuple[str, torch.dtype], ...]  # where autocast was on in the trace
+    # torch's symbol → what it is called here
+    names: Mapping[str, str] = field(default_factory=dict)
 
 
 def leaves_of(node: Node) -> Iterator[Leaf]:

@@ -9,14 +9,13 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any, NamedTuple, Self
 
 import torch
 import torch.fx
-from torch.utils import _pytree as pytree
 
-from piecework.codegen.entry.plan import Symbol
 from piecework.codegen.split.splitting import SplittingOp, SplittingOps
 from piecework.collector import collector_paused
 from piecework.errors import ArtifactError, BindError, CaptureError
@@ -28,12 +27,10 @@ from piecework.runtime.call.entry import Entry
 from piecework.runtime.compilers.inductor import InductorStandaloneAdaptor
 from piecework.runtime.compilers.interface import EagerAdaptor
 from piecework.runtime.config.compilation import CompilationConfig, RuntimeConfig
-from piecework.runtime.pieces.program import Program, timed
+from piecework.runtime.pieces.program import timed
 from piecework.runtime.store import surroundings
 from piecework.runtime.store.files import signing_key
 from piecework.runtime.store.package import PARTS, Package, Place, part_folder, write_package
-from piecework.runtime.trace.assumptions import Assumptions
-from piecework.runtime.trace.one_trace import ModelTrace
 from piecework.runtime.trace.sizes import SizePolicy
 from piecework.runtime.trace.writes import mutations_in
 from piecework.runtime.traces.traced_model import NewBackend, TracedModel
@@ -173,7 +170,7 @@ def _require_savable(trace: TracedModel) -> None:
         what = f"compiler {compiler.name!r}, which is neither inductor nor eager,"
     elif trace.program.config.use_inductor_graph_partition:
         what = "use_inductor_graph_partition"
-    elif not trace.entry.made.plan.checks:
+    elif not trace.entry.plan().checks:
         what = "stitching_config.check_inputs=False"
     elif inner := [each.path for each in weights.traced if each.inner]:
         what = f"weight {inner[0]}, which is a tensor of several,"
@@ -192,7 +189,7 @@ def _require_savable(trace: TracedModel) -> None:
 
 def _saved(trace: TracedModel, files: dict[str, bytes]) -> dict[str, object]:
     """A trace as values for `to_bytes`; its pieces are added to ``files``."""
-    program, entry, captured = trace.program, trace.entry, trace.entry.captured
+    program, entry = trace.program, trace.entry
     program.split_gm  # noqa: B018 - of a loaded program the graphs are read now
     saved = programs.saved_program(program, files)
     held = {torch_compat.storage_id(t) for _, t in tensors_of(trace.model).values()}
@@ -204,12 +201,12 @@ def _saved(trace: TracedModel, files: dict[str, bytes]) -> dict[str, object]:
     indices = {each.path: i for i, each in enumerate(weights.traced)}
     return {
         "program": saved,
-        "made": replace(entry.made, source=entry.source),
-        "inputs": [indices[i.path] if isinstance(i, Weight) else i for i in captured.inputs],
+        "made": entry.made,
+        "plan": to_bytes(entry.plan(), "what the entry says"),
+        "inputs": [indices[i.path] if isinstance(i, Weight) else i for i in entry.inputs],
         "weights": [*zip(weights.traced, weights.taken, weights.names(), strict=True)],
         "memory": _memory(trace),
         "state": _state(trace),
-        "symbols": captured.assumptions.names(),
         "edited": entry.now.edited,
     }
 
@@ -230,7 +227,7 @@ def _state(trace: TracedModel) -> SavedState:
 
 def _memory(trace: TracedModel) -> tuple[int, ...] | None:
     """Which weights share memory, where that matters: the graph writes to one."""
-    split_gm, inputs = trace.program.split_gm, trace.entry.captured.inputs
+    split_gm, inputs = trace.program.split_gm, trace.entry.inputs
     nodes = split_gm.graph.find_nodes(op="placeholder")
     pairs = zip(nodes, inputs, strict=True)
     held = {node.name: each.path for node, each in pairs if isinstance(each, Weight)}
@@ -289,45 +286,15 @@ class Artifact:
                     program = programs.loaded_program(
                         saved["program"], package, graphs, loader, config, phases
                     )
-                captured = _captured(saved, weights, bound, program)
-                entry = Entry(captured, program, as_it_is, saved["made"])
+                inputs = tuple(weights[i] if isinstance(i, int) else i for i in saved["inputs"])
+                plan = cache(partial(from_bytes, saved["plan"], state))
+                entry = Entry(inputs, bound, program, as_it_is, saved["made"], plan)
                 if saved["edited"] is not None:
                     entry.edit(saved["edited"])
                 backend = new_backend()()
                 backend.adopt(program)
                 found.append(TracedModel(model, as_it_is, backend, program, entry))
         return tuple(found)
-
-
-def _captured(
-    saved: Mapping[str, Any], weights: Sequence[Weight], bound: BoundWeights, program: Program
-) -> ModelTrace:
-    """What the entry asks of a trace that was made in another process."""
-    plan = saved["made"].plan
-    return ModelTrace(
-        traced=lambda: program.graph,
-        inputs=tuple(weights[i] if isinstance(i, int) else i for i in saved["inputs"]),
-        parameters=plan.parameters,
-        assumptions=_Assumptions(plan.symbols, plan.guards, saved["symbols"]),
-        weights=bound,
-        out_spec=pytree.tree_structure(None),
-        result=(),
-    )
-
-
-class _Assumptions(Assumptions):
-    """What the trace assumed, as far as captures ask: the rest is in the entry's plan."""
-
-    def __init__(
-        self, symbols: tuple[Symbol, ...], guards: tuple[str, ...], names: Mapping[str, str]
-    ) -> None:
-        self._found, self._texts, self._names = symbols, guards, dict(names)
-
-    def symbols(self) -> tuple[Symbol, ...]:
-        return self._found
-
-    def guards(self) -> tuple[str, ...]:
-        return self._texts
 
 
 def _found(saved: Mapping[str, Any], model: Callable[..., object]) -> list[Weight]:

@@ -12,22 +12,39 @@ import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from types import FunctionType, SimpleNamespace
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from piecework.codegen.entry.plan import FUNCTION_NAME, EntrySource, MadeEntry
+from piecework.codegen.entry.source import FUNCTION_NAME, EntrySource
 from piecework.codegen.stitch.bind import execute_source
 from piecework.errors import InputError
 from piecework.runtime import torch_compat
 from piecework.runtime.call.edited import EditedSource
 from piecework.runtime.pieces.program import Program
 from piecework.runtime.trace.errors import OPAQUE, tell_of_gradients
-from piecework.runtime.trace.one_trace import ModelTrace
-from piecework.runtime.watch.weights import BoundWeights
+from piecework.runtime.trace.inputs import GraphInput
+from piecework.runtime.watch.state import ArgumentCheck
+from piecework.runtime.watch.weights import BoundWeights, Weight
+
+if TYPE_CHECKING:
+    from piecework.codegen.entry.plan import EntryPlan
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class MadeEntry:
+    """An emitted entry before it is bound."""
+
+    source: EntrySource  # the emitted text
+    strict: frozenset[str]  # weights that every reader compares by itself, by path
+    autocast: tuple[tuple[str, torch.dtype], ...]  # where autocast was on in the trace
+    # what the plan says of weights; see `EntryPlan.binds` and `NotHeld.apart`
+    binds: bool
+    apart: tuple[tuple[int, ...], ...]
 
 
 class Graphs(Protocol):
@@ -59,29 +76,37 @@ def by_path_of(weights: BoundWeights) -> dict[str, torch.Tensor]:
 
 
 class Entry:
-    """The emitted entry, bound and ready; ``call`` takes the model's arguments."""
+    """The emitted entry, bound and ready; ``call`` takes the model's arguments.
+
+    ``plan`` gives what the entry says, and ``inputs`` where each placeholder of the graph comes from.
+    """
 
     def __init__(
         self,
-        captured: ModelTrace,
+        inputs: tuple[GraphInput, ...],
+        weights: BoundWeights,
         program: Program,
         as_it_is: Callable[..., object],
         made: MadeEntry,
+        plan: Callable[[], EntryPlan],
     ) -> None:
-        self._program, self.as_it_is, self.captured = program, as_it_is, captured
-        self.made = made
-        self._arguments = captured.weights.state.argument_check(captured.parameters)
+        self._program, self.as_it_is, self.inputs = program, as_it_is, inputs
+        self.made, self.plan, self._state = made, plan, weights.state
         self.careful_calls: dict[str, int] = {}  # calls past every shortcut, by what made them
         self._makes_tensors: bool | None = None
-        captured.weights.trust(self.made.strict)
+        weights.trust(self.made.strict)
         self.source: EntrySource = self.made.source
         self._stances = torch_compat.stance_holder()
-        self.now = self._made(captured.weights, None, itertools.count())
+        self.now = self._made(weights, None, itertools.count())
         self.call = self._execute(self.now, self.now.function, program.submods_for)
         # Python names it when arguments don't fit.
         self.call.__qualname__ = f"{program.name}.forward"
         # None is known to change nothing until `_in_stance` has looked at the current one.
         self.call.__globals__.update(dynamo=self._stances, stance=None)
+
+    @cached_property
+    def _arguments(self) -> ArgumentCheck | None:
+        return self._state.argument_check(self.plan().parameters)
 
     @property
     def uncaptured_calls(self) -> int:
@@ -115,7 +140,11 @@ class Entry:
     def publish(self, execution: Execution) -> None:
         """Serve calls by ``execution`` from now on; those that run keep theirs."""
         before = self.now
-        self.captured = self.captured.with_weights(execution.weights)  # lets go of the old ones
+        by_path = by_path_of(execution.weights)
+        self.inputs = tuple(  # nothing holds a tensor of the old binding
+            replace(each, tensor=by_path[each.path]) if isinstance(each, Weight) else each
+            for each in self.inputs
+        )
         self._serve_by(execution)
         if before.graphs is not None and before.graphs is not execution.graphs:
             before.graphs.release()
@@ -155,13 +184,14 @@ class Entry:
     def _held(self, execution: Execution, serves: Callable[..., object]) -> dict[str, object]:
         """What emitted text finds of an execution; see `piecework.codegen.entry.emit.HELD`."""
         weights, span = execution.weights, torch_compat.memory_span
-        apart = [each.apart for each in self.made.plan.not_held]
         # Weights that are passed or returned are of the same binding as those that it holds.
-        fetch = weights.held if self.made.plan.binds else weights.fetch
+        fetch = weights.held if self.made.binds else weights.fetch
         return {
             "bound": (serves, weights.unchanged, fetch, execution.counter.__next__),
             "held_tensors": weights.tensors,
-            "held_spans": [[span(weights.tensors[n]) for n in numbers] for numbers in apart],
+            "held_spans": [
+                [span(weights.tensors[n]) for n in numbers] for numbers in self.made.apart
+            ],
         }
 
     def _execute(
@@ -220,7 +250,7 @@ class Entry:
 
         now = self.call.__globals__
         held = {name: now[name] for name in ("held_tensors", "held_spans")}
-        raise self._refused(input_error(self.made.plan, values, self._arguments, **held))
+        raise self._refused(input_error(self.plan(), values, self._arguments, **held))
 
     def _explain_weights(self) -> None:
         raise self._refused(self.now.weights.explain())

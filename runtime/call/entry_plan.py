@@ -1,15 +1,15 @@
 """Decides what the entry of a trace checks, passes and returns, and has its text emitted."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch.utils import _pytree as pytree
 
 from piecework.codegen.entry import plan as ep
 from piecework.codegen.entry.emit import generate_entry
-from piecework.codegen.entry.plan import MadeEntry
 from piecework.codegen.graph.origin import results_of, value_of
 from piecework.runtime import torch_compat
+from piecework.runtime.call.entry import Entry, MadeEntry
 from piecework.runtime.pieces.program import Program
 from piecework.runtime.trace import results
 from piecework.runtime.trace.inputs import Argument, GraphInput, Layout, Size
@@ -18,10 +18,17 @@ from piecework.runtime.trace.writes import mutations_in
 from piecework.runtime.watch.weights import Weight
 
 
-def made_entry(captured: ModelTrace, program: Program) -> MadeEntry:
+def made_entry(captured: ModelTrace, program: Program, as_it_is: Callable[..., object]) -> Entry:
+    """The entry of a trace, bound to the weights that it found."""
     plan = _plan_entry(captured, program)
-    strict = _strict_weights(captured, program)
-    return MadeEntry(plan, generate_entry(plan), strict, torch_compat.autocast_state())
+    made = MadeEntry(
+        generate_entry(plan),
+        _strict_weights(captured, program),
+        torch_compat.autocast_state(),
+        plan.binds,
+        tuple(each.apart for each in plan.not_held),
+    )
+    return Entry(captured.inputs, captured.weights, program, as_it_is, made, lambda: plan)
 
 
 # --- arguments that are, or share written memory with, tensors of the model -----------------------
@@ -102,6 +109,7 @@ def _plan_entry(captured: ModelTrace, program: Program) -> ep.EntryPlan:
         banner=(f"model: {program.name}",),
         parameters=captured.parameters,
         symbols=captured.assumptions.symbols(),
+        names=captured.assumptions.names(),
         guards=captured.assumptions.guards(),
         passed=tuple(_passed(each, captured, numbers) for each in unbound),
         outputs=tuple(e.name if isinstance(e, torch.fx.Node) else "unused" for e in outputs),

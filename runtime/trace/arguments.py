@@ -1,20 +1,16 @@
-"""A call's arguments: names, what can't be traced, what a trace assumed of each parameter."""
+"""A call's arguments: their names, and what can't be traced."""
 
 import inspect
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch.utils import _pytree as pytree
 
-from piecework.codegen.entry.plan import Assumption, FixedValue, Items, Leaf, Node, Parameter, Tree
-from piecework.codegen.plan.literals import is_inline_literal
 from piecework.errors import CaptureError
 from piecework.runtime import torch_compat
 
-Assume = Callable[[int, object], Assumption]
-
-_KIND = {
+KIND = {
     inspect.Parameter.POSITIONAL_ONLY: "/",
     inspect.Parameter.POSITIONAL_OR_KEYWORD: "",
     inspect.Parameter.VAR_POSITIONAL: "*",
@@ -49,8 +45,8 @@ def argument_names(
     """What Dynamo calls each argument of the function that is traced → its parameter's name."""
     signature = signature_of(model)
     parameters = [] if signature is None else list(signature.parameters.values())
-    positional = [p.name for p in parameters if _KIND[p.kind] in ("/", "")]
-    rest = next((p.name for p in parameters if _KIND[p.kind] == "*"), "args")
+    positional = [p.name for p in parameters if KIND[p.kind] in ("/", "")]
+    rest = next((p.name for p in parameters if KIND[p.kind] == "*"), "args")
     names = itertools.chain(positional, (f"{rest}[{n}]" for n in itertools.count()))
     by_place = {f"L['args'][{n}]": name for n, name in zip(range(len(args)), names, strict=False)}
     return by_place | {f"L['kwargs'][{name!r}]": name for name in kwargs}
@@ -85,65 +81,3 @@ def _untraceable(value: object) -> str:
     ):
         return ""
     return f"{kind.__module__}.{kind.__qualname__}"
-
-
-def parameters_of(
-    model: Callable[..., object],
-    args: Sequence[object],
-    kwargs: Mapping[str, object],
-    assume: Assume,
-) -> tuple[Parameter, ...]:
-    """The model's parameters, each with what the trace assumed of its argument."""
-    signature = signature_of(model) or _ANY_ARGUMENTS
-    given = signature.bind(*args, **kwargs).arguments
-    values: dict[int | str, object] = {**dict(enumerate(args)), **kwargs}
-    counts = [len(pytree.tree_leaves(value)) for value in values.values()]
-    first = dict(zip(values, itertools.accumulate(counts, initial=0), strict=False))
-
-    def node(key: int | str, label: str) -> Node:
-        return _node(values[key], label, itertools.count(first[key]), assume)
-
-    found, positional = [], 0
-    for parameter in signature.parameters.values():
-        name, kind = parameter.name, _KIND[parameter.kind]
-        has_default = parameter.default is not inspect.Parameter.empty
-        default = FixedValue(parameter.default) if has_default else None
-        made: Node
-        if kind == "*":
-            count = len(given.get(name, ()))
-            children = tuple(node(positional + i, f"{name}[{i}]") for i in range(count))
-            made = Items(tuple, name, tuple(range(count)), children)
-        elif kind == "**":
-            keys = tuple(given.get(name, {}))
-            made = Items(dict, name, keys, tuple(node(key, key) for key in keys))
-        elif name in kwargs and kind != "/":
-            made = node(name, name)
-        elif name in given:
-            made = node(positional, name)
-            positional += 1
-        else:
-            made = Leaf(-1, name, FixedValue(parameter.default))
-        found.append(Parameter(name, kind, made, default))
-    return tuple(found)
-
-
-#: What a callable without a readable signature takes.
-_ANY_ARGUMENTS = inspect.signature(lambda *args, **kwargs: None)
-
-
-def _node(value: object, label: str, numbers: Iterator[int], assume: Assume) -> Node:
-    """The node for ``value``; its leaves take their numbers from ``numbers``."""
-    kind = type(value)
-    if kind in (list, tuple):
-        keys: tuple[object, ...] = tuple(range(len(value)))  # type: ignore[arg-type]
-    elif kind is dict and all(is_inline_literal(key) for key in value):  # type: ignore[attr-defined]
-        keys = tuple(value)  # type: ignore[arg-type]
-    else:
-        structure = pytree.tree_structure(value)
-        if structure.is_leaf():
-            return Leaf(n := next(numbers), label, assume(n, value))
-        found = zip(leaves_of(value), numbers, strict=False)
-        leaves = tuple(Leaf(n, label + at, assume(n, leaf)) for (at, leaf), n in found)
-        return Tree(label, structure, leaves)
-    children = tuple(_node(value[k], f"{label}[{k!r}]", numbers, assume) for k in keys)  # type: ignore[index]
-    return Items(kind, label, keys, children)

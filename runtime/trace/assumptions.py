@@ -1,10 +1,12 @@
 """What a trace assumed of its inputs: of each argument, symbols with ranges, and guards."""
 
+import inspect
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 from piecework.codegen.entry.plan import (
     Assumption,
@@ -13,18 +15,27 @@ from piecework.codegen.entry.plan import (
     FromLeaf,
     FromSymbol,
     IntegerInput,
+    Items,
+    Leaf,
+    Node,
+    Parameter,
     Passed,
     SameObject,
     Size,
     Symbol,
     TensorInput,
+    Tree,
     UnusedTensor,
     WatchedObject,
 )
+from piecework.codegen.plan.literals import is_inline_literal
 from piecework.codegen.plan.size_text import RESERVED, size_text, symbols_in
 from piecework.runtime import torch_compat
+from piecework.runtime.trace.arguments import KIND, leaves_of, signature_of
 from piecework.runtime.trace.inputs import Example
 from piecework.runtime.watch.values import is_fixed
+
+Assume = Callable[[int, object], Assumption]
 
 
 class Assumptions:
@@ -144,3 +155,65 @@ def _names(values: Sequence[object], wished: Mapping[str, str]) -> dict[str, str
             names[symbol] = f"{wish}_" if wish in RESERVED else wish
             taken.add(names[symbol])
     return names
+
+
+def parameters_of(
+    model: Callable[..., object],
+    args: Sequence[object],
+    kwargs: Mapping[str, object],
+    assume: Assume,
+) -> tuple[Parameter, ...]:
+    """The model's parameters, each with what the trace assumed of its argument."""
+    signature = signature_of(model) or _ANY_ARGUMENTS
+    given = signature.bind(*args, **kwargs).arguments
+    values: dict[int | str, object] = {**dict(enumerate(args)), **kwargs}
+    counts = [len(pytree.tree_leaves(value)) for value in values.values()]
+    first = dict(zip(values, itertools.accumulate(counts, initial=0), strict=False))
+
+    def node(key: int | str, label: str) -> Node:
+        return _node(values[key], label, itertools.count(first[key]), assume)
+
+    found, positional = [], 0
+    for parameter in signature.parameters.values():
+        name, kind = parameter.name, KIND[parameter.kind]
+        has_default = parameter.default is not inspect.Parameter.empty
+        default = FixedValue(parameter.default) if has_default else None
+        made: Node
+        if kind == "*":
+            count = len(given.get(name, ()))
+            children = tuple(node(positional + i, f"{name}[{i}]") for i in range(count))
+            made = Items(tuple, name, tuple(range(count)), children)
+        elif kind == "**":
+            keys = tuple(given.get(name, {}))
+            made = Items(dict, name, keys, tuple(node(key, key) for key in keys))
+        elif name in kwargs and kind != "/":
+            made = node(name, name)
+        elif name in given:
+            made = node(positional, name)
+            positional += 1
+        else:
+            made = Leaf(-1, name, FixedValue(parameter.default))
+        found.append(Parameter(name, kind, made, default))
+    return tuple(found)
+
+
+#: What a callable without a readable signature takes.
+_ANY_ARGUMENTS = inspect.signature(lambda *args, **kwargs: None)
+
+
+def _node(value: object, label: str, numbers: Iterator[int], assume: Assume) -> Node:
+    """The node for ``value``; its leaves take their numbers from ``numbers``."""
+    kind = type(value)
+    if kind in (list, tuple):
+        keys: tuple[object, ...] = tuple(range(len(value)))  # type: ignore[arg-type]
+    elif kind is dict and all(is_inline_literal(key) for key in value):  # type: ignore[attr-defined]
+        keys = tuple(value)  # type: ignore[arg-type]
+    else:
+        structure = pytree.tree_structure(value)
+        if structure.is_leaf():
+            return Leaf(n := next(numbers), label, assume(n, value))
+        found = zip(leaves_of(value), numbers, strict=False)
+        leaves = tuple(Leaf(n, label + at, assume(n, leaf)) for (at, leaf), n in found)
+        return Tree(label, structure, leaves)
+    children = tuple(_node(value[k], f"{label}[{k!r}]", numbers, assume) for k in keys)  # type: ignore[index]
+    return Items(kind, label, keys, children)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import types
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -19,8 +19,7 @@ from piecework.codegen.entry.plan import Parameter
 from piecework.errors import CaptureError
 from piecework.runtime import torch_compat
 from piecework.runtime.counters import counters
-from piecework.runtime.trace.arguments import parameters_of
-from piecework.runtime.trace.assumptions import Assumptions
+from piecework.runtime.trace.assumptions import Assumptions, parameters_of
 from piecework.runtime.trace.dynamic_dims import marks_on, unmarked_afterwards
 from piecework.runtime.trace.errors import capture_error, own_error, refuse_writes
 from piecework.runtime.trace.inputs import (
@@ -58,7 +57,8 @@ _IN_AUTOGRAD = ("is_leaf", "grad_fn", "retains_grad", "_grad_fn", "_backward_hoo
 class ModelTrace:
     """What one trace of a model gave."""
 
-    traced: Callable[[], torch.fx.GraphModule]  # gives the graph
+    # flat placeholders (named after weights, parameters and sizes) and a flat tuple of outputs
+    graph: torch.fx.GraphModule
     inputs: tuple[GraphInput, ...]  # where each placeholder comes from, in order
     # the model's parameters, each with what the trace assumed of its argument
     parameters: tuple[Parameter, ...]
@@ -66,24 +66,10 @@ class ModelTrace:
     # where the model keeps the tensors that the graph reads, and those that the model returns
     weights: BoundWeights
     out_spec: pytree.TreeSpec  # structure of the result
-    # where each leaf of the result comes from; nothing once other weights are bound
+    # where each leaf of the result comes from
     result: tuple[ResultLeaf, ...]
     # flattened arguments that were tensors of the model
     weights_given: frozenset[int] = frozenset()
-
-    @property
-    def graph(self) -> torch.fx.GraphModule:
-        """Flat placeholders (named after weights, parameters, sizes), a flat tuple of outputs."""
-        return self.traced()
-
-    def with_weights(self, weights: BoundWeights) -> ModelTrace:
-        """The same with another binding; nothing of it holds a tensor of the old one."""
-        now = {w.path: t for w, t in zip(weights.traced, weights.tensors, strict=True)}
-        inputs = tuple(
-            replace(each, tensor=now[each.path]) if isinstance(each, Weight) else each
-            for each in self.inputs
-        )
-        return replace(self, weights=weights, inputs=inputs, result=())
 
 
 def trace_once(
@@ -240,7 +226,7 @@ class OpenTrace:
         own = example.held.keys() | {id(tensor) for _, tensor in state.tensors}
         state.tensors.clear()  # who rebinds replaces them
         return ModelTrace(
-            traced=lambda: graph,
+            graph=graph,
             inputs=self.inputs,
             parameters=parameters_of(*example.call, assumptions.assume),
             assumptions=assumptions,

@@ -21,7 +21,6 @@ from piecework.codegen.stitch.bind import filename_of
 from piecework.errors import CaptureError, PieceCompileError, StaticGraphError
 from piecework.runtime import torch_compat
 from piecework.runtime.call.entry import Entry
-from piecework.runtime.call.example_call import example_call
 from piecework.runtime.call.profile_names import layer_by_line, named_pieces
 from piecework.runtime.observe.dump import generated_sources
 from piecework.runtime.pieces.backend import PieceworkBackend
@@ -151,19 +150,21 @@ class TracedModel:
         """Where a trace of a single row has its batch, as this one has a larger one."""
         from piecework.runtime.graphs.plan.batch_shape import batch_dims
 
-        return batch_dims(self.entry.captured, self.program)
+        return batch_dims(self.entry, self.program)
 
     def call_of(self, size: int, options: CaptureOptions) -> Call:
         """A call with a batch of ``size``, zeros, and the captured value of every other size."""
         from piecework.runtime.graphs.plan.batch_shape import batch_shape
 
-        shape = batch_shape(self.entry.captured, self.program, options.other_sizes)
+        shape = batch_shape(self.entry, self.program, options.other_sizes)
         return self._call_of(size, shape)
 
     def _call_of(self, size: int, shape: BatchShape) -> Call:
-        captured = self.entry.captured
-        symbols = {each.name: max(each.low or 0, 2) for each in captured.assumptions.symbols()}
-        return example_call(captured.parameters, symbols | shape.sizes(size))
+        from piecework.runtime.call.example_call import example_call
+
+        plan = self.entry.plan()
+        symbols = {each.name: max(each.low or 0, 2) for each in plan.symbols}
+        return example_call(plan.parameters, symbols | shape.sizes(size))
 
     def measure(self, *, seconds: float) -> Iterator[MeasuredSize]:
         """Time each captured size eager, uncaptured, and as it was captured."""
@@ -242,8 +243,7 @@ def trace_model(
         phases = {"capture": tracing, **made.phases}
         report = replace(made.compiled, layers=layers.text)
         program = replace(made, phases=phases, compiled=report)
-        captured = traced.closed()
-        entry = Entry(captured, program, as_it_is, made_entry(captured, program))
+        entry = made_entry(traced.closed(), program, as_it_is)
         backend.compiler_manager.write_entry(entry.source.code)
         return TracedModel(model, as_it_is, backend, program, entry)
     raise _clearest(failures)

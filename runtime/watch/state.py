@@ -9,12 +9,11 @@ import json
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
 from piecework.code_objects import cells_of
-from piecework.codegen.entry.plan import Parameter
 from piecework.errors import InputError
 from piecework.runtime import torch_compat
 from piecework.runtime.torch_compat import Place
@@ -23,6 +22,9 @@ from piecework.runtime.watch.judge import Judge, ValueJudge
 from piecework.runtime.watch.looks import METHOD, Looks, function_of, method_guards, method_looks
 from piecework.runtime.watch.places import LookUps, is_argument
 from piecework.runtime.watch.values import ONE_OBJECT, PlainValue, plain_values
+
+if TYPE_CHECKING:
+    from piecework.codegen.entry.plan import Parameter
 
 _PACKAGE = __name__.partition(".")[0]
 ArgumentCheck = Callable[[Sequence[Any]], InputError | None]
@@ -202,7 +204,7 @@ class TracedState:
 
     # --- arguments --------------------------------------------------------------------------------------
 
-    def argument_check(self, parameters: Sequence[Parameter]) -> ArgumentCheck | None:
+    def argument_check(self, parameters: Sequence["Parameter"]) -> ArgumentCheck | None:
         """Says what ``check_inputs`` leaves of arguments, a value each; None for nothing."""
         orders = {p.name: tuple(p.node.keys) for p in parameters if p.kind == "**"}  # type: ignore[union-attr]
         if not self.arguments.guards and not any(orders.values()):

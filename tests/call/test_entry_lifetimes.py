@@ -53,7 +53,7 @@ def test_no_more_is_alive_than_under_the_interpreter(backend: str) -> None:
     stitched, x = stitch(torch.randn(4, 8), backend), torch.randn(16, 8)
     nodes = stitched.split_gm.graph.find_nodes(op="placeholder")
     inputs = []
-    for node, source in zip(nodes, stitched.captured.inputs, strict=True):
+    for node, source in zip(nodes, stitched.traces[0].entry.inputs, strict=True):
         tensor = getattr(source, "tensor", None)
         symbolic = isinstance(node.meta["example_value"], torch.SymInt)
         inputs.append(tensor if tensor is not None else 16 if symbolic else x)

@@ -141,7 +141,7 @@ def test_a_direct_piece_returns_what_the_artifact_returns() -> None:
     stitched = stitch(Model(), "inductor")
     piece = stitched.program.backends["submod_0"].entries[None].compiled
     assert piece.direct is not None
-    held = stitched.captured.weights
+    held = stitched.traces[0].entry.now.weights
     paths = [each.path.replace(".", "_") for each in held.traced]
     known = dict(zip(paths, held.tensors, strict=True)) | {"x": torch.randn(3, 8)}
     node = next(n for n in stitched.split_gm.graph.nodes if n.target == "submod_0")

@@ -163,8 +163,7 @@ def main(mode: str) -> object:
         case "save" | "load":
             model = build("inside")
             before = piecework.counters.num_graphs_seen
-            place = f"{FOLDER}/rank_{RANK}"
-            how = {"config": {"backend": "eager"}, "artifact": place}
+            how = {"config": {"backend": "eager"}, "artifact": f"{FOLDER}/rank_{RANK}"}
             stitched = piecework.compile(model, (inputs(3),), **how)
             traced = piecework.counters.num_graphs_seen - before
             return {"right": right(stitched, model), "traced": traced}

@@ -85,7 +85,7 @@ SEVERAL: dict[str, tuple[Callable[..., Any], Make]] = {
 def test_every_size_is_eagers(name: str) -> None:
     model, make = {**ONE, **SEVERAL}[name]
     stitched = piecework.compile(model, (make(6),), config={"backend": "eager"})
-    lowest = [each.low for each in stitched.traces[0].entry.made.plan.symbols]
+    lowest = [each.low for each in stitched.traces[0].entry.plan().symbols]
     assert (lowest[0] == 0) is (name in ONE)
     for count in (5, 2, 1, 0):
         x = make(count)
@@ -124,7 +124,7 @@ def test_a_compiler_that_is_wrong_for_one_row_is_found_out() -> None:
     model = nn.Linear(8, 4)
     config = {"backend": f"{__name__}.WrongForOne"}
     stitched = piecework.compile(model, (torch.randn(6, 8),), config=config)
-    assert next(iter(stitched.traces[0].entry.made.plan.symbols)).low == 2
+    assert next(iter(stitched.traces[0].entry.plan().symbols)).low == 2
 
 
 class WrongForOne(EagerAdaptor):

@@ -106,12 +106,12 @@ def test_the_program_is_that_of_a_trace_of_every_layer(
     assert str(alike.report().layers).startswith(shared)
     assert each.report().layers == ""
     assert all(kind.forward is own for kind, own in forwards.items())
-    one, other = (stitched.captured.graph.graph for stitched in (alike, each))
+    one, other = (stitched.program.graph.graph for stitched in (alike, each))
     assert [n.target for n in one.nodes if n.op == "call_function"] == [
         n.target for n in other.nodes if n.op == "call_function"
     ]
-    assert [w.path for w in alike.captured.weights.traced] == [
-        w.path for w in each.captured.weights.traced
+    assert [w.path for w in alike.traces[0].entry.now.weights.traced] == [
+        w.path for w in each.traces[0].entry.now.weights.traced
     ]
     comments = [[line for line in s.source.code.splitlines() if "#" in line] for s in (alike, each)]
     assert comments[0] == comments[1]

@@ -159,7 +159,7 @@ def test_a_change_of_what_the_trace_read_is_refused(
     init: str, read: str, change: str, calls: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with Changing(init, read, change) as run:
-        bound = run.stitched.captured.weights.accepted()  # another one, which nobody has asked yet
+        bound = run.stitched.traces[0].entry.now.weights.accepted()  # which nobody has asked yet
         for _ in range(calls):
             run.check()
         with monkeypatch.context() as patched:  # no guard is asked while nothing is written

@@ -43,7 +43,7 @@ class Model(nn.Module):
 
 def read_by(model: nn.Module) -> SavedState:
     stitched = piecework.compile(model, (torch.randn(3, 4),), config=EAGER)
-    state = stitched.captured.weights.state
+    state = stitched.traces[0].entry.now.weights.state
     assert not state.untold()
     return state.saved()
 
@@ -90,9 +90,9 @@ def test_what_the_model_and_an_argument_share_is_compared_in_each_call() -> None
 
     model, given = Sharing().eval(), {"level": Level.LOW}
     stitched = piecework.compile(model, (torch.randn(3, 4),), given, config=EAGER)
-    loaded = TracedState.loaded(stitched.captured.weights.state.saved(), model)
+    loaded = TracedState.loaded(stitched.traces[0].entry.now.weights.state.saved(), model)
     assert not loaded.difference()
-    check = loaded.argument_check(stitched.captured.parameters)
+    check = loaded.argument_check(stitched.traces[0].entry.plan().parameters)
     assert check((torch.randn(2, 4), Level.LOW)) is None
     assert "level" in str(check((torch.randn(2, 4), Level.HIGH)))
 
@@ -108,7 +108,7 @@ def test_what_another_process_could_not_look_up_is_said_to_be_untold() -> None:
             return x + 1 if self.own in self.chosen else x
 
     stitched = piecework.compile(Choosing(), (torch.randn(3, 4),), config=EAGER)
-    assert "chosen" in stitched.captured.weights.state.untold()
+    assert "chosen" in stitched.traces[0].entry.now.weights.state.untold()
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,9 @@ from piecework.codegen.graph.origin import results_of, value_of
 from piecework.codegen.plan.size_text import evaluate, symbols_in
 from piecework.errors import ConfigError, StaticGraphError
 from piecework.runtime import torch_compat
+from piecework.runtime.call.entry import Entry
 from piecework.runtime.pieces.program import Program
 from piecework.runtime.trace.inputs import Argument, GraphInput, Layout, Size
-from piecework.runtime.trace.one_trace import ModelTrace
 from piecework.runtime.trace.writes import mutations_in, refuse_mutations
 from piecework.runtime.watch.weights import Weight
 
@@ -108,40 +108,38 @@ class BatchShape:
         return None
 
 
-def batch_dims(captured: ModelTrace, program: Program) -> dict[int, int]:
+def batch_dims(entry: Entry, program: Program) -> dict[int, int]:
     found = {}
-    nodes = captured.graph.graph.find_nodes(op="placeholder")
-    for node, each in zip(nodes, captured.inputs, strict=True):
+    nodes = program.graph.graph.find_nodes(op="placeholder")
+    for node, each in zip(nodes, entry.inputs, strict=True):
         symbols = [torch_compat.symbol_of(n) for n in getattr(value_of(node), "shape", ())]
         if isinstance(each, Argument) and program.batch.symbol in symbols:
             found[each.leaf] = symbols.index(program.batch.symbol)
     return found
 
 
-def passed_inputs(
-    captured: ModelTrace, program: Program
-) -> Iterator[tuple[torch.fx.Node, GraphInput]]:
+def passed_inputs(entry: Entry, program: Program) -> Iterator[tuple[torch.fx.Node, GraphInput]]:
     """The placeholders that are arguments of ``execution_fn``: all but weights its source holds."""
     bound = {row.path for row in program.source.module.bound}
     nodes = program.split_gm.graph.find_nodes(op="placeholder")
-    for node, each in zip(nodes, captured.inputs, strict=True):
+    for node, each in zip(nodes, entry.inputs, strict=True):
         if not (isinstance(each, Weight) and each.path in bound):
             yield node, each
 
 
 def batch_shape(
-    captured: ModelTrace, program: Program, given: OtherSizes, fixed: FixedDims | None = None
+    entry: Entry, program: Program, given: OtherSizes, fixed: FixedDims | None = None
 ) -> BatchShape:
     if fixed is None and program.batch.symbol is None:
         why = "no input has a dynamic batch dimension, so there is nothing to capture sizes of"
         hint = "mark the batch dimension with torch._dynamo.mark_dynamic and compile again"
         raise StaticGraphError(why, where="capture", hint=hint)
     symbol = program.batch.symbol if fixed is None else None
-    passed = list(passed_inputs(captured, program))
-    others = _other_sizes(captured, passed, symbol, given, fixed)
+    passed = list(passed_inputs(entry, program))
+    others = _other_sizes(entry, passed, symbol, given, fixed)
     symbols = {s for s, each in others.items() if each.value is None} | ({symbol} - {None})
     names = tuple(each.name for each in program.source.module.entry.parameters)
-    written, written_weights = _written(captured, program)
+    written, written_weights = _written(entry, program)
     staged: list[StagedInput] = []
     numbers: dict[int, int | None] = {}
     weights: dict[int, str] = {}
@@ -150,7 +148,7 @@ def batch_shape(
         if isinstance(each, Weight):
             weights[position] = each.path
         elif isinstance(each, Layout):
-            raise _not_dense(_argument_of(captured, each))
+            raise _not_dense(_argument_of(entry, each))
         elif isinstance(fake, torch.Tensor):
             dims = [d for d, n in enumerate(fake.shape) if torch_compat.symbol_of(n) in symbols]
             if fixed is not None and each.leaf in fixed:
@@ -173,8 +171,8 @@ def batch_shape(
         why = "the graph reads the batch size alone, and no tensor of the batch"
         hint = "there is nothing to replay; don't capture this model"
         raise StaticGraphError(why, where="capture", hint=hint)
-    rows = {each.name: each for each in captured.assumptions.symbols()}
-    known = rows.get(captured.assumptions.names().get(symbol or "", ""), Symbol(""))
+    rows = {each.name: each for each in entry.plan().symbols}
+    known = rows.get(entry.plan().names.get(symbol or "", ""), Symbol(""))
     batch = known if fixed is None else Symbol("", 1, 1)
     return BatchShape(
         names=names,
@@ -187,7 +185,7 @@ def batch_shape(
         symbols=frozenset(symbols),
         low=max(1, batch.low or 1),
         high=batch.high,
-        guards=captured.assumptions.guards(),
+        guards=entry.plan().guards,
         symbol=batch.name,
     )
 
@@ -198,7 +196,7 @@ def _fixed_size(size: object, others: Mapping[str, OtherSize]) -> int:
 
 
 def _other_sizes(
-    captured: ModelTrace,
+    entry: Entry,
     passed: Sequence[tuple[torch.fx.Node, GraphInput]],
     batch: str | None,
     given: OtherSizes,
@@ -214,7 +212,7 @@ def _other_sizes(
         elif isinstance(each, Argument):
             places.append((each.name, value, position, None))
         elif isinstance(each, Size):
-            label = f"{_argument_of(captured, each)}.{each.dim}"
+            label = f"{_argument_of(entry, each)}.{each.dim}"
             places.append((label, value, position, None))
     dynamic = {label: size for label, size, *_ in places if torch_compat.symbols_in(size)}
     of_batch = [n for n in dynamic if batch and torch_compat.symbol_of(dynamic[n]) == batch]
@@ -226,7 +224,7 @@ def _other_sizes(
         why = f"no dynamic size {unknown[0]!r}"
         hint = f"there are: {', '.join(sorted(dynamic.keys() & known)) or 'none'}"
         raise ConfigError(why, where="other_sizes", hint=hint)
-    rows = {each.name: each for each in captured.assumptions.symbols()}
+    rows = {each.name: each for each in entry.plan().symbols}
     found: dict[str, OtherSize] = {}
     for label, size, position, dim in places:
         symbol = torch_compat.symbol_of(size)
@@ -243,7 +241,7 @@ def _other_sizes(
                 hint=f"pass the value to capture, such as other_sizes={{{label!r}: 16}}, or "
                 "'batch' if it always equals that",
             )
-        name = captured.assumptions.names().get(symbol or "", "")
+        name = entry.plan().names.get(symbol or "", "")
         row = rows.get(name)
         if symbol is None or (row is None and value is not None):
             why = "has a size that is computed from several, which can't be staged"
@@ -271,8 +269,8 @@ def _not_dense(name: str) -> StaticGraphError:
     return StaticGraphError(why, where=f"input {name}", hint=hint)
 
 
-def _argument_of(captured: ModelTrace, each: Size | Layout) -> str:
-    arguments = (a for a in captured.inputs if isinstance(a, Argument))
+def _argument_of(entry: Entry, each: Size | Layout) -> str:
+    arguments = (a for a in entry.inputs if isinstance(a, Argument))
     return next((a.name for a in arguments if a.leaf == each.leaf), each.name)
 
 
@@ -301,11 +299,11 @@ def _results(
         yield ResultRule(dims, argument=arguments.get(id(value)), earlier=before)
 
 
-def _written(captured: ModelTrace, program: Program) -> tuple[list[str], list[str]]:
+def _written(entry: Entry, program: Program) -> tuple[list[str], list[str]]:
     """The arguments and the weights that the graph writes to; in a piece, weights are refused."""
     split_gm, pieces = program.split_gm, program.source.submod_names
     nodes = split_gm.graph.find_nodes(op="placeholder")
-    pairs = list(zip(nodes, captured.inputs, strict=True))
+    pairs = list(zip(nodes, entry.inputs, strict=True))
     weights = {node.name: each.path for node, each in pairs if isinstance(each, Weight)}
     refuse_mutations(split_gm, pieces, weights)
     every = [item.submod_name for item in program.items]

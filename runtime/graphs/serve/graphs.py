@@ -74,7 +74,7 @@ class CapturedGraphs:
         self._entry, self._program, self.options = entry, program, options
         config, split_gm = program.config, program.split_gm
         self.context_for = options.context_for or plain_context
-        self.shape = shape = batch_shape(entry.captured, program, options.other_sizes, fixed)
+        self.shape = shape = batch_shape(entry, program, options.other_sizes, fixed)
         self._between = [item.submod_name for item in program.items if item.is_splitting_graph]
         declared = full_graphs_of(split_gm, self._between)
         # ``lowered``: why less is captured than the mode that was asked for; "" if it isn't.
@@ -85,7 +85,7 @@ class CapturedGraphs:
         whole = self.dispatcher.cudagraph_keys[_FULL]
         captured = every if whole else list(program.source.submod_names)
         require_sizes_only(split_gm, captured)
-        self._parameters = [node for node, _ in passed_inputs(entry.captured, program)]
+        self._parameters = [node for node, _ in passed_inputs(entry, program)]
         # Of one execution; a change retires these graphs instead of reaching them.
         self.forward, self.weights = entry.now.function, by_path_of(entry.now.weights)
         copies = config.cudagraph_copy_inputs
