@@ -5,12 +5,11 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.fx
 from torch.fx.immutable_collections import immutable_dict, immutable_list
-from torch.utils._pytree import tree_map
 
 from piecework.codegen.graph.origin import node_where, value_of
 from piecework.codegen.graph.structure import attribute_of, structure_of
@@ -141,9 +140,6 @@ def same_constant(left: object, right: object) -> bool:
     return same_literal(left, right)
 
 
-# --- the graph -------------------------------------------------------------------------------------
-
-
 @dataclass(slots=True)
 class GraphRun:
     """What a graph did, and what it returned."""
@@ -170,27 +166,44 @@ def run_graph(split_gm: torch.fx.GraphModule, linked: Linkage) -> GraphRun:
     return run
 
 
-class _Interpreter(torch.fx.Interpreter):
+class _Interpreter:
     """Runs one graph on tokens, and those that it calls."""
 
     def __init__(
         self, gm: torch.fx.GraphModule, run: GraphRun, linked: Linkage, prefix: str
     ) -> None:
-        super().__init__(gm, garbage_collect_values=False)
-        self.extra_traceback = False
-        self.recorded, self.linked, self.prefix = run, linked, prefix
+        self.module, self.recorded, self.linked, self.prefix = gm, run, linked, prefix
+        self.values: dict[torch.fx.Node, Any] = {}
         regions = regions_in(gm.graph)
         self.regions = {each.leave: "closes" for each in regions}
         self.regions |= {each.enter: "opens" for each in regions}
 
-    def run_node(self, node: torch.fx.Node) -> Any:
-        held = node.args, node.kwargs
-        if self.prefix:  # run for each call, which makes a list that a node holds anew in a text
-            held = tree_map(lambda leaf: leaf, held)
-        args, kwargs = cast("tuple[Any, Any]", self.map_nodes_to_values(held, node))
+    def run(self, *tokens: Any) -> Any:
+        given = iter(tokens)
+        for node in self.module.graph.nodes:
+            # One token for what a star collects.
+            value = next(given) if node.op == "placeholder" else self._run_node(node)
+            if node.op == "output":
+                return value
+            self.values[node] = value
+        return None
+
+    def _operand(self, value: Any) -> Any:
+        """A node's value; lists and dicts are made anew, as a text does each time that it runs."""
+        kind = type(value)
+        if kind is torch.fx.Node:
+            return self.values[value]
+        if kind is tuple or kind in _LISTS:
+            return kind(map(self._operand, value))
+        if kind in _DICTS:
+            return {key: self._operand(each) for key, each in value.items()}
+        if kind is slice:
+            return slice(*map(self._operand, (value.start, value.stop, value.step)))
+        return kind(*map(self._operand, value)) if hasattr(kind, "_fields") else value
+
+    def _run_node(self, node: torch.fx.Node) -> Any:
+        args, kwargs = self._operand(node.args), self._operand(node.kwargs)
         match node.op:
-            case "placeholder":
-                return next(self.args_iter)  # one token for what a star collects
             case "call_module":
                 return self._call_module(node, args, kwargs)
             case "call_method":
@@ -210,7 +223,7 @@ class _Interpreter(torch.fx.Interpreter):
             why = f"module {path!a} is not among the names of __vllm_submods__"
             raise EmitError(why, where=node_where(node))
         bound: Any = [value for _, value in bind_call(node, callee)]
-        given: Any = self.map_nodes_to_values(bound, node)
+        given: Any = self._operand(bound)
         result = _Interpreter(callee, self.recorded, self.linked, path).run(*given)
         if isinstance(result, Token) and result.size is None:
             result.size = _size(node, None)

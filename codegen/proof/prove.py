@@ -8,7 +8,7 @@ import ast
 import builtins
 import operator
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FunctionType
 from typing import Any, NoReturn
 
@@ -41,13 +41,13 @@ _SIGNS: Mapping[str, Callable[..., object]] = {
     **{"Gt": operator.gt, "GtE": operator.ge, "USub": operator.neg, "UAdd": operator.pos},
     **{"Invert": operator.invert, "Not": operator.not_},
 }
-_SYNTAX = (
+_SYNTAX = {
     *(ast.Module, ast.Import, ast.alias, ast.FunctionDef, ast.arguments, ast.arg),
     *(ast.Assign, ast.Expr, ast.Delete, ast.Return, ast.Try, ast.Pass),
     *(ast.Name, ast.Constant, ast.Tuple, ast.List, ast.Dict, ast.Attribute, ast.Subscript),
     *(ast.Call, ast.keyword, ast.Slice, ast.UnaryOp, ast.BinOp, ast.Compare),
-    *(ast.expr_context, ast.unaryop, ast.operator, ast.cmpop),
-)
+    *(sign for kind in (ast.unaryop, ast.operator, ast.cmpop) for sign in kind.__subclasses__()),
+}
 _STATEMENTS = (ast.Assign, ast.Expr, ast.Delete, ast.Return, ast.Pass)
 _PROOF, _DEFAULTS, _FILE = "__proof__", "__entry_defaults__", "<proof>"
 
@@ -60,11 +60,13 @@ def linkage_of(module: ir.Module, options: ir.LowerOptions, consts: Sequence[obj
     return Linkage(module.submod_names, consts, bound, options.direct)
 
 
-def prove(code: str, split_gm: torch.fx.GraphModule, linked: Linkage) -> Proof:
+def prove(
+    code: str, split_gm: torch.fx.GraphModule, linked: Linkage, tree: ast.Module | None = None
+) -> Proof:
     """Prove that ``code`` computes what ``split_gm`` computes, in the same order."""
     graph = run_graph(split_gm, linked)
     try:
-        text = Reporting(code, graph.held)
+        text = Reporting(code, tree or parsed(code), graph.held)
         return TextRun(code, graph, linked).prove(text)
     except RecursionError as error:
         why = "functions of the text call each other, or are nested, too deeply"
@@ -80,44 +82,34 @@ def _line_of(code: str, line: int) -> str:
     return f"line {line}: {lines[line - 1].strip() if 0 < line <= len(lines) else ''}"
 
 
-class Reporting(ast.NodeTransformer):
-    """A text as a syntax tree in which calls, signs, attributes and items are reports."""
+def parsed(code: str) -> ast.Module:
+    """The syntax tree of a text; `EmitError` if it is not Python."""
+    try:
+        return ast.parse(code)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise EmitError(f"stitching source is not Python: {error}") from error
 
-    def __init__(self, code: str, held: Mapping[str, object], entry: str = ENTRY_NAME) -> None:
+
+class Reporting(ast.NodeTransformer):
+    """A text as a syntax tree, which was ``tree``; calls, signs, attributes and items report."""
+
+    def __init__(
+        self, code: str, tree: ast.Module, held: Mapping[str, object], entry: str = ENTRY_NAME
+    ) -> None:
         self.code, self.entry = code, entry
         self.statements = 0
         self.stars: list[str] | None = None  # the kinds of the entry's parameters
         self.takes_submods = False
         self._region = ""  # what the statement that is read may do with one
-        try:
-            tree = ast.parse(code)
-        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-            raise EmitError(f"stitching source is not Python: {error}") from error
-        imports: set[str] = set()
-        bound = {*held}
-        for node in ast.walk(tree):
-            if not isinstance(node, _SYNTAX):
-                self._no_part(node)
-            match node:
-                case ast.Name(name) if not isinstance(node.ctx, ast.Load):
-                    bound.add(name)
-                case ast.arg(arg=name) | ast.FunctionDef(name=name):
-                    bound.add(name)
-                case ast.Name(name) if name in (CONSTS, SUBMODS):
-                    continue
-                case ast.Name(name):
-                    pass
-                case ast.Import(names):
-                    imports |= {each.name.partition(".")[0] for each in names}
-                    if any(each.asname for each in names):
-                        self.refuse(node, "import ... as is not part of emitted modules")
-                    continue
-                case _:
-                    continue
-            if name.startswith("__") and not (isinstance(node, ast.arg) and name == SUBMODS):
-                self.refuse(node, f"{name!a} is a name that no text may bind or read")
-        self._paths = {*imports, *dir(builtins)} - bound
-        self.tree = ast.fix_missing_locations(self.visit(tree))
+        bound, imports = {*held, *_targets(tree.body)}, set[str]()
+        for stmt in tree.body:
+            if isinstance(stmt, ast.Import):
+                imports |= {each.name.partition(".")[0] for each in stmt.names}
+                if any(each.asname for each in stmt.names):
+                    self.refuse(stmt, "import ... as is not part of emitted modules")
+        # Of the others only names are read: no text may read ``__import__``.
+        self._paths = {e for e in {*imports, *dir(builtins)} - bound if not e.startswith("__")}
+        self.tree = self.visit(tree)
         if self.stars is None:
             raise EmitError(f"the text defines no function {entry}")
 
@@ -127,8 +119,18 @@ class Reporting(ast.NodeTransformer):
     def _no_part(self, node: ast.AST) -> NoReturn:
         self.refuse(node, f"{type(node).__name__} is not part of emitted text there")
 
+    def _require_open(self, at: ast.AST, name: str, *but: str) -> None:
+        if name.startswith("__") and name not in but:
+            self.refuse(at, f"{name!a} is a name that no text may bind or read")
+
     def visit(self, node: Any) -> Any:
         match node:
+            case ast.Constant() | ast.expr_context():
+                return node
+            case ast.Name(name):
+                read = (CONSTS, SUBMODS) if isinstance(node.ctx, ast.Load) else ()
+                self._require_open(node, name, *read)
+                return node
             case ast.expr() if is_literal(node):
                 return node
             case ast.Module():
@@ -140,13 +142,13 @@ class Reporting(ast.NodeTransformer):
             case ast.Attribute() | ast.Subscript() if not isinstance(node.ctx, ast.Load):
                 self.refuse(node, "only names are assigned to and deleted")
             case ast.Attribute(value, name) if not self._is_path(node):
-                return self._report(node, "attribute", self.visit(value), ast.Constant(name))
+                return self._report(node, "attribute", self.visit(value), _constant(name))
             case ast.Subscript(value, index) if not _is_entry(node, CONSTS, SUBMODS):
                 return self._report(node, "item", self.visit(value), self.visit(index))
             case ast.Attribute() | ast.Subscript():
                 return node
             case ast.Slice(lower, upper, step):
-                given = [each or ast.Constant(None) for each in (lower, upper, step)]
+                given = [each or _constant(None) for each in (lower, upper, step)]
                 return self._report(node, "part", *map(self.visit, given))
             case ast.UnaryOp(sign, operand):
                 return self._sign(node, sign, operand)
@@ -154,6 +156,8 @@ class Reporting(ast.NodeTransformer):
                 return self._sign(node, sign, left, right)
             case ast.Compare():
                 self._no_part(node)
+        if type(node) not in _SYNTAX:
+            self._no_part(node)
         return self.generic_visit(node)
 
     # --- statements --------------------------------------------------------------------------------
@@ -173,6 +177,9 @@ class Reporting(ast.NodeTransformer):
     def _function(self, function: ast.FunctionDef) -> list[ast.stmt]:
         given, is_entry = function.args, function.name == self.entry
         names = [each for each in ast.walk(given) if isinstance(each, ast.arg)]
+        self._require_open(function, function.name)
+        for each in names:
+            self._require_open(each, each.arg, SUBMODS)
         noted = [each.annotation for each in names] + [function.returns, *function.decorator_list]
         if any(noted) or getattr(function, "type_params", None):
             self.refuse(function, "decorators and annotations are not part of emitted modules")
@@ -181,16 +188,18 @@ class Reporting(ast.NodeTransformer):
         more += [] if is_entry else [*given.defaults, *(each for _, each in stars if each)]
         if more or [each.arg for each in given.kwonlyargs] not in ([], [SUBMODS]):
             self.refuse(function, f"the only parameter that is not plain is {SUBMODS}")
-        function.body = self._block(function.body) or [ast.Pass()]
+        function.body = self._block(function.body) or [ast.Pass(**_FIRST)]
         if not is_entry:
             return [function]
         self.takes_submods = bool(given.kwonlyargs)
         self.stars = ["" for _ in given.args] + [kind for kind, each in stars if each]
         # It is run with one token for what a star collects; its defaults are read for themselves.
-        defaults = ast.Tuple([self.visit(each) for each in given.defaults], ast.Load())
+        found = [self.visit(each) for each in given.defaults]
+        defaults = ast.Tuple(found, ast.Load(), **_FIRST)
         given.args += [each for _, each in stars if each]
         given.vararg, given.kwarg, given.defaults = None, None, []
-        return [ast.Assign([ast.Name(_DEFAULTS, ast.Store())], defaults), function]
+        kept = ast.Name(_DEFAULTS, ast.Store(), **_FIRST)
+        return [ast.Assign([kept], defaults, **_FIRST), function]
 
     def _block(self, body: Sequence[ast.stmt], region: str = "") -> list[ast.stmt]:
         """The statements of a block."""
@@ -217,32 +226,62 @@ class Reporting(ast.NodeTransformer):
     def _report(
         self, node: ast.expr, kind: str, *parts: ast.expr, keywords: Sequence[ast.keyword] = ()
     ) -> ast.expr:
-        method = ast.Attribute(ast.Name(_PROOF, ast.Load()), kind, ast.Load())
-        at = ast.Constant((node.lineno, self._region))  # type: ignore[arg-type]
-        return ast.copy_location(ast.Call(method, [at, *parts], [*keywords]), node)
+        line = node.lineno
+        given = [_constant((line, self._region)), *parts]
+        call = ast.Call(_METHODS[kind], given, [*keywords], **_FIRST)
+        call.lineno = call.end_lineno = line
+        return call
 
     def _call(self, node: ast.Call) -> ast.expr:
         match node.func:
             case ast.Attribute(value, name) if not self._is_path(node.func):
-                kind, head = "method", [self.visit(value), ast.Constant(name)]
+                kind, head = "method", [self.visit(value), _constant(name)]
             case ast.Call(ast.Name("getattr"), [value, ast.Constant(str(name))], []):
-                kind, head = "method", [self.visit(value), ast.Constant(name)]
+                kind, head = "method", [self.visit(value), _constant(name)]
             case function:
                 kind, head = "called", [self.visit(function)]
-        keywords = [self.visit(each) for each in node.keywords]
-        return self._report(node, kind, *head, *map(self.visit, node.args), keywords=keywords)
+        for each in node.keywords:
+            each.value = self.visit(each.value)
+        given = map(self.visit, node.args)
+        return self._report(node, kind, *head, *given, keywords=node.keywords)
 
     def _sign(self, node: ast.expr, sign: ast.AST, *operands: ast.expr) -> ast.expr:
         name = type(sign).__name__
         if name not in _SIGNS:
             self._no_part(node)
-        return self._report(node, "sign", ast.Constant(name), *map(self.visit, operands))
+        return self._report(node, "sign", _constant(name), *map(self.visit, operands))
 
     def _is_path(self, node: ast.expr) -> bool:
         """Whether ``node`` is read off an import or a builtin."""
         while isinstance(node, ast.Attribute):
             node = node.value
         return isinstance(node, ast.Name) and node.id in self._paths
+
+
+# Where a made node lies that can't fail; only a report has a line.
+_FIRST: dict[str, Any] = {"lineno": 1, "col_offset": 0, "end_lineno": 1, "end_col_offset": 0}
+_METHODS = {
+    kind: ast.Attribute(ast.Name(_PROOF, ast.Load(), **_FIRST), kind, ast.Load(), **_FIRST)
+    for kind in ("called", "method", "attribute", "item", "part", "sign")
+}
+
+
+def _constant(value: object) -> ast.Constant:
+    return ast.Constant(value, **_FIRST)  # type: ignore[arg-type]
+
+
+def _targets(body: Sequence[ast.stmt]) -> Iterator[str]:
+    """The names that statements and those in them bind or delete, and parameters."""
+    for stmt in body:
+        if isinstance(stmt, ast.FunctionDef):
+            parameters = (each for each in ast.walk(stmt.args) if isinstance(each, ast.arg))
+            yield from (stmt.name, *(each.arg for each in parameters))
+        yield from _targets([*getattr(stmt, "body", ()), *getattr(stmt, "finalbody", ())])
+        found = [*getattr(stmt, "targets", ())]
+        for each in found:
+            if isinstance(each, ast.Name):
+                yield each.id
+            found += getattr(each, "elts", ())
 
 
 def _is_entry(node: ast.expr, *tables: str) -> bool:

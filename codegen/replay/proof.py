@@ -7,7 +7,7 @@ import torch.fx
 from torch.utils import _pytree as pytree
 
 from piecework.codegen.proof.graph_run import Named, Token, run_graph, same_constant
-from piecework.codegen.proof.prove import At, Reporting, TextRun, linkage_of, refuse
+from piecework.codegen.proof.prove import At, Reporting, TextRun, linkage_of, parsed, refuse
 from piecework.codegen.replay.plan import Held, ReplayFacts, ReplaySource, Staged
 from piecework.codegen.stitch.source import StitchedSource
 from piecework.errors import EmitError
@@ -45,7 +45,8 @@ class _ReplayRun(TextRun):
         self.due: dict[tuple[int, int | None], object] = {}  # what is to be brought back
 
     def check(self) -> None:
-        self.prove(Reporting(self.code, self.scope, self.replay.module.entry.name))
+        tree, name = parsed(self.code), self.replay.module.entry.name
+        self.prove(Reporting(self.code, tree, self.scope, name))
         if self.filled or self.due:
             raise EmitError("the text stages or brings back an operand that no replay has")
         if not self.staged:
@@ -72,8 +73,6 @@ class _ReplayRun(TextRun):
             return held
         result = self.calls[self.submods[held.piece]].result
         return result if held.at is None else result.element(held.at)
-
-    # --- what the text reports ---------------------------------------------------------------------
 
     def called(self, at: At, target: object, /, *args: object, **kwargs: object) -> object:
         if not isinstance(target, Held):

@@ -56,16 +56,12 @@ def generate_source(
     with collector_paused():
         module, consts = lower(split_gm, options)
         code = stitched_text(module)
-        linked = linkage_of(module, options, consts)
-        return StitchedSource(
-            code=code,
-            submod_names=module.submod_names,
-            consts=tuple(consts),
-            lines=line_map(module, ast.parse(code)),
-            module=module,
-            options=options,
-            proof=prove(code, split_gm, linked),
-        )
+        tree = ast.parse(code)
+        lines = line_map(module, tree)
+        proof = prove(code, split_gm, linkage_of(module, options, consts), tree)
+        del tree  # which the proof has made its own: the collector shall not look at it
+    names = module.submod_names
+    return StitchedSource(code, names, tuple(consts), lines, module, options, proof)
 
 
 def _require_graph(split_gm: object) -> None:
