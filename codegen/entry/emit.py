@@ -96,8 +96,6 @@ class _Entry:
             parts.append(f"{keyword}={value}" if parameter.kind == "k" else f"{stars}{value}")
         return f"{function}({', '.join(parts)})"
 
-    # --- check_inputs ----------------------------------------------------------------------------
-
     def _handed(self) -> tuple[str, ...]:
         """What the checks hand back: names that the entry uses and has no parameters for."""
         plan, table = self.plan, self.table
@@ -119,8 +117,6 @@ class _Entry:
         if handed:
             one = handed[0] if len(handed) == 1 else tuple_text(handed)
             yield Statement(f"return {one}", "return")
-
-    # --- the entry -------------------------------------------------------------------------------
 
     def _statements(
         self, name: str, users: Sequence[str], handed: Sequence[str] | None

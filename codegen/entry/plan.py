@@ -10,8 +10,6 @@ from dataclasses import dataclass, field
 
 import torch
 
-# --- what was assumed of each input --------------------------------------------------------------
-
 Size = int | str  # a number, or an expression over symbols
 
 
@@ -114,9 +112,6 @@ class Symbol:
     name: str
     low: int | None = None
     high: int | None = None
-
-
-# --- how the graph is called and what is returned ------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)

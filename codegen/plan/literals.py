@@ -83,9 +83,6 @@ def is_literal(node: ast.expr) -> bool:
     return False
 
 
-# --- pieces of Python ----------------------------------------------------------------------------
-
-
 def operand(text: str, *, receiver: bool = False) -> str:
     """``text`` beside a sign or before a dot, in brackets where it would be read otherwise."""
     loose = text.startswith("-") or (" " in text and text.endswith("j"))

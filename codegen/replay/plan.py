@@ -9,8 +9,6 @@ from typing import Literal
 
 from piecework.codegen.plan import ir
 
-# --- how a captured piece reads one leaf of its arguments --------------------------------------------
-
 
 @dataclass(frozen=True, slots=True)
 class InPlace:
@@ -70,9 +68,6 @@ class ReplayFacts:
     # what follows from the captured sizes, by the name of its node
     numbers: Mapping[str, bool | int | float] = field(default_factory=dict)
     banner: tuple[str, ...] = ()  # further lines for the header
-
-
-# --- what the emitted module needs in its namespace ---------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)

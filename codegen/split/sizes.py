@@ -118,8 +118,6 @@ def _swap(user: torch.fx.Node, old: torch.fx.Node, new: Argument) -> None:
     user.kwargs = torch.fx.node.map_arg(user.kwargs, lambda n: new if n is old else n)
 
 
-# --- the sizes of a piece ------------------------------------------------------------------------
-
 #: Values of a piece → the symbols that what was asserted of them mentions.
 Asserted = Callable[[Iterable[object]], Collection[object]]
 

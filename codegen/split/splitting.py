@@ -116,9 +116,6 @@ def recurrent_layers(graph: torch.fx.Graph) -> list[Callable[..., object]]:
     return [layer for layer in _RECURRENT if layer in called]
 
 
-# --- whether an operator is fit ------------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True)
 class OpReport:
     """What is known of an operator."""

@@ -31,9 +31,6 @@ def made_entry(captured: ModelTrace, program: Program, as_it_is: Callable[..., o
     return Entry(captured.inputs, captured.weights, program, as_it_is, made, lambda: plan)
 
 
-# --- arguments that are, or share written memory with, tensors of the model -----------------------
-
-
 def _read_and_written(
     captured: ModelTrace, program: Program
 ) -> tuple[list[GraphInput], list[GraphInput]]:
@@ -82,9 +79,6 @@ def _could_be(assumption: ep.TensorInput | ep.UnusedTensor, tensor: torch.Tensor
     pairs = zip(tensor.shape, sizes, strict=False)
     same = (tensor.dtype, tensor.device, tensor.dim()) == known
     return same and all(now == size for now, size in pairs if isinstance(size, int))
-
-
-# --- the plan --------------------------------------------------------------------------------------
 
 
 def _plan_entry(captured: ModelTrace, program: Program) -> ep.EntryPlan:

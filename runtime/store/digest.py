@@ -210,8 +210,6 @@ def _operator(op: Any) -> list[Any]:
     return [name, str(op._schema), sorted(map(str, op.tags)), fake]
 
 
-# --- libraries ---------------------------------------------------------------------------------------
-
 _OWN = ("piecework.codegen", "piecework.runtime", "piecework.templates", "piecework.errors")
 _TORCH = ("torch", "torchgen", "functorch", "triton")
 

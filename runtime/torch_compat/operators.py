@@ -82,8 +82,6 @@ def shares_memory(args: tuple[object, ...], kwargs: dict[str, object], result: o
     return bool(torch._C._any_output_is_alias_to_input_or_output(args, kwargs, results))
 
 
-# --- operators as they run ----------------------------------------------------------------------------
-
 Before = Callable[[OpOverload, tuple[object, ...], dict[str, object]], None]
 After = Callable[[OpOverload, tuple[object, ...], object], None]
 BodyOf = Callable[[OpOverload, tuple[object, ...]], "Callable[..., object] | None"]

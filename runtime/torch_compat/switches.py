@@ -67,8 +67,6 @@ def in_default_stance(call: Callable[[], T]) -> T:
     return run()
 
 
-# --- modes -------------------------------------------------------------------------------------------
-
 #: Whether autocast is on for any device type.
 autocast_enabled = torch._C._is_any_autocast_enabled
 #: How many ``TorchDispatchMode`` are active.

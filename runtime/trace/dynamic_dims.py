@@ -77,9 +77,6 @@ def _declared(
     return found
 
 
-# --- marks on the first call's tensors -----------------------------------------------------------
-
-
 def marked(
     dims: DynamicDims,
     arguments: Mapping[str, object],

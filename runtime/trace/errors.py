@@ -107,9 +107,6 @@ def refuse_writes(
         raise CaptureError(why, where=line or None, hint=_IN_PLACE)
 
 
-# --- what a caller may have meant otherwise ------------------------------------------------------------
-
-
 def tell_of_training(model: object, strict: bool) -> None:
     """Say that a model is in training mode, if a module goes by that; an error where ``strict``."""
     if not isinstance(model, torch.nn.Module):

@@ -124,9 +124,6 @@ class KeptMarks(SizePolicy):
         return any(mark.dim == dim and mark.kind != "static" for mark in self._marks.get(leaf, ()))
 
 
-# --- attempts ------------------------------------------------------------------------------------------
-
-
 def attempts(
     args: Args, kwargs: Kwargs, sizes: SizePolicy | None, failures: Sequence[Exception]
 ) -> Iterator[Attempt]:

@@ -182,8 +182,6 @@ def _grows(guard: Guarded, now: LookUps) -> bool:
     )
 
 
-# --- what the model's code may ask for ------------------------------------------------------------------
-
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _PYTHONS = os.path.dirname(os.__file__) + os.sep
 _OURS = str(FilePath(__file__).parents[1]) + os.sep

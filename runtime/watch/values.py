@@ -107,9 +107,6 @@ def _is_function_of_module(guard: Guarded, now: LookUps) -> bool:
     return is_module and isinstance(now.at(guard.place), _FUNCTIONS)
 
 
-# --- texts --------------------------------------------------------------------------------------------
-
-
 def _seen(guard: Guarded, now: LookUps) -> str:
     try:
         return _text(guard, now)

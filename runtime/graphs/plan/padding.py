@@ -139,9 +139,6 @@ def _described(node: torch.fx.Node) -> str:
     return f"{_name(node)} ({line})" if line else _name(node)
 
 
-# --- the try --------------------------------------------------------------------------------------
-
-
 def padded_difference(
     shape: BatchShape,
     sizes: Sequence[int],

@@ -77,8 +77,6 @@ def calls_json(rows: Sequence[CallRow]) -> list[dict[str, object]]:
     return [{**asdict(row), "graph": row.graph or None} for row in rows]
 
 
-# --- whether graphs are worth it ----------------------------------------------------------------
-
 #: A way is not used that took so much more time than another, as a part of that.
 SLACK = 0.02
 EAGER, STITCHED, CAPTURED = "eager", "stitched", "captured"

@@ -68,8 +68,6 @@ def load_kernel(data: bytes, digest: str) -> Callable[..., object]:
     return module.kernel  # type: ignore[no-any-return]
 
 
-# --- graphs ------------------------------------------------------------------------------------------
-
 _META = ("example_value", "val", "stack_trace", "nn_module_stack")
 _VALUES = ("example_value", "val")
 
