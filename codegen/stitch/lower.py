@@ -432,6 +432,8 @@ class _FunctionLowering:
     # --- operands and targets --------------------------------------------------------------------
 
     def _text(self, value: object, node: torch.fx.Node, *, index: bool = False) -> str:
+        if type(value) is torch.fx.Node:  # most are
+            return self._refer(value)
         literal = self._literal if self.lifted else literal_text
         where = partial(node_where, node)
         return to_text(value, self._refer, self.module.consts, where, literal, index=index)
@@ -463,7 +465,9 @@ class _FunctionLowering:
         if node.kwargs:
             return None
         ordinal = self.ordinal
-        found = tuple(self._text(each, node) for each in pytree.tree_leaves(node.args))
+        flat = all(type(each) is torch.fx.Node for each in node.args)
+        leaves = node.args if flat else pytree.tree_leaves(node.args)
+        found = tuple(self._text(each, node) for each in leaves)
         self.ordinal = ordinal  # they were counted already
         return found
 
