@@ -350,12 +350,20 @@ class TextRun:
         if isinstance(target, FunctionType) and target.__globals__ is self.scope:
             return target(*args, **kwargs)
         if target is operator.getitem and len(args) == 2 and not kwargs:
-            found = picked(*args)
+            # The graph may have known the size of a nested graph's result only after its run.
+            found = () if self._comes_next(*args) else picked(*args)
             if found:
                 return found[0]
         elif builds(target, kwargs):
             return target(*args)  # type: ignore[operator]
         return self.event(at, target, *args, **kwargs)
+
+    def _comes_next(self, value: object, index: object) -> bool:
+        """Whether the graph's next call picks this item."""
+        for event in self.graph.events[self.next : self.next + 1]:
+            if event.target is operator.getitem and len(event.args) == 2:
+                return event.args[0] is value and self.same(event.args[1], index)
+        return False
 
     def method(
         self, at: At, value: object, name: str, /, *args: object, **kwargs: object
