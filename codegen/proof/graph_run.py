@@ -11,6 +11,7 @@ import torch
 import torch.fx
 from torch.fx.immutable_collections import immutable_dict, immutable_list
 
+from piecework.codegen.graph.consts import holds_node
 from piecework.codegen.graph.origin import node_where, value_of
 from piecework.codegen.graph.structure import attribute_of, structure_of
 from piecework.codegen.plan.literals import same_literal
@@ -199,7 +200,9 @@ class _Interpreter:
             return {key: self._operand(each) for key, each in value.items()}
         if kind is slice:
             return slice(*map(self._operand, (value.start, value.stop, value.step)))
-        return kind(*map(self._operand, value)) if hasattr(kind, "_fields") else value
+        if hasattr(kind, "_fields") and holds_node(value):  # else it is a constant of the text
+            return kind(*map(self._operand, value))
+        return value
 
     def _run_node(self, node: torch.fx.Node) -> Any:
         args, kwargs = self._operand(node.args), self._operand(node.kwargs)
